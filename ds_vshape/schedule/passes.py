@@ -1,0 +1,83 @@
+"""Passes: the units of work that a schedule puts in order.
+
+Training one micro-batch on one stage takes a forward (F) and a backward. The backward has two independent halves:
+B, the gradient of the stage's input, which the previous stage waits for, and W, the gradient of its weights, which
+nobody waits for before the optimizer step. BW is both in one go (an ordinary backward).
+
+    F2.5     forward of stage 2 on micro-batch 5
+    B2.5     its input gradient
+    W2.5     its weight gradients
+    BW2.5    B2.5 with W2.5 at once
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+
+class Kind(str, enum.Enum):
+    """The four kinds of pass; the value is the notation."""
+
+    F = "F"
+    B = "B"
+    W = "W"
+    BW = "BW"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def gives_input_gradient(self) -> bool:
+        """Whether the previous stage's backward may start when this pass ends."""
+        return self in (Kind.B, Kind.BW)
+
+    @property
+    def gives_weight_gradients(self) -> bool:
+        """Whether the micro-batch's activations of this stage are free when this pass ends."""
+        return self in (Kind.W, Kind.BW)
+
+
+_NOTATION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Pass:
+    """One unit of work: `kind` on `stage` for `micro_batch` (both counted from 0)."""
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+    def __repr__(self) -> str:
+        return f"{self.kind}{self.stage}.{self.micro_batch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Pass:
+        """The pass that `repr` wrote as `text`; ValueError if it is none."""
+        match = _NOTATION.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is no pass: write kind, stage and micro-batch like F2.5, with kind F, B, W or BW")
+        kind, stage, micro_batch = match.groups()
+        return cls(Kind(kind), int(stage), int(micro_batch))
+
+
+def F(stage: int, micro_batch: int) -> Pass:
+    """The forward of `stage` on `micro_batch`."""
+    return Pass(Kind.F, stage, micro_batch)
+
+
+def B(stage: int, micro_batch: int) -> Pass:
+    """The input gradient of `stage` on `micro_batch`."""
+    return Pass(Kind.B, stage, micro_batch)
+
+
+def W(stage: int, micro_batch: int) -> Pass:
+    """The weight gradients of `stage` on `micro_batch`."""
+    return Pass(Kind.W, stage, micro_batch)
+
+
+def BW(stage: int, micro_batch: int) -> Pass:
+    """The whole backward of `stage` on `micro_batch`."""
+    return Pass(Kind.BW, stage, micro_batch)

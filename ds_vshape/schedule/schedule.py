@@ -1,0 +1,87 @@
+"""A schedule: a placement, and each rank's passes in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import Placement
+
+Order = tuple[Pass, ...]
+
+
+class ScheduleError(ValueError):
+    """A schedule that can't be run: a pass is missing, doubled, on the wrong rank, or waits for itself."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank does in one batch of `micro_batches`, communication aside.
+
+    `orders[r]` is the sequence of passes of rank r.
+    """
+
+    name: str
+    placement: Placement
+    micro_batches: int
+    orders: tuple[Order, ...]
+
+    def passes(self) -> Iterator[tuple[int, Pass]]:
+        """Every pass with its rank, rank by rank."""
+        for rank, order in enumerate(self.orders):
+            for work in order:
+                yield rank, work
+
+    def with_orders(self, orders: tuple[Order, ...]) -> Schedule:
+        """This schedule with other orders."""
+        return replace(self, orders=orders)
+
+
+def dependencies(work: Pass, last_stage: int, whole_backwards: frozenset[tuple[int, int]]) -> tuple[Pass, ...]:
+    """The passes that must end before `work` may start.
+
+    F waits for F of the stage before; B and BW for their own F and for the input gradient of the stage after; W for
+    its own B. `whole_backwards` are the (stage, micro-batch) that run as BW.
+    """
+    stage, micro_batch = work.stage, work.micro_batch
+    if work.kind is Kind.F:
+        return (Pass(Kind.F, stage - 1, micro_batch),) if stage else ()
+    if work.kind is Kind.W:
+        return (Pass(Kind.B, stage, micro_batch),)
+    own = Pass(Kind.F, stage, micro_batch)
+    if stage == last_stage:
+        return (own,)
+    after = Kind.BW if (stage + 1, micro_batch) in whole_backwards else Kind.B
+    return own, Pass(after, stage + 1, micro_batch)
+
+
+def whole_backwards(schedule: Schedule) -> frozenset[tuple[int, int]]:
+    """The (stage, micro-batch) whose backward runs in one go."""
+    return frozenset((work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.BW)
+
+
+def check(schedule: Schedule) -> None:
+    """Raise ScheduleError unless every stage runs every micro-batch once, on its own rank.
+
+    Whether the orders can run to their end is for the simulator to find out (`timeline.simulate`).
+    """
+    placement = schedule.placement
+    seen: dict[Pass, int] = {}
+    for rank, work in schedule.passes():
+        if work in seen:
+            raise ScheduleError(f"{schedule.name}: {work} stands on rank {seen[work]} and again on rank {rank}")
+        seen[work] = rank
+        if not 0 <= work.stage < placement.stages or not 0 <= work.micro_batch < schedule.micro_batches:
+            raise ScheduleError(f"{schedule.name}: {work} is outside {placement.stages} stages "
+                                f"and {schedule.micro_batches} micro-batches")
+        if placement.rank_of(work.stage) != rank:
+            raise ScheduleError(f"{schedule.name}: {work} stands on rank {rank}, "
+                                f"but its stage is on rank {placement.rank_of(work.stage)}")
+    for stage in range(placement.stages):
+        for micro_batch in range(schedule.micro_batches):
+            kinds = {kind for kind in Kind if Pass(kind, stage, micro_batch) in seen}
+            if kinds not in ({Kind.F, Kind.B, Kind.W}, {Kind.F, Kind.BW}):
+                names = ", ".join(sorted(kinds)) or "nothing"
+                raise ScheduleError(f"{schedule.name}: stage {stage} has {names} for micro-batch {micro_batch}; "
+                                    f"it needs F with B and W, or F with BW")
