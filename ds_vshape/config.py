@@ -1,0 +1,136 @@
+"""The "pipeline_schedule" section of ds_config.json, and where it is looked for.
+
+    "pipeline_schedule": "v-half"
+    "pipeline_schedule": {"name": "v-half", "memory_limit": 0.6}
+
+DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would train without us and say nothing;
+`read_section` therefore refuses keys that look like ours. Which schedule names exist isn't known here: that is for
+`ds_vshape.schedule.named`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+KEY = "pipeline_schedule"
+ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
+_OPTION = "--deepspeed_config"
+# DeepSpeed's own keys that are spelt somewhat like ours.
+_DEEPSPEED_KEYS = {"pipeline", "scheduler"}
+
+DsConfig = str | Mapping[str, Any]
+
+
+class ConfigError(ValueError):
+    """A config that can't be used; the message names the key, the value and what would be legal."""
+
+
+class ScheduleConfig(BaseModel):
+    """What the user asked for.
+
+    `memory_limit` is the highest peak of activations that a rank may have, as a fraction of 1F1B's peak on the same
+    number of ranks; None is no limit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    memory_limit: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False)
+
+
+def nearest(word: str, legal: Sequence[str]) -> str:
+    """A hint for error messages: the legal word that looks most like `word`, and all of them."""
+    close = difflib.get_close_matches(word, legal, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Legal: {', '.join(legal)}"
+
+
+def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
+    """The section of a whole ds_config, or None where it has none.
+
+    Raises ConfigError for a misspelt key (at the top or in the section) and for a value out of range.
+    """
+    for key in ds_config:
+        if key != KEY and key not in _DEEPSPEED_KEYS and _resembles(key):
+            raise ConfigError(f"unknown key {key!r} in the DeepSpeed config: did you mean {KEY!r}?")
+    section = ds_config.get(KEY)
+    if section is None:
+        return None
+    if isinstance(section, str):
+        section = {"name": section}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{KEY} = {section!r}: must be a schedule's name or a section like {{\"name\": \"v-half\"}}")
+    try:
+        return ScheduleConfig.model_validate(dict(section))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _resembles(key: str) -> bool:
+    canonical = key.lower().replace("-", "_").replace(" ", "_")
+    return difflib.SequenceMatcher(None, canonical, KEY).ratio() > 0.85
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join([KEY, *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {path} = {problem['input']!r}: {nearest(str(problem['loc'][-1]), _fields())}"
+    if problem["type"] == "missing":
+        return f"{path} is missing: the section needs a schedule's name"
+    if problem["loc"] == ("memory_limit",):
+        return (f"{path} = {problem['input']!r}: must be a number above 0 and at most 2, "
+                "a fraction of 1F1B's peak activations")
+    return f"{path} = {problem['input']!r}: {problem['msg']}"
+
+
+def _fields() -> list[str]:
+    return list(ScheduleConfig.model_fields)
+
+
+def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
+    """A ds_config as a mapping; `config` may be all that `deepspeed.initialize` takes: a dictionary, the path of a
+    (H)JSON file, or such a text in URL-safe base64.
+    """
+    if isinstance(config, Mapping):
+        return config
+    if os.path.exists(config):
+        with open(config, encoding="utf-8") as file:
+            text = file.read()
+    else:
+        try:
+            text = base64.urlsafe_b64decode(config).decode("utf-8")
+        except (binascii.Error, UnicodeDecodeError, ValueError):
+            raise ConfigError(f"DeepSpeed config {config!r}: no such file, and no base64 text either") from None
+    try:
+        loaded = hjson.loads(text)
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(f"DeepSpeed config {config!r} is no JSON: {error}") from None
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"DeepSpeed config {config!r} holds a {type(loaded).__name__}: must be an object")
+    return loaded
+
+
+def find_section(config: DsConfig | None, arguments: Sequence[str]) -> ScheduleConfig | None:
+    """The section from the first config that is there: `config` itself, the file that the environment variable
+    DS_VSHAPE_CONFIG names, the file after --deepspeed_config in `arguments`; None if there is none of them.
+    """
+    if config is None:
+        config = os.environ.get(ENVIRONMENT_VARIABLE) or _from_arguments(arguments)
+    return None if config is None else read_section(load_ds_config(config))
+
+
+def _from_arguments(arguments: Sequence[str]) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == _OPTION and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(_OPTION + "="):
+            return argument[len(_OPTION) + 1:]
+    return None
