@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the tests; all arguments go to pytest: bash tests/run.sh -k launch
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup_env.sh
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+exec python -m pytest "$@"
