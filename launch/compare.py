@@ -1,0 +1,71 @@
+"""Compares runs of the main job: first the losses, then one table; exits with 1 if the losses differ.
+
+    python launch/compare.py runs/quickstart/deepspeed.json runs/quickstart/v-half.json ...
+
+The first result is the reference. The losses of all batches must agree to LOSS_TOLERANCE: where a schedule places the
+first and the last stage on one rank, the two gradients of the tied embedding are added in another order, and the
+optimizer carries the rounding on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from result import Result
+from rich.console import Console
+from rich.table import Table
+
+LOSS_TOLERANCE = 1e-4
+
+
+def largest_difference(result: Result, reference: Result) -> float:
+    """The largest relative difference of two runs' losses, validation included."""
+    if len(result.losses) != len(reference.losses):
+        raise ValueError(f"{result.schedule} ran {len(result.losses)} batches, "
+                         f"{reference.schedule} {len(reference.losses)}")
+    pairs = zip([*result.losses, result.validation_loss], [*reference.losses, reference.validation_loss], strict=True)
+    return max(_difference(loss, expected) for loss, expected in pairs)
+
+
+def _difference(loss: float, expected: float) -> float:
+    difference = abs(loss - expected) / abs(expected)
+    return difference if difference == difference else float("inf")  # A NaN is no agreement.
+
+
+def table(results: list[Result]) -> Table:
+    reference = results[0]
+    view = Table(title=f"{reference.stages} stages, {reference.micro_batches} micro-batches, "
+                       f"{len(reference.losses)} batches")
+    view.add_column("schedule")
+    for column in ("loss", "differs by", "validation", "s a batch", "predicted bubble", "measured bubble",
+                   "peak activations"):
+        view.add_column(column, justify="right")
+    for result in results:
+        view.add_row(result.schedule, f"{result.loss:.6f}", f"{largest_difference(result, reference):.1e}",
+                     f"{result.validation_loss:.6f}", f"{result.batch_seconds:.3f}", _percent(result.predicted_bubble),
+                     _percent(result.measured_bubble), " ".join(f"{peak:g}" for peak in result.peak_activations))
+    return view
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    results = [Result.read(path) for path in parser.parse_args().results]
+    Console(width=120).print(table(results))
+    wrong = [result.schedule for result in results if largest_difference(result, results[0]) > LOSS_TOLERANCE]
+    if wrong:
+        print(f"Losses differ from {results[0].schedule}'s by more than {LOSS_TOLERANCE:g}: {', '.join(wrong)}",
+              file=sys.stderr)
+        return 1
+    print(f"All losses agree to {LOSS_TOLERANCE:g} (relative), in every batch.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

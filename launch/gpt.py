@@ -1,0 +1,118 @@
+"""A byte-level GPT as a list of pipeline layers.
+
+    bytes [batch, length]
+      -> Embedding (tied to the head) -> Positions -> Block x layers -> LayerNorm -> head
+      -> logits [batch, length, 256]
+
+Each layer takes one tensor and gives one, so that the list can be cut into stages anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+VOCABULARY = 256
+# DeepSpeed's partition method: blocks are counted, and what stands around them is light enough to go along.
+PARTITION_METHOD = "type:Block"
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """`layers` blocks of width `hidden` with `heads` heads each, for sequences of at most `length` bytes."""
+
+    layers: int
+    hidden: int
+    heads: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden = {self.hidden} must be a multiple of heads = {self.heads}")
+
+
+class Embedding(nn.Embedding):
+    """Bytes to vectors; `head` uses the same weight the other way round."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(VOCABULARY, hidden)
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def head(embedding: Embedding, hidden: Tensor) -> Tensor:
+    """Vectors [batch, length, hidden] to logits [batch, length, 256]."""
+    return F.linear(hidden, embedding.weight)
+
+
+class Positions(nn.Module):
+    """Adds a learned vector for each position."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.length, config.hidden)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.embedding(torch.arange(hidden.shape[1], device=hidden.device))
+
+
+class Block(nn.Module):
+    """Causal self-attention and an MLP, each after a norm and beside a residual connection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.query_key_value = nn.Linear(config.hidden, 3 * config.hidden)
+        self.attention_out = nn.Linear(config.hidden, config.hidden)
+        self.mlp_norm = nn.LayerNorm(config.hidden)
+        self.mlp_in = nn.Linear(config.hidden, 4 * config.hidden)
+        self.mlp_out = nn.Linear(4 * config.hidden, config.hidden)
+        # GPT-2's initialization: what is added to the residual stream shrinks with the number of additions.
+        for linear in (self.query_key_value, self.mlp_in):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.attention_out, self.mlp_out):
+            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.layers))
+        for linear in (self.query_key_value, self.attention_out, self.mlp_in, self.mlp_out):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self._attention(self.attention_norm(hidden))
+        return hidden + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden))))
+
+    def _attention(self, hidden: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        # [batch, length, 3 * width] -> three of [batch, heads, length, width / heads]
+        query, key, value = (self.query_key_value(hidden)
+                             .view(batch, length, 3, self.heads, width // self.heads)
+                             .permute(2, 0, 3, 1, 4))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+def gpt_layers(config: GPTConfig) -> list[LayerSpec]:
+    """The layers for a PipelineModule, in order; only those of the rank's own stages get built there."""
+    return [
+        TiedLayerSpec("embedding", Embedding, config.hidden),
+        LayerSpec(Positions, config),
+        *(LayerSpec(Block, config) for _ in range(config.layers)),
+        LayerSpec(nn.LayerNorm, config.hidden),
+        TiedLayerSpec("embedding", Embedding, config.hidden, forward_fn=head),
+    ]
+
+
+def seed_layer(seed: int) -> None:
+    """For PipelineModule's seed_fn: DeepSpeed's own passes the NumPy integers that its partitioning gives to
+    random.seed, which refuses them.
+    """
+    torch.manual_seed(int(seed))
+
+
+def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats a byte; `labels` [batch, length] are the bytes that come next."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

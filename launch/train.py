@@ -1,0 +1,114 @@
+"""The main job: trains a byte-level GPT on the standard library's sources with a pipeline of all ranks.
+
+    deepspeed --num_gpus 4 launch/train.py --deepspeed_config configs/quickstart.json --batches 30
+
+The schedule is whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
+Nothing here knows which one it is, and the losses are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from clock import PassClock
+from deepspeed.accelerator import get_accelerator
+from gpt import PARTITION_METHOD, GPTConfig, gpt_layers, loss_fn, seed_layer
+from result import Result
+from text import load_corpus, micro_batches
+from tqdm import tqdm
+
+import ds_vshape
+
+TRAINING_SEED = 1
+VALIDATION_SEED = 2
+# The first batches allocate, exchange shapes and fill caches.
+WARM_UP_BATCHES = 3
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="bytes in a sequence")
+    parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    return deepspeed.add_config_arguments(parser).parse_args()
+
+
+def start_distributed() -> None:
+    """Joins the ranks of the `deepspeed` launcher."""
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start; gloo does without.
+        # It asks this table, so that an empty one also saves the search for compilers.
+        deepspeed.ops.__compatible_ops__ = {}
+    # DeepSpeed broadcasts tied weights with gradients enabled, of which torch warns on every rank.
+    warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
+    deepspeed.init_distributed()
+
+
+def train(engine: Any, data: Iterator[Any], batches: int) -> tuple[list[float], list[float]]:
+    """The loss and the seconds of each batch."""
+    losses, seconds = [], []
+    progress = tqdm(range(batches), desc="training", unit="batch", disable=torch.distributed.get_rank() != 0)
+    for _ in progress:
+        start = time.perf_counter()
+        losses.append(engine.train_batch(data_iter=data).item())
+        seconds.append(time.perf_counter() - start)
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses, seconds
+
+
+def main() -> None:
+    args = arguments()
+    start_distributed()
+    config = GPTConfig(args.layers, args.hidden, args.heads, args.length)
+    # seed_layers: a layer's first weights depend on its place in the model, not on the rank that builds it.
+    module = ds_vshape.PipelineModule(gpt_layers(config),
+                                      num_stages=args.stages or torch.distributed.get_world_size(),
+                                      loss_fn=loss_fn,
+                                      partition_method=PARTITION_METHOD,
+                                      seed_layers=True,
+                                      seed_fn=seed_layer)
+    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=module.parameters())
+
+    corpus = load_corpus()
+    size = engine.train_micro_batch_size_per_gpu()
+    replica = engine.grid.get_data_parallel_rank()
+    training = micro_batches(corpus.training, size, args.length, TRAINING_SEED + 1000 * replica)
+    validation = micro_batches(corpus.validation, size, args.length, VALIDATION_SEED + 1000 * replica)
+
+    # DeepSpeed's own engine doesn't measure itself.
+    measured = engine if hasattr(engine, "pipeline_report") else PassClock(engine)
+    losses, seconds = train(engine, training, args.batches)
+    report = measured.pipeline_report()
+    validation_loss = engine.eval_batch(validation).item()
+
+    if args.result and torch.distributed.get_rank() == 0:
+        Result(schedule=report["schedule"],
+               stages=engine.num_stages,
+               micro_batches=engine.micro_batches,
+               losses=losses,
+               validation_loss=validation_loss,
+               batch_seconds=statistics.median(seconds[WARM_UP_BATCHES:] or seconds),
+               predicted_bubble=report["predicted_bubble"],
+               measured_bubble=report["measured_bubble"],
+               peak_activations=report["peak_activations"],
+               peak_activation_bytes=report["peak_activation_bytes"]).write(args.result)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
