@@ -1,0 +1,196 @@
+"""SplitFunction: an autograd Function whose backward is written as two halves, input gradient and weight gradient.
+
+Outside a SplitBackward mode its backward runs both halves at once, as any Function does. Inside, autograd gets the
+first half and the store gets what the second needs. The node itself can't be kept for that: it holds the graph. So W
+works on a WeightContext, which has the node's saved tensors and attributes and nothing that leads to other nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ds_vshape.split_backward.store import Entry, WeightGradientStore
+
+# What stands in for a torch function: takes the store and then the same arguments; NotImplemented leaves the call to
+# autograd.
+Operator = Callable[..., Any]
+Operators = Mapping[Callable[..., Any], Operator]
+
+Gradients = Tensor | tuple[Tensor | None, ...] | None
+
+
+class WeightContext:
+    """The `ctx` of `backward_weight` in a split backward.
+
+    `saved_tensors` (in the order of save_for_backward, None where the function doesn't list the tensor in
+    `saved_for_weight`), `needs_input_grad`, and each attribute that `forward` or `backward_input` set on its ctx.
+    """
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def __init__(self, node: Any, saved_for_weight: tuple[int, ...] | None) -> None:
+        self.__dict__.update(node.__dict__)
+        self.__dict__.pop("deferral", None)
+        self.needs_input_grad = node.needs_input_grad
+        # A saved tensor comes back with its history; detached, it holds memory but no graph.
+        self.saved_tensors = tuple(
+            tensor.detach() if tensor is not None and (saved_for_weight is None or position in saved_for_weight)
+            else None
+            for position, tensor in enumerate(node.saved_tensors)
+        )
+        self._versions = [tensor._version for tensor in self.saved_tensors if tensor is not None]
+
+    def check_unmodified(self) -> None:
+        """RuntimeError if a saved tensor was written to since B (autograd itself guards only until B)."""
+        if self._versions != [tensor._version for tensor in self.saved_tensors if tensor is not None]:
+            raise RuntimeError(
+                "one of the tensors needed for a weight gradient has been modified by an inplace operation between "
+                "its input-gradient pass (B) and its weight-gradient pass (W)"
+            )
+
+
+class SplitFunction(torch.autograd.Function):
+    """Base class of functions with weights, for kernels of your own that the B/W split is to cover.
+
+    Write `forward` as for torch.autograd.Function, and in place of `backward` its two halves. `weight_arguments` says
+    which positions of forward's arguments are weights. Call `apply` as usual; nothing else changes in the module:
+
+        class Scale(SplitFunction):
+            weight_arguments = (1,)
+            saved_for_weight = (0,)
+
+            @staticmethod
+            def forward(ctx, x, weight):                # x (..., h), weight (h,)
+                ctx.save_for_backward(x, weight)
+                return x * weight
+
+            @staticmethod
+            def backward_input(ctx, grad_y):            # B: one gradient for each argument, None for the weights
+                _, weight = ctx.saved_tensors
+                return (grad_y * weight if ctx.needs_input_grad[0] else None), None
+
+            @staticmethod
+            def backward_weight(ctx, grad_y):           # W: one gradient for each weight argument
+                x, _ = ctx.saved_tensors
+                return (grad_y * x).flatten(0, -2).sum(0)
+
+        y = Scale.apply(x, self.weight)
+
+    What lives from B to W: the output gradients, the tensors passed to save_for_backward (all of them, or those whose
+    positions `saved_for_weight` lists; the others are None in W) and any tensor set as an attribute of ctx.
+    `backward_input` runs first, so it may leave an intermediate for `backward_weight` as an attribute of ctx.
+
+    The weight gradient is deferred if each weight argument that requires a gradient is a Parameter that
+    `is_deferrable` accepts; otherwise both halves run at once, in B. Double backward is refused.
+    """
+
+    weight_arguments: ClassVar[tuple[int, ...]] = ()
+    saved_for_weight: ClassVar[tuple[int, ...] | None] = None
+
+    @staticmethod
+    def backward_input(ctx: Any, *output_gradients: Any) -> Any:
+        """The gradients of forward's arguments, one for each, None for the weight arguments."""
+        raise NotImplementedError("a SplitFunction needs a backward_input")
+
+    @staticmethod
+    def backward_weight(ctx: Any, *output_gradients: Any) -> Any:
+        """The gradients of the weight arguments, one for each, None where `ctx.needs_input_grad` is False."""
+        raise NotImplementedError("a SplitFunction needs a backward_weight")
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """The function's value, recorded by autograd; an active SplitBackward sees the call and splits it."""
+        if has_torch_function(arguments):
+            return handle_torch_function(apply_split_function, arguments, cls, *arguments)
+        return super().apply(*arguments)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def apply_split(cls, store: WeightGradientStore, *arguments: Any) -> Any:
+        """As `apply`, with the weight gradients left to `store`; NotImplemented if they can't be deferred."""
+        parameters: list[Parameter | None] = []
+        for position in cls.weight_arguments:
+            weight = arguments[position]
+            if weight is None or not weight.requires_grad:
+                parameters.append(None)
+            elif is_deferrable(weight):
+                parameters.append(weight)
+            else:
+                return NotImplemented
+        value = super().apply(*arguments)  # type: ignore[no-untyped-call]
+        # The node of a Python function is its ctx.
+        for output in (value,) if isinstance(value, Tensor) else value:
+            node: Any = output.grad_fn if isinstance(output, Tensor) else None
+            if node is not None and getattr(node, "_forward_cls", None) is cls:
+                node.deferral = (store, tuple(parameters))
+                break
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Any) -> Any:
+        """Called by autograd: both halves, or the first half with the second put into the store."""
+        if torch.is_grad_enabled():
+            return _backward_once(ctx, *output_gradients)
+        return _backward(ctx, *output_gradients)
+
+
+def apply_split_function(function: type[SplitFunction], *arguments: Any) -> Any:
+    """`function.apply(*arguments)` in the form in which a torch function mode sees it."""
+    return function.apply(*arguments)
+
+
+def split_function(store: WeightGradientStore, function: type[SplitFunction], *arguments: Any) -> Any:
+    """The split counterpart of `apply_split_function`."""
+    return function.apply_split(store, *arguments)
+
+
+def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
+    """Whether the gradient of `weight` may be handed over in W instead of by autograd in B.
+
+    It must be a trainable Parameter (a leaf that isn't one may be the stage's input) and must carry no hook that
+    expects autograd to produce its gradient. DeepSpeed's own post-accumulate hooks (ZeRO, BF16_Optimizer) don't count:
+    whoever delivers the gradient does their work.
+    """
+    if type(weight) is not Parameter or not weight.requires_grad or weight._backward_hooks:
+        return False
+    hooks = weight._post_accumulate_grad_hooks
+    return not hooks or all(_is_deepspeed_hook(hook) for hook in hooks.values())
+
+
+def _is_deepspeed_hook(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
+
+
+def _backward(ctx: Any, *output_gradients: Any) -> Any:
+    function: type[SplitFunction] = ctx._forward_cls
+    deferral = getattr(ctx, "deferral", None)
+    # Without this, an active mode would look at each torch call of the two halves.
+    with torch._C.DisableTorchFunction():
+        input_gradients = function.backward_input(ctx, *output_gradients)
+        if deferral is None:
+            return _merge(ctx, function, input_gradients, function.backward_weight(ctx, *output_gradients))
+        store, parameters = deferral
+        context = WeightContext(ctx, function.saved_for_weight)
+        # Under create_graph the output gradients have a history too.
+        kept = tuple(gradient.detach() if gradient is not None and gradient.requires_grad else gradient
+                     for gradient in output_gradients)
+        store.add(Entry(function, context, kept, parameters))
+        return input_gradients
+
+
+def _merge(ctx: Any, function: type[SplitFunction], input_gradients: Gradients, weight_gradients: Gradients) -> Any:
+    merged = list(input_gradients) if isinstance(input_gradients, tuple) else [input_gradients]
+    weights = weight_gradients if isinstance(weight_gradients, tuple) else (weight_gradients,)
+    for position, gradient in zip(function.weight_arguments, weights, strict=True):
+        merged[position] = gradient
+    return tuple(merged)
+
+
+_backward_once = once_differentiable(_backward)

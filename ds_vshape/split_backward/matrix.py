@@ -1,0 +1,297 @@
+"""Split counterparts of the products with a weight matrix, and of the embedding.
+
+Each gradient is computed by the aten calls that autograd itself would make (derivatives.yaml and FunctionsManual.cpp
+of torch), so outputs and gradients are equal bit for bit. The Functions see matrices alone; flattening the leading
+dimensions is left to autograd, as in aten's own linear and matmul.
+
+An operator takes the store and then what the torch function takes; it returns NotImplemented for what it leaves to
+autograd. Norms, activations and the like aren't here: a bias goes along because its output gradient is kept anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_vshape.split_backward.function import Operators, SplitFunction, is_deferrable
+from ds_vshape.split_backward.store import WeightGradientStore
+
+
+def _is_by_columns(matrix: Tensor) -> bool:
+    """Whether aten takes `matrix` for column-major, and then computes its gradient column-major too."""
+    return matrix.stride(0) == 1 and matrix.stride(1) == matrix.size(0)
+
+
+def _left_gradient(gradient: Tensor, right: Tensor, by_columns: bool) -> Tensor:
+    """The gradient of `left` in left @ right (aten: mm_mat1_grad); by_columns is that of `left`."""
+    return right.mm(gradient.t()).t() if by_columns else gradient.mm(right.t())
+
+
+def _right_gradient(gradient: Tensor, left: Tensor, by_columns: bool) -> Tensor:
+    """The gradient of `right` in left @ right (aten: mm_mat2_grad); by_columns is that of `right`."""
+    return gradient.t().mm(left).t() if by_columns else left.t().mm(gradient)
+
+
+class Linear(SplitFunction):
+    """x (n, k), weight (m, k), bias (m) or None -> x weight^T + bias, (n, m)."""
+
+    weight_arguments = (1, 2)
+    saved_for_weight = (0,)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        transposed = weight.t()
+        ctx.save_for_backward(x, weight)
+        ctx.by_columns = _is_by_columns(transposed)
+        return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
+
+    @staticmethod
+    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return (_left_gradient(gradient, weight.t(), _is_by_columns(x)) if ctx.needs_input_grad[0] else None), None, None
+
+    @staticmethod
+    def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _right_gradient(gradient, ctx.saved_tensors[0], ctx.by_columns).t() if needs_weight else None,
+            gradient.sum(0) if needs_bias else None,
+        )
+
+
+class MatMul(SplitFunction):
+    """x (n, k), weight (k, m), bias (m) or None -> x weight + bias, (n, m)."""
+
+    weight_arguments = (1, 2)
+    saved_for_weight = (0,)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.by_columns = _is_by_columns(weight)
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+    @staticmethod
+    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return (_left_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[0] else None), None, None
+
+    @staticmethod
+    def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _right_gradient(gradient, ctx.saved_tensors[0], ctx.by_columns) if needs_weight else None,
+            gradient.sum(0) if needs_bias else None,
+        )
+
+
+class LeftMatMul(SplitFunction):
+    """weight (n, k), x (k, m) -> weight x, (n, m)."""
+
+    weight_arguments = (0,)
+    saved_for_weight = (1,)
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        ctx.by_columns = _is_by_columns(weight)
+        return torch.mm(weight, x)
+
+    @staticmethod
+    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x = ctx.saved_tensors
+        return None, _right_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
+        return _left_gradient(gradient, ctx.saved_tensors[1], ctx.by_columns)
+
+
+class BatchMatMul(SplitFunction):
+    """x (b, n, k), weight (b, k, m) -> x weight for each of b, (b, n, m)."""
+
+    weight_arguments = (1,)
+    saved_for_weight = (0,)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight)
+
+    @staticmethod
+    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _, weight = ctx.saved_tensors
+        return (gradient.bmm(weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None), None
+
+    @staticmethod
+    def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return x.transpose(1, 2).bmm(gradient)
+
+
+class Embedding(SplitFunction):
+    """indices (...), weight (v, h), padding_idx (-1 for none) -> the rows of weight, (..., h)."""
+
+    weight_arguments = (1,)
+    saved_for_weight = (0,)
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.rows, ctx.padding_idx = weight.size(0), padding_idx
+        return torch.embedding(weight, indices, padding_idx)
+
+    @staticmethod
+    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None
+
+    @staticmethod
+    def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
+        indices = ctx.saved_tensors[0]
+        backward = torch.ops.aten.embedding_dense_backward.default
+        weight_gradient: Tensor = backward(gradient, indices, ctx.rows, ctx.padding_idx, False)
+        return weight_gradient
+
+
+def linear(store: WeightGradientStore, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """torch.nn.functional.linear for inputs (..., k) of two or more dimensions."""
+    if not (is_deferrable(weight) and weight.dim() == 2 and is_plain(input) and _may_add(bias, weight.size(0))):
+        return NotImplemented
+    if input.dim() == 2:
+        return Linear.apply_split(store, input, weight, bias)
+    # As aten: the bias goes into the product when the input can be flattened without a copy, else it's added after.
+    if bias is None or input.is_contiguous():
+        return _on_rows(store, Linear, input, weight, bias, weight.size(0))
+    product = _on_rows(store, Linear, input, weight, None, weight.size(0))
+    return product if product is NotImplemented else product + bias
+
+
+def matmul(store: WeightGradientStore, input: Tensor, other: Tensor) -> Any:
+    """torch.matmul and the operator @ with one operand a weight: (..., k) @ (k, m), (n, k) @ (k, m), or batches."""
+    if not (is_plain(input) and is_plain(other)):
+        return NotImplemented
+    if other.dim() == 2 and input.dim() >= 2:
+        found = _right_weight(other)
+        if found is not None:
+            function, weight = found
+            if input.dim() == 2:
+                return function.apply_split(store, input, weight, None)
+            return _on_rows(store, function, input, weight, None, other.size(1))
+        if input.dim() == 2 and is_deferrable(input):
+            return LeftMatMul.apply_split(store, input, other)
+    elif other.dim() == 3 and input.dim() == 3 and input.size(0) == other.size(0) and is_deferrable(other):
+        return BatchMatMul.apply_split(store, input, other)
+    return NotImplemented
+
+
+def mm(store: WeightGradientStore, input: Tensor, mat2: Tensor, **others: Any) -> Any:
+    """torch.mm with one operand a weight."""
+    if others or input.dim() != 2 or mat2.dim() != 2:
+        return NotImplemented
+    return matmul(store, input, mat2)
+
+
+def bmm(store: WeightGradientStore, input: Tensor, mat2: Tensor, **others: Any) -> Any:
+    """torch.bmm with the right operand a weight."""
+    if others or input.dim() != 3 or mat2.dim() != 3:
+        return NotImplemented
+    return matmul(store, input, mat2)
+
+
+def addmm(store: WeightGradientStore, input: Tensor, mat1: Tensor, mat2: Tensor, **others: Any) -> Any:
+    """torch.addmm as a linear layer: input is the bias, mat1 the activations, mat2 the weight."""
+    if others or not (is_plain(mat1) and is_plain(mat2) and mat1.dim() == mat2.dim() == 2):
+        return NotImplemented
+    found = _right_weight(mat2)
+    if found is None or not _may_add(input, mat2.size(1)):
+        return NotImplemented
+    function, weight = found
+    return function.apply_split(store, mat1, weight, input)
+
+
+def embedding(
+    store: WeightGradientStore,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """torch.nn.functional.embedding with a dense, unscaled gradient."""
+    if max_norm is not None or scale_grad_by_freq or sparse or not (is_plain(input) and is_deferrable(weight)):
+        return NotImplemented
+    rows = weight.size(0)
+    if padding_idx is None:
+        padding_idx = -1
+    elif -rows <= padding_idx < rows:
+        padding_idx %= rows
+    else:
+        return NotImplemented
+    return Embedding.apply_split(store, input, weight, padding_idx)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether `tensor` is an ordinary dense tensor: no subclass, sparse or nested one."""
+    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_nested
+
+
+_PLAIN_TYPES = (Tensor, Parameter)
+
+
+def _may_add(bias: Tensor | None, columns: int) -> bool:
+    """Whether `bias` is absent or one number for each column, and no other than W's own business."""
+    if bias is None:
+        return True
+    return bias.shape == (columns,) and is_plain(bias) and (not bias.requires_grad or is_deferrable(bias))
+
+
+def _right_weight(matrix: Tensor) -> tuple[type[SplitFunction], Parameter] | None:
+    """How to multiply by `matrix` from the right if it is a weight, or a weight's transpose as in x @ weight.t()."""
+    if is_deferrable(matrix):
+        return MatMul, matrix
+    weight = matrix._base
+    if not is_deferrable(weight) or matrix._backward_hooks or matrix.retains_grad:
+        return None
+    view = matrix.grad_fn
+    if view is None or getattr(view.next_functions[0][0], "variable", None) is not weight:
+        return None  # a view of a view, or a view that someone wrote to
+    is_transpose = (
+        matrix.shape == weight.shape[::-1]
+        and matrix.stride() == weight.stride()[::-1]
+        and matrix.storage_offset() == weight.storage_offset()
+    )
+    return (Linear, weight) if is_transpose else None
+
+
+def _on_rows(
+    store: WeightGradientStore,
+    function: type[SplitFunction],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: int,
+) -> Any:
+    """`function` on x (..., k) flattened to (n, k), its value back at (..., columns)."""
+    if x.size(-1) == 0:
+        return NotImplemented
+    product = function.apply_split(store, x.reshape(-1, x.size(-1)), weight, bias)
+    return product if product is NotImplemented else product.view(*x.shape[:-1], columns)
+
+
+MATRIX_PRODUCTS: Operators = {
+    torch.nn.functional.linear: linear,
+    torch.matmul: matmul,
+    Tensor.matmul: matmul,
+    torch.mm: mm,
+    Tensor.mm: mm,
+    torch.bmm: bmm,
+    Tensor.bmm: bmm,
+    torch.addmm: addmm,
+    Tensor.addmm: addmm,
+    torch.nn.functional.embedding: embedding,
+}

@@ -1,0 +1,128 @@
+"""What waits between B and W: for each use of a weight, the operator's input and its output gradient, nothing else.
+
+B puts entries in, W takes them out one by one, so that memory falls while W runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from ds_vshape.split_backward.function import SplitFunction, WeightContext
+
+Deliver = Callable[[Parameter, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One backward_weight that waits: `parameters` stand in the order of the function's weight arguments, None where
+    an argument needs no gradient."""
+
+    function: type[SplitFunction]
+    context: WeightContext
+    output_gradients: tuple[Tensor | None, ...]
+    parameters: tuple[Parameter | None, ...]
+
+    def weight_gradients(self) -> tuple[Tensor | None, ...]:
+        """The gradient of each parameter, in a memory layout that may be kept as `parameter.grad`."""
+        self.context.check_unmodified()
+        gradients = self.function.backward_weight(self.context, *self.output_gradients)
+        if not isinstance(gradients, tuple):
+            gradients = (gradients,)
+        if len(gradients) != len(self.parameters):
+            raise RuntimeError(
+                f"{self.function.__name__}.backward_weight gave {len(gradients)} gradients for its "
+                f"{len(self.parameters)} weight arguments"
+            )
+        return tuple(
+            None if parameter is None or gradient is None else self._own(parameter, gradient)
+            for parameter, gradient in zip(self.parameters, gradients)
+        )
+
+    def _own(self, parameter: Parameter, gradient: Tensor) -> Tensor:
+        """`gradient`, copied where autograd would copy it before it becomes `parameter.grad`: when its memory is also
+        somebody else's, or is laid out unlike the parameter's."""
+        if gradient.shape != parameter.shape:
+            raise RuntimeError(
+                f"{self.function.__name__}.backward_weight gave a gradient of shape {tuple(gradient.shape)} for a "
+                f"parameter of shape {tuple(parameter.shape)}"
+            )
+        if gradient.stride() == parameter.stride() and not any(
+            torch._C._is_alias_of(gradient, other)  # type: ignore[attr-defined]
+            for other in (*self.output_gradients, *self.context.saved_tensors)
+            if other is not None
+        ):
+            return gradient
+        return torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
+
+
+class WeightGradientStore:
+    """The weight gradients that one stage owes for one micro-batch, in the order in which B met them.
+
+    The gradients of a parameter that the forward used several times are summed before they are delivered, in the
+    order of autograd's own sum, so that accumulation over micro-batches adds the same numbers as an unsplit backward.
+    """
+
+    def __init__(self) -> None:
+        self._entries: deque[Entry] = deque()
+        self._uses: dict[Parameter, int] = {}
+        self._partial_sums: dict[Parameter, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameters whose gradients are waiting here, each once."""
+        return tuple(self._uses)
+
+    def add(self, entry: Entry) -> None:
+        """B: keep `entry` for W."""
+        self._entries.append(entry)
+        for parameter in entry.parameters:
+            if parameter is not None:
+                self._uses[parameter] = self._uses.get(parameter, 0) + 1
+
+    def run(self, deliver: Deliver) -> None:
+        """W: compute every gradient and hand it to `deliver(parameter, gradient)`, freeing each entry as it's done."""
+        while self._entries:
+            self.run_next(deliver)
+
+    def run_next(self, deliver: Deliver) -> None:
+        """One entry of W; IndexError if none waits.
+
+        `gradient` is new memory of the parameter's shape, dtype and layout, and `deliver` may keep it. It is called
+        once for each parameter, at the last of its uses.
+        """
+        with torch.no_grad():
+            # The entry is dropped before delivery: what it kept isn't needed any more.
+            parameters, gradients = self._take()
+            for parameter, gradient in zip(parameters, gradients):
+                if parameter is not None:
+                    self._finish_use(parameter, gradient, deliver)
+
+    def _take(self) -> tuple[tuple[Parameter | None, ...], tuple[Tensor | None, ...]]:
+        entry = self._entries.popleft()
+        return entry.parameters, entry.weight_gradients()
+
+    def _finish_use(self, parameter: Parameter, gradient: Tensor | None, deliver: Deliver) -> None:
+        total = self._partial_sums.pop(parameter, None)
+        if total is None:
+            total = gradient
+        elif gradient is not None:
+            total.add_(gradient)
+        uses = self._uses[parameter] - 1
+        if uses > 0:
+            self._uses[parameter] = uses
+            if total is not None:
+                self._partial_sums[parameter] = total
+            return
+        del self._uses[parameter]
+        if total is not None:
+            deliver(parameter, total)
