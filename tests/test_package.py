@@ -1,0 +1,112 @@
+"""The package as installed: versions, settings, and what may import what."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from ds_vshape.versions import ALLOW_UNTESTED_VARIABLE, TESTED, UntestedVersionWarning, VersionError, check_versions
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def settings() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def versions(**installed: str):
+    """Stands in for importlib.metadata.version on a machine with these packages."""
+
+    def version_of(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    return version_of
+
+
+@pytest.fixture(autouse=True)
+def strict_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ALLOW_UNTESTED_VARIABLE, raising=False)
+
+
+def test_installed_versions_are_the_tested_ones():
+    check_versions()
+
+
+@pytest.mark.parametrize("torch", ["2.13.0", "2.13.0+cpu", "2.13.1+cu130", "2.13.0a0+git1234"])
+def test_builds_of_a_tested_version_pass(torch: str):
+    check_versions(versions(deepspeed="0.19.8", torch=torch))
+
+
+@pytest.mark.parametrize("deepspeed, torch, outside", [
+    ("0.18.9", "2.13.0+cpu", "deepspeed"),
+    ("0.20.0", "2.13.0+cpu", "deepspeed"),
+    ("0.19.8", "2.12.1", "torch"),
+    ("0.19.8", "2.14.1", "torch"),
+    ("1.0", "3.0", "deepspeed, torch"),
+])
+def test_the_error_names_both_versions_and_both_ranges(deepspeed: str, torch: str, outside: str):
+    with pytest.raises(VersionError) as caught:
+        check_versions(versions(deepspeed=deepspeed, torch=torch))
+    message = str(caught.value)
+    assert f"deepspeed {deepspeed}, torch {torch}; outside: {outside}." in message
+    for name, tested in TESTED.items():
+        assert f"{name}{tested}" in message
+
+
+def test_allowed_untested_versions_warn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(ALLOW_UNTESTED_VARIABLE, "1")
+    with pytest.warns(UntestedVersionWarning, match="torch 2.14.1"):
+        check_versions(versions(deepspeed="0.19.8", torch="2.14.1"))
+
+
+def test_a_missing_package_is_an_error_even_if_untested_versions_are_allowed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(ALLOW_UNTESTED_VARIABLE, "1")
+    with pytest.raises(VersionError, match="deepspeed not installed"):
+        check_versions(versions(torch="2.13.0"))
+
+
+def test_setup_requires_the_tested_ranges(settings: configparser.ConfigParser):
+    lines = settings["options"]["install_requires"].split("\n")
+    required = {requirement.name: requirement.specifier for requirement in map(Requirement, filter(None, lines))}
+    for name, tested in TESTED.items():
+        assert required[name] == SpecifierSet(tested)
+
+
+def test_the_metadata_is_that_of_setup(settings: configparser.ConfigParser):
+    installed = metadata.distribution("ds-vshape")
+    assert installed.version == settings["metadata"]["version"]
+    assert {"test", "lint", "kernels", "launch"} <= set(installed.metadata.get_all("Provides-Extra"))
+    command, = (entry for entry in installed.entry_points if entry.name == "ds-vshape")
+    assert callable(command.load())
+
+
+def test_the_schedule_layer_is_pure():
+    """ds_vshape/schedule imports the standard library and itself, nothing else."""
+    files = sorted((ROOT / "ds_vshape" / "schedule").glob("*.py"))
+    assert files
+    foreign = [(file.name, name) for file in files for name in imported_names(file)
+               if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith("ds_vshape.schedule")]
+    assert foreign == []
+
+
+def imported_names(file: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: relative import"
+            names.append(node.module or "")
+    return names
