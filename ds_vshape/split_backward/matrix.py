@@ -255,15 +255,17 @@ def _right_weight(matrix: Tensor) -> tuple[type[SplitFunction], Parameter] | Non
     if is_deferrable(matrix):
         return MatMul, matrix
     weight = matrix._base
-    if not is_deferrable(weight) or matrix._backward_hooks or matrix.retains_grad:
-        return None
     view = matrix.grad_fn
-    if view is None or getattr(view.next_functions[0][0], "variable", None) is not weight:
-        return None  # a view of a view, or a view that someone wrote to
-    is_transpose = (
+    if view is None or not is_deferrable(weight):
+        return None
+    if matrix._backward_hooks or matrix.retains_grad:
+        return None  # someone expects a gradient of the view itself
+    is_transpose: bool = (
         matrix.shape == weight.shape[::-1]
         and matrix.stride() == weight.stride()[::-1]
         and matrix.storage_offset() == weight.storage_offset()
+        # not a view of a view, nor one that someone wrote to
+        and getattr(view.next_functions[0][0], "variable", None) is weight
     )
     return (Linear, weight) if is_transpose else None
 
