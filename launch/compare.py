@@ -36,21 +36,20 @@ def _difference(loss: float, expected: float) -> float:
 
 def table(results: list[Result]) -> Table:
     reference = results[0]
-    view = Table(title=f"{reference.stages} stages, {reference.micro_batches} micro-batches, "
-                       f"{len(reference.losses)} batches")
-    view.add_column("schedule")
-    for column in ("loss", "differs by", "validation", "s a batch", "predicted bubble", "measured bubble",
-                   "peak activations"):
-        view.add_column(column, justify="right")
+    view = Table(title=f"{reference.stages} ranks, {reference.micro_batches} micro-batches, "
+                       f"{len(reference.losses)} batches",
+                 caption="differs by: the largest relative difference of any batch's loss from the first row's. "
+                         "Bubbles are the last batch's; predicted: simulated with its own mean times of the passes. "
+                         f"Peak activations of each rank in 1/{2 * reference.stages} of the model for one micro-batch.")
+    view.add_column("schedule", no_wrap=True)
+    for column in ("loss", "differs by", "validation", "s a batch", "predicted\nbubble", "measured\nbubble",
+                   "peak\nactivations"):
+        view.add_column(column, justify="right", no_wrap=True)
     for result in results:
         view.add_row(result.schedule, f"{result.loss:.6f}", f"{largest_difference(result, reference):.1e}",
-                     f"{result.validation_loss:.6f}", f"{result.batch_seconds:.3f}", _percent(result.predicted_bubble),
-                     _percent(result.measured_bubble), " ".join(f"{peak:g}" for peak in result.peak_activations))
+                     f"{result.validation_loss:.6f}", f"{result.batch_seconds:.3f}", f"{result.predicted_bubble:.1%}",
+                     f"{result.measured_bubble:.1%}", " ".join(map(str, result.peak_activations)))
     return view
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def main() -> int:

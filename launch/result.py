@@ -10,8 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Result:
-    """`losses` holds one loss a batch (nats a byte), `batch_seconds` the median without the first batches; lists of
-    `peak_*` hold one number for each pipeline rank. Bubbles are fractions; None is what wasn't measured.
+    """`losses` holds one loss a batch (nats a byte), `batch_seconds` the median without the first batches. Of the last
+    batch: bubbles as fractions, and each rank's `peak_activations` in 1/(2 x stages) of the model for one micro-batch.
     """
 
     schedule: str
@@ -20,10 +20,9 @@ class Result:
     losses: list[float]
     validation_loss: float
     batch_seconds: float
-    predicted_bubble: float | None
-    measured_bubble: float | None
-    peak_activations: list[float]
-    peak_activation_bytes: list[int] | None
+    predicted_bubble: float
+    measured_bubble: float
+    peak_activations: list[int]
 
     @property
     def loss(self) -> float:
