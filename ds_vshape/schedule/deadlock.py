@@ -5,6 +5,8 @@ Two rules of the libraries below us can turn a plausible program into one that h
     rendezvous   a send completes only once its receive is posted (gloo, and NCCL beyond its buffers)
     in order     on one communicator a rank's operations run in the order of posting, one after the other (NCCL)
 
+and one of our own runtime: while shapes are announced, a receive isn't posted before it is waited for.
+
 `check` runs the programs against a rule without times: an operation completes as soon as the rule lets it. Whether
 one more operation can complete never depends on the order of the others, so what is stuck here is stuck on every
 real run, and what runs to its end here does so on every real run.
@@ -28,6 +30,7 @@ class Rule(enum.Enum):
 
     RENDEZVOUS = "rendezvous"
     IN_ORDER = "in order on each communicator"
+    LATE_RECEIVES = "receives posted only when waited for"
 
 
 class DeadlockError(RuntimeError):
@@ -54,6 +57,7 @@ class _Run:
         self._place = [0] * len(programs)
         self._sent: dict[Channel, list[Message]] = defaultdict(list)
         self._posted: dict[Channel, list[Message]] = defaultdict(list)
+        self._noted: dict[Channel, deque[PostReceive]] = defaultdict(deque)
         self._started: set[tuple[type[Step], Message]] = set()
         self._matched: dict[Channel, int] = defaultdict(int)
         # For each (rank, communicator) the channels of the operations that aren't complete, in the order of posting.
@@ -89,8 +93,12 @@ class _Run:
         if isinstance(step, Send):
             self._start(rank, step.message.channel.source, step, self._sent)
         elif isinstance(step, PostReceive):
-            self._start(rank, step.message.channel.target, step, self._posted)
+            self._noted[step.message.channel].append(step)
+            if self._rule is not Rule.LATE_RECEIVES:
+                self._start_noted(rank, step.message)
         elif isinstance(step, (AwaitSend, AwaitReceive)):
+            if isinstance(step, AwaitReceive):
+                self._start_noted(rank, step.message)
             if (Send if isinstance(step, AwaitSend) else PostReceive, step.message) not in self._started:
                 raise DeadlockError(f"rank {rank} waits for {step.message} before it started it")
             if step.message not in self._complete:
@@ -99,6 +107,13 @@ class _Run:
         elif isinstance(step, Run):
             self._run(rank, step.work)
         return True
+
+    def _start_noted(self, rank: int, message: Message) -> None:
+        """Start the channel's receives that stand up to `message`."""
+        noted = self._noted[message.channel]
+        while PostReceive(message) in noted:
+            step = noted.popleft()
+            self._start(rank, step.message.channel.target, step, self._posted)
 
     def _start(self, rank: int, end: int, step: Send | PostReceive, started: dict[Channel, list[Message]]) -> None:
         message, channel = step.message, step.message.channel

@@ -68,7 +68,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """Compute a pass; `split` tells a forward whether its backward comes as B and W or as BW."""
+    """Compute a pass; `split` tells whether its micro-batch's backward on this stage comes as B and W."""
 
     work: Pass
     split: bool
@@ -157,7 +157,7 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
         before[target][transfer.needed_at].append(AwaitReceive(message))
         before[source][max(bisect.bisect_left(starts[source], transfer.needed.end), transfer.made_at + 1)].append(
             AwaitSend(message))
-    whole = whole_backwards(schedule)
+    split = {(work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.W}
     programs = []
     for rank, order in enumerate(schedule.orders):
         steps: list[Step] = []
@@ -166,7 +166,7 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
             steps += before[rank][place]
             if work.kind is Kind.F and _loads(work, schedule.placement):
                 steps.append(Load(work.micro_batch))
-            steps.append(Run(work, split=(work.stage, work.micro_batch) not in whole))
+            steps.append(Run(work, split=(work.stage, work.micro_batch) in split))
             steps += after[rank][place]
         programs.append(tuple(steps + before[rank][len(order)]))
     return tuple(programs)

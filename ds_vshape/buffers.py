@@ -1,0 +1,77 @@
+"""What a stage holds of one micro-batch from its forward to the end of its backward.
+
+    before F     inputs
+    F to B       inputs (their .grad is wanted), and the loss or the roots: where the backward enters the graph
+    B to W       the store: inputs and output gradients of the split operators, nothing else
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ds_vshape.p2p import Payload
+from ds_vshape.split_backward import WeightGradientStore
+
+
+@dataclass
+class Buffer:
+    """The tensors of one (stage, micro-batch); each is let go as soon as nothing needs it."""
+
+    inputs: Payload | None = None
+    labels: Any = None
+    loss: Any = None
+    roots: tuple[GradientEdge | None, ...] = ()
+    output_grads: tuple[Tensor | None, ...] = ()
+    store: WeightGradientStore = field(default_factory=WeightGradientStore)
+
+    def take_input_grads(self) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, which the buffer lets go."""
+        assert self.inputs is not None
+        grads = tuple(None if t is None else t.grad for t in members(self.inputs))
+        self.inputs = None
+        return grads
+
+
+def edges(outputs: Payload) -> tuple[GradientEdge | None, ...]:
+    """Where a backward enters the graph of `outputs`; unlike the outputs, edges keep no data alive."""
+    return tuple(get_gradient_edge(t) if t is not None and t.requires_grad else None for t in members(outputs))
+
+
+def members(payload: Payload) -> tuple[Tensor | None, ...]:
+    """The tensors of what crosses a stage boundary."""
+    return payload if isinstance(payload, tuple) else (payload,)
+
+
+def leaves(payload: Payload) -> Payload:
+    """What the next stage on the same rank gets: the same data, outside the graph, wanting gradients where it did."""
+    cut = tuple(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in members(payload))
+    return cut if isinstance(payload, tuple) else cut[0]  # type: ignore[return-value]
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def enter(payload: Payload) -> Payload:
+    """The inputs as the stage's forward gets them: it may change them in place, which a leaf forbids.
+
+    DeepSpeed clones them for that; here no memory is copied.
+    """
+    wanting = [t for t in members(payload) if t is not None and t.requires_grad]
+    if not wanting:
+        return payload
+    entered = iter(_Enter.apply(*wanting))  # type: ignore[no-untyped-call]
+    inside = tuple(next(entered) if t is not None and t.requires_grad else t for t in members(payload))
+    return inside if isinstance(payload, tuple) else inside[0]  # type: ignore[return-value]

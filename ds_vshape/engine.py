@@ -1,0 +1,419 @@
+"""The engine: DeepSpeed's PipelineEngine (runtime/pipe/engine.py), driven by any schedule.
+
+The stock engine takes for granted one stage a rank, one loss in flight, a backward in one piece and messages that
+block. This one runs a program of instructions and knows nothing of schedules but that: each instruction names the
+(stage, micro-batch) it works on, and each has one method here.
+
+    [1] the data      LoadMicroBatch
+    [2] forward       ForwardPass, SplitForwardPass
+    [3] backward      BackwardPass, InputGradPass, WeightGradPass
+    [4] messages      Send*, Recv*, Wait*, Release*
+    [5] the end       ReduceTiedGrads, ReduceGrads, OptimizerStep (DeepSpeed's own)
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import engine as stock
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ds_vshape import instructions as instr
+from ds_vshape.buffers import Buffer, edges, enter, leaves, members
+from ds_vshape.checkpoints import Layout, check_layout, save_layout
+from ds_vshape.config import ScheduleConfig
+from ds_vshape.gradients import clip_gradients, delivery_for
+from ds_vshape.instructions import BufferId
+from ds_vshape.p2p import Channels, Payload, Signatures
+from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times
+from ds_vshape.schedule import deadlock
+from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
+from ds_vshape.schedule.named import build, check_memory_limit
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.split_backward import SplitBackward
+
+_PASS_KINDS = {
+    instr.ForwardPass: Kind.F,
+    instr.SplitForwardPass: Kind.F,
+    instr.BackwardPass: Kind.BW,
+    instr.InputGradPass: Kind.B,
+    instr.WeightGradPass: Kind.W,
+}
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A schedule, and what this rank does for it."""
+
+    schedule: Schedule
+    instructions: list[instr.PipeInstruction]
+
+
+class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
+    """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
+
+    Made by :func:`ds_vshape.initialize`. All public methods are DeepSpeed's; `schedule` and `pipeline_report` are
+    added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The stock constructor asks is_first_stage() and is_last_stage() for the ends of the chain of ranks, not of
+        # the model: it warms up the neighbours with them.
+        self._constructed = False
+        super().__init__(*args, **kwargs)
+        self._constructed = True
+        self.placement: Placement = self.module.placement
+        if not (self.is_first_stage() or self.is_last_stage()):
+            self.data_iterator = self.training_dataloader = None
+        self._channels = Channels(channels(self.placement), self.stage_id, self.grid.pp_group, self.device)
+        self._signatures: Signatures | None = None
+        self._buffers: dict[BufferId, Buffer] = {}
+        # What passes made for other ranks, until it is sent.
+        self._outbox: dict[tuple[Content, BufferId], Payload] = {}
+        self._deliver = delivery_for(self.optimizer)
+        self._plans: dict[int, BatchPlan] = {}
+        self._recorder = self._training_record = PassRecorder()
+        self._forwards_before = 0
+        self._active_stage = self.placement.chunks[self.stage_id][0]
+        # Parameters whose gradients came from W; None once they are reported.
+        self._in_split: set[torch.nn.Parameter] | None = set()
+        self._announce(self.schedule())
+
+    # -- schedules and programs
+
+    def schedule(self) -> Schedule:
+        """The schedule of a training batch with the present number of micro-batches."""
+        return self._train_schedule().schedule
+
+    def _train_schedule(self) -> BatchPlan:
+        if self.micro_batches not in self._plans:
+            config: ScheduleConfig = self.module.schedule_config
+            schedule = build(config.name, self.placement.ranks, self.micro_batches)
+            check_memory_limit(schedule, config.memory_limit)
+            self._plans[self.micro_batches] = BatchPlan(schedule, instr.training_instructions(self._program(schedule)))
+        return self._plans[self.micro_batches]
+
+    def _inference_schedule(self, micro_batches: int) -> BatchPlan:
+        if micro_batches < 1:
+            raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
+        schedule = forward_only(self.placement, micro_batches)
+        return BatchPlan(schedule, instr.evaluation_instructions(self._program(schedule)))
+
+    def _program(self, schedule: Schedule) -> Program:
+        programs = lower(schedule, Times.uniform(self.placement.stages))
+        deadlock.check(programs, self.placement)
+        return programs[self.stage_id]
+
+    def _announce(self, schedule: Schedule) -> None:
+        if self.global_rank == 0:
+            timeline = simulate(schedule, Times.uniform(self.placement.stages))
+            logger.info(f"pipeline_schedule {schedule.name}: {self.placement.ranks} ranks, {self.placement.stages} stages, "
+                        f"{self.micro_batches} micro-batches; with equal times bubble {timeline.bubble:.1%}, peak "
+                        f"{max(peak_activations(schedule)):g} of 1F1B's {2 * self.placement.ranks} activations")
+
+    def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
+        training = torch.is_grad_enabled()
+        self.fwd_outputs = []
+        self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
+        self._recorder = PassRecorder()
+        for instruction in pipe_schedule.instructions:
+            execute = self._INSTRUCTION_MAP[type(instruction)]
+            kind = _PASS_KINDS.get(type(instruction))
+            if kind is None:
+                execute(self, **instruction.kwargs)
+            else:
+                work = Pass(kind, *instruction.buffer_id)
+                start = self._recorder.start(work)
+                execute(self, instruction.buffer_id)
+                self._recorder.end(work, start)
+        signatures = self._channels.end_batch()
+        self._forwards_before += pipe_schedule.schedule.micro_batches
+        if training:
+            self._signatures = signatures
+            self._training_record = self._recorder
+            self._report_split()
+
+    # -- where this rank stands
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first stage: it loads the inputs."""
+        return self._holds(0) if self._constructed else super().is_first_stage()
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last stage: it loads the labels and computes the loss."""
+        return self._holds(self.module.placement.last_stage) if self._constructed else super().is_last_stage()
+
+    def _holds(self, stage: int) -> bool:
+        return bool(self.module.placement.rank_of(stage) == self.stage_id)
+
+    def _loss_stage_global_rank(self) -> int:
+        return int(self.grid.stage_to_global(self.placement.rank_of(self.placement.last_stage)))
+
+    def _activate(self, stage: int) -> None:
+        self._active_stage = stage
+        self.module.activate_stage(stage)
+
+    def _buffer(self, buffer_id: BufferId) -> Buffer:
+        return self._buffers.setdefault(buffer_id, Buffer())
+
+    # -- [1] the data
+
+    def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
+        inputs, labels = self._next_batch()
+        if self._holds(0):
+            inputs = _own_copy(inputs, self.device, "inputs")
+            if self._reentrant_activation_checkpointing():
+                for tensor in members(inputs):
+                    tensor.requires_grad_(tensor.is_floating_point())
+            self._buffer(BufferId(0, buffer_id.micro_batch)).inputs = inputs
+        if self._holds(self.placement.last_stage):
+            if torch.is_tensor(labels) or isinstance(labels, (tuple, list)):
+                labels = _own_copy(labels, self.device, "labels")
+            self._buffer(BufferId(self.placement.last_stage, buffer_id.micro_batch)).labels = labels
+
+    # -- [2] forward
+
+    def _exec_forward_pass(self, buffer_id: BufferId) -> None:
+        buffer = self._buffers[buffer_id]
+        assert buffer.inputs is not None
+        self._activate(buffer_id.stage)
+        # The seeds of layers count forward calls, and must not depend on the order of the passes.
+        self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
+        outputs = DeepSpeedEngine.forward(self, enter(buffer.inputs))
+        if not self.module.training:
+            ds_checkpointing.reset()
+        if buffer_id.stage == self.placement.last_stage:
+            buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
+            buffer.labels = None
+        else:
+            buffer.roots = edges(outputs)
+            self._hand_over(Content.ACTIVATION, BufferId(buffer_id.stage + 1, buffer_id.micro_batch), outputs)
+        if not torch.is_grad_enabled():
+            del self._buffers[buffer_id]
+
+    def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
+        with SplitBackward(self._buffers[buffer_id].store):
+            self._exec_forward_pass(buffer_id)
+
+    def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
+        """The loss of one micro-batch, added to the batch's."""
+        compute = self._compute_loss and self.module.loss_fn is not None
+        loss = self.module.loss_fn(outputs, labels) if compute else outputs
+        if self.eval_return_logits:
+            self.outputs = outputs
+        self.loss = _detached(loss)
+        self.fwd_outputs.append(self.loss)
+        self.total_loss = _added(self.total_loss, self.loss)
+        additional = self.module.get_additional_losses()
+        if additional is not None:
+            totals = self.total_additional_losses or {}
+            self.total_additional_losses = OrderedDict(
+                (name, _added(totals.get(name), _detached(value))) for name, value in additional.items())
+        return loss
+
+    # -- [3] backward
+
+    def _exec_backward_pass(self, buffer_id: BufferId) -> None:
+        self._backward(buffer_id)
+        del self._buffers[buffer_id]
+
+    def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
+        # Active in the backward too: a checkpointed layer runs its forward again in there.
+        with SplitBackward(self._buffers[buffer_id].store):
+            self._backward(buffer_id)
+
+    def _exec_weight_grad_pass(self, buffer_id: BufferId) -> None:
+        self._activate(buffer_id.stage)
+        store = self._buffers.pop(buffer_id).store
+        if self._in_split is not None:
+            self._in_split.update(store.parameters())
+        store.run(self._deliver)
+
+    def _backward(self, buffer_id: BufferId) -> None:
+        """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""
+        buffer = self._buffers[buffer_id]
+        self._activate(buffer_id.stage)
+        if buffer_id.stage == self.placement.last_stage:
+            loss, buffer.loss = buffer.loss, None
+            DeepSpeedEngine.backward(self, loss)
+        else:
+            roots, grads = buffer.roots, buffer.output_grads
+            buffer.roots = buffer.output_grads = ()
+            self._backward_without_loss(roots, grads)
+        grads = buffer.take_input_grads()
+        if buffer_id.stage:
+            self._hand_over(Content.GRADIENT, BufferId(buffer_id.stage - 1, buffer_id.micro_batch), grads)
+
+    def _backward_without_loss(self, roots: Sequence[GradientEdge | None], grads: Sequence[Tensor | None]) -> None:
+        """What the stock engine does around the backward of a stage that has no loss."""
+        pairs = [(root, grad) for root, grad in zip(roots, grads, strict=True) if root is not None and grad is not None]
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads()
+        if pairs:
+            self._running_engine_backward = True
+            try:
+                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+            finally:
+                self._running_engine_backward = False
+        if self.using_bf16_optimizer:
+            self.optimizer.update_hp_grads(clear_lp_grads=False)
+
+    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
+        # Gradients are divided by the accumulation steps once: on the stage with the loss.
+        if self._active_stage == self.placement.last_stage:
+            return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
+        return grad
+
+    def _report_split(self) -> None:
+        """Say once which parameters have their gradients in B, and how much of the model that is."""
+        if self._in_split is None:
+            return
+        split, self._in_split = self._in_split, None
+        if not any(work.kind is Kind.W for work in self.schedule().orders[self.stage_id]) or self.grid.data_parallel_id:
+            return
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        unsplit = [(name, p) for name, p in trained if p not in split]
+        share = 1 - sum(p.numel() for _, p in unsplit) / max(1, sum(p.numel() for _, p in trained))
+        names = f"; in B: {', '.join(name for name, _ in unsplit)}" if unsplit else ""
+        logger.info(f"pipeline rank {self.stage_id}: {share:.1%} of the parameters have their gradients in W{names}")
+
+    # -- [4] messages
+
+    def _hand_over(self, content: Content, receiver: BufferId, payload: Payload) -> None:
+        """Give what a pass made to the neighbour stage: at once on this rank, else when its instruction comes."""
+        if not self._holds(receiver.stage):
+            self._outbox[content, receiver] = payload
+        elif content is Content.ACTIVATION:
+            self._buffer(receiver).inputs = leaves(payload)
+        else:
+            self._buffers[receiver].output_grads = members(payload)
+
+    def _exec_recv_activation(self, buffer_id: BufferId) -> None:
+        self._channels.post(self._message(Kind.F, buffer_id))
+
+    def _exec_recv_grad(self, buffer_id: BufferId) -> None:
+        self._channels.post(self._message(Kind.B, buffer_id))
+
+    def _exec_wait_activation(self, buffer_id: BufferId) -> None:
+        self._buffer(buffer_id).inputs = self._channels.receive(self._message(Kind.F, buffer_id))
+
+    def _exec_wait_grad(self, buffer_id: BufferId) -> None:
+        self._buffers[buffer_id].output_grads = members(self._channels.receive(self._message(Kind.B, buffer_id)))
+
+    def _exec_send_activation(self, buffer_id: BufferId) -> None:
+        self._channels.send(self._message(Kind.F, buffer_id), self._outbox.pop((Content.ACTIVATION, buffer_id)))
+
+    def _exec_send_grad(self, buffer_id: BufferId) -> None:
+        self._channels.send(self._message(Kind.B, buffer_id), self._outbox.pop((Content.GRADIENT, buffer_id)))
+
+    def _exec_release_activation(self, buffer_id: BufferId) -> None:
+        self._channels.release(self._message(Kind.F, buffer_id))
+
+    def _exec_release_grad(self, buffer_id: BufferId) -> None:
+        self._channels.release(self._message(Kind.B, buffer_id))
+
+    def _message(self, kind: Kind, buffer_id: BufferId) -> Message:
+        message = message_into(Pass(kind, *buffer_id), self.placement)
+        assert message is not None
+        return message
+
+    def reset_activation_shape(self) -> None:
+        """Announce the shapes of all messages again in the next batch; to be called on every rank."""
+        super().reset_activation_shape()
+        self._signatures = None
+
+    # -- [5] the end of a batch, checkpoints, reports
+
+    def clip_fp32_gradients(self) -> None:
+        self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
+
+    def _save_checkpoint(self, save_dir: str, tag: str, *args: Any, **kwargs: Any) -> None:
+        if self.local_rank <= 0:
+            save_layout(os.path.join(save_dir, tag), Layout.of(self.module), self.global_rank)
+        super()._save_checkpoint(save_dir, tag, *args, **kwargs)
+
+    def _load_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True, load_module_only: bool = False,
+                         **kwargs: Any) -> Any:
+        if load_optimizer_states and not load_module_only and not self.load_universal_checkpoint():
+            check_layout(os.path.join(load_dir, str(tag)), Layout.of(self.module))
+        return super()._load_checkpoint(load_dir, tag, load_optimizer_states=load_optimizer_states,
+                                        load_module_only=load_module_only, **kwargs)
+
+    def pipeline_report(self) -> dict[str, Any]:
+        """How the last training batch went; to be called on every rank.
+
+        Returns "schedule" (its name), "predicted_bubble" (simulated with the passes' mean measured times),
+        "measured_bubble", "makespan" (seconds) and "peak_activations" (of each rank, in 1/(2p) of the model for one
+        micro-batch).
+        """
+        schedule = self.schedule()
+        group = self.grid.get_pipe_parallel_group()
+        timeline = gather_timeline(self._training_record.spans(), schedule.orders, group, self.device)
+        predicted = simulate(schedule, mean_times(timeline, self.placement.stages))
+        unit = 2 * self.placement.ranks // self.placement.stages
+        peaks = [torch.empty(1, device=self.device) for _ in schedule.orders]
+        dist.all_gather(peaks, torch.tensor([float(unit * self._training_record.peak_alive)], device=self.device), group=group)
+        return {
+            "schedule": schedule.name,
+            "predicted_bubble": predicted.bubble,
+            "measured_bubble": timeline.bubble,
+            "makespan": timeline.makespan,
+            "peak_activations": [int(peak) for peak in peaks],
+        }
+
+    # Plain functions, as in the stock engine: overriding a method alone would change nothing.
+    _INSTRUCTION_MAP = {
+        instr.LoadMicroBatch: _exec_load_micro_batch,
+        instr.ForwardPass: _exec_forward_pass,
+        instr.SplitForwardPass: _exec_split_forward_pass,
+        instr.BackwardPass: _exec_backward_pass,
+        instr.InputGradPass: _exec_input_grad_pass,
+        instr.WeightGradPass: _exec_weight_grad_pass,
+        instr.RecvActivation: _exec_recv_activation,
+        instr.RecvGrad: _exec_recv_grad,
+        instr.WaitActivation: _exec_wait_activation,
+        instr.WaitGrad: _exec_wait_grad,
+        instr.SendActivation: _exec_send_activation,
+        instr.SendGrad: _exec_send_grad,
+        instr.ReleaseActivation: _exec_release_activation,
+        instr.ReleaseGrad: _exec_release_grad,
+        instr.ReduceTiedGrads: stock.PipelineEngine._exec_reduce_tied_grads,
+        instr.ReduceGrads: stock.PipelineEngine._exec_reduce_grads,
+        instr.OptimizerStep: stock.PipelineEngine._exec_optimizer_step,
+    }
+
+
+def _own_copy(data: Any, device: torch.device, what: str) -> Payload:
+    """`data` of the iterator as tensors that nobody else changes; PipelineError if it holds anything but tensors."""
+    if torch.is_tensor(data):
+        return data.detach().clone().to(device)  # type: ignore[no-any-return]
+    if not isinstance(data, (tuple, list)) or not all(map(torch.is_tensor, data)):
+        raise PipelineError(f"the {what} of a micro-batch are {type(data).__name__}: must be a tensor or a tuple of tensors")
+    return tuple(tensor.detach().clone().to(device) for tensor in data)
+
+
+def _detached(loss: Any) -> Any:
+    """A loss (a tensor or a list of them) outside its graph."""
+    return loss.detach() if torch.is_tensor(loss) else [part.detach() for part in loss]
+
+
+def _added(total: Any, loss: Any) -> Any:
+    """The sum of two losses; `total` may be None yet."""
+    if torch.is_tensor(loss):
+        return loss.clone() if total is None else total + loss
+    return [_added(None if total is None else total[place], part) for place, part in enumerate(loss)]

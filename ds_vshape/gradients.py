@@ -1,0 +1,97 @@
+"""Where a weight gradient goes that comes later than its backward, and the clipping of all gradients.
+
+An ordinary backward leaves gradients in `.grad`, and each of DeepSpeed's optimizers picks them up from there at a
+moment of its own; a gradient that comes after that moment would be lost without a word. So W hands its gradients to
+the place where the optimizer accumulates them:
+
+    optimizer                                                        place
+    BF16_Optimizer (runtime/bf16_optimizer.py)                       its buffer of high precision
+    DeepSpeedZeroOptimizer with an accumulation dtype of its own     parameter.grad_accum
+    all others                                                       parameter.grad
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
+from torch import Tensor
+from torch.nn import Parameter
+
+Deliver = Callable[[Parameter, Tensor], None]
+
+
+def delivery_for(optimizer: Any) -> Deliver:
+    """The function that adds a late weight gradient to a parameter's gradient of this batch.
+
+    It takes the parameter and its gradient (same shape, the parameter's dtype), in the order of the micro-batches.
+    """
+    if isinstance(optimizer, BF16_Optimizer):
+        return _HighPrecisionBuffers(optimizer).deliver
+    if getattr(optimizer, "use_grad_accum_attribute", False):
+        dtype = optimizer.gradient_accumulation_dtype
+
+        def accumulate_apart(parameter: Any, gradient: Tensor) -> None:
+            if parameter.grad_accum is None:
+                parameter.grad_accum = gradient.to(dtype)
+            else:
+                parameter.grad_accum.add_(gradient.to(dtype).view(parameter.grad_accum.shape))
+
+        return accumulate_apart
+    return accumulate_in_grad
+
+
+def accumulate_in_grad(parameter: Parameter, gradient: Tensor) -> None:
+    """Add to `parameter.grad`, as autograd does."""
+    if parameter.grad is None:
+        # DeepSpeed flattens gradients with view(-1).
+        parameter.grad = gradient.contiguous()
+    else:
+        parameter.grad.add_(gradient)
+
+
+class _HighPrecisionBuffers:
+    """BF16_Optimizer's accumulation buffers, by parameter. It zeroes every `.grad` when the next backward begins."""
+
+    def __init__(self, optimizer: BF16_Optimizer) -> None:
+        self._optimizer = optimizer
+        self._places = {
+            parameter: (group, index)
+            for group, parameters in enumerate(optimizer.bf16_groups)
+            for index, parameter in enumerate(parameters)
+        }
+
+    @torch.no_grad()
+    def deliver(self, parameter: Any, gradient: Tensor) -> None:
+        group, index = self._places[parameter]
+        buffer = self._optimizer.fp32_groups_gradients[group][index]
+        buffer.add_(gradient.to(buffer.dtype).view(buffer.shape))
+        parameter._hp_grad = buffer
+        self._optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> float:
+    """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before.
+
+    For a plain torch optimizer in fp32. DeepSpeed's own (clip_grad_norm_ in runtime/utils.py) counts only what the
+    first pipeline rank holds. Here every parameter counts once: a tied one on its first rank, one that tensor
+    parallel ranks share on the first of them. Collective over the pipeline and tensor parallel ranks.
+    """
+    with_grad = [p for p in parameters if p.grad is not None]
+    first_tensor_rank = bwc_tensor_model_parallel_rank(mpu) == 0
+    counted = [p.grad.float().norm() for p in with_grad
+               if not p.ds_pipe_replicated and (first_tensor_rank or is_model_parallel_parameter(p))]
+    group = mpu.get_model_parallel_group()
+    square = torch.stack(counted).square().sum() if counted else torch.zeros((), device=get_accelerator().current_device_name())
+    dist.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in with_grad:
+        parameter.grad.mul_(scale)
+    return float(norm)

@@ -1,0 +1,137 @@
+"""The engine's instruction set: DeepSpeed's own (runtime/pipe/schedule.py), and what a split backward and
+asynchronous messages need beside them.
+
+DeepSpeed's instructions name a pipeline buffer by number. Here a buffer's id is its (stage, micro-batch), so an
+instruction says what it works on and a rank may hold any number of stages.
+
+    LoadMicroBatch                          inputs, labels = next(data)
+    ForwardPass, SplitForwardPass           output = stage(input)
+    BackwardPass                            both halves of the backward at once
+    InputGradPass, WeightGradPass           one half each
+    RecvActivation, RecvGrad                offer a buffer; don't wait
+    WaitActivation, WaitGrad                wait until it is filled
+    SendActivation, SendGrad                start to send; don't wait
+    ReleaseActivation, ReleaseGrad          wait until it has left
+    ReduceTiedGrads, ReduceGrads, OptimizerStep
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch, OptimizerStep,
+                                             PipeInstruction, RecvActivation, RecvGrad, ReduceGrads, ReduceTiedGrads,
+                                             SendActivation, SendGrad)
+
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run, Send,
+                                         Step)
+from ds_vshape.schedule.passes import Kind
+
+__all__ = [
+    "BackwardPass", "BufferId", "ForwardPass", "InputGradPass", "LoadMicroBatch", "OptimizerStep", "PipeInstruction",
+    "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad",
+    "SendActivation", "SendGrad", "SplitForwardPass", "WaitActivation", "WaitGrad", "WeightGradPass",
+    "evaluation_instructions", "training_instructions"
+]
+
+
+class BufferId(NamedTuple):
+    """A pipeline buffer: what one stage holds of one micro-batch."""
+
+    stage: int
+    micro_batch: int
+
+
+class SplitForwardPass(BufferOpInstruction):  # type: ignore[misc]
+    """Compute a forward pass whose backward will come in two halves.
+
+    Roughly:
+
+    .. code-block:: python
+
+        with SplitBackward(buffers['store'][buffer_id]):
+            buffers['outputs'][buffer_id] = forward(buffers['inputs'][buffer_id])
+    """
+
+
+class InputGradPass(BufferOpInstruction):  # type: ignore[misc]
+    """Compute the gradient of a stage's input, and keep what its weight gradients need.
+
+    Roughly:
+
+    .. code-block:: python
+
+        outputs = buffers['outputs'][buffer_id]
+        torch.autograd.backward(outputs, buffers['gradients'][buffer_id])
+        gradients = buffers['inputs'][buffer_id].grad
+    """
+
+
+class WeightGradPass(BufferOpInstruction):  # type: ignore[misc]
+    """Compute and accumulate the weight gradients that an :class:`InputGradPass` left.
+
+    Roughly:
+
+    .. code-block:: python
+
+        for x, grad_output, weight in buffers['store'][buffer_id]:
+            weight.grad += grad_output.T @ x
+    """
+
+
+class WaitActivation(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the activations of a :class:`RecvActivation` are there."""
+
+
+class WaitGrad(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the gradients of a :class:`RecvGrad` are there."""
+
+
+class ReleaseActivation(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the activations of a :class:`SendActivation` have left, and give back their memory."""
+
+
+class ReleaseGrad(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the gradients of a :class:`SendGrad` have left, and give back their memory."""
+
+
+_PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
+    (Kind.F, False): ForwardPass,
+    (Kind.F, True): SplitForwardPass,
+    (Kind.BW, False): BackwardPass,
+    (Kind.B, True): InputGradPass,
+    (Kind.W, True): WeightGradPass,
+}
+_MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
+    (PostReceive, Content.ACTIVATION): RecvActivation,
+    (PostReceive, Content.GRADIENT): RecvGrad,
+    (AwaitReceive, Content.ACTIVATION): WaitActivation,
+    (AwaitReceive, Content.GRADIENT): WaitGrad,
+    (Send, Content.ACTIVATION): SendActivation,
+    (Send, Content.GRADIENT): SendGrad,
+    (AwaitSend, Content.ACTIVATION): ReleaseActivation,
+    (AwaitSend, Content.GRADIENT): ReleaseGrad,
+}
+
+
+def training_instructions(program: Program) -> list[PipeInstruction]:
+    """A rank's program as instructions, with the end of a batch: every gradient is reduced, then the optimizer steps."""
+    return [*evaluation_instructions(program), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
+
+
+def evaluation_instructions(program: Program) -> list[PipeInstruction]:
+    """A rank's program as instructions, nothing added."""
+    return [_instruction(step) for step in program]
+
+
+def _instruction(step: Step) -> PipeInstruction:
+    if isinstance(step, Load):
+        return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
+    if isinstance(step, Run):
+        work = step.work
+        return _PASSES[work.kind, step.split](buffer_id=BufferId(work.stage, work.micro_batch))
+    message: Message = step.message
+    return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))
+
+

@@ -1,0 +1,225 @@
+"""Messages between pipeline ranks, asynchronous on a communicator for each channel.
+
+DeepSpeed's p2p.py sends and receives on one communicator and blocks in both; around a V, where neighbours send to
+each other in both directions, that hangs or serializes. Here every channel (source, target, content) has a process
+group of its own, so no message ever stands behind one of another kind, and the order on a channel is the sender's.
+
+A message is the tensors of one stage boundary. Their signature (shapes, dtypes, which want or have a gradient) goes
+ahead of each message in an announced batch; in the batches after it the receiver knows it already.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineError
+from torch import Tensor
+
+from ds_vshape.schedule.lowering import Channel, Content, Message
+
+Payload = Tensor | tuple[Tensor | None, ...]
+
+_HEADER_SIZE = 256
+_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float16, torch.bfloat16, torch.uint8,
+           torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+_DTYPE_IDS = {dtype: number for number, dtype in enumerate(_DTYPES)}
+
+
+@dataclass(frozen=True)
+class TensorSignature:
+    """What a receiver must know of a tensor to make room for it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The signature of a message; None stands for a member without gradient."""
+
+    tensors: tuple[TensorSignature | None, ...]
+    is_tuple: bool
+
+    @classmethod
+    def of(cls, payload: Payload) -> Signature:
+        """The signature of `payload`; PipelineError for what can't cross a stage boundary."""
+        is_tuple = isinstance(payload, tuple)
+        members = payload if isinstance(payload, tuple) else (payload,)
+        for member in members:
+            if member is not None and (not torch.is_tensor(member) or member.dtype not in _DTYPE_IDS):
+                what = member.dtype if torch.is_tensor(member) else type(member).__name__
+                raise PipelineError(f"a stage's output holds {what}: only tensors and tuples of tensors can cross to "
+                                    "the next stage")
+        return cls(tuple(None if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
+                         for t in members), is_tuple)
+
+    def encode(self) -> list[int]:
+        """The signature as numbers."""
+        numbers = [int(self.is_tuple), len(self.tensors)]
+        for tensor in self.tensors:
+            if tensor is None:
+                numbers.append(-1)
+            else:
+                numbers += [_DTYPE_IDS[tensor.dtype], int(tensor.requires_grad), len(tensor.shape), *tensor.shape]
+        if len(numbers) > _HEADER_SIZE:
+            raise PipelineError(f"a stage's output has too many tensors or dimensions: {len(numbers)} numbers describe "
+                                f"it, and at most {_HEADER_SIZE} can be announced")
+        return numbers
+
+    @classmethod
+    def decode(cls, numbers: Sequence[int]) -> Signature:
+        """The signature that `encode` wrote."""
+        stream = iter(numbers)
+        is_tuple, count = bool(next(stream)), next(stream)
+        tensors: list[TensorSignature | None] = []
+        for _ in range(count):
+            dtype = next(stream)
+            if dtype < 0:
+                tensors.append(None)
+                continue
+            requires_grad, dimensions = bool(next(stream)), next(stream)
+            tensors.append(TensorSignature(tuple(next(stream) for _ in range(dimensions)), _DTYPES[dtype], requires_grad))
+        return cls(tuple(tensors), is_tuple)
+
+    def __str__(self) -> str:
+        return ", ".join("none" if t is None else f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+                         for t in self.tensors)
+
+
+# By kind of content and receiving stage.
+Signatures = dict[tuple[Content, int], Signature]
+
+
+@dataclass
+class _Transfer:
+    """A message on its way: the works to wait for, and the tensors that must live until then."""
+
+    works: list[Any] = field(default_factory=list)
+    tensors: list[Tensor | None] = field(default_factory=list)
+    signature: Signature | None = None
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+
+
+class Channels:
+    """This rank's ends of the channels.
+
+    Args:
+        channels: all channels of the pipeline, in the same order on every rank.
+        rank: this process's pipeline rank.
+        global_ranks: the global rank of each pipeline rank.
+        device: where messages are received.
+
+    Creating it is collective among the pipeline's ranks. Every transfer started in a batch must be waited for in it.
+    """
+
+    def __init__(self, channels: Sequence[Channel], rank: int, global_ranks: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._global_ranks = tuple(global_ranks)
+        # Only a channel's two ends meet to make its group; all follow the one order of `channels`, so none waits in
+        # a circle.
+        self._groups = {
+            channel: dist.new_group([global_ranks[channel.source], global_ranks[channel.target]],
+                                    use_local_synchronization=True)
+            for channel in channels if rank in (channel.source, channel.target)
+        }
+        self._sending: dict[Message, _Transfer] = {}
+        self._receiving: dict[Message, _Transfer] = {}
+        # Messages of an announced batch whose header isn't read yet, in the order in which they come.
+        self._noted: dict[Channel, deque[Message]] = defaultdict(deque)
+        self._signatures: Signatures = {}
+        self._announced = True
+
+    def begin_batch(self, signatures: Signatures | None) -> None:
+        """Start a batch with the `signatures` of an earlier one, or None to announce each message."""
+        self._announced = signatures is None
+        self._signatures = {} if signatures is None else signatures
+
+    def end_batch(self) -> Signatures:
+        """What this rank's messages looked like, for `begin_batch`."""
+        assert not self._sending and not self._receiving, "a message of this batch was never waited for"
+        return self._signatures
+
+    def send(self, message: Message, payload: Payload) -> None:
+        """Start to send; the tensors must not change until `release`."""
+        signature, key = Signature.of(payload), (message.channel.content, message.stage)
+        transfer = self._sending[message] = _Transfer()
+        if self._announced:
+            header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
+            numbers = signature.encode()
+            header[:len(numbers)] = torch.tensor(numbers)
+            self._start_send(transfer, message.channel, header.to(self._device))
+            self._signatures[key] = signature
+        elif signature != self._signatures[key]:
+            raise PipelineError(
+                f"the {message.channel.content} for stage {message.stage} changed: [{self._signatures[key]}] in an earlier "
+                f"batch, [{signature}] in micro-batch {message.micro_batch} now. Set dynamic_shape=True in the "
+                "PipelineModule, or call engine.reset_activation_shape() on every rank before the batch")
+        for tensor in payload if isinstance(payload, tuple) else (payload,):
+            if tensor is not None:
+                self._start_send(transfer, message.channel, tensor.detach().contiguous())
+
+    def release(self, message: Message) -> None:
+        """Wait until `message` has left."""
+        self._sending.pop(message).wait()
+
+    def post(self, message: Message) -> None:
+        """Offer a buffer for `message`; in an announced batch only take note of it, since nobody knows its size yet."""
+        self._receiving[message] = _Transfer()
+        if self._announced:
+            self._noted[message.channel].append(message)
+        else:
+            self._start_payload(message, self._signatures[message.channel.content, message.stage])
+
+    def receive(self, message: Message) -> Payload:
+        """Wait for `message`; its tensors are leaves that require a gradient where the sender's did."""
+        while not self._receiving[message].signature:
+            self._start_announced(self._noted[message.channel].popleft())
+        transfer = self._receiving.pop(message)
+        transfer.wait()
+        assert transfer.signature is not None
+        wants_gradient = message.channel.content is Content.ACTIVATION and torch.is_grad_enabled()
+        for tensor, described in zip(transfer.tensors, transfer.signature.tensors):
+            if tensor is not None and described is not None and wants_gradient:
+                tensor.requires_grad_(described.requires_grad)
+        if transfer.signature.is_tuple:
+            return tuple(transfer.tensors)
+        first, = transfer.tensors
+        assert first is not None
+        return first
+
+    def _start_announced(self, message: Message) -> None:
+        """Read the header of the channel's next message, then offer buffers for the rest."""
+        header = torch.empty(_HEADER_SIZE, dtype=torch.int64, device=self._device)
+        dist.recv(header, self._global_ranks[message.channel.source], group=self._groups[message.channel])
+        signature = Signature.decode(header.tolist())
+        self._signatures[message.channel.content, message.stage] = signature
+        self._start_payload(message, signature)
+
+    def _start_payload(self, message: Message, signature: Signature) -> None:
+        transfer = self._receiving[message]
+        transfer.signature = signature
+        for described in signature.tensors:
+            tensor = None if described is None else described.empty(self._device)
+            transfer.tensors.append(tensor)
+            if tensor is not None and tensor.numel():
+                transfer.works.append(
+                    dist.irecv(tensor, self._global_ranks[message.channel.source], group=self._groups[message.channel]))
+
+    def _start_send(self, transfer: _Transfer, channel: Channel, tensor: Tensor) -> None:
+        transfer.tensors.append(tensor)
+        if tensor.numel():
+            transfer.works.append(
+                dist.isend(tensor, self._global_ranks[channel.target], group=self._groups[channel]))

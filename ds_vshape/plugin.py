@@ -1,0 +1,66 @@
+"""`ds_vshape.initialize`: deepspeed.initialize, with our engine where the config has the key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
+
+from ds_vshape.config import KEY, ConfigError, DsConfig, load_ds_config, read_section
+from ds_vshape.engine import PipelineEngine
+from ds_vshape.module import PipelineModule
+from ds_vshape.versions import check_versions
+
+
+def initialize(args: Any = None, model: Any = None, *positional: Any, config: DsConfig | None = None,
+               config_params: DsConfig | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """deepspeed.initialize, with the same arguments and the same return: engine, optimizer, dataloader, lr_scheduler.
+
+    With "pipeline_schedule" in the config the engine is ours, and `model` must be a :class:`ds_vshape.PipelineModule`
+    built with the same schedule. Without it the engine is DeepSpeed's own.
+
+    Raises:
+        ConfigError: on every rank, for a section that can't be used, ZeRO above 1, or a model that was built for
+            another schedule.
+    """
+    whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
+    ds_config = {} if whole is None else load_ds_config(whole)
+    section = read_section(ds_config)
+    built_for = model.schedule_config if isinstance(model, PipelineModule) else None
+    if section is not None:
+        check_versions()
+        if not isinstance(model, PipelineModule):
+            hint = "build it as ds_vshape.PipelineModule" if isinstance(model, StockPipelineModule) else "it needs one"
+            raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}, no "
+                              f"ds_vshape.PipelineModule; {hint}")
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        if stage > 1:
+            raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")
+    if section != built_for:
+        raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
+                          f"{_shown(section)}; give both the same config")
+    with nullcontext() if section is None else _our_engine():
+        return deepspeed.initialize(  # type: ignore[no-any-return]
+            args, model, *positional, config=config, config_params=config_params, **kwargs)
+
+
+def _of_arguments(args: Any) -> DsConfig | None:
+    return getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
+
+
+def _shown(section: Any) -> str:
+    return "no schedule" if section is None else str(section.model_dump(exclude_none=True))
+
+
+@contextmanager
+def _our_engine() -> Iterator[None]:
+    """deepspeed.initialize takes the engine's class from a global of its module (deepspeed/__init__.py)."""
+    stock = deepspeed.PipelineEngine
+    deepspeed.PipelineEngine = PipelineEngine
+    try:
+        yield
+    finally:
+        deepspeed.PipelineEngine = stock

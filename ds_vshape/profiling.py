@@ -1,0 +1,103 @@
+"""What a batch really took: the passes' times on every rank, and how they compare with the simulation."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.schedule import Order
+from ds_vshape.schedule.timeline import Span, Timeline, Times
+
+
+class HostClock:
+    """Reads the host's clock: right where a pass has ended when its call returns, as on CPU."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class DeviceClock:
+    """Puts events on the current stream: right where the host runs ahead of the device."""
+
+    def now(self) -> Any:
+        event = get_accelerator().Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+class PassRecorder:
+    """One batch on this rank: its passes with start and end, and how many activations were alive at once."""
+
+    def __init__(self) -> None:
+        self._clock = HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
+        self._marks: list[tuple[Pass, Any, Any]] = []
+        self._alive = 0
+        self._began = self._clock.now()
+        self.peak_alive = 0
+
+    def start(self, work: Pass) -> Any:
+        """`work` begins; returns what `end` needs."""
+        if work.kind is Kind.F:
+            self._alive += 1
+            self.peak_alive = max(self.peak_alive, self._alive)
+        return self._clock.now()
+
+    def end(self, work: Pass, start: Any) -> None:
+        """`work` has ended."""
+        self._marks.append((work, start, self._clock.now()))
+        if work.kind.gives_weight_gradients:
+            self._alive -= 1
+
+    def spans(self) -> tuple[Span, ...]:
+        """Seconds since the batch began."""
+        return tuple(Span(work, self._clock.seconds(self._began, start), self._clock.seconds(self._began, end))
+                     for work, start, end in self._marks)
+
+
+def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
+    """The whole pipeline's measured timeline, on every rank of `group` (collective).
+
+    Every rank counts from its own begin of the batch, which all enter together from the batch before; so no clocks
+    need to agree across hosts.
+    """
+    longest = max(map(len, orders), default=0)
+    own = torch.zeros(longest, 2, dtype=torch.float64)
+    for place, span in enumerate(spans):
+        own[place] = torch.tensor([span.start, span.end], dtype=torch.float64)
+    gathered = [torch.empty(longest, 2, dtype=torch.float64, device=device) for _ in orders]
+    dist.all_gather(gathered, own.to(device), group=group)
+    return Timeline(tuple(
+        tuple(Span(work, *times) for work, times in zip(order, rank.tolist())) for order, rank in zip(orders, gathered)))
+
+
+def mean_times(timeline: Timeline, stages: int) -> Times:
+    """The mean seconds of F, B and W of each stage in a measured timeline; a BW counts half as B and half as W."""
+    taken: dict[tuple[Kind, int], list[float]] = defaultdict(list)
+    for rank in timeline.ranks:
+        for span in rank:
+            seconds, stage = span.end - span.start, span.work.stage
+            if span.work.kind is Kind.BW:
+                taken[Kind.B, stage].append(seconds / 2)
+                taken[Kind.W, stage].append(seconds / 2)
+            else:
+                taken[span.work.kind, stage].append(seconds)
+
+    def mean(kind: Kind) -> tuple[float, ...]:
+        every = [taken[kind, stage] for stage in range(stages)]
+        return tuple(sum(seconds) / len(seconds) if seconds else 0.0 for seconds in every)
+
+    return Times(mean(Kind.F), mean(Kind.B), mean(Kind.W))

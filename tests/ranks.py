@@ -1,0 +1,103 @@
+"""Real ranks for tests: processes forked from a parent that has imported torch and deepspeed once.
+
+Imports and first calls take a cold process seconds; a fork takes milliseconds. Ranks talk over gloo, as on a cluster
+without GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import deepspeed
+import deepspeed.ops
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (DeepSpeed imports it at the first step)
+import torch
+import torch._dynamo  # noqa: F401  (so does the first optimizer)
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+# Building DeepSpeed's shared-memory collectives takes minutes on a fresh machine, and gloo does for tests.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class RanksFailed(AssertionError):
+    """Some ranks raised or hung; the message holds what each said."""
+
+
+def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run `body(rank, *args)` on `world` ranks and return what each returned.
+
+    A rank's return value comes back through torch.save. RanksFailed if one raises or isn't done after `timeout`
+    seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        children = {rank: _fork(rank, world, Path(folder), body, args) for rank in range(world)}
+        late = _wait(list(children.values()), timeout)
+        failures = [f"rank {rank} was still running after {timeout:g} s" for rank, pid in children.items() if pid in late]
+        results = []
+        for rank in range(world):
+            outcome = Path(folder) / f"result{rank}"
+            if not outcome.exists():
+                log = (Path(folder) / f"log{rank}").read_text(errors="replace")
+                failures.append(f"rank {rank}:\n{log[-6000:]}")
+            else:
+                results.append(torch.load(outcome, weights_only=False))
+        if failures:
+            raise RanksFailed("\n".join(failures))
+        return results
+
+
+def _fork(rank: int, world: int, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        logger.setLevel("INFO")
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        deepspeed.init_distributed("gloo", verbose=False)
+        result = body(rank, *args)
+        torch.save(result, folder / f"draft{rank}")
+        os.replace(folder / f"draft{rank}", folder / f"result{rank}")
+        dist.barrier()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # No interpreter shutdown: the parent's atexit handlers and fixtures aren't this process's business.
+        os._exit(status)
+
+
+def _wait(pids: list[int], timeout: float) -> set[int]:
+    """Wait for the children; those still running at the end are killed and returned."""
+    deadline = time.monotonic() + timeout
+    running = set(pids)
+    while running and time.monotonic() < deadline:
+        for pid in list(running):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                running.discard(pid)
+        time.sleep(0.005)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return running
