@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import ds_vshape
 from ds_vshape.versions import ALLOW_UNTESTED_VARIABLE, TESTED, UntestedVersionWarning, VersionError, check_versions
 
 ROOT = Path(__file__).parent.parent
@@ -84,9 +85,9 @@ def test_setup_requires_the_tested_ranges(settings: configparser.ConfigParser):
         assert required[name] == SpecifierSet(tested)
 
 
-def test_the_metadata_is_that_of_setup(settings: configparser.ConfigParser):
+def test_the_installed_metadata():
     installed = metadata.distribution("ds-vshape")
-    assert installed.version == settings["metadata"]["version"]
+    assert installed.version == ds_vshape.__version__
     assert {"test", "lint", "kernels", "launch"} <= set(installed.metadata.get_all("Provides-Extra"))
     command, = (entry for entry in installed.entry_points if entry.name == "ds-vshape")
     assert callable(command.load())
