@@ -1,0 +1,52 @@
+"""Whole backwards where nobody gains from the split.
+
+Splitting a backward costs: the output gradient waits in memory, and the framework does less at once. Where W stands
+right behind its own B, and the stage before uses the input gradient no sooner than W ends anyway, BW does the same.
+"""
+
+from __future__ import annotations
+
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.schedule import Order, Schedule
+from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
+
+
+def fuse(schedule: Schedule, times: Times) -> Schedule:
+    """`schedule` with B and W run as BW wherever that delays no pass of any rank, given `times`.
+
+    Every pass still starts when it did: each fused input gradient is there before the pass that uses it started in
+    `simulate(schedule, times)`, so all its fusions may happen at once. The peaks are those of the order, unchanged.
+    """
+    timeline = simulate(schedule, times)
+    users = _starts_of_backwards(timeline)
+    placement = schedule.placement
+
+    def waits_not(b: Span, w: Span) -> bool:
+        stage, micro_batch = b.work.stage, b.work.micro_batch
+        if (b.work.kind, w.work) != (Kind.B, Pass(Kind.W, stage, micro_batch)):
+            return False
+        if stage == 0:
+            return True
+        hop = times.hop if placement.rank_of(stage) != placement.rank_of(stage - 1) else 0.0
+        return w.end + hop <= users[stage - 1, micro_batch]
+
+    def fused(spans: tuple[Span, ...]) -> Order:
+        order: list[Pass] = []
+        place = 0
+        while place < len(spans):
+            b = spans[place]
+            if place + 1 < len(spans) and waits_not(b, spans[place + 1]):
+                order.append(Pass(Kind.BW, b.work.stage, b.work.micro_batch))
+                place += 2
+            else:
+                order.append(b.work)
+                place += 1
+        return tuple(order)
+
+    return schedule.with_orders(tuple(fused(spans) for spans in timeline.ranks))
+
+
+def _starts_of_backwards(timeline: Timeline) -> dict[tuple[int, int], float]:
+    """When the B or BW of each (stage, micro-batch) starts."""
+    return {(span.work.stage, span.work.micro_batch): span.start
+            for spans in timeline.ranks for span in spans if span.work.kind.gives_input_gradient}

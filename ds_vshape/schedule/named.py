@@ -1,0 +1,72 @@
+"""The table of schedules: a new one is one file beside this and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ds_vshape.schedule import gpipe, one_f_one_b, v_shape, zero_bubble
+from ds_vshape.schedule.fuse import fuse
+from ds_vshape.schedule.placement import PLACEMENTS, Placement
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.timeline import Times
+
+
+@dataclass(frozen=True)
+class NamedSchedule:
+    """Placement's name, builder (ranks, micro-batches), and what it costs in a line.
+
+    The line gives memory as a share of 1F1B's, the bubble of a batch as a share of 1F1B's (equal times, many ranks),
+    and the activations sent between ranks as a multiple of 1F1B's.
+    """
+
+    placement: str
+    builder: Callable[[int, int], Schedule]
+    description: str
+
+
+SCHEDULES: dict[str, NamedSchedule] = {
+    "gpipe": NamedSchedule("linear", gpipe.gpipe, "memory m/p, bubble 1, traffic 1"),
+    "1f1b": NamedSchedule("linear", one_f_one_b.one_f_one_b, "memory 1, bubble 1, traffic 1"),
+    "interleaved-1f1b": NamedSchedule("interleaved", one_f_one_b.interleaved_one_f_one_b,
+                                      "memory 3/2, bubble 1/2 if p divides m, traffic 2"),
+    "zb-h1": NamedSchedule("linear", zero_bubble.zb_h1, "memory 1, bubble 1/3, traffic 1"),
+    "zb-h2": NamedSchedule("linear", zero_bubble.zb_h2, "memory 2, bubble 0 within a rank's span, traffic 1"),
+    "1f1b-v": NamedSchedule("v", v_shape.one_f_one_b_v, "memory 2/3, bubble 1, traffic 2"),
+    "zb-v": NamedSchedule("v", v_shape.zb_v, "memory 1, bubble 0 within a rank's span, traffic 2"),
+    "v-min": NamedSchedule("v", v_shape.v_min, "memory 1/3, bubble 2/3, more where times differ, traffic 2"),
+    "v-half": NamedSchedule("v", v_shape.v_half, "memory 1/2, bubble 1/2, traffic 2"),
+    "v-zb": NamedSchedule("v", v_shape.v_zb, "memory 1, bubble 0 within a rank's span, traffic 2"),
+}
+
+
+def named(name: str) -> NamedSchedule:
+    """The table's entry for `name`; ValueError with the nearest legal name and all others."""
+    try:
+        return SCHEDULES[name]
+    except KeyError:
+        nearest = difflib.get_close_matches(name.lower().replace("_", "-"), SCHEDULES, n=1, cutoff=0)[0]
+        raise ValueError(f"there is no schedule {name!r}; did you mean {nearest!r}? "
+                         f"Schedules: {', '.join(SCHEDULES)}") from None
+
+
+def placement_of(name: str, ranks: int) -> Placement:
+    """Where the schedule `name` puts its stages on `ranks` ranks."""
+    entry = named(name)
+    if ranks < 1:
+        raise ValueError(f"a pipeline needs at least 1 rank, not {ranks}")
+    return PLACEMENTS[entry.placement](ranks)
+
+
+def build(name: str, ranks: int, micro_batches: int) -> Schedule:
+    """The schedule `name` for a batch of `micro_batches` on `ranks` ranks, checked; W right behind B runs as BW.
+
+    Raises ValueError for an unknown name and for counts below 1.
+    """
+    placement = placement_of(name, ranks)
+    if micro_batches < 1:
+        raise ValueError(f"a batch needs at least 1 micro-batch, not {micro_batches}")
+    schedule = fuse(named(name).builder(ranks, micro_batches), Times.uniform(placement.stages))
+    check(schedule)
+    return schedule

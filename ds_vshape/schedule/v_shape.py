@@ -1,0 +1,101 @@
+"""Schedules of the V placement: rank i holds stages i and 2p-1-i, a long-lived and a short-lived one.
+
+Every rank then keeps about the same, and the offsets of the building block set how much (paper, section 3.3 and
+Tables 1, 8, 9). A block here is its four steps (between neighbouring ranks: F down, F back up, B down, B back up) and
+its three turns (F at the last rank, from F to B at rank 0, B at the last rank). Unit times, T = 6, M = 1F1B's peak:
+
+    schedule   steps     turns                       peak, in micro-batches    of M     bubble of one batch
+    v-min      1 1 1 1   1 1 1 (1 3 1 if p % 3 = 0)   (p + 4) // 3              1/3      2/3 of 1F1B's
+    v-half     2 1 2 1   2 1 1 (2 4 1 if p even)      (p + 2) // 2              1/2      1/2 of 1F1B's
+    v-zb       4 2 4 2   3 1 3                        p                         1        0 within a rank's own span
+    1f1b-v     1 1 3 3   3 1 3, 1 2 3 or 1 3 3        ((4p + 4) // 3) / 2       2/3      1F1B's
+                         (p % 3 = 0, 1 or 2)
+
+`1f1b-v` runs whole backwards, which overlap in its block; repeating and squeezing part them. `zb-v` is the hand-made
+schedule of "Zero Bubble Pipeline Parallelism" (section 6), with v-zb's peak and bubble from counting passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
+from ds_vshape.schedule.passes import B, F, Pass, W
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.schedule import Order, Schedule
+
+INTERVAL = 6
+
+
+def v_block(ranks: int, steps: tuple[int, int, int, int], turns: tuple[int, int, int]) -> BuildingBlock:
+    """The block of `steps` and `turns` (module docstring), with whole backwards."""
+    ways = [[step] * (ranks - 1) for step in steps]
+    offsets = [*ways[0], turns[0], *ways[1], turns[1], *ways[2], turns[2], *ways[3]]
+    return BuildingBlock.from_offsets(v(ranks), INTERVAL, offsets)
+
+
+def one_f_one_b_v(ranks: int, micro_batches: int) -> Schedule:
+    """Two thirds of 1F1B's activations in about its time, with whole backwards."""
+    turns = ((3, 1, 3), (1, 2, 3), (1, 3, 3))[ranks % 3]
+    return reorder(repeat(v_block(ranks, (1, 1, 3, 3), turns), micro_batches, "1f1b-v"), (4 * ranks + 4) // 3)
+
+
+def v_min(ranks: int, micro_batches: int) -> Schedule:
+    """A third of 1F1B's activations; a bubble in every interval where F, B and W differ."""
+    block = v_block(ranks, (1, 1, 1, 1), (1, 3 if ranks % 3 == 0 else 1, 1)).split()
+    return reorder(repeat(block, micro_batches, "v-min"), 2 * ((ranks + 4) // 3))
+
+
+def v_half(ranks: int, micro_batches: int) -> Schedule:
+    """Half of 1F1B's activations; no bubble between warm-up and cool-down while F, B and W are about alike."""
+    block = v_block(ranks, (2, 1, 2, 1), (2, 4 if ranks % 2 == 0 else 1, 1)).split()
+    return reorder(repeat(block, micro_batches, "v-half"), 2 * ((ranks + 2) // 2))
+
+
+def v_zb(ranks: int, micro_batches: int) -> Schedule:
+    """1F1B's activations and no bubble within a rank's own span: F B W of one half, then of the other."""
+    block = v_block(ranks, (4, 2, 4, 2), (3, 1, 3)).split()
+    return reorder(repeat(block, micro_batches, "v-zb"), 2 * ranks)
+
+
+def zb_v(ranks: int, micro_batches: int) -> Schedule:
+    """1F1B's activations and no bubble within a rank's own span, by hand.
+
+    Rank r, with a = stage r and b = stage 2p-1-r; the counts let every pass find its input there:
+
+        Fa              2 (p - r) - 1 times     the first micro-batch goes down and comes back up
+        Fb Fa           r times                 room for 2p activations is filled
+        Fb Bb Wb        p - r times             the first input gradients come down
+        Fa Ba Wa Fb Bb Wb                       m - p times; Fa while there are any
+        Bb Ba           r times, W held back    the last input gradients hurry up
+        Ba Wa           p - r times
+        Wb Wa                                   what is left
+    """
+    # With fewer micro-batches the counts don't fit: make them fit, and drop what was filled in.
+    filled = max(micro_batches, 2 * ranks - 1)
+    orders = tuple(tuple(work for work in _zb_v_order(rank, ranks, filled) if work.micro_batch < micro_batches)
+                   for rank in range(ranks))
+    return reorder(Schedule("zb-v", v(ranks), micro_batches, orders), 2 * ranks)
+
+
+def _zb_v_order(rank: int, ranks: int, micro_batches: int) -> Order:
+    """Rank `rank`'s order for at least 2p - 1 micro-batches; the lines follow those of `zb_v`."""
+    batch, a, b = range(micro_batches), rank, 2 * ranks - 1 - rank
+    fa, ba, wa = (iter([kind(a, i) for i in batch]) for kind in (F, B, W))
+    fb, bb, wb = (iter([kind(b, i) for i in batch]) for kind in (F, B, W))
+    order: list[Pass] = []
+
+    def add(times: int, *streams: Iterator[Pass]) -> None:
+        for _ in range(times):
+            for stream in streams:
+                order.extend(islice(stream, 1))
+
+    add(2 * (ranks - rank) - 1, fa)
+    add(rank, fb, fa)
+    add(ranks - rank, fb, bb, wb)
+    add(micro_batches - ranks, fa, ba, wa, fb, bb, wb)
+    add(rank, bb, ba)
+    add(ranks - rank, ba, wa)
+    add(micro_batches, wb, wa)
+    return tuple(order)
