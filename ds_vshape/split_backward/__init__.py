@@ -1,15 +1,31 @@
 """The B/W split: a backward that gives input gradients at once and leaves weight gradients for later.
 
     store.py        what waits between B and W
+    weights.py      which tensors take part
     function.py     SplitFunction, an autograd Function in two halves; the base of user kernels and of the built-in ones
-    matrix.py       linear, matmul, addmm, embedding
-    operators.py    the tables of operators
+    matrix.py       linear, matmul, mm, bmm, addmm, embedding
+    convolution.py  conv1d, conv2d, conv3d
+    norms.py        layer_norm, rms_norm
+    operators.py    the tables of operators, and why norms aren't in the default one
     mode.py         SplitBackward, the mode that reroutes the operators of a table
 """
 
-from ds_vshape.split_backward.function import SplitFunction, is_deferrable
+from ds_vshape.split_backward.function import Operator, Operators, SplitFunction
 from ds_vshape.split_backward.mode import SplitBackward
-from ds_vshape.split_backward.operators import MATRIX_OPERATORS, Operators
-from ds_vshape.split_backward.store import WeightGradientStore
+from ds_vshape.split_backward.norms import NORM_OPERATORS
+from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
+from ds_vshape.split_backward.store import Entry, WeightGradientStore
+from ds_vshape.split_backward.weights import is_deferrable
 
-__all__ = ["MATRIX_OPERATORS", "Operators", "SplitBackward", "SplitFunction", "WeightGradientStore", "is_deferrable"]
+__all__ = [
+    "ALL_OPERATORS",
+    "MATRIX_OPERATORS",
+    "NORM_OPERATORS",
+    "Entry",
+    "Operator",
+    "Operators",
+    "SplitBackward",
+    "SplitFunction",
+    "WeightGradientStore",
+    "is_deferrable",
+]

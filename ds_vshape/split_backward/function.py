@@ -8,7 +8,7 @@ works on a WeightContext, which has the node's saved tensors and attributes and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ds_vshape.split_backward.store import Entry, WeightGradientStore
+from ds_vshape.split_backward.weights import is_deferrable
 
 # What stands in for a torch function: takes the store and then the same arguments; NotImplemented leaves the call to
 # autograd.
@@ -124,6 +125,8 @@ class SplitFunction(torch.autograd.Function):
                 parameters.append(weight)
             else:
                 return NotImplemented
+        if not any(parameter is not None for parameter in parameters):
+            return NotImplemented
         value = super().apply(*arguments)  # type: ignore[no-untyped-call]
         # The node of a Python function is its ctx.
         for output in (value,) if isinstance(value, Tensor) else value:
@@ -149,23 +152,6 @@ def apply_split_function(function: type[SplitFunction], *arguments: Any) -> Any:
 def split_function(store: WeightGradientStore, function: type[SplitFunction], *arguments: Any) -> Any:
     """The split counterpart of `apply_split_function`."""
     return function.apply_split(store, *arguments)
-
-
-def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
-    """Whether the gradient of `weight` may be handed over in W instead of by autograd in B.
-
-    It must be a trainable Parameter (a leaf that isn't one may be the stage's input) and must carry no hook that
-    expects autograd to produce its gradient. DeepSpeed's own post-accumulate hooks (ZeRO, BF16_Optimizer) don't count:
-    whoever delivers the gradient does their work.
-    """
-    if type(weight) is not Parameter or not weight.requires_grad or weight._backward_hooks:
-        return False
-    hooks = weight._post_accumulate_grad_hooks
-    return not hooks or all(_is_deepspeed_hook(hook) for hook in hooks.values())
-
-
-def _is_deepspeed_hook(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
 
 
 def _backward(ctx: Any, *output_gradients: Any) -> Any:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_vshape.split_backward.function import Operators, SplitFunction, is_deferrable
+from ds_vshape.split_backward.function import Operators, SplitFunction
 from ds_vshape.split_backward.store import WeightGradientStore
+from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias
 
 
 def _is_by_columns(matrix: Tensor) -> bool:
@@ -158,7 +159,7 @@ class Embedding(SplitFunction):
 
 def linear(store: WeightGradientStore, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """torch.nn.functional.linear for inputs (..., k) of two or more dimensions."""
-    if not (is_deferrable(weight) and weight.dim() == 2 and is_plain(input) and _may_add(bias, weight.size(0))):
+    if not (is_deferrable(weight) and weight.dim() == 2 and is_plain(input) and is_plain_bias(bias, weight.size(0))):
         return NotImplemented
     if input.dim() == 2:
         return Linear.apply_split(store, input, weight, bias)
@@ -206,7 +207,7 @@ def addmm(store: WeightGradientStore, input: Tensor, mat1: Tensor, mat2: Tensor,
     if others or not (is_plain(mat1) and is_plain(mat2) and mat1.dim() == mat2.dim() == 2):
         return NotImplemented
     found = _right_weight(mat2)
-    if found is None or not _may_add(input, mat2.size(1)):
+    if found is None or not is_plain_bias(input, mat2.size(1)):
         return NotImplemented
     function, weight = found
     return function.apply_split(store, mat1, weight, input)
@@ -233,21 +234,6 @@ def embedding(
     else:
         return NotImplemented
     return Embedding.apply_split(store, input, weight, padding_idx)
-
-
-def is_plain(tensor: Any) -> bool:
-    """Whether `tensor` is an ordinary dense tensor: no subclass, sparse or nested one."""
-    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_nested
-
-
-_PLAIN_TYPES = (Tensor, Parameter)
-
-
-def _may_add(bias: Tensor | None, columns: int) -> bool:
-    """Whether `bias` is absent or one number for each column, and no other than W's own business."""
-    if bias is None:
-        return True
-    return bias.shape == (columns,) and is_plain(bias) and (not bias.requires_grad or is_deferrable(bias))
 
 
 def _right_weight(matrix: Tensor) -> tuple[type[SplitFunction], Parameter] | None:

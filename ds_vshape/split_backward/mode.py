@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ds_vshape.split_backward.operators import MATRIX_OPERATORS, Operators
+from ds_vshape.split_backward.function import Operators
+from ds_vshape.split_backward.operators import MATRIX_OPERATORS
 from ds_vshape.split_backward.store import WeightGradientStore
 
 
@@ -28,7 +29,7 @@ class SplitBackward(TorchFunctionMode):
 
     `operators` maps a torch function to its split counterpart (see `operators.py`). A call is left to autograd, which
     is correct and puts its weight gradient into B, when the function isn't in the table, its weight isn't a Parameter
-    or carries hooks (`is_deferrable`), an argument is of an exotic kind, autocast casts the operands, or a
+    or carries hooks (`weights.py`), an argument is of an exotic kind, autocast casts the operands, or a
     torch.func transform or torch.compile traces it.
     """
 
