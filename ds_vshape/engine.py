@@ -40,7 +40,8 @@ from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
-from ds_vshape.schedule.named import build, check_memory_limit
+from ds_vshape.schedule.memory_limit import check_memory_limit
+from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -80,7 +81,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self.placement: Placement = self.module.placement
         if not (self.is_first_stage() or self.is_last_stage()):
             self.data_iterator = self.training_dataloader = None
-        self._channels = Channels(channels(self.placement), self.stage_id, self.grid.pp_group, self.device)
+        self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
         self._signatures: Signatures | None = None
         self._buffers: dict[BufferId, Buffer] = {}
         # What passes made for other ranks, until it is sent.

@@ -117,24 +117,25 @@ class Channels:
     """This rank's ends of the channels.
 
     Args:
-        channels: all channels of the pipeline, in the same order on every rank.
-        rank: this process's pipeline rank.
-        global_ranks: the global rank of each pipeline rank.
+        channels: all channels of a pipeline, in the same order on every rank.
+        pipelines: the global ranks of each pipeline of the job (one for each data and tensor parallel rank), in rank
+            order.
         device: where messages are received.
 
-    Creating it is collective among the pipeline's ranks. Every transfer started in a batch must be waited for in it.
+    Creating it is collective over the whole job. Every transfer started in a batch must be waited for in it.
     """
 
-    def __init__(self, channels: Sequence[Channel], rank: int, global_ranks: Sequence[int], device: torch.device) -> None:
+    def __init__(self, channels: Sequence[Channel], pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
         self._device = device
-        self._global_ranks = tuple(global_ranks)
-        # Only a channel's two ends meet to make its group; all follow the one order of `channels`, so none waits in
-        # a circle.
-        self._groups = {
-            channel: dist.new_group([global_ranks[channel.source], global_ranks[channel.target]],
-                                    use_local_synchronization=True)
-            for channel in channels if rank in (channel.source, channel.target)
-        }
+        own, = (ranks for ranks in pipelines if dist.get_rank() in ranks)
+        self._global_ranks = tuple(own)
+        self._groups: dict[Channel, Any] = {}
+        for ranks in pipelines:
+            for channel in channels:
+                # All ranks make all groups, since torch names a group by counting; it costs a stranger nothing.
+                group = dist.new_group([ranks[channel.source], ranks[channel.target]])
+                if ranks is own and own.index(dist.get_rank()) in (channel.source, channel.target):
+                    self._groups[channel] = group
         self._sending: dict[Message, _Transfer] = {}
         self._receiving: dict[Message, _Transfer] = {}
         # Messages of an announced batch whose header isn't read yet, in the order in which they come.
