@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes forked from a parent that has imported torch and deepspeed once.
+"""Real ranks on this machine, for tests and measurements: processes forked from a parent that has imported torch and deepspeed once.
 
 Imports and first calls take a cold process seconds; a fork takes milliseconds. Ranks talk over gloo, as on a cluster
 without GPUs.
