@@ -11,10 +11,11 @@ from ds_vshape.schedule.schedule import Order, Schedule
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
 
-def fuse(schedule: Schedule, times: Times) -> Schedule:
+def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
     """`schedule` with B and W run as BW wherever that delays no pass of any rank, given `times`.
 
-    Every pass still starts when it did: each fused input gradient is there before the pass that uses it started in
+    `slack` is how long before its use the input gradient must still be there: fusions that are free only if the times
+    hold exactly would cost something as soon as they don't. Every pass still starts when it did: each fused input gradient is there before the pass that uses it started in
     `simulate(schedule, times)`, so all its fusions may happen at once. The peaks are those of the order, unchanged.
     """
     timeline = simulate(schedule, times)
@@ -28,7 +29,7 @@ def fuse(schedule: Schedule, times: Times) -> Schedule:
         if stage == 0:
             return True
         hop = times.hop if placement.rank_of(stage) != placement.rank_of(stage - 1) else 0.0
-        return w.end + hop <= users[stage - 1, micro_batch]
+        return w.end + hop + slack <= users[stage - 1, micro_batch]
 
     def fused(spans: tuple[Span, ...]) -> Order:
         order: list[Pass] = []

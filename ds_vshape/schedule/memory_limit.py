@@ -11,21 +11,39 @@ class MemoryLimitError(ValueError):
     """A schedule that keeps more activations than allowed; the message names those that fit."""
 
 
+def peak_of_1f1b(ranks: int, micro_batches: int) -> int:
+    """1F1B's peak in activations of 1/(2p) of the model: rank 0 keeps p micro-batches, if there are that many."""
+    return 2 * min(ranks, micro_batches)
+
+
 def fraction_of_1f1b(schedule: Schedule) -> float:
     """The highest peak of a rank over 1F1B's on as many ranks and micro-batches."""
-    usual = build("1f1b", schedule.placement.ranks, schedule.micro_batches)
-    return max(peak_activations(schedule)) / max(peak_activations(usual))
+    return max(peak_activations(schedule)) / peak_of_1f1b(schedule.placement.ranks, schedule.micro_batches)
 
 
 def check_memory_limit(schedule: Schedule, limit: float | None) -> None:
-    """Raise MemoryLimitError if `schedule` peaks above `limit`, a fraction of 1F1B's peak."""
-    if limit is None or fraction_of_1f1b(schedule) <= limit:
+    """Raise MemoryLimitError if `schedule` peaks above `limit`, a fraction of 1F1B's peak; None is no limit."""
+    if limit is not None:
+        _check(schedule, limit, f"{limit:g}", " of 1F1B's peak activations")
+
+
+def check_activation_limit(schedule: Schedule, limit: float) -> None:
+    """Raise MemoryLimitError if `schedule` peaks above `limit` activations of 1/(2p) of the model."""
+    usual = peak_of_1f1b(schedule.placement.ranks, schedule.micro_batches)
+    _check(schedule, limit / usual, f"{limit:g}u", "u of chunk activations", usual)
+
+
+def _check(schedule: Schedule, limit: float, wording: str, unit: str, scale: float = 1) -> None:
+    """`limit` is a fraction of 1F1B's peak; the message speaks of `scale` times that, in `unit`."""
+    needed = fraction_of_1f1b(schedule)
+    if needed <= limit + 1e-9:
         return
     ranks, micro_batches = schedule.placement.ranks, schedule.micro_batches
     fractions = {name: fraction_of_1f1b(build(name, ranks, micro_batches)) for name in SCHEDULES}
-    fitting = [f"{name} ({fraction:.3g})" for name, fraction in fractions.items() if fraction <= limit]
+    fitting = [f"{name} ({scale * fraction:.3g})" for name, fraction in fractions.items()
+               if fraction <= limit + 1e-9]
     least = min(fractions, key=lambda name: fractions[name])
     raise MemoryLimitError(
-        f"memory_limit = {limit:g}: {schedule.name} needs {fraction_of_1f1b(schedule):.3g} of 1F1B's peak activations on {ranks} "
-        f"ranks with {micro_batches} micro-batches. Within the limit: {', '.join(fitting) or 'none'}; the least is "
-        f"{least} with {fractions[least]:.3g}")
+        f"memory_limit = {wording}: {schedule.name} needs {scale * needed:.3g}{unit} on {ranks} ranks with "
+        f"{micro_batches} micro-batches. Within the limit: {', '.join(fitting) or 'none'}; the least is "
+        f"{least} with {scale * fractions[least]:.3g}")

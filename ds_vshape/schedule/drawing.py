@@ -1,0 +1,71 @@
+"""A timeline as text, one row a rank, to be read like the papers' figures.
+
+    time    0              5              10
+    rank 0  F0 F1 F2 f0 b0 w0 f1 b1 B0 w1 B1 W0 W1 ...
+    rank 1  ...F0 f0 F1 f1 b0 B0 b1 B1 w0 W0 w1 W1
+
+A pass is its kind and micro-batch, as wide as it is long: capital letters on the rank's first chunk, small ones on its
+second. Dots are bubbles. Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
+"""
+
+from __future__ import annotations
+
+from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.timeline import Span, Timeline
+
+LEGEND = ("F forward, B input gradient, W weight gradients, BW both at once, with the micro-batch; "
+          "capital: the rank's first chunk, small: its second; dots: the rank waits")
+# For each kind of pass a regular expression that finds it in the drawing.
+PASSES = {"F": r"\b[Ff]\d[\d-]*", "B": r"\b[Bb]\d[\d-]*", "W": r"\b[Ww]\d[\d-]*", "BW": r"\b(BW|bw)\d[\d-]*"}
+BUBBLE = "."
+
+
+def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
+    """`timeline` in lines of at most `columns` characters, with a ruler above and the legend below.
+
+    The shortest pass gets just enough room for its name. What doesn't fit is cut off at the right, and a line says so.
+    """
+    spans = [span for rank in timeline.ranks for span in rank]
+    if not spans:
+        return "(no passes)"
+    origin = min(span.start for span in spans)
+    # Characters a unit of time: every pass with a duration has room for its name and a blank.
+    scale = max(((len(_name(span.work, placement)) + 1) / (span.end - span.start)
+                 for span in spans if span.end > span.start), default=1.0)
+    labels = [f"rank {rank}" for rank in range(placement.ranks)]
+    margin = max(len("time"), *map(len, labels)) + 2
+    width = round(timeline.makespan * scale)
+    shown = max(1, min(width, columns - margin))
+    rows = ["time".ljust(margin) + _ruler(scale, shown)]
+    for label, rank in zip(labels, timeline.ranks):
+        rows.append(label.ljust(margin) + _row(rank, placement, origin, scale, width)[:shown].rstrip())
+    if shown < width:
+        rows.append(f"... cut off at time {shown / scale:.4g} of {timeline.makespan:.4g}: "
+                    f"all of it takes {width + margin} columns")
+    rows.append(LEGEND)
+    return "\n".join(rows)
+
+
+def _name(work: Pass, placement: Placement) -> str:
+    kind = work.kind.value if placement.chunk_of(work.stage) == 0 else work.kind.value.lower()
+    return f"{kind}{work.micro_batch}"
+
+
+def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: float, width: int) -> str:
+    row = [BUBBLE] * width
+    for span in spans:
+        first, last = round((span.start - origin) * scale), round((span.end - origin) * scale)
+        if last > first:
+            row[first:last] = _name(span.work, placement).ljust(last - first - 1, "-")[:last - first].ljust(last - first)
+    return "".join(row)
+
+
+def _ruler(scale: float, width: int) -> str:
+    """Times at round distances, at least 10 characters apart."""
+    step = next(base * 10.0 ** power for power in range(-9, 10) for base in (1, 2, 5) if base * 10.0 ** power * scale >= 10)
+    ruler, tick = "", 0
+    while round(tick * step * scale) < width:
+        ruler = ruler.ljust(round(tick * step * scale)) + f"{tick * step:g}"
+        tick += 1
+    return ruler[:width].rstrip()

@@ -1,0 +1,43 @@
+"""What a schedule costs, in one place for the planner, the engine's predictions and the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.memory_limit import peak_of_1f1b
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Times in the unit of the pass times; activations in those of 1/(2p) of the model for one micro-batch."""
+
+    makespan: float
+    longest_span: float
+    bubble: float
+    peak_activations: tuple[float, ...]
+    peak_fraction_of_1f1b: float
+    lower_bound: float
+
+
+def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None) -> Metrics:
+    """The metrics of `schedule`, simulated with `times` unless its `timeline` is there already."""
+    timeline = timeline or simulate(schedule, times)
+    peaks = peak_activations(schedule)
+    placement, micro_batches = schedule.placement, schedule.micro_batches
+    return Metrics(
+        makespan=timeline.makespan,
+        longest_span=timeline.longest_span,
+        bubble=timeline.bubble,
+        peak_activations=peaks,
+        peak_fraction_of_1f1b=max(peaks) / peak_of_1f1b(placement.ranks, micro_batches),
+        lower_bound=lower_bound(placement, micro_batches, times, max(peaks)))
+
+
+def chunk_times(placement: Placement, forward: float, input_grad: float, weight_grad: float, hop: float) -> Times:
+    """Times on `placement` from those of one of 2p chunks of the model: with p stages each takes twice as long."""
+    share = 2 * placement.ranks / placement.stages
+    return Times.uniform(placement.stages, share * forward, share * input_grad, share * weight_grad, hop)
