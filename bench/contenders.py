@@ -1,0 +1,77 @@
+"""The engines that are measured beside each other, all on the same layers, weights and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from torch.nn import functional
+
+import ds_vshape
+from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.timeline import Times, simulate
+from layers import SleepingLinear
+
+WIDTH = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`layers` sleeping layers a rank, each taking `seconds` = (F, B, W)."""
+
+    ranks: int
+    layers: int
+    micro_batches: int
+    seconds: tuple[float, float, float]
+
+    @property
+    def work(self) -> float:
+        """Seconds a batch if no rank ever waited."""
+        return self.micro_batches * self.layers * sum(self.seconds)
+
+    def specs(self) -> list[LayerSpec]:
+        return [LayerSpec(SleepingLinear, WIDTH, self.seconds) for _ in range(self.ranks * self.layers)]
+
+    def batch(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The micro-batches of batch `number`."""
+        generator = torch.Generator().manual_seed(number)
+        return [(torch.randn(2, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator))
+                for _ in range(self.micro_batches)]
+
+    def simulated(self, schedule: str) -> float:
+        """The makespan that the simulator promises for one of our schedules, hops free."""
+        built = build(schedule, self.ranks, self.micro_batches)
+        layers = self.layers * self.ranks / built.placement.stages
+        return simulate(built, Times.uniform(built.placement.stages, *(layers * s for s in self.seconds))).makespan
+
+
+_DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
+    "deepspeed 1f1b": PipelineModule,
+    "deepspeed dualpipev": DualPipeVModule,
+}
+CONTENDERS = [*_DEEPSPEED_MODULES, *SCHEDULES]
+
+
+def engine_of(contender: str, workload: Workload) -> Any:
+    """The engine of `contender`; collective."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": workload.micro_batches,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1000000,
+    }
+    if contender in _DEEPSPEED_MODULES:
+        module_class, options = _DEEPSPEED_MODULES[contender], {}
+    else:
+        config["pipeline_schedule"] = contender
+        module_class, options = ds_vshape.PipelineModule, {"config": config}
+    module = module_class(workload.specs(), num_stages=workload.ranks, loss_fn=functional.mse_loss, seed_layers=True,
+                          partition_method="uniform", **options)
+    # The seeds are for equal weights. Seeding before every layer call takes a CPU build of torch over a millisecond.
+    module.seed_layers = False
+    return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]

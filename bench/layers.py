@@ -1,0 +1,57 @@
+"""Layers whose passes take a set time whatever the machine: they sleep around a small matrix product.
+
+Ranks that sleep don't compete for cores, so a few cores show what a schedule does on as many devices as there are
+ranks. The sleep of W belongs to the weight gradient: an engine that doesn't split sleeps both in its backward.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ds_vshape.split_backward import SplitFunction
+
+
+class _SleepingProduct(SplitFunction):
+    """x @ weight.T, sleeping `seconds` = (F, B, W)."""
+
+    weight_arguments = (1,)
+    saved_for_weight = (0,)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: tuple[float, float, float]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.seconds = seconds
+        time.sleep(seconds[0])
+        return functional.linear(x, weight)
+
+    @staticmethod
+    def backward_input(ctx: Any, grad: Tensor) -> Any:
+        time.sleep(ctx.seconds[1])
+        return grad @ ctx.saved_tensors[1], None, None
+
+    @staticmethod
+    def backward_weight(ctx: Any, grad: Tensor) -> Tensor:
+        time.sleep(ctx.seconds[2])
+        return grad.flatten(0, -2).t() @ ctx.saved_tensors[0].flatten(0, -2)
+
+
+class SleepingLinear(nn.Module):
+    """A linear layer of `width` with a residual, of which F, B and W take at least `seconds` each."""
+
+    def __init__(self, width: int, seconds: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width))
+        nn.init.normal_(self.weight, std=0.02)
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The first layer of the model must take its B too, though nobody wants the gradient of the data.
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        product: Tensor = _SleepingProduct.apply(x, self.weight, self.seconds)
+        return x + product
