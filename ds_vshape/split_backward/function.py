@@ -2,7 +2,7 @@
 
 Outside a SplitBackward mode its backward runs both halves at once, as any Function does. Inside, autograd gets the
 first half and the store gets what the second needs. The node itself can't be kept for that: it holds the graph. So W
-works on a WeightContext, which has the node's saved tensors and attributes and nothing that leads to other nodes.
+works on a HalfContext, which has the node's saved tensors and attributes and nothing that leads to other nodes.
 """
 
 from __future__ import annotations
@@ -27,35 +27,41 @@ Operators = Mapping[Callable[..., Any], Operator]
 Gradients = Tensor | tuple[Tensor | None, ...] | None
 
 
-class WeightContext:
-    """The `ctx` of `backward_weight` in a split backward.
+class HalfContext:
+    """The `ctx` of `backward_input` and then of `backward_weight`.
 
-    `saved_tensors` (in the order of save_for_backward, None where the function doesn't list the tensor in
-    `saved_for_weight`), `needs_input_grad`, and each attribute that `forward` or `backward_input` set on its ctx.
+    `saved_tensors`, `needs_input_grad`, and each attribute that `forward` or `backward_input` set on its ctx. Between
+    the two, `keep` drops what the second doesn't need.
     """
 
     saved_tensors: tuple[Tensor | None, ...]
     needs_input_grad: tuple[bool, ...]
 
-    def __init__(self, node: Any, saved_for_weight: tuple[int, ...] | None) -> None:
+    def __init__(self, node: Any) -> None:
         self.__dict__.update(node.__dict__)
-        self.__dict__.pop("deferral", None)
         self.needs_input_grad = node.needs_input_grad
-        # A saved tensor comes back with its history; detached, it holds memory but no graph.
+        # Unpacked here and once: under a checkpoint this recomputes the forward, and a second time is refused.
+        self.saved_tensors = node.saved_tensors
+
+    def keep(self, positions: tuple[int, ...] | None) -> None:
+        """Keep the saved tensors at `positions` (None: all of them), detached: memory but no graph."""
+        self.__dict__.pop("deferral", None)
         self.saved_tensors = tuple(
-            tensor.detach() if tensor is not None and (saved_for_weight is None or position in saved_for_weight)
-            else None
-            for position, tensor in enumerate(node.saved_tensors)
+            tensor.detach() if tensor is not None and (positions is None or position in positions) else None
+            for position, tensor in enumerate(self.saved_tensors)
         )
-        self._versions = [tensor._version for tensor in self.saved_tensors if tensor is not None]
+        self._versions = self._current_versions()
 
     def check_unmodified(self) -> None:
-        """RuntimeError if a saved tensor was written to since B (autograd itself guards only until B)."""
-        if self._versions != [tensor._version for tensor in self.saved_tensors if tensor is not None]:
+        """RuntimeError if a kept tensor was written to since `keep` (autograd itself guards only until B)."""
+        if self._versions != self._current_versions():
             raise RuntimeError(
                 "one of the tensors needed for a weight gradient has been modified by an inplace operation between "
                 "its input-gradient pass (B) and its weight-gradient pass (W)"
             )
+
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensor in self.saved_tensors if tensor is not None]
 
 
 class SplitFunction(torch.autograd.Function):
@@ -89,7 +95,8 @@ class SplitFunction(torch.autograd.Function):
     positions `saved_for_weight` lists; the others are None in W) and any tensor set as an attribute of ctx.
     `backward_input` runs first, so it may leave an intermediate for `backward_weight` as an attribute of ctx.
 
-    The weight gradient is deferred if each weight argument that requires a gradient is a Parameter that
+    In a split, `forward` gets an alias of each weight, not the Parameter itself. The weight gradient is deferred if each
+    weight argument that requires a gradient is a Parameter that
     `is_deferrable` accepts; otherwise both halves run at once, in B. Double backward is refused.
     """
 
@@ -117,17 +124,21 @@ class SplitFunction(torch.autograd.Function):
     def apply_split(cls, store: WeightGradientStore, *arguments: Any) -> Any:
         """As `apply`, with the weight gradients left to `store`; NotImplemented if they can't be deferred."""
         parameters: list[Parameter | None] = []
+        inputs = list(arguments)
         for position in cls.weight_arguments:
             weight = arguments[position]
             if weight is None or not weight.requires_grad:
                 parameters.append(None)
             elif is_deferrable(weight):
                 parameters.append(weight)
+                # An alias, so that B doesn't reach the parameter's own node of the graph: autograd would call
+                # DeepSpeed's hooks there, with no gradient to handle.
+                inputs[position] = weight.detach().requires_grad_()
             else:
                 return NotImplemented
         if not any(parameter is not None for parameter in parameters):
             return NotImplemented
-        value = super().apply(*arguments)  # type: ignore[no-untyped-call]
+        value = super().apply(*inputs)  # type: ignore[no-untyped-call]
         # The node of a Python function is its ctx.
         for output in (value,) if isinstance(value, Tensor) else value:
             node: Any = output.grad_fn if isinstance(output, Tensor) else None
@@ -154,24 +165,27 @@ def split_function(store: WeightGradientStore, function: type[SplitFunction], *a
     return function.apply_split(store, *arguments)
 
 
-def _backward(ctx: Any, *output_gradients: Any) -> Any:
-    function: type[SplitFunction] = ctx._forward_cls
-    deferral = getattr(ctx, "deferral", None)
+def _backward(node: Any, *output_gradients: Any) -> Any:
+    function: type[SplitFunction] = node._forward_cls
+    context = HalfContext(node)
     # Without this, an active mode would look at each torch call of the two halves.
     with torch._C.DisableTorchFunction():
-        input_gradients = function.backward_input(ctx, *output_gradients)
+        input_gradients = function.backward_input(context, *output_gradients)
+        deferral = getattr(node, "deferral", None)
         if deferral is None:
-            return _merge(ctx, function, input_gradients, function.backward_weight(ctx, *output_gradients))
+            return _merge(function, input_gradients, function.backward_weight(context, *output_gradients))
         store, parameters = deferral
-        context = WeightContext(ctx, function.saved_for_weight)
+        context.keep(function.saved_for_weight)
         # Under create_graph the output gradients have a history too.
-        kept = tuple(gradient.detach() if gradient is not None and gradient.requires_grad else gradient
-                     for gradient in output_gradients)
+        kept = tuple(
+            gradient.detach() if gradient is not None and gradient.requires_grad else gradient
+            for gradient in output_gradients
+        )
         store.add(Entry(function, context, kept, parameters))
         return input_gradients
 
 
-def _merge(ctx: Any, function: type[SplitFunction], input_gradients: Gradients, weight_gradients: Gradients) -> Any:
+def _merge(function: type[SplitFunction], input_gradients: Gradients, weight_gradients: Gradients) -> Any:
     merged = list(input_gradients) if isinstance(input_gradients, tuple) else [input_gradients]
     weights = weight_gradients if isinstance(weight_gradients, tuple) else (weight_gradients,)
     for position, gradient in zip(function.weight_arguments, weights, strict=True):

@@ -7,9 +7,11 @@ by module class: nn.Linear, a Conv1D written with addmm, a tensor-parallel linea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ds_vshape.split_backward.function import Operators
@@ -47,7 +49,35 @@ class SplitBackward(TorchFunctionMode):
             value = operator(self.store, *args, **kwargs) if kwargs else operator(self.store, *args)
             if value is not NotImplemented:
                 return value
+        elif func in _LOOKED_INTO and not torch.compiler.is_dynamo_compiling():
+            with self:
+                return _LOOKED_INTO[func](*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _without_dispatch(function: Any) -> Any:
+    """`function`, a Python function of torch, without its first step of offering itself to a torch function mode."""
+    skipped = {name: _never for name in function.__globals__ if name.startswith("has_torch_function")}
+    twin = FunctionType(function.__code__, {**function.__globals__, **skipped}, function.__name__, function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+# A mode isn't active inside the calls that it handles, which is right for most. In these it must see what happens
+# inside: a backward may recompute a checkpoint, and torch's attention calls linear.
+_LOOKED_INTO = {
+    function: _without_dispatch(function)
+    for function in (
+        Tensor.backward,
+        torch.autograd.backward,
+        torch.autograd.grad,
+        torch.nn.functional.multi_head_attention_forward,
+    )
+}
 
 
 def _is_traced_or_cast() -> bool:

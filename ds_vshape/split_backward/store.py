@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
-    from ds_vshape.split_backward.function import SplitFunction, WeightContext
+    from ds_vshape.split_backward.function import HalfContext, SplitFunction
 
 Deliver = Callable[[Parameter, Tensor], None]
 
@@ -26,7 +26,7 @@ class Entry:
     an argument needs no gradient."""
 
     function: type[SplitFunction]
-    context: WeightContext
+    context: HalfContext
     output_gradients: tuple[Tensor | None, ...]
     parameters: tuple[Parameter | None, ...]
 
