@@ -17,7 +17,7 @@ from result import Result
 from rich.console import Console
 from rich.table import Table
 
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-5
 
 
 def largest_difference(result: Result, reference: Result) -> float:
@@ -39,8 +39,9 @@ def table(results: list[Result]) -> Table:
     view = Table(title=f"{reference.stages} ranks, {reference.micro_batches} micro-batches, "
                        f"{len(reference.losses)} batches",
                  caption="differs by: the largest relative difference of any batch's loss from the first row's. "
-                         "Bubbles are the last batch's; predicted: simulated with its own mean times of the passes. "
-                         f"Peak activations of each rank in 1/{2 * reference.stages} of the model for one micro-batch.")
+                         "Times and bubbles: medians over the batches; predicted: simulated with the passes' mean "
+                         f"times. Peak activations: each rank's, in 1/{2 * reference.stages} of the model for one "
+                         "micro-batch.")
     view.add_column("schedule", no_wrap=True)
     for column in ("loss", "differs by", "validation", "s a batch", "predicted\nbubble", "measured\nbubble",
                    "peak\nactivations"):

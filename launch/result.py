@@ -10,8 +10,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Result:
-    """`losses` holds one loss a batch (nats a byte), `batch_seconds` the median without the first batches. Of the last
-    batch: bubbles as fractions, and each rank's `peak_activations` in 1/(2 x stages) of the model for one micro-batch.
+    """`losses` holds one loss a batch (nats a byte). `batch_seconds` and the bubbles (fractions) are medians over the
+    batches after the first few. `stages` counts ranks; each rank's `peak_activations` are in 1/(2 x stages) of the
+    model for one micro-batch.
     """
 
     schedule: str

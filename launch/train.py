@@ -58,16 +58,31 @@ def start_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def train(engine: Any, data: Iterator[Any], batches: int) -> tuple[list[float], list[float]]:
-    """The loss and the seconds of each batch."""
-    losses, seconds = [], []
+def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batches: int) -> Result:
+    """Trains and measures each batch, then evaluates once."""
+    # DeepSpeed's own engine doesn't measure itself.
+    measured = engine if hasattr(engine, "pipeline_report") else OwnEngineClock(engine)
+    losses, seconds, reports = [], [], []
     progress = tqdm(range(batches), desc="training", unit="batch", disable=torch.distributed.get_rank() != 0)
     for _ in progress:
         start = time.perf_counter()
-        losses.append(engine.train_batch(data_iter=data).item())
+        losses.append(engine.train_batch(data_iter=training).item())
         seconds.append(time.perf_counter() - start)
+        reports.append(measured.pipeline_report())
         progress.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses, seconds
+
+    def typical(values: list[float]) -> float:
+        return statistics.median(values[WARM_UP_BATCHES:] or values)
+
+    return Result(schedule=reports[-1]["schedule"],
+                  stages=len(reports[-1]["peak_activations"]),
+                  micro_batches=engine.micro_batches,
+                  losses=losses,
+                  validation_loss=engine.eval_batch(validation).item(),
+                  batch_seconds=typical(seconds),
+                  predicted_bubble=typical([report["predicted_bubble"] for report in reports]),
+                  measured_bubble=typical([report["measured_bubble"] for report in reports]),
+                  peak_activations=reports[-1]["peak_activations"])
 
 
 def main() -> None:
@@ -89,22 +104,9 @@ def main() -> None:
     training = micro_batches(corpus.training, size, args.length, TRAINING_SEED + 1000 * replica)
     validation = micro_batches(corpus.validation, size, args.length, VALIDATION_SEED + 1000 * replica)
 
-    # DeepSpeed's own engine doesn't measure itself.
-    measured = engine if hasattr(engine, "pipeline_report") else OwnEngineClock(engine)
-    losses, seconds = train(engine, training, args.batches)
-    report = measured.pipeline_report()
-    validation_loss = engine.eval_batch(validation).item()
-
+    result = train(engine, training, validation, args.batches)
     if args.result and torch.distributed.get_rank() == 0:
-        Result(schedule=report["schedule"],
-               stages=engine.num_stages,
-               micro_batches=engine.micro_batches,
-               losses=losses,
-               validation_loss=validation_loss,
-               batch_seconds=statistics.median(seconds[WARM_UP_BATCHES:] or seconds),
-               predicted_bubble=report["predicted_bubble"],
-               measured_bubble=report["measured_bubble"],
-               peak_activations=report["peak_activations"]).write(args.result)
+        result.write(args.result)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -37,23 +37,23 @@ def test_a_result_comes_back_from_its_file_exactly(tmp_path: Path):
 
 
 def test_equal_runs_pass_and_stand_in_one_table(monkeypatch, tmp_path, capsys):
-    close = dataclasses.replace(RESULT, schedule="v-half", losses=[5.5 * (1 + 9e-5), 0.3], measured_bubble=0.125)
+    close = dataclasses.replace(RESULT, schedule="v-half", losses=[5.5 * (1 + 9e-6), 0.3], measured_bubble=0.125)
     assert run_compare(monkeypatch, tmp_path, RESULT, close) == 0
     printed = capsys.readouterr().out
-    for cell in ("1f1b", "v-half", "20.0%", "12.5%", "9.0e-05", "4 2"):
+    for cell in ("1f1b", "v-half", "20.0%", "12.5%", "9.0e-06", "4 2"):
         assert cell in printed
 
 
 @pytest.mark.parametrize("changed", [
-    {"losses": [5.5 * (1 + 1.1e-4), 0.3]},
-    {"losses": [5.5, 0.3 * (1 - 1.1e-4)]},
+    {"losses": [5.5 * (1 + 1.1e-5), 0.3]},
+    {"losses": [5.5, 0.3 * (1 - 1.1e-5)]},
     {"losses": [float("nan"), 0.3]},
     {"validation_loss": 4.26},
 ])
 def test_different_losses_fail_and_are_named(monkeypatch, tmp_path, capsys, changed):
     other = dataclasses.replace(RESULT, schedule="v-half", **changed)
     assert run_compare(monkeypatch, tmp_path, RESULT, RESULT, other) == 1
-    assert "more than 0.0001: v-half" in capsys.readouterr().err
+    assert "more than 1e-05: v-half" in capsys.readouterr().err
 
 
 def test_runs_of_different_length_are_not_compared(monkeypatch, tmp_path):
