@@ -118,6 +118,7 @@ class Case:
     x_gradient: bool = True
     indices: int = 0
     operators: Any = field(default_factory=lambda: MATRIX_OPERATORS)
+    entries: int = 1
 
     def module(self, dtype: torch.dtype) -> nn.Module:
         return Operation(self.function, *self.weights).to(dtype)
@@ -151,9 +152,11 @@ CASES = [
     Case("linear on the first stage", F.linear, (2, 7, 5), [(3, 5), (3,)], x_gradient=False),
     Case("linear by columns", lambda x, *w: F.linear(by_columns(x), *w), (7, 5), [(3, 5), (3,)]),
     Case("linear 3-D sequence first", lambda x, w: F.linear(x.transpose(0, 1), w), (2, 7, 5), [(3, 5)]),
-    Case("linear 3-D sequence first, bias", lambda x, *w: F.linear(x.transpose(0, 1), *w), (2, 7, 5), [(3, 5), (3,)]),
-    Case("linear 4-D by columns, bias", lambda x, *w: F.linear(by_columns(x), *w), (2, 3, 7, 6), [(4, 6), (4,)]),
-    Case("linear of a part", lambda x, *w: F.linear(x[..., 1:6], *w), (2, 7, 8), [(3, 5), (3,)]),
+    Case("linear 3-D sequence first, bias", lambda x, *w: F.linear(x.transpose(0, 1), *w), (2, 7, 5), [(3, 5), (3,)],
+         entries=2),
+    Case("linear 4-D by columns, bias", lambda x, *w: F.linear(by_columns(x), *w), (2, 3, 7, 6), [(4, 6), (4,)],
+         entries=2),
+    Case("linear of a part", lambda x, *w: F.linear(x[..., 1:6], *w), (2, 7, 8), [(3, 5), (3,)], entries=2),
     Case("linear, frozen bias", lambda x, w: F.linear(x, w, torch.ones(3, dtype=x.dtype)), (7, 5), [(3, 5)]),
     Case("linear, frozen weight", lambda x, b: F.linear(x, torch.ones(3, 5, dtype=x.dtype), b), (7, 5), [(3,)], False),
     Case("linear, computed weight", lambda x, w: F.linear(x, w * 2), (7, 5), [(3, 5)], covered=False),
@@ -188,12 +191,13 @@ CASES = [
     Case("embedding", F.embedding, (2, 7), [(11, 5)], indices=11),
     Case("embedding, padding", lambda i, w: F.embedding(i, w, padding_idx=3), (4, 9), [(5, 6)], indices=5),
     Case("embedding, padding last", lambda i, w: F.embedding(i, w, padding_idx=-1), (4, 9), [(5, 6)], indices=5),
-    Case("embedding, scaled", lambda i, w: F.embedding(i, w, None, None, 2.0, True), (4, 9), [(5, 6)], False, indices=5),
-    Case("embedding, max_norm", lambda i, w: F.embedding(i, w * 1, max_norm=1.0), (9,), [(5, 6)], False, indices=5),
+    Case("embedding scaled", lambda i, w: F.embedding(i, w, scale_grad_by_freq=True), (9,), [(5, 6)], False, indices=5),
+    Case("embedding, max_norm", lambda i, w: F.embedding(i, w, max_norm=9.0), (9,), [(5, 6)], False, indices=5),
     Case("conv1d", F.conv1d, (2, 6, 9), [(4, 6, 3), (4,)]),
     Case("conv1d without bias", lambda x, w: F.conv1d(x, w, stride=2), (2, 5, 9), [(3, 5, 3)]),
     Case("conv1d groups", lambda x, *w: F.conv1d(x, *w, padding=2, groups=3), (2, 6, 9), [(6, 2, 3), (6,)]),
-    Case("conv1d dilated, first stage", lambda x, *w: F.conv1d(x, *w, 1, 2, 2), (2, 5, 9), [(3, 5, 3), (3,)], True, False),
+    Case("conv1d dilated, first stage", lambda x, *w: F.conv1d(x, *w, 1, 2, 2), (2, 5, 9), [(3, 5, 3), (3,)],
+         x_gradient=False),
     Case("conv2d", F.conv2d, (2, 4, 8, 6), [(6, 4, 3, 3), (6,)]),
     Case("conv2d odd", lambda x, *w: F.conv2d(x, *w, (2, 1), (1, 0)), (3, 5, 7, 9), [(3, 5, 3, 2), (3,)]),
     Case("conv2d same", lambda x, *w: F.conv2d(x, *w, padding="same"), (2, 4, 7, 6), [(5, 4, 3, 5), (5,)]),
@@ -227,7 +231,7 @@ def test_an_operator_equals_autograd_bit_for_bit(case: Case, dtype: torch.dtype)
     module, batches = case.module(dtype), case.batches(dtype)
     split = train(module, batches, case.operators)
     split.assert_equal(train(module, batches))
-    assert split.entries == (len(batches) if case.covered else 0)
+    assert split.entries == (case.entries * len(batches) if case.covered else 0)
 
 
 class Block(nn.Module):
@@ -284,6 +288,14 @@ def test_a_weight_is_delivered_once_however_often_it_was_used():
         store.run_next(deliver)
 
 
+def conv1d_of_gpt2(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.reshape(-1, x.size(-1)), weight).view(x.shape)
+
+
+def conv1d_along_the_sequence(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv1d(x.transpose(1, 2), weight, padding="same").transpose(1, 2)
+
+
 @st.composite
 def models(draw: st.DrawFn) -> tuple[nn.Module, int]:
     """A random stack of covered and uncovered layers of one width, some frozen, some shared; and the width."""
@@ -297,11 +309,11 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, int]:
         lambda: nn.GELU(),
         lambda: nn.Tanh(),
         lambda: nn.PReLU(),
-        lambda: Operation(lambda x, w, b: torch.addmm(b, x.reshape(-1, width), w).view(x.shape), (width, width), (width,)),
+        lambda: Operation(conv1d_of_gpt2, (width, width), (width,)),
         lambda: Operation(lambda x, w: x + x.transpose(0, 1).contiguous().transpose(0, 1) @ w, (width, width)),
         lambda: Operation(lambda x, w: x * w, (width,)),
         lambda: Operation(lambda x, w: torch.einsum("abk,km->abm", x, w), (width, width)),
-        lambda: Operation(lambda x, w: F.conv1d(x.transpose(1, 2), w, padding="same").transpose(1, 2), (width, width, 3)),
+        lambda: Operation(conv1d_along_the_sequence, (width, width, 3)),
         lambda: Operation(lambda x, w: x.transpose(0, 1) @ w.t() @ w, (width, width)),
     ]
     layers: list[nn.Module] = []
@@ -313,7 +325,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers), width
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(models(), st.sampled_from(DTYPES), st.sampled_from([MATRIX_OPERATORS, ALL_OPERATORS]), st.data())
 def test_random_models_equal_autograd_bit_for_bit(made: tuple[nn.Module, int], dtype: Any, operators: Any, data: Any):
     module, width = made
@@ -337,7 +349,7 @@ class Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
         for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, Tensor) and not any(tensor.is_set_to(other) for other in args if type(other) is Tensor):
+            if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
                 known = self._seen.get(reference.cdata)

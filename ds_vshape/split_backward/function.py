@@ -95,9 +95,9 @@ class SplitFunction(torch.autograd.Function):
     positions `saved_for_weight` lists; the others are None in W) and any tensor set as an attribute of ctx.
     `backward_input` runs first, so it may leave an intermediate for `backward_weight` as an attribute of ctx.
 
-    In a split, `forward` gets an alias of each weight, not the Parameter itself. The weight gradient is deferred if each
-    weight argument that requires a gradient is a Parameter that
-    `is_deferrable` accepts; otherwise both halves run at once, in B. Double backward is refused.
+    In a split, `forward` gets an alias of each weight, not the Parameter itself. Weight gradients are deferred if each
+    weight argument that requires a gradient is a Parameter that `is_deferrable` accepts; otherwise both halves run at
+    once, in B. Double backward is refused.
     """
 
     weight_arguments: ClassVar[tuple[int, ...]] = ()

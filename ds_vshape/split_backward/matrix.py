@@ -52,7 +52,8 @@ class Linear(SplitFunction):
     @staticmethod
     def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return (_left_gradient(gradient, weight.t(), _is_by_columns(x)) if ctx.needs_input_grad[0] else None), None, None
+        x_gradient = _left_gradient(gradient, weight.t(), _is_by_columns(x)) if ctx.needs_input_grad[0] else None
+        return x_gradient, None, None
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,6 +62,24 @@ class Linear(SplitFunction):
             _right_gradient(gradient, ctx.saved_tensors[0], ctx.by_columns).t() if needs_weight else None,
             gradient.sum(0) if needs_bias else None,
         )
+
+
+class AddBias(SplitFunction):
+    """x (..., m), bias (m) -> x + bias, (..., m)."""
+
+    weight_arguments = (1,)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        return x + bias
+
+    @staticmethod
+    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
+
+    @staticmethod
+    def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.sum(tuple(range(gradient.dim() - 1)))
 
 
 class MatMul(SplitFunction):
@@ -78,7 +97,8 @@ class MatMul(SplitFunction):
     @staticmethod
     def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return (_left_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[0] else None), None, None
+        x_gradient = _left_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[0] else None
+        return x_gradient, None, None
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +124,8 @@ class LeftMatMul(SplitFunction):
     @staticmethod
     def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, x = ctx.saved_tensors
-        return None, _right_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[1] else None
+        x_gradient = _right_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[1] else None
+        return None, x_gradient
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
@@ -167,7 +188,9 @@ def linear(store: WeightGradientStore, input: Tensor, weight: Tensor, bias: Tens
     if bias is None or input.is_contiguous():
         return _on_rows(store, Linear, input, weight, bias, weight.size(0))
     product = _on_rows(store, Linear, input, weight, None, weight.size(0))
-    return product if product is NotImplemented else product + bias
+    if product is NotImplemented:
+        return product
+    return AddBias.apply_split(store, product, bias) if bias.requires_grad else product + bias
 
 
 def matmul(store: WeightGradientStore, input: Tensor, other: Tensor) -> Any:

@@ -58,7 +58,8 @@ class SplitBackward(TorchFunctionMode):
 def _without_dispatch(function: Any) -> Any:
     """`function`, a Python function of torch, without its first step of offering itself to a torch function mode."""
     skipped = {name: _never for name in function.__globals__ if name.startswith("has_torch_function")}
-    twin = FunctionType(function.__code__, {**function.__globals__, **skipped}, function.__name__, function.__defaults__)
+    names = {**function.__globals__, **skipped}
+    twin = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
