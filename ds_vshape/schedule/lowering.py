@@ -18,11 +18,12 @@ import bisect
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, dependencies, whole_backwards
-from ds_vshape.schedule.timeline import Span, Times, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 
 class Content(str, enum.Enum):
@@ -105,6 +106,9 @@ class AwaitSend:
 Step = Load | Run | PostReceive | AwaitReceive | Send | AwaitSend
 Program = tuple[Step, ...]
 
+# Start or end of a pass: by the given times, then by equal ones.
+_Moment = tuple[float, float]
+
 
 def channels(placement: Placement) -> list[Channel]:
     """Every channel that the placement needs, in an order that is the same on all ranks."""
@@ -126,37 +130,32 @@ def message_into(work: Pass, placement: Placement) -> Message | None:
     return None if source == target else Message(Channel(source, target, content), work.stage, work.micro_batch)
 
 
-@dataclass(frozen=True)
-class _Transfer:
-    """A message with the pass that makes it and the pass that needs it, as places in their ranks' orders."""
+class _Transfer(NamedTuple):
+    """A message with the places of the pass that makes it and the pass that needs it, each in its rank's order."""
 
     message: Message
     made_at: int
-    made: Span
     needed_at: int
-    needed: Span
 
 
 def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
     """The programs of all ranks.
 
     `times` decide only how early a receive is posted and how late a send is released: whatever they are, the
-    programs are right. Raises ScheduleError if the schedule can't run.
+    programs are right. All ranks must lower with the same ones. Raises ScheduleError if the schedule can't run.
     """
-    timeline = simulate(schedule, times)
-    starts = [[span.start for span in spans] for spans in timeline.ranks]
+    starts, ends = _moments(schedule, times)
     before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
     after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
     posts: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
-    for transfer in _transfers(schedule, timeline.ranks):
-        message = transfer.message
+    # In the order of making, and so are the posts of a channel: their places don't fall while starts rise.
+    for message, made_at, needed_at in sorted(_transfers(schedule), key=lambda transfer: transfer.made_at):
         source, target = message.channel.source, message.channel.target
-        after[source][transfer.made_at].append(Send(message))
-        running = bisect.bisect_right(starts[target], transfer.made.start) - 1
-        posts[target][min(max(running - 1, 0), transfer.needed_at)].append(PostReceive(message))
-        before[target][transfer.needed_at].append(AwaitReceive(message))
-        before[source][max(bisect.bisect_left(starts[source], transfer.needed.end), transfer.made_at + 1)].append(
-            AwaitSend(message))
+        after[source][made_at].append(Send(message))
+        running = bisect.bisect_right(starts[target], starts[source][made_at]) - 1
+        posts[target][max(running - 1, 0)].append(PostReceive(message))
+        before[target][needed_at].append(AwaitReceive(message))
+        before[source][bisect.bisect_left(starts[source], ends[target][needed_at])].append(AwaitSend(message))
     split = {(work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.W}
     programs = []
     for rank, order in enumerate(schedule.orders):
@@ -172,17 +171,28 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
     return tuple(programs)
 
 
-def _transfers(schedule: Schedule, ranks: tuple[tuple[Span, ...], ...]) -> Iterator[_Transfer]:
-    """All messages, each sender's in the order in which it makes them."""
+def _moments(schedule: Schedule, times: Times) -> tuple[list[list[_Moment]], list[list[_Moment]]]:
+    """When each pass starts and ends, by rank and place: a pass that needs another starts after that one's start.
+
+    Passes that take no time would otherwise share a moment with what they need, and two ranks could each wait first
+    for what the other does next. Such ties are broken by a second simulation, in which every pass takes as long.
+    """
+    timed = simulate(schedule, times).ranks
+    ties = simulate(schedule, Times.uniform(schedule.placement.stages)).ranks
+    starts = [[(span.start, tie.start) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
+    ends = [[(span.end, tie.end) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
+    return starts, ends
+
+
+def _transfers(schedule: Schedule) -> Iterator[_Transfer]:
+    """All messages."""
     placement, whole = schedule.placement, whole_backwards(schedule)
-    where = {span.work: (place, span) for spans in ranks for place, span in enumerate(spans)}
-    transfers = []
-    for work, (needed_at, needed) in where.items():
+    places = {work: place for order in schedule.orders for place, work in enumerate(order)}
+    for work, needed_at in places.items():
         message = message_into(work, placement)
         if message is not None:
-            made_at, made = where[dependencies(work, placement.last_stage, whole)[-1]]
-            transfers.append(_Transfer(message, made_at, made, needed_at, needed))
-    return iter(sorted(transfers, key=lambda transfer: (transfer.message.channel, transfer.made_at)))
+            maker = dependencies(work, placement.last_stage, whole)[-1]
+            yield _Transfer(message, places[maker], needed_at)
 
 
 def _loads(work: Pass, placement: Placement) -> bool:
