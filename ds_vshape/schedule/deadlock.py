@@ -2,14 +2,21 @@
 
 Two rules of the libraries below us can turn a plausible program into one that hangs:
 
-    rendezvous   a send completes only once its receive is posted (gloo, and NCCL beyond its buffers)
-    in order     on one communicator a rank's operations run in the order of posting, one after the other (NCCL)
+    rendezvous   a send completes only once its receive is started (gloo, and NCCL beyond its buffers)
+    in order     on one communicator a rank's operations complete in the order of their start (NCCL)
 
-and one of our own runtime: while shapes are announced, a receive isn't posted before it is waited for.
+and one of our own runtime: while shapes are announced, a receive isn't started when it is posted, but when it is
+waited for.
 
-`check` runs the programs against a rule without times: an operation completes as soon as the rule lets it. Whether
-one more operation can complete never depends on the order of the others, so what is stuck here is stuck on every
-real run, and what runs to its end here does so on every real run.
+`check` looks in three steps:
+
+    [1] each program alone     a pass has its input; what is started is waited for, and nothing else
+    [2] each channel           both ends see the same messages in the same sequence
+    [3] all programs together  they run to their end, without times: an operation completes as soon as both rules let it
+
+Starting one more operation never keeps another from completing, so the order in which [3] tries the ranks doesn't
+matter: what is stuck here is stuck on every real run, and what runs to its end here does so on every real run.
+What passes under both rules also passes where only the first one binds.
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ from __future__ import annotations
 import enum
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from itertools import zip_longest
 
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send, Step,
                                          message_into)
@@ -25,132 +33,182 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import dependencies
 
 
-class Rule(enum.Enum):
-    """What holds back an operation whose partner is posted."""
-
-    RENDEZVOUS = "rendezvous"
-    IN_ORDER = "in order on each communicator"
-    LATE_RECEIVES = "receives posted only when waited for"
-
-
 class DeadlockError(RuntimeError):
-    """The programs can't run to their end; the message names each waiting rank and its step."""
+    """The programs can't run to their end; the message names the rank and the step."""
+
+
+class Receives(enum.Enum):
+    """When the runtime starts a receive."""
+
+    EARLY = "receives start when posted"
+    LATE = "receives start when waited for"
 
 
 def check(programs: Sequence[Program], placement: Placement,
           communicator: Callable[[Channel], Hashable] = lambda channel: channel) -> None:
-    """Raise DeadlockError unless `programs` run to their end under each Rule and every pass finds its input.
+    """Raise DeadlockError unless `programs` run to their end and every pass finds its input.
 
     `communicator` tells which channels share one; the runtime gives each channel its own.
     """
-    for rule in Rule:
-        _Run(programs, placement, rule, communicator).to_the_end()
+    for rank, program in enumerate(programs):
+        _check_alone(rank, program, placement)
+    lines = _check_channels(programs, communicator)
+    actions = [[_Action(step, lines[step.message.channel]) for step in program
+                if isinstance(step, (Send, PostReceive, AwaitSend, AwaitReceive))] for program in programs]
+    for receives in Receives:
+        for line in lines.values():
+            line.reset()
+        _run_together(actions, receives)
 
 
-class _Run:
-    """One run of the programs under one rule."""
+# -- [1] each program alone
 
-    def __init__(self, programs: Sequence[Program], placement: Placement, rule: Rule,
-                 communicator: Callable[[Channel], Hashable]) -> None:
-        self._programs, self._placement, self._rule = programs, placement, rule
-        self._communicator = communicator
-        self._place = [0] * len(programs)
-        self._sent: dict[Channel, list[Message]] = defaultdict(list)
-        self._posted: dict[Channel, list[Message]] = defaultdict(list)
-        self._noted: dict[Channel, deque[PostReceive]] = defaultdict(deque)
-        self._started: set[tuple[type[Step], Message]] = set()
-        self._matched: dict[Channel, int] = defaultdict(int)
-        # For each (rank, communicator) the channels of the operations that aren't complete, in the order of posting.
-        self._queues: dict[tuple[int, Hashable], deque[Channel]] = defaultdict(deque)
-        self._complete: set[Message] = set()
-        self._awaited: set[tuple[type[Step], Message]] = set()
-        self._done: set[Pass] = set()
 
-    def to_the_end(self) -> None:
-        while any([self._advance(rank) for rank in range(len(self._programs))]):
-            pass
-        stuck = [f"rank {rank} at {program[place]}" for rank, (program, place) in
-                 enumerate(zip(self._programs, self._place)) if place < len(program)]
-        if stuck:
-            raise DeadlockError(f"deadlock ({self._rule.value}): " + "; ".join(stuck))
-        for channel in self._sent.keys() | self._posted.keys():
-            if len(self._sent[channel]) != len(self._posted[channel]):
-                raise DeadlockError(f"channel {channel}: {len(self._sent[channel])} messages are sent "
-                                    f"and {len(self._posted[channel])} received")
-            for message in self._sent[channel]:
-                if (AwaitSend, message) not in self._awaited:
-                    raise DeadlockError(f"nobody waits for the send of {message}")
-
-    def _advance(self, rank: int) -> bool:
-        """Run `rank` as far as it goes; whether it went anywhere."""
-        program, before = self._programs[rank], self._place[rank]
-        while self._place[rank] < len(program) and self._step(rank, program[self._place[rank]]):
-            self._place[rank] += 1
-        return self._place[rank] > before
-
-    def _step(self, rank: int, step: Step) -> bool:
-        """Do `step`, or return False if it has to wait."""
-        if isinstance(step, Send):
-            self._start(rank, step.message.channel.source, step, self._sent)
-        elif isinstance(step, PostReceive):
-            self._noted[step.message.channel].append(step)
-            if self._rule is not Rule.LATE_RECEIVES:
-                self._start_noted(rank, step.message)
+def _check_alone(rank: int, program: Program, placement: Placement) -> None:
+    sending: set[Message] = set()
+    receiving: set[Message] = set()
+    received: set[Message] = set()
+    done: set[Pass] = set()
+    for step in program:
+        if isinstance(step, Run):
+            _check_input(rank, step.work, placement, received, done)
+            done.add(step.work)
+        elif isinstance(step, (Send, PostReceive)):
+            channel = step.message.channel
+            if rank != (channel.source if isinstance(step, Send) else channel.target):
+                raise DeadlockError(f"rank {rank} is at the wrong end of {step.message}")
+            (sending if isinstance(step, Send) else receiving).add(step.message)
         elif isinstance(step, (AwaitSend, AwaitReceive)):
-            if isinstance(step, AwaitReceive):
-                self._start_noted(rank, step.message)
-            if (Send if isinstance(step, AwaitSend) else PostReceive, step.message) not in self._started:
+            started = sending if isinstance(step, AwaitSend) else receiving
+            if step.message not in started:
                 raise DeadlockError(f"rank {rank} waits for {step.message} before it started it")
-            if step.message not in self._complete:
-                return False
-            self._awaited.add((type(step), step.message))
-        elif isinstance(step, Run):
-            self._run(rank, step.work)
+            started.remove(step.message)
+            if isinstance(step, AwaitReceive):
+                received.add(step.message)
+    for message in sending:
+        raise DeadlockError(f"rank {rank} never waits for its send of {message}")
+    for message in receiving:
+        raise DeadlockError(f"rank {rank} never waits for its receive of {message}")
+
+
+def _check_input(rank: int, work: Pass, placement: Placement, received: set[Message], done: set[Pass]) -> None:
+    """The pass must find its input: received, or made on this rank."""
+    message = message_into(work, placement)
+    if message is not None and message not in received:
+        raise DeadlockError(f"rank {rank} runs {work} without having waited for {message}")
+    for need in dependencies(work, placement.last_stage, frozenset()):
+        whole = Pass(Kind.BW, need.stage, need.micro_batch) if need.kind is Kind.B else need
+        if need not in done and whole not in done and placement.rank_of(need.stage) == rank:
+            raise DeadlockError(f"rank {rank} runs {work} before {need}")
+
+
+# -- [2] each channel
+
+
+class _Line:
+    """A channel in the run of [3]: how many of its messages are sent, have a receive, and are through.
+
+    `queues` are those of the communicator at either end: lines of started operations, in the order of their start.
+    """
+
+    __slots__ = ("number", "queues", "received", "sent", "through")
+
+    def __init__(self, messages: Sequence[Message], queues: tuple[deque[_Line], deque[_Line]]) -> None:
+        self.number = {message: number for number, message in enumerate(messages)}
+        self.queues = queues
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to before the first message."""
+        self.sent = self.received = self.through = 0
+        for queue in self.queues:
+            queue.clear()
+
+
+def _check_channels(programs: Sequence[Program], communicator: Callable[[Channel], Hashable]) -> dict[Channel, _Line]:
+    sent: dict[Channel, list[Message]] = defaultdict(list)
+    posted: dict[Channel, list[Message]] = defaultdict(list)
+    for program in programs:
+        for step in program:
+            if isinstance(step, Send):
+                sent[step.message.channel].append(step.message)
+            elif isinstance(step, PostReceive):
+                posted[step.message.channel].append(step.message)
+    queues: dict[tuple[int, Hashable], deque[_Line]] = defaultdict(deque)
+    lines = {}
+    for channel in sorted(sent.keys() | posted.keys()):
+        for number, (out, into) in enumerate(zip_longest(sent[channel], posted[channel])):
+            if out is None or into is None:
+                raise DeadlockError(f"channel {channel}: {out or into} is {'received' if out is None else 'sent'} by one "
+                                    f"end alone; {len(sent[channel])} messages are sent and {len(posted[channel])} received")
+            if out != into:
+                raise DeadlockError(f"channel {channel}: message {number} is sent as {out} and received as {into}")
+        shared = communicator(channel)
+        lines[channel] = _Line(sent[channel], (queues[channel.source, shared], queues[channel.target, shared]))
+    return lines
+
+
+# -- [3] all programs together
+
+
+class _Action:
+    """A step of communication, with its channel's line and the message's number on it."""
+
+    __slots__ = ("kind", "line", "number", "step")
+
+    def __init__(self, step: Send | PostReceive | AwaitSend | AwaitReceive, line: _Line) -> None:
+        self.step: Step = step
+        self.kind = type(step)
+        self.line = line
+        self.number = line.number[step.message]
+
+
+def _run_together(actions: Sequence[Sequence[_Action]], receives: Receives) -> None:
+    places = [0] * len(actions)
+    moved = True
+    while moved:
+        moved = False
+        for rank, program in enumerate(actions):
+            place = before = places[rank]
+            while place < len(program) and _act(program[place], receives):
+                place += 1
+            places[rank] = place
+            moved |= place > before
+    stuck = [f"rank {rank} at {program[place].step}" for rank, (program, place) in enumerate(zip(actions, places))
+             if place < len(program)]
+    if stuck:
+        raise DeadlockError(f"deadlock ({receives.value}): " + "; ".join(stuck))
+
+
+def _act(action: _Action, receives: Receives) -> bool:
+    """Do `action`, or return False if it has to wait."""
+    kind, line = action.kind, action.line
+    if kind is Send:
+        line.sent += 1
+        _start(line, 0)
         return True
+    if kind is PostReceive:
+        if receives is Receives.EARLY:
+            line.received += 1
+            _start(line, 1)
+        return True
+    if kind is AwaitReceive:
+        # The runtime starts what stands before the message on its channel, too.
+        while line.received <= action.number:
+            line.received += 1
+            _start(line, 1)
+    return line.through > action.number
 
-    def _start_noted(self, rank: int, message: Message) -> None:
-        """Start the channel's receives that stand up to `message`."""
-        noted = self._noted[message.channel]
-        while PostReceive(message) in noted:
-            step = noted.popleft()
-            self._start(rank, step.message.channel.target, step, self._posted)
 
-    def _start(self, rank: int, end: int, step: Send | PostReceive, started: dict[Channel, list[Message]]) -> None:
-        message, channel = step.message, step.message.channel
-        if rank != end:
-            raise DeadlockError(f"rank {rank} is at the wrong end of {message}")
-        self._queues[rank, self._communicator(channel)].append(channel)
-        started[channel].append(message)
-        self._started.add((type(step), message))
-        self._match(channel)
-
-    def _match(self, first: Channel) -> None:
-        """Complete the next operation of `first` if the rule lets it, and what that sets free."""
-        candidates = [first]
-        while candidates:
-            channel = candidates.pop()
-            number = self._matched[channel]
-            if number >= min(len(self._sent[channel]), len(self._posted[channel])):
-                continue
-            sent, posted = self._sent[channel][number], self._posted[channel][number]
-            if sent != posted:
-                raise DeadlockError(f"channel {channel}: message {number} is sent as {sent} and received as {posted}")
-            queues = [self._queues[rank, self._communicator(channel)] for rank in (channel.source, channel.target)]
-            if self._rule is Rule.IN_ORDER and any(queue[0] != channel for queue in queues):
-                continue
-            for queue in queues:
-                queue.remove(channel)
-            self._complete.add(sent)
-            self._matched[channel] += 1
-            candidates += [queue[0] for queue in queues if queue]
-
-    def _run(self, rank: int, work: Pass) -> None:
-        """The pass must find its input: received and awaited, or made on this rank."""
-        message = message_into(work, self._placement)
-        if message is not None and (AwaitReceive, message) not in self._awaited:
-            raise DeadlockError(f"rank {rank} runs {work} without having waited for {message}")
-        for need in dependencies(work, self._placement.last_stage, frozenset()):
-            whole = Pass(Kind.BW, need.stage, need.micro_batch) if need.kind is Kind.B else need
-            if self._placement.rank_of(need.stage) == rank and not {need, whole} & self._done:
-                raise DeadlockError(f"rank {rank} runs {work} before {need}")
-        self._done.add(work)
+def _start(line: _Line, end: int) -> None:
+    """Start an operation at one end of `line`; complete all that is set free."""
+    line.queues[end].append(line)
+    candidates = [line]
+    while candidates:
+        line = candidates.pop()
+        source, target = line.queues
+        if line.through < min(line.sent, line.received) and source[0] is line and target[0] is line:
+            source.popleft()
+            target.popleft()
+            line.through += 1
+            candidates += [queue[0] for queue in (source, target) if queue]
