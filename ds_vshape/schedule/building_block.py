@@ -13,13 +13,14 @@ off the block: an activation lives from the start of its F to the end of its W.
     l           lifespan(stage)         from the start of F to the end of W
     ceil(l/T)   activations(stage)      the most micro-batches whose activations the stage keeps
 
-V-Min with 4 ranks; upper-case letters are the first half of the model, lower-case letters the second:
+V-Min with 4 ranks, offsets of 1 all the way down, up, down and up; capital letters are the first half of the model,
+small letters the second. The next micro-batch starts at 6, between the passes of this one:
 
     time      0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15 16 17
-    rank 0    F                    f  b     w              B  W         F0 ...: offsets 1 down, 1 up, 1 down, 1 up
-    rank 1       F              f        b     w        B  W
-    rank 2          F        f              b     w  B  W
-    rank 3             F  f                    b  B  w  W                repeats every T = 6
+    rank 0    F                    f  b     w              B     W
+    rank 1       F              f        b  w           B        W
+    rank 2          F        f              b     w  B     W
+    rank 3             F  f                    b  B  w  W
 
 Three steps make the schedule:
 

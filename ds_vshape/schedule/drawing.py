@@ -1,8 +1,8 @@
 """A timeline as text, one row a rank, to be read like the papers' figures.
 
     time    0              5              10
-    rank 0  F0 F1 F2 f0 b0 w0 f1 b1 B0 w1 B1 W0 W1 ...
-    rank 1  ...F0 f0 F1 f1 b0 B0 b1 B1 w0 W0 w1 W1
+    rank 0  F0 F1 ...f0 b0 w0 f1 b1 B0 w1 B1 W0 W1
+    rank 1  ...F0 f0 F1 f1 b0 B0 w0 b1 B1 W0 w1 W1
 
 A pass is its kind and micro-batch, as wide as it is long: capital letters on the rank's first chunk, small ones on its
 second. Dots are bubbles. Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
@@ -17,7 +17,7 @@ from ds_vshape.schedule.timeline import Span, Timeline
 LEGEND = ("F forward, B input gradient, W weight gradients, BW both at once, with the micro-batch; "
           "capital: the rank's first chunk, small: its second; dots: the rank waits")
 # For each kind of pass a regular expression that finds it in the drawing.
-PASSES = {"F": r"\b[Ff]\d[\d-]*", "B": r"\b[Bb]\d[\d-]*", "W": r"\b[Ww]\d[\d-]*", "BW": r"\b(BW|bw)\d[\d-]*"}
+PASSES = {kind: rf"(?<![A-Za-z])({kind}|{kind.lower()})\d[\d-]*" for kind in ("F", "B", "W", "BW")}
 BUBBLE = "."
 
 

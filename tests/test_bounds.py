@@ -1,0 +1,118 @@
+"""The lower bound against the optimum, found by trying everything, and against all that we can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.placement import PLACEMENTS, Placement, linear, v
+from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+
+
+def optimum(placement: Placement, micro_batches: int, times: tuple[int, int, int], kept: int) -> int:
+    """The shortest makespan with at most `kept` activations of a stage on a rank, whole times of F, B, W, no hops.
+
+    Breadth first over all that the ranks can have begun at each moment. Micro-batches are alike, so the first to start
+    on a stage may as well be called the first: counts for each stage and kind are all that matters. Whole backwards
+    need no trying, being split ones that send late.
+    """
+    stages = placement.stages
+    nothing = (0,) * (3 * stages)  # begun[3 * stage + kind], kind F B W = 0 1 2
+    idle = (None,) * placement.ranks  # for each rank (pass, time left)
+
+    def choices(rank: int, begun: tuple[int, ...], done: list[int]) -> Iterator[int | None]:
+        yield None
+        alive = sum(begun[3 * s] - done[3 * s + 2] for s in placement.chunks[rank])
+        for s in placement.chunks[rank]:
+            f, b, w = 3 * s, 3 * s + 1, 3 * s + 2
+            if begun[f] < micro_batches and alive < kept and (s == 0 or done[f - 3] > begun[f]):
+                yield f
+            if done[f] > begun[b] and (s == stages - 1 or done[b + 3] > begun[b]):
+                yield b
+            if done[b] > begun[w]:
+                yield w
+
+    now = {(nothing, idle)}
+    time = 0
+    while True:
+        following = set()
+        for begun, running in now:
+            done = list(begun)
+            for task in running:
+                if task is not None:
+                    done[task[0]] -= 1
+            if min(done) == micro_batches:
+                return time
+            free = [[task] if task is not None else list(choices(rank, begun, done))
+                    for rank, task in enumerate(running)]
+            for picked in product(*free):
+                counts, tasks = list(begun), []
+                for task in picked:
+                    if isinstance(task, int):
+                        counts[task] += 1
+                        task = (task, times[task % 3])
+                    tasks.append(task if task is None or task[1] > 1 else None)
+                following.add((tuple(counts), tuple(task and (task[0], task[1] - 1) for task in tasks)))
+        now = following
+        time += 1
+
+
+@pytest.mark.parametrize("placement, micro_batches, times, kept", [
+    (placement, m, times, kept)
+    for placement, m in ((v(1), 2), (v(2), 1), (v(2), 2), (linear(2), 2), (linear(2), 3), (linear(3), 2))
+    for times in ((1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2))
+    for kept in range(2 if placement.name == "v" else 1, placement.stages // placement.ranks * m + 1)],
+    ids=lambda value: f"{value.name}{value.ranks}" if isinstance(value, Placement) else str(value))
+def test_never_above_the_optimum(placement: Placement, micro_batches: int, times: tuple[int, int, int],
+                                 kept: int) -> None:
+    best = optimum(placement, micro_batches, times, kept)
+    peak = kept * 2 * placement.ranks / placement.stages
+    bound = lower_bound(placement, micro_batches, Times.uniform(placement.stages, *times), peak)
+    assert bound <= best
+    assert bound >= 0.6 * best
+
+
+def test_met_where_the_optimum_is_known() -> None:
+    """One rank works without a pause; and V-ZB's first two micro-batches on two ranks."""
+    assert lower_bound(v(1), 2, Times.uniform(2), 2) == optimum(v(1), 2, (1, 1, 1), 2) == 12
+    assert lower_bound(v(2), 2, Times.uniform(4), 4) == optimum(v(2), 2, (1, 1, 1), 4) == 13
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(sorted(SCHEDULES)), st.data())
+@settings(deadline=None, max_examples=80)
+def test_no_schedule_is_below(ranks: int, micro_batches: int, name: str, data: st.DataObject) -> None:
+    schedule = build(name, ranks, micro_batches)
+    stages = schedule.placement.stages
+    lengths = st.lists(st.floats(0.1, 5), min_size=stages, max_size=stages).map(tuple)
+    times = Times(data.draw(lengths), data.draw(lengths), data.draw(lengths), data.draw(st.floats(0, 3)))
+    bound = lower_bound(schedule.placement, micro_batches, times, max(peak_activations(schedule)))
+    assert bound <= simulate(schedule, times).makespan * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+def test_the_papers_bound(ranks: int) -> None:
+    for micro_batches in (ranks, 4 * ranks):
+        for peak in range(2, 2 * ranks):
+            if peak < 2 * micro_batches:
+                paper = 6 * micro_batches + 6 * ranks - 3 * peak - 1
+                assert lower_bound(v(ranks), micro_batches, Times.uniform(2 * ranks), peak) >= paper
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_one_micro_batch_takes_its_way(name: str) -> None:
+    placement = PLACEMENTS[name](3)
+    stages = placement.stages
+    crossings = sum(placement.rank_of(s) != placement.rank_of(s + 1) for s in range(stages - 1))
+    times = Times.uniform(stages, 2, 3, 5, hop=7)
+    assert lower_bound(placement, 1, times, 6) == stages * (2 + 3) + 5 + 2 * 7 * crossings
+
+
+def test_a_peak_below_one_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match="can't hold the activations of one stage"):
+        lower_bound(linear(4), 8, Times.uniform(4), 1)

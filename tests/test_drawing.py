@@ -1,0 +1,79 @@
+"""The text picture: literally, and when it doesn't fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from ds_vshape.schedule import drawing
+from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.passes import BW, F
+from ds_vshape.schedule.placement import linear, v
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
+
+
+def picture(name: str, ranks: int, micro_batches: int, times: tuple[float, ...] = (1, 1, 1), columns: int = 200) -> str:
+    schedule = build(name, ranks, micro_batches)
+    return drawing.draw(simulate(schedule, Times.uniform(schedule.placement.stages, *times)), schedule.placement, columns)
+
+
+def test_literally() -> None:
+    assert picture("1f1b", 2, 2).splitlines() == [
+        "time    0              5",
+        "rank 0  F0 F1 ......BW0-- ...BW1--",
+        "rank 1  ...F0 BW0-- F1 BW1-- ......",
+        drawing.LEGEND]
+
+
+def test_the_figure_of_the_docstring() -> None:
+    shown = [line.strip() for line in (drawing.__doc__ or "").splitlines() if line.strip().startswith("rank")]
+    for line, row in zip(shown, picture("v-zb", 2, 2).splitlines()[1:3], strict=True):
+        assert row == line
+
+
+def test_a_pass_is_as_wide_as_it_is_long() -> None:
+    rows = picture("1f1b", 2, 2, times=(1, 3, 1)).splitlines()
+    assert rows[2] == "rank 1  ...F0 BW0-------- F1 BW1-------- ............"
+
+
+def test_long_numbers_get_room() -> None:
+    row = picture("1f1b", 1, 101, columns=10_000).splitlines()[1]
+    assert row.startswith("rank 0  F0-- BW0------ F1-- BW1------ ") and row.endswith("F99- BW99----- F100 BW100----")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_usual_size_fits_a_terminal_of_200_columns(name: str) -> None:
+    lines = picture(name, 4, 8).splitlines()
+    assert all(len(line) <= 200 for line in lines)
+    if name != "1f1b-v":  # the longest of them all: 206 columns
+        assert len(lines) == 4 + 2
+
+
+def test_what_does_not_fit_is_cut_with_a_note() -> None:
+    whole, cut = picture("v-half", 4, 8).splitlines(), picture("v-half", 4, 8, columns=80).splitlines()
+    assert all(len(line) <= 80 for line in cut[:5])
+    assert [line[:80].rstrip() for line in whole[1:5]] == cut[1:5]
+    assert cut[5] == "... cut off at time 24 of 53: all of it takes 167 columns"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_pass_is_found_by_its_colour(name: str) -> None:
+    schedule = build(name, 3, 4)
+    rows = "\n".join(drawing.draw(simulate(schedule, Times.uniform(schedule.placement.stages)),
+                                  schedule.placement, 1000).splitlines()[1:4])
+    for kind, pattern in drawing.PASSES.items():
+        assert len(re.findall(pattern, rows)) == sum(work.kind.value == kind for _, work in schedule.passes())
+
+
+def test_a_measured_timeline_may_start_anywhere() -> None:
+    schedule = Schedule("one", linear(1), 1, ((F(0, 0), BW(0, 0)),))
+    timeline = simulate(schedule, Times.uniform(1))
+    later = Timeline(tuple(tuple(type(span)(span.work, span.start + 1e6, span.end + 1e6) for span in rank)
+                           for rank in timeline.ranks))
+    assert drawing.draw(later, linear(1)) == drawing.draw(timeline, linear(1))
+
+
+def test_nothing_to_draw() -> None:
+    assert drawing.draw(Timeline(((), ())), v(2)) == "(no passes)"

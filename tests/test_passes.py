@@ -1,0 +1,50 @@
+"""The notation of passes, and the placements."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
+from ds_vshape.schedule.placement import PLACEMENTS, interleaved, linear, v
+
+passes = st.builds(Pass, st.sampled_from(Kind), st.integers(0, 10 ** 6), st.integers(0, 10 ** 6))
+
+
+@given(passes)
+def test_notation_round_trips(work: Pass) -> None:
+    assert Pass.parse(repr(work)) == work
+
+
+def test_notation_is_readable() -> None:
+    assert [repr(make(2, 15)) for make in (F, B, W, BW)] == ["F2.15", "B2.15", "W2.15", "BW2.15"]
+
+
+@pytest.mark.parametrize("text", ["", "F", "F2", "F2.", "X2.5", "WB2.5", "F-1.0", "F2.5 ", " F2.5", "f2.5", "F2.5.1"])
+def test_what_is_no_pass_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no pass"):
+        Pass.parse(text)
+
+
+def test_kinds_know_what_they_give() -> None:
+    assert [kind for kind in Kind if kind.gives_input_gradient] == [Kind.B, Kind.BW]
+    assert [kind for kind in Kind if kind.gives_weight_gradients] == [Kind.W, Kind.BW]
+
+
+def test_placements_as_drawn() -> None:
+    assert linear(4).chunks == ((0,), (1,), (2,), (3,))
+    assert v(4).chunks == ((0, 7), (1, 6), (2, 5), (3, 4))
+    assert interleaved(4).chunks == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_stage_has_one_rank_that_knows_it(name: str, ranks: int) -> None:
+    placement = PLACEMENTS[name](ranks)
+    assert (placement.name, placement.ranks) == (name, ranks)
+    assert sorted(stage for chunks in placement.chunks for stage in chunks) == list(range(placement.stages))
+    for rank, chunks in enumerate(placement.chunks):
+        for place, stage in enumerate(chunks):
+            assert (placement.rank_of(stage), placement.chunk_of(stage)) == (rank, place)
+    assert placement.last_stage == placement.stages - 1

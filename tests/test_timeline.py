@@ -1,0 +1,118 @@
+"""The simulator against a second one that shares nothing with it, and its measures by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
+from ds_vshape.schedule.placement import PLACEMENTS, linear, v
+from ds_vshape.schedule.schedule import Schedule, ScheduleError
+from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+
+
+def needs(work: Pass, schedule: Schedule) -> list[Pass]:
+    """All that must be done before `work`, among the passes that the schedule has."""
+    s, i = work.stage, work.micro_batch
+    wanted = {Kind.F: [F(s - 1, i)], Kind.W: [B(s, i)], Kind.B: [F(s, i), B(s + 1, i), BW(s + 1, i)],
+              Kind.BW: [F(s, i), B(s + 1, i), BW(s + 1, i)]}[work.kind]
+    there = {other for _, other in schedule.passes()}
+    return [other for other in wanted if other in there]
+
+
+def slow_simulation(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:
+    """Push every start later until no rule is broken any more: O(passes^2), and no events."""
+    length = {work: times.of(work) for _, work in schedule.passes()}
+    start = dict.fromkeys(length, 0.0)
+    rules = []
+    for rank, order in enumerate(schedule.orders):
+        rules += [(before, after, 0.0) for before, after in zip(order, order[1:])]
+        rules += [(need, work, times.hop if schedule.placement.rank_of(need.stage) != rank else 0.0)
+                  for work in order for need in needs(work, schedule)]
+    moved = True
+    while moved:
+        moved = False
+        for before, after, hop in rules:
+            earliest = start[before] + length[before] + hop
+            if start[after] < earliest:
+                start[after], moved = earliest, True
+    return {work: (start[work], start[work] + length[work]) for work in start}
+
+
+def random_schedule(ranks: int, micro_batches: int, placement_name: str, dice: random.Random) -> Schedule:
+    """Any order that can run: take ready passes at random, some backwards whole and some split."""
+    placement = PLACEMENTS[placement_name](ranks)
+    work = []
+    for stage in range(placement.stages):
+        for i in range(micro_batches):
+            work += [F(stage, i)] + ([BW(stage, i)] if dice.random() < 0.5 else [B(stage, i), W(stage, i)])
+    everything = Schedule("random", placement, micro_batches, (tuple(work),))
+    waits_for = {one: set(needs(one, everything)) for one in work}
+    orders: list[list[Pass]] = [[] for _ in range(ranks)]
+    while waits_for:
+        chosen = dice.choice([one for one, waits in waits_for.items() if not waits])
+        orders[placement.rank_of(chosen.stage)].append(chosen)
+        del waits_for[chosen]
+        for waits in waits_for.values():
+            waits.discard(chosen)
+    return Schedule("random", placement, micro_batches, tuple(tuple(order) for order in orders))
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(sorted(PLACEMENTS)), st.randoms(use_true_random=False),
+       st.floats(0, 5))
+@settings(deadline=None, max_examples=80)
+def test_agrees_with_the_slow_simulator(ranks: int, micro_batches: int, placement: str, dice: random.Random,
+                                        hop: float) -> None:
+    schedule = random_schedule(ranks, micro_batches, placement, dice)
+    stages = range(schedule.placement.stages)
+    times = Times(*(tuple(dice.uniform(0, 3) for _ in stages) for _ in range(3)), hop)
+    timeline = simulate(schedule, times)
+    slow = slow_simulation(schedule, times)
+    for spans, order in zip(timeline.ranks, schedule.orders):
+        assert tuple(span.work for span in spans) == order
+        for span in spans:
+            assert (span.start, span.end) == pytest.approx(slow[span.work])
+    ends = [end for _, end in slow.values()]
+    assert timeline.makespan == pytest.approx(max(ends) - min(start for start, _ in slow.values()))
+    own = [max(slow[work][1] for work in order) - min(slow[work][0] for work in order) for order in schedule.orders]
+    assert timeline.longest_span == pytest.approx(max(own))
+    assert timeline.work == pytest.approx(sum(end - start for start, end in slow.values()))
+
+
+ONE = Schedule("one", linear(2), 1, ((F(0, 0), B(0, 0), W(0, 0)), (F(1, 0), BW(1, 0))))
+
+
+def test_by_hand() -> None:
+    """Rank 0: F 0-2, then it waits for BW of stage 1 (2 + hop 1 = 3-6, 6-15) and the hop back."""
+    timeline = simulate(ONE, Times((2, 3), (4, 5), (6, 4), hop=1))
+    assert [[(span.start, span.end) for span in rank] for rank in timeline.ranks] == [
+        [(0, 2), (16, 20), (20, 26)], [(3, 6), (6, 15)]]
+    assert (timeline.makespan, timeline.longest_span, timeline.work) == (26, 26, 24)
+    assert timeline.bubble == pytest.approx(1 - 24 / 52)
+
+
+def test_a_hop_costs_nothing_within_a_rank() -> None:
+    schedule = Schedule("one", v(1), 1, ((F(0, 0), F(1, 0), BW(1, 0), BW(0, 0)),))
+    assert simulate(schedule, Times.uniform(2, hop=100)).makespan == 6
+
+
+def test_peaks_count_from_f_to_w() -> None:
+    kept = Schedule("kept", v(1), 1, ((F(0, 0), F(1, 0), B(1, 0), B(0, 0), W(1, 0), W(0, 0)),))
+    assert peak_activations(kept) == (2,)
+    assert peak_activations(kept, sizes=[3, 0.5]) == (3.5,)
+    # One stage a rank is twice as large as one of two.
+    assert peak_activations(ONE) == (2, 2)
+
+
+def test_ranks_that_wait_for_each_other_are_named() -> None:
+    crossed = Schedule("crossed", linear(2), 1, ((BW(0, 0), F(0, 0)), (F(1, 0), BW(1, 0))))
+    with pytest.raises(ScheduleError, match=r"crossed can't run: rank 0 at BW0\.0, rank 1 at F1\.0 wait"):
+        simulate(crossed, Times.uniform(2))
+
+
+def test_an_empty_timeline_has_no_time() -> None:
+    empty = simulate(Schedule("empty", linear(2), 0, ((), ())), Times.uniform(2))
+    assert (empty.makespan, empty.longest_span, empty.bubble) == (0, 0, 0)
