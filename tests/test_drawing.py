@@ -14,9 +14,11 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 
-def picture(name: str, ranks: int, micro_batches: int, times: tuple[float, ...] = (1, 1, 1), columns: int = 200) -> str:
+def picture(name: str, ranks: int, micro_batches: int, times: tuple[float, ...] = (1, 1, 1),
+            columns: int = 200) -> str:
     schedule = build(name, ranks, micro_batches)
-    return drawing.draw(simulate(schedule, Times.uniform(schedule.placement.stages, *times)), schedule.placement, columns)
+    timeline = simulate(schedule, Times.uniform(schedule.placement.stages, *times))
+    return drawing.draw(timeline, schedule.placement, columns)
 
 
 def test_literally() -> None:

@@ -101,7 +101,8 @@ def test_as_drawn(name: str) -> None:
 def test_every_pass_once_in_micro_batch_order_and_to_the_end(size: tuple[int, int], name: str) -> None:
     ranks, micro_batches = size
     schedule = build(name, ranks, micro_batches)
-    assert (schedule.name, schedule.micro_batches, schedule.placement) == (name, micro_batches, placement_of(name, ranks))
+    assert (schedule.name, schedule.micro_batches) == (name, micro_batches)
+    assert schedule.placement == placement_of(name, ranks)
     counts: dict[tuple[str, int], list[int]] = {}
     for rank, work in schedule.passes():
         assert schedule.placement.rank_of(work.stage) == rank
@@ -174,7 +175,8 @@ def test_large_schedules_are_planned() -> None:
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("wrong, nearest", [("v-hlf", "v-half"), ("V_ZB", "v-zb"), ("1f1bv", "1f1b-v"), ("zbh2", "zb-h2")])
+@pytest.mark.parametrize("wrong, nearest", [("v-hlf", "v-half"), ("V_ZB", "v-zb"), ("1f1bv", "1f1b-v"),
+                                            ("zbh2", "zb-h2")])
 def test_an_unknown_name_is_answered_with_the_nearest_and_all(wrong: str, nearest: str) -> None:
     with pytest.raises(ValueError) as caught:
         build(wrong, 4, 8)

@@ -34,7 +34,8 @@ _COLOURS = {"F": "cyan", "B": "green", "W": "yellow", "BW": "magenta"}
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `plan` to the command line."""
-    parser = commands.add_parser("plan", help="show what a schedule costs", description=(__doc__ or "").split("\n\n")[1])
+    description = (__doc__ or "").partition("\n\n")[2]
+    parser = commands.add_parser("plan", help="show what a schedule costs", description=description)
     parser.add_argument("config", nargs="?", type=Path, metavar="DS_CONFIG",
                         help="a ds_config.json; the options below fill what it lacks")
     parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")

@@ -76,8 +76,9 @@ class BuildingBlock:
         """
         weight_grad = [0] * self.placement.stages
         for rank, chunks in enumerate(self.placement.chunks):
-            taken = {start % self.interval for stage in chunks for start in (self.forward[stage], self.input_grad[stage])}
-            if len(taken) < 2 * len(chunks) or 3 * len(chunks) > self.interval:
+            starts = [starts[stage] for stage in chunks for starts in (self.forward, self.input_grad)]
+            taken = {start % self.interval for start in starts}
+            if len(taken) < len(starts) or 3 * len(chunks) > self.interval:
                 raise ValueError(f"two passes of rank {rank} start at once in {self}")
             for stage in sorted(chunks, key=lambda stage: self.input_grad[stage]):
                 start = self.input_grad[stage] + 1
@@ -124,16 +125,16 @@ def repeat(block: BuildingBlock, micro_batches: int, name: str) -> Schedule:
 
 
 def reorder(schedule: Schedule, limit: int) -> Schedule:
-    """Squeeze `schedule` and use the ranks' waits in warm-up and cool-down; no rank keeps more than `limit` activations.
+    """Squeeze `schedule` and use the ranks' waits in warm-up and cool-down, with at most `limit` activations on a rank.
 
     `limit` counts (stage, micro-batch) activations; an order that exceeds it before stays as large as it is. Each
     stage's passes of one kind must stand in micro-batch order, and they still do afterwards. Two rules, neither of
     which makes any F or B start later than in the squeezed schedule:
 
-    1. Between two forwards of a rank, a B that is ready goes ahead of the Ws: others wait for it, and the activations
-       kept at the next forward are the same.
-    2. A rank whose next passes all wait runs the first later pass of 1 unit that is ready. A forward is pulled ahead
-       so only if what the rank keeps stays within `limit` on all the way that it skips.
+    [1] Between two forwards of a rank, a B that is ready goes ahead of the Ws: others wait for it, and the activations
+        kept at the next forward are the same.
+    [2] A rank whose next passes all wait runs the first later pass of 1 unit that is ready. A forward is pulled ahead
+        so only if what the rank keeps stays within `limit` on all the way that it skips.
     """
     ranks = [_Rank(order, limit) for order in schedule.orders]
     progress = _Progress([0] * schedule.placement.stages, [0] * schedule.placement.stages)
@@ -159,7 +160,7 @@ def reorder(schedule: Schedule, limit: int) -> Schedule:
 
 @dataclass(frozen=True)
 class _Progress:
-    """How many micro-batches each stage has passed on: forwards to the stage after, input gradients to the one before."""
+    """How many micro-batches each stage has passed on: forwards to the stage after, input gradients to that before."""
 
     forwards: list[int]
     backwards: list[int]
@@ -199,6 +200,7 @@ class _Rank:
 
     def choose(self, progress: _Progress) -> Pass | None:
         """Take the pass that runs now; None to wait."""
+        # The first pass of each queue, as they stand in the order; [1] and [2] are the rules of `reorder`.
         order = self.order
         fronts = sorted(places[-1] for places in self.queues if places)
         next_forward = next((place for place in fronts if order[place].kind is Kind.F), len(order))
@@ -208,9 +210,9 @@ class _Rank:
             if place > next_forward and first_weight_grad is not None:
                 break
             if not progress.ready(work) or (place != self.head and UNITS[work.kind] > 1):
-                continue
+                continue  # [2]; a pass of 2 units would still run when one before it gets ready
             if work.kind is Kind.W and place < next_forward:
-                first_weight_grad = place if first_weight_grad is None else first_weight_grad
+                first_weight_grad = place if first_weight_grad is None else first_weight_grad  # [1]
             elif work.kind is not Kind.F or (first_weight_grad is None and self._fits(place)):
                 return self._take(place)
         return None if first_weight_grad is None else self._take(first_weight_grad)

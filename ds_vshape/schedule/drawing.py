@@ -57,13 +57,15 @@ def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: fl
     for span in spans:
         first, last = round((span.start - origin) * scale), round((span.end - origin) * scale)
         if last > first:
-            row[first:last] = _name(span.work, placement).ljust(last - first - 1, "-")[:last - first].ljust(last - first)
+            name = _name(span.work, placement).ljust(last - first - 1, "-")
+            row[first:last] = name[:last - first].ljust(last - first)
     return "".join(row)
 
 
 def _ruler(scale: float, width: int) -> str:
     """Times at round distances, at least 10 characters apart."""
-    step = next(base * 10.0 ** power for power in range(-9, 10) for base in (1, 2, 5) if base * 10.0 ** power * scale >= 10)
+    steps = (base * 10.0 ** power for power in range(-12, 13) for base in (1, 2, 5))
+    step = next(step for step in steps if step * scale >= 10)
     ruler, tick = "", 0
     while round(tick * step * scale) < width:
         ruler = ruler.ljust(round(tick * step * scale)) + f"{tick * step:g}"

@@ -15,7 +15,9 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
     """`schedule` with B and W run as BW wherever that delays no pass of any rank, given `times`.
 
     `slack` is how long before its use the input gradient must still be there: fusions that are free only if the times
-    hold exactly would cost something as soon as they don't. Every pass still starts when it did: each fused input gradient is there before the pass that uses it started in
+    hold exactly would cost something as soon as they don't.
+
+    Every pass still starts when it did: each fused input gradient is there before the pass that uses it started in
     `simulate(schedule, times)`, so all its fusions may happen at once. The peaks are those of the order, unchanged.
     """
     timeline = simulate(schedule, times)

@@ -29,7 +29,7 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
 
 def interleaved_one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
     """1F1B on 2p stages, two a rank, with whole backwards."""
-    # An incomplete last group would leave ranks waiting for each other in a circle: fill it, and drop what was filled in.
+    # An incomplete last group would leave ranks waiting for each other: fill it, and drop what was filled in.
     groups = [range(first, first + ranks) for first in range(0, micro_batches, ranks)]
     orders = []
     for rank in range(ranks):

@@ -58,7 +58,8 @@ class Pass:
         """The pass that `repr` wrote as `text`; ValueError if it is none."""
         match = _NOTATION.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is no pass: write kind, stage and micro-batch like F2.5, with kind F, B, W or BW")
+            raise ValueError(f"{text!r} is no pass: write kind, stage and micro-batch like F2.5, "
+                             "with kind F, B, W or BW")
         kind, stage, micro_batch = match.groups()
         return cls(Kind(kind), int(stage), int(micro_batch))
 

@@ -4,17 +4,17 @@ Every rank then keeps about the same, and the offsets of the building block set 
 Tables 1, 8, 9). A block here is its four steps (between neighbouring ranks: F down, F back up, B down, B back up) and
 its three turns (F at the last rank, from F to B at rank 0, B at the last rank). Unit times, T = 6, M = 1F1B's peak:
 
-    schedule   steps     turns                       peak, in micro-batches    of M     bubble of one batch
-    v-min      1 1 1 1   1 3 1, 1 1 1 or 1 5 1        (p + 4) // 3              1/3      2/3 of 1F1B's
+    schedule   steps     turns                     peak, in micro-batches   of M   bubble of one batch
+    v-min      1 1 1 1   1 3 1, 1 1 1 or 1 5 1     (p + 4) // 3             1/3    2/3 of 1F1B's
                          (p % 3 = 0, 1 or 2)
-    v-half     2 1 2 1   2 4 1 or 1 1 2               (p + 2) // 2              1/2      1/2 of 1F1B's
+    v-half     2 1 2 1   2 4 1 or 1 1 2            (p + 2) // 2             1/2    1/2 of 1F1B's
                          (p even or odd)
-    v-zb       4 2 4 2   3 1 3                        p                         1        0 within a rank's own span
-    1f1b-v     1 1 3 3   3 1 3, 1 2 3 or 1 3 3        ((4p + 4) // 3) / 2       2/3      1F1B's
+    v-zb       4 2 4 2   3 1 3                     p                        1      0 within a rank's own span
+    1f1b-v     1 1 3 3   3 1 3, 1 2 3 or 1 3 3     ((4p + 4) // 3) / 2      2/3    1F1B's
                          (p % 3 = 0, 1 or 2)
 
 The paper turns with 1 1 1 in v-min at p % 3 = 2 and with 2 1 1 in v-half at odd p. At the same peak the turns above
-save up to 4 and 3 units there, and with them both schedules meet the lower bound of `bounds.py` for long batches.
+save up to 4 and 3 units there, and with them both meet the lower bound of `bounds.py` from m = p on.
 
 `1f1b-v` runs whole backwards, which overlap in its block; repeating and squeezing part them. `zb-v` is the hand-made
 schedule of "Zero Bubble Pipeline Parallelism" (section 6), with v-zb's peak and bubble from counting passes.
