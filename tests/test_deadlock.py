@@ -1,0 +1,355 @@
+"""The deadlock checker: good programs pass, each kind of broken one is named, and a second simulator agrees."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
+from itertools import product
+
+import pytest
+
+from ds_vshape.schedule.deadlock import DeadlockError, check
+from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Message, PostReceive, Program, Run,
+                                         Send, Step, lower)
+from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.passes import BW, B, F
+from ds_vshape.schedule.placement import Placement, linear
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times
+
+Communicator = Callable[[Channel], Hashable]
+Programs = tuple[Program, ...]
+
+
+def own(channel: Channel) -> Hashable:
+    return channel
+
+
+def of_the_pair(channel: Channel) -> Hashable:
+    return frozenset((channel.source, channel.target))
+
+
+def of_the_direction(channel: Channel) -> Hashable:
+    return channel.source, channel.target
+
+
+def of_all(channel: Channel) -> Hashable:
+    return "all"
+
+
+def lowered(name: str, ranks: int, micro_batches: int) -> tuple[Programs, Placement]:
+    schedule = build(name, ranks, micro_batches)
+    return lower(schedule, Times.uniform(schedule.placement.stages)), schedule.placement
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_good_programs_pass(name: str) -> None:
+    for ranks in (1, 2, 3, 4, 7):
+        for micro_batches in (1, 2, 5, 9):
+            programs, placement = lowered(name, ranks, micro_batches)
+            check(programs, placement)
+            evaluation = lower(forward_only(placement, micro_batches), Times.uniform(placement.stages))
+            check(evaluation, placement)
+
+
+# -- broken programs
+
+# Rank 0's program of 1F1B with two ranks and micro-batches is, runs and loads aside:
+#   post G0 / F / send A0 / post G1 / F / send A1 / release A0 / await G0 / BW / release A1 / await G1 / BW
+# and rank 1's: post A0, post A1 / await A0 / F, BW / send G0 / await A1 / F, BW / send G1 / release G0, release G1
+A0, A1 = (Message(Channel(0, 1, Content.ACTIVATION), 1, micro_batch) for micro_batch in (0, 1))
+G0, G1 = (Message(Channel(1, 0, Content.GRADIENT), 0, micro_batch) for micro_batch in (0, 1))
+
+
+def without(program: Program, *steps: Step) -> Program:
+    assert set(steps) <= set(program)
+    return tuple(step for step in program if step not in steps)
+
+
+def swapped(program: Program, one: Step, other: Step) -> Program:
+    exchange = {one: other, other: one}
+    assert set(exchange) <= set(program)
+    return tuple(exchange.get(step, step) for step in program)
+
+
+def moved(program: Program, step: Step, before: Step) -> Program:
+    rest = list(without(program, step))
+    rest.insert(rest.index(before), step)
+    return tuple(rest)
+
+
+def run(program: Program, text: str) -> Step:
+    return next(step for step in program if isinstance(step, Run) and str(step.work) == text)
+
+
+Break = Callable[[Program, Program], tuple[Program, Program]]
+
+BROKEN: dict[str, tuple[Break, str]] = {
+    "receives swapped": (
+        lambda p, q: (p, swapped(q, PostReceive(A0), PostReceive(A1))),
+        r"channel activation 0->1: message 0 is sent as activation of 1.0 .* and received as activation of 1.1"),
+    "sends swapped": (
+        lambda p, q: (swapped(p, Send(A0), Send(A1)), q),
+        "rank 0 waits for activation of 1.0|channel activation 0->1: message 0 is sent as activation of 1.1"),
+    "a receive that is never posted": (
+        lambda p, q: (p, without(q, PostReceive(A1))),
+        r"rank 1 waits for activation of 1.1 \(0->1\) before it started it"),
+    "a receive that is neither posted nor awaited": (
+        lambda p, q: (p, without(q, PostReceive(A1), AwaitReceive(A1))),
+        r"rank 1 runs F1.1 without having waited for activation of 1.1 \(0->1\)"),
+    "a message that is never sent": (
+        lambda p, q: (without(p, Send(A1), AwaitSend(A1)), q),
+        r"channel activation 0->1: activation of 1.1 \(0->1\) is received by one end alone; 1 messages are sent and 2"),
+    "a message that nobody receives": (
+        lambda p, q: (without(p, PostReceive(G1), AwaitReceive(G1), run(p, "BW0.1")), q),
+        r"channel gradient 1->0: gradient of 0.1 \(1->0\) is sent by one end alone; 2 messages are sent and 1"),
+    "a wait for a send that comes later": (
+        lambda p, q: (moved(p, AwaitSend(A1), Send(A1)), q),
+        r"rank 0 waits for activation of 1.1 \(0->1\) before it started it"),
+    # Rank 1 posts A1 only behind F1.0 here, rank 0 wants A1 gone before it offers room for G0.
+    "a wait for a send before the peer can post": (
+        lambda p, q: (moved(moved(moved(p, AwaitSend(A1), AwaitReceive(G0)), PostReceive(G0), AwaitReceive(G0)),
+                            PostReceive(G1), AwaitReceive(G0)),
+                      moved(moved(q, AwaitSend(G0), AwaitReceive(A1)), PostReceive(A1), AwaitReceive(A1))),
+        r"deadlock \(receives start when posted\): rank 0 at AwaitSend\(message=activation of 1.1 \(0->1\)\); "
+        r"rank 1 at AwaitSend\(message=gradient of 0.0 \(1->0\)\)"),
+    "a wait that only late receives turn into a deadlock": (
+        lambda p, q: (moved(p, AwaitSend(A1), AwaitReceive(G0)), moved(q, AwaitSend(G0), AwaitReceive(A1))),
+        r"deadlock \(receives start when waited for\): rank 0 at AwaitSend.*activation of 1.1.*; rank 1 at AwaitSend"),
+    "a forward before its input": (
+        lambda p, q: (p, moved(q, run(q, "F1.1"), AwaitReceive(A1))),
+        r"rank 1 runs F1.1 without having waited for activation of 1.1 \(0->1\)"),
+    "a backward before its output gradient": (
+        lambda p, q: (moved(p, run(p, "BW0.1"), AwaitReceive(G1)), q),
+        r"rank 0 runs BW0.1 without having waited for gradient of 0.1 \(1->0\)"),
+    "a backward before its forward": (
+        lambda p, q: (p, moved(q, run(q, "BW1.1"), run(q, "F1.1"))),
+        "rank 1 runs BW1.1 before F1.1"),
+    "a send nobody waits for": (
+        lambda p, q: (without(p, AwaitSend(A1)), q),
+        r"rank 0 never waits for its send of activation of 1.1 \(0->1\)"),
+    "a receive nobody waits for": (
+        lambda p, q: (without(p, AwaitReceive(G1), run(p, "BW0.1")), q),
+        r"rank 0 never waits for its receive of gradient of 0.1 \(1->0\)"),
+    "a send at the wrong end": (
+        lambda p, q: (without(p, Send(A1), AwaitSend(A1)), q + (Send(A1), AwaitSend(A1))),
+        r"rank 1 is at the wrong end of activation of 1.1 \(0->1\)"),
+    "a receive at the wrong end": (
+        lambda p, q: (p + (PostReceive(A1), AwaitReceive(A1)), q),
+        r"rank 0 is at the wrong end of activation of 1.1 \(0->1\)"),
+    "a send that is waited for twice": (
+        lambda p, q: (p + (AwaitSend(A1),), q),
+        r"rank 0 waits for activation of 1.1 \(0->1\) before it started it"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_programs_are_named(case: str) -> None:
+    programs, placement = lowered("1f1b", 2, 2)
+    check(programs, placement)
+    spoil, message = BROKEN[case]
+    with pytest.raises(DeadlockError, match=message):
+        check(spoil(*programs), placement)
+
+
+def test_a_pass_that_needs_another_of_its_own_rank() -> None:
+    programs, placement = lowered("v-min", 2, 2)
+    for rank, early, late, message in ((1, "F2.0", "F1.0", "rank 1 runs F2.0 before F1.0"),
+                                       (1, "B1.0", "B2.0", "rank 1 runs B1.0 before B2.0"),
+                                       (0, "W3.0", "B3.0", "rank 0 runs W3.0 before B3.0")):
+        broken = list(programs)
+        broken[rank] = moved(programs[rank], run(programs[rank], early), run(programs[rank], late))
+        with pytest.raises(DeadlockError, match=message):
+            check(broken, placement)
+
+
+def test_a_whole_backward_is_an_input_gradient_too() -> None:
+    on_one_rank = Placement("linear", ((0, 1),))
+    order = (F(0, 0), F(1, 0), BW(1, 0), BW(0, 0))
+    check(lower(Schedule("whole", on_one_rank, 1, (order,)), Times.uniform(2)), on_one_rank)
+    with pytest.raises(DeadlockError, match="rank 0 runs BW0.0 before B1.0"):
+        check([tuple(Run(work, split=False) for work in (F(0, 0), F(1, 0), BW(0, 0), BW(1, 0)))], on_one_rank)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_communicator_for_both_directions_crosses_sends(name: str) -> None:
+    # Both ranks post a receive before they send: in order on one communicator, each waits for the other's send.
+    for ranks, micro_batches in ((2, 1), (3, 2), (4, 8)):
+        for shared in (of_the_pair, of_all):
+            with pytest.raises(DeadlockError, match=r"deadlock \(receives start when posted\): rank 0 at"):
+                check(*lowered(name, ranks, micro_batches), shared)
+
+
+def test_one_communicator_for_each_direction_crosses_the_two_arms_of_the_v() -> None:
+    # Activations of one arm and gradients of the other share it, and are waited for in another order than sent.
+    for name in ("v-min", "v-half", "v-zb", "zb-v", "1f1b-v"):
+        with pytest.raises(DeadlockError, match=r"deadlock \(receives start when waited for\)"):
+            check(*lowered(name, 4, 8), of_the_direction)
+    for name in ("gpipe", "1f1b", "zb-h1", "zb-h2"):
+        check(*lowered(name, 4, 8), of_the_direction)
+
+
+# -- a second simulator
+
+
+class Simulator:
+    """Programs run by brute force: a state, and every single event that may come next.
+
+    An event is a rank's next step, or the completion of one pair of operations. Rules as in the checker's docstring;
+    without `in_order` only rendezvous binds.
+    """
+
+    def __init__(self, programs: Programs, communicator: Communicator, late: bool, in_order: bool = True) -> None:
+        self._programs = [tuple(step for step in program if not isinstance(step, Run) and hasattr(step, "message"))
+                          for program in programs]
+        self._communicator, self._late, self._in_order = communicator, late, in_order
+
+    State = tuple[tuple[int, ...], tuple[bool, ...], frozenset[Message]]
+
+    def start(self) -> State:
+        ranks = len(self._programs)
+        return (0,) * ranks, (False,) * ranks, frozenset()
+
+    def finished(self, state: State) -> bool:
+        return all(place == len(program) for place, program in zip(state[0], self._programs))
+
+    def next_states(self, state: State) -> Iterator[State]:
+        places, arrived, complete = state
+        for rank, (place, program) in enumerate(zip(places, self._programs)):
+            if place == len(program):
+                continue
+            step = program[place]
+            if isinstance(step, AwaitReceive) and not arrived[rank]:
+                yield places, replaced(arrived, rank, True), complete
+            elif not isinstance(step, (AwaitSend, AwaitReceive)) or step.message in complete:
+                yield replaced(places, rank, place + 1), replaced(arrived, rank, False), complete
+        started = [self._started(rank, places[rank], arrived[rank]) for rank in range(len(places))]
+        for message in {message for operations in started for message in operations} - complete:
+            ends = message.channel.source, message.channel.target
+            if all(message in started[rank] and self._is_next(message, started[rank], complete) for rank in ends):
+                yield places, arrived, complete | {message}
+
+    def _started(self, rank: int, place: int, arrived: bool) -> list[Message]:
+        """The messages that `rank` has started to send or receive, in that order."""
+        done, program = [], self._programs[rank]
+        noted: dict[Channel, list[Message]] = defaultdict(list)
+        for step in program[:place + arrived]:
+            if isinstance(step, Send) or isinstance(step, PostReceive) and not self._late:
+                done.append(step.message)
+            elif isinstance(step, PostReceive):
+                noted[step.message.channel].append(step.message)
+            elif isinstance(step, AwaitReceive) and step.message not in done:
+                waiting = noted[step.message.channel]
+                until = waiting.index(step.message) + 1
+                done += waiting[:until]
+                del waiting[:until]
+        return done
+
+    def _is_next(self, message: Message, started: list[Message], complete: frozenset[Message]) -> bool:
+        """Whether all that stands before `message` on its communicator (or channel) is complete."""
+        def same(other: Message) -> bool:
+            return self._communicator(other.channel) == self._communicator(message.channel) if self._in_order \
+                else other.channel == message.channel
+        return all(other in complete for other in started[:started.index(message)] if same(other))
+
+    def run(self, pick: random.Random) -> State:
+        state = self.start()
+        while following := list(self.next_states(state)):
+            state = pick.choice(following)
+        return state
+
+    def all_ends(self) -> set[State]:
+        """The final states of all interleavings."""
+        @cache
+        def ends(state: Simulator.State) -> frozenset[Simulator.State]:
+            following = list(self.next_states(state))
+            return frozenset().union(*map(ends, following)) if following else frozenset([state])
+        return set(ends(self.start()))
+
+
+def replaced(values: tuple, place: int, value: object) -> tuple:
+    return (*values[:place], value, *values[place + 1:])
+
+
+def verdict(programs: Programs, placement: Placement, communicator: Communicator) -> str:
+    try:
+        check(programs, placement, communicator)
+    except DeadlockError as error:
+        return str(error)
+    return "good"
+
+
+def shuffled(programs: Programs, pick: random.Random, changes: int) -> Programs:
+    """`programs` with some steps moved: one a few places down, or a wait for a send up."""
+    result = [list(program) for program in programs]
+    for _ in range(changes):
+        program = pick.choice(result)
+        place = pick.randrange(len(program))
+        if isinstance(program[place], AwaitSend):
+            after = program.index(Send(program[place].message)) + 1
+            program.insert(pick.randint(min(after, place), place), program.pop(place))
+        else:
+            program.insert(place + pick.randint(1, 4), program.pop(place))
+    return tuple(tuple(program) for program in result)
+
+
+SEEN_IN_A_RUN = ("good", "deadlock (receives start when posted)", "deadlock (receives start when waited for)")
+COMMUNICATORS = (own, of_the_pair, of_the_direction, of_all)
+
+
+def test_random_interleavings_agree() -> None:
+    verdicts = Counter()
+    for seed in range(600):
+        pick = random.Random(seed)
+        good, placement = lowered(pick.choice(sorted(SCHEDULES)), pick.randint(2, 3), pick.randint(1, 3))
+        programs, communicator = shuffled(good, pick, pick.randint(0, 6)), pick.choice(COMMUNICATORS)
+        found = verdict(programs, placement, communicator).split(":")[0]
+        verdicts[found if found in SEEN_IN_A_RUN else "refused before any run"] += 1
+        if found not in SEEN_IN_A_RUN:
+            continue
+        finishes = {}
+        for late in (False, True):
+            simulator = Simulator(programs, communicator, late)
+            ends = {simulator.run(pick) for _ in range(3)}
+            assert len(ends) == 1, "the result depends on the order of events"
+            finishes[late] = simulator.finished(ends.pop())
+        # The checker tries early receives first, and stops at the first deadlock.
+        assert found == SEEN_IN_A_RUN[0 if all(finishes.values()) else 1 if not finishes[False] else 2]
+        if found == "good":
+            # What both rules let through, rendezvous alone does.
+            simulator = Simulator(programs, communicator, pick.random() < 0.5, in_order=False)
+            assert simulator.finished(simulator.run(pick))
+    assert len(verdicts) == 4 and min(verdicts.values()) >= 5, verdicts
+
+
+def test_all_interleavings_end_alike() -> None:
+    verdicts = set()
+    for name, communicator, changes in product(("1f1b", "v-min"), COMMUNICATORS, (0, 3, 6)):
+        good, placement = lowered(name, 2, 1)
+        programs = shuffled(good, random.Random(changes), changes)
+        found = verdict(programs, placement, communicator).split(":")[0]
+        verdicts.add(found)
+        if found not in SEEN_IN_A_RUN:
+            continue
+        finishes = {}
+        for late in (False, True):
+            simulator = Simulator(programs, communicator, late)
+            end, = simulator.all_ends()
+            finishes[late] = simulator.finished(end)
+        assert found == SEEN_IN_A_RUN[0 if all(finishes.values()) else 1 if not finishes[False] else 2]
+    assert verdicts >= {"good", "deadlock (receives start when posted)"}
+
+
+def test_large_programs_are_checked_quickly() -> None:
+    programs, placement = lowered("v-half", 8, 64)
+    start = time.process_time()
+    check(programs, placement)
+    assert time.process_time() - start < 1, "every rank does this when it starts"
+
+
+def test_a_program_of_one_rank_needs_no_messages() -> None:
+    check([(Run(F(0, 0), split=True), Run(B(0, 0), split=True))], linear(1))
