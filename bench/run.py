@@ -75,14 +75,15 @@ def summarize(results: dict[str, dict[str, list[float]]], workload: Workload) ->
 
 def show(summary: dict[str, dict[str, Any]], workload: Workload, rounds: int) -> None:
     first = next(iter(summary))
-    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload.layers} layers a rank of "
-                  f"{'/'.join(f'{1000 * s:g}' for s in workload.seconds)} ms (F/B/W); work alone {workload.work:.2f} s; "
-                  f"{rounds} rounds")
+    milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in workload.seconds)
+    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload.layers} layers a "
+                  f"rank of {milliseconds} ms (F/B/W); work alone {workload.work:.2f} s; {rounds} rounds")
     for column in ("contender", "median s", "least", "most", f"speed over {first}", "simulated s", "over simulated"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for contender, row in summary.items():
-        simulated = ["-", "-"] if row["simulated"] is None else [f"{row['simulated']:.3f}", f"{row['over_simulated']:.3f}"]
-        table.add_row(contender, *(f"{row[key]:.3f}" for key in ("seconds", "least", "most")), f"{row['speed']:.2f}", *simulated)
+        seconds = [f"{row[key]:.3f}" for key in ("seconds", "least", "most")]
+        simulated = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("simulated", "over_simulated")]
+        table.add_row(contender, *seconds, f"{row['speed']:.2f}", *simulated)
     Console(width=140).print(table)
 
 
@@ -105,8 +106,8 @@ def main() -> None:
         compare_losses(results)
         summary = summarize(results, workload)
         show(summary, workload, options.rounds)
-        written.append({"micro_batches": micro_batches, "ms": options.ms, "ranks": options.ranks, "layers": options.layers,
-                        "results": results, "summary": summary})
+        written.append({"ranks": options.ranks, "layers": options.layers, "ms": options.ms,
+                        "micro_batches": micro_batches, "results": results, "summary": summary})
     if options.json:
         options.json.write_text(json.dumps(written, indent=1))
 

@@ -72,6 +72,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     added.
     """
 
+    total_loss: Any
+    total_additional_losses: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The stock constructor asks is_first_stage() and is_last_stage() for the ends of the chain of ranks, not of
         # the model: it warms up the neighbours with them.
@@ -123,13 +126,13 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _announce(self, schedule: Schedule) -> None:
         if self.global_rank == 0:
             timeline = simulate(schedule, Times.uniform(self.placement.stages))
-            logger.info(f"pipeline_schedule {schedule.name}: {self.placement.ranks} ranks, {self.placement.stages} stages, "
-                        f"{self.micro_batches} micro-batches; with equal times bubble {timeline.bubble:.1%}, peak "
-                        f"{max(peak_activations(schedule)):g} of 1F1B's {2 * self.placement.ranks} activations")
+            logger.info(f"pipeline_schedule {schedule.name}: {self.placement.ranks} ranks, {self.placement.stages} "
+                        f"stages, {self.micro_batches} micro-batches; with equal times bubble {timeline.bubble:.1%}, "
+                        f"peak {max(peak_activations(schedule)):g} of 1F1B's {2 * self.placement.ranks} activations")
 
     def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
         training = torch.is_grad_enabled()
-        self.fwd_outputs = []
+        self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._recorder = PassRecorder()
         for instruction in pipe_schedule.instructions:
@@ -180,7 +183,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             inputs = _own_copy(inputs, self.device, "inputs")
             if self._reentrant_activation_checkpointing():
                 for tensor in members(inputs):
-                    tensor.requires_grad_(tensor.is_floating_point())
+                    if tensor is not None:
+                        tensor.requires_grad_(tensor.is_floating_point())
             self._buffer(BufferId(0, buffer_id.micro_batch)).inputs = inputs
         if self._holds(self.placement.last_stage):
             if torch.is_tensor(labels) or isinstance(labels, (tuple, list)):
@@ -212,20 +216,24 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self._exec_forward_pass(buffer_id)
 
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
-        """The loss of one micro-batch, added to the batch's."""
+        """The loss of one micro-batch; in training it is added to the batch's."""
         compute = self._compute_loss and self.module.loss_fn is not None
         loss = self.module.loss_fn(outputs, labels) if compute else outputs
         if self.eval_return_logits:
             self.outputs = outputs
         self.loss = _detached(loss)
         self.fwd_outputs.append(self.loss)
-        self.total_loss = _added(self.total_loss, self.loss)
+        if torch.is_grad_enabled():
+            self._add_to_batch_loss(self.loss)
+        return loss
+
+    def _add_to_batch_loss(self, loss: Any) -> None:
+        self.total_loss = _added(self.total_loss, loss)
         additional = self.module.get_additional_losses()
         if additional is not None:
             totals = self.total_additional_losses or {}
             self.total_additional_losses = OrderedDict(
                 (name, _added(totals.get(name), _detached(value))) for name, value in additional.items())
-        return loss
 
     # -- [3] backward
 
@@ -348,8 +356,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             save_layout(os.path.join(save_dir, tag), Layout.of(self.module), self.global_rank)
         super()._save_checkpoint(save_dir, tag, *args, **kwargs)
 
-    def _load_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True, load_module_only: bool = False,
-                         **kwargs: Any) -> Any:
+    def _load_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True,
+                         load_module_only: bool = False, **kwargs: Any) -> Any:
         if load_optimizer_states and not load_module_only and not self.load_universal_checkpoint():
             check_layout(os.path.join(load_dir, str(tag)), Layout.of(self.module))
         return super()._load_checkpoint(load_dir, tag, load_optimizer_states=load_optimizer_states,
@@ -368,7 +376,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         predicted = simulate(schedule, mean_times(timeline, self.placement.stages))
         unit = 2 * self.placement.ranks // self.placement.stages
         peaks = [torch.empty(1, device=self.device) for _ in schedule.orders]
-        dist.all_gather(peaks, torch.tensor([float(unit * self._training_record.peak_alive)], device=self.device), group=group)
+        own_peak = torch.tensor([float(unit * self._training_record.peak_alive)], device=self.device)
+        dist.all_gather(peaks, own_peak, group=group)
         return {
             "schedule": schedule.name,
             "predicted_bubble": predicted.bubble,
@@ -402,9 +411,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 def _own_copy(data: Any, device: torch.device, what: str) -> Payload:
     """`data` of the iterator as tensors that nobody else changes; PipelineError if it holds anything but tensors."""
     if torch.is_tensor(data):
-        return data.detach().clone().to(device)  # type: ignore[no-any-return]
+        return data.detach().clone().to(device)
     if not isinstance(data, (tuple, list)) or not all(map(torch.is_tensor, data)):
-        raise PipelineError(f"the {what} of a micro-batch are {type(data).__name__}: must be a tensor or a tuple of tensors")
+        raise PipelineError(f"the {what} of a micro-batch are {type(data).__name__}: must be a tensor or a tuple of "
+                            "tensors")
     return tuple(tensor.detach().clone().to(device) for tensor in data)
 
 

@@ -53,6 +53,8 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         PipelineError: for fewer layers than stages.
     """
 
+    tied_comms: dict[str, Any]
+
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
                  **kwargs: Any) -> None:
         check_versions()
@@ -68,10 +70,13 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         self.placement = placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
         self.num_stages = self.placement.stages
         if self._num_layers < self.num_stages:
-            raise PipelineError(f"{self._num_layers} layers can't fill {self.num_stages} stages: "
-                                f"{self._schedule_name} on {ranks} pipeline ranks needs at least {self.num_stages} layers")
+            raise PipelineError(f"{self._num_layers} layers can't fill {self.num_stages} stages: {self._schedule_name} "
+                                f"on {ranks} pipeline ranks needs at least {self.num_stages} layers")
         super()._partition_layers(method)
-        self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1]) for stage in self.placement.chunks[self.stage_id]]
+        # Some of DeepSpeed's methods give NumPy's integers, which its own seeding then refuses.
+        self.parts: list[int] = [int(bound) for bound in self.parts]
+        self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1])
+                       for stage in self.placement.chunks[self.stage_id]]
 
     @property
     def _schedule_name(self) -> str:

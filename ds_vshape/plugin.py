@@ -33,9 +33,9 @@ def initialize(args: Any = None, model: Any = None, *positional: Any, config: Ds
     if section is not None:
         check_versions()
         if not isinstance(model, PipelineModule):
-            hint = "build it as ds_vshape.PipelineModule" if isinstance(model, StockPipelineModule) else "it needs one"
-            raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}, no "
-                              f"ds_vshape.PipelineModule; {hint}")
+            of = " of DeepSpeed's" if isinstance(model, StockPipelineModule) else ""
+            raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}{of}; build it as a "
+                              "ds_vshape.PipelineModule")
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         if stage > 1:
             raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")

@@ -80,8 +80,8 @@ def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, 
         own[place] = torch.tensor([span.start, span.end], dtype=torch.float64)
     gathered = [torch.empty(longest, 2, dtype=torch.float64, device=device) for _ in orders]
     dist.all_gather(gathered, own.to(device), group=group)
-    return Timeline(tuple(
-        tuple(Span(work, *times) for work, times in zip(order, rank.tolist())) for order, rank in zip(orders, gathered)))
+    return Timeline(tuple(tuple(Span(work, *times) for work, times in zip(order, rank.tolist()))
+                          for order, rank in zip(orders, gathered)))
 
 
 def mean_times(timeline: Timeline, stages: int) -> Times:

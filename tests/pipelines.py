@@ -15,6 +15,7 @@ from torch.nn import functional
 import ds_vshape
 
 VOCABULARY, WIDTH, LENGTH, SAMPLES = 13, 8, 3, 2
+BATCHES = range(5)
 BASE_SEED = 1234
 
 FP32: dict[str, Any] = {}
@@ -74,9 +75,9 @@ def micro_batch(batch: int, number: int, replica: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; `schedule` None is DeepSpeed's own 1F1B engine."""
+    """One training run; `schedule` (what the config's section says) None is DeepSpeed's own 1F1B engine."""
 
-    schedule: str | None
+    schedule: Any
     stages: int
     micro_batches: int
     config: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +153,8 @@ class PlainModel(nn.Module):
                 module = self.tied_modules[spec.key]
                 self.functions.append(module if spec.forward_fn is None else
                                       lambda x, module=module, call=spec.forward_fn: call(module, x))
+            elif not isinstance(spec, LayerSpec):
+                self.functions.append(spec)
             else:
                 module = spec.build()
                 self.add_module(str(place), module)
@@ -190,9 +193,9 @@ class PlainTraining:
             grads.append([p.grad for p in self.model.parameters()])
             self._optimizer.zero_grad()
         for p, *of_replicas in zip(self.model.parameters(), *grads, strict=True):
-            p.grad = sum(of_replicas[1:], of_replicas[0]) / self._replicas
+            p.grad = None if of_replicas[0] is None else sum(of_replicas[1:], of_replicas[0]) / self._replicas
         if self._clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+            self.last_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(sum(losses[1:], losses[0]) / self._replicas)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, Job, Outcome, PlainTraining,
-                       merged, train)
+from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, Job, Outcome,
+                       PlainTraining, merged, train)
 from ranks import run_ranks
 
 from ds_vshape.schedule.named import SCHEDULES
 
-BATCHES = range(5)
 MAIN_SCHEDULES = ["1f1b", "zb-h1", "v-min", "v-half", "v-zb"]
-PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero1": BF16_ZERO1, "bf16-zero1-fp32": BF16_ZERO1_FP32}
+PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero1": BF16_ZERO1,
+              "bf16-zero1-fp32": BF16_ZERO1_FP32}
 
 
 def train_all(rank: int, jobs: list[Job], counts: tuple[int, ...]) -> list[list[Outcome]]:
@@ -35,7 +35,8 @@ def train_all(rank: int, jobs: list[Job], counts: tuple[int, ...]) -> list[list[
 
 def outcomes_of(jobs: list[Job], counts: tuple[int, ...], world: int) -> list[list[Outcome]]:
     """Each job's outcomes, those of its ranks merged."""
-    return [[merged(list(ranks)) for ranks in zip(*of_job)] for of_job in zip(*run_ranks(world, train_all, jobs, counts))]
+    of_jobs = zip(*run_ranks(world, train_all, jobs, counts))
+    return [[merged(list(ranks)) for ranks in zip(*of_job)] for of_job in of_jobs]
 
 
 def assert_equal(outcomes: list[Outcome], oracles: list[Outcome], of: Any) -> None:
