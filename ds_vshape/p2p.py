@@ -55,10 +55,9 @@ class Signature:
         is_tuple = isinstance(payload, tuple)
         members = payload if isinstance(payload, tuple) else (payload,)
         for member in members:
-            if member is not None and (not torch.is_tensor(member) or member.dtype not in _DTYPE_IDS):
-                what = member.dtype if torch.is_tensor(member) else type(member).__name__
-                raise PipelineError(f"a stage's output holds {what}: only tensors and tuples of tensors can cross to "
-                                    "the next stage")
+            if obstacle := _obstacle(member):
+                raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can cross "
+                                    "to the next stage")
         return cls(tuple(None if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
                          for t in members), is_tuple)
 
@@ -93,6 +92,17 @@ class Signature:
     def __str__(self) -> str:
         return ", ".join("none" if t is None else f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
                          for t in self.tensors)
+
+
+def _obstacle(member: Any) -> str | None:
+    """What keeps `member` from crossing a stage boundary, if anything."""
+    if member is None:
+        return None
+    if not torch.is_tensor(member):
+        return type(member).__name__
+    if member.layout is not torch.strided:
+        return f"a {str(member.layout).removeprefix('torch.')} tensor"
+    return None if member.dtype in _DTYPE_IDS else str(member.dtype)
 
 
 # By kind of content and receiving stage.

@@ -1,0 +1,345 @@
+"""Messages between real ranks: what arrives is what was sent, in any order of use; nothing is read early or kept."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineError
+from ranks import RanksFailed, run_ranks
+from torch import Tensor
+
+from ds_vshape import p2p
+from ds_vshape.p2p import Channels, Payload, Signature, Signatures, TensorSignature
+from ds_vshape.schedule.lowering import Channel, Content, Message
+
+CPU = torch.device("cpu")
+THERE = Channel(0, 1, Content.ACTIVATION)
+BACK = Channel(1, 0, Content.GRADIENT)
+
+
+def forward(micro_batch: int, stage: int = 1) -> Message:
+    return Message(THERE, stage, micro_batch)
+
+
+def backward(micro_batch: int) -> Message:
+    return Message(BACK, 0, micro_batch)
+
+
+def pair(channels: tuple[Channel, ...] = (THERE, BACK)) -> Channels:
+    return Channels(channels, [[0, 1]], CPU)
+
+
+def transfer(rank: int, ends: Channels, message: Message, payload: Payload) -> Payload | None:
+    """Rank 0 sends `payload`; rank 1 gets it."""
+    if rank == 0:
+        ends.send(message, payload)
+        ends.release(message)
+        return None
+    ends.post(message)
+    return ends.receive(message)
+
+
+def payloads(seed: int) -> dict[str, Payload]:
+    random = torch.Generator().manual_seed(seed)
+    grid = torch.randn(6, 8, generator=random)
+    large, pairs = grid * 40, torch.complex(grid, -grid)
+    every_dtype = (grid.half(), grid.bfloat16(), grid, grid.double(), pairs, pairs.to(torch.complex128), large.to(torch.int8),
+                   large.to(torch.int16), large.to(torch.int32), large.long(), large.abs().to(torch.uint8), grid > 0)
+    return {
+        "tensor": grid,
+        "requires_grad": grid.clone().requires_grad_(),
+        "tuple of one": (grid,),
+        "every dtype": every_dtype,
+        "0-dim": (torch.tensor(float(seed)), torch.tensor(seed), torch.tensor(bool(seed % 2))),
+        "empty": (torch.empty(0), grid, torch.empty(3, 0, 2, dtype=torch.bool)),
+        "only empty": torch.empty(0, 4),
+        "non-contiguous": (grid.t(), grid[:, ::3], grid[::2].half(), grid[0].expand(5, 8)),
+        "none": (None, grid, None),
+        "only none": (None, None),
+        "mask beside activations": (grid.clone().requires_grad_(), grid > 0, torch.arange(8)),
+        "made by an operation": (grid.clone().requires_grad_() * 2, grid * 2),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(same, one, other))
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def test_what_arrives_is_what_was_sent() -> None:
+    def body(rank: int) -> list[tuple[str, str]]:
+        ends, wrong = pair(), []
+        for name in payloads(0):
+            signatures: Signatures | None = None
+            for batch in range(3):  # the first is announced, the others are known
+                ends.begin_batch(signatures)
+                for micro_batch in range(2):
+                    sent = payloads(2 * batch + micro_batch)[name]
+                    got = transfer(rank, ends, forward(micro_batch), sent)
+                    if rank == 1 and not same(got, sent):
+                        wrong.append((name, "content"))
+                    if rank == 1 and not wanted(got, sent):
+                        wrong.append((name, "requires_grad"))
+                signatures = ends.end_batch()
+        return wrong
+
+    def wanted(got: Payload, sent: Payload) -> bool:
+        """Leaves that require a gradient where the sender's tensors did, and nothing of the sender's graph."""
+        pairs = zip(got, sent) if isinstance(got, tuple) else [(got, sent)]
+        return all(g is None or (g.is_leaf and g.requires_grad == s.requires_grad) for g, s in pairs)
+
+    assert run_ranks(2, body) == [[], []]
+
+
+def test_gradients_and_evaluation_require_no_gradient() -> None:
+    def body(rank: int) -> Any:
+        ends = pair()
+        ends.begin_batch(None)
+        activation = torch.ones(3, requires_grad=True)
+        with torch.no_grad():
+            got = transfer(rank, ends, forward(0), activation)
+        if rank == 1:
+            ends.send(backward(0), activation)
+            ends.release(backward(0))
+        else:
+            ends.post(backward(0))
+            got = ends.receive(backward(0))
+        ends.end_batch()
+        return got.requires_grad
+
+    assert run_ranks(2, body) == [False, False]
+
+
+def many(rank: int, ends: Channels, signatures: Signatures | None, order: list[int],
+         scale: float) -> tuple[bool, Signatures]:
+    """Six messages both ways at once on two channels, used in `order`; a different shape for each stage."""
+    def activation(number: int) -> Tensor:
+        return torch.full((1 + number % 2, 500), scale * number)
+
+    def gradient(number: int) -> Tensor:
+        return torch.full((7,), -scale * number)
+
+    # Two stages share the channel: stage 1 gets the even messages, stage 3 the odd ones.
+    forwards, backwards = [forward(number, 1 + 2 * (number % 2)) for number in range(6)], list(map(backward, range(6)))
+    incoming, outgoing = (forwards, backwards) if rank == 1 else (backwards, forwards)
+    ends.begin_batch(signatures)
+    for message in incoming:
+        ends.post(message)
+    for number, message in enumerate(outgoing):
+        ends.send(message, gradient(number) if rank == 1 else activation(number))
+    right = all(torch.equal(ends.receive(incoming[number]), activation(number) if rank == 1 else gradient(number))
+                for number in order)
+    for message in reversed(outgoing):
+        ends.release(message)
+    return right, ends.end_batch()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 3, 0, 1, 4, 2], [1, 0, 3, 2, 5, 4]])
+def test_messages_are_used_in_another_order_than_they_come(order: list[int]) -> None:
+    def body(rank: int) -> list[bool]:
+        ends, signatures, results = pair(), None, []
+        for batch in range(3):
+            right, signatures = many(rank, ends, signatures, order, 1.0 + batch)
+            results.append(right)
+        return results
+
+    assert run_ranks(2, body) == [[True] * 3] * 2
+
+
+def test_pipelines_side_by_side_keep_their_messages_apart() -> None:
+    def body(rank: int) -> list[bool]:
+        pipelines = [[0, 2], [1, 3]]
+        ends = Channels((THERE, BACK), pipelines, CPU)
+        place, pipeline = rank // 2, rank % 2
+        signatures, results = None, []
+        for batch in range(3):
+            right, signatures = many(place, ends, signatures, [2, 0, 1, 3, 5, 4], 10.0 * pipeline + batch + 1)
+            results.append(right)
+        return results
+
+    assert run_ranks(4, body) == [[True] * 3] * 4
+
+
+def test_a_rank_without_channels_takes_part_in_making_them() -> None:
+    def body(rank: int) -> bool:
+        # Ranks 0 and 2 are neighbours in neither direction of this chain, and rank 1 stands at all ends.
+        chain = (Channel(0, 1, Content.ACTIVATION), Channel(1, 2, Content.ACTIVATION))
+        ends = Channels(chain, [[0, 1, 2]], CPU)
+        ends.begin_batch(None)
+        first, second = Message(chain[0], 1, 0), Message(chain[1], 2, 0)
+        if rank > 0:
+            ends.post((first, second)[rank - 1])
+            received = ends.receive((first, second)[rank - 1])
+        else:
+            received = torch.arange(4.0)
+        if rank < 2:
+            ends.send((first, second)[rank], received + rank)
+            ends.release((first, second)[rank])
+        ends.end_batch()
+        return rank == 0 or torch.equal(received, torch.arange(4.0) + rank - 1)
+
+    assert run_ranks(3, body) == [True, True, True]
+
+
+def test_a_changed_shape_is_named_by_the_sender() -> None:
+    def body(rank: int) -> str:
+        ends = pair()
+        ends.begin_batch(None)
+        transfer(rank, ends, forward(0), (torch.ones(2, 3), torch.ones(2) > 0))
+        signatures = ends.end_batch()
+        ends.begin_batch(signatures)
+        if rank:
+            return ""
+        with pytest.raises(PipelineError) as caught:
+            ends.send(forward(4), (torch.ones(2, 5), None))
+        return str(caught.value)
+
+    assert run_ranks(2, body)[0] == (
+        "the activation for stage 1 changed: [[2, 3] float32, [2] bool] in an earlier batch, [[2, 5] float32, none] in "
+        "micro-batch 4 now. Set dynamic_shape=True in the PipelineModule, or call engine.reset_activation_shape() on "
+        "every rank before the batch")
+
+
+def test_announced_batches_may_change_shape_at_every_message() -> None:
+    def body(rank: int) -> bool:
+        ends, right = pair(), True
+        for batch in range(2):
+            ends.begin_batch(None)
+            for micro_batch in range(3):
+                sent = torch.full((micro_batch + 1, batch + 2), float(micro_batch))
+                got = transfer(rank, ends, forward(micro_batch), (sent,) * (batch + 1) if micro_batch else sent)
+                right &= rank == 0 or same(got, (sent,) * (batch + 1) if micro_batch else sent)
+            ends.end_batch()
+        return right
+
+    assert run_ranks(2, body) == [True, True]
+
+
+def test_a_send_does_not_wait_and_buffers_are_not_read_before_they_are_filled() -> None:
+    def body(rank: int) -> bool:
+        poison(p2p)
+        ends = pair()
+        signatures = None
+        clean = True
+        for batch in range(2):
+            ends.begin_batch(signatures)
+            if rank == 0:
+                for number in range(4):
+                    ends.send(forward(number), torch.full((100_000,), float(number)))
+                ends.post(backward(0))
+                # The peer sends only when it is told to, so a send that waits for its receive would hang here.
+                assert torch.equal(ends.receive(backward(0)), torch.ones(1))
+                for number in range(4):
+                    ends.release(forward(number))
+            else:
+                ends.send(backward(0), torch.ones(1))
+                for number in range(4):
+                    ends.post(forward(number))
+                for number in (3, 1, 2, 0):
+                    clean &= torch.equal(ends.receive(forward(number)), torch.full((100_000,), float(number)))
+                ends.release(backward(0))
+            signatures = ends.end_batch()
+        return clean
+
+    assert run_ranks(2, body) == [True, True]
+
+
+def poison(module: Any) -> None:
+    """Let every buffer of this process hold NaN until something is received into it."""
+    empty: Callable[[TensorSignature, torch.device], Tensor] = module.TensorSignature.empty
+    module.TensorSignature.empty = lambda self, device: empty(self, device).fill_(float("nan"))
+
+
+def test_what_is_never_waited_for_is_noticed() -> None:
+    def body(rank: int) -> bool:
+        ends = pair()
+        ends.begin_batch(None)
+        if rank == 0:
+            ends.send(forward(0), torch.ones(2))
+        else:
+            ends.post(forward(0))
+        with pytest.raises(AssertionError, match="never waited for"):
+            ends.end_batch()
+        if rank == 0:
+            ends.release(forward(0))
+        else:
+            ends.receive(forward(0))
+        return forward(0) not in ends._sending and forward(0) not in ends._receiving
+
+    assert run_ranks(2, body) == [True, True]
+
+
+def test_no_tensor_outlives_its_use() -> None:
+    def body(rank: int) -> list[bool]:
+        ends, signatures = pair(), None
+        alive = []
+        for _ in range(2):
+            ends.begin_batch(signatures)
+            sent = (torch.ones(1000, requires_grad=True) * 2, torch.arange(50))
+            seen = [weakref.ref(tensor) for tensor in sent]
+            if rank == 0:
+                ends.send(forward(0), sent)
+                del sent
+                # On its way: the graph is gone with its owner, the numbers must stay (in a tensor without a graph).
+                assert seen[0]() is None and ends._sending[forward(0)].tensors
+                kept = [weakref.ref(tensor) for tensor in ends._sending[forward(0)].tensors]
+                ends.release(forward(0))
+            else:
+                ends.post(forward(0))
+                received = ends.receive(forward(0))
+                kept = [weakref.ref(tensor) for tensor in received]
+                del received
+            gc.collect()
+            alive.append(any(ref() is not None for ref in kept))
+            signatures = ends.end_batch()
+        return alive
+
+    assert run_ranks(2, body) == [[False, False]] * 2
+
+
+def test_a_sender_that_is_gone_is_an_error_for_its_peer() -> None:
+    def body(rank: int) -> None:
+        ends = pair()
+        ends.begin_batch(None)
+        if rank == 0:
+            raise PipelineError("what the user must read")
+        ends.post(forward(0))
+        ends.receive(forward(0))
+
+    with pytest.raises(RanksFailed, match="what the user must read"):
+        run_ranks(2, body, timeout=20)
+
+
+@pytest.mark.parametrize("payload, what", [
+    ("text", "holds str"), ([torch.ones(2)], "holds list"), ((torch.ones(2), 3), "holds int"),
+    (torch.ones(2).to_sparse(), "holds a sparse"), (torch.zeros(2, dtype=torch.uint16), "holds torch.uint16")])
+def test_what_cannot_cross_is_refused(payload: Any, what: str) -> None:
+    with pytest.raises(PipelineError, match=what):
+        Signature.of(payload)
+
+
+def test_signatures_travel_as_numbers() -> None:
+    for payload in payloads(1).values():
+        signature = Signature.of(payload)
+        assert Signature.decode(signature.encode() + [0] * 20) == signature
+    with pytest.raises(PipelineError, match="too many tensors or dimensions: 302 numbers"):
+        Signature.of((torch.ones(2),) * 75).encode()
+
+
+def test_a_pipeline_of_one_rank_has_no_channels() -> None:
+    def body(rank: int) -> Signatures:
+        ends = Channels((), [[0], [1]], CPU)
+        ends.begin_batch(None)
+        dist.barrier()
+        return ends.end_batch()
+
+    assert run_ranks(2, body) == [{}, {}]
