@@ -11,10 +11,10 @@ DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
 import os
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import hjson
@@ -43,7 +43,8 @@ class ScheduleConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1)
-    memory_limit: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False)
+    # Strict, or true would be 1.0.
+    memory_limit: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False, strict=True)
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
@@ -101,13 +102,14 @@ def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
     """
     if isinstance(config, Mapping):
         return config
-    if os.path.exists(config):
+    if os.path.isfile(config):
         with open(config, encoding="utf-8") as file:
             text = file.read()
     else:
         try:
-            text = base64.urlsafe_b64decode(config).decode("utf-8")
-        except (binascii.Error, UnicodeDecodeError, ValueError):
+            # Without `validate`, what is no base64 is skipped, and the path of a missing file may pass for a text.
+            text = base64.b64decode(config, altchars="-_", validate=True).decode("utf-8")
+        except ValueError:
             raise ConfigError(f"DeepSpeed config {config!r}: no such file, and no base64 text either") from None
     try:
         loaded = hjson.loads(text)
@@ -128,9 +130,11 @@ def find_section(config: DsConfig | None, arguments: Sequence[str]) -> ScheduleC
 
 
 def _from_arguments(arguments: Sequence[str]) -> str | None:
-    for place, argument in enumerate(arguments):
-        if argument == _OPTION and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(_OPTION + "="):
-            return argument[len(_OPTION) + 1:]
-    return None
+    """The option's value; where it is given again, the last one counts, as with argparse."""
+    found = None
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == _OPTION:
+            found = following
+        elif argument.startswith(_OPTION + "="):
+            found = argument.removeprefix(_OPTION + "=")
+    return found or None

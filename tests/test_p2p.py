@@ -49,8 +49,8 @@ def payloads(seed: int) -> dict[str, Payload]:
     random = torch.Generator().manual_seed(seed)
     grid = torch.randn(6, 8, generator=random)
     large, pairs = grid * 40, torch.complex(grid, -grid)
-    every_dtype = (grid.half(), grid.bfloat16(), grid, grid.double(), pairs, pairs.to(torch.complex128), large.to(torch.int8),
-                   large.to(torch.int16), large.to(torch.int32), large.long(), large.abs().to(torch.uint8), grid > 0)
+    every_dtype = (grid.half(), grid.bfloat16(), grid, grid.double(), pairs, pairs.to(torch.complex128), grid > 0,
+                   large.to(torch.int8), large.to(torch.int16), large.int(), large.long(), large.abs().to(torch.uint8))
     return {
         "tensor": grid,
         "requires_grad": grid.clone().requires_grad_(),

@@ -1,0 +1,201 @@
+"""The "pipeline_schedule" section: what is legal, how errors read, and where the config is looked for."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime import constants
+from pydantic import ValidationError
+
+from ds_vshape.config import (ENVIRONMENT_VARIABLE, ConfigError, ScheduleConfig, find_section, load_ds_config,
+                              read_section)
+
+
+@pytest.mark.parametrize("section, expected", [
+    ("v-half", ScheduleConfig(name="v-half")),
+    ({"name": "v-half"}, ScheduleConfig(name="v-half")),
+    ({"name": "v-min", "memory_limit": 0.5}, ScheduleConfig(name="v-min", memory_limit=0.5)),
+    ({"name": "v-min", "memory_limit": 1}, ScheduleConfig(name="v-min", memory_limit=1.0)),
+    ({"name": "v-min", "memory_limit": 2}, ScheduleConfig(name="v-min", memory_limit=2.0)),
+    ({"name": "v-min", "memory_limit": None}, ScheduleConfig(name="v-min")),
+    # Which names exist isn't known here.
+    ("any-name", ScheduleConfig(name="any-name")),
+    (None, None),
+])
+def test_legal_sections(section: Any, expected: ScheduleConfig | None) -> None:
+    assert read_section({"train_batch_size": 8, "pipeline_schedule": section}) == expected
+
+
+def test_a_config_without_the_key_has_no_section() -> None:
+    assert read_section({}) is None
+    assert read_section({"pipeline": {"activation_checkpoint_interval": 1}, "scheduler": {"type": "WarmupLR"}}) is None
+
+
+def test_a_section_cannot_change_later() -> None:
+    section = ScheduleConfig(name="v-half")
+    with pytest.raises(ValidationError, match="frozen"):
+        section.name = "v-min"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("section, message", [
+    ({"name": "v-half", "memory_limits": 0.5},
+     "unknown key pipeline_schedule.memory_limits = 0.5: did you mean 'memory_limit'? Legal: name, memory_limit"),
+    ({"name": "v-half", "zzz": None}, "unknown key pipeline_schedule.zzz = None: Legal: name, memory_limit"),
+    ({}, "pipeline_schedule.name is missing: the section needs a schedule's name"),
+    ({"memory_limit": 0.5}, "pipeline_schedule.name is missing: the section needs a schedule's name"),
+    ("", "pipeline_schedule.name = ''"),
+    ({"name": 7}, "pipeline_schedule.name = 7: Input should be a valid string"),
+    (7, "pipeline_schedule = 7: must be a schedule's name or a section like {\"name\": \"v-half\"}"),
+    (["v-half"], "pipeline_schedule = ['v-half']: must be a schedule's name"),
+    (True, "pipeline_schedule = True: must be a schedule's name"),
+    ({"Name": "x"}, "pipeline_schedule.name is missing: the section needs a schedule's name; "
+                    "unknown key pipeline_schedule.Name = 'x': did you mean 'name'?"),
+])
+def test_illegal_sections(section: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_section({"pipeline_schedule": section})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("limit", [0, -0.1, 2.01, float("nan"), float("inf"), "0.5", "half", True, [0.5]])
+def test_a_memory_limit_out_of_range(limit: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": limit}})
+    assert str(caught.value) == (f"pipeline_schedule.memory_limit = {limit!r}: must be a number above 0 and at most 2, "
+                                 "a fraction of 1F1B's peak activations")
+
+
+@pytest.mark.parametrize("key", ["pipeline_schedules", "pipeline-schedule", "Pipeline_Schedule", "pipline_schedule",
+                                 "pipeline_scheduler", "pipelineschedule", "pipeline schedule", "pipe_schedule"])
+def test_a_misspelt_key_does_not_train_without_us(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_section({"train_batch_size": 8, key: "v-half"})
+    assert str(caught.value) == f"unknown key {key!r} in the DeepSpeed config: did you mean 'pipeline_schedule'?"
+    with pytest.raises(ConfigError, match="did you mean"):
+        read_section({"pipeline_schedule": "v-half", key: "v-half"})
+
+
+def test_no_key_of_deepspeed_is_taken_for_a_misspelling() -> None:
+    names = {value for name, value in inspect.getmembers(constants) if name.isupper() and isinstance(value, str)}
+    names |= {name for _, model in inspect.getmembers(deepspeed_config, inspect.isclass)
+              for name in getattr(model, "model_fields", {})}
+    assert {"train_batch_size", "gradient_clipping", "scheduler"} <= names
+    assert read_section(dict.fromkeys(names, 1)) is None
+
+
+# -- reading a whole config
+
+HJSON = """
+{
+    # why this size: it fits
+    train_batch_size: 8
+    "pipeline_schedule": {name: "v-half", memory_limit: 0.6,},  // our key
+    /* nothing else */
+}
+"""
+
+
+def test_a_dictionary_is_taken_as_it_is() -> None:
+    config = {"train_batch_size": 8}
+    assert load_ds_config(config) is config
+
+
+def test_a_file_may_hold_comments(tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(HJSON)
+    section = {"name": "v-half", "memory_limit": 0.6}
+    assert load_ds_config(str(path)) == {"train_batch_size": 8, "pipeline_schedule": section}
+    assert find_section(str(path), []) == ScheduleConfig(name="v-half", memory_limit=0.6)
+
+
+def test_base64_text_as_the_deepspeed_launcher_makes_it() -> None:
+    # Long, and with characters whose code needs - and _ of the URL-safe alphabet.
+    config = {"pipeline_schedule": "v-min", "note": "??>>~~ÿ" * 700}
+    text = base64.urlsafe_b64encode(json.dumps(config, ensure_ascii=False).encode()).decode()
+    assert "-" in text or "_" in text
+    assert load_ds_config(text) == config
+
+
+@pytest.mark.parametrize("path", ["/nowhere/ds_config.json", "ds_config.json", "missing", "config/dir", "abcd"])
+def test_a_missing_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_ds_config(path)
+    assert str(caught.value) == f"DeepSpeed config {path!r}: no such file, and no base64 text either"
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_ds_config(str(tmp_path / "."))
+
+
+@pytest.mark.parametrize("text, message", [("{\"a\": ", "is no JSON: "), ("[1, 2]", "holds a list: must be an object"),
+                                           ("3", "holds a int: must be an object")])
+def test_a_file_that_is_no_object(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_ds_config(str(path))
+    assert repr(str(path)) in str(caught.value)
+
+
+# -- where it is looked for
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A config file for each source, named by its schedule; the environment names none yet."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    paths = {}
+    for name in ("explicit", "environment", "arguments", "other"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"pipeline_schedule": name}))
+        paths[name] = str(path)
+    return paths
+
+
+def test_the_sources_in_their_order(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(config: Any, arguments: list[str]) -> str | None:
+        section = find_section(config, arguments)
+        return section and section.name
+
+    arguments = ["train.py", "--deepspeed_config", files["arguments"], "--lr", "0.1"]
+    assert found(None, []) is None
+    assert found(None, arguments) == "arguments"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, files["environment"])
+    assert found(None, arguments) == "environment"
+    assert found(None, []) == "environment"
+    assert found(files["explicit"], arguments) == "explicit"
+    assert found({"pipeline_schedule": "v-zb"}, arguments) == "v-zb"
+    # An explicit config counts even where it hasn't the key: it is the one that will train.
+    assert found({}, arguments) is None
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    assert found(None, arguments) == "arguments"
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--deepspeed_config", "{arguments}"], "arguments"),
+    (["--deepspeed_config={arguments}"], "arguments"),
+    (["--deepspeed", "--local_rank=0", "--deepspeed_config={arguments}", "--x"], "arguments"),
+    (["--deepspeed_config={other}", "--deepspeed_config", "{arguments}"], "arguments"),
+    (["--deepspeed_config", "{other}", "--deepspeed_config={arguments}"], "arguments"),
+    (["--deepspeed_config_file", "{other}"], None),
+    (["--deepspeed_config"], None),
+    (["--deepspeed_config="], None),
+    ([], None),
+])
+def test_the_command_line(arguments: list[str], expected: str | None, files: dict[str, str]) -> None:
+    section = find_section(None, [argument.format(**files) for argument in arguments])
+    assert (section and section.name) == expected
+
+
+def test_a_missing_file_of_the_environment_is_an_error(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "/nowhere/ds.json")
+    with pytest.raises(ConfigError, match="'/nowhere/ds.json': no such file"):
+        find_section(None, ["--deepspeed_config", files["arguments"]])
