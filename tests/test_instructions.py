@@ -1,0 +1,98 @@
+"""Programs as instructions of the engine: each step becomes one, on the buffer of its stage and micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+from deepspeed.runtime.pipe import schedule as stock
+
+from ds_vshape import instructions as instr
+from ds_vshape.engine import PipelineEngine
+from ds_vshape.instructions import BufferId, evaluation_instructions, training_instructions
+from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
+                                         Run, Send, Step, lower)
+from ds_vshape.schedule.named import SCHEDULES, build, placement_of
+from ds_vshape.schedule.passes import BW, B, F, W
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.timeline import Times
+
+ACTIVATION = Message(Channel(0, 1, Content.ACTIVATION), 4, 7)
+GRADIENT = Message(Channel(1, 0, Content.GRADIENT), 3, 6)
+
+
+@pytest.mark.parametrize("step, kind, buffer", [
+    (Load(7), stock.LoadMicroBatch, (0, 7)),
+    (Run(F(4, 7), split=False), stock.ForwardPass, (4, 7)),
+    (Run(F(4, 7), split=True), instr.SplitForwardPass, (4, 7)),
+    (Run(BW(4, 7), split=False), stock.BackwardPass, (4, 7)),
+    (Run(B(4, 7), split=True), instr.InputGradPass, (4, 7)),
+    (Run(W(4, 7), split=True), instr.WeightGradPass, (4, 7)),
+    (PostReceive(ACTIVATION), stock.RecvActivation, (4, 7)),
+    (PostReceive(GRADIENT), stock.RecvGrad, (3, 6)),
+    (AwaitReceive(ACTIVATION), instr.WaitActivation, (4, 7)),
+    (AwaitReceive(GRADIENT), instr.WaitGrad, (3, 6)),
+    (Send(ACTIVATION), stock.SendActivation, (4, 7)),
+    (Send(GRADIENT), stock.SendGrad, (3, 6)),
+    (AwaitSend(ACTIVATION), instr.ReleaseActivation, (4, 7)),
+    (AwaitSend(GRADIENT), instr.ReleaseGrad, (3, 6)),
+])
+def test_each_step_is_one_instruction(step: Step, kind: type[stock.PipeInstruction], buffer: tuple[int, int]) -> None:
+    instruction, = evaluation_instructions((step,))
+    assert type(instruction) is kind
+    assert instruction.buffer_id == buffer and isinstance(instruction.buffer_id, BufferId)
+    assert (instruction.buffer_id.stage, instruction.buffer_id.micro_batch) == buffer
+
+
+def programs() -> list[tuple[str, Program]]:
+    found = []
+    for name in SCHEDULES:
+        schedule = build(name, 3, 4)
+        times = Times.uniform(schedule.placement.stages)
+        found += [(name, program) for program in lower(schedule, times)]
+        found += [("forward-only", program) for program in lower(forward_only(placement_of(name, 3), 4), times)]
+    return found
+
+
+def test_training_reduces_and_steps_once_behind_all_passes() -> None:
+    for _, program in programs():
+        steps, batch = evaluation_instructions(program), training_instructions(program)
+        assert len(steps) == len(program)
+        assert [(type(i), i.kwargs) for i in batch[:-3]] == [(type(i), i.kwargs) for i in steps]
+        assert [type(i) for i in batch[-3:]] == [stock.ReduceTiedGrads, stock.ReduceGrads, stock.OptimizerStep]
+
+
+def test_the_engine_knows_every_instruction_and_takes_its_arguments() -> None:
+    kinds = {type(instruction) for _, program in programs() for instruction in training_instructions(program)}
+    assert kinds == set(PipelineEngine._INSTRUCTION_MAP)
+
+
+def test_each_message_is_received_and_sent_in_the_buffer_that_uses_it() -> None:
+    schedule = build("v-half", 2, 3)
+    ranks = [training_instructions(program) for program in lower(schedule, Times.uniform(schedule.placement.stages))]
+    for send, offer, wait, release, users in (
+            (stock.SendActivation, stock.RecvActivation, instr.WaitActivation, instr.ReleaseActivation,
+             (stock.ForwardPass, instr.SplitForwardPass)),
+            (stock.SendGrad, stock.RecvGrad, instr.WaitGrad, instr.ReleaseGrad,
+             (stock.BackwardPass, instr.InputGradPass))):
+        for here, there in ((0, 1), (1, 0)):
+            sent = buffers(ranks[here], send)
+            assert sent and sent == buffers(ranks[there], offer)
+            assert sorted(sent) == sorted(buffers(ranks[there], wait)) == sorted(buffers(ranks[here], release))
+            assert set(sent) <= set(buffers(ranks[there], *users))
+            assert {stage for stage, _ in sent} <= set(v(2).chunks[there])
+
+
+def buffers(instructions: list[stock.PipeInstruction], *kinds: type[stock.PipeInstruction]) -> list[BufferId]:
+    return [instruction.buffer_id for instruction in instructions if type(instruction) in kinds]
+
+
+def test_instructions_read_as_deepspeeds() -> None:
+    assert repr(instr.WeightGradPass(buffer_id=BufferId(3, 1))) == (
+        "WeightGradPass(buffer_id=BufferId(stage=3, micro_batch=1))")
+    assert isinstance(instr.InputGradPass(BufferId(0, 0)), stock.BufferOpInstruction)
+
+
+def test_a_half_without_its_other_half_is_no_instruction() -> None:
+    for work, split in ((B(0, 0), False), (W(0, 0), False), (BW(0, 0), True)):
+        with pytest.raises(KeyError):
+            evaluation_instructions((Run(work, split),))
