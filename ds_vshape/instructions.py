@@ -133,5 +133,3 @@ def _instruction(step: Step) -> PipeInstruction:
         return _PASSES[work.kind, step.split](buffer_id=BufferId(work.stage, work.micro_batch))
     message: Message = step.message
     return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))
-
-

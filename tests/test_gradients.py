@@ -74,8 +74,9 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None) -> 
     layers = [LayerSpec(nn.Embedding, 11, 8), *[LayerSpec(Block, 8)] * 2, LayerSpec(nn.Linear, 8, 3)]
     module = deepspeed.pipe.PipelineModule(layers, num_stages=1, seed_layers=True, partition_method="uniform",
                                            loss_fn=lambda x, y: nn.functional.mse_loss(x.float(), y))
-    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES,
-              "optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}, "gradient_clipping": 0.0, **config}
+    adam = {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES, "optimizer": adam,
+              "gradient_clipping": 0.0, **config}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     assert isinstance(engine.optimizer, kind)
     deliver, stores, results = delivery_for(engine.optimizer), [], []
