@@ -1,7 +1,7 @@
 """The "pipeline_schedule" section of ds_config.json, and where it is looked for.
 
     "pipeline_schedule": "v-half"
-    "pipeline_schedule": {"name": "v-half", "memory_limit": 0.6}
+    "pipeline_schedule": {"name": "v-half", "memory_limit": 0.6, "deferred": "all"}
 
 DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would train without us and say nothing;
 `read_section` therefore refuses keys that look like ours. Which schedule names exist isn't known here: that is for
@@ -15,7 +15,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import hjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,7 +37,9 @@ class ScheduleConfig(BaseModel):
     """What the user asked for.
 
     `memory_limit` is the highest peak of activations that a rank may have, as a fraction of 1F1B's peak on the same
-    number of ranks; None is no limit.
+    number of ranks; None is no limit. `deferred` says which weight gradients a split backward leaves to W: those of
+    matrix products, convolutions and embeddings, or those of norms too (ds_vshape/split_backward/operators.py says
+    what that costs).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +47,7 @@ class ScheduleConfig(BaseModel):
     name: str = Field(min_length=1)
     # Strict, or true would be 1.0.
     memory_limit: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False, strict=True)
+    deferred: Literal["matrices", "all"] = "matrices"
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:

@@ -88,7 +88,8 @@ def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> floa
     counted = [p.grad.float().norm() for p in with_grad
                if not p.ds_pipe_replicated and (first_tensor_rank or is_model_parallel_parameter(p))]
     group = mpu.get_model_parallel_group()
-    square = torch.stack(counted).square().sum() if counted else torch.zeros((), device=get_accelerator().current_device_name())
+    nothing = torch.zeros((), device=get_accelerator().current_device_name())
+    square = torch.stack(counted).square().sum() if counted else nothing
     dist.all_reduce(square, group=group)
     norm = square.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

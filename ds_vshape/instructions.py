@@ -17,15 +17,14 @@ instruction says what it works on and a rank may hold any number of stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch, OptimizerStep,
-                                             PipeInstruction, RecvActivation, RecvGrad, ReduceGrads, ReduceTiedGrads,
-                                             SendActivation, SendGrad)
+from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch,
+                                             OptimizerStep, PipeInstruction, RecvActivation, RecvGrad, ReduceGrads,
+                                             ReduceTiedGrads, SendActivation, SendGrad)
 
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run, Send,
-                                         Step)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run,
+                                         Send, Step)
 from ds_vshape.schedule.passes import Kind
 
 __all__ = [
@@ -116,7 +115,7 @@ _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
 
 
 def training_instructions(program: Program) -> list[PipeInstruction]:
-    """A rank's program as instructions, with the end of a batch: every gradient is reduced, then the optimizer steps."""
+    """A rank's program as instructions, with the end of a batch: gradients are reduced, then the optimizer steps."""
     return [*evaluation_instructions(program), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
 
 

@@ -56,8 +56,8 @@ class Signature:
         members = payload if isinstance(payload, tuple) else (payload,)
         for member in members:
             if obstacle := _obstacle(member):
-                raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can cross "
-                                    "to the next stage")
+                raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can "
+                                    "cross to the next stage")
         return cls(tuple(None if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
                          for t in members), is_tuple)
 
@@ -86,7 +86,8 @@ class Signature:
                 tensors.append(None)
                 continue
             requires_grad, dimensions = bool(next(stream)), next(stream)
-            tensors.append(TensorSignature(tuple(next(stream) for _ in range(dimensions)), _DTYPES[dtype], requires_grad))
+            shape = tuple(next(stream) for _ in range(dimensions))
+            tensors.append(TensorSignature(shape, _DTYPES[dtype], requires_grad))
         return cls(tuple(tensors), is_tuple)
 
     def __str__(self) -> str:
@@ -175,8 +176,8 @@ class Channels:
             self._signatures[key] = signature
         elif signature != self._signatures[key]:
             raise PipelineError(
-                f"the {message.channel.content} for stage {message.stage} changed: [{self._signatures[key]}] in an earlier "
-                f"batch, [{signature}] in micro-batch {message.micro_batch} now. Set dynamic_shape=True in the "
+                f"the {message.channel.content} for stage {message.stage} changed: [{self._signatures[key]}] in an "
+                f"earlier batch, [{signature}] in micro-batch {message.micro_batch} now. Set dynamic_shape=True in the "
                 "PipelineModule, or call engine.reset_activation_shape() on every rank before the batch")
         for tensor in payload if isinstance(payload, tuple) else (payload,):
             if tensor is not None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program, Run,
-                                         Send, Step, channels, lower, message_into)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive,
+                                         Program, Run, Send, Step, channels, lower, message_into)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v
@@ -24,7 +24,8 @@ SECONDS = st.one_of(st.sampled_from([0.0, 0.0, 1.0, 1e-12]), st.floats(0, 100))
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    name, ranks, micro_batches = draw(st.sampled_from(sorted(SCHEDULES))), draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    ranks, micro_batches = draw(st.integers(1, 8)), draw(st.integers(1, 12))
     if draw(st.booleans()):
         return forward_only(placement_of(name, ranks), micro_batches)
     return build(name, ranks, micro_batches)

@@ -26,8 +26,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import zip_longest
 
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send, Step,
-                                         message_into)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send,
+                                         Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import dependencies
@@ -139,8 +139,9 @@ def _check_channels(programs: Sequence[Program], communicator: Callable[[Channel
     for channel in sorted(sent.keys() | posted.keys()):
         for number, (out, into) in enumerate(zip_longest(sent[channel], posted[channel])):
             if out is None or into is None:
-                raise DeadlockError(f"channel {channel}: {out or into} is {'received' if out is None else 'sent'} by one "
-                                    f"end alone; {len(sent[channel])} messages are sent and {len(posted[channel])} received")
+                raise DeadlockError(f"channel {channel}: {out or into} is {'received' if out is None else 'sent'} by "
+                                    f"one end alone; {len(sent[channel])} messages are sent and "
+                                    f"{len(posted[channel])} received")
             if out != into:
                 raise DeadlockError(f"channel {channel}: message {number} is sent as {out} and received as {into}")
         shared = communicator(channel)

@@ -57,7 +57,8 @@ class Message:
     micro_batch: int
 
     def __repr__(self) -> str:
-        return f"{self.channel.content} of {self.stage}.{self.micro_batch} ({self.channel.source}->{self.channel.target})"
+        channel = self.channel
+        return f"{channel.content} of {self.stage}.{self.micro_batch} ({channel.source}->{channel.target})"
 
 
 @dataclass(frozen=True)
