@@ -59,5 +59,5 @@ def check_layout(directory: str, layout: Layout) -> None:
             f"the checkpoint {directory} was saved with stages {saved.chunks} on the ranks and stage bounds "
             f"{saved.bounds or 'unknown'}; now it is {layout.chunks} and {layout.bounds}, so its optimizer state "
             "belongs to other layers. Load it with the schedule and partition it was saved with; or convert it with "
-            "DeepSpeed's ds_to_universal.py and set \"checkpoint\": {\"load_universal\": true}; or take the weights alone "
-            "with load_module_only=True")
+            "DeepSpeed's ds_to_universal.py and set \"checkpoint\": {\"load_universal\": true}; or take the weights "
+            "alone with load_module_only=True")
