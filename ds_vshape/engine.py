@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import engine as stock
@@ -36,7 +35,7 @@ from ds_vshape.config import ScheduleConfig
 from ds_vshape.gradients import clip_gradients, delivery_for
 from ds_vshape.instructions import BufferId
 from ds_vshape.p2p import Channels, Payload, Signatures
-from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times
+from ds_vshape.profiling import PassRecorder, report
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
@@ -46,7 +45,7 @@ from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
-from ds_vshape.split_backward import SplitBackward
+from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 
 _PASS_KINDS = {
     instr.ForwardPass: Kind.F,
@@ -55,6 +54,7 @@ _PASS_KINDS = {
     instr.InputGradPass: Kind.B,
     instr.WeightGradPass: Kind.W,
 }
+_OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         # What passes made for other ranks, until it is sent.
         self._outbox: dict[tuple[Content, BufferId], Payload] = {}
         self._deliver = delivery_for(self.optimizer)
+        self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._plans: dict[int, BatchPlan] = {}
         self._recorder = self._training_record = PassRecorder()
         self._forwards_before = 0
@@ -212,7 +213,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             del self._buffers[buffer_id]
 
     def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
-        with SplitBackward(self._buffers[buffer_id].store):
+        with SplitBackward(self._buffers[buffer_id].store, self._operators):
             self._exec_forward_pass(buffer_id)
 
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
@@ -243,7 +244,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
         # Active in the backward too: a checkpointed layer runs its forward again in there.
-        with SplitBackward(self._buffers[buffer_id].store):
+        with SplitBackward(self._buffers[buffer_id].store, self._operators):
             self._backward(buffer_id)
 
     def _exec_weight_grad_pass(self, buffer_id: BufferId) -> None:
@@ -366,25 +367,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     def pipeline_report(self) -> dict[str, Any]:
         """How the last training batch went; to be called on every rank.
 
-        Returns "schedule" (its name), "predicted_bubble" (simulated with the passes' mean measured times),
-        "measured_bubble", "makespan" (seconds) and "peak_activations" (of each rank, in 1/(2p) of the model for one
-        micro-batch).
+        Returns what :func:`ds_vshape.profiling.report` does.
         """
-        schedule = self.schedule()
-        group = self.grid.get_pipe_parallel_group()
-        timeline = gather_timeline(self._training_record.spans(), schedule.orders, group, self.device)
-        predicted = simulate(schedule, mean_times(timeline, self.placement.stages))
-        unit = 2 * self.placement.ranks // self.placement.stages
-        peaks = [torch.empty(1, device=self.device) for _ in schedule.orders]
-        own_peak = torch.tensor([float(unit * self._training_record.peak_alive)], device=self.device)
-        dist.all_gather(peaks, own_peak, group=group)
-        return {
-            "schedule": schedule.name,
-            "predicted_bubble": predicted.bubble,
-            "measured_bubble": timeline.bubble,
-            "makespan": timeline.makespan,
-            "peak_activations": [int(peak) for peak in peaks],
-        }
+        return report(self._training_record, self.schedule(), self.grid.get_pipe_parallel_group(), self.device)
 
     # Plain functions, as in the stock engine: overriding a method alone would change nothing.
     _INSTRUCTION_MAP = {

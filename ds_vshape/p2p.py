@@ -58,7 +58,7 @@ class Signature:
             if obstacle := _obstacle(member):
                 raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can "
                                     "cross to the next stage")
-        return cls(tuple(None if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
+        return cls(tuple(t if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
                          for t in members), is_tuple)
 
     def encode(self) -> list[int]:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.schedule import Order
-from ds_vshape.schedule.timeline import Span, Timeline, Times
+from ds_vshape.schedule.schedule import Order, Schedule
+from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
 
 class HostClock:
@@ -101,3 +101,22 @@ def mean_times(timeline: Timeline, stages: int) -> Times:
         return tuple(sum(seconds) / len(seconds) if seconds else 0.0 for seconds in every)
 
     return Times(mean(Kind.F), mean(Kind.B), mean(Kind.W))
+
+
+def report(recorder: PassRecorder, schedule: Schedule, group: Any, device: torch.device) -> dict[str, Any]:
+    """A measured batch of `schedule` in numbers, the same on every rank of the pipeline's `group` (collective).
+
+    "schedule" (its name), "predicted_bubble" (simulated with the passes' mean measured times), "measured_bubble",
+    "makespan" (seconds) and "peak_activations" (of each rank, in 1/(2p) of the model for one micro-batch).
+    """
+    timeline = gather_timeline(recorder.spans(), schedule.orders, group, device)
+    ranks, stages = schedule.placement.ranks, schedule.placement.stages
+    peaks = [torch.empty(1, dtype=torch.int64, device=device) for _ in schedule.orders]
+    dist.all_gather(peaks, torch.tensor([recorder.peak_alive * 2 * ranks // stages], device=device), group=group)
+    return {
+        "schedule": schedule.name,
+        "predicted_bubble": simulate(schedule, mean_times(timeline, stages)).bubble,
+        "measured_bubble": timeline.bubble,
+        "makespan": timeline.makespan,
+        "peak_activations": [int(peak) for peak in peaks],
+    }

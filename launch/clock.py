@@ -9,13 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule as own
 
-from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times
+from ds_vshape.profiling import PassRecorder, report
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.timeline import simulate
 
 
 class OwnEngineClock:
@@ -56,17 +54,8 @@ class OwnEngineClock:
         """As ds_vshape.engine's: the last training batch in numbers; all ranks of the pipeline must call it."""
         stages, stage = self._engine.num_stages, self._engine.stage_id
         schedule = build("1f1b", stages, self._engine.micro_batches)
-        spans = self._recorder.spans()
-        if tuple(span.work for span in spans) != tuple(schedule.orders[stage]):
-            raise RuntimeError(f"stage {stage} ran another order than 1f1b's: {[span.work for span in spans]}")
+        order = tuple(span.work for span in self._recorder.spans())
+        if order != schedule.orders[stage]:
+            raise RuntimeError(f"stage {stage} ran another order than 1f1b's: {order}")
         group = self._engine.grid.get_pipe_parallel_group()
-        timeline = gather_timeline(spans, schedule.orders, group, self._engine.device)
-        peaks: list[int] = [0] * stages
-        # In 1/(2p) of the model; a stage of 1F1B is two of them.
-        dist.all_gather_object(peaks, 2 * self._recorder.peak_alive, group=group)
-        return {
-            "schedule": "DeepSpeed's 1f1b",
-            "predicted_bubble": simulate(schedule, mean_times(timeline, stages)).bubble,
-            "measured_bubble": timeline.bubble,
-            "peak_activations": peaks,
-        }
+        return {**report(self._recorder, schedule, group, self._engine.device), "schedule": "DeepSpeed's 1f1b"}

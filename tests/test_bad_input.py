@@ -69,9 +69,12 @@ CASES: dict[str, tuple[Any, str]] = {
     "a schedule only at initialize": (lambda: initialized(module_of(None), V_HALF),
                                       "ConfigError: pipeline_schedule: the PipelineModule was built for no schedule"),
     "DeepSpeed's own module": (lambda: initialized(module_of(None, deepspeed.pipe.PipelineModule), V_HALF),
-                               "ConfigError: pipeline_schedule = 'v-half': the model is a PipelineModule of DeepSpeed's"),
+                               "ConfigError: pipeline_schedule = 'v-half': the model is a PipelineModule of "
+                               "DeepSpeed's; build it as a ds_vshape.PipelineModule"),
     "no pipeline at all": (lambda: initialized(torch.nn.Linear(2, 2), V_HALF),
                            "ConfigError: pipeline_schedule = 'v-half': the model is a Linear"),
+    "an unknown choice": (with_section({"name": "v-half", "deferred": "biases"}),
+                          "ConfigError: pipeline_schedule.deferred = 'biases': Input should be 'matrices' or 'all'"),
     "no such file": (lambda: module_of("nowhere.json"), "ConfigError: DeepSpeed config 'nowhere.json': no such file"),
 }
 

@@ -10,8 +10,8 @@ import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.utils import set_random_seed
-from pipelines import (BATCHES, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Dropping, Job, PlainTraining, data,
-                       merged, micro_batch, specs, tied_specs, train)
+from pipelines import (BATCHES, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Dropping, Job,
+                       PlainTraining, data, merged, micro_batch, specs, tied_specs, train)
 from ranks import RanksFailed, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -298,6 +298,14 @@ def test_what_crosses_stages(layers: str, schedule: str) -> None:
     assert outcome.losses == (pytest.approx(oracle.losses, rel=1e-5) if layers == "two gradients" else oracle.losses)
 
 
+@pytest.mark.parametrize("config", [FP32, BF16_ZERO1_FP32], ids=["fp32", "bf16"])
+def test_norms_deferred_too(config: dict[str, Any]) -> None:
+    oracle, ours = (merged(run_ranks(2, lambda rank: train(Job(section, 2, 3, config).engine(), BATCHES)))
+                    for section in (None, {"name": "v-half", "deferred": "all"}))
+    assert ours.losses == oracle.losses
+    assert all(torch.equal(ours.weights[name], value) for name, value in oracle.weights.items())
+
+
 # -- shapes
 
 
@@ -350,6 +358,12 @@ def report(rank: int, job: Job) -> tuple[dict[str, Any], list[str]]:
     engine = job.engine()
     train(engine, BATCHES)
     return engine.pipeline_report(), [line for line in lines if "have their gradients in W" in line]
+
+
+def test_with_norms_deferred_nothing_is_left_in_b() -> None:
+    for _, lines in run_ranks(2, report, Job({"name": "v-half", "deferred": "all"}, 2, 4)):
+        line, = lines
+        assert line.endswith("100.0% of the parameters have their gradients in W")
 
 
 def test_report() -> None:

@@ -239,6 +239,14 @@ def test_subclasses_and_sparse_inputs_are_left_alone():
     assert len(split_step(lambda: (torch.eye(5).to_sparse() @ weight).sum())) == 0
 
 
+def test_complex_weights_are_left_alone():
+    weight = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+    store = WeightGradientStore()
+    with SplitBackward(store):
+        torch.nn.functional.linear(torch.randn(2, 4, dtype=torch.complex64), weight).abs().sum().backward()
+    assert len(store) == 0 and weight.grad is not None
+
+
 def test_an_embedding_with_a_sparse_gradient_is_left_alone():
     weight = nn.Parameter(torch.randn(5, 3))
     assert len(split_step(lambda: F.embedding(torch.tensor([1, 2]), weight, sparse=True).sum())) == 0

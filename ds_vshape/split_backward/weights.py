@@ -20,6 +20,8 @@ def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
     """
     if type(weight) is not Parameter or not weight.requires_grad or weight._backward_hooks:
         return False
+    if not weight.is_floating_point():  # The operators' formulas leave out the conjugates of complex numbers.
+        return False
     hooks = weight._post_accumulate_grad_hooks
     return not hooks or all(_is_deepspeed_hook(hook) for hook in hooks.values())
 
