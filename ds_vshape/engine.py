@@ -43,7 +43,7 @@ from ds_vshape.schedule.memory_limit import check_memory_limit
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 
@@ -110,8 +110,20 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             config: ScheduleConfig = self.module.schedule_config
             schedule = build(config.name, self.placement.ranks, self.micro_batches)
             check_memory_limit(schedule, config.memory_limit)
-            self._plans[self.micro_batches] = BatchPlan(schedule, instr.training_instructions(self._program(schedule)))
+            self.use_schedule(schedule)
         return self._plans[self.micro_batches]
+
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Train by `schedule` from the next batch of as many micro-batches on; to be called on every rank.
+
+        Losses don't change. Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with
+        another placement than the model's.
+        """
+        if schedule.placement != self.placement:
+            raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
+                                f"{self.placement.chunks}")
+        check(schedule)
+        self._plans[schedule.micro_batches] = BatchPlan(schedule, instr.training_instructions(self._program(schedule)))
 
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:
         if micro_batches < 1:
@@ -142,9 +154,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             if kind is None:
                 execute(self, **instruction.kwargs)
             else:
-                work = Pass(kind, *instruction.buffer_id)
+                buffer_id, *piece = instruction.kwargs.values()
+                work = Pass(kind, *buffer_id, *piece)
                 start = self._recorder.start(work)
-                execute(self, instruction.buffer_id)
+                execute(self, **instruction.kwargs)
                 self._recorder.end(work, start)
         signatures = self._channels.end_batch()
         self._forwards_before += pipe_schedule.schedule.micro_batches
@@ -247,12 +260,14 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         with SplitBackward(self._buffers[buffer_id].store, self._operators):
             self._backward(buffer_id)
 
-    def _exec_weight_grad_pass(self, buffer_id: BufferId) -> None:
+    def _exec_weight_grad_pass(self, buffer_id: BufferId, piece: int, pieces: int) -> None:
         self._activate(buffer_id.stage)
-        store = self._buffers.pop(buffer_id).store
+        store = self._buffers[buffer_id].store
         if self._in_split is not None:
             self._in_split.update(store.parameters())
-        store.run(self._deliver)
+        store.run_piece(piece, pieces, self._deliver)
+        if piece == pieces - 1:
+            del self._buffers[buffer_id]
 
     def _backward(self, buffer_id: BufferId) -> None:
         """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""

@@ -68,15 +68,18 @@ class InputGradPass(BufferOpInstruction):  # type: ignore[misc]
 
 
 class WeightGradPass(BufferOpInstruction):  # type: ignore[misc]
-    """Compute and accumulate the weight gradients that an :class:`InputGradPass` left.
+    """Compute and accumulate the weight gradients that an :class:`InputGradPass` left, or a piece of them.
 
     Roughly:
 
     .. code-block:: python
 
-        for x, grad_output, weight in buffers['store'][buffer_id]:
+        for x, grad_output, weight in piece_of(buffers['store'][buffer_id], piece, pieces):
             weight.grad += grad_output.T @ x
     """
+
+    def __init__(self, buffer_id: BufferId, piece: int = 0, pieces: int = 1) -> None:
+        super().__init__(buffer_id, piece=piece, pieces=pieces)
 
 
 class WaitActivation(BufferOpInstruction):  # type: ignore[misc]
@@ -128,7 +131,8 @@ def _instruction(step: Step) -> PipeInstruction:
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
     if isinstance(step, Run):
-        work = step.work
-        return _PASSES[work.kind, step.split](buffer_id=BufferId(work.stage, work.micro_batch))
+        work, buffer_id = step.work, BufferId(step.work.stage, step.work.micro_batch)
+        piece = {"piece": work.piece, "pieces": work.pieces} if work.kind is Kind.W else {}
+        return _PASSES[work.kind, step.split](buffer_id=buffer_id, **piece)
     message: Message = step.message
     return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))

@@ -59,7 +59,7 @@ class PassRecorder:
     def end(self, work: Pass, start: Any) -> None:
         """`work` has ended."""
         self._marks.append((work, start, self._clock.now()))
-        if work.kind.gives_weight_gradients:
+        if work.frees_activations:
             self._alive -= 1
 
     def spans(self) -> tuple[Span, ...]:
@@ -89,7 +89,8 @@ def mean_times(timeline: Timeline, stages: int) -> Times:
     taken: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for rank in timeline.ranks:
         for span in rank:
-            seconds, stage = span.end - span.start, span.work.stage
+            stage = span.work.stage
+            seconds = (span.end - span.start) * span.work.pieces
             if span.work.kind is Kind.BW:
                 taken[Kind.B, stage].append(seconds / 2)
                 taken[Kind.W, stage].append(seconds / 2)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, Job, Outcome,
-                       PlainTraining, merged, train)
+                       PlainTraining, merged, specs, train)
 from ranks import run_ranks
 
 from ds_vshape.schedule.named import SCHEDULES
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.schedule import Schedule
 
 MAIN_SCHEDULES = ["1f1b", "zb-h1", "v-min", "v-half", "v-zb"]
 PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero1": BF16_ZERO1,
@@ -70,6 +72,24 @@ def test_equals_deepspeed_and_the_plain_model(stages: int, replicas: int, precis
 def test_the_other_schedules(schedule: str) -> None:
     oracle, ours = outcomes_of([Job(name, 3, 2, FP32_ZERO1) for name in (None, schedule)], (2, 7), 3)
     assert_equal(ours, oracle, schedule)
+
+
+def cut_weights(schedule: Schedule) -> Schedule:
+    """`schedule` with every W in three pieces."""
+    return schedule.with_orders(tuple(
+        tuple(piece for work in order for piece in (work.cut(3) if work.kind is Kind.W else (work,)))
+        for order in schedule.orders))
+
+
+def train_in_pieces(rank: int) -> Outcome:
+    engine = Job("v-half", 2, 6, layers=tuple(specs(9))).engine()
+    engine.use_schedule(cut_weights(engine.schedule()))
+    return train(engine, BATCHES)
+
+
+def test_weight_gradients_in_pieces() -> None:
+    (oracle,), = outcomes_of([Job(None, 2, 6, layers=tuple(specs(9)))], (6,), 2)
+    assert_equal([merged(run_ranks(2, train_in_pieces))], [oracle], "pieces")
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "v-half", "interleaved-1f1b"])

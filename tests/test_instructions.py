@@ -88,7 +88,7 @@ def buffers(instructions: list[stock.PipeInstruction], *kinds: type[stock.PipeIn
 
 def test_instructions_read_as_deepspeeds() -> None:
     assert repr(instr.WeightGradPass(buffer_id=BufferId(3, 1))) == (
-        "WeightGradPass(buffer_id=BufferId(stage=3, micro_batch=1))")
+        "WeightGradPass(buffer_id=BufferId(stage=3, micro_batch=1), piece=0, pieces=1)")
     assert isinstance(instr.InputGradPass(BufferId(0, 0)), stock.BufferOpInstruction)
 
 

@@ -427,3 +427,27 @@ def test_the_order_of_entries_is_that_of_b():
     assert [id(parameter) for parameter in order] == [
         id(parameter) for layer in expected for parameter in (layer.weight, layer.bias)
     ]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 9])
+def test_w_in_pieces(pieces: int):
+    """Like layers are cut between layers; the gradients are those of the whole W, and no piece repeats or drops one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
+    inputs = torch.randn(5, 6)
+    model(inputs).square().sum().backward()
+    oracle = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    store = WeightGradientStore()
+    with SplitBackward(store):
+        model(inputs).square().sum().backward()
+    delivered: list[list[Any]] = []
+    for piece in range(pieces):
+        delivered.append([])
+        store.run_piece(piece, pieces, lambda parameter, grad, piece=piece: delivered[piece].append((parameter, grad)))
+    assert len(store) == 0
+    gradients = {parameter: grad for of_piece in delivered for parameter, grad in of_piece}
+    assert sum(map(len, delivered)) == len(oracle)
+    assert all(torch.equal(gradients[parameter], grad) for parameter, grad in zip(model.parameters(), oracle))
+    if pieces in (1, 2, 4):
+        assert [len(of_piece) for of_piece in delivered] == [8 // pieces] * pieces

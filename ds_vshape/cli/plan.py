@@ -26,6 +26,7 @@ from ds_vshape.schedule import drawing
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit
 from ds_vshape.schedule.metrics import Metrics, chunk_times, measure
 from ds_vshape.schedule.named import SCHEDULES, build, named
+from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, simulate
 
@@ -78,9 +79,15 @@ def to_json(schedule: Schedule, metrics: Metrics, planning_s: float) -> dict[str
         "stages": schedule.placement.ranks,
         "micro_batches": schedule.micro_batches,
         "placement": [list(stages) for stages in schedule.placement.chunks],
-        "orders": [[[work.kind.value, work.stage, work.micro_batch] for work in order] for order in schedule.orders],
+        "orders": [[_entry(work) for work in order] for order in schedule.orders],
         "metrics": {**asdict(metrics), "planning_s": planning_s},
     }
+
+
+def _entry(work: Pass) -> list[Any]:
+    """A pass in the JSON: kind, stage, micro-batch, and for a piece of a W which of how many."""
+    whole = [work.kind.value, work.stage, work.micro_batch]
+    return whole if work.pieces == 1 else [*whole, [work.piece, work.pieces]]
 
 
 # ---------------------------------------------------------------- input

@@ -8,6 +8,10 @@ nobody waits for before the optimizer step. BW is both in one go (an ordinary ba
     B2.5     its input gradient
     W2.5     its weight gradients
     BW2.5    B2.5 with W2.5 at once
+
+A stage's weight gradients are a sum over its layers, so a W may be cut into pieces that stand apart in the order:
+
+    W2.5[0/4]    the first of four pieces of W2.5
 """
 
 from __future__ import annotations
@@ -35,23 +39,42 @@ class Kind(str, enum.Enum):
 
     @property
     def gives_weight_gradients(self) -> bool:
-        """Whether the micro-batch's activations of this stage are free when this pass ends."""
+        """Whether it computes gradients of the stage's weights."""
         return self in (Kind.W, Kind.BW)
 
 
-_NOTATION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)")
+_NOTATION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)(?:\[(\d+)/(\d+)\])?")
 
 
 @dataclass(frozen=True, order=True)
 class Pass:
-    """One unit of work: `kind` on `stage` for `micro_batch` (both counted from 0)."""
+    """One unit of work: `kind` on `stage` for `micro_batch` (both counted from 0).
+
+    A W may be `piece` (counted from 0) of `pieces`; everything else is whole. ValueError for other pieces.
+    """
 
     kind: Kind
     stage: int
     micro_batch: int
+    piece: int = 0
+    pieces: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.piece < self.pieces or (self.pieces > 1 and self.kind is not Kind.W):
+            raise ValueError(f"{self!r} is no pass: only W comes in pieces, and they count from 0")
 
     def __repr__(self) -> str:
-        return f"{self.kind}{self.stage}.{self.micro_batch}"
+        piece = f"[{self.piece}/{self.pieces}]" if self.pieces != 1 else ""
+        return f"{self.kind}{self.stage}.{self.micro_batch}{piece}"
+
+    @property
+    def frees_activations(self) -> bool:
+        """Whether nothing of the micro-batch is alive on this stage when this pass ends."""
+        return self.kind.gives_weight_gradients and self.piece == self.pieces - 1
+
+    def cut(self, pieces: int) -> tuple[Pass, ...]:
+        """This W in `pieces` pieces."""
+        return tuple(Pass(self.kind, self.stage, self.micro_batch, piece, pieces) for piece in range(pieces))
 
     @classmethod
     def parse(cls, text: str) -> Pass:
@@ -60,8 +83,8 @@ class Pass:
         if match is None:
             raise ValueError(f"{text!r} is no pass: write kind, stage and micro-batch like F2.5, "
                              "with kind F, B, W or BW")
-        kind, stage, micro_batch = match.groups()
-        return cls(Kind(kind), int(stage), int(micro_batch))
+        kind, stage, micro_batch, piece, pieces = match.groups()
+        return cls(Kind(kind), int(stage), int(micro_batch), int(piece or 0), int(pieces or 1))
 
 
 def F(stage: int, micro_batch: int) -> Pass:

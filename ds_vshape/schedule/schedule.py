@@ -78,10 +78,22 @@ def check(schedule: Schedule) -> None:
         if placement.rank_of(work.stage) != rank:
             raise ScheduleError(f"{schedule.name}: {work} stands on rank {rank}, "
                                 f"but its stage is on rank {placement.rank_of(work.stage)}")
+    found: dict[tuple[int, int], list[Pass]] = {}
+    for work in seen:
+        found.setdefault((work.stage, work.micro_batch), []).append(work)
     for stage in range(placement.stages):
         for micro_batch in range(schedule.micro_batches):
-            kinds = {kind for kind in Kind if Pass(kind, stage, micro_batch) in seen}
-            if kinds not in ({Kind.F, Kind.B, Kind.W}, {Kind.F, Kind.BW}):
-                names = ", ".join(sorted(kinds)) or "nothing"
-                raise ScheduleError(f"{schedule.name}: stage {stage} has {names} for micro-batch {micro_batch}; "
-                                    f"it needs F with B and W, or F with BW")
+            passes = found.get((stage, micro_batch), [])
+            if not _complete(passes):
+                names = ", ".join(map(repr, passes)) or "nothing"
+                raise ScheduleError(f"{schedule.name}: stage {stage} has {names} for micro-batch {micro_batch}; it "
+                                    "needs F with B and W (all pieces in turn), or F with BW")
+
+
+def _complete(passes: list[Pass]) -> bool:
+    """Whether these passes of one stage and micro-batch, in the rank's order, are what it takes."""
+    weights = [work for work in passes if work.kind is Kind.W]
+    others = sorted(work.kind for work in passes if work.kind is not Kind.W)
+    if not weights:
+        return others == [Kind.BW, Kind.F]
+    return others == [Kind.B, Kind.F] and weights == list(weights[0].cut(len(weights)))

@@ -37,7 +37,7 @@ class Times:
         if work.kind is Kind.B:
             return self.input_grad[stage]
         if work.kind is Kind.W:
-            return self.weight_grad[stage]
+            return self.weight_grad[stage] / work.pieces
         return self.input_grad[stage] + self.weight_grad[stage]
 
 
@@ -111,7 +111,7 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
 
 
 def peak_activations(schedule: Schedule, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
-    """The most activations alive at once on each rank, from the start of F to the end of W (or BW).
+    """The most activations alive at once on each rank, from the start of F to the end of W (its last piece, or BW).
 
     `sizes` are those of each stage; without it each counts 1, or 2 where a rank holds one stage only: the unit is
     the activations of 1/(2p) of the model for one micro-batch, as in the paper's Table 1 (there M/2d).
@@ -126,7 +126,7 @@ def peak_activations(schedule: Schedule, sizes: Sequence[float] | None = None) -
             if work.kind is Kind.F:
                 alive += sizes[work.stage]
                 peak = max(peak, alive)
-            elif work.kind.gives_weight_gradients:
+            elif work.frees_activations:
                 alive -= sizes[work.stage]
         peaks.append(peak)
     return tuple(peaks)

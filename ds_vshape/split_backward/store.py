@@ -30,6 +30,11 @@ class Entry:
     output_gradients: tuple[Tensor | None, ...]
     parameters: tuple[Parameter | None, ...]
 
+    @property
+    def weights(self) -> int:
+        """How many numbers its gradients are."""
+        return sum(parameter.numel() for parameter in self.parameters if parameter is not None)
+
     def weight_gradients(self) -> tuple[Tensor | None, ...]:
         """The gradient of each parameter, in a memory layout that may be kept as `parameter.grad`."""
         self.context.check_unmodified()
@@ -74,6 +79,7 @@ class WeightGradientStore:
         self._entries: deque[Entry] = deque()
         self._uses: dict[Parameter, int] = {}
         self._partial_sums: dict[Parameter, Tensor] = {}
+        self._weights_left = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,6 +98,16 @@ class WeightGradientStore:
     def run(self, deliver: Deliver) -> None:
         """W: compute every gradient and hand it to `deliver(parameter, gradient)`, freeing each entry as it's done."""
         while self._entries:
+            self.run_next(deliver)
+
+    def run_piece(self, piece: int, pieces: int, deliver: Deliver) -> None:
+        """Piece `piece` (from 0, in turn) of W cut into `pieces`: about equal shares of the weights, entry by entry, so
+        that a stage of like layers is cut between layers. The sums are those of `run`."""
+        if piece == 0:
+            self._weights_left = sum(entry.weights for entry in self._entries)
+        rest = self._weights_left * (pieces - piece - 1) / (pieces - piece)
+        while self._entries and (piece == pieces - 1 or self._weights_left - self._entries[0].weights / 2 >= rest):
+            self._weights_left -= self._entries[0].weights
             self.run_next(deliver)
 
     def run_next(self, deliver: Deliver) -> None:
