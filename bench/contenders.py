@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +26,16 @@ class Workload:
     ranks: int
     layers: int
     micro_batches: int
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, ...]
 
     @property
     def work(self) -> float:
         """Seconds a batch if no rank ever waited."""
         return self.micro_batches * self.layers * sum(self.seconds)
+
+    def slept(self) -> Workload:
+        """This workload with the seconds that its sleeps really take here, measured now."""
+        return replace(self, seconds=tuple(_sleep_of(seconds) for seconds in self.seconds))
 
     def specs(self) -> list[LayerSpec]:
         return [LayerSpec(SleepingLinear, WIDTH, self.seconds) for _ in range(self.ranks * self.layers)]
@@ -42,10 +47,17 @@ class Workload:
                 for _ in range(self.micro_batches)]
 
     def simulated(self, schedule: str) -> float:
-        """The makespan that the simulator promises for one of our schedules, hops free."""
+        """The makespan of one of our schedules if nothing but its passes took time."""
         built = build(schedule, self.ranks, self.micro_batches)
         layers = self.layers * self.ranks / built.placement.stages
         return simulate(built, Times.uniform(built.placement.stages, *(layers * s for s in self.seconds))).makespan
+
+
+def _sleep_of(seconds: float, times: int = 20) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        time.sleep(seconds)
+    return (time.perf_counter() - start) / times
 
 
 _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {

@@ -23,7 +23,7 @@ class _SleepingProduct(SplitFunction):
     saved_for_weight = (0,)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: tuple[float, float, float]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: tuple[float, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.seconds = seconds
         time.sleep(seconds[0])
@@ -43,7 +43,7 @@ class _SleepingProduct(SplitFunction):
 class SleepingLinear(nn.Module):
     """A linear layer of `width` with a residual, of which F, B and W take at least `seconds` each."""
 
-    def __init__(self, width: int, seconds: tuple[float, float, float]) -> None:
+    def __init__(self, width: int, seconds: tuple[float, ...]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, width))
         nn.init.normal_(self.weight, std=0.02)

@@ -52,7 +52,7 @@ def _of_arguments(args: Any) -> DsConfig | None:
 
 
 def _shown(section: Any) -> str:
-    return "no schedule" if section is None else str(section.model_dump(exclude_none=True))
+    return "no schedule" if section is None else str(section.model_dump(exclude_defaults=True))
 
 
 @contextmanager
