@@ -75,6 +75,8 @@ def engine_of(contender: str, workload: Workload) -> Any:
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
         "gradient_clipping": 0.0,
         "steps_per_print": 1000000,
+        # A collection in one rank's batch makes all others wait.
+        "disable_python_gc": True,
     }
     if contender in _DEEPSPEED_MODULES:
         module_class, options = _DEEPSPEED_MODULES[contender], {}
