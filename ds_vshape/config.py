@@ -1,7 +1,7 @@
 """The "pipeline_schedule" section of ds_config.json, and where it is looked for.
 
     "pipeline_schedule": "v-half"
-    "pipeline_schedule": {"name": "v-half", "memory_limit": 0.6, "deferred": "all"}
+    "pipeline_schedule": {"name": "adaptive", "memory_limit": 0.6, "times": "profile"}
 
 DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would train without us and say nothing;
 `read_section` therefore refuses keys that look like ours. Which schedule names exist isn't known here: that is for
@@ -15,10 +15,10 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import hjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 KEY = "pipeline_schedule"
 ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
@@ -29,25 +29,43 @@ _DEEPSPEED_KEYS = {"pipeline", "scheduler"}
 DsConfig = str | Mapping[str, Any]
 
 
+def _text(value: Any) -> str:
+    """Only a text is a number of bytes: a number is a fraction."""
+    if not isinstance(value, str):
+        raise ValueError("no text")
+    return value
+
+
 class ConfigError(ValueError):
     """A config that can't be used; the message names the key, the value and what would be legal."""
+
+
+# Strict, or true would be 1.0.
+Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
+Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0)]
 
 
 class ScheduleConfig(BaseModel):
     """What the user asked for.
 
-    `memory_limit` is the highest peak of activations that a rank may have, as a fraction of 1F1B's peak on the same
-    number of ranks; None is no limit. `deferred` says which weight gradients a split backward leaves to W: those of
-    matrix products, convolutions and embeddings, or those of norms too (ds_vshape/split_backward/operators.py says
-    what that costs).
+    `memory_limit` is the highest peak of activations that a rank may have: a fraction of 1F1B's peak on the same
+    number of ranks, or bytes ("6GiB"); None is no limit. `deferred` says which weight gradients a split backward leaves
+    to W: those of matrix products, convolutions and embeddings, or those of norms too
+    (ds_vshape/split_backward/operators.py says what that costs).
+
+    `times` "profile" measures the passes in the first batches, plans with them for at most `planning_seconds` while
+    training goes on, and plans again when a stage's time has moved by more than the share `drift`. "equal" takes all
+    passes for equally long.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1)
-    # Strict, or true would be 1.0.
-    memory_limit: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False, strict=True)
+    memory_limit: Fraction | Bytes | None = None
     deferred: Literal["matrices", "all"] = "matrices"
+    times: Literal["equal", "profile"] = "equal"
+    planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    drift: float = Field(default=0.2, gt=0, allow_inf_nan=False)
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
@@ -75,7 +93,8 @@ def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
     try:
         return ScheduleConfig.model_validate(dict(section))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        # A field of two kinds has a problem for each of them.
+        raise ConfigError("; ".join(dict.fromkeys(map(_explain, error.errors())))) from None
 
 
 def _resembles(key: str) -> bool:
@@ -89,9 +108,9 @@ def _explain(problem: Any) -> str:
         return f"unknown key {path} = {problem['input']!r}: {nearest(str(problem['loc'][-1]), _fields())}"
     if problem["type"] == "missing":
         return f"{path} is missing: the section needs a schedule's name"
-    if problem["loc"] == ("memory_limit",):
-        return (f"{path} = {problem['input']!r}: must be a number above 0 and at most 2, "
-                "a fraction of 1F1B's peak activations")
+    if problem["loc"][0] == "memory_limit":
+        return (f"{KEY}.memory_limit = {problem['input']!r}: must be a number above 0 and at most 2, a fraction of 1F1B's "
+                "peak activations, or bytes like \"6GiB\"")
     return f"{path} = {problem['input']!r}: {problem['msg']}"
 
 

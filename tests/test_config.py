@@ -199,3 +199,8 @@ def test_a_missing_file_of_the_environment_is_an_error(files: dict[str, str], mo
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "/nowhere/ds.json")
     with pytest.raises(ConfigError, match="'/nowhere/ds.json': no such file"):
         find_section(None, ["--deepspeed_config", files["arguments"]])
+
+
+def test_a_memory_limit_in_bytes() -> None:
+    section = read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": "1.5GiB"}})
+    assert section is not None and section.memory_limit == 3 * 2**29 and isinstance(section.memory_limit, int)
