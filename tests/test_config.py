@@ -68,7 +68,7 @@ def test_a_memory_limit_out_of_range(limit: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": limit}})
     assert str(caught.value) == (f"pipeline_schedule.memory_limit = {limit!r}: must be a number above 0 and at most 2, "
-                                 "a fraction of 1F1B's peak activations")
+                                 "a fraction of 1F1B's peak activations, or bytes like \"6GiB\"")
 
 
 @pytest.mark.parametrize("key", ["pipeline_schedules", "pipeline-schedule", "Pipeline_Schedule", "pipline_schedule",
