@@ -1,0 +1,115 @@
+"""Which schedule a name stands for, once the times are known.
+
+    adaptive              the best plan for the times within the memory limit
+    v-min, v-half, v-zb   levels of memory (paper, Table 1). Their orders are made for passes that all take the same
+                          time; for any other times the best plan at the same level is set beside the order, and the
+                          faster of the two is taken
+    all other names       the order of that name
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from ds_vshape.schedule import named
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.named import SCHEDULES
+from ds_vshape.schedule.placement import Placement, v
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+
+ADAPTIVE = "adaptive"
+LEVELS = ("v-min", "v-half", "v-zb")
+NAMES = (*SCHEDULES, ADAPTIVE)
+# How a choice came about.
+NAMED_ORDER, PLAN = "named order", "plan for these times"
+
+Limits = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A schedule and what it is predicted to cost.
+
+    `peaks` of each rank in the unit of the activations, `lower_bound` of the makespan at this memory and `timeline` in
+    the unit of the times, `planning_s` seconds; `origin` is NAMED_ORDER or PLAN.
+    """
+
+    schedule: Schedule
+    timeline: Timeline
+    peaks: tuple[float, ...]
+    lower_bound: float
+    planning_s: float
+    origin: str
+
+
+def placement_of(name: str, ranks: int) -> Placement:
+    """Where the schedule `name` puts its stages; ValueError for a name that there isn't."""
+    return v(ranks) if name == ADAPTIVE else named.placement_of(name, ranks)
+
+
+def limits_at(fraction: float, ranks: int, micro_batches: int, activations: Activations) -> Limits:
+    """`fraction` of 1F1B's highest peak as every rank's limit, in the unit of `activations` (of 2p stages).
+
+    1F1B's rank r holds stages 2r and 2r+1 in one, for p-r micro-batches at once, whole until its backward ends.
+    """
+    whole = activations.whole
+    peak = max(min(ranks - rank, micro_batches) * (whole[2 * rank] + whole[2 * rank + 1]) for rank in range(ranks))
+    return (fraction * peak,) * ranks
+
+
+def level_of(order: Schedule, activations: Activations) -> Limits:
+    """The memory that the V schedule `order` stands for, rank by rank in the unit of `activations`.
+
+    As the paper counts: its highest peak of k activations is k/2 micro-batches of a rank's two stages. Where stages
+    differ the order itself may take more on a rank; then that is the level.
+    """
+    counted = max(peak_activations(order))
+    return tuple(max(peak, counted / 2 * sum(activations.whole[stage] for stage in stages))
+                 for peak, stages in zip(peaks(order, activations), order.placement.chunks))
+
+
+def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations, *,
+                 limits: Limits | None = None, time_limit: float = 10.0,
+                 progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None) -> Choice:
+    """The schedule `name` for a batch of `micro_batches` on `ranks` ranks when passes take `times`.
+
+    `times` and `activations` are those of the stages of `placement_of(name, ranks)`. `limits` hold for `adaptive`
+    (without them, 1F1B's peak does); the other names bring their own peak, which `memory_limit` checks. Planning takes
+    at most about `time_limit` seconds, tells `progress` the fraction done, and keeps its results in the folder
+    `cache`. Raises ValueError for an unknown name and counts below 1, and LimitError for limits that can't be met.
+    """
+    began = perf_counter()
+    if name == ADAPTIVE:
+        limits = limits or limits_at(1.0, ranks, micro_batches, activations)
+        return _planned(name, ranks, micro_batches, times, activations, limits, time_limit, progress, cache)
+    order = named.build(name, ranks, micro_batches)
+    timeline = simulate(order, times)
+    bound = lower_bound(order.placement, micro_batches, times, max(peak_activations(order)))
+    choice = Choice(order, timeline, peaks(order, activations), bound, perf_counter() - began, NAMED_ORDER)
+    if name not in LEVELS or _alike(times) or timeline.makespan <= bound:
+        return choice
+    plan = _planned(name, ranks, micro_batches, times, activations, level_of(order, activations), time_limit, progress,
+                    cache)
+    better = plan if plan.timeline.makespan < timeline.makespan else choice
+    return replace(better, planning_s=perf_counter() - began)
+
+
+def _planned(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations, limits: Limits,
+             time_limit: float, progress: Callable[[float], None], cache: Path | None) -> Choice:
+    # Here, because the schedules that need no plan shouldn't load the planner.
+    from ds_vshape.schedule.adaptive import Problem, plan
+
+    found = plan(Problem(ranks, micro_batches, times, activations, limits), time_limit=time_limit, progress=progress,
+                 cache=cache)
+    return Choice(replace(found.schedule, name=name), found.timeline, found.peaks, found.lower_bound, found.planning_s,
+                  PLAN)
+
+
+def _alike(times: Times) -> bool:
+    """Whether every pass takes the same and hops take nothing, as the named orders suppose."""
+    return times.hop == 0 and len({*times.forward, *times.input_grad, *times.weight_grad}) == 1
