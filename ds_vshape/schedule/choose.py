@@ -1,10 +1,10 @@
 """Which schedule a name stands for, once the times are known.
 
-    adaptive              the best plan for the times within the memory limit
-    v-min, v-half, v-zb   levels of memory (paper, Table 1). Their orders are made for passes that all take the same
-                          time; for any other times the best plan at the same level is set beside the order, and the
-                          faster of the two is taken
-    all other names       the order of that name
+    adaptive          the best plan for the times within the memory limit
+    v-min, v-half,    levels of memory (paper, Table 1). Their orders are made for passes that all take the same time;
+    v-zb, zb-v        for any other times the best plan at the same level is set beside the order, and the faster of
+                      the two is taken
+    all other names   the order of that name
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from ds_vshape.schedule import named
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.bounds import lower_bound
-from ds_vshape.schedule.named import SCHEDULES
-from ds_vshape.schedule.placement import Placement, v
+from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
 
-ADAPTIVE = "adaptive"
-LEVELS = ("v-min", "v-half", "v-zb")
-NAMES = (*SCHEDULES, ADAPTIVE)
-# How a choice came about.
+# The origins of a choice.
 NAMED_ORDER, PLAN = "named order", "plan for these times"
 
 Limits = tuple[float, ...]
@@ -45,11 +40,6 @@ class Choice:
     lower_bound: float
     planning_s: float
     origin: str
-
-
-def placement_of(name: str, ranks: int) -> Placement:
-    """Where the schedule `name` puts its stages; ValueError for a name that there isn't."""
-    return v(ranks) if name == ADAPTIVE else named.placement_of(name, ranks)
 
 
 def limits_at(fraction: float, ranks: int, micro_batches: int, activations: Activations) -> Limits:
@@ -73,12 +63,12 @@ def level_of(order: Schedule, activations: Activations) -> Limits:
                  for peak, stages in zip(peaks(order, activations), order.placement.chunks))
 
 
-def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations, *,
-                 limits: Limits | None = None, time_limit: float = 10.0,
+def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations,
+                 limits: Limits | None = None, *, time_limit: float = 10.0,
                  progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None) -> Choice:
     """The schedule `name` for a batch of `micro_batches` on `ranks` ranks when passes take `times`.
 
-    `times` and `activations` are those of the stages of `placement_of(name, ranks)`. `limits` hold for `adaptive`
+    `times` and `activations` are those of the stages of `named.placement_of(name, ranks)`. `limits` hold for `adaptive`
     (without them, 1F1B's peak does); the other names bring their own peak, which `memory_limit` checks. Planning takes
     at most about `time_limit` seconds, tells `progress` the fraction done, and keeps its results in the folder
     `cache`. Raises ValueError for an unknown name and counts below 1, and LimitError for limits that can't be met.
@@ -87,11 +77,11 @@ def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activa
     if name == ADAPTIVE:
         limits = limits or limits_at(1.0, ranks, micro_batches, activations)
         return _planned(name, ranks, micro_batches, times, activations, limits, time_limit, progress, cache)
-    order = named.build(name, ranks, micro_batches)
+    order = build(name, ranks, micro_batches)
     timeline = simulate(order, times)
     bound = lower_bound(order.placement, micro_batches, times, max(peak_activations(order)))
     choice = Choice(order, timeline, peaks(order, activations), bound, perf_counter() - began, NAMED_ORDER)
-    if name not in LEVELS or _alike(times) or timeline.makespan <= bound:
+    if name not in TIMED or _alike(times) or timeline.makespan <= bound:
         return choice
     plan = _planned(name, ranks, micro_batches, times, activations, level_of(order, activations), time_limit, progress,
                     cache)
