@@ -31,20 +31,18 @@ from torch.autograd.graph import GradientEdge
 from ds_vshape import instructions as instr
 from ds_vshape.buffers import Buffer, edges, enter, leaves, members
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
-from ds_vshape.config import ScheduleConfig
 from ds_vshape.gradients import clip_gradients, delivery_for
 from ds_vshape.instructions import BufferId
 from ds_vshape.p2p import Channels, Payload, Signatures
-from ds_vshape.profiling import PassRecorder, report
+from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
-from ds_vshape.schedule.memory_limit import check_memory_limit
-from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+from ds_vshape.scheduling import schedules_for
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 
 _PASS_KINDS = {
@@ -91,7 +89,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._outbox: dict[tuple[Content, BufferId], Payload] = {}
         self._deliver = delivery_for(self.optimizer)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
+        self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop, self.device)
         self._plans: dict[int, BatchPlan] = {}
+        self._swapped = False
         self._recorder = self._training_record = PassRecorder()
         self._forwards_before = 0
         self._active_stage = self.placement.chunks[self.stage_id][0]
@@ -107,10 +107,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _train_schedule(self) -> BatchPlan:
         if self.micro_batches not in self._plans:
-            config: ScheduleConfig = self.module.schedule_config
-            schedule = build(config.name, self.placement.ranks, self.micro_batches)
-            check_memory_limit(schedule, config.memory_limit)
-            self.use_schedule(schedule)
+            self.use_schedule(self._schedules.first(self.micro_batches))
         return self._plans[self.micro_batches]
 
     def use_schedule(self, schedule: Schedule) -> None:
@@ -124,6 +121,39 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
                                 f"{self.placement.chunks}")
         check(schedule)
         self._plans[schedule.micro_batches] = BatchPlan(schedule, instr.training_instructions(self._program(schedule)))
+
+    def train_batch(self, data_iter: Any = None) -> Any:
+        """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
+        loss = super().train_batch(data_iter)
+        better = self._schedules.after_batch(self.schedule(), self._training_record)
+        if better is not None:
+            self.use_schedule(better)
+        elif self._swapped:
+            self._compare_with_plan()
+        self._swapped = better is not None
+        return loss
+
+    def _compare_with_plan(self) -> None:
+        """Say once after a swap how the new schedule ran."""
+        predicted, measured = self.timelines()
+        if self.global_rank == 0:
+            logger.info(f"pipeline_schedule {self.schedule().name}: makespan {predicted.makespan:.4f} s predicted, "
+                        f"{measured.makespan:.4f} s measured ({measured.makespan / predicted.makespan:.2f})")
+
+    def timelines(self) -> tuple[Timeline, Timeline]:
+        """The last training batch as predicted and as measured, in seconds; to be called on every rank.
+
+        The prediction takes the times that the schedule was planned for, or else the batch's own mean times.
+        """
+        schedule = self.schedule()
+        measured = gather_timeline(self._training_record.spans(), schedule.orders, self.grid.get_pipe_parallel_group(),
+                                   self.device)
+        times = self._schedules.times or mean_times(measured, self.placement.stages)
+        return simulate(schedule, times), measured
+
+    def _measure_hop(self) -> float:
+        boundaries = (message_into(Pass(Kind.F, stage, 0), self.placement) for stage in range(1, self.placement.stages))
+        return self._channels.measure_hop([message for message in boundaries if message is not None])
 
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:
         if micro_batches < 1:

@@ -10,6 +10,9 @@ ahead of each message in an announced batch; in the batches after it the receive
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
@@ -60,6 +64,11 @@ class Signature:
                                     "cross to the next stage")
         return cls(tuple(t if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
                          for t in members), is_tuple)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors if t is not None)
 
     def encode(self) -> list[int]:
         """The signature as numbers."""
@@ -211,6 +220,38 @@ class Channels:
         first, = transfer.tensors
         assert first is not None
         return first
+
+    def measure_hop(self, messages: Sequence[Message], rounds: int = 5) -> float:
+        """The seconds of this rank's slowest hop: half a round trip of the largest of each pair's messages.
+
+        Args:
+            messages: one activation for each stage boundary between two ranks, the same list on every rank.
+
+        Collective over the pipeline, between batches, once signatures are known.
+        """
+        slowest = 0.0
+        rank = self._global_ranks.index(dist.get_rank())
+        for message in messages:
+            there = message.channel
+            back = Channel(there.target, there.source, Content.GRADIENT)
+            if rank not in (there.source, there.target):
+                continue
+            sample = torch.zeros(self._signatures[there.content, message.stage].nbytes, dtype=torch.uint8,
+                                 device=self._device)
+            trips = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                for channel in (there, back):
+                    if rank == channel.source:
+                        dist.send(sample, self._global_ranks[channel.target], group=self._groups[channel])
+                    else:
+                        dist.recv(sample, self._global_ranks[channel.source], group=self._groups[channel])
+                get_accelerator().synchronize()
+                trips.append(time.perf_counter() - start)
+            # The receiver's first trip counts its wait for the sender.
+            if rank == there.source:
+                slowest = max(slowest, statistics.median(trips) / 2)
+        return slowest
 
     def _start_announced(self, message: Message) -> None:
         """Read the header of the channel's next message, then offer buffers for the rest."""

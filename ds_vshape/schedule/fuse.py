@@ -49,6 +49,18 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
     return schedule.with_orders(tuple(fused(spans) for spans in timeline.ranks))
 
 
+def unfused(schedule: Schedule) -> Schedule:
+    """`schedule` with every BW as B and its W behind it, so that each of them can be timed."""
+    return schedule.with_orders(tuple(
+        tuple(part for work in order for part in _parts(work)) for order in schedule.orders))
+
+
+def _parts(work: Pass) -> tuple[Pass, ...]:
+    if work.kind is not Kind.BW:
+        return (work,)
+    return Pass(Kind.B, work.stage, work.micro_batch), Pass(Kind.W, work.stage, work.micro_batch)
+
+
 def _starts_of_backwards(timeline: Timeline) -> dict[tuple[int, int], float]:
     """When the B or BW of each (stage, micro-batch) starts."""
     return {(span.work.stage, span.work.micro_batch): span.start

@@ -41,22 +41,30 @@ SCHEDULES: dict[str, NamedSchedule] = {
 }
 
 
+# Made by the planner for given times and a memory limit; its placement.
+ADAPTIVE = "adaptive"
+_ADAPTIVE_PLACEMENT = "v"
+# Schedules that the planner can make again at their own memory level once the times are known.
+TIMED = ("v-min", "v-half", "v-zb", "zb-v")
+
+
 def named(name: str) -> NamedSchedule:
     """The table's entry for `name`; ValueError with the nearest legal name and all others."""
     try:
         return SCHEDULES[name]
     except KeyError:
-        nearest = difflib.get_close_matches(name.lower().replace("_", "-"), SCHEDULES, n=1, cutoff=0)[0]
+        legal = [*SCHEDULES, ADAPTIVE]
+        nearest = difflib.get_close_matches(name.lower().replace("_", "-"), legal, n=1, cutoff=0)[0]
         raise ValueError(f"there is no schedule {name!r}; did you mean {nearest!r}? "
-                         f"Schedules: {', '.join(SCHEDULES)}") from None
+                         f"Schedules: {', '.join(legal)}") from None
 
 
 def placement_of(name: str, ranks: int) -> Placement:
-    """Where the schedule `name` puts its stages on `ranks` ranks."""
-    entry = named(name)
+    """Where the schedule `name` (of the table, or adaptive) puts its stages on `ranks` ranks."""
+    placement = _ADAPTIVE_PLACEMENT if name == ADAPTIVE else named(name).placement
     if ranks < 1:
         raise ValueError(f"a pipeline needs at least 1 rank, not {ranks}")
-    return PLACEMENTS[entry.placement](ranks)
+    return PLACEMENTS[placement](ranks)
 
 
 def build(name: str, ranks: int, micro_batches: int) -> Schedule:

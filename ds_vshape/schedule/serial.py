@@ -32,7 +32,7 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """A schedule as a dictionary of plain values."""
     return {
         "name": schedule.name,
-        "placement": {"name": schedule.placement.name, "chunks": [list(stages) for stages in schedule.placement.chunks]},
+        "placement": {"name": schedule.placement.name, "chunks": list(map(list, schedule.placement.chunks))},
         "micro_batches": schedule.micro_batches,
         "orders": [[pass_to_json(work) for work in order] for order in schedule.orders],
     }

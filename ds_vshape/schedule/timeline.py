@@ -40,6 +40,10 @@ class Times:
             return self.weight_grad[stage] / work.pieces
         return self.input_grad[stage] + self.weight_grad[stage]
 
+    def of_stage(self, stage: int) -> float:
+        """How long a micro-batch takes on `stage`, forward and backward."""
+        return self.forward[stage] + self.input_grad[stage] + self.weight_grad[stage]
+
 
 @dataclass(frozen=True)
 class Span:

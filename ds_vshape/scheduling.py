@@ -1,0 +1,285 @@
+"""Which schedule trains the next batch: one for equal times, or one that knows the real ones.
+
+    NamedSchedules      a schedule of the table
+    PlannedSchedules    the planner's, for equal times
+    MeasuredSchedules   the planner's, for times that this job measured; it goes through four phases
+
+        warm up     the first batch allocates and exchanges shapes; not measured
+        measure     some batches on a schedule made for equal times: F, B and W of every stage, then the hops
+        plan        the planner works; training goes on, and all ranks ask it together after each batch
+        settled     the new schedule runs; now and then the times are compared with those it was planned for
+
+All ranks go through the phases together, so every exchange here is a collective over the whole job.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
+
+from ds_vshape.config import KEY, ConfigError, ScheduleConfig
+from ds_vshape.planning import Planner
+from ds_vshape.profiling import PassRecorder
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.fuse import unfused
+from ds_vshape.schedule.memory_limit import check_memory_limit, fraction_of_1f1b, peak_of_1f1b
+from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Span, Times, simulate
+from ds_vshape.schedule.worker import Request, planned
+
+MEASURED_BATCHES = 3
+BATCHES_BETWEEN_CHECKS = 50
+
+
+@dataclass
+class StageSamples:
+    """Seconds of this rank's passes, by kind and stage, over some batches."""
+
+    seconds: dict[tuple[Kind, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, spans: tuple[Span, ...]) -> None:
+        """Take in a batch."""
+        for span in spans:
+            self.seconds[span.work.kind, span.work.stage].append((span.end - span.start) * span.work.pieces)
+
+    def medians(self, stages: int) -> list[list[float]]:
+        """F, B and W of each stage; 0 for stages of other ranks. Where B and W ran as one they share its time."""
+        table = []
+        for stage in range(stages):
+            row = {kind: statistics.median(samples) for (kind, of), samples in self.seconds.items() if of == stage}
+            half = row.get(Kind.BW, 0.0) / 2
+            table.append([row.get(Kind.F, 0.0), row.get(Kind.B, half), row.get(Kind.W, half)])
+        return table
+
+
+def agreed_times(samples: StageSamples, hop: float, placement: Placement, device: torch.device) -> Times:
+    """The times that all ranks plan with: the mean over the job's pipelines, and its slowest hop (collective)."""
+    table = torch.tensor(samples.medians(placement.stages), dtype=torch.float64, device=device)
+    dist.all_reduce(table)
+    slowest = torch.tensor([hop], dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    pipelines = dist.get_world_size() // placement.ranks
+    forward, input_grad, weight_grad = (table / pipelines).t().tolist()
+    return Times(tuple(forward), tuple(input_grad), tuple(weight_grad), float(slowest))
+
+
+class Schedules(Protocol):
+    """Where the engine gets its schedules from; called on all ranks together."""
+
+    def first(self, micro_batches: int) -> Schedule:
+        """What to train by when a batch has `micro_batches` for the first time."""
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        """Take note of a training batch of `schedule`; another one to train by from now on, or None."""
+
+    @property
+    def times(self) -> Times | None:
+        """The times that the present schedule was planned for, if they were measured."""
+
+
+def schedules_for(config: ScheduleConfig, placement: Placement, measure_hop: Callable[[], float],
+                  device: torch.device) -> Schedules:
+    """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together."""
+    plans = config.name == ADAPTIVE or config.name in TIMED
+    if config.times == "profile":
+        if not plans:
+            raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; it is for "
+                              f"{', '.join([ADAPTIVE, *TIMED])}")
+        return MeasuredSchedules(config, placement, measure_hop, device)
+    if config.name == ADAPTIVE:
+        return PlannedSchedules(config, placement, device)
+    return NamedSchedules(config, placement)
+
+
+@dataclass(frozen=True)
+class NamedSchedules:
+    """One schedule of the table."""
+
+    config: ScheduleConfig
+    placement: Placement
+
+    def first(self, micro_batches: int) -> Schedule:
+        schedule = build(self.config.name, self.placement.ranks, micro_batches)
+        check_memory_limit(schedule, self.config.memory_limit)
+        return schedule
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        return None
+
+    @property
+    def times(self) -> Times | None:
+        return None
+
+
+class PlannedSchedules:
+    """The planner's schedule for equal times; training waits for it."""
+
+    def __init__(self, config: ScheduleConfig, placement: Placement, device: torch.device) -> None:
+        self._config, self._placement = config, placement
+        self._planner = Planner(device)
+
+    def first(self, micro_batches: int) -> Schedule:
+        times = Times.uniform(self._placement.stages)
+        self._planner.start(request_for(self._config, self._placement, micro_batches, times))
+        return _planned(self._planner.wait())
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        return None
+
+    @property
+    def times(self) -> Times | None:
+        return None
+
+
+class _Phase(enum.Enum):
+    WARM_UP = enum.auto()
+    MEASURE = enum.auto()
+    PLAN = enum.auto()
+    SETTLED = enum.auto()
+
+
+class MeasuredSchedules:
+    """The planner's schedule for this job's own times.
+
+    Args:
+        config: name, memory limit, planning time, drift.
+        placement: of the model's stages.
+        measure_hop: measures this rank's slowest hop in seconds (collective over a pipeline).
+        device: where the job's collectives take place.
+    """
+
+    def __init__(self, config: ScheduleConfig, placement: Placement, measure_hop: Callable[[], float],
+                 device: torch.device) -> None:
+        self._config, self._placement, self._measure_hop, self._device = config, placement, measure_hop, device
+        self._planner = Planner(device)
+        self._micro_batches = 0
+        self._times: Times | None = None
+        self._enter(_Phase.WARM_UP)
+
+    def first(self, micro_batches: int) -> Schedule:
+        self._micro_batches = micro_batches
+        if self._times is None:
+            self._enter(_Phase.WARM_UP)
+        else:
+            self._plan(self._times)
+        return measuring_schedule(self._config, self._placement.ranks, micro_batches)
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        if schedule.micro_batches != self._micro_batches:
+            self.first(schedule.micro_batches)
+            return None
+        self._batches += 1
+        if self._phase is _Phase.PLAN:
+            return self._take_plan(self._planner.poll())
+        if self._phase is _Phase.WARM_UP:
+            self._enter(_Phase.MEASURE)
+        elif self._phase is _Phase.MEASURE:
+            self._samples.add(record.spans())
+            if self._batches == MEASURED_BATCHES:
+                self._plan(self._agreed_times())
+        else:
+            self._watch(record)
+        return None
+
+    @property
+    def times(self) -> Times | None:
+        return self._times if self._phase is _Phase.SETTLED else None
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase, self._batches, self._samples = phase, 0, StageSamples()
+
+    def _plan(self, times: Times) -> None:
+        self._times = times
+        self._planner.start(request_for(self._config, self._placement, self._micro_batches, times))
+        self._enter(_Phase.PLAN)
+
+    def _take_plan(self, answer: Mapping[str, Any] | None) -> Schedule | None:
+        if answer is None:
+            return None
+        if "crash" in answer:
+            # Training goes on as it is: a plan is worth something, but not the batches done.
+            if dist.get_rank() == 0:
+                logger.error(f"pipeline_schedule {self._config.name} stays as it is: {answer['crash']}")
+            self._enter(_Phase.SETTLED)
+            return None
+        schedule = _planned(answer)
+        if dist.get_rank() == 0:
+            assert self._times is not None
+            timeline = simulate(schedule, self._times)
+            logger.info(f"pipeline_schedule {schedule.name}: planned in {answer['planning_s']:.1f} s beside "
+                        f"{self._batches} batches; makespan {timeline.makespan:.4f} s with the measured times, bubble "
+                        f"{timeline.bubble:.1%}, no schedule is below {answer['lower_bound']:.4f} s")
+        self._enter(_Phase.SETTLED)
+        return schedule
+
+    def _watch(self, record: PassRecorder) -> None:
+        """Compare the latest batches with the times of the plan every so often."""
+        if self._batches > BATCHES_BETWEEN_CHECKS - MEASURED_BATCHES:
+            self._samples.add(record.spans())
+        if self._batches < BATCHES_BETWEEN_CHECKS:
+            return
+        assert self._times is not None
+        times = self._agreed_times()
+        moved = max(_moved(times.of_stage(stage), self._times.of_stage(stage)) for stage in range(len(times.forward)))
+        self._enter(_Phase.SETTLED)
+        if moved > self._config.drift:
+            if dist.get_rank() == 0:
+                logger.info(f"pipeline_schedule {self._config.name}: a stage's time has moved by {moved:.0%} since the "
+                            "plan was made; planning again")
+            self._plan(times)
+
+    def _agreed_times(self) -> Times:
+        return agreed_times(self._samples, self._measure_hop(), self._placement, self._device)
+
+
+def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int, times: Times) -> Request:
+    """The planner's request; a limit that is a fraction counts activations as the paper does."""
+    activations = Activations.counted(placement)
+    limit = config.memory_limit
+    limits = None if limit is None else (limit * peak_of_1f1b(placement.ranks, micro_batches),) * placement.ranks
+    return Request(config.name, placement.ranks, micro_batches, times, activations, limits, config.planning_seconds,
+                   str(cache_folder()))
+
+
+def cache_folder() -> Path:
+    """Where plans are kept: $XDG_CACHE_HOME/ds_vshape, ~/.cache/ds_vshape without it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_vshape"
+
+
+def measuring_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule:
+    """A schedule for equal times within the memory limit, in which every B and W can be timed.
+
+    The one that is asked for, or for an adaptive one the fastest that fits (v-min where none does: it keeps least).
+    """
+    fraction = {name: fraction_of_1f1b(build(name, ranks, micro_batches)) for name in TIMED}
+    names = [config.name] if config.name in TIMED else sorted(TIMED, key=fraction.__getitem__, reverse=True)
+    limit = 1.0 if config.memory_limit is None else config.memory_limit
+    fitting = [name for name in names if fraction[name] <= limit + 1e-9]
+    return unfused(build((fitting or names[-1:])[0], ranks, micro_batches))
+
+
+def _planned(answer: Mapping[str, Any]) -> Schedule:
+    if "crash" in answer:
+        raise PipelineError(f"{KEY}: {answer['crash']}")
+    try:
+        return planned(answer)
+    except ValueError as error:
+        raise PipelineError(f"{KEY}: {error}") from None
+
+
+def _moved(now: float, then: float) -> float:
+    return abs(now - then) / then if then else float(now > 0)
