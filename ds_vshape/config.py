@@ -2,6 +2,7 @@
 
     "pipeline_schedule": "v-half"
     "pipeline_schedule": {"name": "adaptive", "memory_limit": 0.6, "times": "profile"}
+    "pipeline_schedule": {"name": "v-half", "partition": [0, 3, 5, 8, 10]}
 
 DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would train without us and say nothing;
 `read_section` therefore refuses keys that look like ours. Which schedule names exist isn't known here: that is for
@@ -18,7 +19,9 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import hjson
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictFloat, StrictInt, ValidationError,
+                      ValidatorFunctionWrapHandler, WrapValidator)
+from pydantic_core import PydanticCustomError
 
 KEY = "pipeline_schedule"
 ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
@@ -45,6 +48,26 @@ Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
 Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0)]
 
 
+class LayerCosts(BaseModel):
+    """What each layer costs: one number, or its F, B and W."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
+
+
+def _one_problem(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One error for the whole value, instead of one for each kind that it isn't."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise PydanticCustomError("partition", "must be a method's name, a list of the first layer of each stage with "
+                                  'the end, or {"costs": [a number, or F, B and W, for each layer]}') from None
+
+
+Partition = Annotated[str | tuple[StrictInt, ...] | LayerCosts, WrapValidator(_one_problem)]
+
+
 class ScheduleConfig(BaseModel):
     """What the user asked for.
 
@@ -56,6 +79,9 @@ class ScheduleConfig(BaseModel):
     `times` "profile" measures the passes in the first batches, plans with them for at most `planning_seconds` while
     training goes on, and plans again when a stage's time has moved by more than the share `drift`. "equal" takes all
     passes for equally long.
+
+    `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
+    (ds_vshape/module.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +89,7 @@ class ScheduleConfig(BaseModel):
     name: str = Field(min_length=1)
     memory_limit: Fraction | Bytes | None = None
     deferred: Literal["matrices", "all"] = "matrices"
+    partition: Partition | None = None
     times: Literal["equal", "profile"] = "equal"
     planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     drift: float = Field(default=0.2, gt=0, allow_inf_nan=False)
@@ -109,8 +136,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{path} is missing: the section needs a schedule's name"
     if problem["loc"][0] == "memory_limit":
-        return (f"{KEY}.memory_limit = {problem['input']!r}: must be a number above 0 and at most 2, a fraction of 1F1B's "
-                "peak activations, or bytes like \"6GiB\"")
+        return (f"{KEY}.memory_limit = {problem['input']!r}: must be a number above 0 and at most 2, a fraction of "
+                "1F1B's peak activations, or bytes like \"6GiB\"")
     return f"{path} = {problem['input']!r}: {problem['msg']}"
 
 
@@ -146,9 +173,15 @@ def find_section(config: DsConfig | None, arguments: Sequence[str]) -> ScheduleC
     """The section from the first config that is there: `config` itself, the file that the environment variable
     DS_VSHAPE_CONFIG names, the file after --deepspeed_config in `arguments`; None if there is none of them.
     """
+    found = find_ds_config(config, arguments)
+    return None if found is None else read_section(found)
+
+
+def find_ds_config(config: DsConfig | None, arguments: Sequence[str]) -> Mapping[str, Any] | None:
+    """The ds_config from the first of these that is there; None if there is none of them."""
     if config is None:
         config = os.environ.get(ENVIRONMENT_VARIABLE) or _from_arguments(arguments)
-    return None if config is None else read_section(load_ds_config(config))
+    return None if config is None else load_ds_config(config)
 
 
 def _from_arguments(arguments: Sequence[str]) -> str | None:
