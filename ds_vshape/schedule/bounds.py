@@ -1,6 +1,6 @@
 """How fast any schedule could be: a proven lower bound on the time of a batch.
 
-The bound holds for every order on a placement that keeps at most k activations on a rank, with the backward split or
+The bound holds for every order on a placement that stays within a rank's limit of memory, with the backward split or
 whole (a whole backward is a split one that sends its input gradient late). Per rank it adds to the rank's work the
 time that the rank must idle at both ends of the batch:
 
@@ -8,27 +8,36 @@ time that the rank must idle at both ends of the batch:
     |-- before: F only -----|---------- anything ----------------|-- after ------|
 
     before   No B can start on the rank before h, when the first micro-batch has gone up to the last stage and come
-             back down. Until then the rank runs forwards alone, of which it can keep k: it idles h - k F or more.
-             Nor can it start before its first F can.
+             back down. Until then the rank runs forwards alone, of which only so many fit into its memory: it idles h
+             less their time or more. Nor can it start before its first F can.
     after F  Let s be the start of the rank's last F. That micro-batch still has to reach the last stage and come all
              the way back to W of stage 0: the batch ends `tail` later or after. In this time the rank has that F to do,
-             and B and W of what it keeps, at most k: it idles tail - F - k (B + W) or more.
+             and B and W of what it keeps at s: it idles tail less the most that this can be.
     after B  The same from the start of the rank's last B, when of what it keeps only W is left beside that B.
 
 `before` and `after B` don't overlap, since s >= h for a B. `before` and `after F` overlap only if all the rank's
-forwards start before its first B can; then it keeps them all, so there are no more than k of them, and the greater of
-the two idle times counts instead of their sum. With unit times on the V placement the last rank gives the paper's
-6 n + 6 p - 3 k - 1 ("Pipeline Parallelism with Controllable Memory", appendix), which needs k < 2 n.
+forwards start before its first B can; then it keeps them all, so they all fit, and the greater of the two idle times
+counts instead of their sum.
+
+What fits: forwards by their whole sizes. At s of `after F` every micro-batch of a stage is either before its B (whole
+size, B and W to do) or behind it (what B left, and W to do in proportion, since pieces of W give back shares); so the
+work is at most that of some numbers of the former, and for the memory left beside them the greatest W per memory. With
+one unit of memory for each activation and room for k that is k F, F + k (B + W) and B + k W: with unit times on the V
+placement the last rank gives the paper's 6 n + 6 p - 3 k - 1 ("Pipeline Parallelism with Controllable Memory",
+appendix), which needs k < 2 n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import floor
 
+from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Times
+
+_SLACK = 1e-9
 
 
 def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: float) -> float:
@@ -36,12 +45,21 @@ def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: fl
 
     `peak` counts activations of 1/(2p) of the model, as `timeline.peak_activations` does; it must hold one stage's.
     """
-    kept = floor(peak * placement.stages / (2 * placement.ranks) + 1e-9)
+    size = 2 * placement.ranks / placement.stages
+    kept = floor(peak / size + _SLACK)
     if kept < 1:
         raise ValueError(f"a peak of {peak:g} can't hold the activations of one stage")
+    return lower_bound_of_limits(placement, micro_batches, times, Activations.counted(placement),
+                                 (kept * size,) * placement.ranks)
+
+
+def lower_bound_of_limits(placement: Placement, micro_batches: int, times: Times, activations: Activations,
+                          limits: Sequence[float]) -> float:
+    """The least makespan if rank r never keeps more than `limits[r]`, counted as `activations.peaks` does."""
     ways = _Ways.of(placement, times)
-    return max(ways.after_forward[0], *(_bound_of_rank(stages, micro_batches, times, kept, ways)
-                                        for stages in placement.chunks))
+    bounds = (_Rank(stages, micro_batches, times, activations, limit).bound(ways)
+              for stages, limit in zip(placement.chunks, limits, strict=True))
+    return max(ways.after_forward[0], *bounds)
 
 
 @dataclass(frozen=True)
@@ -71,16 +89,61 @@ class _Ways:
         return cls(to_forward, to_input_grad[::-1], after_forward[::-1], after_input_grad)
 
 
-def _bound_of_rank(stages: Sequence[int], micro_batches: int, times: Times, kept: int, ways: _Ways) -> float:
-    forward, input_grad, weight_grad = times.forward, times.input_grad, times.weight_grad
-    forwards = micro_batches * len(stages)
-    kept = min(kept, forwards)
-    before = max(min(ways.to_forward[s] for s in stages),
-                 min(ways.to_input_grad[s] for s in stages) - kept * max(forward[s] for s in stages))
-    after_f = max(0.0, min(ways.after_forward[s] - forward[s] for s in stages)
-                  - kept * max(input_grad[s] + weight_grad[s] for s in stages))
-    after_b = max(0.0, min(ways.after_input_grad[s] - input_grad[s] for s in stages)
-                  - kept * max(weight_grad[s] for s in stages))
-    around_f = before + after_f if kept < forwards else max(before, after_f)
-    return micro_batches * sum(forward[s] + input_grad[s] + weight_grad[s] for s in stages) + max(
-        before + after_b, around_f)
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank can do within its limit."""
+
+    stages: Sequence[int]
+    micro_batches: int
+    times: Times
+    activations: Activations
+    limit: float
+
+    def bound(self, ways: _Ways) -> float:
+        """Its work and the least that it idles."""
+        forward, input_grad, weight_grad = self.times.forward, self.times.input_grad, self.times.weight_grad
+        stages, whole = self.stages, self.activations.whole
+        before = max(min(ways.to_forward[s] for s in stages),
+                     min(ways.to_input_grad[s] for s in stages) - self._most_forwards())
+        after_f = max(0.0, min(ways.after_forward[s] - forward[s] for s in stages) - self._most_backwards())
+        after_b = max(0.0, min(ways.after_input_grad[s] - input_grad[s] - weight_grad[s]
+                               - self._most_weight_grads(self.limit - whole[s]) for s in stages))
+        all_fit = self.micro_batches * sum(whole[s] for s in stages) <= self.limit * (1 + _SLACK)
+        around_f = max(before, after_f) if all_fit else before + after_f
+        work = self.micro_batches * sum(forward[s] + input_grad[s] + weight_grad[s] for s in stages)
+        return work + max(before + after_b, around_f)
+
+    def _fitting(self, stages: Sequence[int], room: float) -> Iterator[tuple[tuple[int, ...], float]]:
+        """How many whole activations of each of `stages` fit into `room`, and what is left of it.
+
+        The last stage gets as many as fit: the fewer are never better.
+        """
+        size = self.activations.whole[stages[0]]
+        most = self.micro_batches if size * self.micro_batches <= room else floor(room / size + _SLACK)
+        if len(stages) == 1:
+            yield (most,), max(0.0, room - most * size)
+            return
+        for count in range(most + 1):
+            for counts, left in self._fitting(stages[1:], max(0.0, room - count * size)):
+                yield (count, *counts), left
+
+    def _most_forwards(self) -> float:
+        """The longest that forwards alone can take."""
+        forward = self.times.forward
+        return max(sum(count * forward[s] for s, count in zip(self.stages, counts))
+                   for counts, _ in self._fitting(self.stages, self.limit))
+
+    def _most_backwards(self) -> float:
+        """The longest that B and W of what is kept can take."""
+        input_grad, weight_grad = self.times.input_grad, self.times.weight_grad
+        return max(sum(count * (input_grad[s] + weight_grad[s]) for s, count in zip(self.stages, counts))
+                   + self._most_weight_grads(left) for counts, left in self._fitting(self.stages, self.limit))
+
+    def _most_weight_grads(self, room: float) -> float:
+        """The longest that W of what B left in `room` can take: fractions may be left."""
+        kept, weight_grad = self.activations.kept, self.times.weight_grad
+        every = self.micro_batches * sum(weight_grad[s] for s in self.stages)
+        if any(kept[s] <= 0 < weight_grad[s] for s in self.stages):
+            return every
+        return min(every, max(0.0, room) * max((weight_grad[s] / kept[s] for s in self.stages if kept[s] > 0),
+                                               default=0.0))

@@ -1,0 +1,97 @@
+"""The adaptive scheduler: the best schedule that can be found for given times within a given memory.
+
+The paper's schedules assume T_F = T_B = T_W and know three levels of memory; with real times their steady bubbles grow.
+Its authors' own search moves whole-number offsets of one block. Here times are any numbers and the limit is any number
+for each rank:
+
+    [1] known       the table's V schedules that fit, run with the real times: never worse than those
+    [2] blocks      random building blocks, and exact ones where OR-tools is there, put in order by a list scheduler
+                    that knows times and memory
+    [3] changes     the best of them again and again with some of its passes wished earlier or later
+
+The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. [3] goes on until the
+lower bound is met or the time is up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ds_vshape.schedule.activations import peaks
+from ds_vshape.schedule.adaptive import cache as plan_cache
+from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
+from ds_vshape.schedule.adaptive.search import Search
+from ds_vshape.schedule.adaptive.seeds import known_schedules, within
+from ds_vshape.schedule.bounds import lower_bound_of_limits
+from ds_vshape.schedule.fuse import fuse
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.timeline import Timeline, simulate
+
+
+def _silent(done: float) -> None:
+    """Progress that nobody watches."""
+
+
+def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float], None] = _silent,
+         cache: Path | None = None) -> Plan:
+    """The best schedule of `problem` found in about `time_limit` seconds.
+
+    `progress` is called with the share of the time that has passed, up to 1. With `cache`, a directory, a plan made
+    before for the same problem and time limit is read from there, and a new one written. However short the time, the
+    plan is no slower than any of the table's V schedules within the limits. Raises LimitError (when `problem` is made)
+    for limits that can't be met.
+    """
+    began = time.perf_counter()
+    bound = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
+                                  problem.limits)
+    file = plan_cache.path_of(cache, problem, time_limit, False) if cache else None
+    schedule = plan_cache.read(file, problem) if file else None
+    if schedule is not None and within(schedule, problem):
+        timeline = simulate(schedule, problem.times)
+    else:
+        schedule, timeline = _search(problem, bound, began, time_limit, progress)
+        if file is not None:
+            plan_cache.write(file, schedule)
+    progress(1.0)
+    return Plan(schedule, timeline, peaks(schedule, problem.activations), bound, time.perf_counter() - began)
+
+
+def _search(problem: Problem, bound: float, began: float, time_limit: float,
+            progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
+    """The best schedule and its timeline."""
+
+    def left() -> float:
+        return 1 - (time.perf_counter() - began) / time_limit if time_limit > 0 else 0.0
+
+    candidates = list(known_schedules(problem))
+    search = Search(problem, bound, left)
+    for schedule in candidates:
+        search.imitate(schedule)
+    search.start()
+    while not search.done:
+        progress(min(1.0, 1 - left()))
+        if left() > 0.6:
+            search.random_block()
+        else:
+            search.change()
+    if search.best is not None:
+        candidates.append(search.scheduler.schedule(search.best))
+    return min((_finished(schedule, problem) for schedule in candidates), key=lambda found: found[1].makespan)
+
+
+def _finished(schedule: Schedule, problem: Problem) -> tuple[Schedule, Timeline]:
+    """`schedule` under its new name, checked, with whole backwards where they cost nothing."""
+    times = problem.times
+    schedule = replace(schedule, name="adaptive")
+    timeline = simulate(schedule, times)
+    # Times are measured: a fusion that is free by a hair would cost something as soon as they drift.
+    slack = 0.1 * sum(times.forward) / len(times.forward)
+    fused = fuse(schedule, times, slack)
+    fused_timeline = simulate(fused, times)
+    if fused_timeline.makespan <= timeline.makespan * (1 + SLACK) and within(fused, problem):
+        schedule, timeline = fused, fused_timeline
+    check(schedule)
+    return schedule, timeline

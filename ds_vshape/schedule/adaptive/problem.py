@@ -1,0 +1,88 @@
+"""What the adaptive planner is asked, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.placement import Placement, v
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times
+
+# Sums of sizes and times are compared with this relative slack: their order of summation differs.
+SLACK = 1e-9
+
+
+class LimitError(ValueError):
+    """A memory limit that no schedule can meet; the message says the least possible of each rank."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch on the V placement, how long its passes take, and how much each rank may keep.
+
+    `times` and `activations` are those of the 2p stages, which may all differ; `limits` are the highest peaks of the
+    ranks, in the unit of `activations`. `max_pieces` is how many pieces a W may be cut into (1: whole).
+
+    Raises ValueError for counts below 1 and lengths that don't fit, and LimitError for a limit below `least`.
+    """
+
+    ranks: int
+    micro_batches: int
+    times: Times
+    activations: Activations
+    limits: tuple[float, ...]
+    max_pieces: int = 4
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.micro_batches < 1 or self.max_pieces < 1:
+            raise ValueError("ranks, micro-batches and pieces must be at least 1, not "
+                             f"{self.ranks}, {self.micro_batches} and {self.max_pieces}")
+        stages = 2 * self.ranks
+        lengths = {"times.forward": self.times.forward, "times.input_grad": self.times.input_grad,
+                   "times.weight_grad": self.times.weight_grad, "activations.whole": self.activations.whole,
+                   "activations.kept": self.activations.kept}
+        for name, values in lengths.items():
+            if len(values) != stages or not all(0 <= value < float("inf") for value in values):
+                raise ValueError(f"{name} must be {stages} finite numbers of 0 or more, one for each stage, "
+                                 f"not {values}")
+        if not 0 <= self.times.hop < float("inf"):
+            raise ValueError(f"times.hop must be finite and 0 or more, not {self.times.hop}")
+        if len(self.limits) != self.ranks:
+            raise ValueError(f"there must be a limit for each of {self.ranks} ranks, not {len(self.limits)}")
+        short = [rank for rank, least in enumerate(self.least) if self.limits[rank] < least * (1 - SLACK)]
+        if short:
+            raise LimitError(f"a limit of {', '.join(f'{self.limits[rank]:g} on rank {rank}' for rank in short)} can't "
+                             "be met: the least possible peaks of the ranks are "
+                             f"{', '.join(f'{least:g}' for least in self.least)}")
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where the stages are."""
+        return v(self.ranks)
+
+    @cached_property
+    def least(self) -> tuple[float, ...]:
+        """The least possible peak of each rank.
+
+        No schedule has less: when the first micro-batch's F of the rank's second chunk starts, nothing has been freed
+        on the way from F of the first. And one micro-batch at a time with whole backwards has no more.
+        """
+        whole = self.activations.whole
+        return tuple(sum(whole[stage] for stage in chunks) for chunks in self.placement.chunks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked schedule (its name is "adaptive") with what it is predicted to cost.
+
+    `timeline` is simulated with the problem's times, `peaks` are those of `activations.peaks`; `lower_bound` is a
+    makespan that no schedule of the problem is below (`bounds.lower_bound_of_limits`); `planning_s` are seconds.
+    """
+
+    schedule: Schedule
+    timeline: Timeline
+    peaks: tuple[float, ...]
+    lower_bound: float
+    planning_s: float
