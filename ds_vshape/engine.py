@@ -92,7 +92,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop, self.device)
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
-        self._recorder = self._training_record = PassRecorder()
+        self._recorder = PassRecorder()
+        # The last training batch.
+        self._trained: tuple[Schedule, PassRecorder] | None = None
         self._forwards_before = 0
         self._active_stage = self.placement.chunks[self.stage_id][0]
         # Parameters whose gradients came from W; None once they are reported.
@@ -125,10 +127,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     def train_batch(self, data_iter: Any = None) -> Any:
         """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
         loss = super().train_batch(data_iter)
-        better = self._schedules.after_batch(self.schedule(), self._training_record)
+        better = self._schedules.after_batch(*self._last_batch())
         if better is not None:
             self.use_schedule(better)
-        elif self._swapped:
+        elif self._swapped and self._schedules.times is not None:
             self._compare_with_plan()
         self._swapped = better is not None
         return loss
@@ -137,7 +139,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """Say once after a swap how the new schedule ran."""
         predicted, measured = self.timelines()
         if self.global_rank == 0:
-            logger.info(f"pipeline_schedule {self.schedule().name}: makespan {predicted.makespan:.4f} s predicted, "
+            logger.info(f"pipeline_schedule {self._last_batch()[0].name}: makespan {predicted.makespan:.4f} s predicted, "
                         f"{measured.makespan:.4f} s measured ({measured.makespan / predicted.makespan:.2f})")
 
     def timelines(self) -> tuple[Timeline, Timeline]:
@@ -145,11 +147,15 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
         The prediction takes the times that the schedule was planned for, or else the batch's own mean times.
         """
-        schedule = self.schedule()
-        measured = gather_timeline(self._training_record.spans(), schedule.orders, self.grid.get_pipe_parallel_group(),
-                                   self.device)
+        schedule, record = self._last_batch()
+        measured = gather_timeline(record.spans(), schedule.orders, self.grid.get_pipe_parallel_group(), self.device)
         times = self._schedules.times or mean_times(measured, self.placement.stages)
         return simulate(schedule, times), measured
+
+    def _last_batch(self) -> tuple[Schedule, PassRecorder]:
+        if self._trained is None:
+            raise PipelineError("no batch was trained yet")
+        return self._trained
 
     def _measure_hop(self) -> float:
         boundaries = (message_into(Pass(Kind.F, stage, 0), self.placement) for stage in range(1, self.placement.stages))
@@ -193,7 +199,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:
             self._signatures = signatures
-            self._training_record = self._recorder
+            self._trained = pipe_schedule.schedule, self._recorder
             self._report_split()
 
     # -- where this rank stands
@@ -414,7 +420,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
         Returns what :func:`ds_vshape.profiling.report` does.
         """
-        return report(self._training_record, self.schedule(), self.grid.get_pipe_parallel_group(), self.device)
+        schedule, record = self._last_batch()
+        return report(record, schedule, self.grid.get_pipe_parallel_group(), self.device)
 
     # Plain functions, as in the stock engine: overriding a method alone would change nothing.
     _INSTRUCTION_MAP = {

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ds_vshape.schedule.worker import Request
+
+
+WORKER = ["-m", "ds_vshape.schedule.worker"]
 
 
 class PlanningProcess:
@@ -23,8 +27,9 @@ class PlanningProcess:
         with tempfile.TemporaryFile("w+") as questions:
             json.dump(request.to_json(), questions)
             questions.seek(0)
-            self._process = subprocess.Popen(["nice", sys.executable, "-m", "ds_vshape.schedule.worker"],
-                                             stdin=questions, stdout=self._answer)
+            self._process = subprocess.Popen(["nice", sys.executable, *WORKER], stdin=questions, stdout=self._answer)
+        # It doesn't outlive the training.
+        weakref.finalize(self, self._process.kill)
 
     def answer(self, wait: bool) -> dict[str, Any] | None:
         """What it found; None while it is at it, unless `wait`."""

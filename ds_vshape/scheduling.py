@@ -7,7 +7,8 @@
         warm up     the first batch allocates and exchanges shapes; not measured
         measure     some batches on a schedule made for equal times: F, B and W of every stage, then the hops
         plan        the planner works; training goes on, and all ranks ask it together after each batch
-        settled     the new schedule runs; now and then the times are compared with those it was planned for
+        settled     the new schedule runs; now and then a stage's time is compared with the plan's: if it has moved,
+                    back to measuring
 
 All ranks go through the phases together, so every exchange here is a collective over the whole job.
 """
@@ -172,11 +173,21 @@ class MeasuredSchedules:
 
     def first(self, micro_batches: int) -> Schedule:
         self._micro_batches = micro_batches
+        safe = self._safe_schedule()
         if self._times is None:
             self._enter(_Phase.WARM_UP)
         else:
             self._plan(self._times)
-        return measuring_schedule(self._config, self._placement.ranks, micro_batches)
+        return safe
+
+    def _safe_schedule(self) -> Schedule:
+        """A schedule for equal times within the memory limit, in which every B and W can be timed."""
+        safe = _named_within(self._config, self._placement.ranks, self._micro_batches)
+        if safe is None:
+            equal = Times.uniform(self._placement.stages)
+            self._planner.start(request_for(self._config, self._placement, self._micro_batches, equal))
+            safe = _planned(self._planner.wait())
+        return unfused(safe)
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         if schedule.micro_batches != self._micro_batches:
@@ -192,7 +203,7 @@ class MeasuredSchedules:
             if self._batches == MEASURED_BATCHES:
                 self._plan(self._agreed_times())
         else:
-            self._watch(record)
+            return self._watch(record)
         return None
 
     @property
@@ -226,21 +237,24 @@ class MeasuredSchedules:
         self._enter(_Phase.SETTLED)
         return schedule
 
-    def _watch(self, record: PassRecorder) -> None:
-        """Compare the latest batches with the times of the plan every so often."""
+    def _watch(self, record: PassRecorder) -> Schedule | None:
+        """Compare the latest batches with the times of the plan every so often; if they moved, measure again."""
         if self._batches > BATCHES_BETWEEN_CHECKS - MEASURED_BATCHES:
             self._samples.add(record.spans())
         if self._batches < BATCHES_BETWEEN_CHECKS:
-            return
+            return None
         assert self._times is not None
         times = self._agreed_times()
         moved = max(_moved(times.of_stage(stage), self._times.of_stage(stage)) for stage in range(len(times.forward)))
-        self._enter(_Phase.SETTLED)
-        if moved > self._config.drift:
-            if dist.get_rank() == 0:
-                logger.info(f"pipeline_schedule {self._config.name}: a stage's time has moved by {moved:.0%} since the "
-                            "plan was made; planning again")
-            self._plan(times)
+        if moved <= self._config.drift:
+            self._enter(_Phase.SETTLED)
+            return None
+        if dist.get_rank() == 0:
+            logger.info(f"pipeline_schedule {self._config.name}: a stage's time has moved by {moved:.0%} since the plan "
+                        "was made; measuring and planning again")
+        # The present schedule may run B and W as one, which can't tell their times.
+        self._enter(_Phase.MEASURE)
+        return self._safe_schedule()
 
     def _agreed_times(self) -> Times:
         return agreed_times(self._samples, self._measure_hop(), self._placement, self._device)
@@ -260,16 +274,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_vshape"
 
 
-def measuring_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule:
-    """A schedule for equal times within the memory limit, in which every B and W can be timed.
-
-    The one that is asked for, or for an adaptive one the fastest that fits (v-min where none does: it keeps least).
-    """
-    fraction = {name: fraction_of_1f1b(build(name, ranks, micro_batches)) for name in TIMED}
-    names = [config.name] if config.name in TIMED else sorted(TIMED, key=fraction.__getitem__, reverse=True)
+def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
+    """The schedule of the table that `config` asks for, or for an adaptive one the largest that fits its limit."""
+    if config.name != ADAPTIVE:
+        schedule = build(config.name, ranks, micro_batches)
+        check_memory_limit(schedule, config.memory_limit)
+        return schedule
+    schedules = [build(name, ranks, micro_batches) for name in TIMED]
     limit = 1.0 if config.memory_limit is None else config.memory_limit
-    fitting = [name for name in names if fraction[name] <= limit + 1e-9]
-    return unfused(build((fitting or names[-1:])[0], ranks, micro_batches))
+    fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
+    return max(fitting, key=fraction_of_1f1b, default=None)
 
 
 def _planned(answer: Mapping[str, Any]) -> Schedule:

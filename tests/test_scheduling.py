@@ -1,0 +1,222 @@
+"""Schedules that know the measured times: found beside the training, swapped on all ranks at the same batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.pipe import LayerSpec
+from layers import SleepingLinear
+from pipelines import FP32_ZERO1, SAMPLES, Job, Outcome, data, merged, specs, train
+from ranks import RanksFailed, run_ranks
+from torch.nn import functional
+
+import ds_vshape
+from ds_vshape import planning, scheduling
+from ds_vshape.config import ConfigError
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.memory_limit import peak_of_1f1b
+from ds_vshape.schedule.named import TIMED, build
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+
+WIDTH = 4
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def profiled(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "times": "profile", "planning_seconds": 1.0, **more}
+
+
+def train_until_swapped(engine: Any, most: int = 400) -> tuple[list[float], int]:
+    """The losses up to the first batch after which the schedule is another one, and its number."""
+    first, losses = engine.schedule(), []
+    for batch in range(most):
+        losses.append(float(engine.train_batch(data(engine, batch))))
+        if engine.schedule() is not first:
+            return losses, batch
+        time.sleep(0.02)
+    raise AssertionError(f"no other schedule after {most} batches")
+
+
+def swap_and_train(rank: int, job: Job) -> tuple[list[float], int, Any, Outcome]:
+    engine = job.engine()
+    losses, swapped_at = train_until_swapped(engine)
+    return losses, swapped_at, engine.schedule(), train(engine, range(swapped_at + 1, swapped_at + 4))
+
+
+def train_throughout(rank: int, job: Job, batches: int) -> tuple[list[float], Outcome]:
+    engine = job.engine()
+    losses = train(engine, range(batches)).losses
+    return losses, train(engine, range(batches, batches + 3))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "v-half"])
+def test_all_ranks_swap_at_the_same_batch_and_losses_stay(name: str) -> None:
+    """Two pipelines of two ranks; bit for bit what DeepSpeed's own engine trains."""
+    swapped = run_ranks(4, swap_and_train, Job(profiled(name), 2, 5, FP32_ZERO1))
+    losses, at, schedule, _ = swapped[0]
+    assert all((other[0], other[1], other[2]) == (losses, at, schedule) for other in swapped)
+    assert at >= scheduling.MEASURED_BATCHES + 1 and schedule.name == name
+    oracle = run_ranks(4, train_throughout, Job(None, 2, 5, FP32_ZERO1), at + 1)
+    assert losses == oracle[0][0]
+    ours, theirs = merged([rank[3] for rank in swapped]), merged([rank[1] for rank in oracle])
+    assert ours.losses == theirs.losses
+    assert all(torch.equal(ours.weights[key], value) for key, value in theirs.weights.items())
+
+
+def sleeping_engine(section: Any, micro_batches: int, milliseconds: tuple[float, ...]) -> Any:
+    config = {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "gradient_accumulation_steps": micro_batches,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "pipeline_schedule": section,
+    }
+    layers = [LayerSpec(SleepingLinear, WIDTH, tuple(ms / 1000 for ms in milliseconds)) for _ in range(4)]
+    module = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=functional.mse_loss, config=config)
+    return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+
+
+def sleep_batch(engine: Any) -> None:
+    engine.train_batch(iter([(torch.ones(SAMPLES, WIDTH), torch.zeros(SAMPLES, WIDTH))] * engine.micro_batches))
+
+
+def measure_and_swap(rank: int, section: Any) -> dict[str, Any]:
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logging.getLogger("DeepSpeed").addHandler(Keep())
+    engine = sleeping_engine(section, 6, (6, 12, 3))
+    first = engine.schedule()
+    while engine.schedule() is first:
+        sleep_batch(engine)
+    sleep_batch(engine)
+    predicted, measured = engine.timelines()
+    return {"times": engine._schedules.times, "first": first, "schedule": engine.schedule(), "predicted": predicted,
+            "measured": measured, "lines": [line for line in lines if "makespan" in line]}
+
+
+def test_times_are_measured_and_used() -> None:
+    results = run_ranks(2, measure_and_swap, profiled("adaptive", memory_limit=0.75))
+    first = results[0]
+    assert all(other["times"] == first["times"] and other["schedule"] == first["schedule"] for other in results)
+    times: Times = first["times"]
+    # A sleep never ends early, and rarely much late.
+    for of_kind, milliseconds in ((times.forward, 6), (times.input_grad, 12), (times.weight_grad, 3)):
+        assert all(0.001 * milliseconds <= seconds < 0.001 * milliseconds + 0.008 for seconds in of_kind)
+    assert 0 < times.hop < 0.01
+    assert not any(work.kind is Kind.BW for _, work in first["first"].passes()), "B and W must be timed apart"
+    schedule = first["schedule"]
+    limit = 0.75 * peak_of_1f1b(2, 6)
+    assert max(peaks(schedule, Activations.counted(v(2)))) <= limit + 1e-9
+    # No named schedule keeps so little on two ranks: the first one was planned too, for equal times.
+    assert all(max(peak_activations(build(name, 2, 6))) > limit for name in TIMED)
+    assert max(peak_activations(first["first"])) <= limit
+    assert simulate(schedule, times).makespan <= simulate(first["first"], times).makespan
+    assert first["predicted"] == simulate(schedule, times)
+    assert first["measured"].makespan >= 0.95 * first["predicted"].makespan
+    planned, compared = first["lines"]
+    assert "planned in" in planned and "predicted" in compared and "measured" in compared
+
+
+def drift(rank: int) -> tuple[Times, Times]:
+    scheduling.BATCHES_BETWEEN_CHECKS = 5
+    engine = sleeping_engine(profiled("v-half", drift=0.5), 2, (2, 2, 2))
+    while engine._schedules.times is None:
+        sleep_batch(engine)
+    before = engine._schedules.times
+    for module in engine.module.modules():
+        if isinstance(module, SleepingLinear):
+            module.seconds = (0.002, 0.012, 0.002)
+    while engine._schedules.times in (None, before):
+        sleep_batch(engine)
+    return before, engine._schedules.times
+
+
+def test_drift_plans_again() -> None:
+    (before, after), other = run_ranks(2, drift, timeout=180)
+    assert (before, after) == other
+    assert all(seconds < 0.011 for seconds in before.input_grad)
+    assert all(seconds >= 0.012 for seconds in after.input_grad)
+
+
+def change_micro_batches(rank: int) -> list[float]:
+    engine = Job(profiled("v-half"), 2, 3).engine()
+    losses, at = train_until_swapped(engine)
+    engine.set_train_batch_size(SAMPLES * 5)
+    before = engine.schedule()
+    assert before.micro_batches == 5
+    losses += train(engine, range(at + 1, at + 9)).losses
+    return [at, *losses]
+
+
+def change_micro_batches_plainly(rank: int, at: int) -> list[float]:
+    engine = Job(None, 2, 3).engine()
+    losses = train(engine, range(at + 1)).losses
+    engine.set_train_batch_size(SAMPLES * 5)
+    return [at, *losses, *train(engine, range(at + 1, at + 9)).losses]
+
+
+def test_another_number_of_micro_batches() -> None:
+    ours = run_ranks(2, change_micro_batches)
+    assert ours[0] == ours[1] == run_ranks(2, change_micro_batches_plainly, int(ours[0][0]))[0]
+
+
+def train_adaptive(rank: int, section: Any) -> tuple[Outcome, float]:
+    engine = Job(section, 3, 6, layers=tuple(specs(6))).engine()
+    return train(engine, range(3)), max(peak_activations(engine.schedule()))
+
+
+def test_adaptive_with_equal_times_waits_for_its_plan() -> None:
+    ours = run_ranks(3, train_adaptive, {"name": "adaptive", "memory_limit": 0.7, "planning_seconds": 1.0})
+    oracle = run_ranks(3, train_adaptive_oracle)
+    assert merged([outcome for outcome, _ in ours]).losses == merged(oracle).losses
+    assert ours[0][1] <= 0.7 * peak_of_1f1b(3, 6)
+
+
+def train_adaptive_oracle(rank: int) -> Outcome:
+    return train(Job(None, 3, 6, layers=tuple(specs(6))).engine(), range(3))
+
+
+@pytest.mark.parametrize("times", ["equal", "profile"])
+def test_a_limit_that_cannot_be_met_says_the_least(times: str) -> None:
+    section = {"name": "adaptive", "memory_limit": 0.2, "times": times, "planning_seconds": 1.0}
+    with pytest.raises(RanksFailed) as error:
+        run_ranks(2, swap_and_train, Job(section, 2, 6))
+    assert str(error.value).count("the least possible peaks of the ranks are 2, 2") == 2
+
+
+def train_with_a_crash(rank: int) -> list[float]:
+    # No such interpreter option: the planning process ends at once.
+    planning.WORKER = ["--no-such-option"]
+    return train(Job(profiled("v-half"), 2, 3).engine(), range(12)).losses
+
+
+def test_training_goes_on_when_the_planning_process_crashes() -> None:
+    ours = run_ranks(2, train_with_a_crash)
+    assert ours[0] == ours[1] == run_ranks(2, train_throughout, Job(None, 2, 3), 12)[0][0]
+
+
+def test_profiling_a_schedule_without_plans_is_refused() -> None:
+    def refused(rank: int) -> str:
+        with pytest.raises(ConfigError) as error:
+            Job({"name": "1f1b", "times": "profile"}, 2, 3).engine()
+        return str(error.value)
+
+    first, second = run_ranks(2, refused)
+    assert first == second == ("pipeline_schedule.times = 'profile': 1f1b has the same order for all times; it is for "
+                               "adaptive, v-min, v-half, v-zb, zb-v")
