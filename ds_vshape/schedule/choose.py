@@ -15,7 +15,8 @@ from pathlib import Path
 from time import perf_counter
 
 from ds_vshape.schedule.activations import Activations, peaks
-from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.adaptive import Plan, Problem, plan
+from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
@@ -53,7 +54,7 @@ def limits_at(fraction: float, ranks: int, micro_batches: int, activations: Acti
 
 
 def level_of(order: Schedule, activations: Activations) -> Limits:
-    """The memory that the V schedule `order` stands for, rank by rank in the unit of `activations`.
+    """The memory that `order` stands for, rank by rank in the unit of `activations`.
 
     As the paper counts: its highest peak of k activations is k/2 micro-batches of a rank's two stages. Where stages
     differ the order itself may take more on a rank; then that is the level.
@@ -75,27 +76,22 @@ def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activa
     """
     began = perf_counter()
     if name == ADAPTIVE:
-        limits = limits or limits_at(1.0, ranks, micro_batches, activations)
-        return _planned(name, ranks, micro_batches, times, activations, limits, time_limit, progress, cache)
+        if limits is None:
+            limits = limits_at(1.0, ranks, micro_batches, activations)
+        problem = Problem(ranks, micro_batches, times, activations, limits)
+        return _chosen(plan(problem, time_limit, progress, cache), name)
     order = build(name, ranks, micro_batches)
-    timeline = simulate(order, times)
-    bound = lower_bound(order.placement, micro_batches, times, max(peak_activations(order)))
+    timeline, level = simulate(order, times), level_of(order, activations)
+    bound = lower_bound_of_limits(order.placement, micro_batches, times, activations, level)
     choice = Choice(order, timeline, peaks(order, activations), bound, perf_counter() - began, NAMED_ORDER)
     if name not in TIMED or _alike(times) or timeline.makespan <= bound:
         return choice
-    plan = _planned(name, ranks, micro_batches, times, activations, level_of(order, activations), time_limit, progress,
-                    cache)
-    better = plan if plan.timeline.makespan < timeline.makespan else choice
+    found = plan(Problem(ranks, micro_batches, times, activations, level), time_limit, progress, cache)
+    better = _chosen(found, name) if found.timeline.makespan < timeline.makespan else choice
     return replace(better, planning_s=perf_counter() - began)
 
 
-def _planned(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations, limits: Limits,
-             time_limit: float, progress: Callable[[float], None], cache: Path | None) -> Choice:
-    # Here, because the schedules that need no plan shouldn't load the planner.
-    from ds_vshape.schedule.adaptive import Problem, plan
-
-    found = plan(Problem(ranks, micro_batches, times, activations, limits), time_limit=time_limit, progress=progress,
-                 cache=cache)
+def _chosen(found: Plan, name: str) -> Choice:
     return Choice(replace(found.schedule, name=name), found.timeline, found.peaks, found.lower_bound, found.planning_s,
                   PLAN)
 

@@ -5,7 +5,7 @@
     rank 1  ...F0 f0 F1 f1 b0 B0 w0 b1 B1 W0 w1 W1
 
 A pass is its kind and micro-batch, as wide as it is long: capital letters on the rank's first chunk, small ones on its
-second. Dots are bubbles. Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
+second. Dots are bubbles; pieces of a W stand side by side. Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ LEGEND = ("F forward, B input gradient, W weight gradients, BW both at once, wit
 # For each kind of pass a regular expression that finds it in the drawing.
 PASSES = {kind: rf"(?<![A-Za-z])({kind}|{kind.lower()})\d[\d-]*" for kind in ("F", "B", "W", "BW")}
 BUBBLE = "."
+
+
+def bubbles(timeline: Timeline) -> list[list[tuple[float, float]]]:
+    """For each rank (start, end) of every time without a pass, from the first start on any rank to the last end."""
+    spans = [span for rank in timeline.ranks for span in rank]
+    begin, end = min((span.start for span in spans), default=0.0), max((span.end for span in spans), default=0.0)
+    found = []
+    for rank in timeline.ranks:
+        ends, starts = [begin, *(span.end for span in rank)], [*(span.start for span in rank), end]
+        found.append([(last, following) for last, following in zip(ends, starts) if following > last])
+    return found
 
 
 def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:

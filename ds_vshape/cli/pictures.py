@@ -1,0 +1,203 @@
+"""Schedules as pictures in the manner of the papers' figures; needs matplotlib (the extra `plots`).
+
+    title and figures                                           legend
+    rank 0         | F 0 | F 1 | bubble | F 0 | B 0 | W 0 | ...        one box a pass, with its micro-batch
+    stages 0, 7    |____/-----\______/----------\__ ...                what the rank keeps, below the limit   peak
+    rank 1         ...
+                   time
+
+Dark boxes are on the rank's first chunk, light ones on its second. In an SVG every box has its pass as id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.drawing import bubbles
+from ds_vshape.schedule.memory_curve import memory_curve
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.timeline import Span, Timeline
+
+# Of the first and the second chunk of a rank, with the colour of the number on it.
+COLOURS = {
+    Kind.F: (("#2f62b5", "white"), ("#b3ccf2", "black")),
+    Kind.B: (("#0f8a8a", "white"), ("#9adbd6", "black")),
+    Kind.W: (("#4c9a2a", "white"), ("#c3e6ae", "black")),
+    Kind.BW: (("#6d4fa3", "white"), ("#d3c4ec", "black")),
+}
+MEANINGS = {Kind.F: "F  forward", Kind.B: "B  input gradient", Kind.W: "W  weight gradients", Kind.BW: "BW  both at once"}
+_FRAME, _MEMORY, _LIMIT, _FULL = "#8c8c8c", "#d9772f", "#c1121f", "#9a9a9a"
+
+# Inches: of a usual pass, of a figure's width, of a rank's boxes and of what it keeps below them.
+_PASS, _WIDTHS = 0.2, (9.0, 60.0)
+_LANE, _BETWEEN, _CURVE, _GAP = 0.28, 0.04, 0.22, 0.12
+_RANK = _LANE + _BETWEEN + _CURVE + _GAP
+# Around them: names, peaks, title, time axis, legend.
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND = 0.95, 0.85, 0.52, 0.55, 0.32
+_POINTS = 72
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One schedule; `limit` and `full` (1F1B's peak) are in the unit of `activations`, no limit is None."""
+
+    title: str
+    figures: str
+    placement: Placement
+    timeline: Timeline
+    activations: Activations
+    limit: float | None
+    full: float
+
+    @property
+    def height(self) -> float:
+        """Inches, title and time axis included."""
+        return _TOP + self.placement.ranks * _RANK + _BOTTOM
+
+
+def save(panels: Sequence[Panel], file: Path, kind: str, time_label: str = "time") -> None:
+    """Write `panels` below each other, all on one scale of time, to `file`; `kind` is "svg" or "png"."""
+    # Text stays text in an SVG, and the same schedule gives the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ds_vshape", "font.family": "sans-serif"}):
+        figure = _figure(panels, time_label)
+        figure.savefig(file, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
+
+
+def _figure(panels: Sequence[Panel], time_label: str) -> Figure:
+    longest = max(panel.timeline.makespan for panel in panels) or 1.0
+    usual = median(_whole_durations(panels)) or longest
+    drawn = min(max(longest / usual * _PASS, _WIDTHS[0] - _LEFT - _RIGHT), _WIDTHS[1])
+    width, height = _LEFT + drawn + _RIGHT, _LEGEND + sum(panel.height for panel in panels)
+    figure = Figure(figsize=(width, height), facecolor="white")
+    top = height - _LEGEND
+    for panel in panels:
+        lanes = panel.height - _TOP - _BOTTOM
+        axes = figure.add_axes((_LEFT / width, (top - _TOP - lanes) / height, drawn / width, lanes / height))
+        axes.set_xlim(0, longest)
+        axes.set_ylim(lanes, 0)
+        axes.set_xlabel(time_label, fontsize=8, labelpad=2)
+        _Drawer(axes, panel, inches=drawn / longest).draw()
+        figure.text(_LEFT / width, (top - 0.12) / height, panel.title, fontsize=11, fontweight="bold", va="center")
+        figure.text(_LEFT / width, (top - 0.34) / height, panel.figures, fontsize=9, va="center")
+        top -= panel.height
+    _add_legend(figure, panels, (_LEFT / width, 1 - 0.08 / height))
+    return figure
+
+
+def _whole_durations(panels: Sequence[Panel]) -> list[float]:
+    return [span.end - span.start for panel in panels for rank in panel.timeline.ranks for span in rank
+            if span.work.pieces == 1] or [0.0]
+
+
+@dataclass(frozen=True)
+class _Drawer:
+    """Draws a panel: x in units of time, `inches` each; y in inches from the top."""
+
+    axes: Axes
+    panel: Panel
+    inches: float
+
+    def draw(self) -> None:
+        timeline, placement = self.panel.timeline, self.panel.placement
+        origin = min((rank[0].start for rank in timeline.ranks if rank), default=0.0)
+        gaps = bubbles(timeline)
+        for rank, spans in enumerate(timeline.ranks):
+            top = rank * _RANK
+            for span in spans:
+                self._pass(span, span.start - origin, top)
+            # Above the passes, so that their frames are whole.
+            for start, end in gaps[rank]:
+                self._box(f"bubble{rank}.{start:g}", start - origin, end - start, top, "white", _FRAME)
+            self._memory(spans, origin, rank, top + _LANE + _BETWEEN)
+            stages = placement.chunks[rank]
+            self._beside(top + _LANE / 2, f"rank {rank}", 9, "black")
+            self._beside(top + _LANE + _BETWEEN + _CURVE / 2,
+                         f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}", 6.5, "#555555")
+        self._style()
+
+    def _box(self, name: str, start: float, duration: float, top: float, colour: str, edge: str) -> None:
+        self.axes.add_artist(Rectangle((start, top), duration, _LANE, facecolor=colour, edgecolor=edge, linewidth=0.6,
+                                       gid=name, clip_on=False))
+
+    def _beside(self, y: float, text: str, size: float, colour: str) -> None:
+        self.axes.text(-0.1 / self.inches, y, text, fontsize=size, color=colour, ha="right", va="center")
+
+    def _pass(self, span: Span, start: float, top: float) -> None:
+        work, duration = span.work, span.end - span.start
+        colour, ink = COLOURS[work.kind][min(self.panel.placement.chunk_of(work.stage), 1)]
+        self._box(repr(work), start, duration, top, colour, "white")
+        number = str(work.micro_batch)
+        # A digit is about 0.6 of the font's size wide.
+        size = min(8.5, duration * self.inches * _POINTS * 0.92 / (0.6 * len(number)))
+        if size >= 4:
+            self.axes.text(start + duration / 2, top + _LANE / 2, number, fontsize=size, color=ink, ha="center",
+                           va="center_baseline")
+
+    def _memory(self, spans: Sequence[Span], origin: float, rank: int, top: float) -> None:
+        panel = self.panel
+        curve = memory_curve(spans, panel.activations)
+        peak = max((alive for _, alive in curve), default=0.0)
+        most = max(panel.full, panel.limit or 0.0, peak) or 1.0
+        bottom = top + _CURVE
+        times = [0.0, *(time - origin for time, _ in curve), panel.timeline.makespan]
+        heights = [bottom - alive / most * _CURVE for alive in (0.0, *(alive for _, alive in curve))]
+        heights.append(heights[-1])
+        self.axes.fill_between(times, heights, bottom, step="post", facecolor=_MEMORY, alpha=0.3, linewidth=0)
+        self.axes.step(times, heights, where="post", color=_MEMORY, linewidth=0.9, gid=f"memory{rank}")
+        end = panel.timeline.makespan
+        self.axes.plot((0, end), (bottom, bottom), color=_FRAME, linewidth=0.6)
+        self.axes.plot((0, end), [bottom - panel.full / most * _CURVE] * 2, color=_FULL, linewidth=0.7, linestyle=":")
+        if panel.limit is not None:
+            self.axes.plot((0, end), [bottom - panel.limit / most * _CURVE] * 2, color=_LIMIT, linewidth=0.9,
+                           linestyle=(0, (4, 2)), gid=f"limit{rank}")
+        self.axes.text(end + 0.08 / self.inches, top + _CURVE / 2, f"peak {peak:.4g}", fontsize=7.5, color=_MEMORY,
+                       fontweight="bold", ha="left", va="center")
+
+    def _style(self) -> None:
+        for side in ("top", "left", "right"):
+            self.axes.spines[side].set_visible(False)
+        self.axes.spines["bottom"].set_position(("outward", 3))
+        self.axes.spines["bottom"].set_color(_FRAME)
+        self.axes.set_yticks([])
+        self.axes.tick_params(axis="x", labelsize=7.5, length=3, color=_FRAME)
+        self.axes.locator_params(axis="x", nbins=max(6, int(self.axes.get_xlim()[1] * self.inches)))
+
+
+def _add_legend(figure: Figure, panels: Sequence[Panel], corner: tuple[float, float]) -> None:
+    """In one line, of what is there."""
+    works = [(span.work.kind, min(panel.placement.chunk_of(span.work.stage), 1))
+             for panel in panels for rank in panel.timeline.ranks for span in rank]
+    chunks = sorted({chunk for _, chunk in works})
+    handles: list[Any] = []
+    labels: list[str] = []
+    for kind in Kind:
+        if kind in {kind for kind, _ in works}:
+            handles.append(tuple(Patch(facecolor=COLOURS[kind][chunk][0]) for chunk in chunks))
+            labels.append(MEANINGS[kind])
+    handles.append(Patch(facecolor="white", edgecolor=_FRAME, linewidth=0.8))
+    labels.append("bubble")
+    handles.append((Patch(facecolor=_MEMORY, alpha=0.3), Line2D([], [], color=_MEMORY, linewidth=1)))
+    labels.append("activations kept")
+    handles.append(Line2D([], [], color=_FULL, linewidth=1, linestyle=":"))
+    labels.append("1F1B's peak")
+    if any(panel.limit is not None for panel in panels):
+        handles.append(Line2D([], [], color=_LIMIT, linewidth=1, linestyle=(0, (4, 2))))
+        labels.append("memory limit")
+    legend = figure.legend(handles, labels, loc="upper left", bbox_to_anchor=corner, ncols=len(handles), fontsize=7.5,
+                           frameon=False, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.3,
+                           handletextpad=0.5, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})
+    legend.set_in_layout(False)
