@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
 from ds_vshape.config import KEY, ConfigError, DsConfig, load_ds_config, read_section
 from ds_vshape.engine import PipelineEngine
 from ds_vshape.module import PipelineModule
 from ds_vshape.versions import check_versions
+
+
+# Before anything is put in its place.
+_stock_initialize = deepspeed.initialize
 
 
 def initialize(args: Any = None, model: Any = None, *positional: Any, config: DsConfig | None = None,
@@ -42,8 +47,8 @@ def initialize(args: Any = None, model: Any = None, *positional: Any, config: Ds
     if section != built_for:
         raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
                           f"{_shown(section)}; give both the same config")
-    with nullcontext() if section is None else _our_engine():
-        return deepspeed.initialize(  # type: ignore[no-any-return]
+    with _names_of_deepspeed(StockPipelineEngine if section is None else PipelineEngine):
+        return _stock_initialize(  # type: ignore[no-any-return]
             args, model, *positional, config=config, config_params=config_params, **kwargs)
 
 
@@ -56,11 +61,12 @@ def _shown(section: Any) -> str:
 
 
 @contextmanager
-def _our_engine() -> Iterator[None]:
-    """deepspeed.initialize takes the engine's class from a global of its module (deepspeed/__init__.py)."""
-    stock = deepspeed.PipelineEngine
-    deepspeed.PipelineEngine = PipelineEngine
+def _names_of_deepspeed(engine_class: type[StockPipelineEngine]) -> Iterator[None]:
+    """deepspeed.initialize takes the engine's class, and what a pipeline is, from globals of its module
+    (deepspeed/__init__.py); the second may be ours by now (ds_vshape/run.py)."""
+    before = deepspeed.PipelineEngine, deepspeed.PipelineModule
+    deepspeed.PipelineEngine, deepspeed.PipelineModule = engine_class, StockPipelineModule
     try:
         yield
     finally:
-        deepspeed.PipelineEngine = stock
+        deepspeed.PipelineEngine, deepspeed.PipelineModule = before
