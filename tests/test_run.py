@@ -37,6 +37,7 @@ if __name__ == "__main__":
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("--out")
     args = parser.parse_args()
+    deepspeed.init_distributed("gloo")
     net = Net(8, num_stages=2, seed_layers=True, partition_method="uniform")
     engine, optimizer, _, _ = deepspeed.initialize(
         args=args, model=net, model_parameters=net.parameters(),
