@@ -142,7 +142,7 @@ class _Drawer:
         self._box(repr(work), start, duration, top, colour, "white")
         number = str(work.micro_batch)
         # A digit is about 0.6 of the font's size wide.
-        size = min(8.5, duration * self.inches * _POINTS * 0.92 / (0.6 * len(number)))
+        size = min(8.5, duration * self.inches * _POINTS * 0.85 / (0.6 * len(number)))
         if size >= 4:
             self.axes.text(start + duration / 2, top + _LANE / 2, number, fontsize=size, color=ink, ha="center",
                            va="center_baseline")

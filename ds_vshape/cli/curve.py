@@ -1,0 +1,181 @@
+"""Bubble against memory limit, as in the paper's Figure 9: what a little more memory buys, for given times.
+
+    named        the table's schedules, each one point: their orders are made for equal times
+    adaptive     the best plan for the times at each limit
+    bound        no schedule on the V placement is below (schedule/bounds.py; with equal times the paper's bound)
+    reference    other schedulers' points, from a file
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ds_vshape.cli.outcome import Outcome, plan_one
+from ds_vshape.cli.request import Limit, Request
+from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.memory_limit import peak_of_1f1b
+from ds_vshape.schedule.metrics import chunk_times, measure
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
+from ds_vshape.schedule.placement import v
+
+_DEFAULT_LIMITS = 13
+
+
+@dataclass(frozen=True)
+class Point:
+    """One schedule at one memory; `memory` and `makespan` may be limit and bound.
+
+    `memory` counts chunk activations, `fraction` is of 1F1B's peak, `makespan` in the unit of the times.
+    """
+
+    name: str
+    memory: float
+    fraction: float
+    makespan: float
+    bubble: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points for one batch; `bound[i]` and `adaptive[i]` are at the i-th limit that can be met."""
+
+    stages: int
+    micro_batches: int
+    times: tuple[float, float, float, float]
+    named: tuple[Point, ...]
+    adaptive: tuple[Point, ...]
+    bound: tuple[Point, ...]
+    reference: tuple[Point, ...]
+    too_small: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {**asdict(self), "times": dict(zip(("forward", "input_grad", "weight_grad", "hop"), self.times))}
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Turns peaks and makespans of a batch into points."""
+
+    ranks: int
+    micro_batches: int
+    times: tuple[float, float, float, float]
+
+    @property
+    def work(self) -> float:
+        """Of each rank: two chunks for each micro-batch."""
+        return 2 * self.micro_batches * sum(self.times[:3])
+
+    def point(self, name: str, memory: float, makespan: float) -> Point:
+        """A point by its peak or limit in chunk activations, and its makespan."""
+        return Point(name, memory, memory / peak_of_1f1b(self.ranks, self.micro_batches), makespan,
+                     1 - self.work / makespan)
+
+
+def trace(request: Request, limits: Sequence[Limit] | None, reference: Path | None,
+          progress: Callable[[float], None]) -> Curve:
+    """Plan at each limit (by default from a quarter of 1F1B's peak to all of it) and collect the other points.
+
+    Limits that no schedule meets are listed, not planned. A plan for less memory counts where one for more is slower.
+    Raises ValueError if `reference` can't be read or knows nothing of this batch.
+    """
+    scale = _Scale(request.stages, request.micro_batches, request.times)
+    others = tuple(_reference_points(reference, scale)) if reference is not None else ()
+    counts = _counts(request, limits)
+    times = chunk_times(v(request.stages), *request.times)
+    adaptive: list[Point] = []
+    bound: list[Point] = []
+    too_small: list[float] = []
+    best: Outcome | None = None
+    for place, count in enumerate(counts):
+        try:
+            found = plan_one(ADAPTIVE, request, Limit(count, is_count=True), _part(progress, place, len(counts)))
+        except LimitError:
+            too_small.append(count)
+            continue
+        if best is None or found.metrics.makespan < best.metrics.makespan:
+            best = found
+        adaptive.append(scale.point(ADAPTIVE, count, best.metrics.makespan))
+        bound.append(scale.point("lower bound", count, lower_bound(v(request.stages), request.micro_batches, times,
+                                                                   count)))
+    return Curve(request.stages, request.micro_batches, request.times, tuple(_named_points(scale)), tuple(adaptive),
+                 tuple(bound), others, tuple(too_small))
+
+
+def _part(progress: Callable[[float], None], place: int, parts: int) -> Callable[[float], None]:
+    """Progress of one of `parts` equal parts, told as that of the whole."""
+    return lambda done: progress((place + done) / parts)
+
+
+def _counts(request: Request, limits: Sequence[Limit] | None) -> list[float]:
+    """The limits in chunk activations, ascending."""
+    ranks, micro_batches = request.stages, request.micro_batches
+    if limits is not None:
+        return sorted({limit.count(ranks, micro_batches) for limit in limits})
+    most = peak_of_1f1b(ranks, micro_batches)
+    least = max(2, most // 4)
+    step = max(1, ceil((most - least) / (_DEFAULT_LIMITS - 1)))
+    return [float(count) for count in range(most, least - 1, -step)][::-1]
+
+
+def _named_points(scale: _Scale) -> Iterable[Point]:
+    for name in SCHEDULES:
+        schedule = build(name, scale.ranks, scale.micro_batches)
+        metrics = measure(schedule, chunk_times(schedule.placement, *scale.times))
+        yield scale.point(name, max(metrics.peak_activations), metrics.makespan)
+
+
+def _reference_points(file: Path, scale: _Scale) -> Iterable[Point]:
+    """The points of the cell with this batch, whatever its unit of time; bench/compare_reference.py has the format."""
+    try:
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        found = [cell for cell in cells if _ratio(cell, scale) is not None]
+        if not found:
+            raise ValueError("it has no cell for "
+                             f"{scale.ranks} ranks, {scale.micro_batches} micro-batches and these times")
+        ratio = _ratio(found[0], scale) or 1.0
+        return [scale.point(name, figures["peak"], figures["makespan"] * ratio)
+                for name, figures in found[0]["schedules"].items()]
+    except OSError as error:
+        raise ValueError(f"--reference {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else error
+        raise ValueError(f"--reference {file}: {reason}") from None
+
+
+def _ratio(cell: Mapping[str, Any], scale: _Scale) -> float | None:
+    """Our unit of time over that of `cell`, or None if it is of another batch."""
+    if (cell["stages"], cell["micro_batches"]) != (scale.ranks, scale.micro_batches):
+        return None
+    theirs = [cell[key] for key in ("forward", "input_grad", "weight_grad", "hop")]
+    ratio: float = scale.times[0] / theirs[0]
+    alike = all(abs(ratio * their - our) <= 1e-9 * scale.times[0] for their, our in zip(theirs, scale.times))
+    return ratio if alike else None
+
+
+def table(curve: Curve) -> Table:
+    """Every point, by memory."""
+    forward, input_grad, weight_grad, hop = curve.times
+    shown = Table(title=f"bubble against memory: {curve.stages} ranks, {curve.micro_batches} micro-batches, "
+                        f"F {forward:g}, B {input_grad:g}, W {weight_grad:g}, hop {hop:g}", title_justify="left",
+                  caption_justify="left", caption="memory: peak or limit, in chunk activations")
+    for column in ("memory", "of 1F1B's peak", "makespan", "bubble"):
+        shown.add_column(column, justify="right")
+    shown.add_column("schedule")
+    groups = (("", curve.bound), ("", curve.adaptive), (" (order for equal times)", curve.named),
+              (" (reference)", curve.reference))
+    lines = [(point, point.name + kind) for kind, points in groups for point in points]
+    for point, name in sorted(lines, key=lambda line: line[0].memory):
+        shown.add_row(f"{point.memory:g}", f"{point.fraction:.3f}", f"{point.makespan:g}", f"{point.bubble:.1%}", name,
+                      style="bold" if name == ADAPTIVE else None)
+    for count in curve.too_small:
+        shown.add_row(f"{count:g}", "", "", "", "no schedule needs so little", style="dim")
+    return shown

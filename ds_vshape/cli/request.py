@@ -1,0 +1,224 @@
+"""What to plan: options where there are any, a ds_config.json elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_vshape.config import load_ds_config, read_section
+from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, peak_of_1f1b
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, placement_of
+from ds_vshape.schedule.schedule import Schedule
+
+# What --curve replaces: it shows all schedules, at all limits.
+_NOT_WITH_CURVE = ("schedule", "compare", "memory_limit", "json", "svg", "png")
+_ONLY_WITH_CURVE = ("limits", "reference")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A memory limit: `value` is a fraction of 1F1B's peak, or a count of chunk activations."""
+
+    value: float
+    is_count: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """0.5 or 6u; argparse.ArgumentTypeError for anything else."""
+        is_count = text.endswith("u")
+        value = _number(text.removesuffix("u"))
+        if value <= 0 or (value > 2 and not is_count):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a fraction of 1F1B's peak above 0 and at most 2, "
+                                             f"or a count of chunk activations above 0 with the suffix u, like 6u")
+        return cls(value, is_count)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{'u' * self.is_count}"
+
+    def count(self, ranks: int, micro_batches: int) -> float:
+        """The limit in chunk activations."""
+        return self.value if self.is_count else self.value * peak_of_1f1b(ranks, micro_batches)
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise MemoryLimitError if `schedule` peaks above the limit."""
+        (check_activation_limit if self.is_count else check_memory_limit)(schedule, self.value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan: schedules by name, or none for the curve; `times` are F, B, W of one of 2p chunks, and a hop."""
+
+    schedules: tuple[str, ...]
+    stages: int
+    micro_batches: int
+    memory_limit: Limit | None
+    times: tuple[float, float, float, float]
+    time_limit: float
+    cache: Path | None
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> Request:
+        """Put options and file together; ValueError where both are silent, or where they disagree."""
+        _check_modes(arguments)
+        given = {key: getattr(arguments, key) for key in ("schedule", "stages", "micro_batches", "memory_limit")}
+        paths = [path for path in (arguments.config, arguments.config_option) if path is not None]
+        if len(paths) > 1:
+            raise ValueError(f"give one config file, not both {paths[0]} and {paths[1]}")
+        config = _from_config(load_ds_config(str(paths[0]))) if paths else {}
+        for key, value in config.items():
+            if given[key] is None:
+                given[key] = value
+            elif given[key] != value:
+                raise ValueError(f"{_option(key)} says {given[key]}, but {paths[0]} says {value}")
+        schedule = given.pop("schedule")
+        compared = arguments.compare or ()
+        if arguments.curve is not None:
+            names: tuple[str, ...] = ()
+            given["memory_limit"] = None
+        else:
+            names = tuple(dict.fromkeys(([] if schedule is None else [schedule]) + list(compared)))
+        needed = {"schedule": bool(names) or arguments.curve is not None, "stages": given["stages"],
+                  "micro_batches": given["micro_batches"]}
+        missing = [_option(key) for key, value in needed.items() if not value]
+        if missing:
+            source = f"{paths[0]} lacks" if paths else "a config file or these options are needed; missing:"
+            raise ValueError(f"{source} {', '.join(missing)}")
+        for name in names:
+            placement_of(name, given["stages"])
+        return cls(names, **given, times=arguments.times, time_limit=arguments.time_limit,
+                   cache=None if arguments.no_cache else cache_folder())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that a request is made of."""
+    parser.add_argument("config", nargs="?", type=Path, metavar="DS_CONFIG",
+                        help="a ds_config.json; the options below fill what it lacks")
+    parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")
+    parser.add_argument("--schedule", metavar="NAME", help=", ".join((*SCHEDULES, ADAPTIVE)))
+    parser.add_argument("--stages", type=_count, metavar="P", help="pipeline ranks")
+    parser.add_argument("--micro-batches", type=_count, metavar="M", help="micro-batches of a batch, for each replica")
+    parser.add_argument("--times", type=_times, default=(1.0, 1.0, 1.0, 0.0), metavar="F,B,W,HOP",
+                        help="times of one of 2P chunks of the model, and of a hop between ranks (default: 1,1,1,0)")
+    parser.add_argument("--memory-limit", type=Limit.parse, metavar="X",
+                        help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
+                             "activations (6u); adaptive plans for it, other schedules are held against it")
+    parser.add_argument("--time-limit", type=_seconds, default=10.0, metavar="SECONDS",
+                        help="planning for given times ends with the best so far (default: 10)")
+    parser.add_argument("--no-cache", action="store_true", help=f"plan again what is in {cache_folder()}")
+    parser.add_argument("--compare", type=_names, metavar="A,B,C", help="these schedules side by side")
+    parser.add_argument("--limits", type=_limits, metavar="X,Y,Z",
+                        help="of the curve (default: from a quarter of 1F1B's peak to all of it)")
+    parser.add_argument("--reference", type=Path, metavar="FILE",
+                        help="other schedulers' figures for the curve, as bench/compare_reference.py reads them")
+
+
+def cache_folder() -> Path:
+    """Where plans are kept: ds_vshape in the user's cache directory (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_vshape"
+
+
+def _check_modes(arguments: argparse.Namespace) -> None:
+    if arguments.curve is None:
+        wrong = [_option(key) for key in _ONLY_WITH_CURVE if getattr(arguments, key) is not None]
+        rule = "needs --curve"
+    else:
+        wrong = [_option(key) for key in _NOT_WITH_CURVE if getattr(arguments, key) is not None]
+        rule = "has no use with --curve, which shows all schedules at the limits of --limits"
+    if wrong:
+        raise ValueError(f"{wrong[0]} {rule}")
+
+
+def _from_config(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ds_config says about the schedule, by the options' names; "auto" counts as not said."""
+    found: dict[str, Any] = {}
+    section = read_section(ds_config)
+    if section is not None:
+        found["schedule"] = section.name
+        if isinstance(section.memory_limit, int):
+            raise ValueError(f"pipeline_schedule.memory_limit = {section.memory_limit} bytes: how large activations "
+                             "are shows only in training; plan with a fraction of 1F1B's peak")
+        if section.memory_limit is not None:
+            found["memory_limit"] = Limit(section.memory_limit, is_count=False)
+    pipeline = ds_config.get("pipeline")
+    stages = _whole(pipeline, "stages", "pipeline.stages") if isinstance(pipeline, Mapping) else None
+    if stages is not None:
+        found["stages"] = stages
+    micro_batches = _micro_batches(ds_config)
+    if micro_batches is not None:
+        found["micro_batches"] = micro_batches
+    return found
+
+
+def _micro_batches(ds_config: Mapping[str, Any]) -> int | None:
+    """Accumulation steps, as DeepSpeed finds them (runtime/config.py, _set_batch_related_parameters), one replica."""
+    steps = _whole(ds_config, "gradient_accumulation_steps")
+    batch, micro_batch = (_whole(ds_config, key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
+    if steps is not None:
+        return steps
+    if batch is None and micro_batch is None:
+        return None
+    if batch is None or micro_batch is None:
+        return 1
+    if batch % micro_batch:
+        raise ValueError(f"train_batch_size = {batch} is no multiple of train_micro_batch_size_per_gpu = {micro_batch}")
+    return batch // micro_batch
+
+
+def _whole(section: Mapping[str, Any], key: str, path: str | None = None) -> int | None:
+    value = section.get(key)
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{path or key} = {value!r} in the config: must be a whole number of at least 1")
+    return value
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return value
+
+
+def _times(text: str) -> tuple[float, float, float, float]:
+    values = [_number(part) for part in text.split(",")]
+    if len(values) != 4 or min(values[:3]) <= 0 or values[3] < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be F,B,W,HOP: three times above 0 and one of at least 0")
+    return values[0], values[1], values[2], values[3]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} must be names of schedules with commas between")
+    return names
+
+
+def _limits(text: str) -> tuple[Limit, ...]:
+    return tuple(Limit.parse(part) for part in text.split(","))
