@@ -2,11 +2,12 @@
 
     title and figures                                           legend
     rank 0         | F 0 | F 1 | bubble | F 0 | B 0 | W 0 | ...        one box a pass, with its micro-batch
-    stages 0, 7    |____/-----\______/----------\__ ...                what the rank keeps, below the limit   peak
+    stages 0, 7    |____==========____=====___ ...                     what the rank keeps, below the limit   peak
     rank 1         ...
                    time
 
-Dark boxes are on the rank's first chunk, light ones on its second. In an SVG every box has its pass as id.
+Dark boxes are on the rank's first chunk, light ones on its second. In an SVG every box has an id: panel0-F2.5 is the
+box of F2.5 in the first panel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ COLOURS = {
     Kind.W: (("#4c9a2a", "white"), ("#c3e6ae", "black")),
     Kind.BW: (("#6d4fa3", "white"), ("#d3c4ec", "black")),
 }
-MEANINGS = {Kind.F: "F  forward", Kind.B: "B  input gradient", Kind.W: "W  weight gradients", Kind.BW: "BW  both at once"}
+MEANINGS = {Kind.F: "F  forward", Kind.B: "B  input gradient", Kind.W: "W  weight gradients",
+            Kind.BW: "BW  both at once"}
 _FRAME, _MEMORY, _LIMIT, _FULL = "#8c8c8c", "#d9772f", "#c1121f", "#9a9a9a"
 
 # Inches: of a usual pass, of a figure's width, of a rank's boxes and of what it keeps below them.
@@ -84,13 +86,13 @@ def _figure(panels: Sequence[Panel], time_label: str) -> Figure:
     width, height = _LEFT + drawn + _RIGHT, _LEGEND + sum(panel.height for panel in panels)
     figure = Figure(figsize=(width, height), facecolor="white")
     top = height - _LEGEND
-    for panel in panels:
+    for place, panel in enumerate(panels):
         lanes = panel.height - _TOP - _BOTTOM
         axes = figure.add_axes((_LEFT / width, (top - _TOP - lanes) / height, drawn / width, lanes / height))
         axes.set_xlim(0, longest)
         axes.set_ylim(lanes, 0)
         axes.set_xlabel(time_label, fontsize=8, labelpad=2)
-        _Drawer(axes, panel, inches=drawn / longest).draw()
+        _Drawer(axes, panel, f"panel{place}", drawn / longest).draw()
         figure.text(_LEFT / width, (top - 0.12) / height, panel.title, fontsize=11, fontweight="bold", va="center")
         figure.text(_LEFT / width, (top - 0.34) / height, panel.figures, fontsize=9, va="center")
         top -= panel.height
@@ -105,10 +107,11 @@ def _whole_durations(panels: Sequence[Panel]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Drawer:
-    """Draws a panel: x in units of time, `inches` each; y in inches from the top."""
+    """Draws a panel: x in units of time, `inches` each; y in inches from the top. Its ids start with `name`."""
 
     axes: Axes
     panel: Panel
+    name: str
     inches: float
 
     def draw(self) -> None:
@@ -120,8 +123,8 @@ class _Drawer:
             for span in spans:
                 self._pass(span, span.start - origin, top)
             # Above the passes, so that their frames are whole.
-            for start, end in gaps[rank]:
-                self._box(f"bubble{rank}.{start:g}", start - origin, end - start, top, "white", _FRAME)
+            for place, (start, end) in enumerate(gaps[rank]):
+                self._box(f"bubble{rank}-{place}", start - origin, end - start, top, "white", _FRAME)
             self._memory(spans, origin, rank, top + _LANE + _BETWEEN)
             stages = placement.chunks[rank]
             self._beside(top + _LANE / 2, f"rank {rank}", 9, "black")
@@ -131,7 +134,7 @@ class _Drawer:
 
     def _box(self, name: str, start: float, duration: float, top: float, colour: str, edge: str) -> None:
         self.axes.add_artist(Rectangle((start, top), duration, _LANE, facecolor=colour, edgecolor=edge, linewidth=0.6,
-                                       gid=name, clip_on=False))
+                                       gid=f"{self.name}-{name}", clip_on=False))
 
     def _beside(self, y: float, text: str, size: float, colour: str) -> None:
         self.axes.text(-0.1 / self.inches, y, text, fontsize=size, color=colour, ha="right", va="center")
@@ -139,7 +142,9 @@ class _Drawer:
     def _pass(self, span: Span, start: float, top: float) -> None:
         work, duration = span.work, span.end - span.start
         colour, ink = COLOURS[work.kind][min(self.panel.placement.chunk_of(work.stage), 1)]
-        self._box(repr(work), start, duration, top, colour, "white")
+        # W2.5[0/4] as W2.5-0of4: an id may have neither brackets nor slashes.
+        name = repr(work).replace("[", "-").replace("/", "of").removesuffix("]")
+        self._box(name, start, duration, top, colour, "white")
         number = str(work.micro_batch)
         # A digit is about 0.6 of the font's size wide.
         size = min(8.5, duration * self.inches * _POINTS * 0.85 / (0.6 * len(number)))
@@ -157,13 +162,13 @@ class _Drawer:
         heights = [bottom - alive / most * _CURVE for alive in (0.0, *(alive for _, alive in curve))]
         heights.append(heights[-1])
         self.axes.fill_between(times, heights, bottom, step="post", facecolor=_MEMORY, alpha=0.3, linewidth=0)
-        self.axes.step(times, heights, where="post", color=_MEMORY, linewidth=0.9, gid=f"memory{rank}")
+        self.axes.step(times, heights, where="post", color=_MEMORY, linewidth=0.9, gid=f"{self.name}-memory{rank}")
         end = panel.timeline.makespan
         self.axes.plot((0, end), (bottom, bottom), color=_FRAME, linewidth=0.6)
         self.axes.plot((0, end), [bottom - panel.full / most * _CURVE] * 2, color=_FULL, linewidth=0.7, linestyle=":")
         if panel.limit is not None:
             self.axes.plot((0, end), [bottom - panel.limit / most * _CURVE] * 2, color=_LIMIT, linewidth=0.9,
-                           linestyle=(0, (4, 2)), gid=f"limit{rank}")
+                           linestyle=(0, (4, 2)), gid=f"{self.name}-limit{rank}")
         self.axes.text(end + 0.08 / self.inches, top + _CURVE / 2, f"peak {peak:.4g}", fontsize=7.5, color=_MEMORY,
                        fontweight="bold", ha="left", va="center")
 

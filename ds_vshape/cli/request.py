@@ -70,22 +70,21 @@ class Request:
         paths = [path for path in (arguments.config, arguments.config_option) if path is not None]
         if len(paths) > 1:
             raise ValueError(f"give one config file, not both {paths[0]} and {paths[1]}")
-        config = _from_config(load_ds_config(str(paths[0]))) if paths else {}
+        has_limit = arguments.memory_limit is not None or arguments.curve is not None
+        config = _from_config(load_ds_config(str(paths[0])), has_limit) if paths else {}
         for key, value in config.items():
             if given[key] is None:
                 given[key] = value
             elif given[key] != value:
                 raise ValueError(f"{_option(key)} says {given[key]}, but {paths[0]} says {value}")
         schedule = given.pop("schedule")
-        compared = arguments.compare or ()
         if arguments.curve is not None:
             names: tuple[str, ...] = ()
             given["memory_limit"] = None
         else:
-            names = tuple(dict.fromkeys(([] if schedule is None else [schedule]) + list(compared)))
-        needed = {"schedule": bool(names) or arguments.curve is not None, "stages": given["stages"],
-                  "micro_batches": given["micro_batches"]}
-        missing = [_option(key) for key, value in needed.items() if not value]
+            names = tuple(dict.fromkeys([*([] if schedule is None else [schedule]), *(arguments.compare or ())]))
+        needed = {"schedule": names or arguments.curve, **given}
+        missing = [_option(key) for key in ("schedule", "stages", "micro_batches") if not needed[key]]
         if missing:
             source = f"{paths[0]} lacks" if paths else "a config file or these options are needed; missing:"
             raise ValueError(f"{source} {', '.join(missing)}")
@@ -110,7 +109,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "activations (6u); adaptive plans for it, other schedules are held against it")
     parser.add_argument("--time-limit", type=_seconds, default=10.0, metavar="SECONDS",
                         help="planning for given times ends with the best so far (default: 10)")
-    parser.add_argument("--no-cache", action="store_true", help=f"plan again what is in {cache_folder()}")
+    parser.add_argument("--no-cache", action="store_true",
+                        help="plan again what is known already (plans are kept in $XDG_CACHE_HOME/ds_vshape)")
     parser.add_argument("--compare", type=_names, metavar="A,B,C", help="these schedules side by side")
     parser.add_argument("--limits", type=_limits, metavar="X,Y,Z",
                         help="of the curve (default: from a quarter of 1F1B's peak to all of it)")
@@ -134,17 +134,20 @@ def _check_modes(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{wrong[0]} {rule}")
 
 
-def _from_config(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ds_config says about the schedule, by the options' names; "auto" counts as not said."""
+def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any]:
+    """What a ds_config says about the schedule, by the options' names; "auto" counts as not said.
+
+    A limit in bytes is refused unless the caller `has_limit` in other words.
+    """
     found: dict[str, Any] = {}
     section = read_section(ds_config)
     if section is not None:
         found["schedule"] = section.name
-        if isinstance(section.memory_limit, int):
-            raise ValueError(f"pipeline_schedule.memory_limit = {section.memory_limit} bytes: how large activations "
-                             "are shows only in training; plan with a fraction of 1F1B's peak")
-        if section.memory_limit is not None:
+        if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
+        elif section.memory_limit is not None and not has_limit:
+            raise ValueError(f"pipeline_schedule.memory_limit = {section.memory_limit} bytes: how large activations "
+                             "are is known in training only; say --memory-limit as a fraction of 1F1B's peak")
     pipeline = ds_config.get("pipeline")
     stages = _whole(pipeline, "stages", "pipeline.stages") if isinstance(pipeline, Mapping) else None
     if stages is not None:
