@@ -8,7 +8,7 @@ import pytest
 
 from ds_vshape.schedule import drawing
 from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.passes import BW, F
+from ds_vshape.schedule.passes import BW, B, F, W
 from ds_vshape.schedule.placement import linear, v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
@@ -75,6 +75,35 @@ def test_a_measured_timeline_may_start_anywhere() -> None:
     later = Timeline(tuple(tuple(type(span)(span.work, span.start + 1e6, span.end + 1e6) for span in rank)
                            for rank in timeline.ranks))
     assert drawing.draw(later, linear(1)) == drawing.draw(timeline, linear(1))
+
+
+def test_pieces_of_a_w_without_room_for_their_number_have_none() -> None:
+    first, *others = W(0, 10).cut(4)
+    halves = W(0, 11).cut(2)
+    order = (F(0, 10), F(0, 11), B(0, 10), first, B(0, 11), *others, *halves)
+    schedule = Schedule("pieces", linear(1), 12, (order,))
+    # 4 characters a unit: a quarter of W has one, a half has two.
+    shown = drawing.draw(simulate(schedule, Times.uniform(1)), linear(1))
+    assert shown.splitlines()[1] == "rank 0  F10 F11 B10 WB11 WWWW-W-"
+    assert [match.group() for match in re.finditer(drawing.PASSES["W"], shown)] == ["W", "W", "W", "W", "W-", "W-"]
+    assert [match.group() for match in re.finditer(drawing.PASSES["B"], shown)] == ["B10", "B11"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_bubbles_are_all_the_time_without_a_pass(name: str) -> None:
+    schedule = build(name, 3, 4)
+    timeline = simulate(schedule, Times.uniform(schedule.placement.stages, 10, 12, 8, 1))
+    found = drawing.bubbles(timeline)
+    assert sum(end - start for gaps in found for start, end in gaps) == pytest.approx(
+        3 * timeline.makespan * timeline.bubble)
+    for rank, gaps in zip(timeline.ranks, found, strict=True):
+        parts = sorted([*gaps, *((span.start, span.end) for span in rank)])
+        assert (parts[0][0], parts[-1][1]) == (0, timeline.makespan)
+        assert all(before[1] == after[0] for before, after in zip(parts, parts[1:]))
+
+
+def test_no_bubbles_without_passes() -> None:
+    assert drawing.bubbles(Timeline(((), ()))) == [[], []]
 
 
 def test_nothing_to_draw() -> None:

@@ -12,11 +12,19 @@ from typing import Any
 import pytest
 
 from ds_vshape.cli import main
-from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, TIMED, build
+from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.serial import pass_from_json
 from ds_vshape.schedule.timeline import Times, simulate
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where plans are kept, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ds_vshape"
 
 
 def plan(tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -52,16 +60,16 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, ADAPTIVE])
 def test_json_holds_the_schedule_and_its_figures(name: str, tmp_path: Path) -> None:
     """Read the file as another program would, and simulate it again with the times given for one of 2P chunks."""
-    written = plan(tmp_path, *options(name, 3, 5), "--times", "10,12,8,1")
+    written = plan(tmp_path, *options(name, 3, 5), "--times", "10,12,8,1", "--time-limit", "0.2")
     assert set(written) == {"schedule", "stages", "micro_batches", "placement", "orders", "metrics"}
     assert set(written["metrics"]) == {"makespan", "longest_span", "bubble", "peak_activations",
                                        "peak_fraction_of_1f1b", "lower_bound", "planning_s"}
     assert (written["schedule"], written["stages"], written["micro_batches"]) == (name, 3, 5)
     placement = Placement("read", tuple(map(tuple, written["placement"])))
-    orders = tuple(tuple(Pass(Kind(kind), stage, i) for kind, stage, i in order) for order in written["orders"])
+    orders = tuple(tuple(map(pass_from_json, order)) for order in written["orders"])
     schedule = Schedule("read", placement, 5, orders)
     check(schedule)
     share = 2 * 3 // placement.stages
@@ -73,7 +81,7 @@ def test_json_holds_the_schedule_and_its_figures(name: str, tmp_path: Path) -> N
     assert metrics["lower_bound"] <= metrics["makespan"]
     alive, peaks = 0, []
     for order in orders:
-        kept = [alive := alive + share * ((work.kind is Kind.F) - work.kind.gives_weight_gradients) for work in order]
+        kept = [alive := alive + share * ((work.kind is Kind.F) - work.frees_activations) for work in order]
         peaks.append(max(kept))
     assert metrics["peak_activations"] == peaks
     assert metrics["peak_fraction_of_1f1b"] == max(peaks) / 6
@@ -85,6 +93,99 @@ def test_1f1b_is_the_measure_of_memory(tmp_path: Path) -> None:
     assert plan(tmp_path, *options("1f1b", 4, 8))["metrics"]["peak_activations"] == [8, 6, 4, 2]
     # With fewer micro-batches than ranks 1F1B doesn't reach p either.
     assert plan(tmp_path, *options("v-zb", 4, 2))["metrics"]["peak_fraction_of_1f1b"] == 1
+
+
+# ---------------------------------------------------------------- planned for the times
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_level_of_memory_by_name_is_planned_for_unequal_times(name: str, tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*options(name, 3, 5), "--times", "10,20,10,1", "--time-limit", "0.5"]
+    planned = plan(tmp_path, *arguments)
+    order = build(name, 3, 5)
+    timeline = simulate(order, Times.uniform(6, 10, 20, 10, hop=1))
+    assert planned["schedule"] == name
+    assert planned["metrics"]["makespan"] <= timeline.makespan
+    assert max(planned["metrics"]["peak_activations"]) <= max(plan(tmp_path, *options(name, 3, 5))["metrics"][
+        "peak_activations"])
+    capsys.readouterr()
+    main(["plan", *arguments])
+    origin = "plan for these times" if planned["metrics"]["makespan"] < timeline.makespan else "named order"
+    assert origin in capsys.readouterr().out
+
+
+def test_v_min_gains_from_knowing_the_times(tmp_path: Path) -> None:
+    """Its order for equal times waits in every interval otherwise."""
+    times = "10,20,10,1"
+    known = plan(tmp_path, *options("v-min", 4, 8), "--times", times, "--time-limit", "1")["metrics"]["makespan"]
+    assert known < simulate(build("v-min", 4, 8), Times.uniform(8, 10, 20, 10, hop=1)).makespan
+
+
+@pytest.mark.parametrize("limit, most", [("0.5", 4), ("5u", 5), ("0.7", 5), ("1", 8)])
+def test_adaptive_keeps_to_its_limit(limit: str, most: int, tmp_path: Path) -> None:
+    written = plan(tmp_path, *options(ADAPTIVE), "--times", "10,12,8,1", "--memory-limit", limit, "--time-limit", "0.3")
+    assert written["schedule"] == ADAPTIVE
+    assert max(written["metrics"]["peak_activations"]) <= most
+
+
+def test_adaptive_without_a_limit_has_1f1bs_peak(tmp_path: Path) -> None:
+    arguments = [*options(ADAPTIVE), "--time-limit", "0.3"]
+    assert plan(tmp_path, *arguments)["metrics"]["peak_fraction_of_1f1b"] <= 1
+    assert plan(tmp_path, *arguments)["orders"] == plan(tmp_path, *arguments, "--memory-limit", "1")["orders"]
+
+
+def test_a_limit_that_nothing_meets_says_the_least(capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of([*options(ADAPTIVE), "--memory-limit", "1u"], capsys)
+    assert "can't be met" in line and "2, 2, 2, 2" in line
+
+
+def test_plans_are_kept_unless_told_otherwise(tmp_path: Path, cache: Path) -> None:
+    arguments = [*options(ADAPTIVE), "--memory-limit", "0.5", "--times", "10,12,8,1", "--time-limit", "0.5"]
+    plan(tmp_path, *arguments, "--no-cache")
+    assert not cache.exists()
+    first = plan(tmp_path, *arguments)
+    assert len(list(cache.iterdir())) == 1
+    assert plan(tmp_path, *arguments)["orders"] == first["orders"]
+
+
+def test_named_orders_are_never_planned(tmp_path: Path, cache: Path) -> None:
+    for name in TIMED:
+        plan(tmp_path, *options(name))
+    plan(tmp_path, *options("1f1b"), "--times", "10,12,8,1")
+    assert not cache.exists()
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def test_compare_shows_a_line_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "all.json"
+    assert main(["plan", "--compare", "1f1b,v-half,v-zb,v-half", "--stages", "4", "--micro-batches", "8",
+                 "--memory-limit", "6u", "--json", str(file)]) == 0
+    rows = {cells[0]: cells[1:] for cells in table_rows(capsys.readouterr().out)}
+    # Makespans of the lower bounds and of (m + p - 1) 6, and bubbles by their definition.
+    assert rows["1f1b"] == ["66", "1.000", "27.3%", "54", "8", "1", rows["1f1b"][6], "named order", "no"]
+    assert rows["v-half"] == ["53", "0.803", "9.4%", "53", "6", "0.75", rows["v-half"][6], "named order", "yes"]
+    assert rows["v-zb"] == ["51", "0.773", "5.9%", "51", "8", "1", rows["v-zb"][6], "named order", "no"]
+    written = json.loads(file.read_text())
+    assert [one["schedule"] for one in written] == ["1f1b", "v-half", "v-zb"]
+    without_time = [{**one, "metrics": {**one["metrics"], "planning_s": None}} for one in written]
+    for one, name in zip(without_time, ("1f1b", "v-half", "v-zb")):
+        alone = plan(tmp_path, *options(name))
+        assert one == {**alone, "metrics": {**alone["metrics"], "planning_s": None}}
+
+
+def test_compare_starts_with_the_schedule_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, pipeline_schedule="v-half", pipeline={"stages": 4}, gradient_accumulation_steps=8)
+    assert main(["plan", file, "--compare", "1f1b"]) == 0
+    assert [cells[0] for cells in table_rows(capsys.readouterr().out)] == ["v-half", "1f1b"]
+
+
+def table_rows(shown: str) -> list[list[str]]:
+    """The cells of a printed table's rows."""
+    return [[cell.strip() for cell in line.strip("│").split("│")]
+            for line in shown.splitlines() if line.startswith("│")]
 
 
 # ---------------------------------------------------------------- the config in place of options
@@ -152,6 +253,13 @@ def test_a_bad_config_gets_one_clear_error(tmp_path: Path, capsys: pytest.Captur
     assert message in error_of([write(tmp_path, **ds_config), *filling], capsys)
 
 
+def test_a_config_with_bytes_needs_a_limit_in_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, pipeline_schedule={"name": ADAPTIVE, "memory_limit": "6GiB"}, pipeline={"stages": 3},
+                 gradient_accumulation_steps=4)
+    assert "say --memory-limit as a fraction" in error_of([file], capsys)
+    assert plan(tmp_path, file, "--memory-limit", "0.7", "--time-limit", "0.2")["schedule"] == ADAPTIVE
+
+
 def test_two_configs_and_no_such_config_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, pipeline_schedule="v-half")
     assert "give one config file" in error_of([file, "--config", file], capsys)
@@ -187,6 +295,15 @@ def test_a_limit_that_is_exceeded_names_value_peak_and_what_fits(capsys: pytest.
     (options(stages=0), "--stages: '0' must be a whole number"),
     (options(micro_batches=-3), "--micro-batches"),
     ([*options(), "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
+    ([*options(), "--time-limit", "0"], "--time-limit: '0' must be above 0"),
+    ([*options(), "--compare", "v-half,"], "must be names of schedules with commas"),
+    ([*options(), "--compare", "v-hlf"], "did you mean 'v-half'"),
+    ([*options(), "--limits", "0.5"], "--limits needs --curve"),
+    ([*options(), "--reference", "x.json"], "--reference needs --curve"),
+    ([*options(), "--curve", "x.json"], "--schedule has no use with --curve"),
+    (["--compare", "v-half", "--curve", "x.json"], "--compare has no use with --curve"),
+    (["--curve", "x.pdf"], "must end in .svg, .png or .json"),
+    (["--curve", "x.json", "--stages", "4"], "missing: --micro-batches"),
 ])
 def test_bad_options_get_one_clear_error(arguments: list[str], message: str,
                                          capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,12 +324,12 @@ def test_prints_figures_peaks_and_picture(capsys: pytest.CaptureFixture[str]) ->
     assert all(len(line) <= 200 for line in shown.splitlines())
 
 
-def test_the_module_is_the_command_and_imports_neither_torch_nor_deepspeed() -> None:
-    script = ("import sys, runpy; sys.argv = ['ds_vshape', 'plan', '--schedule', 'v-zb', '--stages', '2', "
-              "'--micro-batches', '3']\n"
+def test_the_module_is_the_command_and_imports_no_torch_deepspeed_or_matplotlib() -> None:
+    script = ("import sys, runpy; sys.argv = ['ds_vshape', 'plan', '--schedule', 'adaptive', '--stages', '2', "
+              "'--micro-batches', '3', '--times', '1,2,1,0.1', '--time-limit', '0.2', '--no-cache']\n"
               "try:\n    runpy.run_module('ds_vshape', run_name='__main__')\n"
               "except SystemExit as end:\n    assert end.code == 0, end.code\n"
-              "print(sorted({'torch', 'deepspeed'} & set(sys.modules)))")
+              "print(sorted({'torch', 'deepspeed', 'matplotlib'} & set(sys.modules)))")
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == "[]"

@@ -44,12 +44,14 @@ MEANINGS = {Kind.F: "F  forward", Kind.B: "B  input gradient", Kind.W: "W  weigh
 _FRAME, _MEMORY, _LIMIT, _FULL = "#8c8c8c", "#d9772f", "#c1121f", "#9a9a9a"
 
 # Inches: of a usual pass, of a figure's width, of a rank's boxes and of what it keeps below them.
-_PASS, _WIDTHS = 0.2, (9.0, 60.0)
+_PASS, _WIDTHS = 0.2, (10.0, 60.0)
 _LANE, _BETWEEN, _CURVE, _GAP = 0.28, 0.04, 0.22, 0.12
 _RANK = _LANE + _BETWEEN + _CURVE + _GAP
 # Around them: names, peaks, title, time axis, legend.
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND = 0.95, 0.85, 0.52, 0.55, 0.32
 _POINTS = 72
+# Numbers: points of the font, and the width of a digit as a share of it.
+_SMALLEST, _LARGEST, _DIGIT = 3.6, 8.5, 0.6
 _DPI = 150
 
 
@@ -64,6 +66,11 @@ class Panel:
     activations: Activations
     limit: float | None
     full: float
+
+    @property
+    def digits(self) -> int:
+        """Of the highest micro-batch."""
+        return max((len(str(span.work.micro_batch)) for rank in self.timeline.ranks for span in rank), default=1)
 
     @property
     def height(self) -> float:
@@ -92,7 +99,7 @@ def _figure(panels: Sequence[Panel], time_label: str) -> Figure:
         axes.set_xlim(0, longest)
         axes.set_ylim(lanes, 0)
         axes.set_xlabel(time_label, fontsize=8, labelpad=2)
-        _Drawer(axes, panel, f"panel{place}", drawn / longest).draw()
+        _Drawer(axes, panel, f"panel{place}", drawn / longest, panel.digits).draw()
         figure.text(_LEFT / width, (top - 0.12) / height, panel.title, fontsize=11, fontweight="bold", va="center")
         figure.text(_LEFT / width, (top - 0.34) / height, panel.figures, fontsize=9, va="center")
         top -= panel.height
@@ -107,12 +114,16 @@ def _whole_durations(panels: Sequence[Panel]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Drawer:
-    """Draws a panel: x in units of time, `inches` each; y in inches from the top. Its ids start with `name`."""
+    """Draws a panel: x in units of time, `inches` each; y in inches from the top.
+
+    Its ids start with `name`, and its numbers have up to `digits` digits.
+    """
 
     axes: Axes
     panel: Panel
     name: str
     inches: float
+    digits: int
 
     def draw(self) -> None:
         timeline, placement = self.panel.timeline, self.panel.placement
@@ -146,9 +157,10 @@ class _Drawer:
         name = repr(work).replace("[", "-").replace("/", "of").removesuffix("]")
         self._box(name, start, duration, top, colour, "white")
         number = str(work.micro_batch)
-        # A digit is about 0.6 of the font's size wide.
-        size = min(8.5, duration * self.inches * _POINTS * 0.85 / (0.6 * len(number)))
-        if size >= 4:
+        room = duration * self.inches * _POINTS * 0.85 / _DIGIT
+        # All numbers or none on boxes of one width.
+        if room / self.digits >= _SMALLEST:
+            size = min(_LARGEST, room / len(number))
             self.axes.text(start + duration / 2, top + _LANE / 2, number, fontsize=size, color=ink, ha="center",
                            va="center_baseline")
 
@@ -203,6 +215,6 @@ def _add_legend(figure: Figure, panels: Sequence[Panel], corner: tuple[float, fl
         handles.append(Line2D([], [], color=_LIMIT, linewidth=1, linestyle=(0, (4, 2))))
         labels.append("memory limit")
     legend = figure.legend(handles, labels, loc="upper left", bbox_to_anchor=corner, ncols=len(handles), fontsize=7.5,
-                           frameon=False, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.3,
+                           frameon=False, borderaxespad=0, borderpad=0, handlelength=1.8, columnspacing=1.2,
                            handletextpad=0.5, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})
     legend.set_in_layout(False)

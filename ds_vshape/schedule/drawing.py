@@ -5,7 +5,8 @@
     rank 1  ...F0 f0 F1 f1 b0 B0 w0 b1 B1 W0 w1 W1
 
 A pass is its kind and micro-batch, as wide as it is long: capital letters on the rank's first chunk, small ones on its
-second. Dots are bubbles; pieces of a W stand side by side. Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
+second. Dots are bubbles. A piece of a W that is too short for its name has no number (w-). Plain text; colours are the
+caller's (`PASSES` finds the passes of a kind).
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from ds_vshape.schedule.timeline import Span, Timeline
 
 LEGEND = ("F forward, B input gradient, W weight gradients, BW both at once, with the micro-batch; "
           "capital: the rank's first chunk, small: its second; dots: the rank waits")
-# For each kind of pass a regular expression that finds it in the drawing.
-PASSES = {kind: rf"(?<![A-Za-z])({kind}|{kind.lower()})\d[\d-]*" for kind in ("F", "B", "W", "BW")}
+# For each kind of pass a regular expression that finds it in the drawing; a piece of a W may have no number.
+PASSES = {
+    "F": r"[Ff]\d[\d-]*",
+    "B": r"[Bb]\d[\d-]*",
+    "W": r"(?<![Bb])[Ww](\d[\d-]*|-+|(?=[.FBWfbw\n]|$))",
+    "BW": r"(BW|bw)\d[\d-]*",
+}
 BUBBLE = "."
 
 
@@ -41,9 +47,9 @@ def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
     if not spans:
         return "(no passes)"
     origin = min(span.start for span in spans)
-    # Characters a unit of time: every pass with a duration has room for its name and a blank.
+    # Characters a unit of time: every whole pass with a duration has room for its name and a blank.
     scale = max(((len(_name(span.work, placement)) + 1) / (span.end - span.start)
-                 for span in spans if span.end > span.start), default=1.0)
+                 for span in spans if span.end > span.start and span.work.pieces == 1), default=1.0)
     labels = [f"rank {rank}" for rank in range(placement.ranks)]
     margin = max(len("time"), *map(len, labels)) + 2
     width = round(timeline.makespan * scale)
@@ -68,8 +74,10 @@ def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: fl
     for span in spans:
         first, last = round((span.start - origin) * scale), round((span.end - origin) * scale)
         if last > first:
-            name = _name(span.work, placement).ljust(last - first - 1, "-")
-            row[first:last] = name[:last - first].ljust(last - first)
+            name = _name(span.work, placement)
+            if len(name) > last - first:  # a piece of a W: no number rather than half of one
+                name = name.rstrip("0123456789").ljust(last - first, "-")
+            row[first:last] = name.ljust(last - first - 1, "-").ljust(last - first)
     return "".join(row)
 
 

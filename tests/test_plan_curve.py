@@ -1,0 +1,144 @@
+"""The curve of bubble against memory: its points, its bound, and the reference's points beside them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_vshape.cli import main
+from ds_vshape.schedule.named import SCHEDULES
+
+BATCH = ["--stages", "4", "--micro-batches", "8"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def curve(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    file = tmp_path / "curve.json"
+    assert main(["plan", "--curve", str(file), *arguments, "--time-limit", "0.2"]) == 0
+    return json.loads(file.read_text())
+
+
+def named(found: dict[str, Any]) -> dict[str, Any]:
+    return {point["name"]: point for point in found["named"]}
+
+
+def test_points_with_equal_times_are_the_papers(tmp_path: Path) -> None:
+    found = curve(tmp_path, *BATCH)
+    assert (found["stages"], found["micro_batches"]) == (4, 8)
+    assert found["times"] == {"forward": 1, "input_grad": 1, "weight_grad": 1, "hop": 0}
+    points = named(found)
+    assert set(points) == set(SCHEDULES)
+    # 1F1B's bubble is (p - 1) / (m + p - 1); the V schedules' peaks are those of the paper, of 1F1B's 8.
+    assert points["1f1b"]["bubble"] == pytest.approx(3 / 11)
+    assert [points[name]["memory"] for name in ("1f1b", "v-min", "v-half", "v-zb")] == [8, 4, 6, 8]
+    assert [points[name]["fraction"] for name in ("1f1b", "v-min", "v-half", "v-zb")] == [1, 0.5, 0.75, 1]
+    # The paper's bound, 6 n + 6 p - 3 k - 1, where it is below what a micro-batch alone takes and above the work.
+    for point in found["bound"]:
+        if point["memory"] <= 6:
+            assert point["makespan"] == 48 + 24 - 3 * point["memory"] - 1
+
+
+def test_adaptive_is_below_every_v_order_of_its_memory_and_above_the_bound(tmp_path: Path) -> None:
+    found = curve(tmp_path, *BATCH, "--times", "10,14,9,2")
+    assert [point["memory"] for point in found["adaptive"]] == [2, 3, 4, 5, 6, 7, 8]
+    assert [point["memory"] for point in found["bound"]] == [2, 3, 4, 5, 6, 7, 8]
+    bubbles = [point["bubble"] for point in found["adaptive"]]
+    assert bubbles == sorted(bubbles, reverse=True)
+    for planned, bound in zip(found["adaptive"], found["bound"]):
+        assert bound["makespan"] <= planned["makespan"]
+        for name in ("v-min", "v-half", "v-zb", "zb-v", "1f1b-v"):
+            point = named(found)[name]
+            if point["memory"] <= planned["memory"]:
+                assert planned["makespan"] <= point["makespan"]
+    for point in [*found["named"], *found["adaptive"], *found["bound"]]:
+        assert point["bubble"] == pytest.approx(1 - 2 * 8 * 33 / point["makespan"])
+        assert point["fraction"] == point["memory"] / 8
+
+
+def test_limits_are_the_users(tmp_path: Path) -> None:
+    found = curve(tmp_path, *BATCH, "--limits", "0.5,1u,7u,1")
+    assert [point["memory"] for point in found["adaptive"]] == [4, 7, 8]
+    assert found["too_small"] == [1]
+
+
+def test_many_ranks_get_a_thinner_sweep(tmp_path: Path) -> None:
+    found = curve(tmp_path, "--stages", "16", "--micro-batches", "16")
+    memories = [point["memory"] for point in found["adaptive"]]
+    assert memories[-1] == 32 and memories[0] >= 8 and len(memories) <= 13
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def reference(tmp_path: Path, content: Any) -> list[str]:
+    file = tmp_path / "reference.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return ["--reference", str(file)]
+
+
+CELL = {"stages": 4, "micro_batches": 8, "forward": 10, "input_grad": 12, "weight_grad": 8, "hop": 1,
+        "schedules": {"v-half": {"makespan": 600.0, "span": 600.0, "peak": 6}}}
+
+
+@pytest.mark.parametrize("times, unit", [("10,12,8,1", 1), ("5,6,4,0.5", 0.5), ("0.1,0.12,0.08,0.01", 0.01)])
+def test_the_references_points_are_those_of_this_batch_in_its_unit(times: str, unit: float, tmp_path: Path) -> None:
+    others = [{**CELL, "stages": 3}, {**CELL, "micro_batches": 7}, {**CELL, "hop": 2}]
+    found = curve(tmp_path, *BATCH, "--times", times, "--limits", "6u", *reference(tmp_path, {"cells": [*others, CELL]}))
+    point, = found["reference"]
+    assert (point["name"], point["memory"], point["fraction"]) == ("v-half", 6, 0.75)
+    assert point["makespan"] == pytest.approx(600 * unit)
+    assert point["bubble"] == pytest.approx(1 - 2 * 8 * 30 / 600)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"cells": [{**CELL, "stages": 3}]}, "it has no cell for 4 ranks, 8 micro-batches and these times"),
+    ({"rows": []}, "no 'cells' in it"),
+    ({"cells": [{"stages": 4}]}, "no 'micro_batches' in it"),
+    ([], "--reference"),
+    ("{", "--reference"),
+])
+def test_a_reference_that_is_of_no_use_is_refused_before_planning(content: Any, message: str, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--times", "10,12,8,1", "--time-limit", "1000", *reference(tmp_path, content)]
+    assert main(["plan", "--curve", str(tmp_path / "curve.json"), *BATCH, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["plan", "--curve", "x.json", *BATCH, "--reference", "/nowhere/at/all.json"]) == 2
+    assert "--reference /nowhere/at/all.json: No such file" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what people see
+
+
+def test_the_table_has_every_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = curve(tmp_path, *BATCH, "--times", "10,12,8,1", "--limits", "1u,6u", *reference(tmp_path, {"cells": [CELL]}))
+    shown = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line[:1] == "│"]
+    assert len(rows) == len(SCHEDULES) + 2 + 1 + 1
+    planned, = found["adaptive"]
+    assert ["6", "0.750", f"{planned['makespan']:g}", f"{planned['bubble']:.1%}", "adaptive"] in rows
+    assert ["6", "0.750", "600", "20.0%", "v-half (reference)"] in rows
+    assert ["1", "", "", "", "no schedule needs so little"] in rows
+
+
+def test_the_picture_names_every_point(tmp_path: Path) -> None:
+    file = tmp_path / "curve.svg"
+    assert main(["plan", "--curve", str(file), *BATCH, "--times", "10,12,8,1", "--limits", "0.5,0.75,1", "--time-limit",
+                 "0.2", *reference(tmp_path, {"cells": [CELL]})]) == 0
+    texts = ["".join(element.itertext()).strip() for element in ElementTree.parse(file).getroot().iter()
+             if element.tag.endswith("}text")]
+    for name in ("adaptive", "lower bound (V placement)", "1f1b", "v-min", "v-zb", "zb-v", "reference"):
+        assert name in texts
+    assert texts.count("v-half") == 2  # ours and the reference's
+    assert any("beyond the right edge" in text and "gpipe" in text and "zb-h2" in text for text in texts)
+    assert "4 ranks, 8 micro-batches, F 10, B 12, W 8, hop 1" in texts
+    png = tmp_path / "curve.png"
+    assert main(["plan", "--curve", str(png), *BATCH, "--limits", "1u"]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
