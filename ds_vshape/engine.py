@@ -139,8 +139,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """Say once after a swap how the new schedule ran."""
         predicted, measured = self.timelines()
         if self.global_rank == 0:
-            logger.info(f"pipeline_schedule {self._last_batch()[0].name}: makespan {predicted.makespan:.4f} s predicted, "
-                        f"{measured.makespan:.4f} s measured ({measured.makespan / predicted.makespan:.2f})")
+            logger.info(f"pipeline_schedule {self._last_batch()[0].name}: makespan {predicted.makespan:.4f} s "
+                        f"predicted, {measured.makespan:.4f} s measured ({measured.makespan / predicted.makespan:.2f})")
 
     def timelines(self) -> tuple[Timeline, Timeline]:
         """The last training batch as predicted and as measured, in seconds; to be called on every rank.

@@ -44,6 +44,10 @@ def initialize(args: Any = None, model: Any = None, *positional: Any, config: Ds
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         if stage > 1:
             raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")
+        if stage == 0 and ds_config.get("fp16", {}).get("enabled", False):
+            # FP16_UnfusedOptimizer divides by a loss scale that DeepSpeedEngine.backward never multiplied with.
+            raise ConfigError("zero_optimization.stage = 0 with fp16: must be 1, because DeepSpeed's optimizer without "
+                              "ZeRO unscales gradients of a loss that was never scaled")
     if section != built_for:
         raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
                           f"{_shown(section)}; give both the same config")

@@ -250,8 +250,8 @@ class MeasuredSchedules:
             self._enter(_Phase.SETTLED)
             return None
         if dist.get_rank() == 0:
-            logger.info(f"pipeline_schedule {self._config.name}: a stage's time has moved by {moved:.0%} since the plan "
-                        "was made; measuring and planning again")
+            logger.info(f"pipeline_schedule {self._config.name}: a stage's time has moved by {moved:.0%} since the "
+                        "plan was made; measuring and planning again")
         # The present schedule may run B and W as one, which can't tell their times.
         self._enter(_Phase.MEASURE)
         return self._safe_schedule()

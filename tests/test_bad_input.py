@@ -60,6 +60,8 @@ CASES: dict[str, tuple[Any, str]] = {
                "ConfigError: zero_optimization.stage = 2: must be 0 or 1 with pipeline parallelism"),
     "ZeRO-3": (with_section("v-half", zero_optimization={"stage": 3}),
                "ConfigError: zero_optimization.stage = 3: must be 0 or 1 with pipeline parallelism"),
+    "fp16 without ZeRO": (with_section("v-half", fp16={"enabled": True}),
+                          "ConfigError: zero_optimization.stage = 0 with fp16: must be 1"),
     "another schedule at initialize": (lambda: initialized(module_of(V_HALF), V_ZB),
                                        "ConfigError: pipeline_schedule: the PipelineModule was built for {'name': "
                                        "'v-half'}, initialize's config says {'name': 'v-zb'}"),

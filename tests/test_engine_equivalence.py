@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, Job, Outcome,
                        PlainTraining, merged, specs, train)
 from ranks import run_ranks
@@ -72,6 +73,33 @@ def test_equals_deepspeed_and_the_plain_model(stages: int, replicas: int, precis
 def test_the_other_schedules(schedule: str) -> None:
     oracle, ours = outcomes_of([Job(name, 3, 2, FP32_ZERO1) for name in (None, schedule)], (2, 7), 3)
     assert_equal(ours, oracle, schedule)
+
+
+FP16 = {"enabled": True, "initial_scale_power": 8}
+OTHER_PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp16-zero1": {"fp16": FP16, "zero_optimization": {"stage": 1}},
+    "fp16-zero1-fp32": {"fp16": FP16, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "fp16-overflow": {"fp16": {"enabled": True, "initial_scale_power": 24}, "zero_optimization": {"stage": 1}},
+    "bf16-immediate": {**BF16_ZERO1_FP32, "bf16": {"enabled": True, "immediate_grad_update": True}},
+}
+
+
+def train_in_fp16(rank: int, job: Job) -> tuple[Outcome, int]:
+    # The accelerator says no where the processor has no instructions for it; torch computes it all the same.
+    get_accelerator().is_fp16_supported = lambda: True
+    engine = job.engine()
+    return train(engine, BATCHES), engine.skipped_steps
+
+
+@pytest.mark.parametrize("precision", OTHER_PRECISIONS)
+def test_other_precisions(precision: str) -> None:
+    results = {schedule: run_ranks(4, train_in_fp16, Job(schedule, 2, 3, OTHER_PRECISIONS[precision]))
+               for schedule in (None, "zb-h1", "v-half")}
+    oracle, skipped = merged([outcome for outcome, _ in results[None]]), results[None][0][1]
+    assert (skipped > 0) == (precision == "fp16-overflow")
+    for schedule in ("zb-h1", "v-half"):
+        assert_equal([merged([outcome for outcome, _ in results[schedule]])], [oracle], schedule)
+        assert all(count == skipped for _, count in results[schedule])
 
 
 def cut_weights(schedule: Schedule) -> Schedule:

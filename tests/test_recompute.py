@@ -54,7 +54,8 @@ ONLY_BLOCKS = {"checkpointable_layers": ["Counting"]}
 KINDS: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
     "deepspeed reentrant": (Counting, {"activation_checkpoint_interval": 1, **ONLY_BLOCKS}, {}),
     "deepspeed reentrant, two layers": (Counting, {"activation_checkpoint_interval": 2, **ONLY_BLOCKS}, {}),
-    "deepspeed non-reentrant": (Counting, {"activation_checkpoint_interval": 1, **ONLY_BLOCKS}, {"pipeline": {"use_reentrant": False}}),
+    "deepspeed non-reentrant": (Counting, {"activation_checkpoint_interval": 1, **ONLY_BLOCKS},
+                                {"pipeline": {"use_reentrant": False}}),
     "torch reentrant": (SelfCheckpointingReentrantly, {}, {}),
     "torch non-reentrant": (SelfCheckpointing, {}, {}),
 }

@@ -55,7 +55,8 @@ def write_job(folder: Path, **keys: Any) -> list[str]:
     (folder / "helper_of_the_script.py").write_text("LEARNING_RATE = 0.1\n")
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 0.0, **keys}
     (folder / "ds_config.json").write_text(json.dumps(config))
-    return [str(folder / "train.py"), "--deepspeed_config", str(folder / "ds_config.json"), "--out", str(folder / "out")]
+    return [str(folder / "train.py"), "--deepspeed_config", str(folder / "ds_config.json"), "--out",
+            str(folder / "out")]
 
 
 def run_script(rank: int, arguments: list[str]) -> None:
@@ -94,7 +95,8 @@ def build_dualpipev(rank: int) -> str:
     from deepspeed.pipe import DualPipeVModule
     job = Job(None, 2, 4)
     module = DualPipeVModule(job.specs(), num_stages=2, loss_fn=lambda x, y: x.sum())
-    return type(deepspeed.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]).__name__
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]
+    return type(engine).__name__
 
 
 def test_deepspeeds_dualpipev_stays_what_it_is() -> None:
