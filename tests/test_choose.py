@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_vshape.schedule import choose
 from ds_vshape.schedule.activations import Activations, peaks
-from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.adaptive import LimitError, Plan
 from ds_vshape.schedule.choose import NAMED_ORDER, PLAN, level_of, limits_at, schedule_for
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, TIMED, build, placement_of
@@ -51,6 +52,18 @@ def test_a_level_is_never_slower_or_larger_than_its_order(name: str) -> None:
     assert choice.origin == (PLAN if faster else NAMED_ORDER)
     assert faster or choice.schedule == order
     assert choice.lower_bound <= choice.timeline.makespan
+
+
+@pytest.mark.parametrize("other, origin", [("v-zb", PLAN), ("v-half", NAMED_ORDER), ("v-min", NAMED_ORDER)])
+def test_the_faster_of_plan_and_order_is_taken(other: str, origin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a planner that knows one order: a faster one, the same, or a slower one."""
+    order = build(other, 4, 8)
+    timeline = simulate(order, UNEQUAL)
+    monkeypatch.setattr(choose, "plan", lambda *arguments: Plan(order, timeline, peak_activations(order), 1.0, 0.0))
+    choice = schedule_for("v-half", 4, 8, UNEQUAL, Activations.counted(v(4)))
+    assert (choice.schedule.name, choice.origin) == ("v-half", origin)
+    assert choice.schedule.orders == (order if origin == PLAN else build("v-half", 4, 8)).orders
+    assert choice.timeline == simulate(choice.schedule, UNEQUAL)
 
 
 def test_an_order_that_meets_the_bound_needs_no_plan() -> None:

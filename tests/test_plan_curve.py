@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from ds_vshape.cli import curve as curves
 from ds_vshape.cli import main
+from ds_vshape.cli.outcome import Outcome, plan_one
+from ds_vshape.cli.request import Limit, Request
 from ds_vshape.schedule.named import SCHEDULES
 
 BATCH = ["--stages", "4", "--micro-batches", "8"]
@@ -63,6 +66,19 @@ def test_adaptive_is_below_every_v_order_of_its_memory_and_above_the_bound(tmp_p
         assert point["fraction"] == point["memory"] / 8
 
 
+def test_a_plan_for_less_memory_counts_where_one_for_more_is_slower(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that found nothing good at 6 of 8."""
+    orders = {4: "v-half", 6: "v-min", 8: "v-zb"}
+
+    def planned(name: str, request: Request, limit: Limit, progress: Any) -> Outcome:
+        return plan_one(orders[int(limit.value)], request, None, progress)
+
+    monkeypatch.setattr(curves, "plan_one", planned)
+    found = curve(tmp_path, *BATCH, "--limits", "8u,4u,6u")
+    assert [point["makespan"] for point in found["adaptive"]] == [53, 53, 51]
+
+
 def test_limits_are_the_users(tmp_path: Path) -> None:
     found = curve(tmp_path, *BATCH, "--limits", "0.5,1u,7u,1")
     assert [point["memory"] for point in found["adaptive"]] == [4, 7, 8]
@@ -91,7 +107,8 @@ CELL = {"stages": 4, "micro_batches": 8, "forward": 10, "input_grad": 12, "weigh
 @pytest.mark.parametrize("times, unit", [("10,12,8,1", 1), ("5,6,4,0.5", 0.5), ("0.1,0.12,0.08,0.01", 0.01)])
 def test_the_references_points_are_those_of_this_batch_in_its_unit(times: str, unit: float, tmp_path: Path) -> None:
     others = [{**CELL, "stages": 3}, {**CELL, "micro_batches": 7}, {**CELL, "hop": 2}]
-    found = curve(tmp_path, *BATCH, "--times", times, "--limits", "6u", *reference(tmp_path, {"cells": [*others, CELL]}))
+    cells = reference(tmp_path, {"cells": [*others, CELL]})
+    found = curve(tmp_path, *BATCH, "--times", times, "--limits", "6u", *cells)
     point, = found["reference"]
     assert (point["name"], point["memory"], point["fraction"]) == ("v-half", 6, 0.75)
     assert point["makespan"] == pytest.approx(600 * unit)
@@ -118,7 +135,8 @@ def test_a_reference_that_is_of_no_use_is_refused_before_planning(content: Any, 
 
 
 def test_the_table_has_every_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = curve(tmp_path, *BATCH, "--times", "10,12,8,1", "--limits", "1u,6u", *reference(tmp_path, {"cells": [CELL]}))
+    cells = reference(tmp_path, {"cells": [CELL]})
+    found = curve(tmp_path, *BATCH, "--times", "10,12,8,1", "--limits", "1u,6u", *cells)
     shown = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line[:1] == "│"]
     assert len(rows) == len(SCHEDULES) + 2 + 1 + 1
