@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -322,6 +323,21 @@ def test_prints_figures_peaks_and_picture(capsys: pytest.CaptureFixture[str]) ->
     assert len(rows) == 4
     assert rows[0].startswith("rank 0  F0 F1 F2 F3 F4 ......f0 b0 w0 f1 b1 w1")
     assert all(len(line) <= 200 for line in shown.splitlines())
+
+
+def test_planning_shows_its_progress_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    arguments = ["plan", *options("v-min", 4, 8), "--times", "10,20,10,1", "--time-limit", "0.5", "--no-cache"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(arguments) == 0
+    shares = [int(share) for share in re.findall(r"planning v-min\s+(\d+)%", terminal.getvalue())]
+    assert shares[0] == 0 and shares == sorted(shares) and len(shares) > 2
 
 
 def test_the_module_is_the_command_and_imports_no_torch_deepspeed_or_matplotlib() -> None:
