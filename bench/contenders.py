@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,8 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch.nn import functional
 
 import ds_vshape
-from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.named import SCHEDULES
+from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
 from layers import SleepingLinear
 
@@ -46,11 +49,11 @@ class Workload:
         return [(torch.randn(2, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator))
                 for _ in range(self.micro_batches)]
 
-    def simulated(self, schedule: str) -> float:
-        """The makespan of one of our schedules if nothing but its passes took time."""
-        built = build(schedule, self.ranks, self.micro_batches)
-        layers = self.layers * self.ranks / built.placement.stages
-        return simulate(built, Times.uniform(built.placement.stages, *(layers * s for s in self.seconds))).makespan
+    def simulated(self, schedule: Schedule) -> float:
+        """The makespan of a schedule if nothing but its passes took time."""
+        stages = schedule.placement.stages
+        layers = self.layers * self.ranks / stages
+        return simulate(schedule, Times.uniform(stages, *(layers * seconds for seconds in self.seconds))).makespan
 
 
 def _sleep_of(seconds: float, times: int = 20) -> float:
@@ -65,10 +68,29 @@ _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
     "deepspeed dualpipev": DualPipeVModule,
 }
 CONTENDERS = [*_DEEPSPEED_MODULES, *SCHEDULES]
+# Planned for the times that it measures, within a fraction of 1F1B's peak activations.
+ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)@(profile|[\d.]+)")
 
 
-def engine_of(contender: str, workload: Workload) -> Any:
-    """The engine of `contender`; collective."""
+def contender_name(name: str) -> str:
+    """`name` if there is such a contender: one of CONTENDERS, adaptive@0.5 (and other fractions), or v-half@profile."""
+    if name not in CONTENDERS and ADAPTIVE.fullmatch(name) is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONTENDERS)}, adaptive@0.5, v-half@profile")
+    return name
+
+
+def section_of(name: str) -> Any:
+    """What the config says for one of our contenders."""
+    match = ADAPTIVE.fullmatch(name)
+    if match is None:
+        return name
+    schedule, limit = match.groups()
+    section = {"name": schedule, "times": "profile"}
+    return section if limit == "profile" else {**section, "memory_limit": float(limit)}
+
+
+def engine_of(name: str, workload: Workload) -> Any:
+    """The engine of contender `name`; collective."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": workload.micro_batches,
@@ -78,10 +100,10 @@ def engine_of(contender: str, workload: Workload) -> Any:
         # A collection in one rank's batch makes all others wait.
         "disable_python_gc": True,
     }
-    if contender in _DEEPSPEED_MODULES:
-        module_class, options = _DEEPSPEED_MODULES[contender], {}
+    if name in _DEEPSPEED_MODULES:
+        module_class, options = _DEEPSPEED_MODULES[name], {}
     else:
-        config["pipeline_schedule"] = contender
+        config["pipeline_schedule"] = section_of(name)
         module_class, options = ds_vshape.PipelineModule, {"config": config}
     module = module_class(workload.specs(), num_stages=workload.ranks, loss_fn=functional.mse_loss, seed_layers=True,
                           partition_method="uniform", **options)

@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,55 +24,76 @@ from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 
-from contenders import CONTENDERS, Workload, engine_of
-from ds_vshape.schedule.named import SCHEDULES
+from contenders import ADAPTIVE, CONTENDERS, Workload, contender_name, engine_of
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import peak_activations
 
 DEFAULT_CONTENDERS = ["deepspeed 1f1b", "deepspeed dualpipev", "1f1b", "v-half", "v-zb"]
 
 
-def measure(rank: int, contenders: list[str], workload: Workload, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """The losses and seconds of `rounds` batches of each contender, after one to warm up (on every rank)."""
-    engines = {contender: engine_of(contender, workload) for contender in contenders}
-    results: dict[str, dict[str, list[float]]] = {contender: {"losses": [], "seconds": []} for contender in contenders}
-    for number in range(rounds + 1):
-        for contender, engine in engines.items():
-            data = iter(workload.batch(number))
+@dataclass(frozen=True)
+class Result:
+    """A contender's losses (of all batches) and seconds (of the measured ones); ours with the schedule that ran."""
+
+    losses: list[float]
+    seconds: list[float]
+    schedule: Schedule | None
+
+
+def measure(rank: int, names: list[str], workload: Workload, rounds: int) -> dict[str, Result]:
+    """The results of `rounds` batches of each contender in turn, after those to warm up (on every rank).
+
+    Contenders that plan for measured times have their plan before the first round.
+    """
+    engines = {name: engine_of(name, workload) for name in names}
+    planning = [name for name in names if ADAPTIVE.fullmatch(name)]
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def train_all() -> None:
+        for name, engine in engines.items():
+            data = iter(workload.batch(len(losses[name])))
             dist.barrier()
             start = time.perf_counter()
-            loss = engine.train_batch(data)
+            losses[name].append(float(engine.train_batch(data)))
             dist.barrier()
-            results[contender]["seconds"].append(time.perf_counter() - start)
-            results[contender]["losses"].append(float(loss))
-    for result in results.values():
-        del result["seconds"][0]
-    return results
+            seconds[name].append(time.perf_counter() - start)
+
+    train_all()
+    while any(engines[name].planned_times is None for name in planning):
+        train_all()
+    for _ in range(rounds):
+        train_all()
+    return {name: Result(losses[name], seconds[name][-rounds:], getattr(engine, "schedule", lambda: None)())
+            for name, engine in engines.items()}
 
 
-def compare_losses(results: dict[str, dict[str, list[float]]]) -> None:
+def compare_losses(results: dict[str, Result]) -> None:
     """Exit unless every contender had the first one's losses to 1e-5, relative."""
     first, *others = results
     for other in others:
-        for number, (a, b) in enumerate(zip(results[first]["losses"], results[other]["losses"], strict=True)):
+        for number, (a, b) in enumerate(zip(results[first].losses, results[other].losses, strict=True)):
             if abs(a - b) > 1e-5 * abs(a):
                 sys.exit(f"no times: batch {number} has loss {a!r} with {first} and {b!r} with {other}")
 
 
-def summarize(results: dict[str, dict[str, list[float]]], workload: Workload) -> dict[str, dict[str, Any]]:
+def summarize(results: dict[str, Result], workload: Workload) -> dict[str, dict[str, Any]]:
     """For each contender: median, least and most seconds, speed over the first one, and against the simulation.
 
     A sleep takes a little longer than asked for, here as on every machine: the simulation knows how long.
     """
-    base, slept = next(iter(results.values()))["seconds"], workload.slept()
+    base, slept = next(iter(results.values())).seconds, workload.slept()
     summary = {}
     for contender, result in results.items():
-        seconds = result["seconds"]
+        seconds = result.seconds
         median = statistics.median(seconds)
-        simulated = slept.simulated(contender) if contender in SCHEDULES else None
+        simulated = slept.simulated(result.schedule) if result.schedule else None
         summary[contender] = {
             "seconds": median, "least": min(seconds), "most": max(seconds),
             "speed": statistics.median(b / s for b, s in zip(base, seconds)),
             "simulated": simulated,
             "over_simulated": median / simulated if simulated else None,
+            "peak": max(peak_activations(result.schedule)) if result.schedule else None,
         }
     return summary
 
@@ -81,13 +103,15 @@ def show(summary: dict[str, dict[str, Any]], workload: Workload, rounds: int) ->
     milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in workload.seconds)
     table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload.layers} layers a "
                   f"rank of {milliseconds} ms (F/B/W); work alone {workload.work:.2f} s; {rounds} rounds")
-    for column in ("contender", "median s", "least", "most", f"speed over {first}", "simulated s", "over simulated"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
+    table.add_column("contender")
+    for column in ("median s", "least", "most", f"speed over {first}", "simulated s", "over simulated", "peak"):
+        table.add_column(column, justify="right")
     for contender, row in summary.items():
         seconds = [f"{row[key]:.3f}" for key in ("seconds", "least", "most")]
         simulated = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("simulated", "over_simulated")]
-        table.add_row(contender, *seconds, f"{row['speed']:.2f}", *simulated)
-    Console(width=140).print(table)
+        peak = "-" if row["peak"] is None else f"{row['peak']:g}"
+        table.add_row(contender, *seconds, f"{row['speed']:.2f}", *simulated, peak)
+    Console(width=150).print(table)
 
 
 def main() -> None:
@@ -97,8 +121,9 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--ms", type=float, nargs=3, default=[5, 5, 5], metavar=("F", "B", "W"), help="of one layer")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT_CONTENDERS, metavar="NAME",
-                        help=f"the first is what the others are compared with; of: {', '.join(CONTENDERS)}")
+    parser.add_argument("--contenders", nargs="+", type=contender_name, default=DEFAULT_CONTENDERS, metavar="NAME",
+                        help=f"the first is what the others are compared with; of: {', '.join(CONTENDERS)}, and "
+                             "adaptive@0.5 (planned for the times it measures, within half of 1F1B's peak)")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     options = parser.parse_args()
     f, b, w = (ms / 1000 for ms in options.ms)
@@ -109,8 +134,9 @@ def main() -> None:
         compare_losses(results)
         summary = summarize(results, workload)
         show(summary, workload, options.rounds)
+        measured = {name: {"losses": result.losses, "seconds": result.seconds} for name, result in results.items()}
         written.append({"ranks": options.ranks, "layers": options.layers, "ms": options.ms,
-                        "micro_batches": micro_batches, "results": results, "summary": summary})
+                        "micro_batches": micro_batches, "results": measured, "summary": summary})
     if options.json:
         options.json.write_text(json.dumps(written, indent=1))
 

@@ -130,7 +130,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         better = self._schedules.after_batch(*self._last_batch())
         if better is not None:
             self.use_schedule(better)
-        elif self._swapped and self._schedules.times is not None:
+        elif self._swapped and self.planned_times is not None:
             self._compare_with_plan()
         self._swapped = better is not None
         return loss
@@ -142,6 +142,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             logger.info(f"pipeline_schedule {self._last_batch()[0].name}: makespan {predicted.makespan:.4f} s "
                         f"predicted, {measured.makespan:.4f} s measured ({measured.makespan / predicted.makespan:.2f})")
 
+    @property
+    def planned_times(self) -> Times | None:
+        """The measured times that the present schedule was planned for; None where there are none, or none yet."""
+        return self._schedules.times
+
     def timelines(self) -> tuple[Timeline, Timeline]:
         """The last training batch as predicted and as measured, in seconds; to be called on every rank.
 
@@ -149,7 +154,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """
         schedule, record = self._last_batch()
         measured = gather_timeline(record.spans(), schedule.orders, self.grid.get_pipe_parallel_group(), self.device)
-        times = self._schedules.times or mean_times(measured, self.placement.stages)
+        times = self.planned_times or mean_times(measured, self.placement.stages)
         return simulate(schedule, times), measured
 
     def _last_batch(self) -> tuple[Schedule, PassRecorder]:

@@ -106,7 +106,7 @@ def measure_and_swap(rank: int, section: Any) -> dict[str, Any]:
         sleep_batch(engine)
     sleep_batch(engine)
     predicted, measured = engine.timelines()
-    return {"times": engine._schedules.times, "first": first, "schedule": engine.schedule(), "predicted": predicted,
+    return {"times": engine.planned_times, "first": first, "schedule": engine.schedule(), "predicted": predicted,
             "measured": measured, "lines": [line for line in lines if "makespan" in line]}
 
 
@@ -136,15 +136,15 @@ def test_times_are_measured_and_used() -> None:
 def drift(rank: int) -> tuple[Times, Times]:
     scheduling.BATCHES_BETWEEN_CHECKS = 5
     engine = sleeping_engine(profiled("v-half", drift=0.5), 2, (2, 2, 2))
-    while engine._schedules.times is None:
+    while engine.planned_times is None:
         sleep_batch(engine)
-    before = engine._schedules.times
+    before = engine.planned_times
     for module in engine.module.modules():
         if isinstance(module, SleepingLinear):
             module.seconds = (0.002, 0.012, 0.002)
-    while engine._schedules.times in (None, before):
+    while engine.planned_times in (None, before):
         sleep_batch(engine)
-    return before, engine._schedules.times
+    return before, engine.planned_times
 
 
 def test_drift_plans_again() -> None:
