@@ -1,56 +1,113 @@
-"""Wishes from building blocks: one micro-batch's ideal starts, repeated every interval.
+"""Policies from building blocks: one micro-batch's ideal starts, repeated every interval.
 
 A block follows a micro-batch down, up, down and up again, as the paper's does (section 3), but with the real times: each
 step takes the pass and its hop, times the stretch of that way; at the three turns (F at the last rank, F to B at rank
-0, B at the last rank) it may rest. Passes of a rank may meet in it; the list scheduler parts them.
+0, B at the last rank) it may rest. Passes of a rank may meet in it; the list scheduler parts them. Few numbers describe
+a block whatever the number of ranks, so a search among them works for many ranks as for few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, W0, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, W0, ListScheduler, Policy, Wishes
 from ds_vshape.schedule.adaptive.problem import Problem
+
+# 0 waits for the most urgent pass however long that takes; with the greatest, no rank waits while it has work.
+PATIENCES = (0.0, 0.3, 1.0, 2.0, 5.0, 100.0)
+PIECES = (1, 2, 4, 8)
+_STREAMS = 6
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A block in a few numbers: stretches of the four ways, rests at the three turns, W after B, and the interval."""
+class Block:
+    """A block in a few numbers.
 
-    stretches: tuple[float, float, float, float]
-    rests: tuple[float, float, float]
+    `ways` are the stretches of the four ways less 1; `rests` at the three turns, `weight_grad_after` (W after the end
+    of B), `slack` (of the interval, over the work) and `shifts` (of each stream of each rank; or empty) are in units of
+    the slowest rank's work on one micro-batch. The last rank leaves the share `reserve` of its memory free of chunk 0,
+    rank 0 nothing, those between in proportion. `patience` and `pieces` are those of the policy.
+    """
+
+    ways: tuple[float, ...]
+    rests: tuple[float, ...]
     weight_grad_after: float
-    interval: float
+    slack: float
+    reserve: float
+    patience: float
+    pieces: int
+    shifts: tuple[float, ...] = ()
 
     @classmethod
-    def random(cls, work: float, random: Random) -> Shape:
-        """Any shape, for ranks that work `work` on a micro-batch."""
-        stretch = random.choice((1.5, 2.0, 3.0))
-        return cls((random.uniform(1, stretch), random.uniform(1, stretch), random.uniform(1, stretch),
-                    random.uniform(1, stretch)),
-                   (random.uniform(0, work / 2), random.uniform(0, work / 2), random.uniform(0, work / 2)),
-                   random.uniform(0, 3 * work), work * random.uniform(1, 1.5))
+    def random(cls, max_pieces: int, random: Random) -> Block:
+        """Any block."""
+        return cls(tuple(random.uniform(0, 1.5) for _ in range(4)), tuple(random.uniform(0, 0.5) for _ in range(3)),
+                   random.uniform(0, 3), random.uniform(0, 0.5), random.uniform(0, 0.5), random.choice(PATIENCES),
+                   random.choice([pieces for pieces in PIECES if pieces <= max_pieces]))
 
-    def offsets(self, problem: Problem) -> list[list[float]]:
+    def mutated(self, random: Random) -> Block:
+        """This block with some numbers a little different."""
+        sigma = random.choice((0.02, 0.1, 0.3))
+
+        def moved(value: float) -> float:
+            return abs(value + random.gauss(0, sigma)) if random.random() < 0.3 else value
+
+        return replace(self, ways=tuple(map(moved, self.ways)), rests=tuple(map(moved, self.rests)),
+                       weight_grad_after=moved(self.weight_grad_after), slack=moved(self.slack),
+                       reserve=min(0.8, moved(self.reserve)),
+                       patience=random.choice(PATIENCES) if random.random() < 0.05 else self.patience)
+
+    def shifted(self, ranks: int, random: Random) -> Block:
+        """This block with a few streams of single ranks moved."""
+        shifts = list(self.shifts or (0.0,) * (_STREAMS * ranks))
+        for _ in range(random.choice((1, 2, 5))):
+            shifts[random.randrange(len(shifts))] += random.gauss(0, 0.3)
+        return replace(self, shifts=tuple(shifts))
+
+    def mixed(self, other: Block, random: Random) -> Block:
+        """A block between this and `other`, or somewhat beyond."""
+
+        def between(own: float, others: float) -> float:
+            return abs(own + (others - own) * random.uniform(-0.3, 1.3))
+
+        return replace(self, ways=tuple(map(between, self.ways, other.ways)),
+                       rests=tuple(map(between, self.rests, other.rests)),
+                       weight_grad_after=between(self.weight_grad_after, other.weight_grad_after),
+                       slack=between(self.slack, other.slack), reserve=min(0.8, between(self.reserve, other.reserve)),
+                       patience=random.choice((self.patience, other.patience)),
+                       pieces=random.choice((self.pieces, other.pieces)))
+
+    def policy(self, scheduler: ListScheduler) -> Policy:
+        """The block repeated, for the problem of `scheduler`."""
+        problem, work = scheduler.problem, scheduler.work
+        last = max(1, problem.ranks - 1)
+        reserves = [min(most, max(least, limit * self.reserve * rank / last)) for rank, (least, most, limit) in
+                    enumerate(zip(scheduler.least_reserves, scheduler.most_reserves, scheduler.limits))]
+        offsets = self._offsets(problem, work)
+        pieces = 1 if scheduler.fused else self.pieces
+        return Policy(repeat(offsets, work * (1 + self.slack), problem.micro_batches, pieces), self.patience, reserves,
+                      pieces)
+
+    def _offsets(self, problem: Problem, work: float) -> list[list[float]]:
         """The ideal starts of each rank's six streams for micro-batch 0."""
         ranks, times = problem.ranks, problem.times
-        stages = 2 * ranks
-        offsets = [[0.0] * 6 for _ in range(ranks)]
+        shifts = self.shifts or (0.0,) * (_STREAMS * ranks)
+        offsets = [[shift * work for shift in shifts[_STREAMS * rank:_STREAMS * (rank + 1)]] for rank in range(ranks)]
         now = 0.0
-        for stage in range(stages):
+        for stage in range(2 * ranks):
             rank, chunk = place(stage, ranks)
-            offsets[rank][F0 + chunk] = now
-            now += (times.forward[stage] + self.rests[0] if stage == ranks - 1 else
-                    (times.forward[stage] + times.hop) * self.stretches[chunk])
-        now += self.rests[1] - times.hop
-        for stage in reversed(range(stages)):
+            offsets[rank][F0 + chunk] += now
+            now += (times.forward[stage] + self.rests[0] * work if stage == ranks - 1 else
+                    (times.forward[stage] + times.hop) * (1 + self.ways[chunk]))
+        now += self.rests[1] * work - times.hop
+        for stage in reversed(range(2 * ranks)):
             rank, chunk = place(stage, ranks)
-            offsets[rank][B0 + chunk] = now
-            offsets[rank][W0 + chunk] = now + times.input_grad[stage] + self.weight_grad_after
-            now += (times.input_grad[stage] + self.rests[2] if stage == ranks else
-                    (times.input_grad[stage] + times.hop) * self.stretches[3 - chunk])
+            offsets[rank][B0 + chunk] += now
+            offsets[rank][W0 + chunk] += now + times.input_grad[stage] + self.weight_grad_after * work
+            now += (times.input_grad[stage] + self.rests[2] * work if stage == ranks else
+                    (times.input_grad[stage] + times.hop) * (1 + self.ways[3 - chunk]))
         return offsets
 
 

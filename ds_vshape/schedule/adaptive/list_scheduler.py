@@ -35,27 +35,27 @@ class Policy:
     `wishes[r][stream][i]` is when rank r's pass of the stream for micro-batch i would ideally start; those of W have a
     place for each piece. `patience`: a pass
     that becomes ready d from now competes as if its ideal start were `patience * d` later. `reserves[r]` is the memory
-    of rank r that forwards of chunk 0 leave free. `pieces`: W runs in so many. `fused`: the backward runs whole (BW),
-    as 1F1B's does; W's streams are then empty.
+    of rank r that forwards of chunk 0 leave free. `pieces`: W runs in so many. `eagerness`: how long before its ideal
+    start a pass may run; with 0, and with wishes that are the starts of some schedule, that schedule comes out again.
     """
 
     wishes: Wishes
     patience: float
     reserves: Sequence[float]
     pieces: int = 1
-    fused: bool = False
+    eagerness: float = float("inf")
 
 
 @dataclass(frozen=True)
 class Run:
     """What came of a policy: each rank's streams in order, a number each time, and when the passes started.
 
-    `starts` has the form of a policy's wishes; `ends` is the sum of the
-    ranks' own ends, by which two runs of equal makespan are told apart.
+    `starts` has the form of a policy's wishes; `waiting` is the sum of the starts of all F and B, by which runs of equal
+    makespan are told apart.
     """
 
     makespan: float
-    ends: float
+    waiting: float
     orders: list[list[int]]
     starts: Wishes
     policy: Policy
@@ -74,6 +74,18 @@ class ListScheduler:
         self.whole = [[activations.whole[stage] for stage in chunks] for chunks in self.chunks]
         self.kept = [[activations.kept[stage] for stage in chunks] for chunks in self.chunks]
         self.limits = [limit * (1 + SLACK) for limit in problem.limits]
+        # Where B leaves more than F did, B and W apart may not fit. Whole backwards always do: then W's streams are empty.
+        self.fused = any(sum(map(max, whole, kept)) > limit
+                         for whole, kept, limit in zip(self.whole, self.kept, self.limits))
+        # What a forward must find free: B and W apart may take more than it does.
+        self.taken = self.whole if self.fused else [list(map(max, whole, kept))
+                                                    for whole, kept in zip(self.whole, self.kept)]
+        # What B gives back.
+        self.freed = self.taken if self.fused else [[size - left for size, left in zip(taken, kept)]
+                                                    for taken, kept in zip(self.taken, self.kept)]
+        self.least_reserves = [taken[1] for taken in self.taken]
+        self.most_reserves = [limit - taken[0] for taken, limit in zip(self.taken, self.limits)]
+        self.work = max(sum(map(sum, times)) for times in zip(self.forward, self.input_grad, self.weight_grad))
         last = problem.ranks - 1
         hop = times.hop
         # Where a stream's passes go next: rank, stream, and how long that takes. B of stage 0 ends the way.
@@ -83,29 +95,21 @@ class ListScheduler:
             (rank - 1, B0, hop) if rank else (rank, -1, 0.0),
             (rank + 1, B1, hop) if rank < last else (rank, B0, 0.0)) for rank in range(problem.ranks)]
 
-    def splits(self) -> bool:
-        """Whether B and W apart are within the limits: what B leaves until W may be more than what F leaves."""
-        return all(sum(map(max, self.whole[rank], self.kept[rank])) <= limit for rank, limit in enumerate(self.limits))
+    def durations(self, pieces: int) -> list[list[float]]:
+        """How long a pass of each rank's streams takes, with W in `pieces`."""
+        if self.fused:
+            return [[*forward, *map(sum, zip(input_grad, weight_grad)), 0.0, 0.0] for forward, input_grad, weight_grad
+                    in zip(self.forward, self.input_grad, self.weight_grad)]
+        return [[*forward, *input_grad, *(time / pieces for time in weight_grad)] for forward, input_grad, weight_grad
+                in zip(self.forward, self.input_grad, self.weight_grad)]
 
     def run(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """What `policy` comes to; None if the makespan would be above `cutoff`."""
         ranks, batch = len(self.chunks), self.problem.micro_batches
-        pieces, patience, fused = policy.pieces, policy.patience, policy.fused
-        limits, ways = self.limits, self.ways
-        durations, taken, freed = [], [], []
-        for rank in range(ranks):
-            forward, input_grad, weight_grad = self.forward[rank], self.input_grad[rank], self.weight_grad[rank]
-            whole, kept = self.whole[rank], self.kept[rank]
-            if fused:
-                durations.append((*forward, *map(sum, zip(input_grad, weight_grad)), 0.0, 0.0))
-                taken.append(whole)
-                freed.append((0.0, 0.0, *whole, 0.0, 0.0))
-            else:
-                # B must fit, too, where it leaves more than F did: the forward already counts the greater.
-                most = list(map(max, whole, kept))
-                durations.append((*forward, *input_grad, *(time / pieces for time in weight_grad)))
-                taken.append(most)
-                freed.append((0.0, 0.0, *(size - left for size, left in zip(most, kept)), *kept))
+        pieces, patience, eagerness, fused = policy.pieces, policy.patience, policy.eagerness, self.fused
+        limits, taken, ways = self.limits, self.taken, self.ways
+        durations = self.durations(pieces)
+        freed, kept = self.freed, self.kept
         wishes = policy.wishes
         counts = [[0] * 6 for _ in range(ranks)]
         arrived: list[list[list[float]]] = [[[], [], [], []] for _ in range(ranks)]
@@ -160,12 +164,15 @@ class ListScheduler:
                     best, pick, at = wish[W0][place], W0, now
                 place = count[W1]
                 if place < count[B1] * pieces and wish[W1][place] < best:
-                    pick, at = W1, now
+                    best, pick, at = wish[W1][place], W1, now
             if pick < 0:
                 continue
             if at > now:
                 # Its arrival wakes this rank again, but for what came from the rank itself.
                 heappush(events, (at, rank))
+                continue
+            if best - eagerness > now:
+                heappush(events, (best - eagerness, rank))
                 continue
             # Run it.
             end = now + durations[rank][pick]
@@ -182,13 +189,13 @@ class ListScheduler:
             if pick >= W0:
                 starts[rank][pick].append(now)
                 if count[pick] % pieces == 0:
-                    living[pick - W0] -= freed[rank][pick]
+                    living[pick - W0] -= kept[rank][pick - W0]
                 continue
             starts[rank][pick].append(now)
             if pick <= F1:
                 living[pick] += taken[rank][pick]
             else:
-                living[pick - B0] -= freed[rank][pick]
+                living[pick - B0] -= freed[rank][pick - B0]
             target, stream, delay = ways[rank][pick]
             if stream >= 0:
                 arrival = end + delay
@@ -197,12 +204,55 @@ class ListScheduler:
                     heappush(events, (arrival, target))
         if left:
             raise AssertionError("a batch got stuck under its memory limit")
-        return Run(makespan, sum(free), orders, starts, policy)
+        waiting = sum(sum(line) for row in starts for line in row[:W0])
+        return Run(makespan, waiting, orders, starts, policy)
+
+    def squeeze(self, orders: list[list[int]], policy: Policy) -> Run | None:
+        """Every pass as early as `orders` allow; None if they wait for each other or exceed a limit."""
+        durations, pieces = self.durations(policy.pieces), policy.pieces
+        ranks = len(orders)
+        inputs: list[list[list[float]]] = [[[], [], [], []] for _ in range(ranks)]
+        inputs[0][F0] = [0.0] * self.problem.micro_batches
+        starts: list[list[list[float]]] = [[[], [], [], [], [], []] for _ in range(ranks)]
+        places, free, alive = [0] * ranks, [0.0] * ranks, [0.0] * ranks
+        ready = list(range(ranks))
+        while ready:
+            rank = ready.pop()
+            order, own = orders[rank], starts[rank]
+            while places[rank] < len(order):
+                stream = order[places[rank]]
+                number = len(own[stream])
+                start = free[rank]
+                if stream < W0:
+                    if number >= len(inputs[rank][stream]):
+                        break
+                    start = max(start, inputs[rank][stream][number])
+                elif number >= len(own[stream - W0 + B0]) * pieces:
+                    break
+                own[stream].append(start)
+                end = free[rank] = start + durations[rank][stream]
+                places[rank] += 1
+                if stream <= F1:
+                    alive[rank] += self.taken[rank][stream]
+                    if alive[rank] > self.limits[rank]:
+                        return None
+                elif stream <= B1:
+                    alive[rank] -= self.freed[rank][stream - B0]
+                elif (number + 1) % pieces == 0:
+                    alive[rank] -= self.kept[rank][stream - W0]
+                if stream < W0:
+                    target, fed, delay = self.ways[rank][stream]
+                    if fed >= 0:
+                        inputs[target][fed].append(end + delay)
+                        ready.append(target)
+        if any(place < len(order) for place, order in zip(places, orders)):
+            return None
+        return Run(max(free), sum(sum(line) for row in starts for line in row[:W0]), orders, starts, policy)
 
     def schedule(self, run: Run) -> Schedule:
         """The orders of `run` as a schedule; pieces of a W that stand together are put together again."""
         pieces = run.policy.pieces
-        kinds = (Kind.F, Kind.F, Kind.BW, Kind.BW) if run.policy.fused else KINDS
+        kinds = (Kind.F, Kind.F, Kind.BW, Kind.BW) if self.fused else KINDS
         passes = []
         for chunks, order in zip(self.chunks, run.orders):
             counts = [0] * 6

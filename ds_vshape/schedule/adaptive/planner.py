@@ -67,16 +67,13 @@ def _search(problem: Problem, bound: float, began: float, time_limit: float,
         return 1 - (time.perf_counter() - began) / time_limit if time_limit > 0 else 0.0
 
     candidates = list(known_schedules(problem))
-    search = Search(problem, bound, left)
+    search = Search(problem, bound, left, time_limit)
     for schedule in candidates:
         search.imitate(schedule)
     search.start()
     while not search.done:
         progress(min(1.0, 1 - left()))
-        if left() > 0.6:
-            search.random_block()
-        else:
-            search.change()
+        search.step()
     if search.best is not None:
         candidates.append(search.scheduler.schedule(search.best))
     return min((_finished(schedule, problem) for schedule in candidates), key=lambda found: found[1].makespan)

@@ -1,4 +1,4 @@
-"""The search for good orders: known schedules, random blocks, then changes to the wishes of the best so far.
+"""The search for good orders: known schedules, a population of blocks, then changes to the wishes of the best so far.
 
 Improving a schedule directly, pass by pass, breaks its memory limit at every other step. Here the search moves wishes
 instead, and the list scheduler turns any wishes into a schedule that is within the limit.
@@ -6,124 +6,168 @@ instead, and the list scheduler turns any wishes into a schedule that is within 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
-from ds_vshape.schedule.adaptive.blocks import Shape, repeat
+from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, Wishes
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
+from ds_vshape.schedule.adaptive.windows import Windows, solver
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Timeline, simulate
+from ds_vshape.schedule.timeline import Span, simulate
 
-PATIENCES = (0.0, 0.3, 1.0, 2.0, 5.0, 100.0)
+_POPULATION = 12
+# What is left of the time when changes begin; half of it goes to the solver, where there is one.
+_CHANGES = 0.5
+# The solver's windows: in units of the slowest rank's work on one micro-batch; their solution in seconds.
+_WIDTHS = (2, 3, 4, 6)
+_WINDOW_SECONDS = 1.0
+# With no more passes than that the solver gets them all, for as long as half of what is left to it.
+_FEW = 400
 
 
-@dataclass
 class Search:
-    """Looks for a schedule of `problem` until `left` says that no time is left, or `goal` is reached."""
+    """Looks for a schedule of `problem` until `left`, the share of the time that is left, is 0, or `goal` is reached.
 
-    problem: Problem
-    goal: float
-    left: Callable[[], float]
-    random: Random = field(default_factory=lambda: Random(0))
+    The same calls with the same clock give the same schedule: all chance comes from one seed.
+    """
 
-    def __post_init__(self) -> None:
-        self.scheduler = ListScheduler(self.problem)
+    def __init__(self, problem: Problem, goal: float, left: Callable[[], float], seconds: float) -> None:
+        self.problem = problem
+        self.goal = goal
+        self.left = left
+        self.scheduler = ListScheduler(problem)
+        self.random = Random(0)
+        self.seconds = seconds
+        cp_model = solver()
+        self.windows = Windows(self.scheduler, cp_model) if cp_model is not None else None
         self.best: Run | None = None
-        self.splits = self.scheduler.splits()
-        times = self.problem.times
-        self.work = max(sum(times.forward[s] + times.input_grad[s] + times.weight_grad[s] for s in chunks)
-                        for chunks in self.problem.placement.chunks)
-        self.pieces = [pieces for pieces in (1, 2, 4, 8) if pieces <= self.problem.max_pieces]
+        # The share of the time that went to the solver.
+        self.solving = 0.0
+        # Makespans and blocks, best first, no makespan twice.
+        self.population: list[tuple[float, Block]] = []
 
     @property
     def done(self) -> bool:
         """Whether to stop: out of time, or nothing can be better."""
         return self.left() <= 0 or (self.best is not None and self.best.makespan <= self.goal * (1 + SLACK))
 
-    def try_policy(self, policy: Policy) -> bool:
-        """Run `policy`; whether it's no worse than the best, which it then is."""
-        run = self.scheduler.run(policy, self.best.makespan if self.best else float("inf"))
-        if run is None or (self.best and (run.makespan, run.ends) > (self.best.makespan, self.best.ends)):
-            return False
-        self.best = run
-        return True
+    def step(self) -> None:
+        """One more try."""
+        left = self.left()
+        if left > 0.9 or len(self.population) < 2:
+            self._try_block(Block.random(self.problem.max_pieces, self.random))
+        elif left > _CHANGES:
+            self._try_block(self._descendant(late=left < (0.9 + _CHANGES) / 2))
+        elif self.windows is not None and self.solving < (_CHANGES - left) / 2:
+            self._solve(self.windows)
+            self.solving += left - self.left()
+        else:
+            self._change()
 
     def imitate(self, schedule: Schedule) -> None:
         """Try the starts of `schedule` as wishes."""
-        wishes, fused = wishes_of(schedule, simulate(schedule, self.problem.times))
-        for patience in PATIENCES:
-            if fused or self.splits:
-                self.try_policy(Policy(wishes, patience, self._least_reserves(), 1, fused))
+        if any(work.kind is Kind.BW for _, work in schedule.passes()) == self.scheduler.fused:
+            wishes = _wishes_of(schedule, simulate(schedule, self.problem.times).ranks)
+            for eagerness in (0.0, 0.1, 0.5, float("inf")):
+                for patience in (0.0, 1.0):
+                    self._try_policy(Policy(wishes, patience, self.scheduler.least_reserves, 1,
+                                            eagerness * self.scheduler.work))
 
     def start(self) -> None:
-        """Make sure of a run, whatever the limits: forwards as soon as they may, the oldest micro-batch first."""
-        shape = Shape((1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0), 0.0, self.work)
-        wishes = repeat(shape.offsets(self.problem), shape.interval, self.problem.micro_batches)
+        """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
         for patience in PATIENCES:
-            self.try_policy(Policy(wishes, patience, self._least_reserves(), 1, not self.splits))
+            self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 0.0, 0.0, patience, 1))
 
-    def random_block(self) -> None:
-        """Try a random block."""
-        random, ranks = self.random, self.problem.ranks
-        shape = Shape.random(self.work, random)
-        pieces = random.choice(self.pieces)
-        wishes = repeat(shape.offsets(self.problem), shape.interval, self.problem.micro_batches, pieces)
-        slope = random.uniform(0, 0.5)
-        reserves = [max(least, limit * slope * rank / max(1, ranks - 1)) for rank, (least, limit) in
-                    enumerate(zip(self._least_reserves(), self.problem.limits))]
-        fused = not self.splits or random.random() < 0.05
-        self.try_policy(Policy(wishes, random.choice(PATIENCES), reserves, pieces, fused))
+    def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
+        """Run `policy`, and take it for the best if it's no worse."""
+        run = self.scheduler.run(policy, cutoff)
+        if run is not None and (self.best is None or
+                                (run.makespan, run.waiting) <= (self.best.makespan, self.best.waiting)):
+            self.best = run
+        return run
 
-    def change(self) -> None:
-        """Try a change to the best run's wishes."""
-        if self.best is None:
+    def _try_block(self, block: Block) -> None:
+        """Run `block`, and take it into the population if it's good enough."""
+        population = self.population
+        full = len(population) >= _POPULATION
+        run = self._try_policy(block.policy(self.scheduler), population[-1][0] if full else float("inf"))
+        if run is None:
             return
-        random, best = self.random, self.best
-        policy = replace(best.policy, wishes=best.starts, patience=random.choice((0.0, 0.0, *PATIENCES)))
-        kind = random.random()
-        if kind < 0.6:
-            policy = replace(policy, wishes=self._shifted(best.starts))
-        elif kind < 0.9:
-            sigma = self.work * random.choice((0.02, 0.1, 0.3))
-            policy = replace(policy, wishes=[[[start + random.uniform(-sigma, sigma) for start in line]
-                                              for line in row] for row in best.starts])
-        else:
-            policy = replace(policy, reserves=self._least_reserves())
-        self.try_policy(policy)
+        same = next((index for index, (makespan, _) in enumerate(population) if makespan == run.makespan), None)
+        if same is not None:
+            population[same] = (run.makespan, block)
+            return
+        if full:
+            population.pop()
+        population.append((run.makespan, block))
+        population.sort(key=lambda member: member[0])
 
-    def _shifted(self, starts: Wishes) -> Wishes:
-        """`starts` with one stream of one rank or of all, or a window of it, earlier or later."""
-        random, ranks, batch = self.random, self.problem.ranks, self.problem.micro_batches
-        stream = random.randrange(len(KINDS))
-        chosen = range(ranks) if random.random() < 0.3 else (random.randrange(ranks),)
-        shift = random.gauss(0, self.work / 3)
-        pieces = self.best.policy.pieces if self.best and stream >= W0 else 1
-        first = random.randrange(batch)
-        window = range(first * pieces, min(batch, first + random.choice((1, 2, 4, batch))) * pieces)
+    def _descendant(self, late: bool) -> Block:
+        """A block like the best ones; ranks depart from the common pattern only when that is settled."""
+        random = self.random
+        block = random.choice(self.population)[1]
         if random.random() < 0.3:
-            window = range(batch * pieces)
-        return [[[start + shift if i in window else start for i, start in enumerate(line)]
-                 if rank in chosen and number == stream else line for number, line in enumerate(row)]
-                for rank, row in enumerate(starts)]
+            return block.mixed(random.choice(self.population)[1], random)
+        if late and random.random() < 0.5:
+            return block.shifted(self.problem.ranks, random)
+        return block.mutated(random)
 
-    def _least_reserves(self) -> list[float]:
-        """What forwards of chunk 0 must leave free: room for one of chunk 1."""
-        scheduler = self.scheduler
-        kept = scheduler.kept if self.splits else scheduler.whole
-        return [max(whole[1], left[1]) for whole, left in zip(scheduler.whole, kept)]
+    def _change(self) -> None:
+        """Try a change to the wishes of the best run, or to its starts taken for wishes."""
+        best, random = self.best, self.random
+        if best is None:
+            return
+        policy = best.policy
+        if random.random() < 0.5:
+            policy = replace(policy, wishes=best.starts, patience=random.choice((0.0, 0.0, 0.3, policy.patience)),
+                             eagerness=self.scheduler.work * random.choice((0.02, 0.1, 0.3, 1.0, 3.0)))
+        self._try_policy(replace(policy, wishes=self._moved(policy.wishes, policy.pieces)), best.makespan)
+
+    def _solve(self, windows: Windows) -> None:
+        """Try the best order within a window of the best run, or of the whole batch where it is small."""
+        best, random, work = self.best, self.random, self.scheduler.work
+        if best is None:
+            return
+        left = self.left() * self.seconds
+        if sum(map(len, best.orders)) <= _FEW and random.random() < 0.5:
+            run = windows.improve(best, 0.0, best.makespan, left / 3)
+        else:
+            first = random.uniform(-work, best.makespan)
+            run = windows.improve(best, first, first + work * random.choice(_WIDTHS), min(_WINDOW_SECONDS, left))
+        if run is not None and run.makespan <= best.makespan:
+            self.best = run
+
+    def _moved(self, wishes: Wishes, pieces: int) -> Wishes:
+        """`wishes` with those of a few micro-batches, on one rank or all, earlier or later: together, or each by chance."""
+        random, ranks, work = self.random, self.problem.ranks, self.scheduler.work
+        first = random.randrange(self.problem.micro_batches)
+        end = first + random.choice((1, 1, 2, 4, 8, self.problem.micro_batches))
+        chosen = range(ranks) if random.random() < 0.5 else (random.randrange(ranks),)
+        together = random.random() < 0.6
+        streams = (random.randrange(len(KINDS)),) if together else range(len(KINDS))
+        sigma = work * random.choice((0.1, 0.3, 0.5))
+        shift = random.gauss(0, sigma)
+
+        def moved(line: Sequence[float], size: int) -> list[float]:
+            window = line[first * size:end * size]
+            return [*line[:first * size],
+                    *(start + (shift if together else random.gauss(0, sigma)) for start in window),
+                    *line[end * size:]]
+
+        return [[moved(line, pieces if stream >= W0 else 1) if rank in chosen and stream in streams else line
+                 for stream, line in enumerate(row)] for rank, row in enumerate(wishes)]
 
 
-def wishes_of(schedule: Schedule, timeline: Timeline) -> tuple[Wishes, bool]:
-    """The starts of a V schedule's passes as wishes, and whether its backwards are whole ones."""
+def _wishes_of(schedule: Schedule, ranks: Sequence[Sequence[Span]]) -> Wishes:
+    """The starts of a V schedule's passes as wishes."""
     wishes: list[list[list[float]]] = []
-    fused = any(work.kind is Kind.BW for _, work in schedule.passes())
-    for chunks, spans in zip(schedule.placement.chunks, timeline.ranks):
+    for chunks, spans in zip(schedule.placement.chunks, ranks):
         row: list[list[float]] = [[] for _ in KINDS]
         for span in spans:
-            kind = {Kind.F: 0, Kind.B: 2, Kind.BW: 2, Kind.W: 4}[span.work.kind]
-            row[kind + chunks.index(span.work.stage)].append(span.start)
+            first = {Kind.F: 0, Kind.B: 2, Kind.BW: 2, Kind.W: W0}[span.work.kind]
+            row[first + chunks.index(span.work.stage)].append(span.start)
         wishes.append(row)
-    return wishes, fused
+    return wishes
