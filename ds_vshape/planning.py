@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,10 @@ class PlanningProcess:
         with tempfile.TemporaryFile("w+") as questions:
             json.dump(request.to_json(), questions)
             questions.seek(0)
-            self._process = subprocess.Popen(["nice", sys.executable, *WORKER], stdin=questions, stdout=self._answer)
+            # Found wherever this process found the package, installed or not.
+            paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            self._process = subprocess.Popen(["nice", sys.executable, *WORKER], stdin=questions, stdout=self._answer,
+                                             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
         # It doesn't outlive the training.
         weakref.finalize(self, self._process.kill)
 

@@ -96,6 +96,9 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hop: Cal
                   device: torch.device) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together."""
     plans = config.name == ADAPTIVE or config.name in TIMED
+    if isinstance(config.memory_limit, int) and not (config.name == ADAPTIVE and config.times == "profile"):
+        raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\": "
+                          "\"profile\" knows bytes; give a fraction of 1F1B's peak")
     if config.times == "profile":
         if not plans:
             raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; it is for "
