@@ -13,18 +13,28 @@ and seeds, so weights and layer files don't depend on the placement.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import module as stock
 from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.runtime.utils import set_random_seed
+from deepspeed.utils import logger
+from pydantic import TypeAdapter, ValidationError
 
-from ds_vshape.config import DsConfig, ScheduleConfig, find_section
+from ds_vshape.config import DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config, read_section
+from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
+from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.versions import check_versions
+
+_PARTITION: TypeAdapter[Partition] = TypeAdapter(Partition)
 
 
 @dataclass
@@ -44,6 +54,12 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
     Args:
         layers, num_stages, and all others: as in deepspeed.pipe.PipelineModule; `num_stages` counts pipeline ranks.
             Partition methods work over stages, of which the V and the interleaved placement have two a rank.
+        partition_method: one of DeepSpeed's methods, or one of those below, which balance the work of ranks instead of
+            stages (ds_vshape/schedule/balance.py). The config's "partition" counts instead, where it has one.
+                [0, 3, 5, 8, 10]     bounds: the first layer of each stage, and the number of layers
+                {"costs": [..]}      what each layer costs: a number, or its (F, B, W)
+                "profile"            each layer's forward and backward are measured, on rank 0, with `example`
+        example: for "profile", a micro-batch as train_batch's iterator gives it, (inputs, labels), on rank 0 at least.
         config: the ds_config (dictionary, path or base64 text). Without it the environment variable DS_VSHAPE_CONFIG
             or the command line's --deepspeed_config names it. Without any, or without the key in it, this is
             DeepSpeed's own module.
@@ -51,32 +67,79 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
     Raises:
         ConfigError: for a "pipeline_schedule" that can't be used.
         PipelineError: for fewer layers than stages.
+        PartitionError: on every rank, for a partition that doesn't fit, and for a profile that can't be measured.
     """
 
     tied_comms: dict[str, Any]
 
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
-                 **kwargs: Any) -> None:
+                 example: Any = None, **kwargs: Any) -> None:
         check_versions()
-        self.schedule_config: ScheduleConfig | None = find_section(config, sys.argv)
+        ds_config = find_ds_config(config, sys.argv) or {}
+        self.schedule_config: ScheduleConfig | None = read_section(ds_config)
         self.placement: Placement
         self.chunks: list[Chunk] = []
+        # What the layers were measured to take, if the partition asked for it.
+        self.layer_times: LayerTimes | None = None
+        self._example, self._precision = example, precision(ds_config)
         super().__init__(layers, num_stages, *args, **kwargs)
+        self._example = None
         # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.
         self.tied_comms = {key: comm for key, comm in self.tied_comms.items() if len(comm["ranks"]) > 1}
 
-    def _partition_layers(self, method: str = "uniform") -> None:
+    def _partition_layers(self, method: Any = "uniform") -> None:
         ranks = self._topo.get_dim("pipe")
         self.placement = placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
         self.num_stages = self.placement.stages
         if self._num_layers < self.num_stages:
             raise PipelineError(f"{self._num_layers} layers can't fill {self.num_stages} stages: {self._schedule_name} "
                                 f"on {ranks} pipeline ranks needs at least {self.num_stages} layers")
-        super()._partition_layers(method)
-        # Some of DeepSpeed's methods give NumPy's integers, which its own seeding then refuses.
-        self.parts: list[int] = [int(bound) for bound in self.parts]
+        if self.schedule_config and self.schedule_config.partition is not None:
+            partition: Partition = self.schedule_config.partition
+        else:
+            partition = read_partition(method)
+        if isinstance(partition, str) and partition.lower() != "profile":
+            super()._partition_layers(partition)
+            # Some of DeepSpeed's methods give NumPy's integers, which its own seeding then refuses.
+            self.parts: list[int] = [int(bound) for bound in self.parts]
+        else:
+            self.parts = list(self._bounds(partition))
+            self._announce_partition()
         self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1])
                        for stage in self.placement.chunks[self.stage_id]]
+
+    def _bounds(self, partition: Partition) -> Sequence[int]:
+        """The stages' bounds by one of our own methods."""
+        if isinstance(partition, tuple):
+            return check_bounds(partition, self.num_stages, self._num_layers)
+        if isinstance(partition, LayerCosts):
+            costs = check_costs(partition.costs, self._num_layers)
+        else:
+            self.layer_times = self._measure_layers()
+            costs = self.layer_times.costs
+        bounds = balance(costs, self.placement)
+        if self.global_rank == 0:
+            shares = ", ".join(f"{load / math.fsum(costs):.1%}" for load in rank_loads(costs, bounds, self.placement))
+            logger.info(f"partition: shares of the work on pipeline ranks 0 to {self.placement.ranks - 1}: {shares}")
+        return bounds
+
+    def _measure_layers(self) -> LayerTimes:
+        where = self._topo.get_coord(self.global_rank)
+        # Tensor parallel layers talk with their like, so all of these run them.
+        measures = where.pipe == 0 and where.data == 0
+        device = get_accelerator().device_name(self.local_rank)
+        return LayerProfiler(self._layer_specs, self._example, self.loss_fn, self._seed_layer, device,
+                             self._precision).agree(measures)
+
+    def _seed_layer(self, layer: int) -> None:
+        if self.seed_layers:
+            (self.seed_fn or set_random_seed)(self.base_seed + layer)
+
+    def _announce_partition(self) -> None:
+        if self.global_rank == 0:
+            for stage, (start, stop) in enumerate(pairwise(self.parts)):
+                logger.info(f"partition: stage {stage} on pipeline rank {self.placement.rank_of(stage)} has layers "
+                            f"{start} to {stop - 1}")
 
     @property
     def _schedule_name(self) -> str:
@@ -125,3 +188,11 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         for chunk in self.chunks:
             self._activate(chunk)
             super().compile(*args, **kwargs)
+
+
+def read_partition(method: Any) -> Partition:
+    """PipelineModule's `partition_method`; PartitionError for what the config would refuse as "partition"."""
+    try:
+        return _PARTITION.validate_python(method)
+    except ValidationError as error:
+        raise PartitionError(f"partition_method = {method!r}: {error.errors()[0]['msg']}") from None

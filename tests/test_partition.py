@@ -1,0 +1,312 @@
+"""Partitions on real ranks: given as bounds, as costs or to be measured; they move layers and never a loss."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.pipe import LayerSpec
+from pipelines import (BATCHES, BF16_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Job, Outcome, PlainTraining,
+                       cross_entropy, merged, micro_batch, specs, tied_specs, train)
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ds_vshape
+from ds_vshape.schedule.balance import rank_loads
+from ds_vshape.schedule.named import placement_of
+
+EXAMPLE = micro_batch(0, 0, 0)
+BOUNDS = [0, 1, 4, 6, 8]
+COSTS = [0.1, 1, 1, 1, 1, 1, 1, 3]
+
+
+def train_partitioned(rank: int, job: Job, options: dict[str, Any]) -> tuple[Outcome, list[int]]:
+    engine = job.engine(**options)
+    return train(engine, BATCHES), engine.module.parts
+
+
+def plain(job: Job) -> Outcome:
+    """The plain model's training, with as many threads as a rank has."""
+    outcome: Outcome = run_ranks(1, lambda rank: PlainTraining(job).train(BATCHES, job.micro_batches))[0]
+    return outcome
+
+
+METHODS: dict[str, Any] = {
+    "bounds": {"partition_method": BOUNDS},
+    "costs": {"partition_method": {"costs": COSTS}},
+    "profile": {"partition_method": "profile", "example": EXAMPLE},
+}
+
+
+@pytest.mark.parametrize("schedule", ["v-half", "v-zb", "interleaved-1f1b", "zb-h1"])
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_the_plain_models(method: str, schedule: str) -> None:
+    job = Job(schedule, 4 if schedule == "zb-h1" else 2, 3, layers=tuple(specs(6)))
+    results = run_ranks(job.stages, train_partitioned, job, METHODS[method])
+    outcome, oracle = merged([result[0] for result in results]), plain(job)
+    assert outcome.losses == oracle.losses
+    assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())
+    parts = results[0][1]
+    assert all(other == parts for _, other in results)
+    if method == "bounds":
+        assert parts == BOUNDS
+    if method == "costs" and schedule.startswith("v-"):
+        # Work of 9.1 on 2 ranks: embedding, head and one block beside five blocks.
+        assert sorted(rank_loads(COSTS, parts, placement_of(schedule, 2))) == pytest.approx([4.1, 5])
+
+
+def test_bfloat16_and_tied_layers() -> None:
+    """A profile in the precision of the training, of an embedding that is the head too."""
+    job = Job("v-half", 2, 3, BF16_ZERO1, tuple(tied_specs(6)))
+    measured = run_ranks(2, train_partitioned, job, METHODS["profile"])
+    given = run_ranks(2, train_partitioned, job, {"partition_method": measured[0][1]})
+    assert [outcome.losses for outcome, _ in measured] == [outcome.losses for outcome, _ in given]
+
+
+@pytest.mark.parametrize("partition, parts", [(BOUNDS, BOUNDS), ({"costs": COSTS}, None), ("uniform", [0, 2, 4, 6, 8]),
+                                              ({"costs": [[1.0, 0.5, 0.5], *[2.0] * 7]}, [0, 2, 4, 6, 8])])
+def test_the_config_counts_more_than_the_script(partition: Any, parts: list[int] | None) -> None:
+    job = Job({"name": "v-half", "partition": partition}, 2, 3, layers=tuple(specs(6)))
+    results = run_ranks(2, train_partitioned, job, {"partition_method": [0, 5, 6, 7, 8]})
+    assert merged([result[0] for result in results]).losses == plain(job).losses
+    assert results[0][1] == (parts or run_ranks(2, train_partitioned, Job("v-half", 2, 3, layers=tuple(specs(6))),
+                                                METHODS["costs"])[0][1])
+
+
+def parts_of(rank: int, schedule: str | None, method: str) -> list[int]:
+    job = Job(schedule, 4, 2, layers=tuple(specs(9)))
+    module = ds_vshape.PipelineModule(job.specs(), num_stages=4, config=job.ds_config(), partition_method=method)
+    return module.parts
+
+
+@pytest.mark.parametrize("method", ["uniform", "parameters", "type:Block"])
+def test_deepspeeds_methods_are_as_ever(method: str) -> None:
+    oracle = run_ranks(4, lambda rank: [int(bound) for bound in _stock_parts(method)])
+    assert run_ranks(4, parts_of, None, method) == oracle == run_ranks(4, parts_of, "zb-h1", method)
+
+
+def _stock_parts(method: str) -> Any:
+    import deepspeed
+
+    return deepspeed.pipe.PipelineModule(specs(9), num_stages=4, partition_method=method).parts
+
+
+# -- measured times
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        time.sleep(ctx.seconds)
+        return grads[0], None, None
+
+
+class SleepingBlock(Block):
+    """A block that takes at least so many seconds."""
+
+    def __init__(self, forward: float, backward: float) -> None:
+        super().__init__()
+        self.seconds = forward, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_Sleep.apply(x, *self.seconds))
+
+
+def slow_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    time.sleep(0.026)
+    return cross_entropy(logits, labels)
+
+
+HEAVY_HEAD = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(SleepingBlock, 0.002, 0.004) for _ in range(14)),
+              LayerSpec(nn.Linear, WIDTH, VOCABULARY)]
+
+
+def measured(rank: int, schedule: str, ranks: int) -> tuple[Any, list[int]]:
+    config = Job(schedule, ranks, 2).ds_config()
+    module = ds_vshape.PipelineModule(HEAVY_HEAD, num_stages=ranks, loss_fn=slow_loss, config=config,
+                                      partition_method="profile", example=EXAMPLE if rank == 0 else None)
+    return module.layer_times, module.parts
+
+
+def test_a_heavy_head_is_measured_and_balanced() -> None:
+    """14 blocks of 6 ms and a loss of 26 ms on 4 ranks: two layers a stage are 38 ms on rank 0 and 24 on the others.
+    Balanced, the three others share the blocks: 30 ms at most."""
+    ranks = 4
+    results = run_ranks(ranks, measured, "v-half", ranks)
+    times, parts = results[0]
+    assert all(other == (times, parts) for other in results), "every rank has rank 0's times"
+    for forward, backward in list(zip(times.forward, times.backward))[1:-1]:
+        assert forward == pytest.approx(0.002, rel=0.5) and backward == pytest.approx(0.004, rel=0.5)
+    assert 0.026 <= times.costs[-1] < 0.039
+    placement = placement_of("v-half", ranks)
+    uniform = max(rank_loads(times.costs, range(0, 17, 2), placement))
+    balanced = max(rank_loads(times.costs, parts, placement))
+    print(f"most loaded rank: {uniform * 1e3:.1f} ms uniform, {balanced * 1e3:.1f} ms balanced")
+    assert balanced <= 0.87 * uniform
+    blocks = [sum(1 <= layer <= 14 for layer in range(start, stop)) for start, stop in pairwise(parts)]
+    assert blocks[0] + blocks[-1] <= 1
+
+
+class Wide(nn.Linear):
+    """A head over many words."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 200_000)
+
+
+def measured_work(rank: int) -> tuple[tuple[float, ...], list[int]]:
+    layers = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(Block) for _ in range(10)), LayerSpec(Wide)]
+    module = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=cross_entropy, config=Job("v-half", 2, 2).ds_config(),
+                                      partition_method="profile", example=EXAMPLE)
+    return module.layer_times.costs, module.parts
+
+
+def test_real_work_is_measured() -> None:
+    """A head that takes longer than all blocks: nothing stands beside it but what must."""
+    costs, parts = run_ranks(2, measured_work)[0]
+    assert costs[-1] > sum(costs[1:-1]) / 2
+    placement = placement_of("v-half", 2)
+    assert max(rank_loads(costs, parts, placement)) < max(rank_loads(costs, [0, 3, 6, 9, 12], placement))
+
+
+class Built(nn.Module):
+    """Counts itself, alive and ever."""
+
+    alive = most = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(()) + random.random() + float(np.random.rand()))
+        Built.alive += 1
+        Built.most = max(Built.most, Built.alive)
+
+    def __del__(self) -> None:
+        Built.alive -= 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def weights_and_most_alive(rank: int, method: Any, example: Any) -> tuple[list[float], list[int], int]:
+    for generator in (torch.manual_seed, random.seed, np.random.seed):
+        generator(7)
+    most: list[int] = []
+
+    def seed(layer: int) -> None:
+        most.append(Built.most)
+
+    module = ds_vshape.PipelineModule([LayerSpec(Built) for _ in range(8)], num_stages=2, partition_method=method,
+                                      config=Job("v-half", 2, 2).ds_config(), example=example, seed_layers=True,
+                                      seed_fn=seed)
+    return [float(p.detach()) for p in module.parameters()], module.parts, max(most[:8]) if example else 0
+
+
+def test_layers_are_measured_one_at_a_time_and_leave_no_trace() -> None:
+    """The profile doesn't touch random generators, so weights without seeds of layers are those without a profile."""
+    example = (torch.rand(4, 4), None)
+    profiled = run_ranks(2, weights_and_most_alive, "profile", example)
+    given = run_ranks(2, weights_and_most_alive, profiled[0][1], None)
+    assert [weights for weights, _, _ in profiled] == [weights for weights, _, _ in given]
+    assert profiled[0][2] <= 2, "the layer that is built, and the one before it that isn't let go yet"
+
+
+class Tuples(nn.Module):
+    """Takes and gives tuples with an integer tensor, and changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, count = inputs
+        return self.linear(x.mul_(0.5).relu_()), count + 1
+
+
+def measured_odd_layers(rank: int) -> Any:
+    module = nn.Linear(WIDTH, WIDTH)
+    before = [p.clone() for p in module.parameters()]
+    layers = [LayerSpec(Tuples), LayerSpec(Tuples), lambda inputs: inputs[0], module, torch.relu,
+              LayerSpec(nn.Linear, WIDTH, VOCABULARY, bias=False)]
+    built = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=functional.mse_loss, partition_method="profile",
+                                     config=Job("v-half", 2, 2).ds_config(),
+                                     example=((torch.rand(SAMPLES, WIDTH), torch.tensor(3)),
+                                              torch.rand(SAMPLES, VOCABULARY)))
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(module.parameters(), before))
+    return built.layer_times.costs
+
+
+def test_layers_of_every_kind_are_measured() -> None:
+    costs = run_ranks(2, measured_odd_layers)[0]
+    assert len(costs) == 6 and all(0 < cost < 1 for cost in costs)
+
+
+# -- what can't be
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+
+def error_of(rank: int, layers: list[Any], section: Any, options: dict[str, Any]) -> str:
+    try:
+        ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=cross_entropy,
+                                 config=Job(section, 2, 2).ds_config(), **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def method(value: Any, **options: Any) -> dict[str, Any]:
+    return {"partition_method": value, **options}
+
+
+LAYERS = specs(4)
+BAD: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "too few bounds": (LAYERS, "v-half", method([0, 3, 6]), "PartitionError: the partition has 3 bounds: 4 stages need 5"),
+    "bounds that fall": (LAYERS, "v-half", method([0, 3, 2, 4, 6]),
+                         "PartitionError: the partition's bounds 3, 2 leave stage 1 without a layer"),
+    "bounds beyond the layers": (LAYERS, "v-half", method([0, 1, 2, 3, 9]),
+                                 "PartitionError: the partition goes from 0 to 9: it must go from 0 to 6"),
+    "bounds that are no integers": (LAYERS, "v-half", method([0, 1.5, 2, 3, 6]),
+                                    "PartitionError: partition_method = [0, 1.5, 2, 3, 6]: must be a method's name, a "),
+    "another key than costs": (LAYERS, "v-half", method({"cost": [1]}),
+                               "PartitionError: partition_method = {'cost': [1]}: must be"),
+    "too few costs": (LAYERS, "v-half", method({"costs": [1, 2]}),
+                      "PartitionError: the partition has costs of 2 layers: the model has 6"),
+    "a negative cost": (LAYERS, "v-half", method({"costs": [1, 2, 3, -4, 5, 6]}),
+                        "PartitionError: the partition's cost of layer 3 is -4"),
+    "no cost at all": (LAYERS, "v-half", method({"costs": [0] * 6}), "PartitionError: the partition's costs are all 0"),
+    "a profile without an example": (LAYERS, "v-half", method("profile"),
+                                     "PartitionError: the partition 'profile' can't be measured: it needs an example"),
+    "an example that isn't a pair": (LAYERS, "v-half", method("profile", example=EXAMPLE[0]),
+                                     "PartitionError: the partition 'profile' can't be measured: it needs an example"),
+    "a profile of a broken layer": ([*LAYERS, LayerSpec(Broken)], "v-half", method("profile", example=EXAMPLE),
+                                    "PartitionError: the partition 'profile' can't be measured: layer 6 (Broken): "
+                                    "RuntimeError: no such kernel"),
+    "bounds in the config": (LAYERS, {"name": "v-half", "partition": [0, 3, 6]}, {},
+                             "PartitionError: the partition has 3 bounds"),
+    "words for bounds in the config": (LAYERS, {"name": "v-half", "partition": ["0", "3"]}, {},
+                                       "ConfigError: pipeline_schedule.partition = ['0', '3']: must be a method's name"),
+    "an unknown method": (LAYERS, "v-half", method("profiled"), "NotImplementedError: Partitioning method profiled"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_clear_error_on_every_rank(case: str) -> None:
+    layers, section, options, message = BAD[case]
+    errors = run_ranks(2, error_of, layers, section, options, timeout=60)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(message)
