@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,11 @@ from ds_vshape.buffers import Buffer, edges, enter, leaves, members
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.gradients import clip_gradients, delivery_for
 from ds_vshape.instructions import BufferId
+from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
 from ds_vshape.p2p import Channels, Payload, Signatures
 from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
 from ds_vshape.schedule import deadlock
+from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
 from ds_vshape.schedule.passes import Kind, Pass
@@ -52,6 +55,8 @@ _PASS_KINDS = {
     instr.InputGradPass: Kind.B,
     instr.WeightGradPass: Kind.W,
 }
+# The training batch in which activations are measured, counted from 0.
+METERED_BATCH = 1
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
@@ -89,12 +94,15 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._outbox: dict[tuple[Content, BufferId], Payload] = {}
         self._deliver = delivery_for(self.optimizer)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
-        self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop, self.device)
+        self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop,
+                                        self._activations, self.device)
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
         self._recorder = PassRecorder()
         # The last training batch.
         self._trained: tuple[Schedule, PassRecorder] | None = None
+        self._trained_batches = 0
+        self._meter = ActivationMeter(self.module)
         self._forwards_before = 0
         self._active_stage = self.placement.chunks[self.stage_id][0]
         # Parameters whose gradients came from W; None once they are reported.
@@ -133,7 +141,24 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         elif self._swapped and self.planned_times is not None:
             self._compare_with_plan()
         self._swapped = better is not None
+        if self._trained_batches == METERED_BATCH + 1:
+            self._log_memory()
         return loss
+
+    def _activations(self) -> Activations:
+        """The measured sizes of all stages, in bytes for one micro-batch (collective)."""
+        if self._trained_batches <= METERED_BATCH:
+            raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
+        return self._meter.gather(self.placement, self.grid.get_pipe_parallel_group(), self.device)
+
+    def memory_report(self) -> tuple[RankMemory, ...]:
+        """The bytes that each pipeline rank needs; to be called on every rank, after two training batches."""
+        return predict_memory(self, self.schedule(), self._activations())
+
+    def _log_memory(self) -> None:
+        for rank, memory in enumerate(self.memory_report()):
+            if self.global_rank == 0:
+                logger.info(f"pipeline rank {rank} needs {memory}")
 
     def _compare_with_plan(self) -> None:
         """Say once after a swap how the new schedule ran."""
@@ -198,14 +223,40 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
                 buffer_id, *piece = instruction.kwargs.values()
                 work = Pass(kind, *buffer_id, *piece)
                 start = self._recorder.start(work)
-                execute(self, **instruction.kwargs)
+                with self._metered(work, pipe_schedule.schedule.micro_batches) if training else nullcontext():
+                    execute(self, **instruction.kwargs)
                 self._recorder.end(work, start)
         signatures = self._channels.end_batch()
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:
             self._signatures = signatures
             self._trained = pipe_schedule.schedule, self._recorder
+            self._trained_batches += 1
             self._report_split()
+
+    @contextmanager
+    def _metered(self, work: Pass, micro_batches: int) -> Iterator[None]:
+        """Around a pass: in one batch it measures the activations of one micro-batch on every stage.
+
+        Not in the first, in which modules make caches that stay.
+        """
+        buffer_id = BufferId(work.stage, work.micro_batch)
+        if self._trained_batches != METERED_BATCH or work.micro_batch != min(1, micro_batches - 1):
+            yield
+        elif work.kind is Kind.F:
+            inputs = self._buffers[buffer_id].inputs
+            with self._meter.forward():
+                yield
+            after = BufferId(work.stage + 1, work.micro_batch)
+            outputs = (self._buffers[buffer_id].loss if work.stage == self.placement.last_stage else
+                       self._buffers[after].inputs if self._holds(after.stage) else
+                       self._outbox[Content.ACTIVATION, after])
+            self._meter.after_forward(work.stage, inputs, outputs)
+        elif work.kind is Kind.B:
+            yield
+            self._meter.after_backward(work.stage, self._buffers[buffer_id].store)
+        else:
+            yield
 
     # -- where this rank stands
 

@@ -4,7 +4,7 @@
     PlannedSchedules    the planner's, for equal times
     MeasuredSchedules   the planner's, for times that this job measured; it goes through four phases
 
-        warm up     the first batch allocates and exchanges shapes; not measured
+        warm up     batches that aren't timed
         measure     some batches on a schedule made for equal times: F, B and W of every stage, then the hops
         plan        the planner works; training goes on, and all ranks ask it together after each batch
         settled     the new schedule runs; now and then a stage's time is compared with the plan's: if it has moved,
@@ -20,7 +20,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Times, simulate
 from ds_vshape.schedule.worker import Request, planned
 
+# The first allocates and exchanges shapes, in the second the engine measures activations.
+WARM_UP_BATCHES = 2
 MEASURED_BATCHES = 3
 BATCHES_BETWEEN_CHECKS = 50
 
@@ -93,17 +95,17 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hop: Callable[[], float],
-                  device: torch.device) -> Schedules:
+                  measured_activations: Callable[[], Activations], device: torch.device) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together."""
     plans = config.name == ADAPTIVE or config.name in TIMED
     if isinstance(config.memory_limit, int) and not (config.name == ADAPTIVE and config.times == "profile"):
-        raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\": "
+        raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\" "
                           "\"profile\" knows bytes; give a fraction of 1F1B's peak")
     if config.times == "profile":
         if not plans:
             raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; it is for "
                               f"{', '.join([ADAPTIVE, *TIMED])}")
-        return MeasuredSchedules(config, placement, measure_hop, device)
+        return MeasuredSchedules(config, placement, measure_hop, measured_activations, device)
     if config.name == ADAPTIVE:
         return PlannedSchedules(config, placement, device)
     return NamedSchedules(config, placement)
@@ -163,12 +165,14 @@ class MeasuredSchedules:
         config: name, memory limit, planning time, drift.
         placement: of the model's stages.
         measure_hop: measures this rank's slowest hop in seconds (collective over a pipeline).
+        measured_activations: the sizes of all stages in bytes, known after the warm-up (collective over a pipeline).
         device: where the job's collectives take place.
     """
 
     def __init__(self, config: ScheduleConfig, placement: Placement, measure_hop: Callable[[], float],
-                 device: torch.device) -> None:
-        self._config, self._placement, self._measure_hop, self._device = config, placement, measure_hop, device
+                 measured_activations: Callable[[], Activations], device: torch.device) -> None:
+        self._config, self._placement, self._device = config, placement, device
+        self._measure_hop, self._measured_activations = measure_hop, measured_activations
         self._planner = Planner(device)
         self._micro_batches = 0
         self._times: Times | None = None
@@ -200,7 +204,8 @@ class MeasuredSchedules:
         if self._phase is _Phase.PLAN:
             return self._take_plan(self._planner.poll())
         if self._phase is _Phase.WARM_UP:
-            self._enter(_Phase.MEASURE)
+            if self._batches == WARM_UP_BATCHES:
+                self._enter(_Phase.MEASURE)
         elif self._phase is _Phase.MEASURE:
             self._samples.add(record.spans())
             if self._batches == MEASURED_BATCHES:
@@ -218,7 +223,11 @@ class MeasuredSchedules:
 
     def _plan(self, times: Times) -> None:
         self._times = times
-        self._planner.start(request_for(self._config, self._placement, self._micro_batches, times))
+        request = request_for(self._config, self._placement, self._micro_batches, times)
+        if isinstance(self._config.memory_limit, int):
+            limits = (float(self._config.memory_limit),) * self._placement.ranks
+            request = replace(request, activations=self._measured_activations(), limits=limits)
+        self._planner.start(request)
         self._enter(_Phase.PLAN)
 
     def _take_plan(self, answer: Mapping[str, Any] | None) -> Schedule | None:
@@ -264,10 +273,11 @@ class MeasuredSchedules:
 
 
 def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int, times: Times) -> Request:
-    """The planner's request; a limit that is a fraction counts activations as the paper does."""
+    """The planner's request, with activations counted as the paper does: a limit is a fraction of 1F1B's count."""
     activations = Activations.counted(placement)
     limit = config.memory_limit
-    limits = None if limit is None else (limit * peak_of_1f1b(placement.ranks, micro_batches),) * placement.ranks
+    peak = peak_of_1f1b(placement.ranks, micro_batches)
+    limits = (limit * peak,) * placement.ranks if isinstance(limit, float) else None
     return Request(config.name, placement.ranks, micro_batches, times, activations, limits, config.planning_seconds,
                    str(cache_folder()))
 
@@ -284,7 +294,10 @@ def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Sch
         check_memory_limit(schedule, config.memory_limit)
         return schedule
     schedules = [build(name, ranks, micro_batches) for name in TIMED]
+    # A limit in bytes says nothing before sizes are known: then the one that keeps least.
     limit = 1.0 if config.memory_limit is None else config.memory_limit
+    if isinstance(limit, int):
+        return min(schedules, key=fraction_of_1f1b)
     fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
     return max(fitting, key=fraction_of_1f1b, default=None)
 

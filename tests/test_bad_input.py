@@ -54,6 +54,9 @@ CASES: dict[str, tuple[Any, str]] = {
                                   "ConfigError: pipeline_schedule.memory_limit = 50: must be a number above 0"),
     "a memory limit that the schedule breaks": (with_section({"name": "v-zb", "memory_limit": 0.5}),
                                                 "MemoryLimitError: memory_limit = 0.5: v-zb needs 1 of 1F1B's"),
+    "bytes for a schedule that measures none": (with_section({"name": "v-half", "memory_limit": "1GiB"}),
+                                                "ConfigError: pipeline_schedule.memory_limit = 1073741824 bytes: only "
+                                                "an adaptive schedule"),
     "fewer layers than stages": (lambda: ds_vshape.PipelineModule(specs(1), num_stages=2, config=V_HALF),
                                  "PipelineError: 3 layers can't fill 4 stages: v-half on 2 pipeline ranks"),
     "ZeRO-2": (with_section("v-half", zero_optimization={"stage": 2}),
