@@ -168,8 +168,8 @@ class Wide(nn.Linear):
 
 def measured_work(rank: int) -> tuple[tuple[float, ...], list[int]]:
     layers = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(Block) for _ in range(10)), LayerSpec(Wide)]
-    module = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=cross_entropy, config=Job("v-half", 2, 2).ds_config(),
-                                      partition_method="profile", example=EXAMPLE)
+    module = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=cross_entropy, partition_method="profile",
+                                      config=Job("v-half", 2, 2).ds_config(), example=EXAMPLE)
     return module.layer_times.costs, module.parts
 
 
@@ -275,13 +275,14 @@ def method(value: Any, **options: Any) -> dict[str, Any]:
 
 LAYERS = specs(4)
 BAD: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "too few bounds": (LAYERS, "v-half", method([0, 3, 6]), "PartitionError: the partition has 3 bounds: 4 stages need 5"),
+    "too few bounds": (LAYERS, "v-half", method([0, 3, 6]),
+                       "PartitionError: the partition has 3 bounds: 4 stages need 5"),
     "bounds that fall": (LAYERS, "v-half", method([0, 3, 2, 4, 6]),
                          "PartitionError: the partition's bounds 3, 2 leave stage 1 without a layer"),
     "bounds beyond the layers": (LAYERS, "v-half", method([0, 1, 2, 3, 9]),
                                  "PartitionError: the partition goes from 0 to 9: it must go from 0 to 6"),
     "bounds that are no integers": (LAYERS, "v-half", method([0, 1.5, 2, 3, 6]),
-                                    "PartitionError: partition_method = [0, 1.5, 2, 3, 6]: must be a method's name, a "),
+                                    "PartitionError: partition_method = [0, 1.5, 2, 3, 6]: must be a method's name, "),
     "another key than costs": (LAYERS, "v-half", method({"cost": [1]}),
                                "PartitionError: partition_method = {'cost': [1]}: must be"),
     "too few costs": (LAYERS, "v-half", method({"costs": [1, 2]}),
@@ -299,7 +300,7 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "bounds in the config": (LAYERS, {"name": "v-half", "partition": [0, 3, 6]}, {},
                              "PartitionError: the partition has 3 bounds"),
     "words for bounds in the config": (LAYERS, {"name": "v-half", "partition": ["0", "3"]}, {},
-                                       "ConfigError: pipeline_schedule.partition = ['0', '3']: must be a method's name"),
+                                       "ConfigError: pipeline_schedule.partition = ['0', '3']: must be a method's"),
     "an unknown method": (LAYERS, "v-half", method("profiled"), "NotImplementedError: Partitioning method profiled"),
 }
 

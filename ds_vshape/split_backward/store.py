@@ -6,7 +6,7 @@ B puts entries in, W takes them out one by one, so that memory falls while W run
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,13 @@ class Entry:
     def weights(self) -> int:
         """How many numbers its gradients are."""
         return sum(parameter.numel() for parameter in self.parameters if parameter is not None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it keeps alive; parts of one memory may come more than once, and weights are among them."""
+        for kept in (self.output_gradients, *vars(self.context).values()):
+            for tensor in kept if isinstance(kept, (tuple, list)) else (kept,):
+                if isinstance(tensor, Tensor):
+                    yield tensor
 
     def weight_gradients(self) -> tuple[Tensor | None, ...]:
         """The gradient of each parameter, in a memory layout that may be kept as `parameter.grad`."""
@@ -87,6 +94,12 @@ class WeightGradientStore:
     def parameters(self) -> tuple[Parameter, ...]:
         """The parameters whose gradients are waiting here, each once."""
         return tuple(self._uses)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What all entries keep alive, as in `Entry.tensors`, and the unfinished sums."""
+        for entry in self._entries:
+            yield from entry.tensors()
+        yield from self._partial_sums.values()
 
     def add(self, entry: Entry) -> None:
         """B: keep `entry` for W."""

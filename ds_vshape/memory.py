@@ -1,0 +1,214 @@
+"""How many bytes each rank needs: measured where they are, predicted where a schedule decides.
+
+    parameters     those of both chunks, flat buffers and their padding included
+    gradients      as they are accumulated over a batch
+    optimizer      this rank's shard: weights of high precision and moments
+    activations    the peak under a schedule, of the sizes that one micro-batch of each stage has
+
+Not counted: what a pass needs only while it runs, the messages on their way, and DeepSpeed's buckets during the
+reduction of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.split_backward import WeightGradientStore
+
+
+class Storages:
+    """Memory that tensors stand on, each piece counted once however many tensors share it; kept alive by none of it."""
+
+    def __init__(self, tensors: Iterable[Any] = ()) -> None:
+        self._bytes: dict[StorageWeakRef, int] = {}
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        """Take in the memory of `tensors`; what is no tensor is passed over, and what has no plain storage too."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self._bytes[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+
+    def __or__(self, other: Storages) -> Storages:
+        both = Storages()
+        both._bytes = self._bytes | other._bytes
+        return both
+
+    def __sub__(self, other: Storages) -> Storages:
+        rest = Storages()
+        rest._bytes = {ref: size for ref, size in self._bytes.items() if ref not in other._bytes}
+        return rest
+
+    def nbytes(self) -> int:
+        """The bytes of all that is alive."""
+        alive: list[int] = [size for ref, size in self._bytes.items() if not _expired(ref)]
+        return sum(alive)
+
+
+def _expired(ref: StorageWeakRef) -> bool:
+    return bool(ref.expired())  # type: ignore[no-untyped-call]
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the memory of every operator's results."""
+
+    def __init__(self, made: Storages) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made = made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._made.add(tree_leaves(result))
+        return result
+
+
+class ActivationMeter:
+    """Sizes of the activations of this rank's stages, in bytes for one micro-batch.
+
+        with meter.forward():
+            outputs = ...                               F of a stage
+        meter.after_forward(stage, inputs, outputs)
+        ...                                             B of the same micro-batch
+        meter.after_backward(stage, store)
+
+    Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. Operators
+    run slower inside `forward`, so its times are no times.
+
+    A forward leaves what the graph saved, what nodes of the graph hold beside it (as DeepSpeed's checkpoints do), and
+    the stage's inputs; not `module`'s parameters and buffers, and not the outputs unless the graph saved them too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.whole: dict[int, int] = {}
+        self.kept: dict[int, int] = {}
+        self._module = module
+        self._made = self._saved = Storages()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around F of one stage and micro-batch; nothing else may run inside."""
+        self._made, self._saved = Storages(), Storages()
+
+        def pack(tensor: Tensor) -> Tensor:
+            self._saved.add([tensor])
+            return tensor
+
+        with _Made(self._made), saved_tensors_hooks(pack, _itself):
+            yield
+
+    def after_forward(self, stage: int, inputs: Any, outputs: Any) -> None:
+        """When F has ended and its local variables are gone; `inputs` and `outputs` are a tensor or nested ones."""
+        only_passed_on = Storages(tree_leaves(outputs)) - self._saved
+        left = (self._made | self._saved) - only_passed_on | Storages(tree_leaves(inputs))
+        self.whole[stage] = (left - _model(self._module)).nbytes()
+
+    def after_backward(self, stage: int, store: WeightGradientStore) -> None:
+        """When B has ended; `store` is what it leaves to W."""
+        self.kept[stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
+
+    def gather(self, placement: Placement, group: Any, device: torch.device) -> Activations:
+        """The sizes of all stages, on every rank of the pipeline's `group` (collective).
+
+        A stage whose B wasn't measured counts as one that keeps all until W. RuntimeError if one of its F wasn't.
+        """
+        own = torch.zeros(2, placement.stages, dtype=torch.int64)
+        for stage, whole in self.whole.items():
+            own[:, stage] = torch.tensor([whole, self.kept.get(stage, whole)])
+        own = own.to(device)
+        dist.all_reduce(own, group=group)
+        sizes = own.tolist()
+        if 0 in sizes[0]:
+            raise RuntimeError(f"the activations of stage {sizes[0].index(0)} haven't been measured")
+        return Activations(*(tuple(map(float, of_stages)) for of_stages in sizes))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one pipeline rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations_peak: int
+
+    @property
+    def total(self) -> int:
+        """The sum, as if the peaks of all came at once: at the last micro-batches they nearly do."""
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        parts = (f"{name} {_readable(size)}" for name, size in asdict(self).items())
+        return f"{_readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
+
+
+def predict_memory(engine: Any, schedule: Schedule, activations: Activations) -> tuple[RankMemory, ...]:
+    """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective).
+
+    To be called after the first step: torch's optimizers make their moments in it.
+    """
+    own = torch.tensor([parameter_bytes(engine.module), gradient_bytes(engine.module, engine.optimizer),
+                        optimizer_bytes(engine.module, engine.optimizer)], device=engine.device)
+    every = [torch.empty_like(own) for _ in schedule.orders]
+    dist.all_gather(every, own, group=engine.grid.get_pipe_parallel_group())
+    found = zip(torch.stack(every).tolist(), peaks(schedule, activations), strict=True)
+    return tuple(RankMemory(parameters, gradients, optimizer, round(peak))
+                 for (parameters, gradients, optimizer), peak in found)
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Parameters and buffers, and the flat memory that DeepSpeed's optimizers put them into."""
+    return _model(module).nbytes()
+
+
+def gradient_bytes(module: nn.Module, optimizer: Any) -> int:
+    """What a batch accumulates: each parameter's gradient, and what the optimizer has beside it.
+
+    With BF16_Optimizer, which accumulates in a place of its own, parameters whose gradients come from W alone don't
+    use theirs; they are counted all the same.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    if isinstance(optimizer, BF16_Optimizer):
+        return gradients + Storages(optimizer.fp32_groups_gradients_flat).nbytes()
+    if getattr(optimizer, "use_grad_accum_attribute", False):
+        gradients += sum(parameter.numel() for parameter in trained) * optimizer.gradient_accumulation_dtype.itemsize
+    return gradients
+
+
+def optimizer_bytes(module: nn.Module, optimizer: Any) -> int:
+    """What the torch optimizer inside `optimizer` has: the weights that it steps, where they aren't the module's own,
+    and its state."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    stepped = [parameter for group in inner.param_groups for parameter in group["params"]]
+    return (Storages([*stepped, *tree_leaves([*inner.state.values()])]) - _model(module)).nbytes()
+
+
+def _model(module: nn.Module) -> Storages:
+    return Storages([*module.parameters(), *module.buffers()])
+
+
+def _readable(size: float) -> str:
+    """Bytes in the unit that gives the fewest digits before the point."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(int(size).bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{size / 1024 ** power:.4g} {units[power]}"

@@ -1,0 +1,300 @@
+"""Sizes in bytes: counted by hand, and against what the allocator really gave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.pipe import LayerSpec
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job
+from ranks import RanksFailed, run_ranks
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from ds_vshape import instructions as instr
+from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
+from ds_vshape.schedule.lowering import Content
+from ds_vshape.split_backward import SplitBackward, WeightGradientStore
+
+SAMPLES, LENGTH, WIDTH, WORDS = 4, 32, 64, 256
+# Bytes of [samples, length, width] in fp32.
+UNIT = SAMPLES * LENGTH * WIDTH * 4
+
+
+class Attention(nn.Module):
+    """Self-attention in plain products, so that it is known what is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH, bias=bias) for bias in (True, False) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1)
+        mixed: Tensor = self.out(weights @ self.value(x))
+        return mixed
+
+
+class GPTBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = Attention()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first_norm(x))
+        hidden: Tensor = x + self.scale.to(x.dtype) * self.down(functional.gelu(self.up(self.second_norm(x))))
+        return hidden
+
+
+# The input; the norms' outputs; query, key, value; the mix of values; what the second norm and gelu get; gelu's output;
+# down's, which is multiplied by a buffer that wants no gradient, so isn't saved. Beside them two numbers a position
+# from each norm, and the attention weights.
+BLOCK_WHOLE = (1 + 2 + 3 + 1 + 1 + 4 + 4) * UNIT + 4 * (4 * SAMPLES * LENGTH + SAMPLES * LENGTH * LENGTH)
+# Inputs of linears: the norms' outputs (one for three of them), the mix, gelu's. Gradients of query, key, value, out,
+# up, down.
+BLOCK_KEPT = (2 + 1 + 4) * UNIT + (3 + 1 + 4 + 1) * UNIT
+
+
+def inputs() -> Tensor:
+    return torch.randn(SAMPLES, LENGTH, WIDTH, requires_grad=True)
+
+
+def measure(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> tuple[int, int]:
+    """What the meter says of `function`, a part of `module`, after F and after B."""
+    meter, store = ActivationMeter(module), WeightGradientStore()
+    with SplitBackward(store), meter.forward():
+        outputs = function(x)
+    meter.after_forward(0, x, outputs)
+    root, grad = get_gradient_edge(outputs), torch.ones_like(outputs)
+    del outputs
+    with SplitBackward(store):
+        torch.autograd.backward([root], [grad])
+    meter.after_backward(0, store)
+    return meter.whole[0], meter.kept[0]
+
+
+def allocated(run: Callable[[], Any]) -> tuple[int, int]:
+    """The oracle: bytes that `run` leaves allocated on the host, and the most that it had at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events()
+                     if event.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    del kept
+    return now, most
+
+
+def forward_and_forget(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """F as an engine runs it: the graph stays, the outputs go."""
+    with SplitBackward(WeightGradientStore()):
+        return get_gradient_edge(function(x))
+
+
+def test_a_block_counted_by_hand() -> None:
+    block = GPTBlock()
+    assert measure(block, block, inputs()) == (BLOCK_WHOLE, BLOCK_KEPT)
+
+
+def test_a_block_against_the_allocator() -> None:
+    block, x = GPTBlock(), inputs()
+    left, _ = allocated(lambda: forward_and_forget(block, x))
+    assert measure(block, block, x)[0] == left + x.nbytes
+
+
+def checkpointed(function: Callable[[Any, Tensor], Tensor]) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
+    return lambda block: lambda x: function(block, function(block, x))
+
+
+# With the bytes that the allocator sees and the meter doesn't: a number made a tensor, the host's random states.
+FUNCTIONS: dict[str, tuple[int, Callable[[nn.Module], Callable[[Tensor], Tensor]]]] = {
+    "shared by two operators": (0, lambda block: lambda x: torch.sin(x) * torch.cos(x)),
+    "its output saved": (0, lambda block: lambda x: torch.exp(torch.sigmoid(x))),
+    "its input alone": (8, lambda block: lambda x: x * 2),
+    "views": (0, lambda block: lambda x: (x.view(-1, WIDTH)[::2].sin() ** 2).sum() * x.transpose(0, 1).sin()),
+    "dropout": (0, lambda block: lambda x: functional.dropout(functional.dropout(x, 0.5), 0.5)),
+    "checkpoints of torch": (2 * 5056, checkpointed(lambda block, x: checkpoint(block, x, use_reentrant=False))),
+    "reentrant ones": (2 * 5056, checkpointed(lambda block, x: checkpoint(block, x, use_reentrant=True))),
+    "checkpoints of DeepSpeed": (4 * 5056, checkpointed(checkpointing.checkpoint)),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_what_a_graph_holds_against_the_allocator(case: str) -> None:
+    """To the byte: memory that several operators saved counts once, and what nodes keep beside autograd counts too."""
+    block = GPTBlock()
+    unseen, make = FUNCTIONS[case]
+    function, x = make(block), inputs()
+    forward_and_forget(function, x)  # What is made once for all, as DeepSpeed's checkpoints do.
+    left, _ = allocated(lambda: forward_and_forget(function, x))
+    assert measure(block, function, x)[0] == left + x.nbytes - unseen
+
+
+def test_frozen_parameters_and_buffers_do_not_count() -> None:
+    block = GPTBlock().requires_grad_(False)
+    assert measure(block, block, inputs())[1] == 0
+
+
+# -- engines
+
+
+class Metered:
+    """Runs an engine's batches with a meter around the passes of the last micro-batch."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.meter = engine, ActivationMeter(engine.module)
+        instructions = dict(engine._INSTRUCTION_MAP)
+        for kind in (instr.ForwardPass, instr.SplitForwardPass):
+            instructions[kind] = self._forward(instructions[kind])
+        instructions[instr.InputGradPass] = self._backward(instructions[instr.InputGradPass])
+        engine._INSTRUCTION_MAP = instructions
+
+    def _forward(self, execute: Any) -> Any:
+        def metered(engine: Any, buffer_id: Any) -> None:
+            stage, micro_batch = buffer_id
+            if micro_batch != engine.micro_batches - 1:
+                return execute(engine, buffer_id)
+            with self.meter.forward():
+                execute(engine, buffer_id)
+            following = type(buffer_id)(stage + 1, micro_batch)
+            if (Content.ACTIVATION, following) in engine._outbox:
+                outputs = engine._outbox[Content.ACTIVATION, following]
+            else:
+                outputs = engine._buffers[following].inputs if following in engine._buffers else None
+            self.meter.after_forward(stage, engine._buffers[buffer_id].inputs, outputs)
+
+        return metered
+
+    def _backward(self, execute: Any) -> Any:
+        def metered(engine: Any, buffer_id: Any) -> None:
+            execute(engine, buffer_id)
+            self.meter.after_backward(buffer_id.stage, engine._buffers[buffer_id].store)
+
+        return metered
+
+
+def tokens(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(count):
+        yield (torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator),
+               torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator))
+
+
+def job(schedule: Any, ranks: int, micro_batches: int, config: dict[str, Any] = FP32, blocks: int = 6) -> Job:
+    layers = [LayerSpec(nn.Embedding, WORDS, WIDTH), *(LayerSpec(GPTBlock) for _ in range(blocks)),
+              LayerSpec(nn.Linear, WIDTH, WORDS)]
+    return Job(schedule, ranks, micro_batches, {**config, "train_micro_batch_size_per_gpu": SAMPLES}, tuple(layers))
+
+
+def measured_peak(rank: int, job: Job) -> Any:
+    engine = job.engine()
+    metered = Metered(engine)
+    for _ in range(2):
+        engine.train_batch(tokens(engine.micro_batches))
+    activations = metered.meter.gather(engine.placement, engine.grid.get_pipe_parallel_group(), engine.device)
+    del engine._INSTRUCTION_MAP  # the class's again
+    predicted = predict_memory(engine, engine.schedule(), activations)
+    _, most = allocated(lambda: engine.train_batch(tokens(engine.micro_batches)))
+    return activations, predicted, most
+
+
+@pytest.mark.parametrize("schedule, ranks, micro_batches", [("1f1b", 2, 6), ("v-min", 4, 8), ("v-half", 2, 8),
+                                                            ("v-zb", 2, 8), ("zb-h2", 2, 8)])
+def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_batches: int) -> None:
+    """A batch begins with parameters and optimizer in place. What it allocates at most beyond them is gradients and
+    activations as predicted, and what the one running pass needs for itself: less than a block's activations here."""
+    results = run_ranks(ranks, measured_peak, job(schedule, ranks, micro_batches))
+    activations, predicted, _ = results[0]
+    assert all((others, memory) == (activations, predicted) for others, memory, _ in results), "the same on every rank"
+    for rank, (_, _, most) in enumerate(results):
+        expected = predicted[rank].gradients + predicted[rank].activations_peak
+        print(f"{schedule} rank {rank}: predicted {expected / 2**20:.2f} MiB, allocated {most / 2**20:.2f} MiB")
+        assert 0 <= most - expected < BLOCK_WHOLE
+
+
+def test_sizes_of_stages_counted_by_hand() -> None:
+    """On 2 ranks the stages of v-zb are embedding and block, two blocks, two blocks, block and head. The embedding gives
+    what the first block has as input, so it adds its tokens; the head's loss takes logits and labels."""
+    results = run_ranks(2, measured_peak, job("v-zb", 2, 4))
+    activations = results[0][0]
+    indices, words = SAMPLES * LENGTH * 8, SAMPLES * LENGTH * WORDS * 4
+    assert activations.whole[:3] == (BLOCK_WHOLE + indices, 2 * BLOCK_WHOLE, 2 * BLOCK_WHOLE)
+    # cross_entropy keeps the log-softmax, the labels, and two numbers for the mean.
+    assert activations.whole[3] == pytest.approx(BLOCK_WHOLE + UNIT + words + indices, abs=64)
+    # Between B and W: the embedding's tokens and the gradient of its output; the head's input and the logits' gradient.
+    # The gradient of a block's output is the one that its last linear and the head below it keep, each its own.
+    assert activations.kept[1] == 2 * BLOCK_KEPT
+    assert activations.kept == (BLOCK_KEPT + UNIT + indices, 2 * BLOCK_KEPT, 2 * BLOCK_KEPT, BLOCK_KEPT + UNIT + words)
+
+
+def model_state(rank: int, job: Job) -> Any:
+    engine = job.engine()
+    metered = Metered(engine)
+    accumulated: list[int] = []
+    reduce_gradients = engine._INSTRUCTION_MAP[instr.ReduceGrads]
+
+    def counted(engine: Any) -> None:
+        held = [p.grad for p in engine.module.parameters()] + [getattr(p, "grad_accum", None)
+                                                               for p in engine.module.parameters()]
+        held += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
+        accumulated.append(sum(t.nbytes for t in held if t is not None))
+        reduce_gradients(engine)
+
+    engine._INSTRUCTION_MAP[instr.ReduceGrads] = counted
+    engine.train_batch(tokens(engine.micro_batches))
+    activations = metered.meter.gather(engine.placement, engine.grid.get_pipe_parallel_group(), engine.device)
+    numbers = sum(p.numel() for p in engine.module.parameters())
+    return numbers, predict_memory(engine, engine.schedule(), activations), accumulated[-1], engine.stage_id
+
+
+# Bytes for each number of a rank's weights: parameters, gradients, optimizer. Two replicas share 12 of the last: a
+# weight in fp32 and two moments.
+STATES: dict[str, tuple[dict[str, Any], int, int, int]] = {
+    "fp32 zero0": (FP32, 4, 4, 8),
+    "fp32 zero1": (FP32_ZERO1, 4, 4, 6),
+    "bf16 zero1": (BF16_ZERO1, 2, 2, 6),
+    "bf16 zero1, fp32 accumulation": (BF16_ZERO1_FP32, 2, 2 + 4, 6),
+    "bf16 zero0": (BF16_ZERO0, 2, 2 + 2, 6),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_parameters_gradients_and_optimizer(case: str) -> None:
+    """Two replicas of two ranks with Adam. DeepSpeed's flat buffers are padded; torch's Adam counts steps apart."""
+    config, parameters, gradients, optimizer = STATES[case]
+    for numbers, predicted, accumulated, stage in run_ranks(4, model_state, job("v-half", 2, 3, config)):
+        memory = predicted[stage]
+        buffers = (2, 4)[stage] * WIDTH * 4  # One in each block of the rank; DeepSpeed leaves them in fp32.
+        assert memory.parameters == pytest.approx(parameters * numbers + buffers, abs=64)
+        assert memory.optimizer == pytest.approx(optimizer * numbers, abs=256)
+        assert memory.gradients == pytest.approx(gradients * numbers, abs=64)
+        assert accumulated <= memory.gradients
+        if config not in (BF16_ZERO1_FP32, BF16_ZERO0):  # BF16_Optimizer's weights of W alone don't use their .grad.
+            assert accumulated == memory.gradients
+        assert memory.total == sum(astuple(memory))
+
+
+def test_a_report_can_be_read() -> None:
+    memory = RankMemory(parameters=3 * 2**30, gradients=2**20, optimizer=0, activations_peak=1536)
+    assert str(memory) == "3.001 GiB: parameters 3 GiB, gradients 1 MiB, optimizer 0 B, activations peak 1.5 KiB"
+
+
+def unmeasured(rank: int) -> Any:
+    engine = job("v-half", 2, 2).engine()
+    return ActivationMeter(engine.module).gather(engine.placement, engine.grid.get_pipe_parallel_group(), engine.device)
+
+
+def test_what_was_not_measured_is_named() -> None:
+    with pytest.raises(RanksFailed, match="the activations of stage 0 haven't been measured"):
+        run_ranks(2, unmeasured)
