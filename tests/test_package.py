@@ -94,12 +94,12 @@ def test_the_installed_metadata():
 
 
 def test_the_schedule_layer_is_pure():
-    """ds_vshape/schedule imports the standard library and itself, nothing else."""
-    files = sorted((ROOT / "ds_vshape" / "schedule").glob("*.py"))
+    """ds_vshape/schedule imports the standard library and itself, and two libraries of numbers; neither torch nor deepspeed."""
+    files = sorted((ROOT / "ds_vshape" / "schedule").rglob("*.py"))
     assert files
-    foreign = [(file.name, name) for file in files for name in imported_names(file)
-               if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith("ds_vshape.schedule")]
-    assert foreign == []
+    foreign = {(file.name, name.split(".")[0]) for file in files for name in imported_names(file)
+               if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith("ds_vshape.schedule")}
+    assert {name for _, name in foreign} <= {"numpy", "ortools"}
 
 
 def imported_names(file: Path) -> list[str]:
