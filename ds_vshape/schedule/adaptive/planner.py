@@ -25,6 +25,7 @@ from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
 from ds_vshape.schedule.adaptive.search import Search
 from ds_vshape.schedule.adaptive.seeds import known_schedules, within
+from ds_vshape.schedule.adaptive.windows import solver
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.fuse import fuse
 from ds_vshape.schedule.schedule import Schedule, check
@@ -47,7 +48,7 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     began = time.perf_counter()
     bound = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
                                   problem.limits)
-    file = plan_cache.path_of(cache, problem, time_limit, False) if cache else None
+    file = plan_cache.path_of(cache, problem, time_limit, solver() is not None) if cache else None
     schedule = plan_cache.read(file, problem) if file else None
     if schedule is not None and within(schedule, problem):
         timeline = simulate(schedule, problem.times)
@@ -68,9 +69,9 @@ def _search(problem: Problem, bound: float, began: float, time_limit: float,
 
     candidates = list(known_schedules(problem))
     search = Search(problem, bound, left, time_limit)
-    for schedule in candidates:
-        search.imitate(schedule)
     search.start()
+    for schedule in sorted(candidates, key=lambda schedule: simulate(schedule, problem.times).makespan):
+        search.imitate(schedule)
     while not search.done:
         progress(min(1.0, 1 - left()))
         search.step()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
@@ -19,12 +20,15 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, simulate
 
 _POPULATION = 12
-# What is left of the time when changes begin; half of it goes to the solver, where there is one.
+# What is left of the time when imitations end, and random blocks, and the population's descendants.
+_IMITATIONS = 0.95
+_RANDOM = 0.85
 _CHANGES = 0.5
+# Of the rest, half goes to the solver, where there is one.
 # The solver's windows: in units of the slowest rank's work on one micro-batch; their solution in seconds.
 _WIDTHS = (2, 3, 4, 6)
 _WINDOW_SECONDS = 1.0
-# With no more passes than that the solver gets them all, for as long as half of what is left to it.
+# With no more passes than that the solver gets them all once.
 _FEW = 400
 
 
@@ -43,7 +47,10 @@ class Search:
         self.seconds = seconds
         cp_model = solver()
         self.windows = Windows(self.scheduler, cp_model) if cp_model is not None else None
+        # The best run, and the best of whole Ws: fewer passes, so easier for the solver.
         self.best: Run | None = None
+        self.whole: Run | None = None
+        self.solved_all = False
         # The share of the time that went to the solver.
         self.solving = 0.0
         # Makespans and blocks, best first, no makespan twice.
@@ -57,10 +64,10 @@ class Search:
     def step(self) -> None:
         """One more try."""
         left = self.left()
-        if left > 0.9 or len(self.population) < 2:
+        if left > _RANDOM or len(self.population) < 2:
             self._try_block(Block.random(self.problem.max_pieces, self.random))
         elif left > _CHANGES:
-            self._try_block(self._descendant(late=left < (0.9 + _CHANGES) / 2))
+            self._try_block(self._descendant(late=left < (_RANDOM + _CHANGES) / 2))
         elif self.windows is not None and self.solving < (_CHANGES - left) / 2:
             self._solve(self.windows)
             self.solving += left - self.left()
@@ -71,8 +78,8 @@ class Search:
         """Try the starts of `schedule` as wishes."""
         if any(work.kind is Kind.BW for _, work in schedule.passes()) == self.scheduler.fused:
             wishes = _wishes_of(schedule, simulate(schedule, self.problem.times).ranks)
-            for eagerness in (0.0, 0.1, 0.5, float("inf")):
-                for patience in (0.0, 1.0):
+            for eagerness, patience in product((0.0, 0.1, 0.5, float("inf")), (0.0, 1.0)):
+                if self.left() > _IMITATIONS:
                     self._try_policy(Policy(wishes, patience, self.scheduler.least_reserves, 1,
                                             eagerness * self.scheduler.work))
 
@@ -84,6 +91,8 @@ class Search:
     def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """Run `policy`, and take it for the best if it's no worse."""
         run = self.scheduler.run(policy, cutoff)
+        if run is not None and policy.pieces == 1 and (self.whole is None or run.makespan < self.whole.makespan):
+            self.whole = run
         if run is not None and (self.best is None or
                                 (run.makespan, run.waiting) <= (self.best.makespan, self.best.waiting)):
             self.best = run
@@ -132,11 +141,14 @@ class Search:
         if best is None:
             return
         left = self.left() * self.seconds
-        if sum(map(len, best.orders)) <= _FEW and random.random() < 0.5:
-            run = windows.improve(best, 0.0, best.makespan, left / 3)
+        whole = self.whole
+        if whole is not None and not self.solved_all and sum(map(len, whole.orders)) <= _FEW:
+            self.solved_all = True
+            run = windows.improve(whole, 0.0, whole.makespan, left * 0.6, self.goal)
         else:
             first = random.uniform(-work, best.makespan)
-            run = windows.improve(best, first, first + work * random.choice(_WIDTHS), min(_WINDOW_SECONDS, left))
+            end = first + work * random.choice(_WIDTHS)
+            run = windows.improve(best, first, end, min(_WINDOW_SECONDS, left), self.goal)
         if run is not None and run.makespan <= best.makespan:
             self.best = run
 

@@ -40,14 +40,17 @@ class Windows:
     scheduler: ListScheduler
     cp_model: ModuleType
 
-    def improve(self, run: Run, first: float, end: float, seconds: float) -> Run | None:
-        """`run` with its passes that start from `first` until before `end` in the best order found; None if no better."""
+    def improve(self, run: Run, first: float, end: float, seconds: float, goal: float) -> Run | None:
+        """`run` with its passes that start from `first` until before `end` in the best order found in `seconds`.
+
+        A makespan of `goal` is known to be the least. None if nothing was found; the run may be no better than before.
+        """
         graph = _Graph(self.scheduler, run)
         window = {node for node, start in graph.starts.items() if first <= start < end}
         if not window:
             return None
-        scale = _TICKS / self.scheduler.work
-        model, variables = self._model(graph, window, run, scale)
+        scale = self._scale(graph.pieces)
+        model, variables = self._model(graph, window, run, goal, scale)
         solver = self.cp_model.CpSolver()
         solver.parameters.max_time_in_seconds = seconds
         solver.parameters.num_workers = 2
@@ -62,11 +65,21 @@ class Windows:
             orders.append([(next(inside) if node in moved else node)[1] for node in nodes])
         return self.scheduler.squeeze(orders, run.policy)
 
-    def _model(self, graph: _Graph, window: set[Node], run: Run, scale: float) -> tuple[Any, dict[Node, Any]]:
+    def _scale(self, pieces: int) -> float:
+        """Ticks in a unit of time: few, if with few all times are whole numbers of them."""
+        durations = self.scheduler.durations(pieces)
+        times = {self.scheduler.problem.times.hop, *(time for row in durations for time in row)}
+        for ticks in (1, 2, 4, 5, 8, 10, 20, 40, 100):
+            if self.scheduler.work >= 6 and all((time * ticks).is_integer() for time in map(float, times)):
+                return ticks
+        return _TICKS / self.scheduler.work
+
+    def _model(self, graph: _Graph, window: set[Node], run: Run, goal: float,
+               scale: float) -> tuple[Any, dict[Node, Any]]:
         """The window as a constraint model, and the variable of each pass's start."""
         model = self.cp_model.CpModel()
         horizon = round(run.makespan * scale)
-        makespan = model.new_int_var(0, horizon, "makespan")
+        makespan = model.new_int_var(min(horizon, round(goal * scale)), horizon, "makespan")
         variables: dict[Node, Any] = {}
         intervals: list[list[Any]] = [[] for _ in graph.orders]
         for node in window:
