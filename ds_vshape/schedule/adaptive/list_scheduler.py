@@ -84,7 +84,8 @@ class ListScheduler:
         self.freed = self.taken if self.fused else [[size - left for size, left in zip(taken, kept)]
                                                     for taken, kept in zip(self.taken, self.kept)]
         self.least_reserves = [taken[1] for taken in self.taken]
-        self.most_reserves = [limit - taken[0] for taken, limit in zip(self.taken, self.limits)]
+        # Of the limit without slack, so that rounding never leaves too little for a forward of chunk 0.
+        self.most_reserves = [limit - taken[0] for taken, limit in zip(self.taken, problem.limits)]
         self.work = max(sum(map(sum, times)) for times in zip(self.forward, self.input_grad, self.weight_grad))
         last = problem.ranks - 1
         hop = times.hop

@@ -82,14 +82,18 @@ class Windows:
         makespan = model.new_int_var(min(horizon, round(goal * scale)), horizon, "makespan")
         variables: dict[Node, Any] = {}
         intervals: list[list[Any]] = [[] for _ in graph.orders]
+        # Whichever passes of a rank come first and last in the window: after what is before it, and before what is after.
+        free, rest = graph.around(window)
         for node in window:
             duration = round(graph.duration(node) * scale)
             head = max((graph.end(before) + delay for before, delay in graph.before(node) if before not in window),
                        default=0.0)
+            head = max(head, free[node[0]])
             start = variables[node] = model.new_int_var(min(round(head * scale), horizon), horizon, "")
             intervals[node[0]].append(model.new_fixed_size_interval_var(start, duration, ""))
             tail = max((delay + graph.tail(after) for after, delay in graph.after(node) if after not in window),
                        default=0.0)
+            tail = max(tail, rest[node[0]])
             model.add(start + duration + round(tail * scale) <= makespan)
             model.add_hint(start, round(graph.starts[node] * scale))
         for node, start in variables.items():
@@ -163,6 +167,17 @@ class _Graph:
         for node in sorted(self.starts, key=lambda node: (self.starts[node], self.place[node]), reverse=True):
             self._tails[node] = self.duration(node) + max(
                 (delay + self._tails.get(after, 0.0) for after, delay in self.after(node)), default=0.0)
+
+    def around(self, window: set[Node]) -> tuple[list[float], list[float]]:
+        """For each rank, the end of its last pass before the window, and the tail of its first pass after it."""
+        free, rest = [0.0] * len(self.orders), [0.0] * len(self.orders)
+        for rank, order in enumerate(self.orders):
+            inside = [place for place, node in enumerate(order) if node in window]
+            if inside and inside[0] > 0:
+                free[rank] = self.end(order[inside[0] - 1])
+            if inside and inside[-1] + 1 < len(order):
+                rest[rank] = self.tail(order[inside[-1] + 1])
+        return free, rest
 
     def duration(self, node: Node) -> float:
         """How long it takes."""

@@ -1,0 +1,158 @@
+"""The adaptive planner: properties of every plan, and its figures against another scheduler's."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, plan
+from ds_vshape.schedule.adaptive.seeds import known_schedules
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+
+CELLS = json.loads((Path(__file__).parent / "data" / "adaptive.json").read_text())["cells"]
+
+
+def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, float], peak: float) -> Problem:
+    """Equal stages, counted as the paper does."""
+    forward, input_grad, weight_grad, hop = times
+    return Problem(ranks, micro_batches, Times.uniform(2 * ranks, forward, input_grad, weight_grad, hop),
+                   Activations.counted(v(ranks)), (float(peak),) * ranks)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Any times and sizes, different on every stage, and limits from the least upwards."""
+    ranks, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+
+    def each(low: float, high: float) -> tuple[float, ...]:
+        return tuple(draw(st.lists(st.floats(low, high), min_size=2 * ranks, max_size=2 * ranks)))
+
+    whole, kept = each(0.5, 4), each(0, 4)
+    if draw(st.booleans()):
+        kept = tuple(min(size, left) for size, left in zip(whole, kept))
+    limits = tuple((whole[rank] + whole[2 * ranks - 1 - rank]) * draw(st.floats(1, 3)) for rank in range(ranks))
+    return Problem(ranks, micro_batches, Times(each(0.5, 4), each(0.5, 4), each(0, 4), draw(st.floats(0, 2))),
+                   Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
+
+
+def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:
+    """Starts and ends by relaxing every constraint until nothing moves any more: slow, and nothing like the first."""
+    placement = schedule.placement
+    rank_of = {work: rank for rank, order in enumerate(schedule.orders) for work in order}
+    giver = {(work.stage, work.micro_batch): work for work in rank_of if work.kind in (Kind.B, Kind.BW)}
+    start = {work: 0.0 for work in rank_of}
+    moved = True
+    while moved:
+        moved = False
+        for order in schedule.orders:
+            for place, work in enumerate(order):
+                needs = [(order[place - 1], 0.0)] if place else []
+                inputs = []
+                if work.kind is Kind.F and work.stage > 0:
+                    inputs.append(Pass(Kind.F, work.stage - 1, work.micro_batch))
+                if work.kind in (Kind.B, Kind.BW):
+                    inputs.append(Pass(Kind.F, work.stage, work.micro_batch))
+                    if work.stage < placement.last_stage:
+                        inputs.append(giver[work.stage + 1, work.micro_batch])
+                if work.kind is Kind.W:
+                    inputs.append(giver[work.stage, work.micro_batch])
+                needs += [(need, times.hop * (rank_of[need] != rank_of[work])) for need in inputs]
+                earliest = max((start[need] + times.of(need) + delay for need, delay in needs), default=0.0)
+                if earliest > start[work] + 1e-12:
+                    start[work], moved = earliest, True
+    return {work: (begin, begin + times.of(work)) for work, begin in start.items()}
+
+
+def assert_plan_is_right(found: Plan, problem: Problem) -> None:
+    schedule = found.schedule
+    assert schedule.name == "adaptive" and schedule.placement == v(problem.ranks)
+    check(schedule)
+    # Micro-batches in order on every stage, and the pieces of a W too: gradients are summed in a fixed order.
+    for order in schedule.orders:
+        for stage in {work.stage for work in order}:
+            for kinds in ((Kind.F,), (Kind.B, Kind.BW), (Kind.W, Kind.BW)):
+                line = [(work.micro_batch, work.piece) for work in order if work.stage == stage and work.kind in kinds]
+                assert line == sorted(line)
+    spans = second_simulator(schedule, problem.times)
+    for rank in found.timeline.ranks:
+        for span in rank:
+            assert (span.start, span.end) == pytest.approx(spans[span.work], abs=1e-9)
+    assert found.timeline.makespan == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
+    assert found.peaks == peaks(schedule, problem.activations)
+    assert all(peak <= limit * (1 + 1e-6) for peak, limit in zip(found.peaks, problem.limits))
+    assert found.lower_bound <= found.timeline.makespan * (1 + 1e-9)
+    for known in known_schedules(problem):
+        assert found.timeline.makespan <= simulate(known, problem.times).makespan * (1 + 1e-9)
+
+
+@given(problems())
+@settings(deadline=None, max_examples=40)
+def test_every_plan_is_right(problem: Problem) -> None:
+    assert_plan_is_right(plan(problem, 0.2), problem)
+
+
+@pytest.mark.parametrize("whole, kept", [(1.0, 3.0), (2.0, 0.0)])
+def test_the_least_limit_can_be_met(whole: float, kept: float) -> None:
+    """Even where B leaves more than F did (recomputed activations): then backwards run whole."""
+    problem = Problem(3, 5, Times.uniform(6, 1, 1, 1), Activations((whole,) * 6, (kept,) * 6), (2 * whole,) * 3)
+    found = plan(problem, 0.2)
+    assert_plan_is_right(found, problem)
+    assert max(found.peaks) == 2 * whole
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"p{cell['ranks']}-m{cell['micro_batches']}-"
+                         f"{'-'.join(map(str, cell['times']))}-peak{cell['peak']}")
+def test_no_slower_than_the_reference(cell: Mapping[str, Any]) -> None:
+    problem = counted(cell["ranks"], cell["micro_batches"], cell["times"], cell["peak"])
+    found = plan(problem, 3.0 if cell["ranks"] > 2 else 1.0)
+    assert found.timeline.makespan <= cell["makespan"] * (1 + 1e-9)
+    # Whole until the end of the last piece of W, as the reference counts.
+    assert max(peak_activations(found.schedule)) <= cell["peak"]
+
+
+def test_more_memory_than_any_batch_needs() -> None:
+    found = plan(counted(4, 4, (10, 12, 8, 1), 1000), 1.0)
+    assert found.timeline.makespan <= 294
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 0.5])
+def test_the_time_limit_is_kept(limit: float) -> None:
+    problem = counted(8, 32, (10, 12, 8, 1), 10)
+    began = time.perf_counter()
+    found = plan(problem, limit)
+    assert time.perf_counter() - began < limit + 3
+    assert_plan_is_right(found, problem)
+
+
+def test_progress_goes_up_to_one() -> None:
+    seen: list[float] = []
+    plan(counted(4, 8, (10, 12, 8, 1), 5), 0.3, seen.append)
+    assert seen == sorted(seen) and len(seen) > 5 and 0 <= seen[0] and seen[-1] == 1.0
+
+
+def test_limits_that_cannot_be_met_say_what_is_least() -> None:
+    with pytest.raises(LimitError, match=r"1\.5 on rank 0.*least possible peaks of the ranks are 4, 3"):
+        Problem(2, 4, Times.uniform(4), Activations((1.0, 2.0, 1.0, 3.0), (0.0,) * 4), (1.5, 3.0))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"ranks": 0}, "at least 1"), ({"micro_batches": 0}, "at least 1"), ({"limits": (8.0,)}, "limit for each"),
+    ({"times": Times.uniform(3)}, "times.forward must be 4"),
+    ({"times": Times.uniform(4, forward=float("nan"))}, "finite"),
+    ({"activations": Activations((1.0,) * 4, (1.0,) * 3)}, "activations.kept must be 4")])
+def test_bad_problems_are_refused(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"ranks": 2, "micro_batches": 4, "times": Times.uniform(4),
+                            "activations": Activations((1.0,) * 4, (1.0,) * 4), "limits": (4.0, 4.0)}
+    with pytest.raises(ValueError, match=message):
+        Problem(**(good | change))
