@@ -1,11 +1,15 @@
 """Our schedules beside other schedulers', cell by cell: makespan, longest own span and peak activations.
 
     python bench/compare_reference.py schedules.json
+    python bench/compare_reference.py schedules.json --time-limit 10    # seconds for each plan of `adaptive`
 
 The file holds {"cells": [{"stages": ranks, "micro_batches", "forward", "input_grad", "weight_grad", "hop",
 "schedules": {name: {"makespan", "span", "peak"}}}]}: times of one of 2p chunks, peaks in activations of one chunk, all
 of them by the rules of `ds_vshape.schedule.timeline`. Ours are simulated here with each cell's times; the orders are
 the named schedules', which are made for equal times. Exits with 1 if a cell with equal times and no hop is worse.
+
+With --time-limit, `adaptive` is planned for each cell within the peak of each of the reference's schedules, and within
+half of 1F1B's; then a plan that is slower than any of the reference's within its peak exits with 1, too.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.metrics import chunk_times
 from ds_vshape.schedule.named import build
-from ds_vshape.schedule.timeline import peak_activations, simulate
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.timeline import Times, peak_activations, simulate
 
 # Our name for each schedule of the file that has a counterpart here.
 OURS = {"1f1b": "1f1b", "v-min": "v-min", "v-half": "v-half", "zb-v": "v-zb"}
@@ -120,16 +128,109 @@ def summary_table(comparisons: list[Comparison]) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class Planned:
+    """`adaptive` on one cell within one peak, beside what the reference has with no more."""
+
+    ranks: int
+    micro_batches: int
+    times: tuple[float, float, float, float]
+    peak: int
+    makespan: float
+    lower_bound: float
+    planning_s: float
+    one_f_one_b: float
+    # Makespans of the reference's schedules with just this peak, by kind, and the least of all within it.
+    same_peak: Mapping[str, float]
+    least: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether the reference has something faster within this peak."""
+        return self.makespan > self.least * (1 + TOLERANCE)
+
+    @property
+    def half_of_1f1b(self) -> bool:
+        """Whether this is the peak at which `adaptive` should be no slower than 1F1B."""
+        return self.peak == self.ranks >= 8 and self.micro_batches >= 2 * self.ranks
+
+
+def plan_cells(cells: list[Mapping[str, Any]], time_limit: float) -> Iterator[Planned]:
+    """`adaptive` for every cell and peak."""
+    for cell in tqdm(cells, unit="cell", disable=None):
+        ranks, micro_batches = cell["stages"], cell["micro_batches"]
+        times = (cell["forward"], cell["input_grad"], cell["weight_grad"], cell["hop"])
+        others = {name: figures for name, figures in cell["schedules"].items() if name != "1f1b"}
+        peaks = {int(figures["peak"]) for figures in others.values()}
+        if ranks >= 8 and micro_batches >= 2 * ranks:
+            peaks.add(ranks)
+        for peak in sorted(peaks):
+            found = plan(Problem(ranks, micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
+                                 (float(peak),) * ranks), time_limit)
+            if max(peak_activations(found.schedule)) > peak:
+                raise AssertionError(f"a plan for a peak of {peak} has {peak_activations(found.schedule)}")
+            yield Planned(
+                ranks, micro_batches, times, peak, found.timeline.makespan, found.lower_bound, found.planning_s,
+                cell["schedules"]["1f1b"]["makespan"],
+                {name.partition("<")[0]: figures["makespan"] for name, figures in others.items()
+                 if figures["peak"] == peak},
+                min((figures["makespan"] for figures in others.values() if figures["peak"] <= peak),
+                    default=float("inf")))
+
+
+def planned_summary(planned: list[Planned]) -> Table:
+    """The gain over each kind of schedule at its own peak."""
+    table = Table(title="adaptive at the peak of the reference's schedule")
+    for column in ("schedule", "cells", "mean gain", "least gain", "slower"):
+        table.add_column(column, justify="left" if column in ("schedule", "cells") else "right")
+    for name in sorted({name for p in planned for name in p.same_peak}):
+        for equal, label in ((True, "equal F, B, W"), (False, "unequal")):
+            ratios = [p.makespan / p.same_peak[name] for p in planned
+                      if name in p.same_peak and (len(set(p.times[:3])) == 1) == equal]
+            if ratios:
+                table.add_row(name, f"{len(ratios)}, {label}", f"{1 - fmean(ratios):.2%}", f"{1 - max(ratios):.2%}",
+                              str(sum(ratio > 1 + TOLERANCE for ratio in ratios)))
+    return table
+
+
+def resisting_table(title: str, planned: list[Planned]) -> Table:
+    """Cells that are slower than they should be, beside what no schedule can be below."""
+    table = Table(title=title)
+    for column in ("p", "m", "F,B,W,hop", "peak", "adaptive", "reference", "1F1B", "lower bound"):
+        table.add_column(column, justify="right")
+    for p in planned:
+        table.add_row(str(p.ranks), str(p.micro_batches), ",".join(f"{time:g}" for time in p.times), str(p.peak),
+                      f"{p.makespan:g}", f"{p.least:g}", f"{p.one_f_one_b:g}", f"{p.lower_bound:g}")
+    return table
+
+
+def compare_planned(cells: list[Mapping[str, Any]], time_limit: float, console: Console) -> bool:
+    """Plan, print; whether no plan is slower than the reference within its peak."""
+    planned = list(plan_cells(cells, time_limit))
+    worse = [p for p in planned if p.worse]
+    half = [p for p in planned if p.half_of_1f1b]
+    slower = [p for p in half if p.makespan > p.one_f_one_b * (1 + TOLERANCE)]
+    console.print(planned_summary(planned), resisting_table("slower than the reference within the peak", worse),
+                  resisting_table(f"slower than 1F1B at half its peak ({len(slower)} of {len(half)})", slower))
+    at_bound = sum(p.makespan <= p.lower_bound * (1 + TOLERANCE) for p in planned)
+    console.print(f"{len(planned)} plans, {at_bound} of them at the lower bound; the longest took "
+                  f"{max(p.planning_s for p in planned):.1f} s")
+    return not worse
+
+
 def main() -> int:
     """Compare, print, and tell by the exit status whether equal times are no worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=Path, help="the JSON file with the reference's figures")
+    parser.add_argument("--time-limit", type=float, help="plan `adaptive`, too, with so many seconds for each plan")
     arguments = parser.parse_args()
-    comparisons = list(compare(json.loads(arguments.reference.read_text())["cells"]))
+    cells = json.loads(arguments.reference.read_text())["cells"]
+    comparisons = list(compare(cells))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(cell_table(comparisons), summary_table(comparisons))
     broken = [c for c in comparisons if c.equal_times and not c.holds]
-    return 1 if broken else 0
+    fine = arguments.time_limit is None or compare_planned(cells, arguments.time_limit, console)
+    return 0 if fine and not broken else 1
 
 
 if __name__ == "__main__":
