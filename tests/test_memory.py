@@ -224,8 +224,8 @@ def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_bat
 
 
 def test_sizes_of_stages_counted_by_hand() -> None:
-    """On 2 ranks the stages of v-zb are embedding and block, two blocks, two blocks, block and head. The embedding gives
-    what the first block has as input, so it adds its tokens; the head's loss takes logits and labels."""
+    """On 2 ranks the stages of v-zb are embedding and block, two blocks, two blocks, block and head. The embedding
+    gives what the first block has as input, so it adds its tokens; the head's loss takes logits and labels."""
     results = run_ranks(2, measured_peak, job("v-zb", 2, 4))
     activations = results[0][0]
     indices, words = SAMPLES * LENGTH * 8, SAMPLES * LENGTH * WORDS * 4

@@ -62,10 +62,11 @@ def test_losses_are_the_plain_models(method: str, schedule: str) -> None:
 
 
 def test_bfloat16_and_tied_layers() -> None:
-    """A profile in the precision of the training, of an embedding that is the head too."""
+    """A profile in the precision of the training, of an embedding that is the head too, with two replicas."""
     job = Job("v-half", 2, 3, BF16_ZERO1, tuple(tied_specs(6)))
-    measured = run_ranks(2, train_partitioned, job, METHODS["profile"])
-    given = run_ranks(2, train_partitioned, job, {"partition_method": measured[0][1]})
+    measured = run_ranks(4, train_partitioned, job, METHODS["profile"])
+    given = run_ranks(4, train_partitioned, job, {"partition_method": measured[0][1]})
+    assert all(parts == measured[0][1] for _, parts in measured)
     assert [outcome.losses for outcome, _ in measured] == [outcome.losses for outcome, _ in given]
 
 

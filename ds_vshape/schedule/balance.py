@@ -61,8 +61,8 @@ def check_bounds(bounds: Sequence[int], stages: int, layers: int) -> tuple[int, 
                              "number of layers")
     for stage, (start, stop) in enumerate(pairwise(bounds)):
         if start >= stop:
-            raise PartitionError(f"the partition's bounds {start}, {stop} leave stage {stage} without a layer: they must "
-                                 "increase")
+            raise PartitionError(f"the partition's bounds {start}, {stop} leave stage {stage} without a layer: they "
+                                 "must increase")
     return tuple(bounds)
 
 
