@@ -34,6 +34,8 @@ from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.versions import check_versions
 
+# What two measurements of one layer may differ by.
+_NOISE = 0.02
 _PARTITION: TypeAdapter[Partition] = TypeAdapter(Partition)
 
 
@@ -114,10 +116,11 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
             return check_bounds(partition, self.num_stages, self._num_layers)
         if isinstance(partition, LayerCosts):
             costs = check_costs(partition.costs, self._num_layers)
+            bounds = balance(costs, self.placement)
         else:
             self.layer_times = self._measure_layers()
             costs = self.layer_times.costs
-        bounds = balance(costs, self.placement)
+            bounds = balance(costs, self.placement, _NOISE)
         if self.global_rank == 0:
             shares = ", ".join(f"{load / math.fsum(costs):.1%}" for load in rank_loads(costs, bounds, self.placement))
             logger.info(f"partition: shares of the work on pipeline ranks 0 to {self.placement.ranks - 1}: {shares}")

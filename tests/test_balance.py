@@ -57,6 +57,17 @@ def test_the_unit_does_not_matter(problem: tuple[list[int], Placement], scale: f
     assert value(costs, balance(scaled, placement), placement) == value(costs, balance(costs, placement), placement)
 
 
+@given(problems(), st.sampled_from([0.05, 0.5]))
+@settings(deadline=None, max_examples=100)
+def test_slack_is_spent_on_even_stages(problem: tuple[list[int], Placement], slack: float) -> None:
+    costs, placement = problem
+    limit = least(costs, placement)[0] * (1 + slack) * (1 + 1e-9)
+    cuts = ((0, *inner, len(costs)) for inner in itertools.combinations(range(1, len(costs)), placement.stages - 1))
+    oracle = min(squares for most, squares in (value(costs, cut, placement) for cut in cuts) if most <= limit)
+    most, squares = value(costs, balance(costs, placement, slack), placement)
+    assert most <= limit and squares == oracle
+
+
 def test_a_heavy_head_stands_beside_a_light_first_stage() -> None:
     """An embedding, 14 blocks and a head like five of them: two layers a stage would be 7.5 on rank 0. With the head
     and the embedding it has 5.5, which no cut can take from it, and three ranks share the blocks."""

@@ -94,8 +94,11 @@ def rank_loads(costs: Sequence[float], bounds: Sequence[int], placement: Placeme
     return tuple(math.fsum(loads[stage] for stage in stages) for stages in placement.chunks)
 
 
-def balance(costs: Sequence[float], placement: Placement) -> tuple[int, ...]:
+def balance(costs: Sequence[float], placement: Placement, slack: float = 0.0) -> tuple[int, ...]:
     """The best bounds for `costs`, one for each layer, at any scale: stages + 1 numbers, as in `check_bounds`.
+
+    A rank may have up to the share `slack` more than [1] allows where that makes [2] smaller: measured costs differ in
+    the last digits, and a hair's breadth in [1] isn't worth stages that differ by layers.
 
     Raises PartitionError for fewer layers than stages and for what `check_costs` refuses, ValueError for a placement
     other than linear, v and interleaved.
@@ -109,8 +112,7 @@ def balance(costs: Sequence[float], placement: Placement) -> tuple[int, ...]:
     limit, limits = math.inf, []
     for walk in walks:
         limits.append(walk.least_limit(limit))
-        limit = min(limit, limits[-1])
-    limit *= _ROUNDING
+        limit = min(limit, limits[-1] * (_ROUNDING + slack))
     even = (walk.most_even(limit) for walk, least in zip(walks, limits) if least <= limit)
     return check_bounds(min(even)[1], placement.stages, len(costs))
 
