@@ -35,6 +35,7 @@ from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.gradients import clip_gradients, delivery_for
 from ds_vshape.instructions import BufferId
 from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
+from ds_vshape.monitoring import comparison_line, schedule_line, split_line
 from ds_vshape.p2p import Channels, Payload, Signatures
 from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
 from ds_vshape.schedule import deadlock
@@ -44,7 +45,7 @@ from ds_vshape.schedule.lowering import Content, Message, Program, channels, low
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
 from ds_vshape.scheduling import schedules_for
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 
@@ -107,7 +108,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._active_stage = self.placement.chunks[self.stage_id][0]
         # Parameters whose gradients came from W; None once they are reported.
         self._in_split: set[torch.nn.Parameter] | None = set()
-        self._announce(self.schedule())
+        self._log(schedule_line(self.schedule()))
 
     # -- schedules and programs
 
@@ -157,15 +158,15 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _log_memory(self) -> None:
         for rank, memory in enumerate(self.memory_report()):
-            if self.global_rank == 0:
-                logger.info(f"pipeline rank {rank} needs {memory}")
+            self._log(f"pipeline rank {rank} needs {memory}")
+
+    def _log(self, line: str) -> None:
+        if self.global_rank == 0:
+            logger.info(line)
 
     def _compare_with_plan(self) -> None:
         """Say once after a swap how the new schedule ran."""
-        predicted, measured = self.timelines()
-        if self.global_rank == 0:
-            logger.info(f"pipeline_schedule {self._last_batch()[0].name}: makespan {predicted.makespan:.4f} s "
-                        f"predicted, {measured.makespan:.4f} s measured ({measured.makespan / predicted.makespan:.2f})")
+        self._log(comparison_line(self._last_batch()[0].name, *self.timelines()))
 
     @property
     def planned_times(self) -> Times | None:
@@ -201,13 +202,6 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         programs = lower(schedule, Times.uniform(self.placement.stages))
         deadlock.check(programs, self.placement)
         return programs[self.stage_id]
-
-    def _announce(self, schedule: Schedule) -> None:
-        if self.global_rank == 0:
-            timeline = simulate(schedule, Times.uniform(self.placement.stages))
-            logger.info(f"pipeline_schedule {schedule.name}: {self.placement.ranks} ranks, {self.placement.stages} "
-                        f"stages, {self.micro_batches} micro-batches; with equal times bubble {timeline.bubble:.1%}, "
-                        f"peak {max(peak_activations(schedule)):g} of 1F1B's {2 * self.placement.ranks} activations")
 
     def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
         training = torch.is_grad_enabled()
@@ -403,11 +397,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         split, self._in_split = self._in_split, None
         if not any(work.kind is Kind.W for work in self.schedule().orders[self.stage_id]) or self.grid.data_parallel_id:
             return
-        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        unsplit = [(name, p) for name, p in trained if p not in split]
-        share = 1 - sum(p.numel() for _, p in unsplit) / max(1, sum(p.numel() for _, p in trained))
-        names = f"; in B: {', '.join(name for name, _ in unsplit)}" if unsplit else ""
-        logger.info(f"pipeline rank {self.stage_id}: {share:.1%} of the parameters have their gradients in W{names}")
+        logger.info(split_line(self.stage_id, self.module, split))
 
     # -- [4] messages
 

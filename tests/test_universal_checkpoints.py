@@ -49,9 +49,11 @@ CASES: dict[str, tuple[Any, int, Any, int, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_with_equal_losses(case: str, tmp_path: Path) -> None:
     before, ranks_before, after, ranks_after, config = CASES[case]
-    saved = merged(run_ranks(ranks_before, train_and_save, Job(before, ranks_before, 3, config, LAYERS), str(tmp_path)))
+    job = Job(before, ranks_before, 3, config, LAYERS)
+    saved = merged(run_ranks(ranks_before, train_and_save, job, str(tmp_path)))
     convert(tmp_path)
     universal = {**config, "checkpoint": {"load_universal": True}}
-    loaded = merged(run_ranks(ranks_after, load_and_train, Job(after, ranks_after, 3, universal, LAYERS), str(tmp_path)))
+    job = Job(after, ranks_after, 3, universal, LAYERS)
+    loaded = merged(run_ranks(ranks_after, load_and_train, job, str(tmp_path)))
     assert loaded.losses == saved.losses
     assert all(torch.equal(loaded.weights[name], value) for name, value in saved.weights.items())
