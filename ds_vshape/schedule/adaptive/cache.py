@@ -1,7 +1,7 @@
 """Plans on disk, each under the hash of all that it depends on.
 
-A file holds one schedule as JSON; its figures are computed again when it is read. A file that can't be read, or holds no
-schedule for the problem, counts as missing.
+A file holds one schedule as JSON; its figures are computed again when it is read. A file that can't be read, or holds
+no schedule for the problem, counts as missing.
 """
 
 from __future__ import annotations

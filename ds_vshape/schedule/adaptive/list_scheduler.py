@@ -50,8 +50,8 @@ class Policy:
 class Run:
     """What came of a policy: each rank's streams in order, a number each time, and when the passes started.
 
-    `starts` has the form of a policy's wishes; `waiting` is the sum of the starts of all F and B, by which runs of equal
-    makespan are told apart.
+    `starts` has the form of a policy's wishes; `waiting` is the sum of the starts of all F and B, by which runs of
+    equal makespan are told apart.
     """
 
     makespan: float
@@ -74,7 +74,7 @@ class ListScheduler:
         self.whole = [[activations.whole[stage] for stage in chunks] for chunks in self.chunks]
         self.kept = [[activations.kept[stage] for stage in chunks] for chunks in self.chunks]
         self.limits = [limit * (1 + SLACK) for limit in problem.limits]
-        # Where B leaves more than F did, B and W apart may not fit. Whole backwards always do: then W's streams are empty.
+        # Where B leaves more than F did, B and W apart may not fit. Whole backwards always do: W's streams are empty.
         self.fused = any(sum(map(max, whole, kept)) > limit
                          for whole, kept, limit in zip(self.whole, self.kept, self.limits))
         # What a forward must find free: B and W apart may take more than it does.

@@ -82,7 +82,7 @@ class Windows:
         makespan = model.new_int_var(min(horizon, round(goal * scale)), horizon, "makespan")
         variables: dict[Node, Any] = {}
         intervals: list[list[Any]] = [[] for _ in graph.orders]
-        # Whichever passes of a rank come first and last in the window: after what is before it, and before what is after.
+        # Whichever passes of a rank come first and last in the window: after what is before it, before what is after.
         free, rest = graph.around(window)
         for node in window:
             duration = round(graph.duration(node) * scale)
