@@ -1,9 +1,9 @@
 """Policies from building blocks: one micro-batch's ideal starts, repeated every interval.
 
-A block follows a micro-batch down, up, down and up again, as the paper's does (section 3), but with the real times: each
-step takes the pass and its hop, times the stretch of that way; at the three turns (F at the last rank, F to B at rank
-0, B at the last rank) it may rest. Passes of a rank may meet in it; the list scheduler parts them. Few numbers describe
-a block whatever the number of ranks, so a search among them works for many ranks as for few.
+A block follows a micro-batch down, up, down and up again, as the paper's does (section 3), but with the real times:
+each step takes the pass and its hop, times the stretch of that way; at the three turns (F at the last rank, F to B at
+rank 0, B at the last rank) it may rest. Passes of a rank may meet in it; the list scheduler parts them. Few numbers
+describe a block whatever the number of ranks, so a search among them works for many ranks as for few.
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ class Block:
         for _ in range(random.choice((1, 2, 5))):
             shifts[random.randrange(len(shifts))] += random.gauss(0, 0.3)
         return replace(self, shifts=tuple(shifts))
+
+    def for_ranks(self, ranks: int) -> Block:
+        """This block on another number of ranks: each takes the shifts of the one at the same height."""
+        own = len(self.shifts) // _STREAMS
+        chosen = [rank * own // ranks for rank in range(ranks)] if own else []
+        return replace(self, shifts=tuple(shift for rank in chosen
+                                          for shift in self.shifts[_STREAMS * rank:_STREAMS * (rank + 1)]))
 
     def mixed(self, other: Block, random: Random) -> Block:
         """A block between this and `other`, or somewhat beyond."""

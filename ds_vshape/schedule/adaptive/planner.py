@@ -5,12 +5,13 @@ Its authors' own search moves whole-number offsets of one block. Here times are 
 for each rank:
 
     [1] known       the table's V schedules that fit, run with the real times: never worse than those
-    [2] blocks      random building blocks, and exact ones where OR-tools is there, put in order by a list scheduler
-                    that knows times and memory
+    [2] blocks      a population of building blocks, put in order by a list scheduler that knows times and memory
     [3] changes     the best of them again and again with some of its passes wished earlier or later
 
-The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. [3] goes on until the
-lower bound is met or the time is up.
+    [4] windows     where OR-tools is there: the best order within a window of time, exactly, in turn with [3]
+
+The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. For many ranks [2] starts
+on fewer of them and takes the blocks over. All goes on until the lower bound is met or the time is up.
 """
 
 from __future__ import annotations
@@ -63,21 +64,27 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
 def _search(problem: Problem, bound: float, began: float, time_limit: float,
             progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
     """The best schedule and its timeline."""
+    times = problem.times
+    candidates = [(simulate(schedule, times).makespan, schedule) for schedule in known_schedules(problem)]
+    candidates.sort(key=lambda candidate: candidate[0])
+    finishing = _finishing_time(problem)
 
     def left() -> float:
-        return 1 - (time.perf_counter() - began) / time_limit if time_limit > 0 else 0.0
+        return 1 - (time.perf_counter() - began + finishing) / time_limit if time_limit > 0 else 0.0
 
-    candidates = list(known_schedules(problem))
     search = Search(problem, bound, left, time_limit)
     search.start()
-    for schedule in sorted(candidates, key=lambda schedule: simulate(schedule, problem.times).makespan):
+    for _, schedule in candidates:
         search.imitate(schedule)
-    while not search.done:
-        progress(min(1.0, 1 - left()))
-        search.step()
+    search.run(progress)
     if search.best is not None:
-        candidates.append(search.scheduler.schedule(search.best))
-    return min((_finished(schedule, problem) for schedule in candidates), key=lambda found: found[1].makespan)
+        candidates.append((search.best.makespan, search.scheduler.schedule(search.best)))
+    return _finished(min(candidates, key=lambda candidate: candidate[0])[1], problem)
+
+
+def _finishing_time(problem: Problem) -> float:
+    """Seconds to keep for `_finished` and what comes after it; it goes over each pass a few times."""
+    return 5e-5 * 6 * problem.ranks * problem.micro_batches
 
 
 def _finished(schedule: Schedule, problem: Problem) -> tuple[Schedule, Timeline]:

@@ -14,6 +14,7 @@ from random import Random
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, Wishes
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
+from ds_vshape.schedule.adaptive.reduced import is_large, reduced
 from ds_vshape.schedule.adaptive.windows import Windows, solver
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
@@ -24,6 +25,9 @@ _POPULATION = 12
 _IMITATIONS = 0.95
 _RANDOM = 0.85
 _CHANGES = 0.5
+_LARGE_CHANGES = 0.15
+# The share of the time for a smaller problem in place of a large one.
+_REDUCED = 0.45
 # Of the rest, half goes to the solver, where there is one.
 # The solver's windows: in units of the slowest rank's work on one micro-batch; their solution in seconds.
 _WIDTHS = (2, 3, 4, 6)
@@ -51,6 +55,8 @@ class Search:
         self.best: Run | None = None
         self.whole: Run | None = None
         self.solved_all = False
+        # Whether blocks of a smaller problem stand in for random ones.
+        self.adopted = False
         # The share of the time that went to the solver.
         self.solving = 0.0
         # Makespans and blocks, best first, no makespan twice.
@@ -64,11 +70,11 @@ class Search:
     def step(self) -> None:
         """One more try."""
         left = self.left()
-        if left > _RANDOM or len(self.population) < 2:
+        if (left > _RANDOM and not self.adopted) or len(self.population) < 2:
             self._try_block(Block.random(self.problem.max_pieces, self.random))
-        elif left > _CHANGES:
+        elif left > (_LARGE_CHANGES if self.adopted else _CHANGES):
             self._try_block(self._descendant(late=left < (_RANDOM + _CHANGES) / 2))
-        elif self.windows is not None and self.solving < (_CHANGES - left) / 2:
+        elif self.windows is not None and self.solving < ((_LARGE_CHANGES if self.adopted else _CHANGES) - left) / 2:
             self._solve(self.windows)
             self.solving += left - self.left()
         else:
@@ -87,6 +93,23 @@ class Search:
         """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
         for patience in PATIENCES:
             self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 0.0, 0.0, patience, 1))
+
+    def run(self, progress: Callable[[float], None]) -> None:
+        """Search to the end. A large problem is first searched on fewer ranks, and those blocks tried on all."""
+        if is_large(self.problem):
+            began = self.left()
+            share = _REDUCED * began
+            smaller = Search(reduced(self.problem), 0.0, lambda: 1 - (began - self.left()) / share,
+                             self.seconds * share)
+            smaller.start()
+            smaller.run(lambda done: progress(1 - self.left()))
+            self.adopted = True
+            for _, block in smaller.population:
+                if not self.done:
+                    self._try_block(block.for_ranks(self.problem.ranks))
+        while not self.done:
+            progress(min(1.0, max(0.0, 1 - self.left())))
+            self.step()
 
     def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """Run `policy`, and take it for the best if it's no worse."""
@@ -153,7 +176,7 @@ class Search:
             self.best = run
 
     def _moved(self, wishes: Wishes, pieces: int) -> Wishes:
-        """`wishes` with those of a few micro-batches, on one rank or all, earlier or later: together, or each by chance."""
+        """`wishes` with those of a few micro-batches, on one rank or all, moved: together, or each by chance."""
         random, ranks, work = self.random, self.problem.ranks, self.scheduler.work
         first = random.randrange(self.problem.micro_batches)
         end = first + random.choice((1, 1, 2, 4, 8, self.problem.micro_batches))

@@ -1,0 +1,43 @@
+"""A smaller problem like a large one, so that patterns found there can be used here.
+
+One run of the list scheduler takes time in proportion to ranks times micro-batches, so a large problem gets few tries.
+A `Block` describes its pattern by numbers that hardly depend on either; those that are good on every other rank with
+half the memory are good candidates on all of them.
+"""
+
+from __future__ import annotations
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.adaptive.problem import Problem
+from ds_vshape.schedule.timeline import Times
+
+_LEAST_RANKS = 8
+_PER_RANK = 4
+# (stage, micro-batch) pairs up to which a problem is tried as it is.
+_LARGE = 1000
+
+
+def is_large(problem: Problem) -> bool:
+    """Whether it's worth looking at a smaller one first."""
+    return 2 * problem.ranks * problem.micro_batches > _LARGE
+
+
+def reduced(problem: Problem) -> Problem:
+    """Every other rank of `problem`, with as much less memory above the least, and fewer micro-batches."""
+    ranks = min(problem.ranks, max(_LEAST_RANKS, (problem.ranks + 1) // 2))
+    chosen = [round(rank * (problem.ranks - 1) / max(1, ranks - 1)) for rank in range(ranks)]
+    stages = chosen + [2 * problem.ranks - 1 - rank for rank in reversed(chosen)]
+
+    def pick(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values[stage] for stage in stages)
+
+    times, activations = problem.times, problem.activations
+    share = ranks / problem.ranks
+    # As many micro-batches a rank, so that ramps and steady state weigh the same; a steady state shows within four.
+    micro_batches = max(1, round(min(problem.micro_batches * share, _PER_RANK * ranks)))
+    return Problem(ranks, micro_batches,
+                   Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), times.hop),
+                   Activations(pick(activations.whole), pick(activations.kept)),
+                   tuple(least + max(0.0, limit - least) * share for least, limit in
+                         ((problem.least[rank], problem.limits[rank]) for rank in chosen)),
+                   problem.max_pieces)
