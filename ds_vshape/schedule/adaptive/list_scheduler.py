@@ -121,7 +121,6 @@ class ListScheduler:
         starts: list[list[list[float]]] = [[[], [], [], [], [], []] for _ in range(ranks)]
         first_room = [limit - reserve for limit, reserve in zip(limits, policy.reserves)]
         left = batch * (4 * ranks if fused else 4 * ranks + 2 * ranks * pieces)
-        makespan = 0.0
         weight_grads = 0 if fused else pieces
         events = [(0.0, rank) for rank in range(ranks)]
         never = float("inf")
@@ -183,8 +182,6 @@ class ListScheduler:
             left -= 1
             free[rank] = end
             heappush(events, (end, rank))
-            if end > makespan:
-                makespan = end
             place = count[pick]
             count[pick] += 1
             if pick >= W0:
@@ -206,7 +203,7 @@ class ListScheduler:
         if left:
             raise AssertionError("a batch got stuck under its memory limit")
         waiting = sum(sum(line) for row in starts for line in row[:W0])
-        return Run(makespan, waiting, orders, starts, policy)
+        return Run(max(free), waiting, orders, starts, policy)
 
     def squeeze(self, orders: list[list[int]], policy: Policy) -> Run | None:
         """Every pass as early as `orders` allow; None if they wait for each other or exceed a limit."""

@@ -21,15 +21,17 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, simulate
 
 _POPULATION = 12
-# What is left of the time when imitations end, and random blocks, and the population's descendants.
+# What is left of the time when imitations end, and random blocks, and the population's descendants: then changes begin.
 _IMITATIONS = 0.95
 _RANDOM = 0.85
 _CHANGES = 0.5
-_LARGE_CHANGES = 0.15
+# Earlier where the solver can have the whole batch, and later where blocks come from a smaller problem.
+_CHANGES_OF_FEW = 0.85
+_CHANGES_OF_MANY = 0.15
 # The share of the time for a smaller problem in place of a large one.
 _REDUCED = 0.45
-# Of the rest, half goes to the solver, where there is one.
-# The solver's windows: in units of the slowest rank's work on one micro-batch; their solution in seconds.
+# The solver, where there is one, gets half of the time for changes. Its windows are as wide as so many times the slowest
+# rank's work on one micro-batch; the solution of one may take so many seconds.
 _WIDTHS = (2, 3, 4, 6)
 _WINDOW_SECONDS = 1.0
 # With no more passes than that the solver gets them all once.
@@ -55,6 +57,9 @@ class Search:
         self.best: Run | None = None
         self.whole: Run | None = None
         self.solved_all = False
+        passes = 6 * problem.ranks * problem.micro_batches
+        self.few = self.windows is not None and passes <= _FEW
+        self.changes = _CHANGES_OF_FEW if self.few else _CHANGES_OF_MANY if is_large(problem) else _CHANGES
         # Whether blocks of a smaller problem stand in for random ones.
         self.adopted = False
         # The share of the time that went to the solver.
@@ -72,9 +77,9 @@ class Search:
         left = self.left()
         if (left > _RANDOM and not self.adopted) or len(self.population) < 2:
             self._try_block(Block.random(self.problem.max_pieces, self.random))
-        elif left > (_LARGE_CHANGES if self.adopted else _CHANGES):
+        elif left > self.changes:
             self._try_block(self._descendant(late=left < (_RANDOM + _CHANGES) / 2))
-        elif self.windows is not None and self.solving < ((_LARGE_CHANGES if self.adopted else _CHANGES) - left) / 2:
+        elif self.windows is not None and self.solving < (self.changes - left) / 2:
             self._solve(self.windows)
             self.solving += left - self.left()
         else:
@@ -165,7 +170,7 @@ class Search:
             return
         left = self.left() * self.seconds
         whole = self.whole
-        if whole is not None and not self.solved_all and sum(map(len, whole.orders)) <= _FEW:
+        if self.few and whole is not None and not self.solved_all:
             self.solved_all = True
             run = windows.improve(whole, 0.0, whole.makespan, left * 0.6, self.goal)
         else:
