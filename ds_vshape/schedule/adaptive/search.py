@@ -30,8 +30,8 @@ _CHANGES_OF_FEW = 0.85
 _CHANGES_OF_MANY = 0.15
 # The share of the time for a smaller problem in place of a large one.
 _REDUCED = 0.45
-# The solver, where there is one, gets half of the time for changes. Its windows are as wide as so many times the slowest
-# rank's work on one micro-batch; the solution of one may take so many seconds.
+# The solver, where there is one, gets half of the time for changes. Its windows are as wide as so many times the
+# slowest rank's work on one micro-batch; the solution of one may take so many seconds.
 _WIDTHS = (2, 3, 4, 6)
 _WINDOW_SECONDS = 1.0
 # With no more passes than that the solver gets them all once.
