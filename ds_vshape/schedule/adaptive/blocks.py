@@ -8,7 +8,7 @@ describe a block whatever the number of ranks, so a search among them works for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -26,15 +26,15 @@ class Block:
     """A block in a few numbers.
 
     `ways` are the stretches of the four ways less 1; `rests` at the three turns, `weight_grad_after` (W after the end
-    of B), `slack` (of the interval, over the work) and `shifts` (of each stream of each rank; or empty) are in units of
-    the slowest rank's work on one micro-batch. The last rank leaves the share `reserve` of its memory free of chunk 0,
+    of B), `interval` (below 1, other micro-batches matter less than what kind of pass it is) and `shifts` (of each
+    stream of each rank; or empty) are in units of the slowest rank's work on one micro-batch. The last rank leaves the share `reserve` of its memory free of chunk 0,
     rank 0 nothing, those between in proportion. `patience` and `pieces` are those of the policy.
     """
 
     ways: tuple[float, ...]
     rests: tuple[float, ...]
     weight_grad_after: float
-    slack: float
+    interval: float
     reserve: float
     patience: float
     pieces: int
@@ -44,8 +44,21 @@ class Block:
     def random(cls, max_pieces: int, random: Random) -> Block:
         """Any block."""
         return cls(tuple(random.uniform(0, 1.5) for _ in range(4)), tuple(random.uniform(0, 0.5) for _ in range(3)),
-                   random.uniform(0, 3), random.uniform(0, 0.5), random.uniform(0, 0.5), random.choice(PATIENCES),
+                   random.choice((random.uniform(0, 3), 10.0)), random.choice((random.uniform(1, 1.5), random.uniform(0, 1))),
+                   random.uniform(0, 0.5), random.choice(PATIENCES),
                    random.choice([pieces for pieces in PIECES if pieces <= max_pieces]))
+
+    @classmethod
+    def known(cls, max_pieces: int) -> Iterator[Block]:
+        """The paper's V blocks with real times (its Tables 8 and 9), and simple rules: B first, or micro-batches in turn."""
+        rested = (0.0, 1 / 3, 0.0)
+        for pieces in (pieces for pieces in PIECES[:3] if pieces <= max_pieces):
+            for patience in (0.3, 1.0, 100.0):
+                yield cls((0.0,) * 4, rested, 0.0, 1.0, 0.0, patience, pieces)
+                yield cls((1.0, 0.0, 1.0, 0.0), rested, 0.0, 1.0, 0.0, patience, pieces)
+                yield cls((3.0, 1.0, 3.0, 1.0), rested, 0.0, 1.0, 0.0, patience, pieces)
+                yield cls((0.0,) * 4, (0.0,) * 3, 10.0, 0.2, 0.0, patience, pieces)
+                yield cls((0.0,) * 4, (0.0,) * 3, 10.0, 1.0, 0.0, patience, pieces)
 
     def mutated(self, random: Random) -> Block:
         """This block with some numbers a little different."""
@@ -55,7 +68,7 @@ class Block:
             return abs(value + random.gauss(0, sigma)) if random.random() < 0.3 else value
 
         return replace(self, ways=tuple(map(moved, self.ways)), rests=tuple(map(moved, self.rests)),
-                       weight_grad_after=moved(self.weight_grad_after), slack=moved(self.slack),
+                       weight_grad_after=moved(self.weight_grad_after), interval=moved(self.interval),
                        reserve=min(0.8, moved(self.reserve)),
                        patience=random.choice(PATIENCES) if random.random() < 0.05 else self.patience)
 
@@ -82,7 +95,7 @@ class Block:
         return replace(self, ways=tuple(map(between, self.ways, other.ways)),
                        rests=tuple(map(between, self.rests, other.rests)),
                        weight_grad_after=between(self.weight_grad_after, other.weight_grad_after),
-                       slack=between(self.slack, other.slack), reserve=min(0.8, between(self.reserve, other.reserve)),
+                       interval=between(self.interval, other.interval), reserve=min(0.8, between(self.reserve, other.reserve)),
                        patience=random.choice((self.patience, other.patience)),
                        pieces=random.choice((self.pieces, other.pieces)))
 
@@ -94,7 +107,7 @@ class Block:
                     enumerate(zip(scheduler.least_reserves, scheduler.most_reserves, scheduler.limits))]
         offsets = self._offsets(problem, work)
         pieces = 1 if scheduler.fused else self.pieces
-        return Policy(repeat(offsets, work * (1 + self.slack), problem.micro_batches, pieces), self.patience, reserves,
+        return Policy(repeat(offsets, work * self.interval, problem.micro_batches, pieces), self.patience, reserves,
                       pieces)
 
     def _offsets(self, problem: Problem, work: float) -> list[list[float]]:

@@ -76,6 +76,7 @@ def _search(problem: Problem, bound: float, began: float, time_limit: float,
     search.start()
     for _, schedule in candidates:
         search.imitate(schedule)
+    search.try_known_blocks()
     search.run(progress)
     if search.best is not None:
         candidates.append((search.best.makespan, search.scheduler.schedule(search.best)))

@@ -85,11 +85,17 @@ class Search:
         else:
             self._change()
 
+    def try_known_blocks(self) -> None:
+        """Start the population with what is known to be good."""
+        for block in Block.known(self.problem.max_pieces):
+            if self.left() > _RANDOM and not self.done:
+                self._try_block(block)
+
     def imitate(self, schedule: Schedule) -> None:
         """Try the starts of `schedule` as wishes."""
         if any(work.kind is Kind.BW for _, work in schedule.passes()) == self.scheduler.fused:
             wishes = _wishes_of(schedule, simulate(schedule, self.problem.times).ranks)
-            for eagerness, patience in product((0.0, 0.1, 0.5, float("inf")), (0.0, 1.0)):
+            for eagerness, patience in product((0.0, 0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
                 if self.left() > _IMITATIONS:
                     self._try_policy(Policy(wishes, patience, self.scheduler.least_reserves, 1,
                                             eagerness * self.scheduler.work))
@@ -97,7 +103,7 @@ class Search:
     def start(self) -> None:
         """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
         for patience in PATIENCES:
-            self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 0.0, 0.0, patience, 1))
+            self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
 
     def run(self, progress: Callable[[float], None]) -> None:
         """Search to the end. A large problem is first searched on fewer ranks, and those blocks tried on all."""
@@ -107,6 +113,7 @@ class Search:
             smaller = Search(reduced(self.problem), 0.0, lambda: 1 - (began - self.left()) / share,
                              self.seconds * share)
             smaller.start()
+            smaller.try_known_blocks()
             smaller.run(lambda done: progress(1 - self.left()))
             self.adopted = True
             for _, block in smaller.population:
