@@ -12,10 +12,13 @@ from itertools import product
 from random import Random
 
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
+from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches
 from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, Wishes
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
+from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.adaptive.windows import Windows, solver
+from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, simulate
@@ -28,8 +31,9 @@ _CHANGES = 0.5
 # Earlier where the solver can have the whole batch, and later where blocks come from a smaller problem.
 _CHANGES_OF_FEW = 0.85
 _CHANGES_OF_MANY = 0.15
-# The share of the time for a smaller problem in place of a large one.
+# The shares of the time for a problem of fewer ranks, and for one of fewer micro-batches.
 _REDUCED = 0.45
+_FEWER = 0.6
 # The solver, where there is one, gets half of the time for changes. Its windows are as wide as so many times the
 # slowest rank's work on one micro-batch; the solution of one may take so many seconds.
 _WIDTHS = (2, 3, 4, 6)
@@ -106,22 +110,41 @@ class Search:
             self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
 
     def run(self, progress: Callable[[float], None]) -> None:
-        """Search to the end. A large problem is first searched on fewer ranks, and those blocks tried on all."""
+        """Search to the end; first with fewer ranks or micro-batches, if there are many, and then go on from there."""
+        fewer = fewer_micro_batches(self.problem)
         if is_large(self.problem):
-            began = self.left()
-            share = _REDUCED * began
-            smaller = Search(reduced(self.problem), 0.0, lambda: 1 - (began - self.left()) / share,
-                             self.seconds * share)
-            smaller.start()
-            smaller.try_known_blocks()
-            smaller.run(lambda done: progress(1 - self.left()))
+            smaller = self._search_smaller(reduced(self.problem), _REDUCED, progress)
             self.adopted = True
-            for _, block in smaller.population:
+            self._adopt(smaller)
+        elif fewer is not None:
+            smaller = self._search_smaller(fewer, _FEWER, progress)
+            self._adopt(smaller)
+            for policy in extended(smaller.best, self.scheduler) if smaller.best is not None else ():
                 if not self.done:
-                    self._try_block(block.for_ranks(self.problem.ranks))
+                    self._try_policy(policy)
         while not self.done:
             progress(min(1.0, max(0.0, 1 - self.left())))
             self.step()
+
+    def _search_smaller(self, problem: Problem, share: float, progress: Callable[[float], None]) -> Search:
+        """A search of `problem`, done, in `share` of the time that is left."""
+        began = self.left()
+        share *= began
+        goal = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
+                                     problem.limits)
+        smaller = Search(problem, goal, lambda: 1 - (began - self.left()) / share, self.seconds * share)
+        smaller.start()
+        for schedule in known_schedules(problem):
+            smaller.imitate(schedule)
+        smaller.try_known_blocks()
+        smaller.run(lambda done: progress(min(1.0, max(0.0, 1 - self.left()))))
+        return smaller
+
+    def _adopt(self, smaller: Search) -> None:
+        """Try the blocks that `smaller` found."""
+        for _, block in smaller.population:
+            if not self.done:
+                self._try_block(block.for_ranks(self.problem.ranks))
 
     def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """Run `policy`, and take it for the best if it's no worse."""
