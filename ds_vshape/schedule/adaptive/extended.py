@@ -19,7 +19,7 @@ _WHOLE_PERIODS = 12
 
 def fewer_micro_batches(problem: Problem) -> Problem | None:
     """`problem` with so many micro-batches less that its ramps are still there; None if it has no more than those."""
-    least = max(8, 3 * problem.ranks // 2)
+    least = max(8, 2 * problem.ranks)
     left_out = (problem.micro_batches - least) // _WHOLE_PERIODS * _WHOLE_PERIODS
     return replace(problem, micro_batches=problem.micro_batches - left_out) if left_out > 0 else None
 

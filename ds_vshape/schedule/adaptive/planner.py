@@ -10,8 +10,9 @@ for each rank:
 
     [4] windows     where OR-tools is there: the best order within a window of time, exactly, in turn with [3]
 
-The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. For many ranks [2] starts
-on fewer of them and takes the blocks over. All goes on until the lower bound is met or the time is up.
+The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. With many ranks [2] starts
+on fewer of them and takes the blocks over (`reduced`); with many micro-batches all of it is done with fewer first, and
+the middle repeated (`extended`). It goes on until the lower bound is met or the time is up.
 """
 
 from __future__ import annotations
@@ -64,9 +65,6 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
 def _search(problem: Problem, bound: float, began: float, time_limit: float,
             progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
     """The best schedule and its timeline."""
-    times = problem.times
-    candidates = [(simulate(schedule, times).makespan, schedule) for schedule in known_schedules(problem)]
-    candidates.sort(key=lambda candidate: candidate[0])
     finishing = _finishing_time(problem)
 
     def left() -> float:
@@ -74,10 +72,8 @@ def _search(problem: Problem, bound: float, began: float, time_limit: float,
 
     search = Search(problem, bound, left, time_limit)
     search.start()
-    for _, schedule in candidates:
-        search.imitate(schedule)
-    search.try_known_blocks()
     search.run(progress)
+    candidates = search.known
     if search.best is not None:
         candidates.append((search.best.makespan, search.scheduler.schedule(search.best)))
     return _finished(min(candidates, key=lambda candidate: candidate[0])[1], problem)

@@ -23,6 +23,8 @@ from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, simulate
 
+Progress = Callable[[float], None]
+
 _POPULATION = 12
 # What is left of the time when imitations end, and random blocks, and the population's descendants: then changes begin.
 _IMITATIONS = 0.95
@@ -32,7 +34,7 @@ _CHANGES = 0.5
 _CHANGES_OF_FEW = 0.85
 _CHANGES_OF_MANY = 0.15
 # The shares of the time for a problem of fewer ranks, and for one of fewer micro-batches.
-_REDUCED = 0.45
+_REDUCED = 0.55
 _FEWER = 0.6
 # The solver, where there is one, gets half of the time for changes. Its windows are as wide as so many times the
 # slowest rank's work on one micro-batch; the solution of one may take so many seconds.
@@ -68,6 +70,8 @@ class Search:
         self.adopted = False
         # The share of the time that went to the solver.
         self.solving = 0.0
+        # Makespans and schedules of the table that are within the limits.
+        self.known: list[tuple[float, Schedule]] = []
         # Makespans and blocks, best first, no makespan twice.
         self.population: list[tuple[float, Block]] = []
 
@@ -90,9 +94,9 @@ class Search:
             self._change()
 
     def try_known_blocks(self) -> None:
-        """Start the population with what is known to be good."""
+        """Start the population with what is known to be good; a large problem gets it from a smaller one."""
         for block in Block.known(self.problem.max_pieces):
-            if self.left() > _RANDOM and not self.done:
+            if self.left() > _RANDOM and not self.done and not is_large(self.problem):
                 self._try_block(block)
 
     def imitate(self, schedule: Schedule) -> None:
@@ -109,39 +113,54 @@ class Search:
         for patience in PATIENCES:
             self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
 
-    def run(self, progress: Callable[[float], None]) -> None:
+    def run(self, progress: Progress) -> None:
         """Search to the end; first with fewer ranks or micro-batches, if there are many, and then go on from there."""
+        self.known = [(simulate(schedule, self.problem.times).makespan, schedule)
+                      for schedule in known_schedules(self.problem)]
+        for _, schedule in sorted(self.known, key=lambda known: known[0]):
+            self.imitate(schedule)
+        self.try_known_blocks()
         fewer = fewer_micro_batches(self.problem)
+        if self.done:
+            return
         if is_large(self.problem):
-            smaller = self._search_smaller(reduced(self.problem), _REDUCED, progress)
-            self.adopted = True
-            self._adopt(smaller)
+            self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
         elif fewer is not None:
-            smaller = self._search_smaller(fewer, _FEWER, progress)
+            smaller = self._search_smaller(fewer, _FEWER, Search.run, progress)
             self._adopt(smaller)
             for policy in extended(smaller.best, self.scheduler) if smaller.best is not None else ():
                 if not self.done:
                     self._try_policy(policy)
+        self._go_on(progress)
+
+    def evolve(self, progress: Progress) -> None:
+        """Search for blocks alone, which another number of ranks can use; first with fewer ranks, if there are many."""
+        self.changes = 0.0
+        self.try_known_blocks()
+        if is_large(self.problem) and not self.done:
+            self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
+        self._go_on(progress)
+
+    def _go_on(self, progress: Progress) -> None:
         while not self.done:
             progress(min(1.0, max(0.0, 1 - self.left())))
             self.step()
 
-    def _search_smaller(self, problem: Problem, share: float, progress: Callable[[float], None]) -> Search:
-        """A search of `problem`, done, in `share` of the time that is left."""
-        began = self.left()
+    def _search_smaller(self, problem: Problem, share: float, part: Callable[[Search, Progress], None],
+                        progress: Progress) -> Search:
+        """A search of `problem`, with `part` of it done in `share` of the time that is left."""
+        began = max(self.left(), 1e-9)
         share *= began
         goal = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
                                      problem.limits)
         smaller = Search(problem, goal, lambda: 1 - (began - self.left()) / share, self.seconds * share)
         smaller.start()
-        for schedule in known_schedules(problem):
-            smaller.imitate(schedule)
-        smaller.try_known_blocks()
-        smaller.run(lambda done: progress(min(1.0, max(0.0, 1 - self.left()))))
+        part(smaller, lambda done: progress(min(1.0, max(0.0, 1 - self.left()))))
         return smaller
 
     def _adopt(self, smaller: Search) -> None:
         """Try the blocks that `smaller` found."""
+        self.adopted = True
         for _, block in smaller.population:
             if not self.done:
                 self._try_block(block.for_ranks(self.problem.ranks))
