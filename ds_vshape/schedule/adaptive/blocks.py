@@ -27,8 +27,9 @@ class Block:
 
     `ways` are the stretches of the four ways less 1; `rests` at the three turns, `weight_grad_after` (W after the end
     of B), `interval` (below 1, other micro-batches matter less than what kind of pass it is) and `shifts` (of each
-    stream of each rank; or empty) are in units of the slowest rank's work on one micro-batch. The last rank leaves the share `reserve` of its memory free of chunk 0,
-    rank 0 nothing, those between in proportion. `patience` and `pieces` are those of the policy.
+    stream of each rank; or empty) are in units of the slowest rank's work on one micro-batch. The last rank leaves the
+    share `reserve` of its memory free of chunk 0, rank 0 nothing, those between in proportion. `patience` and `pieces`
+    are those of the policy.
     """
 
     ways: tuple[float, ...]
@@ -44,13 +45,14 @@ class Block:
     def random(cls, max_pieces: int, random: Random) -> Block:
         """Any block."""
         return cls(tuple(random.uniform(0, 1.5) for _ in range(4)), tuple(random.uniform(0, 0.5) for _ in range(3)),
-                   random.choice((random.uniform(0, 3), 10.0)), random.choice((random.uniform(1, 1.5), random.uniform(0, 1))),
+                   random.choice((random.uniform(0, 3), 10.0)),
+                   random.choice((random.uniform(1, 1.5), random.uniform(0, 1))),
                    random.uniform(0, 0.5), random.choice(PATIENCES),
                    random.choice([pieces for pieces in PIECES if pieces <= max_pieces]))
 
     @classmethod
     def known(cls, max_pieces: int) -> Iterator[Block]:
-        """The paper's V blocks with real times (its Tables 8 and 9), and simple rules: B first, or micro-batches in turn."""
+        """The paper's V blocks with real times (its Tables 8 and 9), and simple rules: B first, or one after another."""
         rested = (0.0, 1 / 3, 0.0)
         for pieces in (pieces for pieces in PIECES[:3] if pieces <= max_pieces):
             for patience in (0.3, 1.0, 100.0):
@@ -95,7 +97,8 @@ class Block:
         return replace(self, ways=tuple(map(between, self.ways, other.ways)),
                        rests=tuple(map(between, self.rests, other.rests)),
                        weight_grad_after=between(self.weight_grad_after, other.weight_grad_after),
-                       interval=between(self.interval, other.interval), reserve=min(0.8, between(self.reserve, other.reserve)),
+                       interval=between(self.interval, other.interval),
+                       reserve=min(0.8, between(self.reserve, other.reserve)),
                        patience=random.choice((self.patience, other.patience)),
                        pieces=random.choice((self.pieces, other.pieces)))
 

@@ -26,7 +26,7 @@ from ds_vshape.schedule.activations import peaks
 from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
 from ds_vshape.schedule.adaptive.search import Search
-from ds_vshape.schedule.adaptive.seeds import known_schedules, within
+from ds_vshape.schedule.adaptive.seeds import within
 from ds_vshape.schedule.adaptive.windows import solver
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.fuse import fuse
