@@ -52,7 +52,7 @@ class Block:
 
     @classmethod
     def known(cls, max_pieces: int) -> Iterator[Block]:
-        """The paper's V blocks with real times (its Tables 8 and 9), and simple rules: B first, or one after another."""
+        """The paper's V blocks with real times (its Tables 8 and 9), and simple rules: B first, or in turn."""
         rested = (0.0, 1 / 3, 0.0)
         for pieces in (pieces for pieces in PIECES[:3] if pieces <= max_pieces):
             for patience in (0.3, 1.0, 100.0):
