@@ -86,13 +86,13 @@ class Block(nn.Module):
         return hidden + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden))))
 
     def _attention(self, hidden: Tensor) -> Tensor:
-        batch, length, width = hidden.shape
+        batch, length, _ = hidden.shape
         # [batch, length, 3 * width] -> three of [batch, heads, length, width / heads]
         query, key, value = (self.query_key_value(hidden)
-                             .view(batch, length, 3, self.heads, width // self.heads)
+                             .view(batch, length, 3, self.heads, -1)
                              .permute(2, 0, 3, 1, 4))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 def gpt_layers(config: GPTConfig) -> list[LayerSpec]:

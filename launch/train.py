@@ -4,6 +4,11 @@
 
 The schedule is whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
 Nothing here knows which one it is, and the losses are the same.
+
+    deepspeed --num_gpus 8 launch/train.py --deepspeed_config configs/tensor_parallel.json \\
+        --stages 2 --tensor-parallel 2
+
+does so on 2 pipeline x 2 data parallel x 2 tensor parallel ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ import torch
 import torch.distributed
 from clock import OwnEngineClock
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from gpt import PARTITION_METHOD, GPTConfig, gpt_layers, loss_fn, seed_layer
+from gpt_parallel import parallel_gpt_layers, tensor_group
 from result import Result
 from text import load_corpus, micro_batches
 from tqdm import tqdm
@@ -37,7 +44,8 @@ WARM_UP_BATCHES = 3
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
+    parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all that are left)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each block")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
@@ -56,6 +64,17 @@ def start_distributed() -> None:
     # DeepSpeed broadcasts tied weights with gradients enabled, of which torch warns on every rank.
     warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
     deepspeed.init_distributed()
+
+
+def topology_of(stages: int, tensor_ranks: int) -> PipeModelDataParallelTopology:
+    """All ranks as pipeline x data x tensor parallel ones; with 0 stages there is one replica."""
+    ranks = torch.distributed.get_world_size()
+    held = tensor_ranks * (stages or 1)
+    if tensor_ranks < 1 or ranks % held:
+        raise SystemExit(f"--stages {stages} --tensor-parallel {tensor_ranks}: {ranks} ranks must be a multiple of "
+                         f"{held}")
+    return PipeModelDataParallelTopology(num_pp=stages or ranks // held, num_mp=tensor_ranks,
+                                         num_dp=ranks // held if stages else 1)
 
 
 def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batches: int) -> Result:
@@ -89,9 +108,11 @@ def main() -> None:
     args = arguments()
     start_distributed()
     config = GPTConfig(args.layers, args.hidden, args.heads, args.length)
+    topology = topology_of(args.stages, args.tensor_parallel)
+    layers = gpt_layers(config) if args.tensor_parallel == 1 else parallel_gpt_layers(config, tensor_group(topology))
     # seed_layers: a layer's first weights depend on its place in the model, not on the rank that builds it.
-    module = ds_vshape.PipelineModule(gpt_layers(config),
-                                      num_stages=args.stages or torch.distributed.get_world_size(),
+    module = ds_vshape.PipelineModule(layers,
+                                      topology=topology,
                                       loss_fn=loss_fn,
                                       partition_method=PARTITION_METHOD,
                                       seed_layers=True,

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hjson
@@ -20,14 +21,16 @@ RANKS, BATCHES = 2, 4
 TINY = ["--layers", "4", "--hidden", "32", "--heads", "2", "--length", "32", "--batches", str(BATCHES)]
 
 
-def launch(folder: Path, name: str, **keys: object) -> Result:
-    """Trains with the quickstart's config plus `keys`, as a user does from a shell."""
+def launch(folder: Path, name: str, base: str = "quickstart.json", ranks: int = RANKS, options: Sequence[str] = (),
+           **keys: object) -> Result:
+    """Trains with one of the configs plus `keys`, as a user does from a shell."""
     config, result = folder / f"ds_config.{name}.json", folder / f"{name}.json"
-    base = hjson.loads((ROOT / "configs" / "quickstart.json").read_text())
-    config.write_text(json.dumps({**base, "gradient_accumulation_steps": 4, **keys}))
+    settings = hjson.loads((ROOT / "configs" / base).read_text())
+    config.write_text(json.dumps({**settings, "gradient_accumulation_steps": 4, **keys}))
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--hostfile", os.devnull, "--num_gpus", str(RANKS), "--master_port", str(free_port()),
-               ROOT / "launch" / "train.py", "--deepspeed_config", config, "--result", result, *TINY]
+    command = [launcher, "--hostfile", os.devnull, "--num_gpus", str(ranks), "--master_port", str(free_port()),
+               ROOT / "launch" / "train.py", "--deepspeed_config", config, "--result", result, *TINY,
+               *options]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     # A session of its own: if the ranks hang, all of them can be ended and not the launcher alone.
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -48,10 +51,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def v_half(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return launch(tmp_path_factory.mktemp("runs"), "v-half", pipeline_schedule="v-half")
+
+
 @pytest.mark.launcher
-def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path):
+def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half: Result):
     own = launch(tmp_path, "own")
-    v_half = launch(tmp_path, "v-half", pipeline_schedule="v-half")
 
     assert own.schedule == "DeepSpeed's 1f1b" and v_half.schedule == "v-half"
     for result in (own, v_half):
@@ -62,3 +69,12 @@ def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path):
     # In quarters of the model: two micro-batches and one of half the model; all ranks alike under V.
     assert own.peak_activations == [4, 2] and len(set(v_half.peak_activations)) == 1
     assert largest_difference(v_half, own) <= LOSS_TOLERANCE
+
+
+@pytest.mark.launcher
+def test_tensor_parallel_blocks_have_the_same_losses(tmp_path: Path, v_half: Result):
+    """With ZeRO-1. Clipping is off as in the other run; what it does here is tests/test_tensor_parallel.py's."""
+    shared = launch(tmp_path, "shared", "tensor_parallel.json", 2 * RANKS, ["--tensor-parallel", "2"],
+                    gradient_clipping=0.0)
+    assert (shared.schedule, shared.stages) == ("v-half", RANKS)
+    assert 0 < largest_difference(shared, v_half) <= LOSS_TOLERANCE, "partial products add up in another order"
