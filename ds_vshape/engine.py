@@ -8,7 +8,7 @@ block. This one runs a program of instructions and knows nothing of schedules bu
     [2] forward       ForwardPass, SplitForwardPass
     [3] backward      BackwardPass, InputGradPass, WeightGradPass
     [4] messages      Send*, Recv*, Wait*, Release*
-    [5] the end       ReduceTiedGrads, ReduceGrads, OptimizerStep (DeepSpeed's own)
+    [5] the end       AgreeOnBatch; ReduceTiedGrads, ReduceGrads, OptimizerStep (DeepSpeed's own)
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.autograd.graph import GradientEdge
 from ds_vshape import instructions as instr
 from ds_vshape.buffers import Buffer, edges, enter, leaves, members
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
+from ds_vshape.failures import Agreement, Failure
 from ds_vshape.gradients import clip_gradients, delivery_for
 from ds_vshape.instructions import BufferId
 from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
@@ -56,6 +57,8 @@ _PASS_KINDS = {
     instr.InputGradPass: Kind.B,
     instr.WeightGradPass: Kind.W,
 }
+# Messages that go on where a batch has failed.
+_MESSAGES_IN_PROGRESS = (instr.RecvActivation, instr.RecvGrad, instr.ReleaseActivation, instr.ReleaseGrad)
 # The training batch in which activations are measured, counted from 0.
 METERED_BATCH = 1
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
@@ -90,6 +93,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self.data_iterator = self.training_dataloader = None
         self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
         self._signatures: Signatures | None = None
+        self._agreement = Agreement()
+        self._failure: Failure | None = None
         self._buffers: dict[BufferId, Buffer] = {}
         # What passes made for other ranks, until it is sent.
         self._outbox: dict[tuple[Content, BufferId], Payload] = {}
@@ -145,6 +150,16 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         if self._trained_batches == METERED_BATCH + 1:
             self._log_memory()
         return loss
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, as DeepSpeed's `eval_batch`; training isn't disturbed, even if it raises."""
+        training_iterator = self.data_iterator
+        try:
+            return super().eval_batch(*args, **kwargs)
+        finally:
+            self.data_iterator = training_iterator
+            self.eval_return_logits = False
+            self.outputs = None
 
     def _activations(self) -> Activations:
         """The measured sizes of all stages, in bytes for one micro-batch (collective)."""
@@ -209,17 +224,12 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._recorder = PassRecorder()
         for instruction in pipe_schedule.instructions:
-            execute = self._INSTRUCTION_MAP[type(instruction)]
-            kind = _PASS_KINDS.get(type(instruction))
-            if kind is None:
-                execute(self, **instruction.kwargs)
+            if not isinstance(instruction, instr.BufferOpInstruction):
+                self._execute(instruction)
+            elif self._failure is None:
+                self._attempt(instruction, pipe_schedule.schedule.micro_batches)
             else:
-                buffer_id, *piece = instruction.kwargs.values()
-                work = Pass(kind, *buffer_id, *piece)
-                start = self._recorder.start(work)
-                with self._metered(work, pipe_schedule.schedule.micro_batches) if training else nullcontext():
-                    execute(self, **instruction.kwargs)
-                self._recorder.end(work, start)
+                self._abandon(instruction)
         signatures = self._channels.end_batch()
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:
@@ -227,6 +237,49 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self._trained = pipe_schedule.schedule, self._recorder
             self._trained_batches += 1
             self._report_split()
+
+    def _execute(self, instruction: instr.PipeInstruction) -> None:
+        self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
+
+    def _attempt(self, instruction: instr.PipeInstruction, micro_batches: int) -> None:
+        """Execute an instruction on one micro-batch; an error of it is kept for the end of the batch."""
+        kind = _PASS_KINDS.get(type(instruction))
+        try:
+            if kind is None:
+                self._execute(instruction)
+                return
+            buffer_id, *piece = instruction.kwargs.values()
+            work = Pass(kind, *buffer_id, *piece)
+            start = self._recorder.start(work)
+            with self._metered(work, micro_batches) if torch.is_grad_enabled() else nullcontext():
+                self._execute(instruction)
+            self._recorder.end(work, start)
+        except Exception as error:
+            self._failure = Failure(error, f"{_name_of(instruction)} on pipeline rank {self.stage_id}")
+            self._abandon(instruction)
+
+    def _abandon(self, instruction: instr.PipeInstruction) -> None:
+        """Of an instruction that this rank can't do any more, do what other ranks wait for."""
+        buffer_id = instruction.kwargs["buffer_id"]
+        if isinstance(instruction, (instr.SendActivation, instr.SendGrad)):
+            kind = Kind.F if isinstance(instruction, instr.SendActivation) else Kind.B
+            self._channels.withdraw(self._message(kind, buffer_id))
+        elif isinstance(instruction, (instr.WaitActivation, instr.WaitGrad)):
+            kind = Kind.F if isinstance(instruction, instr.WaitActivation) else Kind.B
+            self._channels.discard(self._message(kind, buffer_id))
+        elif isinstance(instruction, _MESSAGES_IN_PROGRESS):
+            self._execute(instruction)
+
+    def _forget_batch(self) -> None:
+        """Leave nothing of a batch that failed: no messages, no activations, no gradients."""
+        self._buffers.clear()
+        self._outbox.clear()
+        self._channels.end_batch()
+        self.timers(stock.TRAIN_BATCH_TIMER).reset()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        if hasattr(self.optimizer, "zero_grad"):
+            self.optimizer.zero_grad()
 
     @contextmanager
     def _metered(self, work: Pass, micro_batches: int) -> Iterator[None]:
@@ -278,7 +331,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     # -- [1] the data
 
     def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
-        inputs, labels = self._next_batch()
+        inputs, labels = _pair(self._next_batch())
         if self._holds(0):
             inputs = _own_copy(inputs, self.device, "inputs")
             if self._reentrant_activation_checkpointing():
@@ -446,6 +499,14 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     # -- [5] the end of a batch, checkpoints, reports
 
+    def _exec_agree_on_batch(self) -> None:
+        failure, self._failure = self._failure, None
+        try:
+            self._agreement.reach(failure)
+        except Exception:
+            self._forget_batch()
+            raise
+
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
 
@@ -485,19 +546,37 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         instr.SendGrad: _exec_send_grad,
         instr.ReleaseActivation: _exec_release_activation,
         instr.ReleaseGrad: _exec_release_grad,
+        instr.AgreeOnBatch: _exec_agree_on_batch,
         instr.ReduceTiedGrads: stock.PipelineEngine._exec_reduce_tied_grads,
         instr.ReduceGrads: stock.PipelineEngine._exec_reduce_grads,
         instr.OptimizerStep: stock.PipelineEngine._exec_optimizer_step,
     }
 
 
+def _name_of(instruction: instr.BufferOpInstruction) -> str:
+    """An instruction in the words of an error."""
+    stage, micro_batch = instruction.kwargs["buffer_id"]
+    of_stage = "" if isinstance(instruction, instr.LoadMicroBatch) else f" of stage {stage}"
+    return f"{type(instruction).__name__}{of_stage}, micro-batch {micro_batch}"
+
+
+def _pair(sample: Any) -> tuple[Any, Any]:
+    """The inputs and the labels of what the data iterator gave; PipelineError if it isn't a pair."""
+    if sample is None:
+        raise PipelineError("there is no data: this rank needs an iterator that gives (inputs, labels)")
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        given = f"{len(sample)} members" if isinstance(sample, (tuple, list)) else f"a {type(sample).__name__}"
+        raise PipelineError(f"the data iterator gave {given}: must be a pair (inputs, labels)")
+    return sample[0], sample[1]
+
+
 def _own_copy(data: Any, device: torch.device, what: str) -> Payload:
     """`data` of the iterator as tensors that nobody else changes; PipelineError if it holds anything but tensors."""
     if torch.is_tensor(data):
         return data.detach().clone().to(device)
-    if not isinstance(data, (tuple, list)) or not all(map(torch.is_tensor, data)):
-        raise PipelineError(f"the {what} of a micro-batch are {type(data).__name__}: must be a tensor or a tuple of "
-                            "tensors")
+    if not isinstance(data, (tuple, list)) or not data or not all(map(torch.is_tensor, data)):
+        given = "empty" if isinstance(data, (tuple, list)) and not data else type(data).__name__
+        raise PipelineError(f"the {what} of a micro-batch are {given}: must be a tensor or a tuple of tensors")
     return tuple(tensor.detach().clone().to(device) for tensor in data)
 
 

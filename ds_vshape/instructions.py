@@ -12,6 +12,7 @@ instruction says what it works on and a rank may hold any number of stages.
     WaitActivation, WaitGrad                wait until it is filled
     SendActivation, SendGrad                start to send; don't wait
     ReleaseActivation, ReleaseGrad          wait until it has left
+    AgreeOnBatch                            all ranks have done their passes, or all raise
     ReduceTiedGrads, ReduceGrads, OptimizerStep
 """
 
@@ -28,10 +29,10 @@ from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load,
 from ds_vshape.schedule.passes import Kind
 
 __all__ = [
-    "BackwardPass", "BufferId", "ForwardPass", "InputGradPass", "LoadMicroBatch", "OptimizerStep", "PipeInstruction",
-    "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad",
-    "SendActivation", "SendGrad", "SplitForwardPass", "WaitActivation", "WaitGrad", "WeightGradPass",
-    "evaluation_instructions", "training_instructions"
+    "AgreeOnBatch", "BackwardPass", "BufferId", "BufferOpInstruction", "ForwardPass", "InputGradPass",
+    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
+    "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "SendActivation", "SendGrad", "SplitForwardPass",
+    "WaitActivation", "WaitGrad", "WeightGradPass", "evaluation_instructions", "training_instructions"
 ]
 
 
@@ -98,6 +99,10 @@ class ReleaseGrad(BufferOpInstruction):  # type: ignore[misc]
     """Wait until the gradients of a :class:`SendGrad` have left, and give back their memory."""
 
 
+class AgreeOnBatch(PipeInstruction):  # type: ignore[misc]
+    """Wait until all ranks of the job have done their passes; raise on all of them if one has failed."""
+
+
 _PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
     (Kind.F, False): ForwardPass,
     (Kind.F, True): SplitForwardPass,
@@ -123,8 +128,8 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:
-    """A rank's program as instructions, nothing added."""
-    return [_instruction(step) for step in program]
+    """A rank's program as instructions, with the end of an evaluation: all ranks know that all is well."""
+    return [*(_instruction(step) for step in program), AgreeOnBatch()]
 
 
 def _instruction(step: Step) -> PipeInstruction:

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,8 @@ class Signature:
         """The signature of `payload`; PipelineError for what can't cross a stage boundary."""
         is_tuple = isinstance(payload, tuple)
         members = payload if isinstance(payload, tuple) else (payload,)
+        if not members:
+            raise PipelineError("a stage's output is an empty tuple: nothing would cross to the next stage")
         for member in members:
             if obstacle := _obstacle(member):
                 raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can "
@@ -114,6 +117,13 @@ def _obstacle(member: Any) -> str | None:
         return f"a {str(member.layout).removeprefix('torch.')} tensor"
     return None if member.dtype in _DTYPE_IDS else str(member.dtype)
 
+
+class Withdrawn(Exception):
+    """A message came without content: its sender has failed in this batch."""
+
+
+# What goes out instead of a message in an announced batch.
+_NOTHING = Signature((), True)
 
 # By kind of content and receiving stage.
 Signatures = dict[tuple[Content, int], Signature]
@@ -176,21 +186,29 @@ class Channels:
     def send(self, message: Message, payload: Payload) -> None:
         """Start to send; the tensors must not change until `release`."""
         signature, key = Signature.of(payload), (message.channel.content, message.stage)
-        transfer = self._sending[message] = _Transfer()
+        transfer = _Transfer()
         if self._announced:
-            header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
-            numbers = signature.encode()
-            header[:len(numbers)] = torch.tensor(numbers)
-            self._start_send(transfer, message.channel, header.to(self._device))
+            self._announce(transfer, message.channel, signature)
             self._signatures[key] = signature
         elif signature != self._signatures[key]:
             raise PipelineError(
                 f"the {message.channel.content} for stage {message.stage} changed: [{self._signatures[key]}] in an "
                 f"earlier batch, [{signature}] in micro-batch {message.micro_batch} now. Set dynamic_shape=True in the "
                 "PipelineModule, or call engine.reset_activation_shape() on every rank before the batch")
+        self._sending[message] = transfer
         for tensor in payload if isinstance(payload, tuple) else (payload,):
             if tensor is not None:
                 self._start_send(transfer, message.channel, tensor.detach().contiguous())
+
+    def withdraw(self, message: Message) -> None:
+        """Send a message without content, so that nobody waits: none in an announced batch, else zeros."""
+        transfer = self._sending[message] = _Transfer()
+        if self._announced:
+            self._announce(transfer, message.channel, _NOTHING)
+            return
+        for described in self._signatures[message.channel.content, message.stage].tensors:
+            if described is not None:
+                self._start_send(transfer, message.channel, described.empty(self._device).zero_())
 
     def release(self, message: Message) -> None:
         """Wait until `message` has left."""
@@ -205,12 +223,17 @@ class Channels:
             self._start_payload(message, self._signatures[message.channel.content, message.stage])
 
     def receive(self, message: Message) -> Payload:
-        """Wait for `message`; its tensors are leaves that require a gradient where the sender's did."""
+        """Wait for `message`; its tensors are leaves that require a gradient where the sender's did.
+
+        Raises Withdrawn if nothing was sent.
+        """
         while not self._receiving[message].signature:
             self._start_announced(self._noted[message.channel].popleft())
         transfer = self._receiving.pop(message)
         transfer.wait()
         assert transfer.signature is not None
+        if transfer.signature == _NOTHING:
+            raise Withdrawn(f"{message.channel.content} for stage {message.stage}, micro-batch {message.micro_batch}")
         wants_gradient = message.channel.content is Content.ACTIVATION and torch.is_grad_enabled()
         for tensor, described in zip(transfer.tensors, transfer.signature.tensors):
             if tensor is not None and described is not None and wants_gradient:
@@ -220,6 +243,12 @@ class Channels:
         first, = transfer.tensors
         assert first is not None
         return first
+
+    def discard(self, message: Message) -> None:
+        """Take `message` in, if that isn't done yet, and forget it."""
+        if message in self._receiving:
+            with suppress(Withdrawn):
+                self.receive(message)
 
     def measure_hop(self, messages: Sequence[Message], rounds: int = 5) -> float:
         """The seconds of this rank's slowest hop: half a round trip of the largest of each pair's messages.
@@ -252,6 +281,12 @@ class Channels:
             if rank == there.source:
                 slowest = max(slowest, statistics.median(trips) / 2)
         return slowest
+
+    def _announce(self, transfer: _Transfer, channel: Channel, signature: Signature) -> None:
+        numbers = signature.encode()
+        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
+        header[:len(numbers)] = torch.tensor(numbers)
+        self._start_send(transfer, channel, header.to(self._device))
 
     def _start_announced(self, message: Message) -> None:
         """Read the header of the channel's next message, then offer buffers for the rest."""

@@ -37,7 +37,8 @@ GRADIENT = Message(Channel(1, 0, Content.GRADIENT), 3, 6)
     (AwaitSend(GRADIENT), instr.ReleaseGrad, (3, 6)),
 ])
 def test_each_step_is_one_instruction(step: Step, kind: type[stock.PipeInstruction], buffer: tuple[int, int]) -> None:
-    instruction, = evaluation_instructions((step,))
+    instruction, end = evaluation_instructions((step,))
+    assert type(end) is instr.AgreeOnBatch
     assert type(instruction) is kind
     assert instruction.buffer_id == buffer and isinstance(instruction.buffer_id, BufferId)
     assert (instruction.buffer_id.stage, instruction.buffer_id.micro_batch) == buffer
@@ -56,7 +57,7 @@ def programs() -> list[tuple[str, Program]]:
 def test_training_reduces_and_steps_once_behind_all_passes() -> None:
     for _, program in programs():
         steps, batch = evaluation_instructions(program), training_instructions(program)
-        assert len(steps) == len(program)
+        assert len(steps) == len(program) + 1 and type(steps[-1]) is instr.AgreeOnBatch
         assert [(type(i), i.kwargs) for i in batch[:-3]] == [(type(i), i.kwargs) for i in steps]
         assert [type(i) for i in batch[-3:]] == [stock.ReduceTiedGrads, stock.ReduceGrads, stock.OptimizerStep]
 

@@ -1,0 +1,87 @@
+"""A batch that fails on one rank fails on all, and nothing else is lost.
+
+A rank that can't go on (its data end, a layer raises) must not leave its neighbours waiting for its messages. It skips
+the rest of its passes, still takes in what it is sent, and sends messages without content; before the gradients are
+reduced all ranks of the job agree whether the batch counts. If not, every rank raises, and the parameters, the
+optimizer and the channels are as they were before the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineError
+
+from ds_vshape.p2p import Withdrawn
+
+_TEXT_SIZE = 2048
+
+
+class _State(IntEnum):
+    """How a rank's part of a batch ended; the worst of all ranks counts."""
+
+    DONE = 0
+    WITHDRAWN = 1  # another rank's failure
+    OUT_OF_DATA = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank can't go on with a batch, and where it was."""
+
+    error: Exception
+    place: str
+
+    @property
+    def state(self) -> _State:
+        """What kind of failure it is."""
+        if isinstance(self.error, Withdrawn):
+            return _State.WITHDRAWN
+        return _State.OUT_OF_DATA if isinstance(self.error, StopIteration) else _State.FAILED
+
+    def __str__(self) -> str:
+        return f"{self.place}: {type(self.error).__name__}: {self.error}"
+
+
+class Agreement:
+    """All ranks of the job agree on the end of a batch.
+
+    Creating it is collective. It talks over gloo whatever the job's backend is, so that no GPU is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+
+    def reach(self, failure: Failure | None) -> None:
+        """Return if no rank has failed; collective.
+
+        Raises on every rank else: where it happened the error itself; elsewhere PipelineError with its text, or
+        StopIteration if nothing but the data's end is in the way.
+        """
+        state = _State.DONE if failure is None else failure.state
+        worst = torch.tensor([state])
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._group)
+        if worst.item() != _State.DONE:
+            self._raise(failure, _State(int(worst.item())))
+
+    def _raise(self, failure: Failure | None, worst: _State) -> NoReturn:
+        own = failure is not None and failure.state is worst
+        texts = [text for text in self._gather(str(failure) if own else "") if text]
+        if failure is not None and own:
+            failure.error.add_note(f"in the {failure.place}; no rank counts this batch")
+            raise failure.error
+        text = "; ".join(dict.fromkeys(texts))
+        raise StopIteration(text) if worst is _State.OUT_OF_DATA else PipelineError(text)
+
+    def _gather(self, text: str) -> list[str]:
+        """The texts of all ranks, cut where they are very long."""
+        encoded = text.encode()[:_TEXT_SIZE].ljust(_TEXT_SIZE, b"\0")
+        own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own, group=self._group)
+        return [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace") for text in gathered]

@@ -1,0 +1,202 @@
+"""A batch that fails on one rank fails on all of them, hangs none, and leaves the engine as it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.pipe import LayerSpec
+from pipelines import (BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Block, Dropping, Job, cross_entropy, data,
+                       micro_batch, specs)
+from ranks import run_ranks
+from torch import Tensor
+
+BATCHES = range(4)
+# One before any message was announced, and one after.
+FAILING = (0, 2)
+CONFIGS = {"fp32": FP32, "fp32 ZeRO-1": FP32_ZERO1, "bf16": BF16_ZERO1, "bf16 accumulating fp32": BF16_ZERO1_FP32}
+
+
+class Faulty(Block):
+    """A block that raises in one of its passes, once armed."""
+
+    forwards_left = backwards_left = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        Faulty.forwards_left -= 1
+        if Faulty.forwards_left == 0:
+            raise ZeroDivisionError("a layer had enough")
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(self._backward)
+        return y
+
+    def _backward(self, gradient: Tensor) -> None:
+        Faulty.backwards_left -= 1
+        if Faulty.backwards_left == 0:
+            raise FloatingPointError("a gradient had enough")
+
+
+class FaultyLoss:
+    """A loss that raises once armed."""
+
+    calls_left = -1
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        FaultyLoss.calls_left -= 1
+        if FaultyLoss.calls_left == 0:
+            raise KeyError("no loss today")
+        return cross_entropy(logits, labels)
+
+
+def layers(stages: int, faulty: int | None = None) -> tuple[Any, ...]:
+    """An embedding, a block with dropout for each stage, a head; the block at a place may be faulty."""
+    chosen = specs(2 * stages, Dropping)
+    if faulty is not None:
+        chosen[faulty] = LayerSpec(Faulty)
+    return tuple(chosen)
+
+
+def too_short(engine: Any, batch: int) -> Iterator[Any]:
+    return islice(data(engine, batch), 2)
+
+
+def shorter_on_replica_1(engine: Any, batch: int) -> Iterator[Any]:
+    return islice(data(engine, batch), 4 - engine.grid.get_data_parallel_rank())
+
+
+def forward_raises(engine: Any, batch: int) -> Iterator[Any]:
+    Faulty.forwards_left = 3
+    return data(engine, batch)
+
+
+def backward_raises(engine: Any, batch: int) -> Iterator[Any]:
+    Faulty.backwards_left = 2
+    return data(engine, batch)
+
+
+def loss_raises(engine: Any, batch: int) -> Iterator[Any]:
+    FaultyLoss.calls_left = 2
+    return data(engine, batch)
+
+
+def train_through(rank: int, job: Job, spoil: Callable[[Any, int], Any]) -> tuple[list[float], list[float], list[str]]:
+    """The losses without failures and with, and the errors: `FAILING` are first tried with spoilt data."""
+    engine = job.engine(loss_fn=FaultyLoss())
+    oracle = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
+    engine = job.engine(loss_fn=FaultyLoss())
+    losses, errors = [], []
+    for batch in BATCHES:
+        if batch in FAILING:
+            with pytest.raises(Exception) as error:
+                engine.train_batch(spoil(engine, batch))
+            notes = getattr(error.value, "__notes__", [])
+            errors.append("; ".join([f"{type(error.value).__name__}: {error.value}", *notes]))
+        losses.append(float(engine.train_batch(data(engine, batch))))
+    return oracle, losses, errors
+
+
+@pytest.mark.parametrize(["schedule", "config"], [("1f1b", "fp32"), ("interleaved-1f1b", "fp32 ZeRO-1"),
+                                                  ("v-min", "bf16"), ("v-half", "bf16 accumulating fp32"),
+                                                  ("v-zb", "fp32"), ("v-half", "fp32 ZeRO-1")])
+def test_data_that_end_within_a_batch(schedule: str, config: str) -> None:
+    """StopIteration on every rank; with new data the training is bit for bit that which never failed."""
+    for oracle, losses, errors in run_ranks(3, train_through, Job(schedule, 3, 4, CONFIGS[config], layers(3)),
+                                            too_short):
+        assert losses == oracle
+        for error in errors:
+            assert error.startswith("StopIteration")
+            assert "LoadMicroBatch, micro-batch 2 on pipeline rank" in error
+
+
+def test_data_that_end_on_one_replica() -> None:
+    """The others, whose data are complete, don't step either."""
+    results = run_ranks(4, train_through, Job("v-half", 2, 4, FP32_ZERO1, layers(2)), shorter_on_replica_1)
+    for oracle, losses, errors in results:
+        assert losses == oracle
+        assert all(error.startswith("StopIteration") for error in errors)
+
+
+@pytest.mark.parametrize(["schedule", "config", "spoil", "error", "place"], [
+    ("1f1b", "fp32", forward_raises, "ZeroDivisionError: a layer had enough", "ForwardPass of stage 1, micro-batch 2"),
+    ("v-half", "bf16", forward_raises, "ZeroDivisionError: a layer had enough",
+     "SplitForwardPass of stage 1, micro-batch 2"),
+    ("zb-h1", "fp32 ZeRO-1", backward_raises, "FloatingPointError: a gradient had enough",
+     "InputGradPass of stage 1, micro-batch 1"),
+    ("v-zb", "bf16 accumulating fp32", backward_raises, "FloatingPointError: a gradient had enough",
+     "InputGradPass of stage 1, micro-batch 1"),
+    ("v-zb", "fp32 ZeRO-1", loss_raises, "KeyError: 'no loss today'", "SplitForwardPass of stage 5, micro-batch 1"),
+])
+def test_a_pass_that_raises(schedule: str, config: str, spoil: Any, error: str, place: str) -> None:
+    """The error itself where it happened, elsewhere PipelineError with its text and its place."""
+    results = run_ranks(3, train_through, Job(schedule, 3, 4, CONFIGS[config], layers(3, 3 if "1" in schedule else 2)),
+                        spoil)
+    for oracle, losses, errors in results:
+        assert losses == oracle
+        for told in errors:
+            assert error in told and place in told
+            assert told.startswith(error) or told.startswith("PipelineError")
+    assert sum(told.startswith(error) for _, _, errors in results for told in errors) == len(FAILING)
+
+
+def evaluate_through(rank: int, job: Job) -> tuple[list[float], list[str]]:
+    engine = job.engine()
+    values: list[float] = []
+    errors: list[str] = []
+    held = data(engine, 0)
+    engine.set_dataiterator(held)
+    for batch in range(2):
+        with pytest.raises(StopIteration) as error:
+            engine.eval_batch(iter([micro_batch(9, 0, 0)]), num_micro_batches=3)
+        errors.append(str(error.value))
+        values.append(float(engine.eval_batch(iter([micro_batch(9, 0, 0)]), num_micro_batches=1)))
+        engine.set_dataiterator(data(engine, batch))
+        values.append(float(engine.train_batch()))
+    return values, errors
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "v-half"])
+def test_data_that_end_within_an_evaluation(schedule: str) -> None:
+    def without_failures(rank: int) -> list[float]:
+        engine = Job(schedule, 2, 4).engine()
+        values = []
+        for batch in range(2):
+            values.append(float(engine.eval_batch(iter([micro_batch(9, 0, 0)]), num_micro_batches=1)))
+            values.append(float(engine.train_batch(data(engine, batch))))
+        return values
+
+    oracle = run_ranks(2, without_failures)[0]
+    for values, _ in run_ranks(2, evaluate_through, Job(schedule, 2, 4)):
+        assert values == oracle
+
+
+def train_badly(rank: int) -> list[str]:
+    """One engine that is given all kinds of data that can't be trained on, then good ones."""
+    engine = Job("v-half", 2, 2).engine()
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    bad: list[Any] = [None, iter([tokens] * 2), iter([(tokens, tokens, tokens)] * 2), iter([{"tokens": tokens}] * 2),
+                      iter([((), tokens)] * 2), iter([("text", tokens)] * 2), iter([(tokens, tokens[:1])] * 2)]
+    errors = []
+    for samples in bad:
+        with pytest.raises(Exception) as error:
+            engine.train_batch(samples)
+        errors.append(str(error.value))
+    assert float(engine.train_batch(data(engine, 0))) > 0
+    return errors
+
+
+def test_data_of_a_wrong_form() -> None:
+    first, second = run_ranks(2, train_badly)
+    for told, elsewhere, expected in zip(first, second, [
+            "there is no data: this rank needs an iterator that gives (inputs, labels)",
+            "the data iterator gave a Tensor: must be a pair (inputs, labels)",
+            "the data iterator gave 3 members: must be a pair (inputs, labels)",
+            "the data iterator gave a dict: must be a pair (inputs, labels)",
+            "the inputs of a micro-batch are empty: must be a tensor or a tuple of tensors",
+            "the inputs of a micro-batch are str: must be a tensor or a tuple of tensors",
+            "Expected input batch_size (6) to match target batch_size (3)"], strict=True):
+        assert expected in told and expected in elsewhere
+        assert "on pipeline rank 0" in elsewhere
