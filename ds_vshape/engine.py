@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
-from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
@@ -49,6 +49,7 @@ from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 from ds_vshape.scheduling import schedules_for
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
+from ds_vshape.wall_clock import timed
 
 _PASS_KINDS = {
     instr.ForwardPass: Kind.F,
@@ -113,6 +114,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._active_stage = self.placement.chunks[self.stage_id][0]
         # Parameters whose gradients came from W; None once they are reported.
         self._in_split: set[torch.nn.Parameter] | None = set()
+        # DeepSpeed's hooks of a forward and a backward start these, but not every backward here ends as they expect.
+        self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
+        if self.wall_clock_breakdown():
+            self._INSTRUCTION_MAP = timed(self._INSTRUCTION_MAP, self.timers)
         self._log(schedule_line(self.schedule()))
 
     # -- schedules and programs
@@ -140,7 +145,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def train_batch(self, data_iter: Any = None) -> Any:
         """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
-        loss = super().train_batch(data_iter)
+        with self._flops_profile():
+            loss = super().train_batch(data_iter)
         better = self._schedules.after_batch(*self._last_batch())
         if better is not None:
             self.use_schedule(better)
@@ -150,6 +156,30 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         if self._trained_batches == METERED_BATCH + 1:
             self._log_memory()
         return loss
+
+    def flops_profiler_enabled(self) -> bool:
+        """Whether each forward is profiled by itself (DeepSpeedEngine's hooks): here a batch is, in `train_batch`."""
+        return False if self._constructed else bool(super().flops_profiler_enabled())
+
+    @contextmanager
+    def _flops_profile(self) -> Iterator[None]:
+        """Around a training batch: profile what global rank 0 computes forward, recomputation included, in its step."""
+        profiler = getattr(self, "flops_profiler", None)
+        step = self.global_steps
+        if profiler is None or self.global_rank or step != self.flops_profiler_profile_step():
+            yield
+            return
+        if self.wall_clock_breakdown():
+            # It would divide by timers that the end of the batch has set back.
+            profiler.ds_engine = None
+        profiler.start_profile()
+        try:
+            yield
+            profiler.stop_profile()
+            profiler.print_model_profile(step, self.flops_profiler_module_depth(), self.flops_profiler_top_modules(),
+                                         self.flops_profiler_detailed(), self.flops_profiler_output_file())
+        finally:
+            profiler.end_profile()
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch, as DeepSpeed's `eval_batch`; training isn't disturbed, even if it raises."""
