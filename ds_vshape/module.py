@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,7 @@ from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
+from ds_vshape.segment import Segment
 from ds_vshape.versions import check_versions
 
 # What two measurements of one layer may differ by.
@@ -138,6 +140,12 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         if self.seed_layers:
             (self.seed_fn or set_random_seed)(self.base_seed + layer)
 
+    def _enter_layer(self, forwards: int, layer: int) -> None:
+        """What DeepSpeed does before each layer of the module's forward number `forwards`."""
+        self.curr_layer = layer
+        if self.seed_layers:
+            (self.seed_fn or set_random_seed)(self.base_seed * (forwards + 1) + layer)
+
     def _announce_partition(self) -> None:
         if self.global_rank == 0:
             for stage, (start, stop) in enumerate(pairwise(self.parts)):
@@ -154,6 +162,24 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
             self.forward_funcs = chunk.funcs
             super()._build()
         self._activate(self.chunks[0])
+
+    def forward(self, forward_input: Any) -> Any:
+        """The outputs of the active chunk, as DeepSpeed's forward, for inputs (a tensor or a tuple) of its first layer.
+
+        Segments of `activation_checkpoint_interval` layers are checkpointed, where DeepSpeed says they can be.
+        """
+        if self.schedule_config is None:
+            return super().forward(forward_input)
+        self.micro_offset += 1
+        before_layer = partial(self._enter_layer, self.micro_offset)
+        interval = self.activation_checkpoint_interval or len(self.forward_funcs)
+        checkpointed = self.is_checkpointable_results if self.activation_checkpoint_interval else (False,)
+        outputs = forward_input
+        for start, again in zip(range(0, len(self.forward_funcs), interval), checkpointed, strict=True):
+            segment = Segment(self.forward_funcs[start:start + interval], self._local_start + start, before_layer)
+            outputs = segment.run_checkpointed(self.activation_checkpoint_func, outputs) if again else (
+                segment.run(outputs))
+        return outputs
 
     def activate_stage(self, stage: int) -> None:
         """Let forward() run `stage`, which this rank must hold."""

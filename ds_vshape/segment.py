@@ -1,0 +1,71 @@
+"""Layers that run together between two activation checkpoints.
+
+DeepSpeed's own (PipelineModule.forward in runtime/pipe/module.py) is wrong about two things, in silence:
+
+    seeds      a checkpointed layer is seeded by its place in its segment, so that dropout depends on the partition and
+               on the interval. Here a layer is seeded by its place in the model.
+    training   under a reentrant checkpoint autograd records nothing if no input wants a gradient, and a segment that
+               starts with an embedding, or after a frozen one, isn't trained. Here it gets an input of no elements
+               that wants one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
+from torch import Tensor, nn
+
+# DeepSpeed's form of it: the function to be recomputed, and its inputs.
+Checkpoint = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers `first`, `first` + 1, ... of the model; `before_layer` is told the number of each before it runs."""
+
+    layers: Sequence[Callable[[Any], Any]]
+    first: int
+    before_layer: Callable[[int], None]
+
+    def run(self, inputs: Any) -> Any:
+        """The outputs of the last layer; `inputs` are a tensor or a tuple, as the first layer takes them."""
+        for number, layer in enumerate(self.layers, self.first):
+            self.before_layer(number)
+            inputs = layer(inputs)
+        return inputs
+
+    def run_checkpointed(self, checkpoint: Checkpoint, inputs: Any) -> Any:
+        """As `run`, keeping only the inputs for the backward, which runs the layers again."""
+        is_tuple, gave_tuple = isinstance(inputs, tuple), False
+        parts = inputs if isinstance(inputs, tuple) else (inputs,)
+        count = len(parts)
+
+        def again(*parts: Any) -> Any:
+            nonlocal gave_tuple
+            outputs = self.run(parts[:count] if is_tuple else parts[0])
+            gave_tuple = isinstance(outputs, tuple)
+            return outputs
+
+        witness = (torch.empty(0, requires_grad=True),) if self._needs_a_witness(checkpoint, parts) else ()
+        outputs = checkpoint(again, *parts, *witness)
+        # DeepSpeed's gives back a tuple of one as its member.
+        return (outputs,) if gave_tuple and not isinstance(outputs, tuple) else outputs
+
+    def _needs_a_witness(self, checkpoint: Checkpoint, inputs: tuple[Any, ...]) -> bool:
+        """Whether parameters are to be trained that no gradient of an input leads to."""
+        wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
+        return (not wanted and checkpoint is not non_reentrant_checkpoint and torch.is_grad_enabled()
+                and any(parameter.requires_grad for parameter in self._parameters()))
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for layer in self.layers:
+            # A tied layer with a function of its own is a partial of that and the module.
+            modules = layer.args if isinstance(layer, partial) else (layer,)
+            for module in modules:
+                if isinstance(module, nn.Module):
+                    yield from module.parameters()
