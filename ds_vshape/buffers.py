@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ds_vshape.instructions import BufferId
 from ds_vshape.p2p import Payload
+from ds_vshape.schedule.lowering import Content
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import WeightGradientStore
 
 
@@ -35,6 +38,53 @@ class Buffer:
         grads = tuple(None if t is None else t.grad for t in members(self.inputs))
         self.inputs = None
         return grads
+
+
+class Buffers:
+    """All that rank `rank` holds of a batch, and what its passes made for other ranks until that is sent."""
+
+    def __init__(self, placement: Placement, rank: int) -> None:
+        self._placement, self._rank = placement, rank
+        self._buffers: dict[BufferId, Buffer] = {}
+        self._outbox: dict[tuple[Content, BufferId], Payload] = {}
+
+    def __getitem__(self, buffer_id: BufferId) -> Buffer:
+        return self._buffers[buffer_id]
+
+    def open(self, buffer_id: BufferId) -> Buffer:
+        """The buffer, made if it isn't there."""
+        return self._buffers.setdefault(buffer_id, Buffer())
+
+    def close(self, buffer_id: BufferId) -> None:
+        """Nothing needs the buffer any more."""
+        del self._buffers[buffer_id]
+
+    def hand_over(self, content: Content, receiver: BufferId, payload: Payload) -> None:
+        """Give what a pass made to the neighbour stage: at once on this rank, else by `take`."""
+        if self._placement.rank_of(receiver.stage) != self._rank:
+            self._outbox[content, receiver] = payload
+        elif content is Content.ACTIVATION:
+            self.open(receiver).inputs = leaves(payload)
+        else:
+            self._buffers[receiver].output_grads = members(payload)
+
+    def take(self, content: Content, receiver: BufferId) -> Payload:
+        """What was handed over to a stage of another rank, to be sent."""
+        return self._outbox.pop((content, receiver))
+
+    def outputs(self, buffer_id: BufferId) -> Any:
+        """What the forward that has just run on a buffer made: the loss, or what it has handed over."""
+        if buffer_id.stage == self._placement.last_stage:
+            return self._buffers[buffer_id].loss
+        receiver = BufferId(buffer_id.stage + 1, buffer_id.micro_batch)
+        if receiver in self._buffers:
+            return self._buffers[receiver].inputs
+        return self._outbox[Content.ACTIVATION, receiver]
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._buffers.clear()
+        self._outbox.clear()
 
 
 def edges(outputs: Payload) -> tuple[GradientEdge | None, ...]:

@@ -30,23 +30,23 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ds_vshape import instructions as instr
-from ds_vshape.buffers import Buffer, edges, enter, leaves, members
+from ds_vshape.buffers import Buffers, edges, enter, members
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.failures import Agreement, Failure
-from ds_vshape.gradients import clip_gradients, delivery_for
+from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
-from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
-from ds_vshape.monitoring import comparison_line, schedule_line, split_line
-from ds_vshape.p2p import Channels, Payload, Signatures
-from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
+from ds_vshape.memory import RankMemory
+from ds_vshape.micro_batch import added, detached, own_copy, pair
+from ds_vshape.monitoring import comparison_line, schedule_line
+from ds_vshape.observer import METERED_BATCH, Observer
+from ds_vshape.p2p import Channels, Signatures
 from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.timeline import Timeline, Times, simulate
+from ds_vshape.schedule.timeline import Timeline, Times
 from ds_vshape.scheduling import schedules_for
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 from ds_vshape.wall_clock import timed
@@ -60,8 +60,6 @@ _PASS_KINDS = {
 }
 # Messages that go on where a batch has failed.
 _MESSAGES_IN_PROGRESS = (instr.RecvActivation, instr.RecvGrad, instr.ReleaseActivation, instr.ReleaseGrad)
-# The training batch in which activations are measured, counted from 0.
-METERED_BATCH = 1
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
@@ -96,24 +94,16 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._signatures: Signatures | None = None
         self._agreement = Agreement()
         self._failure: Failure | None = None
-        self._buffers: dict[BufferId, Buffer] = {}
-        # What passes made for other ranks, until it is sent.
-        self._outbox: dict[tuple[Content, BufferId], Payload] = {}
+        self._held = Buffers(self.placement, self.stage_id)
+        self._observer = Observer(self)
         self._deliver = delivery_for(self.optimizer)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop,
-                                        self._activations, self.device)
+                                        self._observer.activations, self.device)
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
-        self._recorder = PassRecorder()
-        # The last training batch.
-        self._trained: tuple[Schedule, PassRecorder] | None = None
-        self._trained_batches = 0
-        self._meter = ActivationMeter(self.module)
         self._forwards_before = 0
         self._active_stage = self.placement.chunks[self.stage_id][0]
-        # Parameters whose gradients came from W; None once they are reported.
-        self._in_split: set[torch.nn.Parameter] | None = set()
         # DeepSpeed's hooks of a forward and a backward start these, but not every backward here ends as they expect.
         self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
         if self.wall_clock_breakdown():
@@ -147,14 +137,15 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
         with self._flops_profile():
             loss = super().train_batch(data_iter)
-        better = self._schedules.after_batch(*self._last_batch())
+        better = self._schedules.after_batch(*self._observer.last_batch())
         if better is not None:
             self.use_schedule(better)
         elif self._swapped and self.planned_times is not None:
             self._compare_with_plan()
         self._swapped = better is not None
-        if self._trained_batches == METERED_BATCH + 1:
-            self._log_memory()
+        if self._observer.batches == METERED_BATCH + 1:
+            for rank, memory in enumerate(self.memory_report()):
+                self._log(f"pipeline rank {rank} needs {memory}")
         return loss
 
     def flops_profiler_enabled(self) -> bool:
@@ -191,19 +182,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self.eval_return_logits = False
             self.outputs = None
 
-    def _activations(self) -> Activations:
-        """The measured sizes of all stages, in bytes for one micro-batch (collective)."""
-        if self._trained_batches <= METERED_BATCH:
-            raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
-        return self._meter.gather(self.placement, self.grid.get_pipe_parallel_group(), self.device)
-
     def memory_report(self) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs; to be called on every rank, after two training batches."""
-        return predict_memory(self, self.schedule(), self._activations())
-
-    def _log_memory(self) -> None:
-        for rank, memory in enumerate(self.memory_report()):
-            self._log(f"pipeline rank {rank} needs {memory}")
+        return self._observer.memory(self.schedule())
 
     def _log(self, line: str) -> None:
         if self.global_rank == 0:
@@ -211,7 +192,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _compare_with_plan(self) -> None:
         """Say once after a swap how the new schedule ran."""
-        self._log(comparison_line(self._last_batch()[0].name, *self.timelines()))
+        self._log(comparison_line(self._observer.last_batch()[0].name, *self.timelines()))
 
     @property
     def planned_times(self) -> Times | None:
@@ -223,15 +204,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
         The prediction takes the times that the schedule was planned for, or else the batch's own mean times.
         """
-        schedule, record = self._last_batch()
-        measured = gather_timeline(record.spans(), schedule.orders, self.grid.get_pipe_parallel_group(), self.device)
-        times = self.planned_times or mean_times(measured, self.placement.stages)
-        return simulate(schedule, times), measured
-
-    def _last_batch(self) -> tuple[Schedule, PassRecorder]:
-        if self._trained is None:
-            raise PipelineError("no batch was trained yet")
-        return self._trained
+        return self._observer.timelines(self.planned_times)
 
     def _measure_hop(self) -> float:
         boundaries = (message_into(Pass(Kind.F, stage, 0), self.placement) for stage in range(1, self.placement.stages))
@@ -252,7 +225,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         training = torch.is_grad_enabled()
         self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
-        self._recorder = PassRecorder()
+        self._observer.begin_batch()
         for instruction in pipe_schedule.instructions:
             if not isinstance(instruction, instr.BufferOpInstruction):
                 self._execute(instruction)
@@ -264,9 +237,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:
             self._signatures = signatures
-            self._trained = pipe_schedule.schedule, self._recorder
-            self._trained_batches += 1
-            self._report_split()
+            self._observer.end_batch(pipe_schedule.schedule)
 
     def _execute(self, instruction: instr.PipeInstruction) -> None:
         self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
@@ -280,10 +251,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
                 return
             buffer_id, *piece = instruction.kwargs.values()
             work = Pass(kind, *buffer_id, *piece)
-            start = self._recorder.start(work)
-            with self._metered(work, micro_batches) if torch.is_grad_enabled() else nullcontext():
+            observer = self._observer
+            metered = observer.metered(work, micro_batches, self._held) if torch.is_grad_enabled() else nullcontext()
+            with observer.timed(work), metered:
                 self._execute(instruction)
-            self._recorder.end(work, start)
         except Exception as error:
             self._failure = Failure(error, f"{_name_of(instruction)} on pipeline rank {self.stage_id}")
             self._abandon(instruction)
@@ -302,38 +273,13 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _forget_batch(self) -> None:
         """Leave nothing of a batch that failed: no messages, no activations, no gradients."""
-        self._buffers.clear()
-        self._outbox.clear()
+        self._held.clear()
         self._channels.end_batch()
         self.timers(stock.TRAIN_BATCH_TIMER).reset()
         for parameter in self.module.parameters():
             parameter.grad = None
         if hasattr(self.optimizer, "zero_grad"):
             self.optimizer.zero_grad()
-
-    @contextmanager
-    def _metered(self, work: Pass, micro_batches: int) -> Iterator[None]:
-        """Around a pass: in one batch it measures the activations of one micro-batch on every stage.
-
-        Not in the first, in which modules make caches that stay.
-        """
-        buffer_id = BufferId(work.stage, work.micro_batch)
-        if self._trained_batches != METERED_BATCH or work.micro_batch != min(1, micro_batches - 1):
-            yield
-        elif work.kind is Kind.F:
-            inputs = self._buffers[buffer_id].inputs
-            with self._meter.forward():
-                yield
-            after = BufferId(work.stage + 1, work.micro_batch)
-            outputs = (self._buffers[buffer_id].loss if work.stage == self.placement.last_stage else
-                       self._buffers[after].inputs if self._holds(after.stage) else
-                       self._outbox[Content.ACTIVATION, after])
-            self._meter.after_forward(work.stage, inputs, outputs)
-        elif work.kind is Kind.B:
-            yield
-            self._meter.after_backward(work.stage, self._buffers[buffer_id].store)
-        else:
-            yield
 
     # -- where this rank stands
 
@@ -355,29 +301,26 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._active_stage = stage
         self.module.activate_stage(stage)
 
-    def _buffer(self, buffer_id: BufferId) -> Buffer:
-        return self._buffers.setdefault(buffer_id, Buffer())
-
     # -- [1] the data
 
     def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
-        inputs, labels = _pair(self._next_batch())
+        inputs, labels = pair(self._next_batch())
         if self._holds(0):
-            inputs = _own_copy(inputs, self.device, "inputs")
+            inputs = own_copy(inputs, self.device, "inputs")
             if self._reentrant_activation_checkpointing():
                 for tensor in members(inputs):
                     if tensor is not None:
                         tensor.requires_grad_(tensor.is_floating_point())
-            self._buffer(BufferId(0, buffer_id.micro_batch)).inputs = inputs
+            self._held.open(BufferId(0, buffer_id.micro_batch)).inputs = inputs
         if self._holds(self.placement.last_stage):
             if torch.is_tensor(labels) or isinstance(labels, (tuple, list)):
-                labels = _own_copy(labels, self.device, "labels")
-            self._buffer(BufferId(self.placement.last_stage, buffer_id.micro_batch)).labels = labels
+                labels = own_copy(labels, self.device, "labels")
+            self._held.open(BufferId(self.placement.last_stage, buffer_id.micro_batch)).labels = labels
 
     # -- [2] forward
 
     def _exec_forward_pass(self, buffer_id: BufferId) -> None:
-        buffer = self._buffers[buffer_id]
+        buffer = self._held[buffer_id]
         assert buffer.inputs is not None
         self._activate(buffer_id.stage)
         # The seeds of layers count forward calls, and must not depend on the order of the passes.
@@ -390,12 +333,12 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             buffer.labels = None
         else:
             buffer.roots = edges(outputs)
-            self._hand_over(Content.ACTIVATION, BufferId(buffer_id.stage + 1, buffer_id.micro_batch), outputs)
+            self._held.hand_over(Content.ACTIVATION, BufferId(buffer_id.stage + 1, buffer_id.micro_batch), outputs)
         if not torch.is_grad_enabled():
-            del self._buffers[buffer_id]
+            self._held.close(buffer_id)
 
     def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
-        with SplitBackward(self._buffers[buffer_id].store, self._operators):
+        with SplitBackward(self._held[buffer_id].store, self._operators):
             self._exec_forward_pass(buffer_id)
 
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
@@ -404,43 +347,42 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         loss = self.module.loss_fn(outputs, labels) if compute else outputs
         if self.eval_return_logits:
             self.outputs = outputs
-        self.loss = _detached(loss)
+        self.loss = detached(loss)
         self.fwd_outputs.append(self.loss)
         if torch.is_grad_enabled():
             self._add_to_batch_loss(self.loss)
         return loss
 
     def _add_to_batch_loss(self, loss: Any) -> None:
-        self.total_loss = _added(self.total_loss, loss)
+        self.total_loss = added(self.total_loss, loss)
         additional = self.module.get_additional_losses()
         if additional is not None:
             totals = self.total_additional_losses or {}
             self.total_additional_losses = OrderedDict(
-                (name, _added(totals.get(name), _detached(value))) for name, value in additional.items())
+                (name, added(totals.get(name), detached(value))) for name, value in additional.items())
 
     # -- [3] backward
 
     def _exec_backward_pass(self, buffer_id: BufferId) -> None:
         self._backward(buffer_id)
-        del self._buffers[buffer_id]
+        self._held.close(buffer_id)
 
     def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
         # Active in the backward too: a checkpointed layer runs its forward again in there.
-        with SplitBackward(self._buffers[buffer_id].store, self._operators):
+        with SplitBackward(self._held[buffer_id].store, self._operators):
             self._backward(buffer_id)
 
     def _exec_weight_grad_pass(self, buffer_id: BufferId, piece: int, pieces: int) -> None:
         self._activate(buffer_id.stage)
-        store = self._buffers[buffer_id].store
-        if self._in_split is not None:
-            self._in_split.update(store.parameters())
+        store = self._held[buffer_id].store
+        self._observer.weights_split(store)
         store.run_piece(piece, pieces, self._deliver)
         if piece == pieces - 1:
-            del self._buffers[buffer_id]
+            self._held.close(buffer_id)
 
     def _backward(self, buffer_id: BufferId) -> None:
         """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""
-        buffer = self._buffers[buffer_id]
+        buffer = self._held[buffer_id]
         self._activate(buffer_id.stage)
         if buffer_id.stage == self.placement.last_stage:
             loss, buffer.loss = buffer.loss, None
@@ -451,7 +393,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self._backward_without_loss(roots, grads)
         grads = buffer.take_input_grads()
         if buffer_id.stage:
-            self._hand_over(Content.GRADIENT, BufferId(buffer_id.stage - 1, buffer_id.micro_batch), grads)
+            self._held.hand_over(Content.GRADIENT, BufferId(buffer_id.stage - 1, buffer_id.micro_batch), grads)
 
     def _backward_without_loss(self, roots: Sequence[GradientEdge | None], grads: Sequence[Tensor | None]) -> None:
         """What the stock engine does around the backward of a stage that has no loss."""
@@ -473,25 +415,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
         return grad
 
-    def _report_split(self) -> None:
-        """Say once which parameters have their gradients in B, and how much of the model that is."""
-        if self._in_split is None:
-            return
-        split, self._in_split = self._in_split, None
-        if not any(work.kind is Kind.W for work in self.schedule().orders[self.stage_id]) or self.grid.data_parallel_id:
-            return
-        logger.info(split_line(self.stage_id, self.module, split))
-
     # -- [4] messages
-
-    def _hand_over(self, content: Content, receiver: BufferId, payload: Payload) -> None:
-        """Give what a pass made to the neighbour stage: at once on this rank, else when its instruction comes."""
-        if not self._holds(receiver.stage):
-            self._outbox[content, receiver] = payload
-        elif content is Content.ACTIVATION:
-            self._buffer(receiver).inputs = leaves(payload)
-        else:
-            self._buffers[receiver].output_grads = members(payload)
 
     def _exec_recv_activation(self, buffer_id: BufferId) -> None:
         self._channels.post(self._message(Kind.F, buffer_id))
@@ -500,16 +424,16 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._channels.post(self._message(Kind.B, buffer_id))
 
     def _exec_wait_activation(self, buffer_id: BufferId) -> None:
-        self._buffer(buffer_id).inputs = self._channels.receive(self._message(Kind.F, buffer_id))
+        self._held.open(buffer_id).inputs = self._channels.receive(self._message(Kind.F, buffer_id))
 
     def _exec_wait_grad(self, buffer_id: BufferId) -> None:
-        self._buffers[buffer_id].output_grads = members(self._channels.receive(self._message(Kind.B, buffer_id)))
+        self._held[buffer_id].output_grads = members(self._channels.receive(self._message(Kind.B, buffer_id)))
 
     def _exec_send_activation(self, buffer_id: BufferId) -> None:
-        self._channels.send(self._message(Kind.F, buffer_id), self._outbox.pop((Content.ACTIVATION, buffer_id)))
+        self._channels.send(self._message(Kind.F, buffer_id), self._held.take(Content.ACTIVATION, buffer_id))
 
     def _exec_send_grad(self, buffer_id: BufferId) -> None:
-        self._channels.send(self._message(Kind.B, buffer_id), self._outbox.pop((Content.GRADIENT, buffer_id)))
+        self._channels.send(self._message(Kind.B, buffer_id), self._held.take(Content.GRADIENT, buffer_id))
 
     def _exec_release_activation(self, buffer_id: BufferId) -> None:
         self._channels.release(self._message(Kind.F, buffer_id))
@@ -537,6 +461,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self._forget_batch()
             raise
 
+    def _exec_reduce_tied_grads(self) -> None:
+        reduce_tied_gradients(self.module, self.optimizer)
+
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
 
@@ -557,8 +484,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
         Returns what :func:`ds_vshape.profiling.report` does.
         """
-        schedule, record = self._last_batch()
-        return report(record, schedule, self.grid.get_pipe_parallel_group(), self.device)
+        return self._observer.report()
 
     # Plain functions, as in the stock engine: overriding a method alone would change nothing.
     _INSTRUCTION_MAP = {
@@ -577,7 +503,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         instr.ReleaseActivation: _exec_release_activation,
         instr.ReleaseGrad: _exec_release_grad,
         instr.AgreeOnBatch: _exec_agree_on_batch,
-        instr.ReduceTiedGrads: stock.PipelineEngine._exec_reduce_tied_grads,
+        instr.ReduceTiedGrads: _exec_reduce_tied_grads,
         instr.ReduceGrads: stock.PipelineEngine._exec_reduce_grads,
         instr.OptimizerStep: stock.PipelineEngine._exec_optimizer_step,
     }
@@ -588,35 +514,3 @@ def _name_of(instruction: instr.BufferOpInstruction) -> str:
     stage, micro_batch = instruction.kwargs["buffer_id"]
     of_stage = "" if isinstance(instruction, instr.LoadMicroBatch) else f" of stage {stage}"
     return f"{type(instruction).__name__}{of_stage}, micro-batch {micro_batch}"
-
-
-def _pair(sample: Any) -> tuple[Any, Any]:
-    """The inputs and the labels of what the data iterator gave; PipelineError if it isn't a pair."""
-    if sample is None:
-        raise PipelineError("there is no data: this rank needs an iterator that gives (inputs, labels)")
-    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        given = f"{len(sample)} members" if isinstance(sample, (tuple, list)) else f"a {type(sample).__name__}"
-        raise PipelineError(f"the data iterator gave {given}: must be a pair (inputs, labels)")
-    return sample[0], sample[1]
-
-
-def _own_copy(data: Any, device: torch.device, what: str) -> Payload:
-    """`data` of the iterator as tensors that nobody else changes; PipelineError if it holds anything but tensors."""
-    if torch.is_tensor(data):
-        return data.detach().clone().to(device)
-    if not isinstance(data, (tuple, list)) or not data or not all(map(torch.is_tensor, data)):
-        given = "empty" if isinstance(data, (tuple, list)) and not data else type(data).__name__
-        raise PipelineError(f"the {what} of a micro-batch are {given}: must be a tensor or a tuple of tensors")
-    return tuple(tensor.detach().clone().to(device) for tensor in data)
-
-
-def _detached(loss: Any) -> Any:
-    """A loss (a tensor or a list of them) outside its graph."""
-    return loss.detach() if torch.is_tensor(loss) else [part.detach() for part in loss]
-
-
-def _added(total: Any, loss: Any) -> Any:
-    """The sum of two losses; `total` may be None yet."""
-    if torch.is_tensor(loss):
-        return loss.clone() if total is None else total + loss
-    return [_added(None if total is None else total[place], part) for place, part in enumerate(loss)]

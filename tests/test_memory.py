@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_vshape import instructions as instr
 from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
-from ds_vshape.schedule.lowering import Content
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
 SAMPLES, LENGTH, WIDTH, WORDS = 4, 32, 64, 256
@@ -167,19 +166,14 @@ class Metered:
                 return execute(engine, buffer_id)
             with self.meter.forward():
                 execute(engine, buffer_id)
-            following = type(buffer_id)(stage + 1, micro_batch)
-            if (Content.ACTIVATION, following) in engine._outbox:
-                outputs = engine._outbox[Content.ACTIVATION, following]
-            else:
-                outputs = engine._buffers[following].inputs if following in engine._buffers else None
-            self.meter.after_forward(stage, engine._buffers[buffer_id].inputs, outputs)
+            self.meter.after_forward(stage, engine._held[buffer_id].inputs, engine._held.outputs(buffer_id))
 
         return metered
 
     def _backward(self, execute: Any) -> Any:
         def metered(engine: Any, buffer_id: Any) -> None:
             execute(engine, buffer_id)
-            self.meter.after_backward(buffer_id.stage, engine._buffers[buffer_id].store)
+            self.meter.after_backward(buffer_id.stage, engine._held[buffer_id].store)
 
         return metered
 

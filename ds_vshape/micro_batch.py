@@ -1,0 +1,42 @@
+"""What a micro-batch brings in, checked, and the losses that come out of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe.module import PipelineError
+
+from ds_vshape.p2p import Payload
+
+
+def pair(sample: Any) -> tuple[Any, Any]:
+    """The inputs and the labels of what the data iterator gave; PipelineError if it isn't a pair."""
+    if sample is None:
+        raise PipelineError("there is no data: this rank needs an iterator that gives (inputs, labels)")
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        given = f"{len(sample)} members" if isinstance(sample, (tuple, list)) else f"a {type(sample).__name__}"
+        raise PipelineError(f"the data iterator gave {given}: must be a pair (inputs, labels)")
+    return sample[0], sample[1]
+
+
+def own_copy(data: Any, device: torch.device, what: str) -> Payload:
+    """`data` of the iterator as tensors that nobody else changes; PipelineError if it holds anything but tensors."""
+    if torch.is_tensor(data):
+        return data.detach().clone().to(device)
+    if not isinstance(data, (tuple, list)) or not data or not all(map(torch.is_tensor, data)):
+        given = "empty" if isinstance(data, (tuple, list)) and not data else type(data).__name__
+        raise PipelineError(f"the {what} of a micro-batch are {given}: must be a tensor or a tuple of tensors")
+    return tuple(tensor.detach().clone().to(device) for tensor in data)
+
+
+def detached(loss: Any) -> Any:
+    """A loss (a tensor or a list of them) outside its graph."""
+    return loss.detach() if torch.is_tensor(loss) else [part.detach() for part in loss]
+
+
+def added(total: Any, loss: Any) -> Any:
+    """The sum of two losses; `total` may be None yet."""
+    if torch.is_tensor(loss):
+        return loss.clone() if total is None else total + loss
+    return [added(None if total is None else total[place], part) for place, part in enumerate(loss)]

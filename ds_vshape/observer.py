@@ -1,0 +1,130 @@
+"""What is seen of training batches while they run: times of passes, activations, and which weights were split.
+
+Every pass of every batch is timed. One early batch is measured for activations too, and left out of all times: the
+meter slows its operators down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
+from torch.nn import Parameter
+
+from ds_vshape.buffers import Buffers
+from ds_vshape.instructions import BufferId
+from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
+from ds_vshape.monitoring import split_line
+from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
+from ds_vshape.split_backward import WeightGradientStore
+
+# The training batch in which activations are measured, counted from 0. Not the first, in which modules make caches
+# that stay.
+METERED_BATCH = 1
+
+
+class Observer:
+    """Watches the batches of `engine` on this rank; reports are collective over its pipeline."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._recorder = PassRecorder()
+        self._last: tuple[Schedule, PassRecorder] | None = None
+        self._meter = ActivationMeter(engine.module)
+        # Parameters whose gradients came from W; None once they are reported.
+        self._in_split: set[Parameter] | None = set()
+        self.batches = 0
+
+    # -- while a batch runs
+
+    def begin_batch(self) -> None:
+        """A batch begins, of training or evaluation."""
+        self._recorder = PassRecorder()
+
+    @contextmanager
+    def timed(self, work: Pass) -> Iterator[None]:
+        """Around a pass."""
+        start = self._recorder.start(work)
+        yield
+        self._recorder.end(work, start)
+
+    @contextmanager
+    def metered(self, work: Pass, micro_batches: int, buffers: Buffers) -> Iterator[None]:
+        """Around a pass of a training batch with `micro_batches`: measures one of them on every stage, once."""
+        buffer_id = BufferId(work.stage, work.micro_batch)
+        if self.batches != METERED_BATCH or work.micro_batch != min(1, micro_batches - 1):
+            yield
+        elif work.kind is Kind.F:
+            inputs = buffers[buffer_id].inputs
+            with self._meter.forward():
+                yield
+            self._meter.after_forward(work.stage, inputs, buffers.outputs(buffer_id))
+        elif work.kind is Kind.B:
+            yield
+            self._meter.after_backward(work.stage, buffers[buffer_id].store)
+        else:
+            yield
+
+    def weights_split(self, store: WeightGradientStore) -> None:
+        """W is going to give the gradients of `store`."""
+        if self._in_split is not None:
+            self._in_split.update(store.parameters())
+
+    def end_batch(self, schedule: Schedule) -> None:
+        """A training batch has ended well."""
+        self._last = schedule, self._recorder
+        self.batches += 1
+        if self._in_split is not None:
+            self._report_split(schedule, self._in_split)
+            self._in_split = None
+
+    def _report_split(self, schedule: Schedule, split: set[Parameter]) -> None:
+        """Say once which parameters have their gradients in B, and how much of the model that is."""
+        engine = self._engine
+        splits = any(work.kind is Kind.W for work in schedule.orders[engine.stage_id])
+        if splits and not engine.grid.data_parallel_id:
+            logger.info(split_line(engine.stage_id, engine.module, split))
+
+    # -- after it
+
+    def last_batch(self) -> tuple[Schedule, PassRecorder]:
+        """The last training batch; PipelineError if there is none yet."""
+        if self._last is None:
+            raise PipelineError("no batch was trained yet")
+        return self._last
+
+    def timelines(self, planned: Times | None) -> tuple[Timeline, Timeline]:
+        """The last training batch as predicted and as measured, in seconds.
+
+        The prediction takes the `planned` times, or else the batch's own mean times.
+        """
+        schedule, record = self.last_batch()
+        measured = gather_timeline(record.spans(), schedule.orders, self._group, self._engine.device)
+        times = planned or mean_times(measured, schedule.placement.stages)
+        return simulate(schedule, times), measured
+
+    def activations(self) -> Activations:
+        """The measured sizes of all stages, in bytes for one micro-batch; PipelineError if it's too early."""
+        if self.batches <= METERED_BATCH:
+            raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
+        return self._meter.gather(self._engine.placement, self._group, self._engine.device)
+
+    def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
+        """The bytes that each pipeline rank needs under `schedule`."""
+        return predict_memory(self._engine, schedule, self.activations())
+
+    def report(self) -> dict[str, Any]:
+        """The last training batch in numbers (:func:`ds_vshape.profiling.report`)."""
+        schedule, record = self.last_batch()
+        return report(record, schedule, self._group, self._engine.device)
+
+    @property
+    def _group(self) -> Any:
+        return self._engine.grid.get_pipe_parallel_group()
