@@ -18,8 +18,10 @@ from ds_vshape.schedule.named import SCHEDULES
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
 from layers import SleepingLinear
+from torch_pipeline import TORCH_SCHEDULES, TorchPipeline
 
 WIDTH = 16
+LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
     "deepspeed 1f1b": PipelineModule,
     "deepspeed dualpipev": DualPipeVModule,
 }
-CONTENDERS = [*_DEEPSPEED_MODULES, *SCHEDULES]
+CONTENDERS = [*_DEEPSPEED_MODULES, *TORCH_SCHEDULES, *SCHEDULES]
 # Planned for the times that it measures, within a fraction of 1F1B's peak activations.
 ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)@(profile|[\d.]+)")
 
@@ -91,10 +93,13 @@ def section_of(name: str) -> Any:
 
 def engine_of(name: str, workload: Workload) -> Any:
     """The engine of contender `name`; collective."""
+    if name in TORCH_SCHEDULES:
+        return TorchPipeline(TORCH_SCHEDULES[name], workload.ranks * workload.layers, WIDTH, workload.seconds,
+                             workload.micro_batches, LEARNING_RATE)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": workload.micro_batches,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
         "gradient_clipping": 0.0,
         "steps_per_print": 1000000,
         # A collection in one rank's batch makes all others wait.

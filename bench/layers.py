@@ -55,3 +55,33 @@ class SleepingLinear(nn.Module):
             x = x.detach().requires_grad_()
         product: Tensor = _SleepingProduct.apply(x, self.weight, self.seconds)
         return x + product
+
+
+class _SleepingGradient(torch.autograd.Function):
+    """The identity, whose gradient takes `seconds`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+class SleepingPaths(SleepingLinear):
+    """The same layer for torch's pipelines.
+
+    Their split runs autograd twice, once for the inputs and once for the weights. A Function that computes both
+    gradients would run whole, sleeps included, in both; so each sleep stands on a path of its own to the product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds[0])
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        by_input = _SleepingGradient.apply(x, self.seconds[1])
+        by_weight = _SleepingGradient.apply(self.weight, self.seconds[2])
+        return x + functional.linear(by_input, by_weight)
