@@ -1,4 +1,4 @@
-"""Where a weight gradient goes that comes later than its backward, and the clipping of all gradients.
+"""Where a weight gradient goes that comes later than its backward; the sums over ranks, and the clipping, of all.
 
 An ordinary backward leaves gradients in `.grad`, and each of DeepSpeed's optimizers picks them up from there at a
 moment of its own; a gradient that comes after that moment would be lost without a word. So W hands its gradients to
@@ -73,6 +73,25 @@ class _HighPrecisionBuffers:
         buffer.add_(gradient.to(buffer.dtype).view(buffer.shape))
         parameter._hp_grad = buffer
         self._optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+def reduce_tied_gradients(module: Any, optimizer: Any) -> None:
+    """Add up the gradients of tied weights over the pipeline ranks that hold them (collective).
+
+    DeepSpeed's own (_exec_reduce_tied_grads in runtime/pipe/engine.py) looks for them in `.grad`, which is empty where
+    they accumulate in `grad_accum`: each rank would then train its copy of the weight by its own gradient alone.
+    """
+    if isinstance(optimizer, BF16_Optimizer):
+        place = "_hp_grad"
+    else:
+        place = "grad_accum" if getattr(optimizer, "use_grad_accum_attribute", False) else "grad"
+    for weight, group in module.get_tied_weights_and_groups():
+        if not weight.requires_grad:
+            continue
+        if getattr(weight, place, None) is None:
+            # Not used by the layers of this rank, but perhaps by those of another one: all must take part.
+            delivery_for(optimizer)(weight, torch.zeros_like(weight, requires_grad=False))
+        dist.all_reduce(getattr(weight, place), group=group)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import module as stock
 from deepspeed.runtime.pipe.module import PipelineError
@@ -34,6 +35,7 @@ from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, ch
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.segment import Segment
+from ds_vshape.tied import Tie, find_ties
 from ds_vshape.versions import check_versions
 
 # What two measurements of one layer may differ by.
@@ -75,6 +77,8 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
     """
 
     tied_comms: dict[str, Any]
+    _ties: dict[str, Tie]
+    _tied_sources: dict[str, int]
 
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
                  example: Any = None, **kwargs: Any) -> None:
@@ -88,8 +92,6 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         self._example, self._precision = example, precision(ds_config)
         super().__init__(layers, num_stages, *args, **kwargs)
         self._example = None
-        # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.
-        self.tied_comms = {key: comm for key, comm in self.tied_comms.items() if len(comm["ranks"]) > 1}
 
     def _partition_layers(self, method: Any = "uniform") -> None:
         ranks = self._topo.get_dim("pipe")
@@ -194,6 +196,34 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         """The pipeline rank that holds layer `layer_idx`."""
         return self.placement.rank_of(super().stage_owner(layer_idx))
 
+    def _index_tied_modules(self) -> dict[str, Any]:
+        self._ties = find_ties(self._layer_specs)
+        # The layers from whose ranks the others get their weights.
+        self._tied_sources = {key: tie.first for key, tie in self._ties.items()}
+        # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.
+        comms = {key: comm for key, comm in super()._index_tied_modules().items() if len(comm["ranks"]) > 1}
+        for comm in comms.values():
+            # Parameters of the module that aren't tied are each rank's own, and count in the gradients' norm.
+            tied = [self._recursive_getattr(comm["module"], name) for name in comm["weight_attr"]]
+            for parameter in comm["module"].parameters():
+                parameter.ds_pipe_replicated &= any(parameter is weight for weight in tied)
+        return comms
+
+    def _synchronize_tied_weights(self) -> None:
+        for key, comm in self.tied_comms.items():
+            ranks = sorted({self.stage_owner(layer) for layer in self._ties[key].layers})
+            source = comm["ranks"][ranks.index(self.stage_owner(self._tied_sources[key]))]
+            for name in comm["weight_attr"]:
+                dist.broadcast(self._recursive_getattr(comm["module"], name), src=source, group=comm["group"])
+
+    def _activate_files(self, chunk: Chunk) -> None:
+        """Let `chunk` be saved and loaded: DeepSpeed has a file for each of the active layers that is a module."""
+        self._activate(chunk)
+        self.forward_funcs = list(chunk.funcs)
+        for key, tie in self._ties.items():
+            if chunk.start <= tie.filed < chunk.stop:
+                self.forward_funcs[tie.filed - chunk.start] = self.tied_modules[key]
+
     def _precompute_checkpointable_values(self) -> None:
         for chunk in self.chunks:
             self._activate(chunk)
@@ -205,13 +235,22 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
 
     def save_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for chunk in self.chunks:
-            self._activate(chunk)
+            self._activate_files(chunk)
             super().save_state_dict(*args, **kwargs)
+        self._activate(self.chunks[0])
 
-    def load_state_dir(self, *args: Any, **kwargs: Any) -> None:
+    def load_state_dir(self, load_dir: str, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeed's; PipelineError where it saved no file of a tied module (see tied.py)."""
+        self._tied_sources = {key: tie.filed for key, tie in self._ties.items()}
         for chunk in self.chunks:
-            self._activate(chunk)
-            super().load_state_dir(*args, **kwargs)
+            self._activate_files(chunk)
+            for key, tie in self._ties.items():
+                number = tie.filed - chunk.start
+                if 0 <= number < len(chunk.funcs) and not self.ckpt_layer_path_list(load_dir, number):
+                    raise PipelineError(f"{load_dir} has no weights of the tied layers {key!r} (layer {tie.filed}): "
+                                        "DeepSpeed saves none where all of them have a forward_fn")
+            super().load_state_dir(load_dir, *args, **kwargs)
+        self._activate(self.chunks[0])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         for chunk in self.chunks:

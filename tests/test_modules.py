@@ -1,0 +1,149 @@
+"""What a PipelineModule may be made of: tied, frozen, seeded, compiled layers and functions, wherever they stand.
+
+The oracle is the plain model in one process, or DeepSpeed's own engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Job, Outcome,
+                       PlainTraining, merged, train)
+from ranks import RanksFailed, run_ranks
+from torch import Tensor, nn
+from torch.nn import functional
+
+SCHEDULES = ["1f1b", "zb-h1", "v-half", "v-zb"]
+EMBEDDING = LayerSpec(nn.Embedding, VOCABULARY, WIDTH)
+BLOCK = LayerSpec(Block)
+HEAD = LayerSpec(nn.Linear, WIDTH, VOCABULARY)
+
+
+def train_each(rank: int, jobs: list[Job], options: dict[str, Any]) -> list[Outcome]:
+    return [train(job.engine(**options), BATCHES) for job in jobs]
+
+
+def outcomes_of(jobs: list[Job], ranks: int = 2, **options: Any) -> list[Outcome]:
+    """What each of `jobs` trains, one after the other on the same ranks."""
+    return [merged(list(of_ranks)) for of_ranks in zip(*run_ranks(ranks, train_each, jobs, options))]
+
+
+def plain(job: Job) -> Outcome:
+    return PlainTraining(job).train(BATCHES, job.micro_batches)
+
+
+# -- tied layers
+
+
+class Mixing(nn.Module):
+    """A layer of weights that others can tie to, and one that they can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x))
+
+
+def forwards(mixing: Any, x: Tensor) -> Tensor:
+    return mixing(x) * 0.5  # type: ignore[no-any-return]
+
+
+def backwards(mixing: Any, x: Tensor) -> Tensor:
+    """The transposed weight; the bias isn't used."""
+    return functional.linear(x, mixing.inner.weight.t())
+
+
+class FrozenMixing(Mixing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+def tied(forward_fn: Any = None, kind: type[nn.Module] = Mixing) -> TiedLayerSpec:
+    return TiedLayerSpec("mixing", kind, forward_fn=forward_fn, tied_weight_attr=["inner.weight", "inner.bias"])
+
+
+# With the uniform partition of a V, layers 0 1 6 7 are on rank 0 and 2 3 4 5 on rank 1; of 1F1B, 0 1 2 3 and 4 5 6 7.
+TIES: dict[str, list[Any]] = {
+    "the later one on the lower rank": [EMBEDDING, BLOCK, tied(), BLOCK, BLOCK, BLOCK, tied(backwards), HEAD],
+    "a function of the module comes first": [EMBEDDING, BLOCK, tied(backwards), BLOCK, BLOCK, BLOCK, tied(), HEAD],
+    "functions of the module alone": [EMBEDDING, BLOCK, tied(forwards), BLOCK, BLOCK, BLOCK, tied(backwards), HEAD],
+    "two chunks of a rank": [EMBEDDING, BLOCK, tied(), BLOCK, tied(backwards), BLOCK, BLOCK, HEAD],
+    "three layers": [EMBEDDING, tied(), BLOCK, tied(backwards), tied(), BLOCK, BLOCK, HEAD],
+    "one chunk": [EMBEDDING, BLOCK, BLOCK, BLOCK, tied(), tied(), BLOCK, HEAD],
+    "frozen": [EMBEDDING, BLOCK, tied(kind=FrozenMixing), BLOCK, BLOCK, BLOCK, tied(backwards, FrozenMixing), HEAD],
+}
+TIED_JOBS = [("1f1b", FP32), ("1f1b", BF16_ZERO1_FP32), ("zb-h1", FP32_ZERO1), ("v-half", FP32),
+             ("v-half", BF16_ZERO1), ("v-zb", FP32_ZERO1), ("v-zb", BF16_ZERO1_FP32)]
+
+
+@pytest.mark.parametrize("layers", TIES)
+def test_tied_layers_anywhere(layers: str) -> None:
+    """Weights, all of their copies, are the plain model's. Each rank adds up its own uses first, so that the sum over
+    ranks may round differently."""
+    jobs = [Job(schedule, 2, 3, precision, tuple(TIES[layers])) for schedule, precision in TIED_JOBS]
+    oracle = plain(jobs[0])
+    for job, outcome in zip(jobs, outcomes_of(jobs), strict=True):
+        if "bf16" in job.config:
+            assert outcome.losses == pytest.approx(oracle.losses, rel=0.01), job
+            continue
+        assert outcome.losses == pytest.approx(oracle.losses, rel=1e-5), job
+        for name, value in oracle.weights.items():
+            torch.testing.assert_close(outcome.weights[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}, {job}")
+
+
+def train_save_train(rank: int, jobs: list[Job], folder: str) -> list[tuple[Outcome, Outcome]]:
+    """The weights that were saved, and how the training went on."""
+    outcomes = []
+    for number, job in enumerate(jobs):
+        engine = job.engine()
+        saved = train(engine, range(2))
+        engine.save_checkpoint(f"{folder}/{number}")
+        outcomes.append((saved, train(engine, range(2, 4))))
+    return outcomes
+
+
+def load_train(rank: int, jobs: list[tuple[Job, str]], weights_alone: bool) -> list[tuple[Outcome, Outcome]]:
+    outcomes = []
+    for job, folder in jobs:
+        # Weights of other seeds, all of which loading must replace.
+        engine = job.engine(base_seed=7)
+        engine.load_checkpoint(folder, load_module_only=weights_alone)
+        loaded = train(engine, range(0))
+        outcomes.append((loaded, loaded if weights_alone else train(engine, range(2, 4))))
+    return outcomes
+
+
+def test_checkpoints_have_tied_weights(tmp_path: Path) -> None:
+    """Under the same schedule the training goes on bit for bit; under another the weights are right on all ranks."""
+    ties = list(TIES)[:4]
+    jobs = [Job(schedule, 2, 3, FP32_ZERO1, tuple(TIES[layers])) for layers in ties for schedule in ("1f1b", "v-half")]
+    saved = list(zip(*run_ranks(2, train_save_train, jobs, str(tmp_path))))
+    folders = [str(tmp_path / str(number)) for number in range(len(jobs))]
+    loaded = list(zip(*run_ranks(2, load_train, list(zip(jobs, folders)), False)))
+    others = [jobs[number ^ 1] for number in range(len(jobs))]
+    elsewhere = list(zip(*run_ranks(2, load_train, list(zip(others, folders)), True)))
+    for number, job in enumerate(jobs):
+        (before, after), (there, then), (other, _) = (
+            [merged(list(of_ranks)) for of_ranks in zip(*outcomes[number])] for outcomes in (saved, loaded, elsewhere))
+        assert then.losses == after.losses, job
+        for found in (there, other):
+            assert found.weights.keys() == before.weights.keys(), job
+            assert all(torch.equal(found.weights[name], value) for name, value in before.weights.items()), job
+
+
+def save(rank: int, job: Job, folder: str) -> None:
+    job.engine().save_checkpoint(folder)
+
+
+def test_weights_that_deepspeed_did_not_save_are_missed(tmp_path: Path) -> None:
+    layers = tuple(TIES["functions of the module alone"])
+    run_ranks(2, save, Job(None, 2, 3, layers=layers), str(tmp_path))
+    with pytest.raises(RanksFailed, match=r"no weights of the tied layers 'mixing' \(layer 2\)"):
+        run_ranks(2, load_train, [(Job("v-half", 2, 3, layers=layers), str(tmp_path))], True)
