@@ -12,10 +12,14 @@ import pytest
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Job, Outcome,
-                       PlainTraining, merged, train)
+                       PlainTraining, data, merged, train)
 from ranks import RanksFailed, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ds_vshape.p2p import Channels
+from ds_vshape.schedule.lowering import Content
+from ds_vshape.split_backward import WeightGradientStore
 
 SCHEDULES = ["1f1b", "zb-h1", "v-half", "v-zb"]
 EMBEDDING = LayerSpec(nn.Embedding, VOCABULARY, WIDTH)
@@ -147,3 +151,102 @@ def test_weights_that_deepspeed_did_not_save_are_missed(tmp_path: Path) -> None:
     run_ranks(2, save, Job(None, 2, 3, layers=layers), str(tmp_path))
     with pytest.raises(RanksFailed, match=r"no weights of the tied layers 'mixing' \(layer 2\)"):
         run_ranks(2, load_train, [(Job("v-half", 2, 3, layers=layers), str(tmp_path))], True)
+
+
+# -- frozen layers, LoRA
+
+
+class FrozenBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class FrozenEmbedding(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(VOCABULARY, WIDTH)
+        self.requires_grad_(False)
+
+
+class FrozenHead(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, VOCABULARY)
+        self.requires_grad_(False)
+
+
+class LoraLinear(nn.Module):
+    """A frozen product and a trained one of low rank beside it, in the structure of peft."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))  # type: ignore[no-any-return]
+
+
+class LoraBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.up, self.down = LoraLinear(self.up), LoraLinear(self.down)  # type: ignore[assignment]
+
+
+FROZEN, FROZEN_HEAD, LORA = LayerSpec(FrozenBlock), LayerSpec(FrozenHead), LayerSpec(LoraBlock)
+FROZEN_EMBEDDING = LayerSpec(FrozenEmbedding)
+PARTLY_FROZEN: dict[str, list[Any]] = {
+    "LoRA": [FROZEN_EMBEDDING, LORA, LORA, LORA, LORA, LORA, LORA, FROZEN_HEAD],
+    "a first stage": [FROZEN_EMBEDDING, FROZEN, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, HEAD],
+    "the first half": [FROZEN_EMBEDDING, FROZEN, FROZEN, FROZEN, BLOCK, BLOCK, BLOCK, HEAD],
+    "both ends": [FROZEN_EMBEDDING, FROZEN, BLOCK, BLOCK, BLOCK, BLOCK, FROZEN, FROZEN_HEAD],
+    "the middle": [EMBEDDING, BLOCK, FROZEN, FROZEN, FROZEN, FROZEN, BLOCK, HEAD],
+    "all but one layer": [FROZEN_EMBEDDING, FROZEN, FROZEN, BLOCK, FROZEN, FROZEN, FROZEN, FROZEN_HEAD],
+}
+CLIPPED = {**FP32, "gradient_clipping": 0.01}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("frozen", PARTLY_FROZEN)
+def test_frozen_layers(frozen: str, checkpointed: bool) -> None:
+    """Whatever isn't trained, a whole rank included, and with DeepSpeed's reentrant checkpointing."""
+    layers = tuple(PARTLY_FROZEN[frozen])
+    jobs = [Job(schedule, 2, 3, precision, layers) for schedule, precision in
+            zip(SCHEDULES, (FP32, FP32_ZERO1, FP32_ZERO1, FP32), strict=True)]
+    oracle = plain(jobs[0])
+    options = {"activation_checkpoint_interval": 1} if checkpointed else {}
+    outcomes = outcomes_of(jobs + [Job("v-half", 2, 3, config, layers) for config in (CLIPPED, BF16_ZERO1_FP32)],
+                           **options)
+    for job, outcome in zip(jobs, outcomes):
+        assert outcome.losses == oracle.losses, job
+        assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items()), job
+    clipped = PlainTraining(jobs[0], clip=0.01).train(BATCHES, 3)
+    assert outcomes[-2].losses == pytest.approx(clipped.losses, rel=1e-5) != oracle.losses
+    assert outcomes[-1].losses == pytest.approx(oracle.losses, rel=0.01)
+
+
+def count_work(rank: int, job: Job) -> tuple[int, int]:
+    """In a batch whose messages are known: how many weight gradients came late, and how many gradients were sent."""
+    engine = job.engine()
+    engine.train_batch(data(engine, 0))
+    late: list[Any] = []
+    sent: list[Any] = []
+    run_next, start_send = WeightGradientStore.run_next, Channels._start_send
+    WeightGradientStore.run_next = lambda *of: (late.append(of), run_next(*of))[1]  # type: ignore[method-assign]
+    Channels._start_send = lambda *of: (sent.append(of), start_send(*of))[1]  # type: ignore[method-assign]
+    engine.train_batch(data(engine, 1))
+    return len(late), sum(channel.content is Content.GRADIENT for _, _, channel, _ in sent)
+
+
+def test_nothing_is_done_for_what_is_not_trained() -> None:
+    """Of a V on two ranks, in a batch of 3: stages 0 and 3 are on rank 0, 1 and 2 on rank 1. A trained block has two
+    products, a head one. Of the gradients between stages, that of 2 by 3 goes to rank 1, that of 0 by 1 to rank 0. The
+    last W of stage 0 comes with its B."""
+    def work(layers: str) -> list[tuple[int, int]]:
+        return run_ranks(2, count_work, Job("v-half", 2, 3, layers=tuple(PARTLY_FROZEN[layers])))
+
+    assert work("the first half") == [(3 * (2 + 1), 3), (3 * (2 + 2), 0)]
+    assert work("a first stage") == [(3 * (2 + 1), 3), (3 * 4 * 2, 0)]
+    assert work("the middle") == [(2 * (1 + 2) + 3 * (2 + 1), 3), (0, 3)]
+    assert work("LoRA") == [(2 * 4 + 3 * 4, 3), (3 * 4 * 4, 0)]
