@@ -10,9 +10,11 @@ import deepspeed
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
+from ds_vshape.accepted import check_accepted
 from ds_vshape.config import KEY, ConfigError, DsConfig, load_ds_config, read_section
 from ds_vshape.engine import PipelineEngine
 from ds_vshape.module import PipelineModule
+from ds_vshape.stand_in import with_stand_in
 from ds_vshape.versions import check_versions
 
 
@@ -20,16 +22,17 @@ from ds_vshape.versions import check_versions
 _stock_initialize = deepspeed.initialize
 
 
-def initialize(args: Any = None, model: Any = None, *positional: Any, config: DsConfig | None = None,
-               config_params: DsConfig | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None,
+               *positional: Any, config: DsConfig | None = None, config_params: DsConfig | None = None,
+               **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """deepspeed.initialize, with the same arguments and the same return: engine, optimizer, dataloader, lr_scheduler.
 
     With "pipeline_schedule" in the config the engine is ours, and `model` must be a :class:`ds_vshape.PipelineModule`
     built with the same schedule. Without it the engine is DeepSpeed's own.
 
     Raises:
-        ConfigError: on every rank, for a section that can't be used, ZeRO above 1, or a model that was built for
-            another schedule.
+        ConfigError: on every rank, for a section that can't be used, a precision or ZeRO that can't be trained with
+            (ds_vshape/accepted.py), or a model that was built for another schedule.
     """
     whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
     ds_config = {} if whole is None else load_ds_config(whole)
@@ -41,19 +44,15 @@ def initialize(args: Any = None, model: Any = None, *positional: Any, config: Ds
             of = " of DeepSpeed's" if isinstance(model, StockPipelineModule) else ""
             raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}{of}; build it as a "
                               "ds_vshape.PipelineModule")
-        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        if stage > 1:
-            raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")
-        if stage == 0 and ds_config.get("fp16", {}).get("enabled", False):
-            # FP16_UnfusedOptimizer divides by a loss scale that DeepSpeedEngine.backward never multiplied with.
-            raise ConfigError("zero_optimization.stage = 0 with fp16: must be 1, because DeepSpeed's optimizer without "
-                              "ZeRO unscales gradients of a loss that was never scaled")
+        check_accepted(ds_config)
     if section != built_for:
         raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
                           f"{_shown(section)}; give both the same config")
+    if section is not None:
+        model_parameters = with_stand_in(model, model_parameters)
     with _names_of_deepspeed(StockPipelineEngine if section is None else PipelineEngine):
         return _stock_initialize(  # type: ignore[no-any-return]
-            args, model, *positional, config=config, config_params=config_params, **kwargs)
+            args, model, optimizer, model_parameters, *positional, config=config, config_params=config_params, **kwargs)
 
 
 def _of_arguments(args: Any) -> DsConfig | None:

@@ -1,0 +1,55 @@
+"""What the rest of a ds_config may say beside our section: precisions and ZeRO that train rightly in a pipeline.
+
+    precision   ZeRO-0, sums in            ZeRO-1, sums in
+    fp32        fp32                       fp32, bf16, fp16
+    bf16        bf16                       bf16, fp32, fp16
+    fp16        refused                    fp16, fp32, bf16
+
+Sums: "data_types": {"grad_accum_dtype": ...}, the precision's own without it. DeepSpeed says no to some of the rest
+without naming a key (_do_optimizer_sanity_check in runtime/engine.py), and trains wrongly by some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.runtime.config import DtypeEnum
+
+from ds_vshape.config import ConfigError
+
+_SUMS = ("fp32", "bf16", "fp16")
+
+
+def check_accepted(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the key, its value and what is legal, for what no schedule of ours can train."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage > 1:
+        raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")
+    precision = _precision(ds_config)
+    sums = _sums(ds_config)
+    if stage == 0 and precision == "fp16":
+        # FP16_UnfusedOptimizer divides by a loss scale that DeepSpeedEngine.backward never multiplied with.
+        raise ConfigError("zero_optimization.stage = 0 with fp16: must be 1, because DeepSpeed's optimizer without "
+                          "ZeRO unscales gradients of a loss that was never scaled")
+    if stage == 0 and sums not in (None, precision):
+        raise ConfigError(f"data_types.grad_accum_dtype = {sums!r} with {precision} and zero_optimization.stage = 0: "
+                          f"must be {precision!r}, or zero_optimization.stage 1")
+
+
+def _precision(ds_config: Mapping[str, Any]) -> str:
+    bf16, fp16 = (ds_config.get(key, {}).get("enabled", False) for key in ("bf16", "fp16"))
+    if bf16 and fp16:
+        raise ConfigError("bf16.enabled and fp16.enabled = true: must be one of them")
+    return "bf16" if bf16 else "fp16" if fp16 else "fp32"
+
+
+def _sums(ds_config: Mapping[str, Any]) -> str | None:
+    """The accumulation dtype by the first of DeepSpeed's names for it."""
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    if asked is None:
+        return None
+    name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
+    if name not in _SUMS:
+        raise ConfigError(f"data_types.grad_accum_dtype = {asked!r}: must be {', '.join(map(repr, _SUMS))}")
+    return name
