@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,13 +53,6 @@ from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackw
 from ds_vshape.stand_in import give_gradient
 from ds_vshape.wall_clock import timed
 
-_PASS_KINDS = {
-    instr.ForwardPass: Kind.F,
-    instr.SplitForwardPass: Kind.F,
-    instr.BackwardPass: Kind.BW,
-    instr.InputGradPass: Kind.B,
-    instr.WeightGradPass: Kind.W,
-}
 # Messages that go on where a batch has failed.
 _MESSAGES_IN_PROGRESS = (instr.RecvActivation, instr.RecvGrad, instr.ReleaseActivation, instr.ReleaseGrad)
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
@@ -70,6 +64,11 @@ class BatchPlan:
 
     schedule: Schedule
     instructions: list[instr.PipeInstruction]
+
+    @cached_property
+    def passes(self) -> list[Pass | None]:
+        """The pass of each instruction that runs one."""
+        return [instr.pass_of(instruction) for instruction in self.instructions]
 
 
 class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
@@ -93,6 +92,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self.data_iterator = self.training_dataloader = None
         self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
         self._signatures: Signatures | None = None
+        self._messages: dict[tuple[Kind, BufferId], Message] = {}
         self._agreement = Agreement()
         self._failure: Failure | None = None
         self._held = Buffers(self.placement, self.stage_id)
@@ -104,7 +104,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
         self._forwards_before = 0
-        self._active_stage = self.placement.chunks[self.stage_id][0]
+        # None between batches: saving and loading activate stages too.
+        self._active_stage: int | None = None
         # DeepSpeed's hooks of a forward and a backward start these, but not every backward here ends as they expect.
         self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
         if self.wall_clock_breakdown():
@@ -226,12 +227,13 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         training = torch.is_grad_enabled()
         self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
-        self._observer.begin_batch()
-        for instruction in pipe_schedule.instructions:
+        self._active_stage = None
+        self._observer.begin_batch(pipe_schedule.schedule.micro_batches, training)
+        for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):
             if not isinstance(instruction, instr.BufferOpInstruction):
                 self._execute(instruction)
             elif self._failure is None:
-                self._attempt(instruction, pipe_schedule.schedule.micro_batches)
+                self._attempt(instruction, work)
             else:
                 self._abandon(instruction)
         signatures = self._channels.end_batch()
@@ -243,19 +245,14 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _execute(self, instruction: instr.PipeInstruction) -> None:
         self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
 
-    def _attempt(self, instruction: instr.PipeInstruction, micro_batches: int) -> None:
+    def _attempt(self, instruction: instr.BufferOpInstruction, work: Pass | None) -> None:
         """Execute an instruction on one micro-batch; an error of it is kept for the end of the batch."""
-        kind = _PASS_KINDS.get(type(instruction))
         try:
-            if kind is None:
+            if work is None:
                 self._execute(instruction)
-                return
-            buffer_id, *piece = instruction.kwargs.values()
-            work = Pass(kind, *buffer_id, *piece)
-            observer = self._observer
-            metered = observer.metered(work, micro_batches, self._held) if torch.is_grad_enabled() else nullcontext()
-            with observer.timed(work), metered:
-                self._execute(instruction)
+            else:
+                with self._observer.watching(work, self._held):
+                    self._execute(instruction)
         except Exception as error:
             self._failure = Failure(error, f"{_name_of(instruction)} on pipeline rank {self.stage_id}")
             self._abandon(instruction)
@@ -299,8 +296,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         return int(self.grid.stage_to_global(self.placement.rank_of(self.placement.last_stage)))
 
     def _activate(self, stage: int) -> None:
-        self._active_stage = stage
-        self.module.activate_stage(stage)
+        if stage != self._active_stage:
+            self._active_stage = stage
+            self.module.activate_stage(stage)
 
     # -- [1] the data
 
@@ -443,8 +441,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._channels.release(self._message(Kind.B, buffer_id))
 
     def _message(self, kind: Kind, buffer_id: BufferId) -> Message:
-        message = message_into(Pass(kind, *buffer_id), self.placement)
-        assert message is not None
+        message = self._messages.get((kind, buffer_id))
+        if message is None:
+            message = message_into(Pass(kind, *buffer_id), self.placement)
+            assert message is not None
+            self._messages[kind, buffer_id] = message
         return message
 
     def reset_activation_shape(self) -> None:

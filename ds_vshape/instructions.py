@@ -26,13 +26,13 @@ from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, 
 
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run,
                                          Send, Step)
-from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
     "AgreeOnBatch", "BackwardPass", "BufferId", "BufferOpInstruction", "ForwardPass", "InputGradPass",
     "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
     "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "SendActivation", "SendGrad", "SplitForwardPass",
-    "WaitActivation", "WaitGrad", "WeightGradPass", "evaluation_instructions", "training_instructions"
+    "WaitActivation", "WaitGrad", "WeightGradPass", "evaluation_instructions", "pass_of", "training_instructions"
 ]
 
 
@@ -120,6 +120,18 @@ _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
     (AwaitSend, Content.ACTIVATION): ReleaseActivation,
     (AwaitSend, Content.GRADIENT): ReleaseGrad,
 }
+
+
+_KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()}
+
+
+def pass_of(instruction: PipeInstruction) -> Pass | None:
+    """The pass that an instruction runs, if it runs one."""
+    kind = _KINDS.get(type(instruction))
+    if kind is None:
+        return None
+    buffer_id, *piece = instruction.kwargs.values()
+    return Pass(kind, *buffer_id, *piece)
 
 
 def training_instructions(program: Program) -> list[PipeInstruction]:

@@ -188,9 +188,9 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         self._activate(self.chunks[self.placement.chunks[self.stage_id].index(stage)])
 
     def _activate(self, chunk: Chunk) -> None:
-        self.forward_funcs = chunk.funcs
-        self.is_checkpointable_results = chunk.checkpointable
-        self._local_start, self._local_stop = chunk.start, chunk.stop
+        # Past nn.Module.__setattr__: stages take turns at each pass, and it takes longer than all else here.
+        self.__dict__.update(forward_funcs=chunk.funcs, is_checkpointable_results=chunk.checkpointable,
+                             _local_start=chunk.start, _local_stop=chunk.stop)
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipeline rank that holds layer `layer_idx`."""

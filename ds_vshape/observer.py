@@ -36,6 +36,7 @@ class Observer:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._recorder = PassRecorder()
+        self._metered: int | None = None
         self._last: tuple[Schedule, PassRecorder] | None = None
         self._meter = ActivationMeter(engine.module)
         # Parameters whose gradients came from W; None once they are reported.
@@ -44,33 +45,36 @@ class Observer:
 
     # -- while a batch runs
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, micro_batches: int, training: bool) -> None:
         """A batch begins, of training or evaluation."""
         self._recorder = PassRecorder()
+        # The micro-batch to be measured. Not the first, after which allocators and caches are warm.
+        self._metered = min(1, micro_batches - 1) if training and self.batches == METERED_BATCH else None
 
     @contextmanager
-    def timed(self, work: Pass) -> Iterator[None]:
+    def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
         """Around a pass."""
         start = self._recorder.start(work)
-        yield
+        if work.micro_batch == self._metered:
+            with self._metering(work, buffers):
+                yield
+        else:
+            yield
         self._recorder.end(work, start)
 
     @contextmanager
-    def metered(self, work: Pass, micro_batches: int, buffers: Buffers) -> Iterator[None]:
-        """Around a pass of a training batch with `micro_batches`: measures one of them on every stage, once."""
+    def _metering(self, work: Pass, buffers: Buffers) -> Iterator[None]:
+        """Around a pass of the micro-batch that is measured."""
         buffer_id = BufferId(work.stage, work.micro_batch)
-        if self.batches != METERED_BATCH or work.micro_batch != min(1, micro_batches - 1):
-            yield
-        elif work.kind is Kind.F:
+        if work.kind is Kind.F:
             inputs = buffers[buffer_id].inputs
             with self._meter.forward():
                 yield
             self._meter.after_forward(work.stage, inputs, buffers.outputs(buffer_id))
-        elif work.kind is Kind.B:
-            yield
-            self._meter.after_backward(work.stage, buffers[buffer_id].store)
         else:
             yield
+            if work.kind is Kind.B:
+                self._meter.after_backward(work.stage, buffers[buffer_id].store)
 
     def weights_split(self, store: WeightGradientStore) -> None:
         """W is going to give the gradients of `store`."""
