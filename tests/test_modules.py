@@ -5,18 +5,21 @@ The oracle is the plain model in one process, or DeepSpeed's own engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Job, Outcome,
-                       PlainTraining, data, merged, train)
+                       PlainTraining, cross_entropy, data, merged, train)
 from ranks import RanksFailed, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
+import ds_vshape
 from ds_vshape.p2p import Channels
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.split_backward import WeightGradientStore
@@ -249,4 +252,94 @@ def test_nothing_is_done_for_what_is_not_trained() -> None:
     assert work("the first half") == [(3 * (2 + 1), 3), (3 * (2 + 2), 0)]
     assert work("a first stage") == [(3 * (2 + 1), 3), (3 * 4 * 2, 0)]
     assert work("the middle") == [(2 * (1 + 2) + 3 * (2 + 1), 3), (0, 3)]
-    assert work("LoRA") == [(2 * 4 + 3 * 4, 3), (3 * 4 * 4, 0)]
+    assert work("LoRA") == [(2 * 4 + 3 * 4, 3), (3 * 4 * 4, 3)]
+
+
+# -- functions, containers, subclasses, uneven partitions
+
+
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "a stage of functions alone": ([EMBEDDING, BLOCK, double, torch.tanh, BLOCK, lambda x: x - 1, BLOCK, HEAD],
+                                   [0, 2, 4, 6, 8]),
+    "a rank of functions alone": ([EMBEDDING, BLOCK, double, torch.tanh, torch.relu, torch.sigmoid, BLOCK, HEAD],
+                                  "uniform"),
+    "containers": ([EMBEDDING, LayerSpec(nn.Sequential, nn.Linear(WIDTH, WIDTH), nn.Tanh(), Block()), double, BLOCK,
+                    nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()), BLOCK, nn.Identity(), HEAD], "parameters"),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_functions_and_containers(case: str) -> None:
+    """Some of the layers are modules that exist already, and are trained: each job gets its own by a fork."""
+    layers, method = FUNCTIONS[case]
+    oracle, = outcomes_of([Job(None, 1, 3, FP32_ZERO1, tuple(layers))], 1)
+    for schedule, of_schedule in [("1f1b", "uniform"), ("v-half", method), ("v-zb", method)]:
+        outcome, = outcomes_of([Job(schedule, 2, 3, FP32_ZERO1, tuple(layers))], partition_method=of_schedule)
+        assert outcome.losses == oracle.losses, schedule
+        assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items()), schedule
+
+
+@pytest.mark.parametrize("method", ["uniform", "parameters", "type:Block"])
+def test_layers_that_divide_unevenly(method: str) -> None:
+    """11 layers on 4 ranks, which are 8 stages of a V."""
+    layers = (EMBEDDING, BLOCK, double, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, double, HEAD)
+    jobs = [Job(schedule, 4, 5, FP32, layers) for schedule in SCHEDULES]
+    oracle = plain(jobs[0])
+    for job, outcome in zip(jobs, outcomes_of(jobs, 4, partition_method=method), strict=True):
+        assert outcome.losses == oracle.losses, job
+        assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items()), job
+
+
+class Watching:
+    """A user's module with hooks on itself and on its layers, and a forward of its own."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen: Counter[str] = Counter()
+        self.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1,))
+        self.register_forward_hook(lambda module, inputs, outputs: outputs * 1)
+        for layer in self.modules():
+            if isinstance(layer, Block):
+                layer.register_forward_hook(self._see)
+
+    def _see(self, layer: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+        self.seen["layer"] += 1
+        return outputs * 2
+
+    def forward(self, forward_input: Any) -> Any:
+        self.seen["module"] += 1
+        return super().forward(forward_input) + 1
+
+
+class StockWatching(Watching, deepspeed.pipe.PipelineModule):
+    pass
+
+
+class OurWatching(Watching, ds_vshape.PipelineModule):
+    pass
+
+
+def train_watching(rank: int, job: Job, kind: type[Any]) -> tuple[Outcome, Counter[str]]:
+    options = {} if job.schedule is None else {"config": job.ds_config()}
+    module = kind(job.specs(), num_stages=job.stages, loss_fn=cross_entropy, partition_method="uniform",
+                  seed_layers=True, **options)
+    engine = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]
+    return train(engine, BATCHES), module.seen
+
+
+def test_a_subclass_with_hooks_and_a_forward() -> None:
+    """A rank's forward runs once for each of its stages: two ranks of a V do what four of DeepSpeed's do."""
+    layers = tuple([EMBEDDING, *[BLOCK] * 6, HEAD])
+    stock = run_ranks(4, train_watching, Job(None, 4, 3, layers=layers), StockWatching)
+    oracle = merged([outcome for outcome, _ in stock])
+    for schedule in ("v-half", "v-zb"):
+        results = run_ranks(2, train_watching, Job(schedule, 2, 3, layers=layers), OurWatching)
+        outcome = merged([outcome for outcome, _ in results])
+        assert outcome.losses == oracle.losses, schedule
+        assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items()), schedule
+        seen = [stock[first][1] + stock[second][1] for first, second in ((0, 3), (1, 2))]
+        assert [counts for _, counts in results] == seen, schedule
