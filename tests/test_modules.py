@@ -13,8 +13,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
-from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Job, Outcome,
-                       PlainTraining, cross_entropy, data, merged, train)
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Dropping,
+                       Job, Outcome, PlainTraining, cross_entropy, data, merged, specs, train)
 from ranks import RanksFailed, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -343,3 +344,33 @@ def test_a_subclass_with_hooks_and_a_forward() -> None:
         assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items()), schedule
         seen = [stock[first][1] + stock[second][1] for first, second in ((0, 3), (1, 2))]
         assert [counts for _, counts in results] == seen, schedule
+
+
+# -- dropout and seeds
+
+
+SEEDED: list[tuple[str, Any, int, bool]] = [
+    # schedule, partition, layers between checkpoints, reentrant
+    ("1f1b", "uniform", 0, True), ("1f1b", [0, 3, 8], 1, False), ("zb-h1", [0, 5, 8], 2, True),
+    ("v-min", [0, 1, 4, 6, 8], 3, True), ("v-half", "uniform", 0, True), ("v-half", [0, 1, 4, 6, 8], 2, False),
+    ("v-zb", [0, 3, 4, 6, 8], 1, True), ("v-zb", "uniform", 4, False), ("interleaved-1f1b", [0, 2, 5, 7, 8], 2, True),
+]
+
+
+def train_seeded(rank: int, cases: list[tuple[Any, Any, int, bool]], base_seed: int) -> list[Outcome]:
+    ds_checkpointing.configure(None, partition_activations=False)
+    return [train(Job(schedule, 2, 5, {"pipeline": {"use_reentrant": reentrant}}, tuple(specs(6, Dropping))).engine(
+        partition_method=partition, activation_checkpoint_interval=interval, base_seed=base_seed), BATCHES)
+        for schedule, partition, interval, reentrant in cases]
+
+
+def test_dropout_depends_on_seeds_alone() -> None:
+    """Whatever the schedule, the partition and the checkpoints: DeepSpeed's own losses without checkpoints."""
+    oracles = {}
+    for base_seed in (1234, 77):
+        (oracle,), *_ = run_ranks(2, train_seeded, [(None, "uniform", 0, True)], base_seed)
+        oracles[base_seed] = oracle.losses
+        for case, *outcome in zip(SEEDED, *run_ranks(2, train_seeded, SEEDED, base_seed), strict=True):
+            assert merged(outcome).losses == oracle.losses, (base_seed, case)
+    assert oracles[1234] != oracles[77]
+    assert oracles[1234] != plain(Job(None, 2, 5, layers=tuple(specs(6)))).losses, "dropout must act"
