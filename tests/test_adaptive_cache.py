@@ -57,3 +57,10 @@ def test_a_spoilt_file_counts_as_missing(tmp_path: Path, spoil: str) -> None:
     again = plan(PROBLEM, LIMIT, cache=tmp_path)
     assert max(again.peaks) <= 4 and again.timeline.makespan >= first.lower_bound
     assert json.loads(file.read_text())["schedule"]["micro_batches"] == 6
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="the plan is not kept"):
+        found = plan(PROBLEM, LIMIT, cache=tmp_path / "file" / "plans")
+    assert found.timeline.makespan >= found.lower_bound

@@ -8,9 +8,12 @@ describe a block whatever the number of ranks, so a search among them works for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, W0, ListScheduler, Policy, Wishes
 from ds_vshape.schedule.adaptive.problem import Problem
@@ -105,30 +108,28 @@ class Block:
     def policy(self, scheduler: ListScheduler) -> Policy:
         """The block repeated, for the problem of `scheduler`."""
         problem, work = scheduler.problem, scheduler.work
-        last = max(1, problem.ranks - 1)
-        reserves = [min(most, max(least, limit * self.reserve * rank / last)) for rank, (least, most, limit) in
-                    enumerate(zip(scheduler.least_reserves, scheduler.most_reserves, scheduler.limits))]
-        offsets = self._offsets(problem, work)
+        reserves = np.array(scheduler.limits) * self.reserve * np.arange(problem.ranks) / max(1, problem.ranks - 1)
+        reserves = np.minimum(scheduler.most_reserves, np.maximum(scheduler.least_reserves, reserves))
         pieces = 1 if scheduler.fused else self.pieces
-        return Policy(repeat(offsets, work * self.interval, problem.micro_batches, pieces), self.patience, reserves,
-                      pieces)
+        return Policy(repeat(self._offsets(problem, work), work * self.interval, problem.micro_batches, pieces),
+                      self.patience, reserves)
 
-    def _offsets(self, problem: Problem, work: float) -> list[list[float]]:
+    def _offsets(self, problem: Problem, work: float) -> NDArray[np.float64]:
         """The ideal starts of each rank's six streams for micro-batch 0."""
         ranks, times = problem.ranks, problem.times
         shifts = self.shifts or (0.0,) * (_STREAMS * ranks)
-        offsets = [[shift * work for shift in shifts[_STREAMS * rank:_STREAMS * (rank + 1)]] for rank in range(ranks)]
+        offsets = work * np.reshape(shifts, (ranks, _STREAMS))
         now = 0.0
         for stage in range(2 * ranks):
             rank, chunk = place(stage, ranks)
-            offsets[rank][F0 + chunk] += now
+            offsets[rank, F0 + chunk] += now
             now += (times.forward[stage] + self.rests[0] * work if stage == ranks - 1 else
                     (times.forward[stage] + times.hop) * (1 + self.ways[chunk]))
         now += self.rests[1] * work - times.hop
         for stage in reversed(range(2 * ranks)):
             rank, chunk = place(stage, ranks)
-            offsets[rank][B0 + chunk] += now
-            offsets[rank][W0 + chunk] += now + times.input_grad[stage] + self.weight_grad_after * work
+            offsets[rank, B0 + chunk] += now
+            offsets[rank, W0 + chunk] += now + times.input_grad[stage] + self.weight_grad_after * work
             now += (times.input_grad[stage] + self.rests[2] * work if stage == ranks else
                     (times.input_grad[stage] + times.hop) * (1 + self.ways[3 - chunk]))
         return offsets
@@ -139,7 +140,7 @@ def place(stage: int, ranks: int) -> tuple[int, int]:
     return (stage, 0) if stage < ranks else (2 * ranks - 1 - stage, 1)
 
 
-def repeat(offsets: Sequence[Sequence[float]], interval: float, micro_batches: int, pieces: int = 1) -> Wishes:
-    """The block's starts for all micro-batches, W in `pieces` that all wish the same."""
-    return [[[start + interval * micro_batch for micro_batch in range(micro_batches)
-              for _ in range(pieces if stream >= W0 else 1)] for stream, start in enumerate(row)] for row in offsets]
+def repeat(offsets: NDArray[np.float64], interval: float, micro_batches: int, pieces: int = 1) -> Wishes:
+    """The block's starts [rank, stream] for all micro-batches, W in `pieces` that all wish the same."""
+    lines = offsets[:, :, None] + interval * np.arange(micro_batches)
+    return np.repeat(lines[..., None], pieces, axis=-1)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from ds_vshape.schedule.schedule import Schedule, ScheduleError, check
 from ds_vshape.schedule.serial import schedule_from_json, schedule_to_json
 
 # To be raised whenever the planner gives other plans: older files are then no longer found.
-VERSION = 2
+VERSION = 3
 
 
-def path_of(cache: Path, problem: Problem, time_limit: float, solver: bool) -> Path:
-    """Where the plan of `problem` is; `solver` tells whether OR-tools was there to make it."""
-    content = {"version": VERSION, "problem": asdict(problem), "time_limit": time_limit, "solver": solver}
+def path_of(cache: Path, problem: Problem, time_limit: float, compiled: bool) -> Path:
+    """Where the plan of `problem` is; `compiled` tells whether numba was there to make it."""
+    content = {"version": VERSION, "problem": asdict(problem), "time_limit": time_limit, "compiled": compiled}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return cache / f"plan-{digest[:32]}.json"
 
@@ -41,13 +42,19 @@ def read(path: Path, problem: Problem) -> Schedule | None:
 
 
 def write(path: Path, schedule: Schedule) -> None:
-    """Put `schedule` into `path`, whole or not at all: another process may read it, or write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    """Put `schedule` into `path`, whole or not at all: another process may read it, or write the same.
+
+    A folder that can't be written is worth a warning and no more: the plan is there.
+    """
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"schedule": schedule_to_json(schedule)}, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"schedule": schedule_to_json(schedule)}, file)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        warnings.warn(f"the plan is not kept for the next time: {error}", stacklevel=2)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, W0, ListScheduler, Policy, Run, Wishes
+import numpy as np
+
+from ds_vshape.schedule.adaptive.list_scheduler import B0, ListScheduler, Policy, Run, Wishes
 from ds_vshape.schedule.adaptive.problem import Problem
 
 # Patterns of 1, 2, 3 and 4 micro-batches all fit into this many.
@@ -26,28 +28,20 @@ def fewer_micro_batches(problem: Problem) -> Problem | None:
 
 def extended(run: Run, scheduler: ListScheduler) -> Iterator[Policy]:
     """Policies for the problem of `scheduler` that repeat a part of `run`, which has fewer micro-batches."""
-    fewer = len(run.starts[0][B0])
+    fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
         for period in _PERIODS:
             if period <= at < fewer:
-                wishes = _repeated(run.starts, run.policy.pieces, at, period, scheduler.problem.micro_batches - fewer)
+                wishes = _repeated(run.starts, at, period, scheduler.problem.micro_batches - fewer)
                 for eagerness in (0.1, 0.5, 2.0):
                     for patience in (0.0, 1.0):
                         yield replace(run.policy, wishes=wishes, patience=patience,
                                       reserves=scheduler.least_reserves, eagerness=eagerness * scheduler.work)
 
 
-def _repeated(starts: Wishes, pieces: int, at: int, period: int, more: int) -> Wishes:
+def _repeated(starts: Wishes, at: int, period: int, more: int) -> Wishes:
     """`starts` with the `period` micro-batches before number `at` repeated until there are `more`."""
-    interval = starts[0][B0][at] - starts[0][B0][at - period]
-
-    def longer(line: list[float], size: int) -> list[float]:
-        if not line:
-            return []
-        middle = []
-        for number in range(more):
-            first = (at - period + number % period) * size
-            middle += [start + interval * (1 + number // period) for start in line[first:first + size]]
-        return [*line[:at * size], *middle, *(start + interval * more / period for start in line[at * size:])]
-
-    return [[longer(list(line), pieces if stream >= W0 else 1) for stream, line in enumerate(row)] for row in starts]
+    interval = starts[0, B0, at, 0] - starts[0, B0, at - period, 0]
+    number = np.arange(more)
+    middle = starts[:, :, at - period + number % period] + (interval * (1 + number // period))[:, None]
+    return np.concatenate([starts[:, :, :at], middle, starts[:, :, at:] + interval * more / period], axis=2)

@@ -8,47 +8,54 @@ Memory never blocks the batch: a forward starts only within the rank's limit, an
 room for one of the second (`reserve` or more), so the oldest micro-batch can always reach the last stage; from there on
 everything frees memory. By induction over micro-batches all of them end.
 
-This is called thousands of times in a plan, so it works on lists of numbers; streams are numbered F, F, B, B, W, W of
-chunk 0 and 1.
+`kernels.fill` is the loop itself. Streams are numbered F, F, B, B, W, W of chunk 0 and 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import chain
+from functools import cache
+from itertools import chain, pairwise
+from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_vshape.schedule.adaptive.kernels import Layout, fill
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
 
 F0, F1, B0, B1, W0, W1 = range(6)
 KINDS = (Kind.F, Kind.F, Kind.B, Kind.B, Kind.W, Kind.W)
-Wishes = Sequence[Sequence[Sequence[float]]]
+# [rank, stream, micro-batch, piece of W]; F and B have piece 0 alone, what stands at the others means nothing.
+Wishes: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Policy:
     """Who comes first.
 
-    `wishes[r][stream][i]` is when rank r's pass of the stream for micro-batch i would ideally start; those of W have a
-    place for each piece. `patience`: a pass
-    that becomes ready d from now competes as if its ideal start were `patience * d` later. `reserves[r]` is the memory
-    of rank r that forwards of chunk 0 leave free. `pieces`: W runs in so many. `eagerness`: how long before its ideal
-    start a pass may run; with 0, and with wishes that are the starts of some schedule, that schedule comes out again.
+    `wishes` say when each pass would ideally start. `patience`: a pass that becomes ready d from now competes as if its
+    ideal start were `patience * d` later. `reserves[r]` is the memory of rank r that forwards of chunk 0 leave free.
+    `eagerness`: how long before its ideal start a pass may run; with 0, and with wishes that are the starts of some
+    schedule, that schedule comes out again.
     """
 
     wishes: Wishes
     patience: float
-    reserves: Sequence[float]
-    pieces: int = 1
+    reserves: NDArray[np.float64]
     eagerness: float = float("inf")
+
+    @property
+    def pieces(self) -> int:
+        """In how many W runs."""
+        return int(self.wishes.shape[-1])
 
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a policy: each rank's streams in order, a number each time, and when the passes started.
+    """What came of a policy: each rank's streams in order [rank, place], and when the passes started.
 
     `starts` has the form of a policy's wishes; `waiting` is the sum of the starts of all F and B, by which runs of
     equal makespan are told apart.
@@ -56,7 +63,7 @@ class Run:
 
     makespan: float
     waiting: float
-    orders: list[list[int]]
+    orders: NDArray[np.int64]
     starts: Wishes
     policy: Policy
 
@@ -83,18 +90,11 @@ class ListScheduler:
         # What B gives back.
         self.freed = self.taken if self.fused else [[size - left for size, left in zip(taken, kept)]
                                                     for taken, kept in zip(self.taken, self.kept)]
-        self.least_reserves = [taken[1] for taken in self.taken]
+        self.least_reserves = np.array([taken[1] for taken in self.taken])
         # Of the limit without slack, so that rounding never leaves too little for a forward of chunk 0.
-        self.most_reserves = [limit - taken[0] for taken, limit in zip(self.taken, problem.limits)]
+        self.most_reserves = np.array([limit - taken[0] for taken, limit in zip(self.taken, problem.limits)])
         self.work = max(sum(map(sum, times)) for times in zip(self.forward, self.input_grad, self.weight_grad))
-        last = problem.ranks - 1
-        hop = times.hop
-        # Where a stream's passes go next: rank, stream, and how long that takes. B of stage 0 ends the way.
-        self.ways = [(
-            (rank + 1, F0, hop) if rank < last else (rank, F1, 0.0),
-            (rank - 1, F1, hop) if rank else (rank, B1, 0.0),
-            (rank - 1, B0, hop) if rank else (rank, -1, 0.0),
-            (rank + 1, B1, hop) if rank < last else (rank, B0, 0.0)) for rank in range(problem.ranks)]
+        self.layouts = cache(self.layout)
 
     def durations(self, pieces: int) -> list[list[float]]:
         """How long a pass of each rank's streams takes, with W in `pieces`."""
@@ -104,119 +104,46 @@ class ListScheduler:
         return [[*forward, *input_grad, *(time / pieces for time in weight_grad)] for forward, input_grad, weight_grad
                 in zip(self.forward, self.input_grad, self.weight_grad)]
 
+    def layout(self, pieces: int) -> Layout:
+        """The problem in arrays, with W in `pieces`."""
+        ranks = self.problem.ranks
+        next_rank, next_stream, from_rank, from_stream = (np.full((ranks, 6), -1) for _ in range(4))
+        delay = np.zeros((ranks, 6))
+        way = ([(rank, F0) for rank in range(ranks)] + [(rank, F1) for rank in reversed(range(ranks))]
+               + [(rank, B1) for rank in range(ranks)] + [(rank, B0) for rank in reversed(range(ranks))])
+        for (rank, stream), (target, fed) in pairwise(way):
+            next_rank[rank, stream], next_stream[rank, stream] = target, fed
+            from_rank[target, fed], from_stream[target, fed] = rank, stream
+            delay[rank, stream] = self.problem.times.hop if rank != target else 0.0
+        durations, *sizes = (np.array(values, np.float64) for values in (
+            self.durations(pieces), self.limits, self.taken, self.freed, self.kept))
+        return Layout(self.problem.micro_batches, pieces, self.fused, durations, next_rank, next_stream, delay,
+                      from_rank, from_stream, *sizes)
+
     def run(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """What `policy` comes to; None if the makespan would be above `cutoff`."""
-        ranks, batch = len(self.chunks), self.problem.micro_batches
-        pieces, patience, eagerness, fused = policy.pieces, policy.patience, policy.eagerness, self.fused
-        limits, taken, ways = self.limits, self.taken, self.ways
-        durations = self.durations(pieces)
-        freed, kept = self.freed, self.kept
-        wishes = policy.wishes
-        counts = [[0] * 6 for _ in range(ranks)]
-        arrived: list[list[list[float]]] = [[[], [], [], []] for _ in range(ranks)]
-        arrived[0][F0] = [0.0] * batch
-        alive = [[0.0, 0.0] for _ in range(ranks)]
-        free = [0.0] * ranks
-        orders: list[list[int]] = [[] for _ in range(ranks)]
-        starts: list[list[list[float]]] = [[[], [], [], [], [], []] for _ in range(ranks)]
-        first_room = [limit - reserve for limit, reserve in zip(limits, policy.reserves)]
-        left = batch * (4 * ranks if fused else 4 * ranks + 2 * ranks * pieces)
-        weight_grads = 0 if fused else pieces
-        events = [(0.0, rank) for rank in range(ranks)]
-        never = float("inf")
-        while events:
-            now, rank = heappop(events)
-            if now < free[rank]:
-                continue
-            count, wish, inputs, living = counts[rank], wishes[rank], arrived[rank], alive[rank]
-            best, pick, at = never, -1, now
-            # The most urgent stream.
-            for stream in (B1, B0):
-                place = count[stream]
-                line = inputs[stream]
-                if place < len(line):
-                    urgency = wish[stream][place]
-                    if line[place] > now:
-                        urgency += patience * (line[place] - now)
-                    if urgency < best:
-                        best, pick, at = urgency, stream, line[place]
-            place = count[F1]
-            if place < len(inputs[F1]) and living[0] + living[1] + taken[rank][1] <= limits[rank]:
-                urgency = wish[F1][place]
-                start = inputs[F1][place]
-                if start > now:
-                    urgency += patience * (start - now)
-                if urgency < best:
-                    best, pick, at = urgency, F1, start
-            place = count[F0]
-            if place < len(inputs[F0]):
-                size = taken[rank][0]
-                if living[0] + size <= first_room[rank] and living[0] + living[1] + size <= limits[rank]:
-                    urgency = wish[F0][place]
-                    start = inputs[F0][place]
-                    if start > now:
-                        urgency += patience * (start - now)
-                    if urgency < best:
-                        best, pick, at = urgency, F0, start
-            if weight_grads:
-                place = count[W0]
-                if place < count[B0] * pieces and wish[W0][place] < best:
-                    best, pick, at = wish[W0][place], W0, now
-                place = count[W1]
-                if place < count[B1] * pieces and wish[W1][place] < best:
-                    best, pick, at = wish[W1][place], W1, now
-            if pick < 0:
-                continue
-            if at > now:
-                # Its arrival wakes this rank again, but for what came from the rank itself.
-                heappush(events, (at, rank))
-                continue
-            if best - eagerness > now:
-                heappush(events, (best - eagerness, rank))
-                continue
-            # Run it.
-            end = now + durations[rank][pick]
-            if end > cutoff:
-                return None
-            orders[rank].append(pick)
-            left -= 1
-            free[rank] = end
-            heappush(events, (end, rank))
-            place = count[pick]
-            count[pick] += 1
-            if pick >= W0:
-                starts[rank][pick].append(now)
-                if count[pick] % pieces == 0:
-                    living[pick - W0] -= kept[rank][pick - W0]
-                continue
-            starts[rank][pick].append(now)
-            if pick <= F1:
-                living[pick] += taken[rank][pick]
-            else:
-                living[pick - B0] -= freed[rank][pick - B0]
-            target, stream, delay = ways[rank][pick]
-            if stream >= 0:
-                arrival = end + delay
-                arrived[target][stream].append(arrival)
-                if free[target] < arrival and target != rank:
-                    heappush(events, (arrival, target))
-        if left:
-            raise AssertionError("a batch got stuck under its memory limit")
-        waiting = sum(sum(line) for row in starts for line in row[:W0])
-        return Run(max(free), waiting, orders, starts, policy)
+        layout = self.layouts(policy.pieces)
+        starts = np.zeros(policy.wishes.shape)
+        orders = np.zeros((self.problem.ranks, layout.batch * (4 if self.fused else 4 + 2 * policy.pieces)), np.int64)
+        makespan, waiting = fill(layout, np.ascontiguousarray(policy.wishes), policy.patience, policy.eagerness,
+                                 layout.limits - policy.reserves, cutoff, starts, orders)
+        return Run(makespan, waiting, orders, starts, policy) if makespan < float("inf") else None
 
-    def squeeze(self, orders: list[list[int]], policy: Policy) -> Run | None:
+    def squeeze(self, orders: NDArray[np.int64], policy: Policy) -> Run | None:
         """Every pass as early as `orders` allow; None if they wait for each other or exceed a limit."""
-        durations, pieces = self.durations(policy.pieces), policy.pieces
+        durations, pieces, layout = self.durations(policy.pieces), policy.pieces, self.layouts(policy.pieces)
+        next_rank, next_stream, delay = (values.tolist() for values in (layout.next_rank, layout.next_stream,
+                                                                        layout.delay))
         ranks = len(orders)
         inputs: list[list[list[float]]] = [[[], [], [], []] for _ in range(ranks)]
         inputs[0][F0] = [0.0] * self.problem.micro_batches
-        starts: list[list[list[float]]] = [[[], [], [], [], [], []] for _ in range(ranks)]
+        begun: list[list[list[float]]] = [[[], [], [], [], [], []] for _ in range(ranks)]
+        lines = orders.tolist()
         places, free, alive = [0] * ranks, [0.0] * ranks, [0.0] * ranks
         ready = list(range(ranks))
         while ready:
             rank = ready.pop()
-            order, own = orders[rank], starts[rank]
+            order, own = lines[rank], begun[rank]
             while places[rank] < len(order):
                 stream = order[places[rank]]
                 number = len(own[stream])
@@ -238,21 +165,27 @@ class ListScheduler:
                     alive[rank] -= self.freed[rank][stream - B0]
                 elif (number + 1) % pieces == 0:
                     alive[rank] -= self.kept[rank][stream - W0]
-                if stream < W0:
-                    target, fed, delay = self.ways[rank][stream]
-                    if fed >= 0:
-                        inputs[target][fed].append(end + delay)
-                        ready.append(target)
-        if any(place < len(order) for place, order in zip(places, orders)):
+                target = next_rank[rank][stream]
+                if target >= 0:
+                    inputs[target][next_stream[rank][stream]].append(end + delay[rank][stream])
+                    ready.append(target)
+        if any(place < len(order) for place, order in zip(places, lines)):
             return None
-        return Run(max(free), sum(sum(line) for row in starts for line in row[:W0]), orders, starts, policy)
+        starts = np.zeros(policy.wishes.shape)
+        for rank, row in enumerate(begun):
+            for stream, line in enumerate(row):
+                if stream < W0:
+                    starts[rank, stream, :, 0] = line
+                elif line:
+                    starts[rank, stream] = np.reshape(line, starts.shape[2:])
+        return Run(max(free), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
 
     def schedule(self, run: Run) -> Schedule:
         """The orders of `run` as a schedule; pieces of a W that stand together are put together again."""
         pieces = run.policy.pieces
         kinds = (Kind.F, Kind.F, Kind.BW, Kind.BW) if self.fused else KINDS
         passes = []
-        for chunks, order in zip(self.chunks, run.orders):
+        for chunks, order in zip(self.chunks, run.orders.tolist()):
             counts = [0] * 6
             row: list[Pass] = []
             for stream in order:

@@ -6,13 +6,11 @@ for each rank:
 
     [1] known       the table's V schedules that fit, run with the real times: never worse than those
     [2] blocks      a population of building blocks, put in order by a list scheduler that knows times and memory
-    [3] changes     the best of them again and again with some of its passes wished earlier or later
+    [3] annealing   of the best of these orders: passes of a critical path move, alone or in many micro-batches alike
 
-    [4] windows     where OR-tools is there: the best order within a window of time, exactly, in turn with [3]
-
-The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. With many ranks [2] starts
-on fewer of them and takes the blocks over (`reduced`); with many micro-batches all of it is done with fewer first, and
-the middle repeated (`extended`). It goes on until the lower bound is met or the time is up.
+The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. With many micro-batches all
+of it is done with fewer first, and the middle repeated (`extended`); with many ranks as well, [2] starts on fewer of
+them and takes the blocks over (`reduced`). It goes on until the lower bound is met or the time is up.
 """
 
 from __future__ import annotations
@@ -20,14 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from ds_vshape.schedule.activations import peaks
 from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
-from ds_vshape.schedule.adaptive.search import Search
 from ds_vshape.schedule.adaptive.seeds import within
-from ds_vshape.schedule.adaptive.windows import solver
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.fuse import fuse
 from ds_vshape.schedule.schedule import Schedule, check
@@ -50,7 +47,7 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     began = time.perf_counter()
     bound = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
                                   problem.limits)
-    file = plan_cache.path_of(cache, problem, time_limit, solver() is not None) if cache else None
+    file = plan_cache.path_of(cache, problem, time_limit, find_spec("numba") is not None) if cache else None
     schedule = plan_cache.read(file, problem) if file else None
     if schedule is not None and within(schedule, problem):
         timeline = simulate(schedule, problem.times)
@@ -65,12 +62,15 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
 def _search(problem: Problem, bound: float, began: float, time_limit: float,
             progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
     """The best schedule and its timeline."""
+    # Brings numba, which takes time to import: not before there is something to plan.
+    from ds_vshape.schedule.adaptive.search import Search
+
     finishing = _finishing_time(problem)
 
     def left() -> float:
         return 1 - (time.perf_counter() - began + finishing) / time_limit if time_limit > 0 else 0.0
 
-    search = Search(problem, bound, left, time_limit)
+    search = Search(problem, bound, left)
     search.start()
     search.run(progress)
     candidates = search.known

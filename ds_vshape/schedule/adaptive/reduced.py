@@ -14,7 +14,7 @@ from ds_vshape.schedule.timeline import Times
 _LEAST_RANKS = 8
 _PER_RANK = 4
 # (stage, micro-batch) pairs up to which a problem is tried as it is.
-_LARGE = 1600
+_LARGE = 6000
 
 
 def is_large(problem: Problem) -> bool:

@@ -1,0 +1,497 @@
+"""The planner's inner loops: a list scheduler, and annealing of orders.
+
+Both run many thousands of times in a plan, over arrays of numbers. Where numba is installed (the extra `planner`) they
+are compiled, about a hundred times as fast; the machine code is kept on disk, so that only the first plan on a machine
+waits some seconds for it. Without numba the same functions run as they are. Importing numba takes time as well, so this
+module is imported when planning starts.
+
+Streams are numbered F, F, B, B, W, W of chunk 0 and 1; the passes of a stream are numbered in micro-batch order, those
+of W by pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from math import log
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_NEVER = float("inf")
+_CLOSE = 1e-9
+# How far a pass is moved, one of these by chance; and for how many micro-batches in a row.
+_DISTANCES = np.array([1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 6, 6, 12])
+_REPEATS = np.array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 1 << 30])
+# The random numbers of a plan: a linear congruential generator modulo 2 ** 31, of which the upper bits are used.
+_RANDOM_BITS = 0x7FFFFFFF
+
+
+def _njit() -> Any:
+    """numba's decorator, or None where it isn't installed."""
+    try:
+        return import_module("numba").njit
+    except ImportError:
+        return None
+
+
+_NJIT = _njit()
+COMPILED = _NJIT is not None
+
+
+def _jit(function: Function) -> Function:
+    """`function`, compiled when it is first called, if numba is there."""
+    if _NJIT is None:
+        return function
+    try:
+        compiled: Function = _NJIT(cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder to keep it in
+        compiled = _NJIT(error_model="numpy")(function)
+    return compiled
+
+
+class Layout(NamedTuple):
+    """A problem in arrays, for W in `pieces` (none at all where B takes W with it).
+
+    A rank's passes of a stream take `durations`. Their output goes to `next_rank` and `next_stream`, where it arrives
+    `delay` later; -1 is nowhere. `from_rank` and `from_stream` are the other way; -1 is the batch itself. A forward
+    takes memory, B gives back `freed` and the last piece of W `kept`. All but the limits are [rank, stream] or
+    [rank, chunk].
+    """
+
+    batch: int
+    pieces: int
+    fused: bool
+    durations: Floats
+    next_rank: Ints
+    next_stream: Ints
+    delay: Floats
+    from_rank: Ints
+    from_stream: Ints
+    limits: Floats
+    taken: Floats
+    freed: Floats
+    kept: Floats
+
+
+class Times(NamedTuple):
+    """When passes start [rank, place in the order], and inputs of F and B arrive [rank, stream, number].
+
+    `places` [rank, stream, number] says where in the order each pass is.
+    """
+
+    starts: Floats
+    arrivals: Floats
+    places: Ints
+
+
+class Prefix(NamedTuple):
+    """The part of all orders that stays: each rank's first `place` passes, `counts` [rank, stream] of them.
+
+    `sent` [rank, stream] inputs come from there. The ranks are free again at `free`.
+    """
+
+    place: Ints
+    counts: Ints
+    sent: Ints
+    free: Floats
+
+
+@_jit
+def fill(layout: Layout, wishes: Floats, patience: float, eagerness: float, first_room: Floats, cutoff: float,
+         starts: Floats, orders: Ints) -> tuple[float, float]:
+    """Run a policy; the makespan, and the sum of the starts of all F and B. Both are infinite above `cutoff`.
+
+    `wishes` and `starts` are [rank, stream, micro-batch, piece], where F and B have piece 0 alone; `orders` are
+    streams [rank, place]. `first_room` is how full a rank may be after a forward of chunk 0.
+    """
+    batch, pieces, ranks = layout.batch, layout.pieces, len(layout.limits)
+    taken, freed, kept = layout.taken, layout.freed, layout.kept
+    counts = np.zeros((ranks, 6), np.int64)
+    arrivals = np.zeros((ranks, 4, batch))
+    sent = np.zeros((ranks, 4), np.int64)
+    sent[0, 0] = batch
+    alive = np.zeros((ranks, 2))
+    placed = np.zeros(ranks, np.int64)
+    free = np.zeros(ranks)
+    wake = np.zeros(ranks)  # when each rank looks again what it could do
+    waiting = makespan = 0.0
+    left = orders.size
+    while left > 0:
+        now, rank = _NEVER, -1
+        for other in range(ranks):
+            if wake[other] < now:
+                now, rank = wake[other], other
+        if rank < 0:
+            raise AssertionError("a batch got stuck under its memory limit")
+        room = layout.limits[rank] - alive[rank, 0] - alive[rank, 1]
+        # The most urgent stream; of equals B of the second chunk first, W last.
+        best, pick, at = _NEVER, -1, now
+        for stream in range(3, -1, -1):
+            number = counts[rank, stream]
+            if number >= sent[rank, stream] or (stream < 2 and taken[rank, stream] > room):
+                continue
+            if stream == 0 and alive[rank, 0] + taken[rank, 0] > first_room[rank]:
+                continue
+            start = arrivals[rank, stream, number]
+            urgency = wishes[rank, stream, number, 0] + patience * max(0.0, start - now)
+            if urgency < best:
+                best, pick, at = urgency, stream, start
+        if not layout.fused:
+            for stream in range(4, 6):
+                number = counts[rank, stream]
+                if number < counts[rank, stream - 2] * pieces:
+                    urgency = wishes[rank, stream, number // pieces, number % pieces]
+                    if urgency < best:
+                        best, pick, at = urgency, stream, now
+        if pick < 0:
+            wake[rank] = _NEVER
+        elif at > now:
+            wake[rank] = at
+        elif best - eagerness > now:
+            wake[rank] = best - eagerness
+        else:
+            end = now + layout.durations[rank, pick]
+            if end > cutoff:
+                return _NEVER, _NEVER
+            number = counts[rank, pick]
+            counts[rank, pick] += 1
+            orders[rank, placed[rank]] = pick
+            placed[rank] += 1
+            left -= 1
+            free[rank] = wake[rank] = end
+            makespan = max(makespan, end)
+            if pick >= 4:
+                starts[rank, pick, number // pieces, number % pieces] = now
+                if (number + 1) % pieces == 0:
+                    alive[rank, pick - 4] -= kept[rank, pick - 4]
+                continue
+            starts[rank, pick, number, 0] = now
+            waiting += now
+            if pick < 2:
+                alive[rank, pick] += taken[rank, pick]
+            else:
+                alive[rank, pick - 2] -= freed[rank, pick - 2]
+            target, stream = layout.next_rank[rank, pick], layout.next_stream[rank, pick]
+            if target >= 0:
+                arrival = end + layout.delay[rank, pick]
+                arrivals[target, stream, number] = arrival
+                sent[target, stream] = number + 1
+                if target != rank:
+                    wake[target] = min(wake[target], max(arrival, free[target]))
+    return makespan, waiting
+
+
+@_jit
+def _copy(source: Ints, target: Ints) -> None:
+    # A slice of an array could be assigned as well, but takes seconds to compile.
+    for index in range(len(source)):
+        target[index] = source[index]
+
+
+@_jit
+def _greatest(values: Floats) -> float:
+    greatest = -_NEVER
+    for value in values:
+        greatest = max(greatest, value)
+    return greatest
+
+
+@_jit
+def _position(line: Any, value: float) -> int:
+    """How many of the ascending `line` are below `value`."""
+    low, high = 0, len(line)
+    while low < high:
+        middle = (low + high) // 2
+        if line[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@_jit
+def _cut(layout: Layout, orders: Ints, now: Times, rank: int, place: int, prefix: Prefix) -> int:
+    """Into `prefix`: what stays as it is when the order of `rank` changes from `place` on. The number of the others."""
+    ranks, length = orders.shape
+    time = now.starts[rank, place - 1] + layout.durations[rank, orders[rank, place - 1]] if place > 0 else 0.0
+    left = 0
+    for other in range(ranks):
+        here = place
+        if other != rank:
+            here = _position(now.starts[other], time) if time > 0 else 0
+        prefix.place[other] = here
+        prefix.free[other] = 0.0
+        if here > 0:
+            prefix.free[other] = now.starts[other, here - 1] + layout.durations[other, orders[other, here - 1]]
+        for stream in range(6):
+            line = now.places[other, stream]
+            of_stream = line if stream >= 4 else line[:layout.batch]
+            prefix.counts[other, stream] = _position(of_stream, here) if here > 0 else 0
+        left += length - here
+    for other in range(ranks):
+        for stream in range(4):
+            source = layout.from_rank[other, stream]
+            prefix.sent[other, stream] = (prefix.counts[source, layout.from_stream[other, stream]] if source >= 0 else
+                                          layout.batch)
+    return left
+
+
+@_jit
+def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
+            left: int, rank: int, cutoff: float) -> bool:
+    """Into `new`: the times of the `left` passes after `prefix`, each as early as can be.
+
+    False if ranks wait for each other, or one ends after `cutoff`. `at` says how far it came.
+    """
+    ranks, length = orders.shape
+    for other in range(ranks):
+        at.place[other], at.free[other] = prefix.place[other], prefix.free[other]
+        _copy(prefix.counts[other], at.counts[other])
+        _copy(prefix.sent[other], at.sent[other])
+    idle, step = 0, 1
+    while left > 0:
+        place, free = at.place[rank], at.free[rank]
+        began = place
+        while place < length:
+            stream, number = orders[rank, place], numbers[rank, place]
+            if stream < 4:
+                if number >= at.sent[rank, stream]:
+                    break
+                before = number < prefix.sent[rank, stream]
+                free = max(free, now.arrivals[rank, stream, number] if before else new.arrivals[rank, stream, number])
+            elif number >= at.counts[rank, stream - 2] * layout.pieces:
+                break
+            new.places[rank, stream, number] = place
+            new.starts[rank, place] = free
+            free += layout.durations[rank, stream]
+            at.counts[rank, stream] = number + 1
+            place += 1
+            target = layout.next_rank[rank, stream]
+            if target >= 0:
+                to = layout.next_stream[rank, stream]
+                new.arrivals[target, to, number] = free + layout.delay[rank, stream]
+                at.sent[target, to] = number + 1
+        if place == began:
+            idle += 1
+            if idle > 2 * ranks:
+                return False
+        else:
+            idle = 0
+            left -= place - began
+            at.place[rank], at.free[rank] = place, free
+            if free > cutoff:
+                return False
+        # To and fro, as micro-batches go.
+        rank += step
+        if rank == ranks or rank < 0:
+            step = -step
+            rank += step
+    return True
+
+
+@_jit
+def _take(layout: Layout, now: Times, new: Times, prefix: Prefix) -> None:
+    """The times after `prefix` from `new` into `now`."""
+    ranks, length = now.starts.shape
+    for rank in range(ranks):
+        for place in range(prefix.place[rank], length):
+            now.starts[rank, place] = new.starts[rank, place]
+        for stream in range(6):
+            for number in range(prefix.counts[rank, stream], layout.batch * (layout.pieces if stream >= 4 else 1)):
+                now.places[rank, stream, number] = new.places[rank, stream, number]
+        for stream in range(4):
+            if layout.from_rank[rank, stream] >= 0:
+                for number in range(prefix.sent[rank, stream], layout.batch):
+                    now.arrivals[rank, stream, number] = new.arrivals[rank, stream, number]
+
+
+@_jit
+def _critical(layout: Layout, orders: Ints, numbers: Ints, now: Times, ends: Floats, path: Ints, chance: int) -> int:
+    """Into `path`: passes [rank, place] of which each one's delay delays the batch's end. How many they are.
+
+    Where a pass waited for two others just as long, the bits of `chance` choose.
+    """
+    rank, place = 0, orders.shape[1] - 1
+    for other in range(len(ends)):
+        if ends[other] > ends[rank]:
+            rank = other
+    length = 0
+    while True:
+        path[length, 0], path[length, 1] = rank, place
+        length += 1
+        start, stream = now.starts[rank, place], orders[rank, place]
+        if start <= _CLOSE:
+            return length
+        follows = place > 0 and (now.starts[rank, place - 1] + layout.durations[rank, orders[rank, place - 1]]
+                                 >= start - _CLOSE)
+        fed = stream < 4 and layout.from_rank[rank, stream] >= 0 and (
+            now.arrivals[rank, stream, numbers[rank, place]] >= start - _CLOSE)
+        if fed and follows:
+            chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+            follows = (chance >> 16) % 2 == 0
+        if follows or not fed:
+            place -= 1
+        else:
+            source, fed_by = layout.from_rank[rank, stream], layout.from_stream[rank, stream]
+            rank, place = source, now.places[source, fed_by, numbers[rank, place]]
+
+
+@_jit
+def _shift(order: Ints, number: Ints, place: int, to: int) -> bool:
+    """Move the pass at `place` to `to`; whether it passed none of its own stream."""
+    stream, which = order[place], number[place]
+    step = 1 if to > place else -1
+    for here in range(place, to, step):
+        order[here], number[here] = order[here + step], number[here + step]
+        if order[here] == stream:
+            return False
+    order[to], number[to] = stream, which
+    return True
+
+
+@_jit
+def _move(layout: Layout, order: Ints, number: Ints, places: Ints, place: int, distance: int,
+          repeats: int) -> tuple[int, int]:
+    """Move a rank's pass by `distance`, and as many following micro-batches' past the same neighbours of theirs.
+
+    From where to where the order changed; (0, -1) if the move isn't possible. `places` are spoilt.
+    """
+    stream, other = order[place], order[place + distance]
+    mine, others = number[place], number[place + distance]
+    step = layout.pieces if stream >= 4 else 1
+    other_step = layout.pieces if other >= 4 else 1
+    first, last = len(order), -1
+    to = place + distance
+    for repeat in range(repeats):
+        if repeat > 0:
+            mine, others = mine + step, others + other_step
+            if mine >= layout.batch * step or others >= layout.batch * other_step:
+                break
+            place, to = places[stream, mine], places[other, others]
+            # At the ramps the two may stand otherwise.
+            if (to > place) != (distance > 0) or abs(to - place) > 2 * abs(distance):
+                continue
+        if not _shift(order, number, place, to):
+            return 0, -1
+        first, last = min(first, place, to), max(last, place, to)
+        if repeats > 1:
+            for here in range(min(place, to), max(place, to) + 1):
+                places[order[here], number[here]] = here
+    return first, last
+
+
+@_jit
+def _allowed(layout: Layout, rank: int, order: Ints, end: int, counts: Ints) -> bool:
+    """Whether the first passes up to `end` of a rank's `order` keep its limit and have what they need from itself."""
+    for stream in range(6):
+        counts[stream] = 0
+    alive = 0.0
+    for place in range(end + 1):
+        stream = order[place]
+        counts[stream] += 1
+        if stream < 2:
+            alive += layout.taken[rank, stream]
+            if alive > layout.limits[rank]:
+                return False
+        elif stream < 4:
+            alive -= layout.freed[rank, stream - 2]
+            if counts[stream] > counts[stream - 2]:
+                return False
+        else:
+            if counts[stream] > counts[stream - 2] * layout.pieces:
+                return False
+            if counts[stream] % layout.pieces == 0:
+                alive -= layout.kept[rank, stream - 4]
+    return True
+
+
+@_jit
+def _empty_prefix(ranks: int) -> Prefix:
+    return Prefix(np.zeros(ranks, np.int64), np.zeros((ranks, 6), np.int64), np.zeros((ranks, 4), np.int64),
+                  np.zeros(ranks))
+
+
+@_jit
+def _empty_times(layout: Layout, ranks: int, length: int) -> Times:
+    return Times(np.zeros((ranks, length)), np.zeros((ranks, 4, layout.batch)),
+                 np.zeros((ranks, 6, layout.batch * layout.pieces), np.int64))
+
+
+@_jit
+def _numbers(orders: Ints, counts: Ints) -> Ints:
+    """The number in its stream of each pass [rank, place]."""
+    numbers = np.zeros(orders.shape, np.int64)
+    for rank in range(len(orders)):
+        for stream in range(6):
+            counts[stream] = 0
+        for place in range(orders.shape[1]):
+            stream = orders[rank, place]
+            numbers[rank, place] = counts[stream]
+            counts[stream] += 1
+    return numbers
+
+
+@_jit
+def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: int, temperature: float, goal: float,
+           seed: int) -> float:
+    """Change `orders` (streams [rank, place]) by `tries` moves; the makespan of the best, which `best_orders` are then.
+
+    So far that is `best`. Each try moves a pass of a critical path, alone or for several micro-batches in a row, and
+    takes an order that is longer by d with the chance exp(-d / temperature). Ends early at `goal`.
+    """
+    ranks, length = orders.shape
+    counts = np.zeros(6, np.int64)
+    numbers = _numbers(orders, counts)
+    now, new = _empty_times(layout, ranks, length), _empty_times(layout, ranks, length)
+    prefix, at = _empty_prefix(ranks), _empty_prefix(ranks)
+    path = np.zeros((ranks * length, 2), np.int64)
+    old_order, old_numbers = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    # Not with literal numbers, for which numba would compile both a second time.
+    rank, place = ranks - 1, at.place[0]
+    left = _cut(layout, orders, now, rank, place, prefix)
+    _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER)
+    _take(layout, now, new, prefix)
+    makespan = _greatest(at.free)
+    chance = seed
+    on_path = _critical(layout, orders, numbers, now, at.free, path, chance)
+    for _ in range(tries):
+        if best <= goal * (1 + _CLOSE):
+            break
+        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+        rank, place = path[(chance >> 8) % on_path, 0], path[(chance >> 8) % on_path, 1]
+        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+        distance = _DISTANCES[(chance >> 10) % 16] * (1 if (chance >> 16) % 2 == 0 else -1)
+        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+        repeats = min(layout.batch, _REPEATS[(chance >> 12) % 16])
+        if not 0 <= place + distance < length or orders[rank, place] == orders[rank, place + distance]:
+            continue
+        _copy(orders[rank], old_order)
+        _copy(numbers[rank], old_numbers)
+        if repeats > 1:
+            for stream in range(6):
+                _copy(now.places[rank, stream], new.places[rank, stream])
+        first, last = _move(layout, orders[rank], numbers[rank], new.places[rank], place, distance, repeats)
+        fine = last >= 0 and _allowed(layout, rank, orders[rank], last, counts)
+        if fine:
+            chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+            cutoff = makespan - temperature * log(((chance >> 8) + 1) / 2 ** 23)
+            left = _cut(layout, orders, now, rank, first, prefix)
+            fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, cutoff)
+        if not fine:
+            _copy(old_order, orders[rank])
+            _copy(old_numbers, numbers[rank])
+            continue
+        _take(layout, now, new, prefix)
+        makespan = _greatest(at.free)
+        on_path = _critical(layout, orders, numbers, now, at.free, path, chance)
+        if makespan < best - _CLOSE:
+            best = makespan
+            for rank in range(ranks):
+                _copy(orders[rank], best_orders[rank])
+    return best
