@@ -2,6 +2,7 @@
 
     python bench/run.py                                        # the table of README.md
     python bench/run.py --micro-batches 8 --contenders "deepspeed 1f1b" v-zb --json result.json
+    python bench/run.py --workload gpt --ranks 2 --micro-batches 4 8    # real matrix products, one thread a rank
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 
-from contenders import ADAPTIVE, CONTENDERS, Workload, contender_name, engine_of
+from contenders import ADAPTIVE, CONTENDERS, contender_name, engine_of
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import peak_activations
+from workloads import Gpt, Sleeping, Workload
 
 DEFAULT_CONTENDERS = ["deepspeed 1f1b", "deepspeed dualpipev", "1f1b", "v-half", "v-zb"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A contender's losses (of all batches) and seconds (of the measured ones); ours with the schedule that ran."""
+    """A contender's losses (of all batches) and seconds (of the measured ones); ours with the schedule that ran, and
+    what each measured batch would take if nothing but passes took time."""
 
     losses: list[float]
     seconds: list[float]
+    simulated: list[float]
     schedule: Schedule | None
 
 
@@ -49,6 +53,7 @@ def measure(rank: int, names: list[str], workload: Workload, rounds: int) -> dic
     planning = [name for name in names if ADAPTIVE.fullmatch(name)]
     losses: dict[str, list[float]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    simulated: dict[str, list[float]] = {name: [] for name in names}
 
     def train_all() -> None:
         for name, engine in engines.items():
@@ -58,13 +63,16 @@ def measure(rank: int, names: list[str], workload: Workload, rounds: int) -> dic
             losses[name].append(float(engine.train_batch(data)))
             dist.barrier()
             seconds[name].append(time.perf_counter() - start)
+            if hasattr(engine, "schedule"):
+                simulated[name].append(workload.simulated(engine))
 
     train_all()
     while any(engines[name].planned_times is None for name in planning):
         train_all()
     for _ in range(rounds):
         train_all()
-    return {name: Result(losses[name], seconds[name][-rounds:], getattr(engine, "schedule", lambda: None)())
+    return {name: Result(losses[name], seconds[name][-rounds:], simulated[name][-rounds:],
+                         getattr(engine, "schedule", lambda: None)())
             for name, engine in engines.items()}
 
 
@@ -78,48 +86,49 @@ def compare_losses(results: dict[str, Result]) -> None:
 
 
 def summarize(results: dict[str, Result], workload: Workload) -> dict[str, dict[str, Any]]:
-    """For each contender: median, least and most seconds, speed over the first one, and against the simulation.
-
-    A sleep takes a little longer than asked for, here as on every machine: the simulation knows how long.
-    """
-    base, slept = next(iter(results.values())).seconds, workload.slept()
+    """For each contender: median, least and most seconds, speed over the first one, and against the simulation."""
+    base = next(iter(results.values())).seconds
     summary = {}
     for contender, result in results.items():
-        seconds = result.seconds
-        median = statistics.median(seconds)
-        simulated = slept.simulated(result.schedule) if result.schedule else None
+        seconds, median = result.seconds, statistics.median(result.seconds)
+        over = [took / simulated for took, simulated in zip(seconds, result.simulated)]
         summary[contender] = {
             "seconds": median, "least": min(seconds), "most": max(seconds),
             "speed": statistics.median(b / s for b, s in zip(base, seconds)),
-            "simulated": simulated,
-            "over_simulated": median / simulated if simulated else None,
+            "tokens_per_second": workload.tokens / median if workload.tokens else None,
+            "simulated": statistics.median(result.simulated) if over else None,
+            "over_simulated": statistics.median(over) if over else None,
             "peak": max(peak_activations(result.schedule)) if result.schedule else None,
         }
     return summary
 
 
+_COLUMNS = {"seconds": ("median s", ".3f"), "least": ("least", ".3f"), "most": ("most", ".3f"),
+            "speed": ("speed over the first", ".2f"), "tokens_per_second": ("tokens/s", ".0f"),
+            "simulated": ("simulated s", ".3f"), "over_simulated": ("over simulated", ".3f"), "peak": ("peak", "g")}
+
+
 def show(summary: dict[str, dict[str, Any]], workload: Workload, rounds: int) -> None:
-    first = next(iter(summary))
-    milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in workload.seconds)
-    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload.layers} layers a "
-                  f"rank of {milliseconds} ms (F/B/W); work alone {workload.work:.2f} s; {rounds} rounds")
+    """The table; columns that nobody has are left out."""
+    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; {rounds} rounds")
     table.add_column("contender")
-    for column in ("median s", "least", "most", f"speed over {first}", "simulated s", "over simulated", "peak"):
-        table.add_column(column, justify="right")
+    shown = [key for key in _COLUMNS if any(row[key] is not None for row in summary.values())]
+    for key in shown:
+        table.add_column(_COLUMNS[key][0], justify="right")
     for contender, row in summary.items():
-        seconds = [f"{row[key]:.3f}" for key in ("seconds", "least", "most")]
-        simulated = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("simulated", "over_simulated")]
-        peak = "-" if row["peak"] is None else f"{row['peak']:g}"
-        table.add_row(contender, *seconds, f"{row['speed']:.2f}", *simulated, peak)
+        table.add_row(contender, *("-" if row[key] is None else format(row[key], _COLUMNS[key][1]) for key in shown))
     Console(width=150).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--workload", choices=("sleeping", "gpt"), default="sleeping")
     parser.add_argument("--layers", type=int, default=4, help="layers a rank")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--ms", type=float, nargs=3, default=[5, 5, 5], metavar=("F", "B", "W"), help="of one layer")
+    parser.add_argument("--ms", type=float, nargs=3, default=[5, 5, 5], metavar=("F", "B", "W"),
+                        help="of one sleeping layer")
+    parser.add_argument("--hidden", type=int, default=256, help="of the GPT")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contenders", nargs="+", type=contender_name, default=DEFAULT_CONTENDERS, metavar="NAME",
                         help=f"the first is what the others are compared with; of: {', '.join(CONTENDERS)}, and "
@@ -129,14 +138,17 @@ def main() -> None:
     f, b, w = (ms / 1000 for ms in options.ms)
     written = []
     for micro_batches in options.micro_batches:
-        workload = Workload(options.ranks, options.layers, micro_batches, (f, b, w))
+        layers = options.ranks * options.layers
+        workload: Workload = (Sleeping(options.ranks, layers, micro_batches, (f, b, w))
+                              if options.workload == "sleeping" else
+                              Gpt(options.ranks, layers, micro_batches, options.hidden))
         results = run_ranks(options.ranks, measure, options.contenders, workload, options.rounds, timeout=600)[0]
         compare_losses(results)
         summary = summarize(results, workload)
         show(summary, workload, options.rounds)
         measured = {name: {"losses": result.losses, "seconds": result.seconds} for name, result in results.items()}
-        written.append({"ranks": options.ranks, "layers": options.layers, "ms": options.ms,
-                        "micro_batches": micro_batches, "results": measured, "summary": summary})
+        written.append({"ranks": options.ranks, "workload": str(workload), "micro_batches": micro_batches,
+                        "results": measured, "summary": summary})
     if options.json:
         options.json.write_text(json.dumps(written, indent=1))
 

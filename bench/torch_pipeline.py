@@ -16,9 +16,8 @@ from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor, nn
 from torch.distributed.pipelining import (PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B,
                                           ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble)
-from torch.nn import functional
 
-from layers import SleepingPaths
+from workloads import Workload
 
 BASE_SEED = 1234
 
@@ -48,22 +47,20 @@ TORCH_SCHEDULES = {
 
 
 class TorchPipeline:
-    """Trains `layers` layers of a width, sleeping `seconds` each, by one of torch's schedules (collective)."""
+    """Trains a workload by one of torch's schedules (collective)."""
 
-    def __init__(self, kind: TorchSchedule, layers: int, width: int, seconds: tuple[float, ...], micro_batches: int,
-                 learning_rate: float) -> None:
+    def __init__(self, kind: TorchSchedule, workload: Workload, learning_rate: float) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         count = kind.chunks * ranks
-        self._micro_batches = micro_batches
+        self._micro_batches = workload.micro_batches
         self._loads, self._has_loss = 0 in kind.stages(rank, ranks), count - 1 in kind.stages(rank, ranks)
         self._loss_rank = next(other for other in range(ranks) if count - 1 in kind.stages(other, ranks))
-        size = layers // count
-        modules = [_layers(range(stage * size, (stage + 1) * size), width, seconds)
-                   for stage in kind.stages(rank, ranks)]
+        size = workload.layers // count
+        modules = [_layers(workload, range(stage * size, (stage + 1) * size)) for stage in kind.stages(rank, ranks)]
         stages = [PipelineStage(module, stage, count, torch.device("cpu"))
                   for module, stage in zip(modules, kind.stages(rank, ranks), strict=True)]
-        self._schedule = kind.schedule(stages[0] if kind.chunks == 1 else stages, micro_batches,
-                                       loss_fn=functional.mse_loss)
+        self._schedule = kind.schedule(stages[0] if kind.chunks == 1 else stages, workload.micro_batches,
+                                       loss_fn=workload.loss_fn)
         self._optimizer = torch.optim.SGD([p for module in modules for p in module.parameters()], lr=learning_rate)
 
     def train_batch(self, data: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -79,9 +76,9 @@ class TorchPipeline:
         return loss
 
 
-def _layers(numbers: range, width: int, seconds: tuple[float, ...]) -> nn.Sequential:
+def _layers(workload: Workload, numbers: range) -> nn.Sequential:
     made = []
     for number in numbers:
         set_random_seed(BASE_SEED + number)
-        made.append(SleepingPaths(width, seconds))
+        made.append(workload.layer_of_paths(number))
     return nn.Sequential(*made)

@@ -1,0 +1,141 @@
+"""What the contenders compute: layers, data and loss, the same for every engine.
+
+    Sleeping    layers that take a set time and no core: what a schedule does on as many devices as there are ranks
+    Gpt         a byte-level GPT with real matrix products: one thread for each rank, and no more ranks than cores
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from deepspeed.pipe import LayerSpec
+from gpt import VOCABULARY, Block, GPTConfig, Positions
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times, simulate
+from layers import SleepingLinear, SleepingPaths
+
+Batch = list[tuple[Tensor, Tensor]]
+
+
+class Workload(Protocol):
+    """`layers` layers of equal cost for all `ranks` together, in batches of `micro_batches`."""
+
+    ranks: int
+    layers: int
+    micro_batches: int
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    tokens: int | None
+
+    def spec(self, number: int) -> LayerSpec:
+        """A layer, for DeepSpeed's engines and ours."""
+
+    def layer_of_paths(self, number: int) -> nn.Module:
+        """The same for torch's pipelines, whose split goes through autograd's graph."""
+
+    def batch(self, number: int) -> Batch:
+        """The micro-batches of batch `number`."""
+
+    def simulated(self, engine: Any) -> float:
+        """The seconds of one of our engine's batches if nothing but its passes took time; collective."""
+
+    def __str__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """Layers of which F, B and W sleep `seconds`, around a small product."""
+
+    ranks: int
+    layers: int
+    micro_batches: int
+    seconds: tuple[float, ...]
+    width: int = 16
+    loss_fn = staticmethod(functional.mse_loss)
+    tokens = None
+
+    def spec(self, number: int) -> LayerSpec:
+        return LayerSpec(SleepingLinear, self.width, self.seconds)
+
+    def layer_of_paths(self, number: int) -> nn.Module:
+        return SleepingPaths(self.width, self.seconds)
+
+    def batch(self, number: int) -> Batch:
+        generator = torch.Generator().manual_seed(number)
+        return [(torch.randn(2, self.width, generator=generator), torch.randn(2, self.width, generator=generator))
+                for _ in range(self.micro_batches)]
+
+    def simulated(self, engine: Any) -> float:
+        """With sleeps as long as they really are here: they take a little longer than asked for, on every machine."""
+        schedule: Schedule = engine.schedule()
+        stages = schedule.placement.stages
+        slept = [self.layers / stages * _sleep_of(seconds) for seconds in self.seconds]
+        return simulate(schedule, Times.uniform(stages, *slept)).makespan
+
+    def __str__(self) -> str:
+        milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in self.seconds)
+        work = self.micro_batches * self.layers * sum(self.seconds) / self.ranks
+        return f"{self.layers} layers of {milliseconds} ms (F/B/W), the work alone {work:.2f} s"
+
+
+def _sleep_of(seconds: float, times: int = 20) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        time.sleep(seconds)
+    return (time.perf_counter() - start) / times
+
+
+@dataclass(frozen=True)
+class Gpt:
+    """Blocks of `hidden`, on micro-batches of `samples` sequences of `length` bytes; embedding and head go along with
+    the first and the last one."""
+
+    ranks: int
+    layers: int
+    micro_batches: int
+    hidden: int = 256
+    length: int = 128
+    samples: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batches * self.samples * self.length
+
+    @staticmethod
+    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def spec(self, number: int) -> LayerSpec:
+        return LayerSpec(_GptPart, self, number)
+
+    def layer_of_paths(self, number: int) -> nn.Module:
+        return _GptPart(self, number)
+
+    def batch(self, number: int) -> Batch:
+        generator = torch.Generator().manual_seed(number)
+        texts = torch.randint(VOCABULARY, (self.micro_batches, self.samples, self.length + 1), generator=generator)
+        return [(text[:, :-1], text[:, 1:]) for text in texts]
+
+    def simulated(self, engine: Any) -> float:
+        """With the mean times of the passes in the last batch."""
+        return float(engine.timelines()[0].makespan)
+
+    def __str__(self) -> str:
+        return (f"a GPT of {self.layers} blocks, hidden {self.hidden}, {self.samples} sequences of {self.length} in a "
+                "micro-batch")
+
+
+class _GptPart(nn.Sequential):
+    """Block `number`, with what belongs to the ends of the model."""
+
+    def __init__(self, gpt: Gpt, number: int) -> None:
+        config = GPTConfig(gpt.layers, gpt.hidden, gpt.hidden // 64, gpt.length)
+        before = [nn.Embedding(VOCABULARY, gpt.hidden), Positions(config)] if number == 0 else []
+        after = [nn.LayerNorm(gpt.hidden), nn.Linear(gpt.hidden, VOCABULARY)] if number == gpt.layers - 1 else []
+        super().__init__(*before, Block(config), *after)
