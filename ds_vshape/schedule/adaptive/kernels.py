@@ -143,12 +143,16 @@ def fill(layout: Layout, wishes: Floats, patience: float, eagerness: float, firs
             if urgency < best:
                 best, pick, at = urgency, stream, start
         if not layout.fused:
+            wait = at - now  # a W that fits into it costs nothing
+            filler = _NEVER
             for stream in range(4, 6):
                 number = counts[rank, stream]
                 if number < counts[rank, stream - 2] * pieces:
                     urgency = wishes[rank, stream, number // pieces, number % pieces]
-                    if urgency < best:
+                    fits = layout.durations[rank, stream] <= wait and urgency < filler
+                    if urgency < best or fits:
                         best, pick, at = urgency, stream, now
+                        filler = urgency
         if pick < 0:
             wake[rank] = _NEVER
         elif at > now:

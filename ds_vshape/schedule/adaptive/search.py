@@ -6,23 +6,25 @@ those of many micro-batches alike, which improves all three.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from random import Random
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches
 from ds_vshape.schedule.adaptive.kernels import COMPILED, anneal
-from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, ListScheduler, Policy, Run, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Span, simulate
+from ds_vshape.schedule.timeline import simulate
 
 Progress = Callable[[float], None]
 
@@ -38,9 +40,13 @@ _REDUCED = 0.4
 _FEWER = 0.5
 # Temperatures in units of the slowest rank's work on one micro-batch, at the start of a round and at its end. A round
 # takes so much of the time.
-_HOT = (0.03, 0.1, 0.3)
+_HOT = (0.02, 0.06, 0.2)
 _COLD = 0.005
 _ROUND = 0.1
+# Runs that are longer than the best by more than that are not annealed.
+_CHANCE = 1.03
+# How often a run's Ws are cut once more before a round.
+_FINER = 0.25
 # Passes that annealing looks at between two looks at the clock: some hundredths of a second.
 _PASSES_A_STEP = 3_000_000 if COMPILED else 30_000
 
@@ -59,6 +65,8 @@ class Search:
         self.random = Random(0)
         # The best run, by the number of pieces of W: those of fewer have less to gain, but are easier to improve.
         self.bests: dict[int, Run] = {}
+        # How well annealing did lately, for each temperature to start from.
+        self.successes = [1.0] * len(_HOT)
         # Whether blocks of a smaller problem stand in for random ones.
         self.adopted = False
         # Makespans and schedules of the table that are within the limits.
@@ -87,19 +95,24 @@ class Search:
             self._anneal()
 
     def try_known_blocks(self) -> None:
-        """Start the population with what is known to be good; a large problem gets it from a smaller one."""
+        """Start the population with what is known to be good."""
         for block in Block.known(self.problem.max_pieces):
-            if self.left() > _RANDOM and not self.done and not is_large(self.problem):
+            if self.left() > _ANNEALING and not self.done:
                 self._try_block(block)
 
     def imitate(self, schedule: Schedule) -> None:
-        """Try the starts of `schedule` as wishes."""
-        if any(work.kind is Kind.BW for _, work in schedule.passes()) == self.scheduler.fused:
-            wishes = _wishes_of(schedule, simulate(schedule, self.problem.times).ranks)
-            for eagerness, patience in product((0.0, 0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
-                if self.left() > _IMITATIONS:
-                    self._try_policy(Policy(wishes, patience, self.scheduler.least_reserves,
-                                            eagerness * self.scheduler.work))
+        """Keep `schedule`, and try its starts as wishes."""
+        orders = _orders_of(schedule, self.scheduler.fused)
+        policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, 1)), 0.0,
+                        self.scheduler.least_reserves)
+        run = self.scheduler.squeeze(orders, policy) if orders is not None else None
+        if run is None:
+            return
+        self._keep(run)
+        for eagerness, patience in product((0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
+            if self.left() > _IMITATIONS:
+                self._try_policy(Policy(run.starts, patience, self.scheduler.least_reserves,
+                                        eagerness * self.scheduler.work))
 
     def start(self) -> None:
         """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
@@ -205,10 +218,13 @@ class Search:
     def _anneal(self) -> None:
         """A round of annealing of one of the best runs."""
         random, work = self.random, self.scheduler.work
-        run = random.choice([*self.bests.values(), *[self.best or next(iter(self.bests.values()))] * 2])
+        least = min(run.makespan for run in self.bests.values())
+        run = random.choice([run for run in self.bests.values() if run.makespan <= least * _CHANCE])
+        if run.policy.pieces * 2 <= self.problem.max_pieces and not self.scheduler.fused and random.random() < _FINER:
+            run = _finer(run)
         layout, orders = self.scheduler.layouts(run.policy.pieces), run.orders.copy()
         best, best_orders = run.makespan, orders.copy()
-        hot = random.choice(_HOT)
+        hot = random.choices(_HOT, self.successes)[0]
         tries = max(10, _PASSES_A_STEP // orders.size)
         began = left = self.left()
         length = min(_ROUND, began)
@@ -217,15 +233,33 @@ class Search:
             best = anneal(layout, orders, best_orders, best, tries, temperature, self.goal, random.getrandbits(31))
             left = self.left()
         improved = self.scheduler.squeeze(best_orders, run.policy)
+        index = _HOT.index(hot)
+        self.successes[index] = 1.0 if best < run.makespan else max(0.1, self.successes[index] / 2)
         if improved is not None:
             self._keep(improved)
 
 
-def _wishes_of(schedule: Schedule, ranks: Sequence[Sequence[Span]]) -> Wishes:
-    """The starts of a V schedule's passes as wishes."""
-    wishes = np.zeros((len(ranks), len(KINDS), schedule.micro_batches, 1))
-    for rank, (chunks, spans) in enumerate(zip(schedule.placement.chunks, ranks)):
-        for span in spans:
-            first = {Kind.F: F0, Kind.B: B0, Kind.BW: B0, Kind.W: W0}[span.work.kind]
-            wishes[rank, first + chunks.index(span.work.stage), span.work.micro_batch, 0] = span.start
-    return wishes
+def _finer(run: Run) -> Run:
+    """The same with each piece of W cut into two."""
+    wishes, starts = (np.repeat(values, 2, axis=-1) for values in (run.policy.wishes, run.starts))
+    orders = np.array([np.repeat(row, np.where(row >= W0, 2, 1)) for row in run.orders])
+    return replace(run, orders=orders, starts=starts, policy=replace(run.policy, wishes=wishes))
+
+
+def _orders_of(schedule: Schedule, fused: bool) -> NDArray[np.int64] | None:
+    """The streams of a V schedule's passes [rank, place], whole backwards split; None if split ones must be whole."""
+    rows = []
+    for chunks, order in zip(schedule.placement.chunks, schedule.orders):
+        row = []
+        for work in order:
+            chunk = chunks.index(work.stage)
+            if work.kind is Kind.F:
+                row.append(F0 + chunk)
+            elif work.kind is not Kind.W:
+                row.append(B0 + chunk)
+            if work.kind is Kind.W and fused:
+                return None
+            if work.kind in (Kind.W, Kind.BW) and not fused:
+                row.append(W0 + chunk)
+        rows.append(row)
+    return np.array(rows, np.int64)
