@@ -33,18 +33,18 @@ def contender_name(name: str) -> str:
     return name
 
 
-def section_of(name: str) -> Any:
-    """What the config says for one of our contenders."""
+def section_of(name: str, times: str) -> Any:
+    """What the config says for one of our contenders; one that plans does so for `times`."""
     match = ADAPTIVE.fullmatch(name)
     if match is None:
         return name
     schedule, limit = match.groups()
-    section = {"name": schedule, "times": "profile"}
+    section = {"name": schedule, "times": times}
     return section if limit == "profile" else {**section, "memory_limit": float(limit)}
 
 
-def engine_of(name: str, workload: Workload) -> Any:
-    """The engine of contender `name`; collective."""
+def engine_of(name: str, workload: Workload, times: str = "profile", **config_keys: Any) -> Any:
+    """The engine of contender `name`, with more `config_keys` in its ds_config; collective."""
     if name in TORCH_SCHEDULES:
         return TorchPipeline(TORCH_SCHEDULES[name], workload, LEARNING_RATE)
     config: dict[str, Any] = {
@@ -55,11 +55,12 @@ def engine_of(name: str, workload: Workload) -> Any:
         "steps_per_print": 1000000,
         # A collection in one rank's batch makes all others wait.
         "disable_python_gc": True,
+        **config_keys,
     }
     if name in _DEEPSPEED_MODULES:
         module_class, options = _DEEPSPEED_MODULES[name], {}
     else:
-        config["pipeline_schedule"] = section_of(name)
+        config["pipeline_schedule"] = section_of(name, times)
         module_class, options = ds_vshape.PipelineModule, {"config": config}
     specs = [workload.spec(number) for number in range(workload.layers)]
     module = module_class(specs, num_stages=workload.ranks, loss_fn=workload.loss_fn, seed_layers=True,

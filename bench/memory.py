@@ -1,0 +1,117 @@
+"""Measures the peak memory of each rank in a batch, beside what was predicted, on a GPT with real tensors.
+
+    python bench/memory.py                                           # the table of README.md
+    python bench/memory.py --contenders "torch zbvzerobubble" v-half --checkpointing off
+
+Each contender trains in processes of its own. A rank's peak is the high-water mark of its resident memory (Linux,
+/proc/self) over one batch, above what was resident when the batch began: activations and gradients. glibc is told to
+map large tensors one by one, so that memory goes back when a tensor dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import torch.distributed as dist
+from ranks import run_ranks
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from contenders import engine_of
+from workloads import Gpt
+
+DEFAULT_CONTENDERS = ["torch zbvzerobubble", "1f1b", "v-zb", "v-half", "v-min", "adaptive@0.9", "adaptive@0.75",
+                      "adaptive@0.6", "adaptive@0.5"]
+_M_MMAP_THRESHOLD = -3
+_LARGE = 256 * 1024
+MIB = 2 ** 20
+# The first batches exchange shapes, and measure the activations of one micro-batch.
+_WARM_UP = 3
+
+
+def _map_large_tensors() -> None:
+    if ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE) != 1:
+        raise RuntimeError("this libc can't be told how to map memory: the peaks would mean nothing")
+
+
+def _status(field: str) -> int:
+    """A size from /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int]:
+    """Bytes on this rank: the peak over a batch, and where it's known what gradients and activations should take."""
+    _map_large_tensors()
+    engine = engine_of(name, workload, times="equal", pipeline={"activation_checkpoint_interval": interval})
+    batches = [workload.batch(number) for number in range(_WARM_UP + 1)]
+    for batch in batches[:-1]:
+        engine.train_batch(iter(batch))
+    predicted = engine.memory_report()[rank] if hasattr(engine, "memory_report") else None
+    gc.collect()
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _status("VmRSS")
+    engine.train_batch(iter(batches[-1]))
+    measured = {"peak": _status("VmHWM") - before}
+    if predicted is not None:
+        measured |= {"gradients": predicted.gradients, "activations": predicted.activations_peak}
+    return measured
+
+
+def show(rows: list[dict[str, Any]], workload: Gpt) -> None:
+    """A row for each contender and rank."""
+    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; MiB")
+    for column in ("contender", "checkpointing", "rank", "peak", "gradients", "activations: measured", "predicted",
+                   "ratio"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for row in rows:
+        for rank, found in enumerate(row["ranks"]):
+            cells = [f"{found['peak'] / MIB:.0f}"]
+            if "gradients" in found:
+                activations = found["peak"] - found["gradients"]
+                cells += [f"{found['gradients'] / MIB:.0f}", f"{activations / MIB:.0f}",
+                          f"{found['activations'] / MIB:.0f}", f"{activations / found['activations']:.3f}"]
+            table.add_row(row["contender"], row["checkpointing"], str(rank), *cells)
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="blocks a rank")
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT_CONTENDERS, metavar="NAME",
+                        help="as in run.py; adaptive@0.6 is planned for passes that take equally long")
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    workload = Gpt(options.ranks, options.ranks * options.layers, options.micro_batches, options.hidden, options.length)
+    cases = [(name, checkpointing) for checkpointing in options.checkpointing for name in options.contenders
+             if checkpointing == "off" or not name.startswith("torch")]
+    rows = []
+    for name, checkpointing in tqdm(cases, desc="measuring", disable=None):
+        ranks = run_ranks(options.ranks, measure, name, workload, int(checkpointing == "on"), timeout=900)
+        rows.append({"contender": name, "checkpointing": checkpointing, "ranks": ranks})
+    show(rows, workload)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
