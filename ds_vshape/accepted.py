@@ -26,6 +26,10 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage > 1:
         raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")
+    if ds_config.get("compile", {}).get("deepcompile", False):
+        # Its passes reduce gradients over replicas in each micro-batch's compiled backward.
+        raise ConfigError("compile.deepcompile = true: must be false with pipeline parallelism; engine.compile() "
+                          "without it compiles each layer")
     precision = _precision(ds_config)
     sums = _sums(ds_config)
     if stage == 0 and precision == "fp16":

@@ -279,6 +279,17 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         if hasattr(self.optimizer, "zero_grad"):
             self.optimizer.zero_grad()
 
+    def compile(self, *args: Any, compiled_autograd_enabled: bool = False, **kwargs: Any) -> None:
+        """DeepSpeed's `compile`, by layer; the weight gradients of a compiled layer come in B.
+
+        Raises PipelineError for `compiled_autograd_enabled` with a schedule that has W: that isn't a whole backward.
+        """
+        schedule = self.schedule()
+        if compiled_autograd_enabled and any(work.kind is Kind.W for order in schedule.orders for work in order):
+            raise PipelineError(f"compiled_autograd_enabled = True: must be False with {schedule.name}, which splits "
+                                "the backward; its layers can be compiled all the same")
+        super().compile(*args, compiled_autograd_enabled=compiled_autograd_enabled, **kwargs)
+
     # -- where this rank stands
 
     def is_first_stage(self) -> bool:

@@ -72,6 +72,12 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._made = made
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled layers stay compiled: torch would run them eagerly for this mode, and a checkpoint of one, which is
+        compiled when it's recomputed, would then find other tensors than were saved."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self._made.add(tree_leaves(result))
