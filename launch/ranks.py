@@ -6,6 +6,7 @@ without GPUs.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -67,6 +68,8 @@ def _fork(rank: int, world: int, folder: Path, body: Callable[..., Any], args: t
         return pid
     status = 1
     try:
+        # DeepSpeed collects garbage often; what came with the fork is none, and looking at it would copy its pages.
+        gc.freeze()
         log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
