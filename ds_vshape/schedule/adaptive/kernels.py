@@ -247,11 +247,54 @@ def _cut(layout: Layout, orders: Ints, now: Times, rank: int, place: int, prefix
 
 
 @_jit
+def _settled(now: Times, rank: int, last: int, settled: Ints) -> None:
+    """Into `settled`: the place on each rank from which on nothing leads to the passes of `rank` up to `last`."""
+    ranks, length = now.starts.shape
+    for other in range(ranks):
+        settled[other] = length
+        if last + 1 < length:
+            settled[other] = last + 1 if other == rank else _position(now.starts[other], now.starts[rank, last + 1])
+
+
+@_jit
+def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled: Ints, tails: Floats) -> None:
+    """Into `tails` [rank, place]: how long the batch lasts at least from each pass's start, for those before `settled`.
+
+    `settled` is spoilt.
+    """
+    ranks, length = orders.shape
+    left = 0
+    for rank in range(ranks):
+        left += settled[rank]
+    rank, step = ranks - 1, -1
+    while left > 0:
+        place = settled[rank] - 1
+        while place >= 0:
+            stream = orders[rank, place]
+            tail = tails[rank, place + 1] if place + 1 < length else 0.0
+            target = layout.next_rank[rank, stream]
+            if target >= 0:
+                to = now.places[target, layout.next_stream[rank, stream], numbers[rank, place]]
+                if to < settled[target] and target != rank:
+                    break
+                tail = max(tail, layout.delay[rank, stream] + tails[target, to])
+            tails[rank, place] = tail + layout.durations[rank, stream]
+            place -= 1
+        left -= settled[rank] - 1 - place
+        settled[rank] = place + 1
+        rank += step
+        if rank == ranks or rank < 0:
+            step = -step
+            rank += step
+
+
+@_jit
 def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
-            left: int, rank: int, cutoff: float) -> bool:
+            left: int, rank: int, cutoff: float, settled: Ints, tails: Floats) -> bool:
     """Into `new`: the times of the `left` passes after `prefix`, each as early as can be.
 
-    False if ranks wait for each other, or one ends after `cutoff`. `at` says how far it came.
+    False if ranks wait for each other, or the batch ends after `cutoff`: the `tails` from `settled` on foretell it.
+    `at` says how far it came.
     """
     ranks, length = orders.shape
     for other in range(ranks):
@@ -271,6 +314,8 @@ def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times,
                 free = max(free, now.arrivals[rank, stream, number] if before else new.arrivals[rank, stream, number])
             elif number >= at.counts[rank, stream - 2] * layout.pieces:
                 break
+            if place >= settled[rank] and free + tails[rank, place] > cutoff:
+                return False
             new.places[rank, stream, number] = place
             new.starts[rank, place] = free
             free += layout.durations[rank, stream]
@@ -459,8 +504,10 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
     # Not with literal numbers, for which numba would compile both a second time.
     rank, place = ranks - 1, at.place[0]
     left = _cut(layout, orders, now, rank, place, prefix)
-    _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER)
+    settled, tails = np.full(ranks, length), np.zeros((ranks, length))
+    _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER, settled, tails)
     _take(layout, now, new, prefix)
+    _find_tails(layout, orders, numbers, now, settled, tails)
     makespan = _greatest(at.free)
     chance = seed
     on_path = _critical(layout, orders, numbers, now, at.free, path, chance)
@@ -486,12 +533,14 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
             chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
             cutoff = makespan - temperature * log(((chance >> 8) + 1) / 2 ** 23)
             left = _cut(layout, orders, now, rank, first, prefix)
-            fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, cutoff)
+            _settled(now, rank, last, settled)
+            fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, cutoff, settled, tails)
         if not fine:
             _copy(old_order, orders[rank])
             _copy(old_numbers, numbers[rank])
             continue
         _take(layout, now, new, prefix)
+        _find_tails(layout, orders, numbers, now, settled, tails)
         makespan = _greatest(at.free)
         on_path = _critical(layout, orders, numbers, now, at.free, path, chance)
         if makespan < best - _CLOSE:

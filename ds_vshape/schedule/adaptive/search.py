@@ -42,7 +42,7 @@ _FEWER = 0.5
 # takes so much of the time.
 _HOT = (0.02, 0.06, 0.2)
 _COLD = 0.005
-_ROUND = 0.1
+_ROUND = 0.15
 # Runs that are longer than the best by more than that are not annealed.
 _CHANCE = 1.03
 # How often a run's Ws are cut once more before a round.
