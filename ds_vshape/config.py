@@ -19,8 +19,8 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import hjson
-from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictFloat, StrictInt, ValidationError,
-                      ValidatorFunctionWrapHandler, WrapValidator)
+from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
+                      ValidationError, ValidatorFunctionWrapHandler, WrapValidator)
 from pydantic_core import PydanticCustomError
 
 KEY = "pipeline_schedule"
@@ -80,6 +80,9 @@ class ScheduleConfig(BaseModel):
     training goes on, and plans again when a stage's time has moved by more than the share `drift`. "equal" takes all
     passes for equally long.
 
+    `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,
+    without a tensor of its own; sums are then equal to DeepSpeed's to rounding, and without it bit for bit.
+
     `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
     (ds_vshape/module.py).
     """
@@ -89,6 +92,7 @@ class ScheduleConfig(BaseModel):
     name: str = Field(min_length=1)
     memory_limit: Fraction | Bytes | None = None
     deferred: Literal["matrices", "all"] = "matrices"
+    gradient_accumulation_fusion: StrictBool = True
     partition: Partition | None = None
     times: Literal["equal", "profile"] = "equal"
     planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)

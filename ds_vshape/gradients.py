@@ -8,11 +8,14 @@ the place where the optimizer accumulates them:
     BF16_Optimizer (runtime/bf16_optimizer.py)                       its buffer of high precision
     DeepSpeedZeroOptimizer with an accumulation dtype of its own     parameter.grad_accum
     all others                                                       parameter.grad
+
+Where a gradient is added to that place by the product that computes it, the sum is rounded once, not twice: a little
+more exact than an unsplit backward's, so not equal to it bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,39 +26,57 @@ from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_par
 from torch import Tensor
 from torch.nn import Parameter
 
-Deliver = Callable[[Parameter, Tensor], None]
+from ds_vshape.split_backward import Delivery, WholeGradients
 
 
-def delivery_for(optimizer: Any) -> Deliver:
-    """The function that adds a late weight gradient to a parameter's gradient of this batch.
-
-    It takes the parameter and its gradient (same shape, the parameter's dtype), in the order of the micro-batches.
+def delivery_for(optimizer: Any, fusion: bool = False) -> Delivery:
+    """How a late weight gradient gets to a parameter's gradient of this batch; to be used in the order of the
+    micro-batches. With `fusion` a product may be added to the sum where it lies.
     """
+    place = _place_of(optimizer)
+    return place if fusion else WholeGradients(place.add)
+
+
+def _place_of(optimizer: Any) -> Delivery:
     if isinstance(optimizer, BF16_Optimizer):
-        return _HighPrecisionBuffers(optimizer).deliver
+        return InHighPrecisionBuffers(optimizer)
     if getattr(optimizer, "use_grad_accum_attribute", False):
-        dtype = optimizer.gradient_accumulation_dtype
-
-        def accumulate_apart(parameter: Any, gradient: Tensor) -> None:
-            if parameter.grad_accum is None:
-                parameter.grad_accum = gradient.to(dtype)
-            else:
-                parameter.grad_accum.add_(gradient.to(dtype).view(parameter.grad_accum.shape))
-
-        return accumulate_apart
-    return accumulate_in_grad
+        return InGradAccum(optimizer.gradient_accumulation_dtype)
+    return InGrad()
 
 
-def accumulate_in_grad(parameter: Parameter, gradient: Tensor) -> None:
-    """Add to `parameter.grad`, as autograd does."""
-    if parameter.grad is None:
-        # DeepSpeed flattens gradients with view(-1).
-        parameter.grad = gradient.contiguous()
-    else:
-        parameter.grad.add_(gradient)
+class InGrad:
+    """`parameter.grad`, where autograd adds too."""
+
+    def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
+        if parameter.grad is None:
+            # DeepSpeed flattens gradients with view(-1).
+            parameter.grad = gradient.contiguous()
+        else:
+            parameter.grad.add_(gradient)
+
+    def buffer(self, parameter: Parameter, /) -> Tensor | None:
+        return parameter.grad
 
 
-class _HighPrecisionBuffers:
+class InGradAccum:
+    """`parameter.grad_accum`, of a dtype of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def add(self, parameter: Any, gradient: Tensor, /) -> None:
+        if parameter.grad_accum is None:
+            parameter.grad_accum = gradient.to(self._dtype)
+        else:
+            parameter.grad_accum.add_(gradient.to(self._dtype).view(parameter.grad_accum.shape))
+
+    def buffer(self, parameter: Any, /) -> Tensor | None:
+        so_far: Tensor | None = parameter.grad_accum
+        return None if so_far is None else so_far.view(parameter.shape)
+
+
+class InHighPrecisionBuffers:
     """BF16_Optimizer's accumulation buffers, by parameter. It zeroes every `.grad` when the next backward begins."""
 
     def __init__(self, optimizer: BF16_Optimizer) -> None:
@@ -67,12 +88,16 @@ class _HighPrecisionBuffers:
         }
 
     @torch.no_grad()
-    def deliver(self, parameter: Any, gradient: Tensor) -> None:
+    def add(self, parameter: Any, gradient: Tensor, /) -> None:
+        buffer = self.buffer(parameter)
+        buffer.add_(gradient.to(buffer.dtype))
+
+    def buffer(self, parameter: Any, /) -> Tensor:
         group, index = self._places[parameter]
-        buffer = self._optimizer.fp32_groups_gradients[group][index]
-        buffer.add_(gradient.to(buffer.dtype).view(buffer.shape))
-        parameter._hp_grad = buffer
+        flat: Tensor = self._optimizer.fp32_groups_gradients[group][index]
+        parameter._hp_grad = flat
         self._optimizer.fp32_groups_has_gradients[group][index] = True
+        return flat.view(parameter.shape)
 
 
 def reduce_tied_gradients(module: Any, optimizer: Any) -> None:
@@ -90,7 +115,7 @@ def reduce_tied_gradients(module: Any, optimizer: Any) -> None:
             continue
         if getattr(weight, place, None) is None:
             # Not used by the layers of this rank, but perhaps by those of another one: all must take part.
-            delivery_for(optimizer)(weight, torch.zeros_like(weight, requires_grad=False))
+            delivery_for(optimizer).add(weight, torch.zeros_like(weight, requires_grad=False))
         dist.all_reduce(getattr(weight, place), group=group)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_vshape.gradients import Deliver
+from ds_vshape.split_backward import Delivery
 
 # Its name in the module; layer files hold layers only, so that it is in none of them.
 NAME = "nothing_to_train"
@@ -35,8 +35,8 @@ def with_stand_in(module: nn.Module, parameters: Iterable[Any] | None) -> list[A
     return [{"params": [stand_in]}] if any(isinstance(entry, dict) for entry in given) else [stand_in]
 
 
-def give_gradient(module: nn.Module, deliver: Deliver) -> None:
+def give_gradient(module: nn.Module, delivery: Delivery) -> None:
     """The stand-in's gradient of a batch, if there is a stand-in."""
     stand_in = getattr(module, NAME, None)
     if stand_in is not None:
-        deliver(stand_in, torch.zeros_like(stand_in))
+        delivery.add(stand_in, torch.zeros_like(stand_in))

@@ -75,7 +75,11 @@ def micro_batch(batch: int, number: int, replica: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; `schedule` (what the config's section says) None is DeepSpeed's own 1F1B engine."""
+    """One training run; `schedule` (what the config's section says) None is DeepSpeed's own 1F1B engine.
+
+    Gradients are summed up as DeepSpeed does unless the section says something else, so that results are equal to its
+    bit for bit.
+    """
 
     schedule: Any
     stages: int
@@ -92,7 +96,10 @@ class Job:
             "steps_per_print": 10**9,
             **self.config,
         }
-        return config if self.schedule is None else {**config, "pipeline_schedule": self.schedule}
+        if self.schedule is None:
+            return config
+        section = {"name": self.schedule} if isinstance(self.schedule, str) else self.schedule
+        return {**config, "pipeline_schedule": {"gradient_accumulation_fusion": False, **section}}
 
     def specs(self) -> list[Any]:
         return specs(2 * self.stages - 1) if self.layers is None else list(self.layers)

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape.gradients import accumulate_in_grad, clip_gradients, delivery_for
+from ds_vshape.gradients import InGrad, clip_gradients, delivery_for
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
 MICRO_BATCHES = 4
@@ -79,7 +79,7 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None) -> 
               "gradient_clipping": 0.0, **config}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     assert isinstance(engine.optimizer, kind)
-    deliver, stores, results = delivery_for(engine.optimizer), [], []
+    delivery, stores, results = delivery_for(engine.optimizer), [], []
     stock = type(engine)._INSTRUCTION_MAP
 
     def split_forward(engine: Any, **kwargs: Any) -> None:
@@ -91,11 +91,11 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None) -> 
         stock[BackwardPass](engine, **kwargs)
         assert len(stores[-1]) > 0, "nothing was split"
         while len(stores) > delay:
-            stores.pop(0).run(deliver)
+            stores.pop(0).run(delivery)
 
     def end_of_backwards(engine: Any) -> None:
         while stores:
-            stores.pop(0).run(deliver)
+            stores.pop(0).run(delivery)
         results.append(accumulated(engine, place))
         stock[ReduceTiedGrads](engine)
 
@@ -127,9 +127,9 @@ def test_late_gradients_sum_up_as_an_unsplit_backward(case: str) -> None:
 def test_a_first_gradient_is_kept_and_later_ones_are_added() -> None:
     parameter = nn.Parameter(torch.zeros(2, 3))
     first = torch.ones(2, 3)
-    accumulate_in_grad(parameter, first)
+    InGrad().add(parameter, first)
     assert parameter.grad is first
-    accumulate_in_grad(parameter, torch.full((2, 3), 2.0))
+    InGrad().add(parameter, torch.full((2, 3), 2.0))
     assert parameter.grad is first and torch.equal(first, torch.full((2, 3), 3.0))
     assert not first.requires_grad
 
@@ -137,7 +137,7 @@ def test_a_first_gradient_is_kept_and_later_ones_are_added() -> None:
 def test_a_transposed_gradient_becomes_one_that_can_be_flattened() -> None:
     parameter = nn.Parameter(torch.zeros(2, 3))
     gradient = torch.arange(6.0).view(3, 2).t()
-    accumulate_in_grad(parameter, gradient)
+    InGrad().add(parameter, gradient)
     assert torch.equal(parameter.grad.view(-1), gradient.reshape(-1))
 
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward, WeightGradientStore
+from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward, WeightGradientStore, WholeGradients
 from ds_vshape.split_backward.matrix import Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def deliver(parameter: nn.Parameter, gradient: Tensor) -> None:
+def add(parameter: nn.Parameter, gradient: Tensor) -> None:
     assert not gradient.requires_grad
     if parameter.grad is None:
         parameter.grad = gradient
@@ -77,8 +77,8 @@ def train(module: nn.Module, batches: list[Tensor], operators: Any = None) -> Tr
         input_gradients.append(leaf.grad)
         stores.append(store)
         if place > 0:
-            stores[place - 1].run(deliver)
-    stores[-1].run(deliver)
+            stores[place - 1].run(WholeGradients(add))
+    stores[-1].run(WholeGradients(add))
     weights = [None if parameter.grad is None else parameter.grad.clone() for parameter in module.parameters()]
     return Trained(outputs, input_gradients, weights, entries)
 
@@ -281,11 +281,11 @@ def test_a_weight_is_delivered_once_however_often_it_was_used():
         module(torch.randint(0, 13, (2, 5))).sum().backward()
     assert len(store) == 5
     assert set(store.parameters()) == set(module.parameters())
-    store.run(lambda parameter, gradient: delivered.append(parameter))
+    store.run(WholeGradients(lambda parameter, gradient: delivered.append(parameter)))
     assert Counter(delivered) == Counter(module.parameters())
     assert store.parameters() == () and len(store) == 0
     with pytest.raises(IndexError):
-        store.run_next(deliver)
+        store.run_next(WholeGradients(add))
 
 
 def conv1d_of_gpt2(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ def test_a_gpt_block_keeps_inputs_and_output_gradients_between_b_and_w(operators
         delivered: list[nn.Parameter] = []
         elsewhere.append(x)
         while len(store):
-            store.run_next(lambda parameter, gradient: delivered.append(parameter))
+            store.run_next(WholeGradients(lambda parameter, gradient: delivered.append(parameter)))
             left.append(watched.live(elsewhere))
         assert all(later < earlier for earlier, later in pairwise(left))
         assert left[-1] == 0
@@ -422,7 +422,7 @@ def test_the_order_of_entries_is_that_of_b():
     block, store, order = Block(8), WeightGradientStore(), []
     with SplitBackward(store):
         block(torch.randn(2, 3, 8, requires_grad=True)).sum().backward()
-    store.run(lambda parameter, gradient: order.append(parameter))
+    store.run(WholeGradients(lambda parameter, gradient: order.append(parameter)))
     expected = [block.fc2, block.fc1, block.proj, block.qkv]
     assert [id(parameter) for parameter in order] == [
         id(parameter) for layer in expected for parameter in (layer.weight, layer.bias)
@@ -444,7 +444,7 @@ def test_w_in_pieces(pieces: int):
     delivered: list[list[Any]] = []
     for piece in range(pieces):
         delivered.append([])
-        store.run_piece(piece, pieces, lambda parameter, grad, piece=piece: delivered[piece].append((parameter, grad)))
+        store.run_piece(piece, pieces, WholeGradients(lambda *given, piece=piece: delivered[piece].append(given)))
     assert len(store) == 0
     gradients = {parameter: grad for of_piece in delivered for parameter, grad in of_piece}
     assert sum(map(len, delivered)) == len(oracle)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_vshape.split_backward import MATRIX_OPERATORS, SplitBackward, SplitFunction, WeightGradientStore
+from ds_vshape.split_backward import MATRIX_OPERATORS, SplitBackward, SplitFunction, WeightGradientStore, WholeGradients
 
 
-def deliver(parameter: nn.Parameter, gradient: Tensor) -> None:
+def add(parameter: nn.Parameter, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_recomputes_once_and_stores_once(kind: str, backward: Calla
     assert [layer.forwards for layer in layers] == [2, 2, 2]
     assert len(store) == 6
     assert x_expected is not None and x.grad is not None and torch.equal(x.grad, x_expected)
-    store.run(deliver)
+    store.run(WholeGradients(add))
     assert [layer.forwards for layer in layers] == [2, 2, 2]
     for mine, autograds in zip(gradients(), expected):
         assert mine is not None and autograds is not None and torch.equal(mine, autograds)
@@ -108,7 +108,7 @@ def test_saved_tensors_may_live_elsewhere_meanwhile():
         value = linear(x).square().sum()
     assert any(tensor.data_ptr() == linear.weight.data_ptr() for tensor in packed)
     value.backward()
-    store.run(deliver)
+    store.run(WholeGradients(add))
     assert set(store.parameters()) == set()
     mine = [linear.weight.grad, linear.bias.grad]
     linear.zero_grad()
@@ -122,7 +122,7 @@ def test_the_linear_layers_inside_torchs_attention_are_split():
     attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
     store = split_step(lambda: attention(x, x, x, need_weights=False)[0].square().sum())
     assert set(store.parameters()) == set(attention.parameters())
-    store.run(deliver)
+    store.run(WholeGradients(add))
     mine = [parameter.grad for parameter in attention.parameters()]
     attention.zero_grad()
     attention(x, x, x, need_weights=False)[0].square().sum().backward()
@@ -220,7 +220,7 @@ def test_compiled_code_keeps_its_weight_gradients_in_b():
     compiled = torch.compile(inner, backend="aot_eager", fullgraph=True)
     store = split_step(lambda: outer(compiled(x)).square().sum())
     assert set(store.parameters()) == set(outer.parameters())
-    store.run(deliver)
+    store.run(WholeGradients(add))
     mine = [parameter.grad for parameter in (*inner.parameters(), *outer.parameters())]
     for module in (inner, outer):
         module.zero_grad()
@@ -276,7 +276,7 @@ def test_writing_to_a_kept_tensor_between_b_and_w_is_an_error():
     store = split_step(lambda: linear(x).sum())
     x.add_(1)
     with pytest.raises(RuntimeError, match="between its input-gradient pass"):
-        store.run(deliver)
+        store.run(WholeGradients(add))
 
 
 def test_double_backward_is_refused():
@@ -375,7 +375,7 @@ def test_a_users_function_is_split_inside():
     Scale.log.clear()
     store = split_step(lambda: scale_step(weight, x))
     assert Scale.log == ["F", "B"] and store.parameters() == (weight,) and weight.grad is None
-    store.run(deliver)
+    store.run(WholeGradients(add))
     assert Scale.log == ["F", "B", "W"]
     assert expected is not None and torch.equal(weight.grad, expected)
     assert x_expected is not None and x.grad is not None and torch.equal(x.grad, x_expected)
@@ -422,7 +422,7 @@ def test_a_gradient_that_is_not_the_functions_own_memory_is_copied():
     with SplitBackward(store):
         first, second = TwoOutputs.apply(torch.randn(5, requires_grad=True), weight, shift)
         torch.autograd.backward([first, second], [torch.zeros(5), second_gradient])
-    store.run(lambda parameter, gradient: got.update({parameter: gradient}))
+    store.run(WholeGradients(lambda parameter, gradient: got.update({parameter: gradient})))
     got[shift].add_(1)
     assert torch.equal(second_gradient, torch.ones(5)) and torch.equal(got[weight], torch.ones(5))
 
@@ -437,7 +437,7 @@ def test_a_wrong_count_or_shape_of_weight_gradients_is_named():
         weight, shift = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
         store = split_step(lambda: sum(part.sum() for part in Wrong.apply(x, weight, shift)))  # noqa: B023
         with pytest.raises(RuntimeError, match=message):
-            store.run(deliver)
+            store.run(WholeGradients(add))
 
 
 def test_what_a_users_function_saved_is_free_after_its_w():
@@ -449,7 +449,7 @@ def test_what_a_users_function_saved_is_free_after_its_w():
     del x
     gc.collect()
     assert len(store) == 1
-    store.run(deliver)
+    store.run(WholeGradients(add))
     gc.collect()
     assert watched() is None and len(store) == 0
 

@@ -3,6 +3,7 @@
     store.py        what waits between B and W
     weights.py      which tensors take part
     function.py     SplitFunction, an autograd Function in two halves; the base of user kernels and of the built-in ones
+    accumulate.py   gradients added to a sum in place
     matrix.py       linear, matmul, mm, bmm, addmm, embedding
     convolution.py  conv1d, conv2d, conv3d
     norms.py        layer_norm, rms_norm
@@ -14,18 +15,20 @@ from ds_vshape.split_backward.function import Operator, Operators, SplitFunction
 from ds_vshape.split_backward.mode import SplitBackward
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
-from ds_vshape.split_backward.store import Entry, WeightGradientStore
+from ds_vshape.split_backward.store import Delivery, Entry, WeightGradientStore, WholeGradients
 from ds_vshape.split_backward.weights import is_deferrable
 
 __all__ = [
     "ALL_OPERATORS",
     "MATRIX_OPERATORS",
     "NORM_OPERATORS",
+    "Delivery",
     "Entry",
     "Operator",
     "Operators",
     "SplitBackward",
     "SplitFunction",
     "WeightGradientStore",
+    "WholeGradients",
     "is_deferrable",
 ]

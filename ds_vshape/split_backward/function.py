@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ds_vshape.split_backward.store import Entry, WeightGradientStore
+from ds_vshape.split_backward.store import Buffers, Entry, WeightGradientStore
 from ds_vshape.split_backward.weights import is_deferrable
 
 # What stands in for a torch function: takes the store and then the same arguments; NotImplemented leaves the call to
@@ -112,6 +112,15 @@ class SplitFunction(torch.autograd.Function):
     def backward_weight(ctx: Any, *output_gradients: Any) -> Any:
         """The gradients of the weight arguments, one for each, None where `ctx.needs_input_grad` is False."""
         raise NotImplementedError("a SplitFunction needs a backward_weight")
+
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, *output_gradients: Any) -> Any:
+        """`backward_weight` where sums over the micro-batches so far exist: `buffers` has one for each weight
+        argument, shaped as the weight and of the same or a wider dtype, or None.
+
+        Override it to add a gradient to its buffer in place, without a tensor of its own, and return None for it.
+        """
+        return cls.backward_weight(ctx, *output_gradients)
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Each gradient is computed by the aten calls that autograd itself would make (derivatives.yaml and FunctionsManual.cpp
 of torch), so outputs and gradients are equal bit for bit. The Functions see matrices alone; flattening the leading
-dimensions is left to autograd, as in aten's own linear and matmul.
+dimensions is left to autograd, as in aten's own linear and matmul. Where a sum of gradients exists already, W adds to
+it in one call (accumulate.py); that rounds once where product and sum round twice.
 
 An operator takes the store and then what the torch function takes; it returns NotImplemented for what it leaves to
 autograd. Norms, activations and the like aren't here: a bias goes along because its output gradient is kept anyway.
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_vshape.split_backward.accumulate import add_batched_product, add_product, add_rows
 from ds_vshape.split_backward.function import Operators, SplitFunction
-from ds_vshape.split_backward.store import WeightGradientStore
+from ds_vshape.split_backward.store import Buffers, WeightGradientStore
 from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias
 
 
@@ -68,6 +70,12 @@ class Linear(SplitFunction):
             gradient.sum(0) if needs_bias else None,
         )
 
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if add_product(buffers[0], gradient.t(), ctx.saved_tensors[0]):
+            return None, gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return cls.backward_weight(ctx, gradient)
+
 
 class AddBias(SplitFunction):
     """x (..., m), bias (m) -> x + bias, (..., m)."""
@@ -113,6 +121,12 @@ class MatMul(SplitFunction):
             gradient.sum(0) if needs_bias else None,
         )
 
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if add_product(buffers[0], ctx.saved_tensors[0].t(), gradient):
+            return None, gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return cls.backward_weight(ctx, gradient)
+
 
 class LeftMatMul(SplitFunction):
     """weight (n, k), x (k, m) -> weight x, (n, m)."""
@@ -136,6 +150,11 @@ class LeftMatMul(SplitFunction):
     def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
         return _left_gradient(gradient, ctx.saved_tensors[1], ctx.by_columns)
 
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> Tensor | None:
+        added = add_product(buffers[0], gradient, ctx.saved_tensors[1].t())
+        return None if added else cls.backward_weight(ctx, gradient)
+
 
 class BatchMatMul(SplitFunction):
     """x (b, n, k), weight (b, k, m) -> x weight for each of b, (b, n, m)."""
@@ -157,6 +176,11 @@ class BatchMatMul(SplitFunction):
     def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
         x: Tensor = ctx.saved_tensors[0]
         return x.transpose(1, 2).bmm(gradient)
+
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> Tensor | None:
+        added = add_batched_product(buffers[0], ctx.saved_tensors[0].transpose(1, 2), gradient)
+        return None if added else cls.backward_weight(ctx, gradient)
 
 
 class Embedding(SplitFunction):
@@ -181,6 +205,11 @@ class Embedding(SplitFunction):
         backward = torch.ops.aten.embedding_dense_backward.default
         weight_gradient: Tensor = backward(gradient, indices, ctx.rows, ctx.padding_idx, False)
         return weight_gradient
+
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> Tensor | None:
+        added = add_rows(buffers[0], ctx.saved_tensors[0], gradient, ctx.padding_idx)
+        return None if added else cls.backward_weight(ctx, gradient)
 
 
 def linear(store: WeightGradientStore, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,28 @@ from torch.nn import Parameter
 if TYPE_CHECKING:
     from ds_vshape.split_backward.function import HalfContext, SplitFunction
 
-Deliver = Callable[[Parameter, Tensor], None]
+Buffers = tuple[Tensor | None, ...]
+
+
+class Delivery(Protocol):
+    """Where the gradients of a batch add up, for each parameter."""
+
+    def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
+        """Add a gradient of the parameter's shape and dtype: new memory, which may be kept."""
+
+    def buffer(self, parameter: Parameter, /) -> Tensor | None:
+        """The sum so far, shaped as the parameter and of any dtype, for a gradient that is added to it in place right
+        now; None where there is no sum yet, or where nobody but `add` may touch it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeGradients:
+    """A delivery by `add` alone: sums are rounded as autograd rounds them, for one more tensor and a second pass."""
+
+    add: Callable[[Parameter, Tensor], None]
+
+    def buffer(self, parameter: Parameter, /) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +63,12 @@ class Entry:
                 if isinstance(tensor, Tensor):
                     yield tensor
 
-    def weight_gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradient of each parameter, in a memory layout that may be kept as `parameter.grad`."""
+    def weight_gradients(self, delivery: Delivery) -> tuple[Tensor | None, ...]:
+        """The gradient of each parameter, in a memory layout that may be kept as `parameter.grad`; None where it has
+        been added to the delivery's buffer."""
         self.context.check_unmodified()
-        gradients = self.function.backward_weight(self.context, *self.output_gradients)
+        buffers = tuple(None if parameter is None else delivery.buffer(parameter) for parameter in self.parameters)
+        gradients = self.function.accumulate_weight(self.context, buffers, *self.output_gradients)
         if not isinstance(gradients, tuple):
             gradients = (gradients,)
         if len(gradients) != len(self.parameters):
@@ -80,6 +103,7 @@ class WeightGradientStore:
 
     The gradients of a parameter that the forward used several times are summed before they are delivered, in the
     order of autograd's own sum, so that accumulation over micro-batches adds the same numbers as an unsplit backward.
+    What a function adds to a buffer of the delivery is delivered with that.
     """
 
     def __init__(self) -> None:
@@ -108,12 +132,12 @@ class WeightGradientStore:
             if parameter is not None:
                 self._uses[parameter] = self._uses.get(parameter, 0) + 1
 
-    def run(self, deliver: Deliver) -> None:
-        """W: compute every gradient and hand it to `deliver(parameter, gradient)`, freeing each entry as it's done."""
+    def run(self, delivery: Delivery) -> None:
+        """W: compute every gradient and hand it to `delivery`, freeing each entry as it's done."""
         while self._entries:
-            self.run_next(deliver)
+            self.run_next(delivery)
 
-    def run_piece(self, piece: int, pieces: int, deliver: Deliver) -> None:
+    def run_piece(self, piece: int, pieces: int, delivery: Delivery) -> None:
         """Piece `piece` (from 0, in turn) of W cut into `pieces`: about equal shares of the weights, entry by entry, so
         that a stage of like layers is cut between layers. The sums are those of `run`."""
         if piece == 0:
@@ -121,26 +145,25 @@ class WeightGradientStore:
         rest = self._weights_left * (pieces - piece - 1) / (pieces - piece)
         while self._entries and (piece == pieces - 1 or self._weights_left - self._entries[0].weights / 2 >= rest):
             self._weights_left -= self._entries[0].weights
-            self.run_next(deliver)
+            self.run_next(delivery)
 
-    def run_next(self, deliver: Deliver) -> None:
+    def run_next(self, delivery: Delivery) -> None:
         """One entry of W; IndexError if none waits.
 
-        `gradient` is new memory of the parameter's shape, dtype and layout, and `deliver` may keep it. It is called
-        once for each parameter, at the last of its uses.
+        `delivery.add` is called at the last of a parameter's uses, with the sum of all that found no buffer.
         """
         with torch.no_grad():
             # The entry is dropped before delivery: what it kept isn't needed any more.
-            parameters, gradients = self._take()
+            parameters, gradients = self._take(delivery)
             for parameter, gradient in zip(parameters, gradients):
                 if parameter is not None:
-                    self._finish_use(parameter, gradient, deliver)
+                    self._finish_use(parameter, gradient, delivery)
 
-    def _take(self) -> tuple[tuple[Parameter | None, ...], tuple[Tensor | None, ...]]:
+    def _take(self, delivery: Delivery) -> tuple[tuple[Parameter | None, ...], tuple[Tensor | None, ...]]:
         entry = self._entries.popleft()
-        return entry.parameters, entry.weight_gradients()
+        return entry.parameters, entry.weight_gradients(delivery)
 
-    def _finish_use(self, parameter: Parameter, gradient: Tensor | None, deliver: Deliver) -> None:
+    def _finish_use(self, parameter: Parameter, gradient: Tensor | None, delivery: Delivery) -> None:
         total = self._partial_sums.pop(parameter, None)
         if total is None:
             total = gradient
@@ -154,4 +177,4 @@ class WeightGradientStore:
             return
         del self._uses[parameter]
         if total is not None:
-            deliver(parameter, total)
+            delivery.add(parameter, total)

@@ -1,0 +1,53 @@
+"""Weight gradients added where their sum lies: by the call that computes them, so without a tensor of their own and
+without a second pass over the sum.
+
+Each function answers whether it has added. It has not, and nothing was computed, where there is no sum yet or no
+single call for its types: 16 bits into 32 on a CPU, say, or on a GPU without triton.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ds_vshape.kernels import product_into_wider_sum
+
+
+def add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> bool:
+    """sums (n, m) += left (n, k) @ right (k, m)."""
+    if sums is None:
+        return False
+    if sums.dtype == left.dtype == right.dtype:
+        sums.addmm_(left, right)
+        return True
+    kernel = product_into_wider_sum(sums, left, right)
+    if kernel is None:
+        return False
+    kernel(sums, left, right)
+    return True
+
+
+def add_batched_product(sums: Tensor | None, left: Tensor, right: Tensor) -> bool:
+    """sums (b, n, m) += left (b, n, k) @ right (b, k, m)."""
+    if sums is None or not sums.dtype == left.dtype == right.dtype:
+        return False
+    sums.baddbmm_(left, right)
+    return True
+
+
+def add_rows(sums: Tensor | None, indices: Tensor, rows: Tensor, skipped: int) -> bool:
+    """sums (v, h)[indices (...)] += rows (..., h), except where the index is `skipped`.
+
+    An embedding's gradient is zero in all rows but these, and v is large: as a tensor of its own it costs far more
+    time than the sum.
+    """
+    if sums is None:
+        return False
+    indices, rows = indices.reshape(-1), rows.reshape(-1, rows.size(-1)).to(sums.dtype)
+    if skipped >= 0:
+        rows = rows.masked_fill((indices == skipped).unsqueeze(1), 0)
+    if sums.device.type == "cpu":
+        sums.index_add_(0, indices, rows)
+    else:
+        # Sorts the indices first; index_add_ would add with atomics, in another order each time.
+        sums.index_put_((indices,), rows, accumulate=True)
+    return True
