@@ -46,6 +46,10 @@ class TensorSignature:
     def empty(self, device: torch.device) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
+    def __str__(self) -> str:
+        wanted = " with gradient" if self.requires_grad else ""
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}{wanted}"
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -103,8 +107,7 @@ class Signature:
         return cls(tuple(tensors), is_tuple)
 
     def __str__(self) -> str:
-        return ", ".join("none" if t is None else f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-                         for t in self.tensors)
+        return ", ".join("none" if tensor is None else str(tensor) for tensor in self.tensors)
 
 
 def _obstacle(member: Any) -> str | None:
