@@ -41,6 +41,7 @@ from ds_vshape.micro_batch import added, detached, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, Signatures
+from ds_vshape.preflight import plan_facts
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
@@ -111,6 +112,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         if self.wall_clock_breakdown():
             self._INSTRUCTION_MAP = timed(self._INSTRUCTION_MAP, self.timers)
         self._log(schedule_line(self.schedule()))
+
+    def preflight(self) -> None:
+        """Check that all ranks have one plan and hear each other (ds_vshape/preflight.py); collective."""
+        self.module.preflight.compare(lambda: plan_facts(self.schedule(), self.grid.pipe_groups))
+        self.module.preflight.probe(self._channels.ends())
 
     # -- schedules and programs
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NoReturn
 
-import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 
+from ds_vshape.exchange import Exchange
 from ds_vshape.p2p import Withdrawn
 
 _TEXT_SIZE = 2048
@@ -51,11 +50,11 @@ class Failure:
 class Agreement:
     """All ranks of the job agree on the end of a batch.
 
-    Creating it is collective. It talks over gloo whatever the job's backend is, so that no GPU is waited for.
+    Creating it is collective.
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+        self._exchange = Exchange()
 
     def reach(self, failure: Failure | None) -> None:
         """Return if no rank has failed; collective.
@@ -64,24 +63,15 @@ class Agreement:
         StopIteration if nothing but the data's end is in the way.
         """
         state = _State.DONE if failure is None else failure.state
-        worst = torch.tensor([state])
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._group)
-        if worst.item() != _State.DONE:
-            self._raise(failure, _State(int(worst.item())))
+        worst = _State(self._exchange.largest(state))
+        if worst is not _State.DONE:
+            self._raise(failure, worst)
 
     def _raise(self, failure: Failure | None, worst: _State) -> NoReturn:
         own = failure is not None and failure.state is worst
-        texts = [text for text in self._gather(str(failure) if own else "") if text]
+        texts = [text for text in self._exchange.texts(str(failure)[:_TEXT_SIZE] if own else "") if text]
         if failure is not None and own:
             failure.error.add_note(f"in the {failure.place}; no rank counts this batch")
             raise failure.error
         text = "; ".join(dict.fromkeys(texts))
         raise StopIteration(text) if worst is _State.OUT_OF_DATA else PipelineError(text)
-
-    def _gather(self, text: str) -> list[str]:
-        """The texts of all ranks, cut where they are very long."""
-        encoded = text.encode()[:_TEXT_SIZE].ljust(_TEXT_SIZE, b"\0")
-        own = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own, group=self._group)
-        return [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace") for text in gathered]

@@ -31,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ds_vshape.config import DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config, read_section
 from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
+from ds_vshape.preflight import Facts, Preflight, config_facts, module_facts, versions
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
@@ -73,6 +74,7 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
     Raises:
         ConfigError: for a "pipeline_schedule" that can't be used.
         PipelineError: for fewer layers than stages.
+        PreflightError: on every rank, if ranks differ in their versions, config or arguments.
         PartitionError: on every rank, for a partition that doesn't fit, and for a profile that can't be measured.
     """
 
@@ -82,14 +84,22 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
 
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
                  example: Any = None, **kwargs: Any) -> None:
-        check_versions()
-        ds_config = find_ds_config(config, sys.argv) or {}
-        self.schedule_config: ScheduleConfig | None = read_section(ds_config)
+        self.schedule_config: ScheduleConfig | None
         self.placement: Placement
         self.chunks: list[Chunk] = []
         # What the layers were measured to take, if the partition asked for it.
         self.layer_times: LayerTimes | None = None
-        self._example, self._precision = example, precision(ds_config)
+
+        def read() -> Facts:
+            check_versions()
+            ds_config = find_ds_config(config, sys.argv) or {}
+            self.schedule_config, self._precision = read_section(ds_config), precision(ds_config)
+            return {**versions(), **config_facts(ds_config, self.schedule_config),
+                    **module_facts(layers, num_stages, *args, **kwargs)}
+
+        self.preflight = Preflight()
+        self.preflight.compare(read)
+        self._example = example
         super().__init__(layers, num_stages, *args, **kwargs)
         self._example = None
 

@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +146,22 @@ class _Transfer:
         self.works.clear()
 
 
+@dataclass(frozen=True)
+class End:
+    """This rank's end of a channel between the global ranks `source` and `target`."""
+
+    channel: Channel
+    source: int
+    target: int
+    group: Any
+    device: torch.device
+
+    @property
+    def sends(self) -> bool:
+        """Whether this rank is the source."""
+        return self.source == dist.get_rank()
+
+
 class Channels:
     """This rank's ends of the channels.
 
@@ -175,6 +191,12 @@ class Channels:
         self._noted: dict[Channel, deque[Message]] = defaultdict(deque)
         self._signatures: Signatures = {}
         self._announced = True
+
+    def ends(self) -> Iterator[End]:
+        """This rank's ends of all its channels."""
+        for channel, group in self._groups.items():
+            source, target = self._global_ranks[channel.source], self._global_ranks[channel.target]
+            yield End(channel, source, target, group, self._device)
 
     def begin_batch(self, signatures: Signatures | None) -> None:
         """Start a batch with the `signatures` of an earlier one, or None to announce each message."""

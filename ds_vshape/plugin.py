@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
 from ds_vshape.accepted import check_accepted
-from ds_vshape.config import KEY, ConfigError, DsConfig, load_ds_config, read_section
+from ds_vshape.config import KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config, read_section
 from ds_vshape.engine import PipelineEngine
 from ds_vshape.module import PipelineModule
+from ds_vshape.preflight import config_facts
 from ds_vshape.stand_in import with_stand_in
 from ds_vshape.versions import check_versions
 
@@ -33,8 +34,24 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     Raises:
         ConfigError: on every rank, for a section that can't be used, a precision or ZeRO that can't be trained with
             (ds_vshape/accepted.py), or a model that was built for another schedule.
+        PreflightError: on every rank, if ranks differ, or don't hear each other (ds_vshape/preflight.py).
     """
     whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
+    if isinstance(model, PipelineModule):
+        model.preflight.compare(lambda: config_facts(*_read(whole, model)))
+    section = _read(whole, model)[1]
+    if section is not None:
+        model_parameters = with_stand_in(model, model_parameters)
+    with _names_of_deepspeed(StockPipelineEngine if section is None else PipelineEngine):
+        engine, *others = _stock_initialize(
+            args, model, optimizer, model_parameters, *positional, config=config, config_params=config_params, **kwargs)
+    if section is not None:
+        engine.preflight()
+    return engine, *others
+
+
+def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], ScheduleConfig | None]:
+    """The ds_config and its section, if `model` can be trained by it; ConfigError else."""
     ds_config = {} if whole is None else load_ds_config(whole)
     section = read_section(ds_config)
     built_for = model.schedule_config if isinstance(model, PipelineModule) else None
@@ -48,11 +65,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     if section != built_for:
         raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
                           f"{_shown(section)}; give both the same config")
-    if section is not None:
-        model_parameters = with_stand_in(model, model_parameters)
-    with _names_of_deepspeed(StockPipelineEngine if section is None else PipelineEngine):
-        return _stock_initialize(  # type: ignore[no-any-return]
-            args, model, optimizer, model_parameters, *positional, config=config, config_params=config_params, **kwargs)
+    return ds_config, section
 
 
 def _of_arguments(args: Any) -> DsConfig | None:
