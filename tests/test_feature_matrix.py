@@ -42,6 +42,7 @@ FACTORS: dict[str, list[Any]] = {
     "ranks": [2, 4],
     "replicas": [1, 2],
     "deferred": ["matrices", "all"],
+    "fusion": [False, True],
     "frozen": [None, "first layers", "all but LoRA"],
     "dropout": [False, True],
 }
@@ -166,7 +167,7 @@ def ds_config(row: Row) -> dict[str, Any]:
 
 def job(row: Row) -> tuple[Job, dict[str, Any]]:
     """What is to be trained, and the module's options."""
-    section = {"name": row["schedule"], "deferred": row["deferred"]}
+    section = {"name": row["schedule"], "deferred": row["deferred"], "gradient_accumulation_fusion": row["fusion"]}
     if row["schedule"] == ADAPTIVE:
         section |= {"memory_limit": 1.0, "planning_seconds": 0.2}
     costs = {"costs": [0.5, *(1.0 for _ in range(2 * row["ranks"] + 1)), 1.5]}
@@ -223,8 +224,9 @@ def outcomes_of(rows: list[Row], world: int, oracle: bool) -> list[Outcome]:
 
 
 def is_exact(row: Row) -> bool:
-    """No sum is taken in another order: not that of a norm over ranks, not that of a tied weight's two gradients."""
-    return not row["clipping"] and (row["head"] == "own" or row["frozen"] is not None)
+    """No sum is taken in another order: not that of a norm over ranks, not that of a tied weight's two gradients, not
+    that of a product with what it is added to."""
+    return not row["clipping"] and not row["fusion"] and (row["head"] == "own" or row["frozen"] is not None)
 
 
 def runs() -> list[tuple[int, int, list[Row]]]:

@@ -24,13 +24,13 @@ def train_parallel(rank: int, job: Job) -> tuple[list[float], float, float]:
     module = ds_vshape.PipelineModule(layers, topology=topology, loss_fn=cross_entropy, seed_layers=True,
                                       partition_method=PARTITION_METHOD, config=job.ds_config())
     engine = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]
-    late, deliver = set(), engine._deliver
+    late, watch = set(), engine._observer.weights_split
 
-    def note(parameter: Any, gradient: Any) -> None:
-        late.add(parameter)
-        deliver(parameter, gradient)
+    def note(store: Any) -> None:
+        late.update(store.parameters())
+        watch(store)
 
-    engine._deliver = note
+    engine._observer.weights_split = note
     losses = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
     in_w = {".".join(name.split(".")[1:]) for name, parameter in module.named_parameters() if parameter in late}
     of_blocks = {"query_key_value.weight", "attention_out.weight", "mlp_in.weight", "mlp_out.weight"}
