@@ -46,6 +46,7 @@ from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
 from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, Times
@@ -56,6 +57,8 @@ from ds_vshape.wall_clock import timed
 
 # Messages that go on where a batch has failed.
 _MESSAGES_IN_PROGRESS = (instr.RecvActivation, instr.RecvGrad, instr.ReleaseActivation, instr.ReleaseGrad)
+# B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
+_RECOMPUTED = 4
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
@@ -104,6 +107,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
                                         self._observer.activations, self.device)
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
+        # Whether forwards leave less than backwards do.
+        self._recomputes = self.module.activation_checkpoint_interval > 0
         self._forwards_before = 0
         # None between batches: saving and loading activate stages too.
         self._active_stage: int | None = None
@@ -126,7 +131,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _train_schedule(self) -> BatchPlan:
         if self.micro_batches not in self._plans:
-            self.use_schedule(self._schedules.first(self.micro_batches))
+            self._adopt(self._schedules.first(self.micro_batches))
         return self._plans[self.micro_batches]
 
     def use_schedule(self, schedule: Schedule) -> None:
@@ -141,17 +146,31 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         check(schedule)
         self._plans[schedule.micro_batches] = BatchPlan(schedule, instr.training_instructions(self._program(schedule)))
 
+    def _adopt(self, schedule: Schedule) -> None:
+        """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
+        knows_sizes = isinstance(self.module.schedule_config.memory_limit, int)
+        self.use_schedule(with_few_pending(schedule) if self._recomputes and not knows_sizes else schedule)
+
+    def _look_at_sizes(self) -> None:
+        """A layer may recompute on its own; that shows when activations are measured."""
+        activations = self._observer.activations()
+        if sum(activations.kept) > _RECOMPUTED * sum(activations.whole) and not self._recomputes:
+            self._recomputes = True
+            for plan in list(self._plans.values()):
+                self._adopt(plan.schedule)
+
     def train_batch(self, data_iter: Any = None) -> Any:
         """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
         with self._flops_profile():
             loss = super().train_batch(data_iter)
         better = self._schedules.after_batch(*self._observer.last_batch())
         if better is not None:
-            self.use_schedule(better)
+            self._adopt(better)
         elif self._swapped and self.planned_times is not None:
             self._compare_with_plan()
         self._swapped = better is not None
         if self._observer.batches == METERED_BATCH + 1:
+            self._look_at_sizes()
             for rank, memory in enumerate(self.memory_report()):
                 self._log(f"pipeline rank {rank} needs {memory}")
         return loss

@@ -217,6 +217,20 @@ def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_bat
         assert 0 <= most - expected < BLOCK_WHOLE
 
 
+@pytest.mark.parametrize("schedule, ranks", [("zb-h1", 2), ("v-min", 2), ("v-half", 2), ("v-zb", 4)])
+def test_checkpointing_takes_less_on_every_rank(schedule: str, ranks: int) -> None:
+    """Really allocated beyond gradients; a running backward has a recomputed block and its gradients."""
+    plain = run_ranks(ranks, measured_peak, job(schedule, ranks, 8, blocks=4 * ranks - 2))
+    checkpointing = {**FP32, "pipeline": {"activation_checkpoint_interval": 1}}
+    recomputed = run_ranks(ranks, measured_peak, job(schedule, ranks, 8, checkpointing, 4 * ranks - 2))
+    for rank in range(ranks):
+        (_, before, most_before), (_, after, most_after) = plain[rank], recomputed[rank]
+        gradients = before[rank].gradients
+        assert after[rank].activations_peak < 0.75 * before[rank].activations_peak
+        assert most_after - gradients < 0.9 * (most_before - gradients)
+        assert most_after - gradients < after[rank].activations_peak + 2 * BLOCK_WHOLE
+
+
 def test_sizes_of_stages_counted_by_hand() -> None:
     """On 2 ranks the stages of v-zb are embedding and block, two blocks, two blocks, block and head. The embedding
     gives what the first block has as input, so it adds its tokens; the head's loss takes logits and labels."""
