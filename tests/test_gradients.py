@@ -64,7 +64,8 @@ def accumulated(engine: Any, place: str) -> dict[str, Tensor | None]:
     return found
 
 
-def train(config: dict[str, Any], kind: type, place: str, delay: int | None) -> list[dict[str, Tensor]]:
+def train(config: dict[str, Any], kind: type, place: str, delay: int | None,
+          fusion: bool = False) -> list[dict[str, Tensor]]:
     """Two batches on DeepSpeed's own engine: the accumulated gradients of each, and the weights after both.
 
     With a `delay` the backward is split, and W of a micro-batch comes that many backwards later, or at the end.
@@ -79,7 +80,7 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None) -> 
               "gradient_clipping": 0.0, **config}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     assert isinstance(engine.optimizer, kind)
-    delivery, stores, results = delivery_for(engine.optimizer), [], []
+    delivery, stores, results = delivery_for(engine.optimizer, fusion), [], []
     stock = type(engine)._INSTRUCTION_MAP
 
     def split_forward(engine: Any, **kwargs: Any) -> None:
@@ -122,6 +123,22 @@ def test_late_gradients_sum_up_as_an_unsplit_backward(case: str) -> None:
             for name in expected:
                 assert expected[name].dtype == found[name].dtype
                 assert torch.equal(expected[name], found[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_added_to_their_sums_in_place(case: str) -> None:
+    """The sums of the first batch, to the rounding of the narrower type; in fp32 the weights too."""
+    def body(rank: int) -> list[list[dict[str, Tensor]]]:
+        return [train(*CASES[case], None), *(train(*CASES[case], delay, fusion=True) for delay in (0, MICRO_BATCHES))]
+
+    (unsplit, *fused), = run_ranks(1, body)
+    fp32 = case.startswith("fp32")
+    for other in fused:
+        for expected, found in list(zip(unsplit, other, strict=True))[:None if fp32 else 1]:
+            for name in expected:
+                assert expected[name].dtype == found[name].dtype
+                far = (expected[name].double() - found[name].double()).norm()
+                assert far < (1e-6 if fp32 else 1e-2) * expected[name].double().norm(), name
 
 
 def test_a_first_gradient_is_kept_and_later_ones_are_added() -> None:
