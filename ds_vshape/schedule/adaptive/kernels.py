@@ -487,6 +487,30 @@ def _numbers(orders: Ints, counts: Ints) -> Ints:
 
 
 @_jit
+def _replay_all(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
+                settled: Ints, tails: Floats) -> bool:
+    """Into `now`: the times of all passes; False if ranks wait for each other."""
+    # Not with literal numbers, for which numba would compile these a second time.
+    rank, place = len(orders) - 1, at.place[0]
+    left = _cut(layout, orders, now, rank, place, prefix)
+    fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER, settled, tails)
+    if fine:
+        _take(layout, now, new, prefix)
+    return fine
+
+
+@_jit
+def squeeze(layout: Layout, orders: Ints) -> Floats:
+    """When passes start [rank, place], as early as `orders` allow; empty if ranks wait for each other."""
+    ranks, length = orders.shape
+    numbers = _numbers(orders, np.zeros(6, np.int64))
+    now, new = _empty_times(layout, ranks, length), _empty_times(layout, ranks, length)
+    prefix, at = _empty_prefix(ranks), _empty_prefix(ranks)
+    fine = _replay_all(layout, orders, numbers, now, new, prefix, at, np.full(ranks, length), now.starts)
+    return now.starts if fine else now.starts[:0]
+
+
+@_jit
 def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: int, temperature: float, goal: float,
            seed: int) -> float:
     """Change `orders` (streams [rank, place]) by `tries` moves; the makespan of the best, which `best_orders` are then.
@@ -499,14 +523,10 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
     numbers = _numbers(orders, counts)
     now, new = _empty_times(layout, ranks, length), _empty_times(layout, ranks, length)
     prefix, at = _empty_prefix(ranks), _empty_prefix(ranks)
+    settled, tails = np.full(ranks, length), np.zeros((ranks, length))
     path = np.zeros((ranks * length, 2), np.int64)
     old_order, old_numbers = np.zeros(length, np.int64), np.zeros(length, np.int64)
-    # Not with literal numbers, for which numba would compile both a second time.
-    rank, place = ranks - 1, at.place[0]
-    left = _cut(layout, orders, now, rank, place, prefix)
-    settled, tails = np.full(ranks, length), np.zeros((ranks, length))
-    _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER, settled, tails)
-    _take(layout, now, new, prefix)
+    _replay_all(layout, orders, numbers, now, new, prefix, at, settled, tails)
     _find_tails(layout, orders, numbers, now, settled, tails)
     makespan = _greatest(at.free)
     chance = seed

@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.kernels import Layout, fill
+from ds_vshape.schedule.adaptive.kernels import Layout, fill, squeeze
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
@@ -131,54 +131,26 @@ class ListScheduler:
 
     def squeeze(self, orders: NDArray[np.int64], policy: Policy) -> Run | None:
         """Every pass as early as `orders` allow; None if they wait for each other or exceed a limit."""
-        durations, pieces, layout = self.durations(policy.pieces), policy.pieces, self.layouts(policy.pieces)
-        next_rank, next_stream, delay = (values.tolist() for values in (layout.next_rank, layout.next_stream,
-                                                                        layout.delay))
-        ranks = len(orders)
-        inputs: list[list[list[float]]] = [[[], [], [], []] for _ in range(ranks)]
-        inputs[0][F0] = [0.0] * self.problem.micro_batches
-        begun: list[list[list[float]]] = [[[], [], [], [], [], []] for _ in range(ranks)]
-        lines = orders.tolist()
-        places, free, alive = [0] * ranks, [0.0] * ranks, [0.0] * ranks
-        ready = list(range(ranks))
-        while ready:
-            rank = ready.pop()
-            order, own = lines[rank], begun[rank]
-            while places[rank] < len(order):
-                stream = order[places[rank]]
-                number = len(own[stream])
-                start = free[rank]
-                if stream < W0:
-                    if number >= len(inputs[rank][stream]):
-                        break
-                    start = max(start, inputs[rank][stream][number])
-                elif number >= len(own[stream - W0 + B0]) * pieces:
-                    break
-                own[stream].append(start)
-                end = free[rank] = start + durations[rank][stream]
-                places[rank] += 1
-                if stream <= F1:
-                    alive[rank] += self.taken[rank][stream]
-                    if alive[rank] > self.limits[rank]:
-                        return None
-                elif stream <= B1:
-                    alive[rank] -= self.freed[rank][stream - B0]
-                elif (number + 1) % pieces == 0:
-                    alive[rank] -= self.kept[rank][stream - W0]
-                target = next_rank[rank][stream]
-                if target >= 0:
-                    inputs[target][next_stream[rank][stream]].append(end + delay[rank][stream])
-                    ready.append(target)
-        if any(place < len(order) for place, order in zip(places, lines)):
-            return None
+        layout = self.layouts(policy.pieces)
+        changes = np.concatenate([layout.taken, -layout.freed, -layout.kept], axis=1)
         starts = np.zeros(policy.wishes.shape)
-        for rank, row in enumerate(begun):
-            for stream, line in enumerate(row):
+        begun = squeeze(layout, orders)
+        if not len(begun):
+            return None
+        for rank, order in enumerate(orders):
+            change = changes[rank, order]
+            for stream in range(len(KINDS)):
+                here = np.flatnonzero(order == stream)
                 if stream < W0:
-                    starts[rank, stream, :, 0] = line
-                elif line:
-                    starts[rank, stream] = np.reshape(line, starts.shape[2:])
-        return Run(max(free), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
+                    starts[rank, stream, :, 0] = begun[rank, here]
+                elif len(here):
+                    starts[rank, stream] = begun[rank, here].reshape(starts.shape[2:])
+                    # Nothing is free before the last piece of a W.
+                    change[np.delete(here, slice(layout.pieces - 1, None, layout.pieces))] = 0.0
+            if change.cumsum().max() > layout.limits[rank]:
+                return None
+        ends = begun[:, -1] + layout.durations[np.arange(len(orders)), orders[:, -1]]
+        return Run(float(ends.max()), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
 
     def schedule(self, run: Run) -> Schedule:
         """The orders of `run` as a schedule; pieces of a W that stand together are put together again."""

@@ -69,7 +69,7 @@ class Search:
         self.successes = [1.0] * len(_HOT)
         # Whether blocks of a smaller problem stand in for random ones.
         self.adopted = False
-        # Makespans and schedules of the table that are within the limits.
+        # Makespans and schedules of the table that are within the limits, if they aren't just like a run.
         self.known: list[tuple[float, Schedule]] = []
         # Makespans and blocks, by the number of pieces, best first, no makespan twice.
         self.populations: dict[int, list[tuple[float, Block]]] = {}
@@ -106,6 +106,8 @@ class Search:
         policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, 1)), 0.0,
                         self.scheduler.least_reserves)
         run = self.scheduler.squeeze(orders, policy) if orders is not None else None
+        if run is None or any(work.kind is Kind.BW for _, work in schedule.passes()):
+            self.known.append((simulate(schedule, self.problem.times).makespan, schedule))
         if run is None:
             return
         self._keep(run)
@@ -121,9 +123,7 @@ class Search:
 
     def run(self, progress: Progress) -> None:
         """Search to the end; first with fewer ranks or micro-batches, if there are many, and then go on from there."""
-        self.known = [(simulate(schedule, self.problem.times).makespan, schedule)
-                      for schedule in known_schedules(self.problem)]
-        for _, schedule in sorted(self.known, key=lambda known: known[0]):
+        for schedule in known_schedules(self.problem):
             self.imitate(schedule)
         self.try_known_blocks()
         if self.done:
