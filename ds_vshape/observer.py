@@ -55,7 +55,7 @@ class Observer:
     def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
         """Around a pass."""
         start = self._recorder.start(work)
-        if work.micro_batch == self._metered:
+        if self._metered is not None:
             with self._metering(work, buffers):
                 yield
         else:
@@ -64,16 +64,18 @@ class Observer:
 
     @contextmanager
     def _metering(self, work: Pass, buffers: Buffers) -> Iterator[None]:
-        """Around a pass of the micro-batch that is measured."""
+        """Around a pass of the batch that is measured: F of one micro-batch and its B, or another's if its own is one
+        with W."""
         buffer_id = BufferId(work.stage, work.micro_batch)
-        if work.kind is Kind.F:
+        chosen = work.micro_batch == self._metered
+        if work.kind is Kind.F and chosen:
             inputs = buffers[buffer_id].inputs
             with self._meter.forward():
                 yield
             self._meter.after_forward(work.stage, inputs, buffers.outputs(buffer_id))
         else:
             yield
-            if work.kind is Kind.B:
+            if work.kind is Kind.B and (chosen or work.stage not in self._meter.kept):
                 self._meter.after_backward(work.stage, buffers[buffer_id].store)
 
     def weights_split(self, store: WeightGradientStore) -> None:
