@@ -207,19 +207,32 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         return self.placement.rank_of(super().stage_owner(layer_idx))
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        self._ties = find_ties(self._layer_specs)
+        self._ties = find_ties(self._layer_specs) if self.schedule_config else {}
         # The layers from whose ranks the others get their weights.
         self._tied_sources = {key: tie.first for key, tie in self._ties.items()}
         # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.
         comms = {key: comm for key, comm in super()._index_tied_modules().items() if len(comm["ranks"]) > 1}
-        for comm in comms.values():
-            # Parameters of the module that aren't tied are each rank's own, and count in the gradients' norm.
-            tied = [self._recursive_getattr(comm["module"], name) for name in comm["weight_attr"]]
-            for parameter in comm["module"].parameters():
-                parameter.ds_pipe_replicated &= any(parameter is weight for weight in tied)
+        for key, tie in self._ties.items():
+            if key in self.tied_modules and len(tie.layers) > 1:
+                self._keep_apart(key, tie)
         return comms
 
+    def _keep_apart(self, key: str, tie: Tie) -> None:
+        """A tied module's parameters that aren't tied are each rank's own, and count in the gradients' norm."""
+        module = self.tied_modules[key]
+        tied = [self._recursive_getattr(module, name) for name in self.tied_weight_attrs[key]]
+        apart = {name: parameter for name, parameter in module.named_parameters()
+                 if parameter.requires_grad and not any(parameter is weight for weight in tied)}
+        for parameter in apart.values():
+            parameter.ds_pipe_replicated = False
+        if apart and self.stage_owner(tie.first) == self.stage_id and self._grid.data_parallel_id == 0:
+            logger.info(f"tied layers {key!r} ({', '.join(map(str, tie.layers))}): tied_weight_attr doesn't name "
+                        f"{', '.join(apart)}, which layers on one rank share and others don't")
+
     def _synchronize_tied_weights(self) -> None:
+        if not self._ties:
+            super()._synchronize_tied_weights()
+            return
         for key, comm in self.tied_comms.items():
             ranks = sorted({self.stage_owner(layer) for layer in self._ties[key].layers})
             source = comm["ranks"][ranks.index(self.stage_owner(self._tied_sources[key]))]
@@ -256,7 +269,8 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
             self._activate_files(chunk)
             for key, tie in self._ties.items():
                 number = tie.filed - chunk.start
-                if 0 <= number < len(chunk.funcs) and not self.ckpt_layer_path_list(load_dir, number):
+                here = tie.plain is None and 0 <= number < len(chunk.funcs)
+                if here and not self.ckpt_layer_path_list(load_dir, number):
                     raise PipelineError(f"{load_dir} has no weights of the tied layers {key!r} (layer {tie.filed}): "
                                         "DeepSpeed saves none where all of them have a forward_fn")
             super().load_state_dir(load_dir, *args, **kwargs)

@@ -5,6 +5,7 @@ The oracle is the plain model in one process, or DeepSpeed's own engine.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,29 @@ def test_weights_that_deepspeed_did_not_save_are_missed(tmp_path: Path) -> None:
     run_ranks(2, save, Job(None, 2, 3, layers=layers), str(tmp_path))
     with pytest.raises(RanksFailed, match=r"no weights of the tied layers 'mixing' \(layer 2\)"):
         run_ranks(2, load_train, [(Job("v-half", 2, 3, layers=layers), str(tmp_path))], True)
+
+
+def partly_tied(rank: int, schedule: str) -> tuple[dict[str, bool], list[str]]:
+    """Which parameters of the tied module another rank counts, and what is said of it."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    mixing = TiedLayerSpec("mixing", Mixing, tied_weight_attr="inner.weight")
+    layers = (EMBEDDING, BLOCK, mixing, BLOCK, BLOCK, BLOCK, mixing, HEAD)
+    module = Job(schedule, 2, 3, layers=layers).engine().module
+    counted = {name: p.ds_pipe_replicated for name, p in module.tied_modules["mixing"].named_parameters()}
+    return counted, [line for line in lines if "tied layers" in line]
+
+
+def test_a_parameter_that_is_not_tied_is_named_and_counts_on_each_rank() -> None:
+    line = ("tied layers 'mixing' (2, 6): tied_weight_attr doesn't name inner.bias, which layers on one rank share and "
+            "others don't")
+    for schedule, first in (("1f1b", 0), ("v-half", 1)):
+        results = run_ranks(2, partly_tied, schedule)
+        assert results[0][0] == {"inner.weight": False, "inner.bias": False}
+        assert results[1][0] == {"inner.weight": True, "inner.bias": False}
+        assert [lines for _, lines in results] == [[line], []] if first == 0 else [[], [line]]
 
 
 # -- frozen layers, LoRA
