@@ -26,6 +26,8 @@ from pydantic_core import PydanticCustomError
 KEY = "pipeline_schedule"
 ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
 _OPTION = "--deepspeed_config"
+# As long as torch waits in its collectives over gloo.
+TIMEOUT_SECONDS = 1800.0
 # DeepSpeed's own keys that are spelt somewhat like ours.
 _DEEPSPEED_KEYS = {"pipeline", "scheduler"}
 
@@ -83,6 +85,8 @@ class ScheduleConfig(BaseModel):
     `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,
     without a tensor of its own; sums are then equal to DeepSpeed's to rounding, and without it bit for bit.
 
+    A rank that waits for another one longer than `timeout_seconds` takes it for lost, and ends.
+
     `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
     (ds_vshape/module.py).
     """
@@ -96,6 +100,7 @@ class ScheduleConfig(BaseModel):
     partition: Partition | None = None
     times: Literal["equal", "profile"] = "equal"
     planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    timeout_seconds: float = Field(default=TIMEOUT_SECONDS, gt=0, allow_inf_nan=False)
     drift: float = Field(default=0.2, gt=0, allow_inf_nan=False)
 
 

@@ -14,6 +14,7 @@ block. This one runs a program of instructions and knows nothing of schedules bu
 from __future__ import annotations
 
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from ds_vshape.memory import RankMemory
 from ds_vshape.micro_batch import added, detached, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
-from ds_vshape.p2p import Channels, Signatures
+from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.preflight import plan_facts
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
@@ -94,10 +95,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self.placement: Placement = self.module.placement
         if not (self.is_first_stage() or self.is_last_stage()):
             self.data_iterator = self.training_dataloader = None
-        self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
+        seconds = self.module.schedule_config.timeout_seconds
+        self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device, seconds)
         self._signatures: Signatures | None = None
         self._messages: dict[tuple[Kind, BufferId], Message] = {}
-        self._agreement = Agreement()
+        self._agreement = Agreement(seconds)
         self._failure: Failure | None = None
         self._held = Buffers(self.placement, self.stage_id)
         self._observer = Observer(self)
@@ -254,13 +256,18 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._active_stage = None
         self._observer.begin_batch(pipe_schedule.schedule.micro_batches, training)
-        for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):
-            if not isinstance(instruction, instr.BufferOpInstruction):
-                self._execute(instruction)
-            elif self._failure is None:
-                self._attempt(instruction, work)
-            else:
-                self._abandon(instruction)
+        instruction: instr.PipeInstruction | None = None
+        try:
+            for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):
+                if not isinstance(instruction, instr.BufferOpInstruction):
+                    self._execute(instruction)
+                elif self._failure is None:
+                    self._attempt(instruction, work)
+                else:
+                    self._abandon(instruction)
+        except PeerLost as error:
+            raise PeerLost(f"pipeline rank {self.stage_id} on {socket.gethostname()} waits in {_name_of(instruction)}: "
+                           f"{error}; the last batch done is number {self.global_steps}") from error
         signatures = self._channels.end_batch()
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:
@@ -278,6 +285,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             else:
                 with self._observer.watching(work, self._held):
                     self._execute(instruction)
+        except PeerLost:
+            raise
         except Exception as error:
             self._failure = Failure(error, f"{_name_of(instruction)} on pipeline rank {self.stage_id}")
             self._abandon(instruction)
@@ -495,6 +504,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         failure, self._failure = self._failure, None
         try:
             self._agreement.reach(failure)
+        except PeerLost:
+            raise
         except Exception:
             self._forget_batch()
             raise
@@ -548,8 +559,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     }
 
 
-def _name_of(instruction: instr.BufferOpInstruction) -> str:
+def _name_of(instruction: instr.PipeInstruction | None) -> str:
     """An instruction in the words of an error."""
+    name = type(instruction).__name__
+    if not isinstance(instruction, instr.BufferOpInstruction):
+        return name
     stage, micro_batch = instruction.kwargs["buffer_id"]
     of_stage = "" if isinstance(instruction, instr.LoadMicroBatch) else f" of stage {stage}"
-    return f"{type(instruction).__name__}{of_stage}, micro-batch {micro_batch}"
+    return f"{name}{of_stage}, micro-batch {micro_batch}"

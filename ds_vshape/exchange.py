@@ -15,15 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_vshape.config import TIMEOUT_SECONDS
+
 # Bytes of a text in `texts_within`, which can't ask for the size first.
 _BOX = 2048
 
 
 class Exchange:
-    """All ranks of the job, as a group of its own. Creating it is collective."""
+    """All ranks of the job, as a group of its own. Creating it is collective.
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+    Methods raise RuntimeError where a rank is lost, or doesn't come within `seconds`.
+    """
+
+    def __init__(self, seconds: float = TIMEOUT_SECONDS) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
     def largest(self, own: int) -> int:
         """The largest of all ranks' numbers; collective."""

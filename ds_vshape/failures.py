@@ -15,7 +15,7 @@ from typing import NoReturn
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.exchange import Exchange
-from ds_vshape.p2p import Withdrawn
+from ds_vshape.p2p import PeerLost, Withdrawn
 
 _TEXT_SIZE = 2048
 
@@ -50,20 +50,23 @@ class Failure:
 class Agreement:
     """All ranks of the job agree on the end of a batch.
 
-    Creating it is collective.
+    Creating it is collective. `seconds` is how long the first rank there waits for the last.
     """
 
-    def __init__(self) -> None:
-        self._exchange = Exchange()
+    def __init__(self, seconds: float) -> None:
+        self._exchange = Exchange(seconds)
 
     def reach(self, failure: Failure | None) -> None:
         """Return if no rank has failed; collective.
 
         Raises on every rank else: where it happened the error itself; elsewhere PipelineError with its text, or
-        StopIteration if nothing but the data's end is in the way.
+        StopIteration if nothing but the data's end is in the way. PeerLost if a rank doesn't come.
         """
         state = _State.DONE if failure is None else failure.state
-        worst = _State(self._exchange.largest(state))
+        try:
+            worst = _State(self._exchange.largest(state))
+        except RuntimeError as error:
+            raise PeerLost(f"not all ranks came to the end of the batch: {str(error).splitlines()[0]}") from error
         if worst is not _State.DONE:
             self._raise(failure, worst)
 

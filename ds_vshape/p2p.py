@@ -14,9 +14,10 @@ import math
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
+from ds_vshape.config import TIMEOUT_SECONDS
 from ds_vshape.schedule.lowering import Channel, Content, Message
 
 Payload = Tensor | tuple[Tensor | None, ...]
@@ -125,6 +127,10 @@ class Withdrawn(Exception):
     """A message came without content: its sender has failed in this batch."""
 
 
+class PeerLost(PipelineError):  # type: ignore[misc]
+    """The connection to another rank broke, or it didn't answer in time: the job can't go on."""
+
+
 # What goes out instead of a message in an announced batch.
 _NOTHING = Signature((), True)
 
@@ -140,10 +146,21 @@ class _Transfer:
     tensors: list[Tensor | None] = field(default_factory=list)
     signature: Signature | None = None
 
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+    def wait(self, peer: int) -> None:
+        """Until all is there; PeerLost if the connection to pipeline rank `peer` breaks."""
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise _lost(peer, error) from error
         self.works.clear()
+
+
+def _lost(peer: int, error: RuntimeError) -> PeerLost:
+    """What an error of torch.distributed says of pipeline rank `peer`."""
+    # Gloo's errors begin with the place in its source.
+    reason = str(error).splitlines()[0]
+    return PeerLost(f"pipeline rank {peer} is lost: {reason.partition('] ')[2] or reason}")
 
 
 @dataclass(frozen=True)
@@ -170,11 +187,13 @@ class Channels:
         pipelines: the global ranks of each pipeline of the job (one for each data and tensor parallel rank), in rank
             order.
         device: where messages are received.
+        seconds: how long a message may take; then the other rank counts as lost (PeerLost).
 
     Creating it is collective over the whole job. Every transfer started in a batch must be waited for in it.
     """
 
-    def __init__(self, channels: Sequence[Channel], pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, channels: Sequence[Channel], pipelines: Sequence[Sequence[int]], device: torch.device,
+                 seconds: float = TIMEOUT_SECONDS) -> None:
         self._device = device
         own, = (ranks for ranks in pipelines if dist.get_rank() in ranks)
         self._global_ranks = tuple(own)
@@ -182,7 +201,8 @@ class Channels:
         for ranks in pipelines:
             for channel in channels:
                 # All ranks make all groups, since torch names a group by counting; it costs a stranger nothing.
-                group = dist.new_group([ranks[channel.source], ranks[channel.target]])
+                group = dist.new_group([ranks[channel.source], ranks[channel.target]],
+                                       timeout=timedelta(seconds=seconds))
                 if ranks is own and own.index(dist.get_rank()) in (channel.source, channel.target):
                     self._groups[channel] = group
         self._sending: dict[Message, _Transfer] = {}
@@ -237,7 +257,7 @@ class Channels:
 
     def release(self, message: Message) -> None:
         """Wait until `message` has left."""
-        self._sending.pop(message).wait()
+        self._sending.pop(message).wait(message.channel.target)
 
     def post(self, message: Message) -> None:
         """Offer a buffer for `message`; in an announced batch only take note of it, since nobody knows its size yet."""
@@ -255,7 +275,7 @@ class Channels:
         while not self._receiving[message].signature:
             self._start_announced(self._noted[message.channel].popleft())
         transfer = self._receiving.pop(message)
-        transfer.wait()
+        transfer.wait(message.channel.source)
         assert transfer.signature is not None
         if transfer.signature == _NOTHING:
             raise Withdrawn(f"{message.channel.content} for stage {message.stage}, micro-batch {message.micro_batch}")
@@ -316,7 +336,10 @@ class Channels:
     def _start_announced(self, message: Message) -> None:
         """Read the header of the channel's next message, then offer buffers for the rest."""
         header = torch.empty(_HEADER_SIZE, dtype=torch.int64, device=self._device)
-        dist.recv(header, self._global_ranks[message.channel.source], group=self._groups[message.channel])
+        try:
+            dist.recv(header, self._global_ranks[message.channel.source], group=self._groups[message.channel])
+        except RuntimeError as error:
+            raise _lost(message.channel.source, error) from error
         signature = Signature.decode(header.tolist())
         self._signatures[message.channel.content, message.stage] = signature
         self._start_payload(message, signature)
@@ -327,12 +350,19 @@ class Channels:
         for described in signature.tensors:
             tensor = None if described is None else described.empty(self._device)
             transfer.tensors.append(tensor)
-            if tensor is not None and tensor.numel():
-                transfer.works.append(
-                    dist.irecv(tensor, self._global_ranks[message.channel.source], group=self._groups[message.channel]))
+            if tensor is not None:
+                self._start(transfer, message.channel, dist.irecv, tensor, message.channel.source)
 
     def _start_send(self, transfer: _Transfer, channel: Channel, tensor: Tensor) -> None:
         transfer.tensors.append(tensor)
-        if tensor.numel():
-            transfer.works.append(
-                dist.isend(tensor, self._global_ranks[channel.target], group=self._groups[channel]))
+        self._start(transfer, channel, dist.isend, tensor, channel.target)
+
+    def _start(self, transfer: _Transfer, channel: Channel, start: Callable[..., Any], tensor: Tensor,
+               peer: int) -> None:
+        """Begin to send or receive `tensor`, unless it's empty; `start` is dist.isend or dist.irecv."""
+        if not tensor.numel():
+            return
+        try:
+            transfer.works.append(start(tensor, self._global_ranks[peer], group=self._groups[channel]))
+        except RuntimeError as error:
+            raise _lost(peer, error) from error

@@ -1,0 +1,67 @@
+"""A rank that dies or stops in the middle of a batch: every other one ends, and says what it waited for."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from deepspeed.pipe import LayerSpec
+from pipelines import Block, Job, data, specs
+from ranks import RanksFailed, run_ranks
+from torch import Tensor
+
+BATCHES = range(4)
+TIMEOUT = 4
+
+
+class Fatal(Block):
+    """A block that sends its process a signal in the middle of a batch."""
+
+    signal = 0
+    forwards_left = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        Fatal.forwards_left -= 1
+        if Fatal.forwards_left == 0:
+            os.kill(os.getpid(), Fatal.signal)
+        return super().forward(x)
+
+
+def train_until(rank: int, job: Job, number: int) -> None:
+    engine = job.engine()
+    Fatal.signal = number
+    for batch in BATCHES:
+        if batch == 2:
+            Fatal.forwards_left = 3
+        engine.train_batch(data(engine, batch))
+
+
+def logs_of(failure: str) -> Iterator[tuple[int, str]]:
+    """The rank and the log of each that failed."""
+    parts = re.split(r"^rank (\d+)(?::| was still)", failure, flags=re.MULTILINE)[1:]
+    yield from zip(map(int, parts[::2]), parts[1::2], strict=True)
+
+
+@pytest.mark.parametrize(["schedule", "number"], [("1f1b", signal.SIGKILL), ("v-half", signal.SIGKILL),
+                                                  ("v-half", signal.SIGSTOP)])
+def test_the_others_end_and_say_why(schedule: str, number: int) -> None:
+    layers = specs(8)
+    layers[3 if schedule == "1f1b" else 2] = LayerSpec(Fatal)
+    section: Any = {"name": schedule, "timeout_seconds": TIMEOUT}
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(4, train_until, Job(section, 4, 6, layers=tuple(layers)), number, timeout=30)
+    logs = dict(logs_of(str(failed.value)))
+    lost = 1 if schedule == "1f1b" else next(rank for rank, log in logs.items() if "PeerLost" not in log)
+    others = [log for rank, log in logs.items() if rank != lost]
+    assert len(others) == 3
+    for log in others:
+        told, = re.findall(r"^ds_vshape.p2p.PeerLost: (.*)$", log, flags=re.MULTILINE)[-1:]
+        assert re.search(r"pipeline rank \d on \S+ waits in \w+( of stage \d, micro-batch \d)?: ", told)
+        assert "is lost" in told or "not all ranks came" in told
+        assert told.endswith("the last batch done is number 2")
+    assert any(f"pipeline rank {lost} is lost" in log for log in others)
+        assert number == signal.SIGSTOP or "Timed out" not in told, "a closed connection is seen at once"
