@@ -64,4 +64,5 @@ def test_the_others_end_and_say_why(schedule: str, number: int) -> None:
         assert "is lost" in told or "not all ranks came" in told
         assert told.endswith("the last batch done is number 2")
     assert any(f"pipeline rank {lost} is lost" in log for log in others)
-        assert number == signal.SIGSTOP or "Timed out" not in told, "a closed connection is seen at once"
+    if number == signal.SIGKILL:
+        assert all("Timed out" not in log for log in others), "a closed connection is seen at once"
