@@ -1,0 +1,115 @@
+"""Two hosts that share no network but a wire: the same training as on one, started as on a cluster.
+
+The hosts are network namespaces with an sshd each (bench/hosts.py). Where that can't be, as for a user who isn't root,
+these tests are skipped, and say why; with DS_VSHAPE_REQUIRE_CLUSTER=1, as in .ci/run, they fail instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hjson
+import pytest
+from hosts import INTERFACE, Host, missing, ssh_between, two_hosts
+from result import Result
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "launch" / "cluster"
+BATCHES = 3
+TINY = ["--layers", "8", "--hidden", "32", "--heads", "2", "--length", "32", "--batches", str(BATCHES)]
+OBSTACLE = missing(["ip", "unshare", "pdsh", "ssh", "sshd", "mpirun"])
+
+pytestmark = pytest.mark.cluster
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Two hosts that let each other in; jobs are started on the first."""
+
+    hosts: tuple[Host, Host]
+    folder: Path
+    ssh: Path
+
+    def start(self, script: str, slots: tuple[int, ...], *arguments: str, **variables: str) -> str:
+        """What a script of launch/cluster says that starts a job on so many slots of the hosts."""
+        hostfile = self.folder / "hostfile"
+        hostfile.write_text("# as many as there are slots for\n" + "".join(
+            f"{host.name} slots={count}\n" for host, count in zip(self.hosts, slots)))
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE,
+                       "HOSTFILE": str(hostfile), "VIRTUAL_ENV": sys.prefix,
+                       "PATH": os.pathsep.join([str(self.ssh), f"{sys.prefix}/bin", os.environ["PATH"]]), **variables}
+        command = self.hosts[0].command(["bash", str(SCRIPTS / script), *arguments])
+        done = subprocess.run(command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if OBSTACLE is not None:
+        if os.environ.get("DS_VSHAPE_REQUIRE_CLUSTER") == "1":
+            pytest.fail(f"two hosts on this machine: {OBSTACLE}")
+        pytest.skip(f"two hosts on this machine: {OBSTACLE}")
+    folder = tmp_path_factory.mktemp("cluster")
+    with two_hosts() as hosts, ssh_between(hosts, folder) as ssh:
+        yield Cluster(hosts, folder, ssh)
+
+
+def test_the_losses_of_two_hosts_are_those_of_one(cluster: Cluster) -> None:
+    settings = hjson.loads((ROOT / "configs" / "quickstart.json").read_text())
+    config = cluster.folder / "ds_config.json"
+    config.write_text(json.dumps({**settings, "gradient_accumulation_steps": 4, "pipeline_schedule": "v-half"}))
+    results = []
+    for slots in [(2, 2), (4,)]:
+        result = cluster.folder / f"{len(slots)}.json"
+        said = cluster.start("deepspeed.sh", slots, "launch/train.py", "--deepspeed_config", str(config),
+                             "--result", str(result), *TINY)
+        results.append(Result.read(result))
+        # pdsh puts the host before each line.
+        assert all((f"{host.name}: " in said) == (len(slots) == 2) for host in cluster.hosts), said
+    across, alone = results
+    assert (across.schedule, across.stages, len(across.losses)) == ("v-half", 4, BATCHES)
+    assert across.losses == alone.losses and across.validation_loss == alone.validation_loss
+    assert across.losses[0] > across.losses[-1]
+
+
+def test_a_host_that_lets_nobody_in_is_named(cluster: Cluster) -> None:
+    hostfile = cluster.folder / "strangers"
+    hostfile.write_text("host-a slots=1\nhost-c slots=1\n")
+    for script in ("deepspeed.sh", "openmpi.sh"):
+        with pytest.raises(AssertionError) as error:
+            cluster.start(script, (), "launch/train.py", HOSTFILE=str(hostfile))
+        assert "host-c: ssh: Could not resolve hostname host-c" in str(error.value)
+        assert f"{hostfile} needs a login by ssh without a password, and {ROOT} and {sys.prefix}" in str(error.value)
+
+
+@pytest.mark.parametrize("names", [
+    {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8"},
+    {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"},
+    # mpirun in a job of Slurm's, whose own task is the script.
+    {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8",
+     "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"},
+], ids=["mpirun", "srun", "mpirun in srun"])
+def test_a_rank_knows_its_place(names: dict[str, str]) -> None:
+    told = "import os, sys; print(*(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')), sys.argv[1:])"
+    done = subprocess.run(["bash", SCRIPTS / "rank.sh", "-c", told, "--batches", "3"], cwd="/", capture_output=True,
+                          text=True, env={"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **names}, check=True)
+    assert done.stdout == "5 1 8 ['--batches', '3']\n"
+
+
+def test_ranks_of_mpirun_meet(cluster: Cluster) -> None:
+    """Open MPI itself starts ranks on both hosts; they tell who they are, which takes no torch."""
+    told = ("import os, socket; print('rank', *(os.environ[n] for n in "
+            "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'GLOO_SOCKET_IFNAME')), socket.gethostname())")
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    said = cluster.start("openmpi.sh", (2, 2), "-c", told, **as_root)
+    assert sorted(line for line in said.splitlines() if line.startswith("rank ")) == [
+        f"rank {rank} {rank % 2} 4 host-a eth0 {host.name}"
+        for rank, host in enumerate([cluster.hosts[0]] * 2 + [cluster.hosts[1]] * 2)]
