@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.schedule import Schedule, dependencies, whole_backwards
+from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
 
 
@@ -32,12 +32,15 @@ class Content(str, enum.Enum):
     ACTIVATION = "activation"
     GRADIENT = "gradient"
 
+    # Enum's own is a function in Python.
+    __hash__ = str.__hash__
+
     def __str__(self) -> str:
         return self.value
 
 
-@dataclass(frozen=True, order=True)
-class Channel:
+# A plan looks channels and messages up some times for each pass: as tuples they hash and compare in C.
+class Channel(NamedTuple):
     """One direction between two ranks for one kind of content; it delivers in order."""
 
     source: int
@@ -48,8 +51,7 @@ class Channel:
         return f"{self.content} {self.source}->{self.target}"
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """What `stage` receives for `micro_batch`."""
 
     channel: Channel
@@ -178,8 +180,9 @@ def _moments(schedule: Schedule, times: Times) -> tuple[list[list[_Moment]], lis
     Passes that take no time would otherwise share a moment with what they need, and two ranks could each wait first
     for what the other does next. Such ties are broken by a second simulation, in which every pass takes as long.
     """
-    timed = simulate(schedule, times).ranks
-    ties = simulate(schedule, Times.uniform(schedule.placement.stages)).ranks
+    equal = Times.uniform(schedule.placement.stages)
+    ties = simulate(schedule, equal).ranks
+    timed = ties if times == equal else simulate(schedule, times).ranks
     starts = [[(span.start, tie.start) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
     ends = [[(span.end, tie.end) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
     return starts, ends
@@ -187,13 +190,22 @@ def _moments(schedule: Schedule, times: Times) -> tuple[list[list[_Moment]], lis
 
 def _transfers(schedule: Schedule) -> Iterator[_Transfer]:
     """All messages."""
-    placement, whole = schedule.placement, whole_backwards(schedule)
-    places = {work: place for order in schedule.orders for place, work in enumerate(order)}
-    for work, needed_at in places.items():
-        message = message_into(work, placement)
-        if message is not None:
-            maker = dependencies(work, placement.last_stage, whole)[-1]
-            yield _Transfer(message, places[maker], needed_at)
+    placement = schedule.placement
+    # Places of the passes that make what each (stage, micro-batch) needs.
+    activations: dict[tuple[int, int], int] = {}
+    gradients: dict[tuple[int, int], int] = {}
+    for order in schedule.orders:
+        for place, work in enumerate(order):
+            if work.kind is Kind.F:
+                activations[work.stage + 1, work.micro_batch] = place
+            elif work.kind is not Kind.W:
+                gradients[work.stage - 1, work.micro_batch] = place
+    for order in schedule.orders:
+        for needed_at, work in enumerate(order):
+            message = message_into(work, placement)
+            if message is not None:
+                made_at = activations if work.kind is Kind.F else gradients
+                yield _Transfer(message, made_at[work.stage, work.micro_batch], needed_at)
 
 
 def _loads(work: Pass, placement: Placement) -> bool:
