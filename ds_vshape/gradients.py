@@ -69,7 +69,7 @@ class InGradAccum:
         if parameter.grad_accum is None:
             parameter.grad_accum = gradient.to(self._dtype)
         else:
-            parameter.grad_accum.add_(gradient.to(self._dtype).view(parameter.grad_accum.shape))
+            parameter.grad_accum.add_(gradient.view(parameter.grad_accum.shape))
 
     def buffer(self, parameter: Any, /) -> Tensor | None:
         so_far: Tensor | None = parameter.grad_accum
@@ -89,8 +89,7 @@ class InHighPrecisionBuffers:
 
     @torch.no_grad()
     def add(self, parameter: Any, gradient: Tensor, /) -> None:
-        buffer = self.buffer(parameter)
-        buffer.add_(gradient.to(buffer.dtype))
+        self.buffer(parameter).add_(gradient)
 
     def buffer(self, parameter: Any, /) -> Tensor:
         group, index = self._places[parameter]

@@ -99,7 +99,9 @@ class Job:
         if self.schedule is None:
             return config
         section = {"name": self.schedule} if isinstance(self.schedule, str) else self.schedule
-        return {**config, "pipeline_schedule": {"gradient_accumulation_fusion": False, **section}}
+        if isinstance(section, dict):
+            section = {"gradient_accumulation_fusion": False, **section}
+        return {**config, "pipeline_schedule": section}
 
     def specs(self) -> list[Any]:
         return specs(2 * self.stages - 1) if self.layers is None else list(self.layers)

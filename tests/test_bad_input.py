@@ -35,9 +35,9 @@ def initialized(module: Any, config: Any) -> Any:
     return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)
 
 
-V_HALF = Job("v-half", 2, 2).ds_config()
-V_ZB = Job("v-zb", 2, 2).ds_config()
 STOCK = Job(None, 2, 2).ds_config()
+V_HALF = {**STOCK, "pipeline_schedule": "v-half"}
+V_ZB = {**STOCK, "pipeline_schedule": "v-zb"}
 
 CASES: dict[str, tuple[Any, str]] = {
     "an unknown schedule": (with_section("v-haf"), "ValueError: there is no schedule 'v-haf'; did you mean 'v-half'?"),
