@@ -85,7 +85,8 @@ def main() -> None:
     if options.device == "cpu" and dtype != of_sums:
         print("the Triton kernel can't run here: it needs a GPU")
     types = f"{options.dtype} into {options.sums or options.dtype}"
-    table = Table(title=f"{options.micro_batches} micro-batches of {types} on {options.device}, {options.rounds} rounds")
+    title = f"{options.micro_batches} micro-batches of {types} on {options.device}, {options.rounds} rounds"
+    table = Table(title=title)
     for column in ("outputs x inputs, tokens", "way", "median ms", "least ms", "GFLOP/s", "over the first"):
         table.add_column(column, justify="left" if column[0] in "ow" else "right")
     for tokens in options.tokens:
