@@ -391,10 +391,10 @@ def train_seeded(rank: int, cases: list[tuple[Any, Any, int, bool]], base_seed: 
 def test_dropout_depends_on_seeds_alone() -> None:
     """Whatever the schedule, the partition and the checkpoints: DeepSpeed's own losses without checkpoints."""
     oracles = {}
-    for base_seed in (1234, 77):
+    for base_seed, cases in ((1234, SEEDED), (77, SEEDED[3::4])):
         (oracle,), *_ = run_ranks(2, train_seeded, [(None, "uniform", 0, True)], base_seed)
         oracles[base_seed] = oracle.losses
-        for case, *outcome in zip(SEEDED, *run_ranks(2, train_seeded, SEEDED, base_seed), strict=True):
+        for case, *outcome in zip(cases, *run_ranks(2, train_seeded, cases, base_seed), strict=True):
             assert merged(outcome).losses == oracle.losses, (base_seed, case)
     assert oracles[1234] != oracles[77]
     assert oracles[1234] != plain(Job(None, 2, 5, layers=tuple(specs(6)))).losses, "dropout must act"
