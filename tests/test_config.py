@@ -24,6 +24,9 @@ from ds_vshape.config import (ENVIRONMENT_VARIABLE, ConfigError, ScheduleConfig,
     ({"name": "v-min", "memory_limit": 1}, ScheduleConfig(name="v-min", memory_limit=1.0)),
     ({"name": "v-min", "memory_limit": 2}, ScheduleConfig(name="v-min", memory_limit=2.0)),
     ({"name": "v-min", "memory_limit": None}, ScheduleConfig(name="v-min")),
+    ({"name": "v-min", "gradient_accumulation_fusion": True}, ScheduleConfig(name="v-min")),
+    ({"name": "v-min", "gradient_accumulation_fusion": False},
+     ScheduleConfig(name="v-min", gradient_accumulation_fusion=False)),
     # Which names exist isn't known here.
     ("any-name", ScheduleConfig(name="any-name")),
     (None, None),
@@ -54,6 +57,8 @@ def test_a_section_cannot_change_later() -> None:
     (7, "pipeline_schedule = 7: must be a schedule's name or a section like {\"name\": \"v-half\"}"),
     (["v-half"], "pipeline_schedule = ['v-half']: must be a schedule's name"),
     (True, "pipeline_schedule = True: must be a schedule's name"),
+    ({"name": "v-half", "gradient_accumulation_fusion": 1},
+     "pipeline_schedule.gradient_accumulation_fusion = 1: Input should be a valid boolean"),
     ({"Name": "x"}, "pipeline_schedule.name is missing: the section needs a schedule's name; "
                     "unknown key pipeline_schedule.Name = 'x': did you mean 'name'?"),
 ])
