@@ -1,0 +1,344 @@
+"""Sizes that this machine can't run: simulated steps of large models, and where our runtime would stop to scale.
+
+    python bench/scale.py paper                     # the tables of README.md: the paper's models, every schedule
+    python bench/scale.py grid --length 1024 --batch 160        # the best layout of each schedule, as in the paper
+    python bench/scale.py host                      # what a plan costs at start, and Python in a batch
+    python bench/scale.py host --measure            # with the cost of an instruction measured on 2 ranks here
+
+`paper` and `grid` run ds_vshape's simulator with the costs of gpt_cost.py: nothing in them is measured but the
+efficiency, which the paper's own F passes show. `host` measures all that it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from ds_vshape.schedule import deadlock
+from ds_vshape.schedule.activations import peaks
+from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.choose import limits_at, schedule_for
+from ds_vshape.schedule.lowering import Run, channels, lower
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
+from ds_vshape.schedule.pending import with_few_pending
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times, simulate
+from gpt_cost import Machine, Shape, Training
+
+# "Pipeline Parallelism with Controllable Memory", section 4: the models.
+SHAPES = {shape.name: shape for shape in (
+    Shape("9.6B", 30, 40, 5120, 16), Shape("21B", 46, 48, 6144, 24),
+    Shape("38.5B", 62, 64, 7168, 32), Shape("98.5B", 78, 80, 10240, 40))}
+# The paper's own figures: MFU in percent of the 98.5B model, each schedule in its best layout; by (length, batch).
+PAPER_MFU = {(1024, 160): {"1f1b": 49.81, "zb-h1": 54.52, "v-half": 52.60, "v-min": 48.02, "v-zb": 57.58},
+             (3072, 640): {"1f1b": 57.25, "v-half": 60.34, "v-zb": 56.89}}
+GIB = 1024 ** 3
+# CPU seconds of our Python in an instruction, from the least of a message to the most of a pass (bench/README.md).
+INSTRUCTION_SECONDS = (25e-6, 100e-6)
+
+
+# -- steps of the paper's models, simulated
+
+
+@dataclass(frozen=True)
+class Step:
+    """A simulated batch: `memory` is the fullest rank's bytes, `seconds` with hops between nodes, `near_seconds` with
+    hops inside a node, `bubble` and `mfu` go with `seconds`."""
+
+    schedule: str
+    memory: float
+    seconds: float
+    near_seconds: float
+    bubble: float
+    mfu: float
+
+
+@cache
+def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
+    return build(name, ranks, micro_batches)
+
+
+def _schedule(name: str, training: Training, times: Times, time_limit: float) -> Schedule:
+    """Schedule `name`, or for adaptive@x the plan within x of 1F1B's bytes of activations."""
+    if not name.startswith(ADAPTIVE):
+        schedule = _named(name, training.ranks, training.micro_batches)
+        return with_few_pending(schedule) if training.recompute else schedule
+    activations = training.activations(placement_of(ADAPTIVE, training.ranks))
+    limits = limits_at(float(name.partition("@")[2]), training.ranks, training.micro_batches, activations)
+    return schedule_for(ADAPTIVE, training.ranks, training.micro_batches, times, activations, limits,
+                        time_limit=time_limit).schedule
+
+
+def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
+    """The simulated batch of `training` by schedule `name`; LimitError where an adaptive one can't keep its limit."""
+    placement = placement_of(name.partition("@")[0], training.ranks)
+    times = training.times(placement, training.machine.between)
+    schedule = _schedule(name, training, times, time_limit)
+    timeline = simulate(schedule, times)
+    near = simulate(schedule, training.times(placement, training.machine.inside))
+    memory = max(state + peak for state, peak
+                 in zip(training.state(placement), peaks(schedule, training.activations(placement)), strict=True))
+    return Step(name, memory, timeline.makespan, near.makespan, timeline.bubble, training.mfu(timeline.makespan))
+
+
+def layouts(training: Training, batch: int, samples: Sequence[int]) -> Iterator[Training]:
+    """`training` in every way to share its GPUs among pipeline, tensor and data parallel ranks."""
+    for tensor, data, each in product((1, 2, 4, 8), (1, 2, 4, 5, 8, 10), samples):
+        ranks, rest = divmod(training.shape.gpus, tensor * data)
+        micro_batches, left = divmod(batch, data * each)
+        if not rest and not left and ranks > 1 and not (training.shape.layers + 2) % (2 * ranks):
+            yield replace(training, samples=each, micro_batches=micro_batches, ranks=ranks, tensor=tensor, data=data)
+
+
+def best_layout(name: str, candidates: Sequence[Training], memory: float) -> tuple[Training, Step] | None:
+    """The layout in which schedule `name` has the highest MFU within `memory` bytes; None if none fits."""
+    found = [(training, step(name, training)) for training in candidates]
+    return max(((training, result) for training, result in found if result.memory <= memory),
+               key=lambda pair: pair[1].mfu, default=None)
+
+
+def show_steps(training: Training, steps: Sequence[Step], memory: float) -> None:
+    """A model's table. What doesn't fit is marked, as in the paper, and simulated all the same."""
+    base = next(result for result in steps if result.schedule == "1f1b")
+    shape = training.shape
+    table = Table(title=f"{shape.name}, p = {training.ranks}, m = {training.micro_batches}, {training.samples} x "
+                        f"{training.length} tokens{', recomputed' if training.recompute else ''}: simulated")
+    for column in ("schedule", "GiB", "step s", "bubble", "MFU %", "over 1F1B, hops between nodes", "inside a node"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for result in steps:
+        table.add_row(result.schedule, f"{result.memory / GIB:.0f}{' OOM' if result.memory > memory else ''}",
+                      f"{result.seconds:.2f}", f"{result.bubble:.1%}", f"{100 * result.mfu:.1f}",
+                      f"{base.seconds / result.seconds:.3f}", f"{base.near_seconds / result.near_seconds:.3f}")
+    Console(width=130).print(table)
+
+
+def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every schedule on every model, at some numbers of micro-batches a rank."""
+    written = []
+    for name, each in product(options.models, options.micro_batches_per_rank):
+        shape = SHAPES[name]
+        training = Training(shape, machine_of(options), options.length, options.samples, each * shape.gpus, shape.gpus,
+                            recompute=options.recompute)
+        steps = []
+        for schedule in tqdm(options.schedules, desc=f"{name} m={training.micro_batches}", disable=None):
+            try:
+                steps.append(step(schedule, training, options.time_limit))
+            except LimitError as error:
+                tqdm.write(f"{name}: {schedule}: {error}")
+        show_steps(training, steps, options.memory * GIB)
+        written.append({"training": asdict(training), "steps": [asdict(result) for result in steps]})
+    return written
+
+
+def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every schedule in its best layout, beside the paper's MFU where it tells one."""
+    start = Training(SHAPES[options.model], machine_of(options), options.length, 1, 1, 1, recompute=options.recompute)
+    candidates = list(layouts(start, options.batch, options.samples))
+    theirs = PAPER_MFU.get((options.length, options.batch), {}) if options.model == "98.5B" else {}
+    table = Table(title=f"{options.model}, sequence {options.length}, batch {options.batch}: best of "
+                        f"{len(candidates)} layouts within {options.memory:g} GiB")
+    for column in ("schedule", "p x tensor x data", "micro-batch", "GiB", "simulated MFU %", "over 1F1B",
+                   "paper's MFU %", "paper's over 1F1B"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    found = {name: best_layout(name, candidates, options.memory * GIB)
+             for name in tqdm(options.schedules, disable=None)}
+    base = found.get("1f1b")
+    written = []
+    for name, best in found.items():
+        mfu = [f"{theirs[name]:.2f}", f"{theirs[name] / theirs['1f1b']:.3f}"] if name in theirs else ["-", "-"]
+        if best is None:
+            table.add_row(name, "OOM", "-", "-", "-", "-", *mfu)
+            continue
+        training, result = best
+        table.add_row(name, f"{training.ranks} x {training.tensor} x {training.data}", str(training.samples),
+                      f"{result.memory / GIB:.0f}", f"{100 * result.mfu:.1f}",
+                      f"{result.mfu / base[1].mfu:.3f}" if base else "-", *mfu)
+        written.append({"training": asdict(training), "step": asdict(result)})
+    Console(width=130).print(table)
+    return written
+
+
+# -- the host's share, measured
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """CPU seconds and bytes of what every rank does at start, for all ranks' programs; one rank's (the longest's)
+    instructions and passes in a batch, and the communicators of a pipeline."""
+
+    schedule: str
+    ranks: int
+    micro_batches: int
+    build: float
+    lower: float
+    check: float
+    memory: int
+    instructions: int
+    passes: int
+    communicators: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole start."""
+        return self.build + self.lower + self.check
+
+    def least_pass(self, instruction: float) -> float:
+        """Seconds that a pass must take on average, lest the host be slower than the device."""
+        return self.instructions / self.passes * instruction
+
+
+def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
+    """Plan once and measure; memory is right in a process that did nothing before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    moments = [time.process_time()]
+    schedule = build(name, ranks, micro_batches)
+    moments.append(time.process_time())
+    programs = lower(schedule, Times.uniform(schedule.placement.stages))
+    moments.append(time.process_time())
+    deadlock.check(programs, schedule.placement)
+    moments.append(time.process_time())
+    longest = max(programs, key=len)
+    seconds = [end - start for start, end in zip(moments, moments[1:])]
+    return PlanCost(name, ranks, micro_batches, *seconds,
+                    1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), len(longest),
+                    sum(isinstance(step, Run) for step in longest), len(channels(schedule.placement)))
+
+
+def instruction_seconds(rank: int, workload: Any, batches: int) -> float:
+    """CPU seconds of an instruction, in the thread that runs them: a batch's, without those that its layers take when
+    they run alone, over its number of instructions; the least of some batches."""
+    from contenders import engine_of
+
+    engine = engine_of("v-half", workload)
+    schedule = engine.schedule()
+    instructions = len(lower(schedule, Times.uniform(schedule.placement.stages))[rank])
+    layers = [workload.spec(number).build() for number in range(2)]
+
+    def alone() -> None:
+        for inputs, labels in workload.batch(0):
+            for layer in layers:
+                outputs = layer(inputs.requires_grad_())
+                outputs.backward(labels)
+
+    def least(run: Any) -> float:
+        seconds = []
+        for _ in range(batches):
+            start = time.thread_time()
+            run()
+            seconds.append(time.thread_time() - start)
+        return min(seconds[2:])
+
+    return (least(lambda: engine.train_batch(iter(workload.batch(0)))) - least(alone)) / instructions
+
+
+def measured_instruction(ranks: int, batches: int) -> float:
+    """The mean over ranks of `instruction_seconds`, with one layer a stage."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+    from ranks import run_ranks
+
+    from workloads import Sleeping
+
+    workload = Sleeping(ranks, 2 * ranks, 16 * ranks, (0.0, 0.0, 0.0))
+    found = run_ranks(ranks, instruction_seconds, workload, batches, timeout=300)
+    return sum(found) / len(found)
+
+
+def host(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The costs of plans of some sizes, each in a process of its own, and of Python in a batch."""
+    cost = (measured_instruction(2, 10),) if options.measure else tuple(options.instruction_us)
+    table = Table(title="what every rank does at start, and the host's part in a batch: measured")
+    for column in ("schedule", "p", "m", "build s", "lower s", "check s", "MiB", "instructions a rank", "a pass",
+                   *(f"s a batch at {1e6 * each:.0f} us" for each in cost),
+                   *(f"least ms a pass at {1e6 * each:.0f} us" for each in cost), "communicators"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    sizes = list(product(options.schedules, options.ranks, options.micro_batches))
+    found = []
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
+        for size in tqdm(sizes, disable=None):
+            plan = process.submit(plan_cost, *size).result()
+            found.append(plan)
+            table.add_row(plan.schedule, str(plan.ranks), str(plan.micro_batches), f"{plan.build:.2f}",
+                          f"{plan.lower:.2f}", f"{plan.check:.2f}", f"{plan.memory / 1024 ** 2:.0f}",
+                          str(plan.instructions), f"{plan.instructions / plan.passes:.2f}",
+                          *(f"{each * plan.instructions:.2f}" for each in cost),
+                          *(f"{1e3 * plan.least_pass(each):.2f}" for each in cost), str(plan.communicators))
+    Console(width=170).print(table)
+    return [{**asdict(plan), "instruction_seconds": cost} for plan in found]
+
+
+def machine_of(options: argparse.Namespace) -> Machine:
+    """The machine of the options."""
+    microseconds = 1e-6 * options.latency_us
+    return Machine(options.teraflops * 1e12, tuple(options.efficiency), (options.inside_gb * 1e9, microseconds),
+                   (options.between_gb * 1e9, microseconds))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all three programs."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    programs = result.add_subparsers(required=True, metavar="PROGRAM")
+    gpus = argparse.ArgumentParser(add_help=False)
+    gpus.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    gpus.add_argument("--teraflops", type=float, default=312, help="of a GPU; default: A100, bf16")
+    gpus.add_argument("--efficiency", type=float, nargs=3, default=[0.65, 0.65, 0.65], metavar=("F", "B", "W"),
+                      help="the share of it that passes reach; the default is what the paper's F passes show")
+    gpus.add_argument("--memory", type=float, default=80, help="GiB of a GPU")
+    gpus.add_argument("--inside-gb", type=float, default=200, help="GB/s of a message inside a node (NVLink)")
+    gpus.add_argument("--between-gb", type=float, default=20, help="GB/s of a message between nodes")
+    gpus.add_argument("--latency-us", type=float, default=20, help="of a message")
+    gpus.add_argument("--recompute", action="store_true", help="recompute blocks in B")
+    for_all = argparse.ArgumentParser(add_help=False)
+    for_all.add_argument("--json", type=Path, help="write all figures to this file")
+
+    of_paper = programs.add_parser("paper", parents=[gpus, for_all], help="the paper's models, every schedule")
+    of_paper.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    of_paper.add_argument("--samples", type=int, default=4, help="sequences in a micro-batch")
+    of_paper.add_argument("--micro-batches-per-rank", type=int, nargs="+", default=[2, 8], metavar="M/P")
+    of_paper.add_argument("--time-limit", type=float, default=5, help="seconds for each adaptive plan")
+    of_paper.add_argument("--schedules", nargs="+",
+                          default=[*SCHEDULES, "adaptive@0.4", "adaptive@0.6", "adaptive@0.8", "adaptive@1.1"])
+    of_paper.set_defaults(run=paper)
+
+    of_grid = programs.add_parser("grid", parents=[gpus, for_all], help="the best layout of each schedule")
+    of_grid.add_argument("--model", choices=SHAPES, default="98.5B")
+    of_grid.add_argument("--batch", type=int, default=160, help="sequences")
+    of_grid.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4], help="sequences in a micro-batch")
+    of_grid.add_argument("--schedules", nargs="+", default=["1f1b", "interleaved-1f1b", "zb-h1", "v-min", "v-half",
+                                                            "v-zb"])
+    of_grid.set_defaults(run=grid)
+
+    of_host = programs.add_parser("host", parents=[for_all], help="what a plan costs, and Python in a batch")
+    of_host.add_argument("--schedules", nargs="+", default=["1f1b", "v-half"])
+    of_host.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
+    of_host.add_argument("--micro-batches", type=int, nargs="+", default=[64, 256, 1024])
+    of_host.add_argument("--instruction-us", type=lambda text: 1e-6 * float(text), nargs="+",
+                         default=INSTRUCTION_SECONDS, help="CPU microseconds of an instruction")
+    of_host.add_argument("--measure", action="store_true", help="measure that on 2 ranks of this machine instead")
+    of_host.set_defaults(run=host)
+    return result
+
+
+def main() -> None:
+    options = parser().parse_args()
+    written = options.run(options)
+    if options.json:
+        options.json.write_text(json.dumps(written, indent=1))
+
+
+if __name__ == "__main__":
+    main()
