@@ -10,6 +10,7 @@ Everything is in temporary places, and gone at the end.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -60,7 +61,8 @@ def two_hosts(milliseconds: float = 0) -> Iterator[tuple[Host, Host]]:
 
     Whatever still runs there at the end is killed.
     """
-    a, b = (Host(name, address, f"ds-vshape-{os.getpid()}-{name}") for name, address in _ADDRESSES.items())
+    job = secrets.token_hex(4)
+    a, b = (Host(name, address, f"ds-vshape-{job}-{name}") for name, address in _ADDRESSES.items())
     with ExitStack() as stack:
         for host in (a, b):
             stack.enter_context(_namespace(host))

@@ -80,6 +80,36 @@ def test_the_losses_of_two_hosts_are_those_of_one(cluster: Cluster) -> None:
     assert across.losses[0] > across.losses[-1]
 
 
+ECHO = """
+import socket
+listener = socket.create_server(("", 5000))
+print("ready", flush=True)
+connection, _ = listener.accept()
+while data := connection.recv(1):
+    connection.sendall(data)
+"""
+PING = """
+import socket, sys, time
+connection, trips = socket.create_connection((sys.argv[1], 5000)), []
+for _ in range(20):
+    start = time.perf_counter()
+    connection.sendall(b"x")
+    connection.recv(1)
+    trips.append(1000 * (time.perf_counter() - start))
+print(min(trips))
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [0, 5])
+def test_a_wire_takes_the_time_it_is_told(cluster: Cluster, milliseconds: float) -> None:
+    """The table of bench/cluster.py rests on it. The fastest of twenty round trips: nothing else is in the way then."""
+    with two_hosts(milliseconds) as (a, b):
+        with subprocess.Popen(b.command([sys.executable, "-c", ECHO]), stdout=subprocess.PIPE) as echo:
+            assert echo.stdout is not None and echo.stdout.readline() == b"ready\n"
+            trip = subprocess.run(a.command([sys.executable, "-c", PING, b.address]), capture_output=True, check=True)
+        assert 2 * milliseconds <= float(trip.stdout) < 2 * milliseconds + 4
+
+
 def test_a_host_that_lets_nobody_in_is_named(cluster: Cluster) -> None:
     hostfile = cluster.folder / "strangers"
     hostfile.write_text("host-a slots=1\nhost-c slots=1\n")
