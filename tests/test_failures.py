@@ -200,3 +200,41 @@ def test_data_of_a_wrong_form() -> None:
             "Expected input batch_size (6) to match target batch_size (3)"], strict=True):
         assert expected in told and expected in elsewhere
         assert "on pipeline rank 0" in elsewhere
+
+
+class Spoiling(Block):
+    """A block that gives NaN in one forward pass, once armed."""
+
+    forwards_left = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        Spoiling.forwards_left -= 1
+        return super().forward(x) * (float("nan") if Spoiling.forwards_left == 0 else 1.0)
+
+
+def train_spoilt(rank: int, job: Job) -> tuple[list[float], str]:
+    engine = job.engine()
+    losses = [float(engine.train_batch(data(engine, 0)))]
+    Spoiling.forwards_left = 3
+    with pytest.raises(Exception) as error:
+        engine.train_batch(data(engine, 1))
+    losses.append(float(engine.train_batch(data(engine, 1))))
+    return losses, str(error.value)
+
+
+def train_twice(rank: int, job: Job) -> list[float]:
+    engine = job.engine()
+    return [float(engine.train_batch(data(engine, batch))) for batch in range(2)]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "v-half"])
+def test_detect_anomaly_names_stage_and_micro_batch(schedule: str) -> None:
+    chosen = specs(4)
+    chosen[3] = LayerSpec(Spoiling)
+    section = {"name": schedule, "detect_anomaly": True}
+    results = run_ranks(2, train_spoilt, Job(section, 2, 4, layers=tuple(chosen)))
+    plain = run_ranks(2, train_twice, Job(schedule, 2, 4, layers=tuple(chosen)))
+    for (losses, told), expected in zip(results, plain, strict=True):
+        assert losses == expected
+        assert "of stage 1 are NaN or infinite" in told
+    assert any("micro-batch 2" in told for _, told in results)
