@@ -85,6 +85,9 @@ class ScheduleConfig(BaseModel):
     `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,
     without a tensor of its own; sums are then equal to DeepSpeed's to rounding, and without it bit for bit.
 
+    `detect_anomaly` looks for NaN and infinity in every stage's outputs and in the loss, and ends the batch with the
+    stage and the micro-batch where the first came up.
+
     A rank that waits for another one longer than `timeout_seconds` takes it for lost, and ends.
 
     `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
@@ -100,6 +103,7 @@ class ScheduleConfig(BaseModel):
     partition: Partition | None = None
     times: Literal["equal", "profile"] = "equal"
     planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    detect_anomaly: bool = Field(default=False, strict=True)
     timeout_seconds: float = Field(default=TIMEOUT_SECONDS, gt=0, allow_inf_nan=False)
     drift: float = Field(default=0.2, gt=0, allow_inf_nan=False)
 

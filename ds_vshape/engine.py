@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ds_vshape import instructions as instr
+from ds_vshape.anomaly import checked
 from ds_vshape.buffers import Buffers, edges, enter, members
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.failures import Agreement, Failure
@@ -116,6 +117,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._active_stage: int | None = None
         # DeepSpeed's hooks of a forward and a backward start these, but not every backward here ends as they expect.
         self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
+        if self.module.schedule_config.detect_anomaly:
+            self._INSTRUCTION_MAP = checked(self._INSTRUCTION_MAP)
         if self.wall_clock_breakdown():
             self._INSTRUCTION_MAP = timed(self._INSTRUCTION_MAP, self.timers)
         self._log(schedule_line(self.schedule()))
