@@ -36,15 +36,16 @@ def _silent(done: float) -> None:
 
 
 def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float], None] = _silent,
-         cache: Path | None = None) -> Plan:
+         cache: Path | None = None, clock: Callable[[], float] = time.perf_counter) -> Plan:
     """The best schedule of `problem` found in about `time_limit` seconds.
 
     `progress` is called with the share of the time that has passed, up to 1. With `cache`, a directory, a plan made
     before for the same problem and time limit is read from there, and a new one written. However short the time, the
-    plan is no slower than any of the table's V schedules within the limits. Raises LimitError (when `problem` is made)
-    for limits that can't be met.
+    plan is no slower than any of the table's V schedules within the limits. Time is that of `clock`, in seconds; with
+    `time.process_time` it doesn't matter how busy the machine is. With numba, the first plan after an installation
+    spends some of it on compiling. Raises LimitError (when `problem` is made) for limits that can't be met.
     """
-    began = time.perf_counter()
+    began = clock()
     bound = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
                                   problem.limits)
     file = plan_cache.path_of(cache, problem, time_limit, find_spec("numba") is not None) if cache else None
@@ -52,14 +53,14 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     if schedule is not None and within(schedule, problem):
         timeline = simulate(schedule, problem.times)
     else:
-        schedule, timeline = _search(problem, bound, began, time_limit, progress)
+        schedule, timeline = _search(problem, bound, lambda: clock() - began, time_limit, progress)
         if file is not None:
             plan_cache.write(file, schedule)
     progress(1.0)
-    return Plan(schedule, timeline, peaks(schedule, problem.activations), bound, time.perf_counter() - began)
+    return Plan(schedule, timeline, peaks(schedule, problem.activations), bound, clock() - began)
 
 
-def _search(problem: Problem, bound: float, began: float, time_limit: float,
+def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_limit: float,
             progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
     """The best schedule and its timeline."""
     # Brings numba, which takes time to import: not before there is something to plan.
@@ -68,7 +69,7 @@ def _search(problem: Problem, bound: float, began: float, time_limit: float,
     finishing = _finishing_time(problem)
 
     def left() -> float:
-        return 1 - (time.perf_counter() - began + finishing) / time_limit if time_limit > 0 else 0.0
+        return 1 - (elapsed() + finishing) / time_limit if time_limit > 0 else 0.0
 
     search = Search(problem, bound, left)
     search.start()

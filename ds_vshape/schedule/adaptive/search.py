@@ -48,7 +48,7 @@ _CHANCE = 1.03
 # How often a run's Ws are cut once more before a round.
 _FINER = 0.25
 # Passes that annealing looks at between two looks at the clock: some hundredths of a second.
-_PASSES_A_STEP = 3_000_000 if COMPILED else 30_000
+_PASSES_A_STEP = 10_000_000 if COMPILED else 30_000
 
 
 class Search:
@@ -146,6 +146,7 @@ class Search:
         if is_large(self.problem) and not self.done:
             self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
         while not self.done:
+            progress(min(1.0, max(0.0, 1 - self.left())))
             late = self.left() < _RANDOM / 2
             self._try_block(self._descendant(late) if self.adopted or self.left() < _RANDOM else
                             Block.random(self.problem.max_pieces, self.random))
