@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import hjson
 from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
-                      ValidationError, ValidatorFunctionWrapHandler, WrapValidator)
+                      ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
 from pydantic_core import PydanticCustomError
 
 KEY = "pipeline_schedule"
@@ -67,7 +67,36 @@ def _one_problem(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
                                   'the end, or {"costs": [a number, or F, B and W, for each layer]}') from None
 
 
+def _one_trace(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One error for the whole section."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise PydanticCustomError("trace", 'must be {"batches": [first, last], "path": a folder}, where batches '
+                                  "count from 1 and the last may be the first") from None
+
+
 Partition = Annotated[str | tuple[StrictInt, ...] | LayerCosts, WrapValidator(_one_problem)]
+
+
+class TraceConfig(BaseModel):
+    """Which training batches are traced, the first to the last one (DeepSpeed's steps, from 1), and where to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batches: tuple[StrictInt, StrictInt]
+    path: str = Field(default="traces", min_length=1)
+
+    @field_validator("batches")
+    @classmethod
+    def _in_order(cls, batches: tuple[int, int]) -> tuple[int, int]:
+        first, last = batches
+        if not 1 <= first <= last:
+            raise ValueError("out of order")
+        return batches
+
+
+Trace = Annotated[TraceConfig, WrapValidator(_one_trace)]
 
 
 class ScheduleConfig(BaseModel):
@@ -84,6 +113,8 @@ class ScheduleConfig(BaseModel):
 
     `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,
     without a tensor of its own; sums are then equal to DeepSpeed's to rounding, and without it bit for bit.
+
+    `trace` writes timelines of some batches (ds_vshape/trace).
 
     `detect_anomaly` looks for NaN and infinity in every stage's outputs and in the loss, and ends the batch with the
     stage and the micro-batch where the first came up.
@@ -105,6 +136,7 @@ class ScheduleConfig(BaseModel):
     planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     detect_anomaly: bool = Field(default=False, strict=True)
     timeout_seconds: float = Field(default=TIMEOUT_SECONDS, gt=0, allow_inf_nan=False)
+    trace: Trace | None = None
     drift: float = Field(default=0.2, gt=0, allow_inf_nan=False)
 
 

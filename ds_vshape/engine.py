@@ -17,7 +17,7 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,6 +55,8 @@ from ds_vshape.schedule.timeline import Timeline, Times
 from ds_vshape.scheduling import schedules_for
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 from ds_vshape.stand_in import give_gradient
+from ds_vshape.trace import Tracer
+from ds_vshape.tracking import Tracking
 from ds_vshape.wall_clock import timed
 
 # Messages that go on where a batch has failed.
@@ -121,6 +123,12 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             self._INSTRUCTION_MAP = checked(self._INSTRUCTION_MAP)
         if self.wall_clock_breakdown():
             self._INSTRUCTION_MAP = timed(self._INSTRUCTION_MAP, self.timers)
+        # What follows whole batches, where it was asked for; the first is outermost.
+        self._followers: list[Tracer | Tracking] = []
+        if self.module.schedule_config.trace is not None:
+            self._followers.append(Tracer(self, self._observer, self._channels, self.module.schedule_config.trace))
+        if self.monitor.enabled:
+            self._followers.append(Tracking(self, self._observer, self._held))
         self._log(schedule_line(self.schedule()))
 
     def preflight(self) -> None:
@@ -166,7 +174,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def train_batch(self, data_iter: Any = None) -> Any:
         """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
-        with self._flops_profile():
+        with ExitStack() as around, self._flops_profile():
+            for follower in self._followers:
+                around.enter_context(follower.batch())
             loss = super().train_batch(data_iter)
         better = self._schedules.after_batch(*self._observer.last_batch())
         if better is not None:

@@ -41,6 +41,8 @@ class Observer:
         self._meter = ActivationMeter(engine.module)
         # Parameters whose gradients came from W; None once they are reported.
         self._in_split: set[Parameter] | None = set()
+        # Of this rank's trained parameters: how many numbers got their gradients from W, of how many.
+        self.split = (0, 0)
         self.batches = 0
 
     # -- while a batch runs
@@ -94,6 +96,8 @@ class Observer:
     def _report_split(self, schedule: Schedule, split: set[Parameter]) -> None:
         """Say once which parameters have their gradients in B, and how much of the model that is."""
         engine = self._engine
+        trained = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+        self.split = sum(parameter.numel() for parameter in split), trained
         splits = any(work.kind is Kind.W for work in schedule.orders[engine.stage_id])
         if splits and not engine.grid.data_parallel_id:
             logger.info(split_line(engine.stage_id, engine.module, split))

@@ -289,6 +289,10 @@ class Channels:
         assert first is not None
         return first
 
+    def works_into(self, message: Message) -> list[Any]:
+        """What `receive` is going to wait for, once `message` is posted; others may be put in its place."""
+        return self._receiving[message].works
+
     def discard(self, message: Message) -> None:
         """Take `message` in, if that isn't done yet, and forget it."""
         if message in self._receiving:

@@ -1,0 +1,131 @@
+"""What is known of a traced batch: pure data, as text between ranks and in one piece on the first of them.
+
+Times are seconds. A rank's own are on its own clock; `BatchTrace.aligned` brings them all to that of rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.lowering import Message, message_into
+from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Span, Timeline
+
+# What events are, beside those of the end of a batch, which go by their instruction's name.
+PASS, LOAD, WAIT, SEND, RELEASE = "pass", "load", "wait", "send", "release"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a rank did.
+
+    `work` is the pass that ran, that the data were loaded for, or that a message goes into (F takes an activation, B a
+    gradient); None at the end of a batch.
+    """
+
+    what: str
+    work: Pass | None
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class RankTrace:
+    """One rank's batch: its events in order, and when messages arrived, by the pass that they go into."""
+
+    events: tuple[Event, ...]
+    arrivals: Mapping[Pass, float]
+
+    def text(self) -> str:
+        """As JSON, for `parse`."""
+        events = [[event.what, repr(event.work) if event.work else "", event.start, event.end]
+                  for event in self.events]
+        return json.dumps([events, {repr(work): time for work, time in self.arrivals.items()}])
+
+    @classmethod
+    def parse(cls, text: str) -> RankTrace:
+        """What `text` wrote."""
+        events, arrivals = json.loads(text)
+        return cls(tuple(Event(what, Pass.parse(work) if work else None, start, end)
+                         for what, work, start, end in events),
+                   {Pass.parse(work): time for work, time in arrivals.items()})
+
+    def earlier(self, seconds: float) -> RankTrace:
+        """On a clock that is behind by `seconds`."""
+        return RankTrace(tuple(Event(event.what, event.work, event.start - seconds, event.end - seconds)
+                               for event in self.events),
+                         {work: time - seconds for work, time in self.arrivals.items()})
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far a rank's clock is ahead of rank 0's, in seconds, and by how much that may be wrong."""
+
+    offset: float
+    uncertainty: float
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message: the start of its send, its arrival, and when its receiver had it in hand."""
+
+    message: Message
+    sent: Event
+    arrived: float
+    awaited: Event
+
+
+@dataclass(frozen=True)
+class BatchTrace:
+    """One batch of the pipeline, on the clock of rank 0.
+
+    `number` counts from 1, as DeepSpeed's steps. `predicted` starts at 0 and was simulated with `times_of`, in words.
+    `activations` are sizes in `unit`.
+    """
+
+    number: int
+    schedule: Schedule
+    ranks: tuple[RankTrace, ...]
+    clocks: tuple[Clock, ...]
+    predicted: Timeline
+    times_of: str
+    activations: Activations
+    unit: str
+
+    @staticmethod
+    def aligned(ranks: Sequence[RankTrace], clocks: Sequence[Clock]) -> tuple[RankTrace, ...]:
+        """The ranks' traces on the clock of rank 0."""
+        return tuple(rank.earlier(clock.offset) for rank, clock in zip(ranks, clocks, strict=True))
+
+    @cached_property
+    def measured(self) -> Timeline:
+        """The passes as they ran."""
+        return measured(self.ranks)
+
+    @cached_property
+    def start(self) -> float:
+        """When the first rank did its first thing."""
+        return min(event.start for rank in self.ranks for event in rank.events)
+
+    def deliveries(self) -> Iterator[Delivery]:
+        """All messages, by receiver and there in the order in which they were waited for."""
+        placement = self.schedule.placement
+        sends = {event.work: event for rank in self.ranks for event in rank.events if event.what == SEND}
+        for rank in self.ranks:
+            for event in rank.events:
+                if event.what == WAIT and event.work is not None:
+                    message = message_into(event.work, placement)
+                    assert message is not None
+                    # Where nobody looked for the arrival itself, it is known from the wait for it.
+                    yield Delivery(message, sends[event.work], rank.arrivals.get(event.work, event.end), event)
+
+
+def measured(ranks: Sequence[RankTrace]) -> Timeline:
+    """The passes of all ranks."""
+    return Timeline(tuple(tuple(Span(event.work, event.start, event.end) for event in rank.events
+                                if event.what == PASS and event.work is not None) for rank in ranks))
