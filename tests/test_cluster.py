@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +49,7 @@ class Cluster:
                        "PATH": os.pathsep.join([str(self.ssh), f"{sys.prefix}/bin", os.environ["PATH"]]), **variables}
         command = self.hosts[0].command(["bash", str(SCRIPTS / script), *arguments])
         done = subprocess.run(command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=120)
+                              text=True, timeout=240)
         assert done.returncode == 0, done.stdout[-6000:]
         return done.stdout
 
@@ -108,6 +111,27 @@ def test_a_wire_takes_the_time_it_is_told(cluster: Cluster, milliseconds: float)
             assert echo.stdout is not None and echo.stdout.readline() == b"ready\n"
             trip = subprocess.run(a.command([sys.executable, "-c", PING, b.address]), capture_output=True, check=True)
         assert 2 * milliseconds <= float(trip.stdout) < 2 * milliseconds + 4
+
+
+def running_on(host: Host) -> Iterator[str]:
+    """The names of the programs that run there."""
+    for pid in host.processes():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            yield Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def test_nothing_is_left_where_a_job_fails(cluster: Cluster, tmp_path: Path) -> None:
+    left = []
+    with pytest.raises(ZeroDivisionError):
+        with two_hosts(1) as hosts, ssh_between(hosts, tmp_path):
+            left = [subprocess.Popen(host.command(["sleep", "600"])) for host in hosts]
+            names = {host.namespace for host in hosts}
+            while not all({"sshd", "sleep"} <= set(running_on(host)) for host in hosts):
+                time.sleep(0.05)
+            raise ZeroDivisionError
+    assert [process.wait(timeout=10) for process in left] == [-signal.SIGKILL] * 2
+    spaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(name in spaces or Path("/etc/netns", name).exists() for name in names)
 
 
 def test_a_host_that_lets_nobody_in_is_named(cluster: Cluster) -> None:
