@@ -5,9 +5,10 @@ window.addEventListener("error", (event) => { document.documentElement.dataset.e
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const MEANINGS = {F: "forward", B: "input gradient", W: "weight gradients", BW: "both gradients at once"};
-// Pixels: of a rank's boxes and its memory below, and around the lanes.
-const LANE = 26, BETWEEN = 3, CURVE = 24, GAP = 13, LEFT = 92, RIGHT = 112, TOP = 4, AXIS = 26;
-const RANK = LANE + BETWEEN + CURVE + GAP;
+// Pixels around the lanes.
+const LEFT = 92, RIGHT = 112, TOP = 4, AXIS = 26;
+// Of a rank's boxes and of its memory below, as many ranks as there are.
+const FEW = {lane: 26, curve: 24, pitch: 66}, MANY = {lane: 18, curve: 15, pitch: 42}, BETWEEN = 3;
 
 const byId = (id) => document.getElementById(id);
 const state = {batch: null, from: 0, to: 1, width: 0, panels: [], followed: null, scheduled: false};
@@ -59,7 +60,8 @@ class Panel {
     this.timeline = batch[id];
     this.root = byId(id);
     this.root.replaceChildren();
-    this.height = TOP + RANK * batch.chunks.length + AXIS;
+    this.size = batch.chunks.length > 5 ? MANY : FEW;
+    this.height = TOP + this.size.pitch * batch.chunks.length + AXIS;
     this.root.setAttribute("height", this.height);
     this.defs();
     this.lanes = svg("g", {"clip-path": `url(#clip-${id})`}, this.root);
@@ -82,32 +84,44 @@ class Panel {
   }
 
   rank(stages, rank) {
-    const top = TOP + rank * RANK, row = this.timeline.ranks[rank], middle = top + LANE / 2;
+    const {lane, curve, pitch} = this.size, row = this.timeline.ranks[rank];
+    const top = TOP + rank * pitch, below = top + lane + BETWEEN, middle = top + lane / 2;
     svg("text", {class: "rank", x: 0, y: middle + 4}, this.root, `rank ${rank}`);
-    svg("text", {class: "soft", x: 0, y: top + LANE + BETWEEN + 14}, this.root,
+    svg("text", {class: "soft", x: 0, y: below + curve / 2 + 4}, this.root,
         `stage${stages.length > 1 ? "s" : ""} ${stages.join(", ")}`);
-    this.bubble = svg("text", {class: "soft beside", y: middle + 4}, this.root, `bubble ${percent(row.bubble)}`);
-    svg("text", {class: "peak beside", y: top + LANE + BETWEEN + 14}, this.root,
+    svg("text", {class: "soft beside", y: middle + 4}, this.root, `bubble ${percent(row.bubble)}`);
+    svg("text", {class: "peak beside", y: below + curve / 2 + 4}, this.root,
         `peak ${amount(peakOf(row), this.batch.unit)}`);
-    // What no pass covers of this is the bubble.
-    this.box(svg("rect", {class: "lane", y: top, height: LANE}, this.lanes), 0, this.timeline.makespan);
-    for (const pass of row.passes) this.pass(pass, rank, stages, top);
+    let last = 0;
+    for (const pass of row.passes) {
+      this.gap(last, pass[5], top);
+      this.pass(pass, rank, stages, top);
+      last = pass[6];
+    }
+    this.gap(last, this.timeline.makespan, top);
     for (const [what, start, end] of this.timeline.others[rank]) {
-      const rect = svg("rect", {class: "other", y: top, height: LANE}, this.lanes);
+      const rect = svg("rect", {class: "other", y: top, height: this.size.lane}, this.lanes);
       rect.tip = `${what}\n${seconds(end - start)}, from ${seconds(start)}`;
       this.box(rect, start, end);
     }
-    this.memory(row, top + LANE + BETWEEN);
+    this.memory(row, below);
+  }
+
+  gap(start, end, top) {
+    if (end <= start) return;
+    const rect = svg("rect", {class: "gap", y: top, height: this.size.lane}, this.lanes);
+    rect.tip = `bubble\n${seconds(end - start)}, from ${seconds(start)} to ${seconds(end)}`;
+    this.box(rect, start, end);
   }
 
   pass(pass, rank, stages, top) {
     const [kind, stage, microBatch] = pass, [start, end] = pass.slice(5);
     const look = `${kind} c${Math.min(stages.indexOf(stage), 1)}`;
-    const rect = svg("rect", {class: `pass ${look}`, y: top, height: LANE, rx: 1.5, "data-pass": nameOf(pass),
+    const rect = svg("rect", {class: `pass ${look}`, y: top, height: this.size.lane, rx: 1.5, "data-pass": nameOf(pass),
                               "data-rank": rank}, this.lanes);
     Object.assign(rect, {pass, rank, tip: `${nameOf(pass)}  ${MEANINGS[kind]}\n${seconds(end - start)}, from ` +
                                           `${seconds(start)} to ${seconds(end)}`});
-    this.box(rect, start, end, {text: `${microBatch}`, look, y: top + LANE / 2 + 0.5});
+    this.box(rect, start, end, {text: `${microBatch}`, look, y: top + this.size.lane / 2 + 0.5});
   }
 
   box(rect, start, end, label) {
@@ -116,8 +130,9 @@ class Panel {
 
   memory(row, top) {
     const area = svg("path", {class: "area"}, this.lanes), line = svg("path", {class: "curve"}, this.lanes);
-    svg("line", {class: "floor", x1: LEFT, x2: LEFT, y1: top + CURVE, y2: top + CURVE, "data-floor": ""}, this.root);
-    this.curves.push({area, line, row, bottom: top + CURVE});
+    const bottom = top + this.size.curve;
+    svg("line", {class: "floor", x1: LEFT, x2: LEFT, y1: bottom, y2: bottom, "data-floor": ""}, this.root);
+    this.curves.push({area, line, row, bottom});
   }
 
   draw() {
@@ -152,7 +167,7 @@ class Panel {
   }
 
   trace({area, line, row, bottom}, x) {
-    const y = (alive) => (bottom - alive / this.most * (CURVE - 1)).toFixed(2);
+    const y = (alive) => (bottom - alive / this.most * (this.size.curve - 1)).toFixed(2);
     let path = `M${x(0).toFixed(2)},${bottom}`;
     for (const [time, alive] of row.memory) path += `H${x(time).toFixed(2)}V${y(alive)}`;
     path += `H${x(this.timeline.makespan).toFixed(2)}`;
