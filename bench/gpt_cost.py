@@ -13,7 +13,7 @@ kernels do); W is products alone. 34 t h is the sum of "Reducing Activation Reco
 (arXiv 2205.05198, section 4.1) without what fused attention doesn't keep; what W needs are the inputs (14 t h) and
 output gradients (18 t h) of a block's four products. A block that is recomputed leaves its input, 2 t h, and runs F
 again in B. With n tensor parallel ranks (and sequence parallel) all of it is divided by n, and two all-reduces of the
-block's output are added to F and to B.
+block's output are added to F and to B. Nothing overlaps with those, nor with the reduction between data parallel ranks.
 """
 
 from __future__ import annotations
@@ -120,14 +120,22 @@ class Training:
     def state(self, placement: Placement) -> list[float]:
         """Bytes of weights, gradients and optimizer on each rank."""
         each = BYTES_OF_PARAMETER + BYTES_OF_OPTIMIZER / self.data
-        stages = self.stages(placement)
-        return [each / self.tensor * sum(layer.parameters for stage in chunks for layer in stages[stage])
-                for chunks in placement.chunks]
+        return [each * parameters for parameters in self._parameters(placement)]
+
+    def reduction(self, placement: Placement) -> float:
+        """Seconds after the passes in which data parallel ranks add up gradients and hand out the new weights."""
+        share = (self.data - 1) / self.data
+        return share * BYTES_OF_PARAMETER * max(self._parameters(placement)) / self.machine.between[0]
 
     def mfu(self, seconds: float) -> float:
         """The share of the GPUs' FLOPs that the model needs; recomputation counts as none, attention in full."""
         needed = 3 * sum(layer.products + layer.attention for layer in self.layers) * self.micro_batches
         return needed / (seconds * self.ranks * self.tensor * self.machine.flops)
+
+    def _parameters(self, placement: Placement) -> list[float]:
+        stages = self.stages(placement)
+        return [sum(layer.parameters for stage in chunks for layer in stages[stage]) / self.tensor
+                for chunks in placement.chunks]
 
     @property
     def _output(self) -> float:

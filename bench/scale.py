@@ -58,7 +58,7 @@ INSTRUCTION_SECONDS = (25e-6, 100e-6)
 @dataclass(frozen=True)
 class Step:
     """A simulated batch: `memory` is the fullest rank's bytes, `seconds` with hops between nodes, `near_seconds` with
-    hops inside a node, `bubble` and `mfu` go with `seconds`."""
+    hops inside a node, `bubble` (of the passes alone) and `mfu` go with `seconds`; the optimizer's time isn't in it."""
 
     schedule: str
     memory: float
@@ -93,7 +93,9 @@ def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
     near = simulate(schedule, training.times(placement, training.machine.inside))
     memory = max(state + peak for state, peak
                  in zip(training.state(placement), peaks(schedule, training.activations(placement)), strict=True))
-    return Step(name, memory, timeline.makespan, near.makespan, timeline.bubble, training.mfu(timeline.makespan))
+    reduction = training.reduction(placement)
+    seconds = timeline.makespan + reduction
+    return Step(name, memory, seconds, near.makespan + reduction, timeline.bubble, training.mfu(seconds))
 
 
 def layouts(training: Training, batch: int, samples: Sequence[int]) -> Iterator[Training]:

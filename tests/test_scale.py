@@ -69,6 +69,16 @@ def test_memory_is_state_and_activations() -> None:
     assert shared[-1] == (6 + 12 / 4) / 2 * (block.parameters + head.parameters)
 
 
+def test_data_parallel_ranks_reduce_after_the_passes() -> None:
+    """Three quarters of the fullest rank's gradients (fp32) and weights (bf16), at the bandwidth between nodes."""
+    embedding, block = SMALL.layers[:2]
+    fullest = max(embedding.parameters + block.parameters, 2 * block.parameters) / 2
+    shared = replace(SMALL, data=4, tensor=2)
+    alone = step("1f1b", replace(shared, data=1))
+    assert step("1f1b", shared).seconds - alone.seconds == pytest.approx(0.75 * 6 * fullest / 20e9)
+    assert step("1f1b", shared).bubble == alone.bubble
+
+
 def test_layouts_use_all_gpus_and_the_whole_batch() -> None:
     found = list(layouts(SMALL, 64, [1, 4]))
     assert {(each.ranks, each.tensor) for each in found} >= {(16, 1), (8, 2), (4, 4), (2, 8)}
