@@ -1,9 +1,10 @@
 """The planner's inner loops: a list scheduler, and annealing of orders.
 
 Both run many thousands of times in a plan, over arrays of numbers. Where numba is installed (the extra `planner`) they
-are compiled, about a hundred times as fast; the machine code is kept on disk, so that only the first plan on a machine
-waits some seconds for it. Without numba the same functions run as they are. Importing numba takes time as well, so this
-module is imported when planning starts.
+are compiled, about a hundred times as fast; the machine code is kept on disk, so that only the first plan after an
+installation waits some seconds for it. They are all in this file, because numba looks at no other one when it decides
+whether that code is still right. Without numba the same functions run as they are. Importing numba takes time as well,
+so this module is imported when planning starts.
 
 Streams are numbered F, F, B, B, W, W of chunk 0 and 1; the passes of a stream are numbered in micro-batch order, those
 of W by pieces.
