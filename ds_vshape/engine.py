@@ -106,7 +106,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._failure: Failure | None = None
         self._held = Buffers(self.placement, self.stage_id)
         self._observer = Observer(self)
-        self._deliver = delivery_for(self.optimizer)
+        self._deliver = delivery_for(self.optimizer, self.module.schedule_config.gradient_accumulation_fusion)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop,
                                         self._observer.activations, self.device)

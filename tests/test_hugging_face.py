@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ds_vshape
+from ds_vshape.split_backward import WholeGradients
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 # Layers alternate between attention over everything and over the last four tokens.
@@ -143,7 +144,8 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     in_w: set[Any] = set()
     if case.schedule is not None:
         deliver = engine._deliver
-        engine._deliver = lambda parameter, gradient: (in_w.add(parameter), deliver(parameter, gradient))
+        engine._deliver = WholeGradients(lambda parameter, gradient: (in_w.add(parameter),
+                                                                      deliver.add(parameter, gradient)))
     forwards = []
     for layer in engine.module.modules():
         if isinstance(layer, DecoderLayer):
