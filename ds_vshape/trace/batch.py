@@ -13,6 +13,7 @@ from functools import cached_property
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.lowering import Message, message_into
 from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Timeline
 
@@ -113,16 +114,20 @@ class BatchTrace:
         return min(event.start for rank in self.ranks for event in rank.events)
 
     def deliveries(self) -> Iterator[Delivery]:
-        """All messages, by receiver and there in the order in which they were waited for."""
-        placement = self.schedule.placement
-        sends = {event.work: event for rank in self.ranks for event in rank.events if event.what == SEND}
-        for rank in self.ranks:
-            for event in rank.events:
-                if event.what == WAIT and event.work is not None:
-                    message = message_into(event.work, placement)
-                    assert message is not None
-                    # Where nobody looked for the arrival itself, it is known from the wait for it.
-                    yield Delivery(message, sends[event.work], rank.arrivals.get(event.work, event.end), event)
+        """All messages (`deliveries`)."""
+        return deliveries(self.ranks, self.schedule.placement)
+
+
+def deliveries(ranks: Sequence[RankTrace], placement: Placement) -> Iterator[Delivery]:
+    """All messages, by receiver and there in the order in which they were waited for."""
+    sends = {event.work: event for rank in ranks for event in rank.events if event.what == SEND}
+    for rank in ranks:
+        for event in rank.events:
+            if event.what == WAIT and event.work is not None:
+                message = message_into(event.work, placement)
+                assert message is not None
+                # Where nobody looked for the arrival itself, it is known from the wait for it.
+                yield Delivery(message, sends[event.work], rank.arrivals.get(event.work, event.end), event)
 
 
 def measured(ranks: Sequence[RankTrace]) -> Timeline:

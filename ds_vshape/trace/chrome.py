@@ -73,7 +73,7 @@ class _Lanes:
         channel = delivery.message.channel
         ends = self._ends[channel]
         lane = next((lane for lane, end in enumerate(ends) if end <= delivery.sent.start), len(ends))
-        ends[lane:lane + 1] = [max(delivery.arrived, delivery.sent.start)]
+        ends[lane:lane + 1] = [delivery.arrived]
         return channel, lane
 
     def rows(self, order: Sequence[Channel]) -> list[_Lane]:
@@ -132,7 +132,7 @@ class _Writer:
         channel = message.channel
         yield self._slice(_CHANNELS, _thread(lane), f"{channel.content} of {message.stage}.{message.micro_batch}",
                           "message", _MESSAGE_COLOURS[channel.content], sent.start,
-                          max(delivery.arrived, sent.start),
+                          delivery.arrived,
                           {"batch": batch.number, "stage": message.stage, "micro_batch": message.micro_batch,
                            "waited_us": round((awaited.end - awaited.start) * 1e6, 3)})
         self._flows += 1

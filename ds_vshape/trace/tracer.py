@@ -25,9 +25,9 @@ from ds_vshape.p2p import Channels
 from ds_vshape.profiling import mean_times
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.timeline import simulate
-from ds_vshape.trace.batch import BatchTrace, Clock, RankTrace, measured
+from ds_vshape.trace.batch import BatchTrace, Clock, RankTrace, deliveries, measured
 from ds_vshape.trace.chrome import chrome_trace
-from ds_vshape.trace.clocks import clocks
+from ds_vshape.trace.clocks import clocks, refined
 from ds_vshape.trace.gather import gather_texts
 from ds_vshape.trace.page import page
 from ds_vshape.trace.recorder import Recorder
@@ -76,11 +76,13 @@ class Tracer:
     def _put_together(self, number: int, texts: list[str], found: tuple[Clock, ...], activations: Activations,
                       unit: str) -> BatchTrace:
         schedule = self._observer.last_batch()[0]
-        ranks = BatchTrace.aligned([RankTrace.parse(text) for text in texts], found)
+        own = [RankTrace.parse(text) for text in texts]
+        agreed = refined(found, deliveries(own, schedule.placement))
+        ranks = BatchTrace.aligned(own, agreed)
         planned = self._engine.planned_times
         times = planned or mean_times(measured(ranks), schedule.placement.stages)
         times_of = "the times it was planned for" if planned else "this batch's mean times"
-        return BatchTrace(number, schedule, ranks, found, simulate(schedule, times), times_of, activations, unit)
+        return BatchTrace(number, schedule, ranks, agreed, simulate(schedule, times), times_of, activations, unit)
 
     def _write(self) -> None:
         began = time.perf_counter()
