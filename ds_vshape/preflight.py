@@ -61,7 +61,7 @@ class Preflight:
 
     def __init__(self) -> None:
         self._exchange = Exchange()
-        self._hosts: list[str] = []
+        self._hosts = self._exchange.texts(socket.gethostname())
 
     def compare(self, read: Callable[[], Facts]) -> None:
         """Return if all ranks read the same facts.
@@ -69,21 +69,15 @@ class Preflight:
         Raises PreflightError on every rank else, also where `read` raised on some of them. Where it raised the same
         error on all of them, that is what is raised. Jobs without a schedule of ours may differ.
         """
-        facts: Facts
         failure: Exception | None = None
         try:
-            facts = read()
+            text = json.dumps(read(), sort_keys=True, default=_data)
         except Exception as error:
-            facts, failure = {_ERROR: f"{type(error).__name__}: {error}"}, error
-        text = json.dumps(facts, sort_keys=True, default=_data)
-        digests = []
-        for told in self._exchange.texts(f"{_digest(text)} {socket.gethostname()}"):
-            digest, _, host = told.partition(" ")
-            digests.append((digest, host))
-        self._hosts = [host for _, host in digests]
-        if len({digest for digest, _ in digests}) > 1:
+            text, failure = json.dumps({_ERROR: f"{type(error).__name__}: {error}"}), error
+        if len(set(self._exchange.texts(_digest(text)))) > 1:
             every = [json.loads(other) for other in self._exchange.texts(text)]
-            if any(_ERROR in other or other.get(_NAME, "") is not None for other in every):
+            # Only a config has a schedule's name, and None where it asks for none.
+            if any(_ERROR in facts or facts.get(_NAME, "") is not None for facts in every):
                 raise PreflightError(self._difference(every)) from failure
         if failure is not None:
             raise failure
