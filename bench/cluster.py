@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -102,6 +103,8 @@ def main() -> None:
         rank, folder = options.as_rank
         run_rank(Path(folder), int(rank), options)
         return
+    # Whatever ends this takes the hosts away.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if obstacle := missing():
         sys.exit(f"two hosts on this machine: {obstacle}")
     workload = workload_of(options)
