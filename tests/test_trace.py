@@ -164,7 +164,7 @@ def test_rows_hold_what_ranks_did(run: Run, trace: dict[str, Any]) -> None:
         colours = {event["cname"] for events in rows.values() for event in events if event["name"].startswith("F")}
         assert len(colours) == 1
     names = {event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
-    assert {"rank 0: stages 0, 7", "rank 3: stages 3, 4"} <= names
+    assert {"rank 0 (stages 0, 7)", "rank 3 (stages 3, 4)"} <= names
     assert {str(channel) for channel in channels(run.schedule.placement)} <= names
 
 

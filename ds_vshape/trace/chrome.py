@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,15 +23,13 @@ _MESSAGE_COLOURS = {Content.ACTIVATION: "rail_response", Content.GRADIENT: "thre
 _IDLE, _END = "grey", "generic_work"
 
 _Json = dict[str, Any]
-# A channel, and which of its rows.
-_Lane = tuple[Channel, int]
 
 
 def chrome_trace(batches: Sequence[BatchTrace]) -> _Json:
     """The whole trace; times are microseconds from the first event of the first batch."""
     writer = _Writer(min(batch.start for batch in batches))
     placement = batches[0].schedule.placement
-    lanes = _Lanes()
+    lanes = _Lanes(channels(placement))
     events: list[_Json] = []
     for batch in batches:
         for rank, trace in enumerate(batch.ranks):
@@ -40,7 +37,7 @@ def chrome_trace(batches: Sequence[BatchTrace]) -> _Json:
             events += writer.memory(batch, rank)
         for delivery in sorted(batch.deliveries(), key=lambda delivery: delivery.sent.start):
             events += writer.message(batch, lanes.take(delivery), delivery)
-    events += _names(placement.chunks, lanes.rows(channels(placement)))
+    events += _names(placement.chunks, lanes.rows())
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {
         "batches": [_about(batch) for batch in batches],
     }}
@@ -65,44 +62,37 @@ def _about(batch: BatchTrace) -> _Json:
 class _Lanes:
     """Rows of the channels: messages of one row may not overlap, so a channel gets a second one where they do."""
 
-    def __init__(self) -> None:
-        self._ends: dict[Channel, list[float]] = defaultdict(list)
+    def __init__(self, order: Sequence[Channel]) -> None:
+        self._ends: dict[Channel, list[float]] = {channel: [] for channel in order}
 
-    def take(self, delivery: Delivery) -> _Lane:
-        """The first row of the channel that is free; to be called in the order of the sends."""
+    def take(self, delivery: Delivery) -> int:
+        """The number of the channel's first row that is free; to be called in the order of the sends."""
         channel = delivery.message.channel
         ends = self._ends[channel]
         lane = next((lane for lane, end in enumerate(ends) if end <= delivery.sent.start), len(ends))
         ends[lane:lane + 1] = [delivery.arrived]
-        return channel, lane
+        return self._number(channel, lane)
 
-    def rows(self, order: Sequence[Channel]) -> list[_Lane]:
-        """All of them, in the `order` of the channels."""
-        return [(channel, lane) for channel in order for lane in range(max(1, len(self._ends[channel])))]
+    def rows(self) -> dict[int, str]:
+        """The names of all rows, by number."""
+        return {self._number(channel, lane): f"{channel} ({lane + 1})" if lane else str(channel)
+                for channel, ends in self._ends.items() for lane in range(max(1, len(ends)))}
+
+    def _number(self, channel: Channel, lane: int) -> int:
+        return 100 * list(self._ends).index(channel) + lane
 
 
-def _row(lane: _Lane) -> str:
-    channel, number = lane
-    return f"{channel} ({number + 1})" if number else str(channel)
-
-
-def _names(chunks: Sequence[Sequence[int]], lanes: Sequence[_Lane]) -> Iterator[_Json]:
+def _names(chunks: Sequence[Sequence[int]], lanes: dict[int, str]) -> Iterator[_Json]:
     processes = {_RANKS: "pipeline ranks", _CHANNELS: "channels"}
     for process, name in processes.items():
         yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
         yield {"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}}
-    threads = {(_RANKS, rank): f"rank {rank}: stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
+    threads = {(_RANKS, rank): f"rank {rank} (stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))})"
                for rank, stages in enumerate(chunks)}
-    threads |= {(_CHANNELS, _thread(lane)): _row(lane) for lane in lanes}
+    threads |= {(_CHANNELS, number): name for number, name in lanes.items()}
     for place, ((process, thread), name) in enumerate(threads.items()):
         yield {"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": name}}
         yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": place}}
-
-
-def _thread(lane: _Lane) -> int:
-    """A number of its own for every row, whatever other rows there are."""
-    channel, number = lane
-    return ((channel.source * 1000 + channel.target) * 2 + (channel.content is Content.GRADIENT)) * 100 + number
 
 
 class _Writer:
@@ -126,11 +116,11 @@ class _Writer:
             yield {"ph": "C", "name": f"activations of rank {rank}", "pid": _RANKS, "ts": self._at(time),
                    "args": {batch.unit: alive}}
 
-    def message(self, batch: BatchTrace, lane: _Lane, delivery: Delivery) -> Iterator[_Json]:
+    def message(self, batch: BatchTrace, row: int, delivery: Delivery) -> Iterator[_Json]:
         """A message on its channel's row, and the arrow from its send to its receiver's wait."""
         message, sent, awaited = delivery.message, delivery.sent, delivery.awaited
         channel = message.channel
-        yield self._slice(_CHANNELS, _thread(lane), f"{channel.content} of {message.stage}.{message.micro_batch}",
+        yield self._slice(_CHANNELS, row, f"{channel.content} of {message.stage}.{message.micro_batch}",
                           "message", _MESSAGE_COLOURS[channel.content], sent.start,
                           delivery.arrived,
                           {"batch": batch.number, "stage": message.stage, "micro_batch": message.micro_batch,
