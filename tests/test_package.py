@@ -99,7 +99,7 @@ def test_the_schedule_layer_is_pure():
     assert files
     foreign = {(file.name, name.split(".")[0]) for file in files for name in imported_names(file)
                if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith("ds_vshape.schedule")}
-    assert {name for _, name in foreign} <= {"numpy", "ortools"}
+    assert {name for _, name in foreign} <= {"numpy"}
 
 
 def imported_names(file: Path) -> list[str]:
