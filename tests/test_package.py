@@ -94,7 +94,7 @@ def test_the_installed_metadata():
 
 
 def test_the_schedule_layer_is_pure():
-    """ds_vshape/schedule imports the standard library, itself and two libraries of numbers; no torch, no deepspeed."""
+    """ds_vshape/schedule imports the standard library, itself and NumPy; no torch, no deepspeed."""
     files = sorted((ROOT / "ds_vshape" / "schedule").rglob("*.py"))
     assert files
     foreign = {(file.name, name.split(".")[0]) for file in files for name in imported_names(file)
