@@ -28,7 +28,7 @@ BATCHES = 3
 TINY = ["--layers", "8", "--hidden", "32", "--heads", "2", "--length", "32", "--batches", str(BATCHES)]
 OBSTACLE = missing(["ip", "unshare", "pdsh", "ssh", "sshd", "mpirun"])
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

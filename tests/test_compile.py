@@ -18,6 +18,8 @@ from torch._dynamo.utils import counters
 
 from ds_vshape.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 class InPlace(Block):
     """A block that compiles itself."""

@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
 from ds_vshape.stand_in import NAME
 
+pytestmark = pytest.mark.slow
+
 FACTORS: dict[str, list[Any]] = {
     "schedule": [*SCHEDULES, ADAPTIVE],
     "precision": ["fp32", "bf16", "fp16"],

@@ -34,6 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import ds_vshape
 from ds_vshape.split_backward import WholeGradients
 
+pytestmark = pytest.mark.slow
+
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 # Layers alternate between attention over everything and over the last four tokens.
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 4}

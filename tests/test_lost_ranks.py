@@ -14,6 +14,8 @@ from pipelines import Block, Job, data, specs
 from ranks import RanksFailed, run_ranks
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 BATCHES = range(4)
 TIMEOUT = 4
 

@@ -19,6 +19,8 @@ from ds_vshape.memory import RankMemory
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore, WholeGradients
 
+pytestmark = pytest.mark.slow
+
 H, BATCH, SEQUENCE = 64, 3, 40
 BSH = BATCH * SEQUENCE * H * 4
 
