@@ -1,6 +1,7 @@
 """Sizes that this machine can't run: simulated steps of large models, and where our runtime would stop to scale.
 
     python bench/scale.py paper                     # the tables of README.md: the paper's models, every schedule
+    python bench/scale.py paper --models 98.5B --samples 1 --micro-batches-per-rank 2 4    # its largest batch
     python bench/scale.py grid --length 1024 --batch 160        # the best layout of each schedule, as in the paper
     python bench/scale.py host                      # what a plan costs at start, and Python in a batch
     python bench/scale.py host --measure            # with the cost of an instruction measured on 2 ranks here
@@ -114,19 +115,32 @@ def best_layout(name: str, candidates: Sequence[Training], memory: float) -> tup
                key=lambda pair: pair[1].mfu, default=None)
 
 
+def paper_mfu(training: Training, batch: int) -> dict[str, float]:
+    """What the paper measured for this model, length and batch; empty where it doesn't tell."""
+    return PAPER_MFU.get((training.length, batch), {}) if training.shape.name == "98.5B" else {}
+
+
+def compared(theirs: dict[str, float], name: str) -> list[str]:
+    """The paper's cells for schedule `name`: MFU, and over 1F1B."""
+    return [f"{theirs[name]:.2f}", f"{theirs[name] / theirs['1f1b']:.3f}"] if name in theirs else ["-", "-"]
+
+
 def show_steps(training: Training, steps: Sequence[Step], memory: float) -> None:
     """A model's table. What doesn't fit is marked, as in the paper, and simulated all the same."""
     base = next(result for result in steps if result.schedule == "1f1b")
     shape = training.shape
     table = Table(title=f"{shape.name}, p = {training.ranks}, m = {training.micro_batches}, {training.samples} x "
                         f"{training.length} tokens{', recomputed' if training.recompute else ''}: simulated")
-    for column in ("schedule", "GiB", "step s", "bubble", "MFU %", "over 1F1B, hops between nodes", "inside a node"):
+    theirs = paper_mfu(training, training.samples * training.micro_batches)
+    for column in ("schedule", "GiB", "step s", "bubble", "MFU %", "over 1F1B, hops between nodes", "inside a node",
+                   *(["paper's MFU %", "paper's over 1F1B"] if theirs else [])):
         table.add_column(column, justify="left" if column == "schedule" else "right")
     for result in steps:
         table.add_row(result.schedule, f"{result.memory / GIB:.0f}{' OOM' if result.memory > memory else ''}",
                       f"{result.seconds:.2f}", f"{result.bubble:.1%}", f"{100 * result.mfu:.1f}",
-                      f"{base.seconds / result.seconds:.3f}", f"{base.near_seconds / result.near_seconds:.3f}")
-    Console(width=130).print(table)
+                      f"{base.seconds / result.seconds:.3f}", f"{base.near_seconds / result.near_seconds:.3f}",
+                      *(compared(theirs, result.schedule) if theirs else []))
+    Console(width=150).print(table)
 
 
 def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -151,7 +165,7 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every schedule in its best layout, beside the paper's MFU where it tells one."""
     start = Training(SHAPES[options.model], machine_of(options), options.length, 1, 1, 1, recompute=options.recompute)
     candidates = list(layouts(start, options.batch, options.samples))
-    theirs = PAPER_MFU.get((options.length, options.batch), {}) if options.model == "98.5B" else {}
+    theirs = paper_mfu(start, options.batch)
     table = Table(title=f"{options.model}, sequence {options.length}, batch {options.batch}: best of "
                         f"{len(candidates)} layouts within {options.memory:g} GiB")
     for column in ("schedule", "p x tensor x data", "micro-batch", "GiB", "simulated MFU %", "over 1F1B",
@@ -162,14 +176,13 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     base = found.get("1f1b")
     written = []
     for name, best in found.items():
-        mfu = [f"{theirs[name]:.2f}", f"{theirs[name] / theirs['1f1b']:.3f}"] if name in theirs else ["-", "-"]
         if best is None:
-            table.add_row(name, "OOM", "-", "-", "-", "-", *mfu)
+            table.add_row(name, "OOM", "-", "-", "-", "-", *compared(theirs, name))
             continue
         training, result = best
         table.add_row(name, f"{training.ranks} x {training.tensor} x {training.data}", str(training.samples),
                       f"{result.memory / GIB:.0f}", f"{100 * result.mfu:.1f}",
-                      f"{result.mfu / base[1].mfu:.3f}" if base else "-", *mfu)
+                      f"{result.mfu / base[1].mfu:.3f}" if base else "-", *compared(theirs, name))
         written.append({"training": asdict(training), "step": asdict(result)})
     Console(width=130).print(table)
     return written
