@@ -17,7 +17,9 @@ from torch import Tensor
 pytestmark = pytest.mark.slow
 
 BATCHES = range(4)
-TIMEOUT = 4
+# Of a job, and of its processes: no batch takes that long on a busy machine either, and a stopped process is waited for
+# to the end.
+TIMEOUTS = {signal.SIGKILL: (60, 120), signal.SIGSTOP: (12, 60)}
 
 
 class Fatal(Block):
@@ -53,9 +55,10 @@ def logs_of(failure: str) -> Iterator[tuple[int, str]]:
 def test_the_others_end_and_say_why(schedule: str, number: int) -> None:
     layers = specs(8)
     layers[3 if schedule == "1f1b" else 2] = LayerSpec(Fatal)
-    section: Any = {"name": schedule, "timeout_seconds": TIMEOUT}
+    seconds, patience = TIMEOUTS[signal.Signals(number)]
+    section: Any = {"name": schedule, "timeout_seconds": seconds}
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(4, train_until, Job(section, 4, 6, layers=tuple(layers)), number, timeout=30)
+        run_ranks(4, train_until, Job(section, 4, 6, layers=tuple(layers)), number, timeout=patience)
     logs = dict(logs_of(str(failed.value)))
     lost = 1 if schedule == "1f1b" else next(rank for rank, log in logs.items() if "PeerLost" not in log)
     others = [log for rank, log in logs.items() if rank != lost]
