@@ -69,7 +69,10 @@ class InGradAccum:
         if parameter.grad_accum is None:
             parameter.grad_accum = gradient.to(self._dtype)
         else:
-            parameter.grad_accum.add_(gradient.view(parameter.grad_accum.shape))
+            # Where the sums are narrower DeepSpeed rounds each gradient first; else the sum itself widens it.
+            widens = torch.promote_types(gradient.dtype, self._dtype) is self._dtype
+            rounded = gradient if widens else gradient.to(self._dtype)
+            parameter.grad_accum.add_(rounded.view(parameter.grad_accum.shape))
 
     def buffer(self, parameter: Any, /) -> Tensor | None:
         so_far: Tensor | None = parameter.grad_accum

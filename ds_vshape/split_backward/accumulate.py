@@ -7,6 +7,7 @@ single call for its types: 16 bits into 32 on a CPU, say, or on a GPU without tr
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ds_vshape.kernels import product_into_wider_sum
@@ -40,7 +41,8 @@ def add_rows(sums: Tensor | None, indices: Tensor, rows: Tensor, skipped: int) -
     An embedding's gradient is zero in all rows but these, and v is large: as a tensor of its own it costs far more
     time than the sum.
     """
-    if sums is None:
+    if sums is None or torch.promote_types(sums.dtype, rows.dtype) is not sums.dtype:
+        # In a narrower sum the rows of one index would be rounded one by one.
         return False
     indices, rows = indices.reshape(-1), rows.reshape(-1, rows.size(-1)).to(sums.dtype)
     if skipped >= 0:
