@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,10 +161,12 @@ def test_a_rank_knows_its_place(names: dict[str, str]) -> None:
 
 def test_ranks_of_mpirun_meet(cluster: Cluster) -> None:
     """Open MPI itself starts ranks on both hosts; they tell who they are, which takes no torch."""
-    told = ("import os, socket; print('rank', *(os.environ[n] for n in "
-            "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'GLOO_SOCKET_IFNAME')), socket.gethostname())")
+    # In one write each: mpirun passes on what it reads, and would mix the parts of lines.
+    told = ("import os, socket; os.write(1, ' '.join(['rank', *(os.environ[n] for n in "
+            "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'GLOO_SOCKET_IFNAME')), socket.gethostname(), "
+            "'.\\n']).encode())")
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     said = cluster.start("openmpi.sh", (2, 2), "-c", told, **as_root)
-    assert sorted(line for line in said.splitlines() if line.startswith("rank ")) == [
-        f"rank {rank} {rank % 2} 4 host-a eth0 {host.name}"
+    assert sorted(re.findall(r"rank [^.]*? \.", said)) == [
+        f"rank {rank} {rank % 2} 4 host-a eth0 {host.name} ."
         for rank, host in enumerate([cluster.hosts[0]] * 2 + [cluster.hosts[1]] * 2)]
