@@ -38,6 +38,22 @@ class Block(nn.Module):
         return x + self.down(functional.gelu(self.up(self.norm(x))))
 
 
+class FrozenBlock(Block):
+    """A block that isn't trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class FrozenEmbedding(nn.Embedding):
+    """An embedding that isn't trained."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCABULARY, WIDTH)
+        self.requires_grad_(False)
+
+
 class Dropping(Block):
     """A block with dropout."""
 

@@ -10,8 +10,8 @@ import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.utils import set_random_seed
-from pipelines import (BATCHES, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Dropping, Job,
-                       PlainTraining, data, merged, micro_batch, specs, tied_specs, train)
+from pipelines import (BATCHES, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Dropping,
+                       FrozenEmbedding, Job, PlainTraining, data, merged, micro_batch, specs, tied_specs, train)
 from ranks import RanksFailed, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -269,21 +269,13 @@ class Join(nn.Module):
         return x[0] + x[1]
 
 
-class Frozen(nn.Embedding):
-    """An embedding that isn't trained."""
-
-    def __init__(self) -> None:
-        super().__init__(VOCABULARY, WIDTH)
-        self.requires_grad_(False)
-
-
 HEAD = LayerSpec(nn.Linear, WIDTH, VOCABULARY)
 EMBEDDING = LayerSpec(nn.Embedding, VOCABULARY, WIDTH)
 MODULES: dict[str, list[Any]] = {
     "masks and integers": [LayerSpec(WithMask), *(LayerSpec(Masked) for _ in range(4)), LayerSpec(Unmask)],
     "inputs changed in place": [EMBEDDING, *(LayerSpec(InPlace) for _ in range(4)), HEAD],
     "two gradients": [EMBEDDING, *(LayerSpec(Twice) for _ in range(4)), LayerSpec(Join), HEAD],
-    "a frozen first stage": [LayerSpec(Frozen), *(LayerSpec(Block) for _ in range(4)), HEAD],
+    "a frozen first stage": [LayerSpec(FrozenEmbedding), *(LayerSpec(Block) for _ in range(4)), HEAD],
     "functions": [EMBEDDING, torch.tanh, LayerSpec(Block), torch.relu, LayerSpec(Block), HEAD, lambda x: x * 2],
 }
 

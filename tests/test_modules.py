@@ -16,7 +16,8 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Dropping,
-                       Job, Outcome, PlainTraining, cross_entropy, data, merged, specs, train)
+                       FrozenBlock, FrozenEmbedding, Job, Outcome, PlainTraining, cross_entropy, data, merged, specs,
+                       train)
 from ranks import RanksFailed, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -182,18 +183,6 @@ def test_a_parameter_that_is_not_tied_is_named_and_counts_on_each_rank() -> None
 
 
 # -- frozen layers, LoRA
-
-
-class FrozenBlock(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.requires_grad_(False)
-
-
-class FrozenEmbedding(nn.Embedding):
-    def __init__(self) -> None:
-        super().__init__(VOCABULARY, WIDTH)
-        self.requires_grad_(False)
 
 
 class FrozenHead(nn.Linear):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
-from pipelines import VOCABULARY, WIDTH, Block, Job, Outcome, merged, specs, tied_specs, train
+from pipelines import (VOCABULARY, WIDTH, Block, FrozenBlock, FrozenEmbedding, Job, Outcome, merged, specs, tied_specs,
+                       train)
 from ranks import run_ranks
 from torch import nn
 
@@ -48,22 +49,10 @@ def ds_config(precision: str, zero: int, accumulation: str | None, immediate: bo
     return config
 
 
-class Frozen(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.requires_grad_(False)
-
-
-class FrozenEmbedding(nn.Embedding):
-    def __init__(self) -> None:
-        super().__init__(VOCABULARY, WIDTH)
-        self.requires_grad_(False)
-
-
 # The first rank of a linear placement has nothing to train, the second one of a V neither.
-HALF_FROZEN = [LayerSpec(FrozenEmbedding), *[LayerSpec(Frozen)] * 2, *[LayerSpec(Block)] * 2,
+HALF_FROZEN = [LayerSpec(FrozenEmbedding), *[LayerSpec(FrozenBlock)] * 2, *[LayerSpec(Block)] * 2,
                LayerSpec(nn.Linear, WIDTH, VOCABULARY)]
-MIDDLE_FROZEN = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *[LayerSpec(Frozen)] * 2,
+MIDDLE_FROZEN = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *[LayerSpec(FrozenBlock)] * 2,
                  LayerSpec(nn.Linear, WIDTH, VOCABULARY)]
 # Each with a schedule on whose placement it is hard.
 FUSED = {"gradient_accumulation_fusion": True}
