@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ds_vshape.kernels import product_into_wider_sum
-from stopwatch import in_turn, ratio, stopwatch
+from stopwatch import add_device_option, in_turn, ratio, set_up, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Add = Callable[[Tensor, Tensor, Tensor], Any]
@@ -75,12 +75,10 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of gradients and inputs")
     parser.add_argument("--sums", choices=DTYPES, help="the sums' own dtype, if they have one")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device_option(parser)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: there is no GPU here")
-    torch.set_num_threads(1)
+    set_up(options.device)
     dtype, of_sums = DTYPES[options.dtype], DTYPES[options.sums or options.dtype]
     if options.device == "cpu" and dtype != of_sums:
         print("the Triton kernel can't run here: it needs a GPU")

@@ -34,7 +34,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from ds_vshape.gradients import InGrad, InGradAccum
 from ds_vshape.split_backward import Delivery, SplitBackward, WeightGradientStore, WholeGradients
-from stopwatch import Phase, in_turn, ratio, stopwatch
+from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -201,12 +201,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000, help="of an embedding or a head")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--sums", choices=DTYPES, help="the dtype that gradients add up in; the layer's if not given")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device_option(parser)
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: there is no GPU here")
-    torch.set_num_threads(1)
+    set_up(options.device)
     # An embedding has no input gradient, which torch's split needs.
     names = [name for name in CONTENDERS if options.layer != "embedding" or name != "torch's"]
     table = Table(title=f"a {options.layer}, seconds of {'one core' if options.device == 'cpu' else 'the GPU'}; "

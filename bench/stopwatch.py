@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -39,7 +41,20 @@ def by_stream(phases: Sequence[Phase]) -> list[float]:
     return [start.elapsed_time(end) / 1000 for start, end in zip(marks, marks[1:])]
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """--device, for `stopwatch`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def set_up(device: str) -> None:
+    """Ends the program if `device` isn't there; on a CPU one thread is measured."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: there is no GPU here")
+    torch.set_num_threads(1)
+
+
 def stopwatch(device: str) -> Stopwatch:
+    """How seconds are measured on `device`."""
     return by_stream if device == "cuda" else by_core
 
 
