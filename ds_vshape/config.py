@@ -16,7 +16,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, LiteralString
 
 import hjson
 from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
@@ -58,25 +58,22 @@ class LayerCosts(BaseModel):
     costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
 
 
-def _one_problem(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """One error for the whole value, instead of one for each kind that it isn't."""
-    try:
-        return validate(value)
-    except ValidationError:
-        raise PydanticCustomError("partition", "must be a method's name, a list of the first layer of each stage with "
-                                  'the end, or {"costs": [a number, or F, B and W, for each layer]}') from None
+def _one_problem(key: LiteralString, legal: LiteralString) -> WrapValidator:
+    """One error for the whole value of `key`, instead of one for each part or kind that isn't right."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError(key, legal) from None
+
+    return WrapValidator(check)
 
 
-def _one_trace(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """One error for the whole section."""
-    try:
-        return validate(value)
-    except ValidationError:
-        raise PydanticCustomError("trace", 'must be {"batches": [first, last], "path": a folder}, where batches '
-                                  "count from 1 and the last may be the first") from None
-
-
-Partition = Annotated[str | tuple[StrictInt, ...] | LayerCosts, WrapValidator(_one_problem)]
+Partition = Annotated[
+    str | tuple[StrictInt, ...] | LayerCosts,
+    _one_problem("partition", "must be a method's name, a list of the first layer of each stage with the end, or "
+                 '{"costs": [a number, or F, B and W, for each layer]}')]
 
 
 class TraceConfig(BaseModel):
@@ -96,7 +93,10 @@ class TraceConfig(BaseModel):
         return batches
 
 
-Trace = Annotated[TraceConfig, WrapValidator(_one_trace)]
+Trace = Annotated[
+    TraceConfig,
+    _one_problem("trace", 'must be {"batches": [first, last], "path": a folder}, where batches count from 1 and the '
+                 "last may be the first")]
 
 
 class ScheduleConfig(BaseModel):
