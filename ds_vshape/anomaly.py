@@ -6,19 +6,18 @@ Gradients aren't looked at: with fp16 they overflow now and then, and the loss s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ds_vshape import instructions as instr
-
-Execute = Callable[..., None]
+from ds_vshape.instructions import Execute, Instruction
 
 _FORWARDS = (instr.ForwardPass, instr.SplitForwardPass)
 
 
-def checked(instructions: Mapping[type[instr.PipeInstruction], Execute]) -> dict[type[instr.PipeInstruction], Execute]:
+def checked(instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
     """An instruction map (of functions that take the engine first) whose forwards raise FloatingPointError in training
     for outputs, or a loss, that aren't finite."""
     return {kind: _checked(execute) if kind in _FORWARDS else execute for kind, execute in instructions.items()}

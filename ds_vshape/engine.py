@@ -308,11 +308,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """Of an instruction that this rank can't do any more, do what other ranks wait for."""
         buffer_id = instruction.kwargs["buffer_id"]
         if isinstance(instruction, (instr.SendActivation, instr.SendGrad)):
-            kind = Kind.F if isinstance(instruction, instr.SendActivation) else Kind.B
-            self._channels.withdraw(self._message(kind, buffer_id))
+            self._channels.withdraw(self._message(instr.MESSAGE_KINDS[type(instruction)], buffer_id))
         elif isinstance(instruction, (instr.WaitActivation, instr.WaitGrad)):
-            kind = Kind.F if isinstance(instruction, instr.WaitActivation) else Kind.B
-            self._channels.discard(self._message(kind, buffer_id))
+            self._channels.discard(self._message(instr.MESSAGE_KINDS[type(instruction)], buffer_id))
         elif isinstance(instruction, _MESSAGES_IN_PROGRESS):
             self._execute(instruction)
 
@@ -525,7 +523,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _exec_reduce_tied_grads(self) -> None:
         give_gradient(self.module, self._deliver)
-        reduce_tied_gradients(self.module, self.optimizer)
+        reduce_tied_gradients(self.module, self.optimizer, self._deliver)
 
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)

@@ -102,7 +102,7 @@ class InHighPrecisionBuffers:
         return flat.view(parameter.shape)
 
 
-def reduce_tied_gradients(module: Any, optimizer: Any) -> None:
+def reduce_tied_gradients(module: Any, optimizer: Any, delivery: Delivery) -> None:
     """Add up the gradients of tied weights over the pipeline ranks that hold them (collective).
 
     DeepSpeed's own (_exec_reduce_tied_grads in runtime/pipe/engine.py) looks for them in `.grad`, which is empty where
@@ -117,7 +117,7 @@ def reduce_tied_gradients(module: Any, optimizer: Any) -> None:
             continue
         if getattr(weight, place, None) is None:
             # Not used by the layers of this rank, but perhaps by those of another one: all must take part.
-            delivery_for(optimizer).add(weight, torch.zeros_like(weight, requires_grad=False))
+            delivery.add(weight, torch.zeros_like(weight, requires_grad=False))
         dist.all_reduce(getattr(weight, place), group=group)
 
 

@@ -18,6 +18,7 @@ instruction says what it works on and a rank may hold any number of stages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch,
@@ -29,11 +30,16 @@ from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load,
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
-    "AgreeOnBatch", "BackwardPass", "BufferId", "BufferOpInstruction", "ForwardPass", "InputGradPass",
-    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
-    "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "SendActivation", "SendGrad", "SplitForwardPass",
-    "WaitActivation", "WaitGrad", "WeightGradPass", "evaluation_instructions", "pass_of", "training_instructions"
+    "MESSAGE_KINDS", "AgreeOnBatch", "BackwardPass", "BufferId", "BufferOpInstruction", "Execute", "ForwardPass",
+    "InputGradPass", "Instruction", "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation",
+    "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "SendActivation", "SendGrad",
+    "SplitForwardPass", "WaitActivation", "WaitGrad", "WeightGradPass", "evaluation_instructions", "pass_of",
+    "training_instructions"
 ]
+
+# The two sides of an engine's instruction map; what executes one takes the engine first, then its arguments.
+Instruction = type[PipeInstruction]
+Execute = Callable[..., None]
 
 
 class BufferId(NamedTuple):
@@ -122,6 +128,9 @@ _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
 }
 
 
+# Of the instructions on messages: the kind of pass that the message goes into.
+MESSAGE_KINDS = {instruction: Kind.F if content is Content.ACTIVATION else Kind.B
+                 for (_, content), instruction in _MESSAGES.items()}
 _KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()}
 
 

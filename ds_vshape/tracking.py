@@ -17,7 +17,7 @@ activations are measured, has no times.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from deepspeed.utils import logger
 
 from ds_vshape import instructions as instr
 from ds_vshape.buffers import Buffers, members
+from ds_vshape.instructions import Execute, Instruction
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
@@ -37,9 +38,6 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline
 
 _PREFIX = "Train/Pipeline/"
-
-Execute = Callable[..., None]
-Instruction = type[instr.PipeInstruction]
 
 
 class Tracking:

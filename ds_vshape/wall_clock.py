@@ -7,7 +7,7 @@ instructions. What is logged, and when, is DeepSpeed's: `bwd` is B and W, `bwd_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.runtime.pipe.engine import (BATCH_INPUT_TIMER, PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER,
@@ -17,8 +17,7 @@ from deepspeed.utils.timer import (BACKWARD_GLOBAL_TIMER, BACKWARD_INNER_GLOBAL_
                                    FORWARD_GLOBAL_TIMER, FORWARD_MICRO_TIMER)
 
 from ds_vshape import instructions as instr
-
-Execute = Callable[..., None]
+from ds_vshape.instructions import Execute, Instruction
 
 _FORWARD = (FORWARD_MICRO_TIMER, FORWARD_GLOBAL_TIMER)
 _BACKWARD = (BACKWARD_MICRO_TIMER, BACKWARD_GLOBAL_TIMER)
@@ -26,7 +25,7 @@ _INNER = (BACKWARD_INNER_MICRO_TIMER, BACKWARD_INNER_GLOBAL_TIMER)
 _REDUCE = (BACKWARD_REDUCE_MICRO_TIMER, BACKWARD_REDUCE_GLOBAL_TIMER)
 
 # The optimizer step is timed in DeepSpeed's own instruction.
-_TIMERS: Mapping[type[instr.PipeInstruction], tuple[str, ...]] = {
+_TIMERS: Mapping[Instruction, tuple[str, ...]] = {
     instr.LoadMicroBatch: (BATCH_INPUT_TIMER,),
     instr.ForwardPass: _FORWARD,
     instr.SplitForwardPass: _FORWARD,
@@ -46,8 +45,7 @@ _TIMERS: Mapping[type[instr.PipeInstruction], tuple[str, ...]] = {
 }
 
 
-def timed(instructions: Mapping[type[instr.PipeInstruction], Execute],
-          timers: Any) -> dict[type[instr.PipeInstruction], Execute]:
+def timed(instructions: Mapping[Instruction, Execute], timers: Any) -> dict[Instruction, Execute]:
     """An instruction map (of functions that take the engine first) whose functions run DeepSpeed's `timers`."""
     return {kind: _timed(execute, [timers(name) for name in _TIMERS.get(kind, ())])
             for kind, execute in instructions.items()}

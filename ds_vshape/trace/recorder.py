@@ -6,12 +6,13 @@ Its functions stand in the engine's instruction map during a traced batch and at
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
 from ds_vshape import instructions as instr
+from ds_vshape.instructions import Execute, Instruction
 from ds_vshape.p2p import Channels
 from ds_vshape.profiling import DeviceClock, HostClock
 from ds_vshape.schedule.lowering import Content, Message, message_into
@@ -20,8 +21,6 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.trace.arrivals import Arrivals
 from ds_vshape.trace.batch import LOAD, PASS, RELEASE, SEND, WAIT, Event, RankTrace
 
-Execute = Callable[..., None]
-Instruction = type[instr.PipeInstruction]
 
 # What an instruction's event is; messages have two, by the kind of pass that they go into.
 _MESSAGES: Mapping[Instruction, tuple[str, Kind]] = {
