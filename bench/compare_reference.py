@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import Problem, plan
-from ds_vshape.schedule.metrics import chunk_times
+from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
@@ -95,7 +95,7 @@ def compare(cells: list[Mapping[str, Any]]) -> Iterator[Comparison]:
             if theirs in cell["schedules"]:
                 figures = cell["schedules"][theirs]
                 schedule = build(ours, ranks, micro_batches)
-                timeline = simulate(schedule, chunk_times(schedule.placement, *times))
+                timeline = simulate(schedule, ChunkTimes.uniform(*times).on(schedule.placement))
                 yield Comparison(ranks, micro_batches, times, ours,
                                  Figures(timeline.makespan, timeline.longest_span, max(peak_activations(schedule))),
                                  Figures(figures["makespan"], figures["span"], figures["peak"]))

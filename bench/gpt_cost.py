@@ -109,7 +109,8 @@ class Training:
         rows = [[sum(seconds) for seconds in zip(*map(self._times_of, stage))] for stage in self.stages(placement)]
         forward, input_grad, weight_grad = zip(*rows)
         bandwidth, latency = message
-        return Times(forward, input_grad, weight_grad, latency + self._output / self.tensor / bandwidth)
+        hop = latency + self._output / self.tensor / bandwidth
+        return Times(forward, input_grad, weight_grad, (hop,) * (placement.stages - 1))
 
     def activations(self, placement: Placement) -> Activations:
         """Bytes of each stage."""

@@ -108,7 +108,7 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._observer = Observer(self)
         self._deliver = delivery_for(self.optimizer, self.module.schedule_config.gradient_accumulation_fusion)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
-        self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hop,
+        self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
                                         self._observer.activations, self.device)
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
@@ -248,9 +248,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """
         return self._observer.timelines(self.planned_times)
 
-    def _measure_hop(self) -> float:
-        boundaries = (message_into(Pass(Kind.F, stage, 0), self.placement) for stage in range(1, self.placement.stages))
-        return self._channels.measure_hop([message for message in boundaries if message is not None])
+    def _measure_hops(self) -> list[float]:
+        """Seconds of a hop from each stage to the next [boundary] that leaves this rank; 0 for all others."""
+        boundaries = [message_into(Pass(Kind.F, stage, 0), self.placement) for stage in range(1, self.placement.stages)]
+        measured = iter(self._channels.measure_hops([message for message in boundaries if message is not None]))
+        return [0.0 if message is None else next(measured) for message in boundaries]
 
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:
         if micro_batches < 1:

@@ -299,17 +299,17 @@ class Channels:
             with suppress(Withdrawn):
                 self.receive(message)
 
-    def measure_hop(self, messages: Sequence[Message], rounds: int = 5) -> float:
-        """The seconds of this rank's slowest hop: half a round trip of the largest of each pair's messages.
+    def measure_hops(self, messages: Sequence[Message], rounds: int = 5) -> list[float]:
+        """The seconds of a hop of each of `messages` that this rank sends, half a round trip; 0 for all others.
 
         Args:
             messages: one activation for each stage boundary between two ranks, the same list on every rank.
 
         Collective over the pipeline, between batches, once signatures are known.
         """
-        slowest = 0.0
+        hops = [0.0] * len(messages)
         rank = self._global_ranks.index(dist.get_rank())
-        for message in messages:
+        for place, message in enumerate(messages):
             there = message.channel
             back = Channel(there.target, there.source, Content.GRADIENT)
             if rank not in (there.source, there.target):
@@ -328,8 +328,8 @@ class Channels:
                 trips.append(time.perf_counter() - start)
             # The receiver's first trip counts its wait for the sender.
             if rank == there.source:
-                slowest = max(slowest, statistics.median(trips) / 2)
-        return slowest
+                hops[place] = statistics.median(trips) / 2
+        return hops
 
     def _announce(self, transfer: _Transfer, channel: Channel, signature: Signature) -> None:
         numbers = signature.encode()

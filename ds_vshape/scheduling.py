@@ -19,8 +19,9 @@ import enum
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,15 +70,19 @@ class StageSamples:
         return table
 
 
-def agreed_times(samples: StageSamples, hop: float, placement: Placement, device: torch.device) -> Times:
-    """The times that all ranks plan with: the mean over the job's pipelines, and its slowest hop (collective)."""
+def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placement, device: torch.device) -> Times:
+    """The times that all ranks plan with (collective).
+
+    Of each pass the mean over the job's pipelines, of each hop the slowest pipeline's: `hops` are those that this rank
+    measured, 0 for all other boundaries.
+    """
     table = torch.tensor(samples.medians(placement.stages), dtype=torch.float64, device=device)
     dist.all_reduce(table)
-    slowest = torch.tensor([hop], dtype=torch.float64, device=device)
+    slowest = torch.tensor(hops, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     pipelines = dist.get_world_size() // placement.ranks
     forward, input_grad, weight_grad = (table / pipelines).t().tolist()
-    return Times(tuple(forward), tuple(input_grad), tuple(weight_grad), float(slowest))
+    return Times(tuple(forward), tuple(input_grad), tuple(weight_grad), tuple(slowest.tolist()))
 
 
 class Schedules(Protocol):
@@ -94,7 +99,7 @@ class Schedules(Protocol):
         """The times that the present schedule was planned for, if they were measured."""
 
 
-def schedules_for(config: ScheduleConfig, placement: Placement, measure_hop: Callable[[], float],
+def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
                   measured_activations: Callable[[], Activations], device: torch.device) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together."""
     plans = config.name == ADAPTIVE or config.name in TIMED
@@ -105,7 +110,7 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hop: Cal
         if not plans:
             raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; it is for "
                               f"{', '.join([ADAPTIVE, *TIMED])}")
-        return MeasuredSchedules(config, placement, measure_hop, measured_activations, device)
+        return MeasuredSchedules(config, placement, measure_hops, measured_activations, device)
     if config.name == ADAPTIVE:
         return PlannedSchedules(config, placement, device)
     return NamedSchedules(config, placement)
@@ -164,15 +169,15 @@ class MeasuredSchedules:
     Args:
         config: name, memory limit, planning time, drift.
         placement: of the model's stages.
-        measure_hop: measures this rank's slowest hop in seconds (collective over a pipeline).
+        measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
         measured_activations: the sizes of all stages in bytes, known after the warm-up (collective over a pipeline).
         device: where the job's collectives take place.
     """
 
-    def __init__(self, config: ScheduleConfig, placement: Placement, measure_hop: Callable[[], float],
+    def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
                  measured_activations: Callable[[], Activations], device: torch.device) -> None:
         self._config, self._placement, self._device = config, placement, device
-        self._measure_hop, self._measured_activations = measure_hop, measured_activations
+        self._measure_hops, self._measured_activations = measure_hops, measured_activations
         self._planner = Planner(device)
         self._micro_batches = 0
         self._times: Times | None = None
@@ -257,19 +262,19 @@ class MeasuredSchedules:
             return None
         assert self._times is not None
         times = self._agreed_times()
-        moved = max(_moved(times.of_stage(stage), self._times.of_stage(stage)) for stage in range(len(times.forward)))
+        moved = moved_by(times, self._times)
         if moved <= self._config.drift:
             self._enter(_Phase.SETTLED)
             return None
         if dist.get_rank() == 0:
-            logger.info(f"pipeline_schedule {self._config.name}: a stage's time has moved by {moved:.0%} since the "
-                        "plan was made; measuring and planning again")
+            logger.info(f"pipeline_schedule {self._config.name}: times have moved by {moved:.0%} since the plan "
+                        "was made; measuring and planning again")
         # The present schedule may run B and W as one, which can't tell their times.
         self._enter(_Phase.MEASURE)
         return self._safe_schedule()
 
     def _agreed_times(self) -> Times:
-        return agreed_times(self._samples, self._measure_hop(), self._placement, self._device)
+        return agreed_times(self._samples, self._measure_hops(), self._placement, self._device)
 
 
 def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int, times: Times) -> Request:
@@ -311,5 +316,12 @@ def _planned(answer: Mapping[str, Any]) -> Schedule:
         raise PipelineError(f"{KEY}: {error}") from None
 
 
-def _moved(now: float, then: float) -> float:
-    return abs(now - then) / then if then else float(now > 0)
+def moved_by(now: Times, then: Times) -> float:
+    """How far times have moved: the greatest change of a stage or a hop, as a share of that stage's time then.
+
+    Of a hop the stage is the faster of those that it joins, since a short hop may double and matter to nobody.
+    """
+    stages = [then.of_stage(stage) for stage in range(len(then.forward))]
+    changes = [(abs(now.of_stage(stage) - before), before) for stage, before in enumerate(stages)]
+    changes += [(abs(hop - before), min(joined)) for hop, before, joined in zip(now.hops, then.hops, pairwise(stages))]
+    return max(change / whole if whole else float(change > 0) for change, whole in changes)

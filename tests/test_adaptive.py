@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def problems(draw: st.DrawFn) -> Problem:
     if draw(st.booleans()):
         kept = tuple(min(size, left) for size, left in zip(whole, kept))
     limits = tuple((whole[rank] + whole[2 * ranks - 1 - rank]) * draw(st.floats(1, 3)) for rank in range(ranks))
-    return Problem(ranks, micro_batches, Times(each(0.5, 4), each(0.5, 4), each(0, 4), draw(st.floats(0, 2))),
+    return Problem(ranks, micro_batches, Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:]),
                    Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
 
 
@@ -79,7 +80,8 @@ def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float
                         inputs.append(giver[work.stage + 1, work.micro_batch])
                 if work.kind is Kind.W:
                     inputs.append(giver[work.stage, work.micro_batch])
-                needs += [(need, times.hop * (rank_of[need] != rank_of[work])) for need in inputs]
+                needs += [(need, times.hops[min(need.stage, work.stage)] if rank_of[need] != rank_of[work] else 0.0)
+                          for need in inputs]
                 earliest = max((start[need] + times.of(need) + delay for need, delay in needs), default=0.0)
                 if earliest > start[work] + 1e-12:
                     start[work], moved = earliest, True
@@ -166,6 +168,8 @@ def test_limits_that_cannot_be_met_say_what_is_least() -> None:
     ({"ranks": 0}, "at least 1"), ({"micro_batches": 0}, "at least 1"), ({"limits": (8.0,)}, "limit for each"),
     ({"times": Times.uniform(3)}, "times.forward must be 4"),
     ({"times": Times.uniform(4, forward=float("nan"))}, "finite"),
+    ({"times": replace(Times.uniform(4), hops=(1.0,) * 4)}, "times.hops must be 3"),
+    ({"times": Times.uniform(4, hop=-1)}, "times.hops must be 3 finite numbers of 0 or more"),
     ({"activations": Activations((1.0,) * 4, (1.0,) * 3)}, "activations.kept must be 4")])
 def test_bad_problems_are_refused(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"ranks": 2, "micro_batches": 4, "times": Times.uniform(4),

@@ -32,7 +32,9 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("problem, limit", [
     (replace(PROBLEM, limits=(4.0, 4.0, 5.0)), LIMIT), (replace(PROBLEM, micro_batches=7), LIMIT),
-    (replace(PROBLEM, times=Times.uniform(6, 10, 12, 8, 2)), LIMIT), (replace(PROBLEM, max_pieces=1), LIMIT),
+    (replace(PROBLEM, times=Times.uniform(6, 10, 12, 8, 2)), LIMIT),
+    (replace(PROBLEM, times=replace(PROBLEM.times, hops=(1, 1, 1, 1, 2))), LIMIT),
+    (replace(PROBLEM, max_pieces=1), LIMIT),
     (PROBLEM, 0.2)])
 def test_anything_else_is_planned_anew(tmp_path: Path, problem: Problem, limit: float) -> None:
     plan(PROBLEM, LIMIT, cache=tmp_path)

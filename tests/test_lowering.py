@@ -34,7 +34,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
 def times_for(draw: st.DrawFn, schedule: Schedule) -> Times:
     stages = schedule.placement.stages
     seconds = st.lists(SECONDS, min_size=stages, max_size=stages).map(tuple)
-    return Times(draw(seconds), draw(seconds), draw(seconds), draw(SECONDS))
+    hops = st.lists(SECONDS, min_size=stages - 1, max_size=stages - 1).map(tuple)
+    return Times(draw(seconds), draw(seconds), draw(seconds), draw(hops))
 
 
 @st.composite

@@ -116,6 +116,25 @@ def test_a_level_of_memory_by_name_is_planned_for_unequal_times(name: str, tmp_p
     assert origin in capsys.readouterr().out
 
 
+def test_times_of_each_chunk_and_link(tmp_path: Path) -> None:
+    """The embedding before the first chunk, the head behind the last, and a slow link between ranks 1 and 2."""
+    times = "14:10:10:10:10:16,20,10,1:7"
+    planned = plan(tmp_path, *options(ADAPTIVE, 3, 5), "--times", times, "--memory-limit", "0.7", "--time-limit", "0.3")
+    placement = Placement("read", tuple(map(tuple, planned["placement"])))
+    schedule = Schedule("read", placement, 5, tuple(tuple(map(pass_from_json, order)) for order in planned["orders"]))
+    assert placement.chunks == ((0, 5), (1, 4), (2, 3))
+    known = Times((14, 10, 10, 10, 10, 16), (20,) * 6, (10,) * 6, (1, 7, 0, 7, 1))
+    assert planned["metrics"]["makespan"] == simulate(schedule, known).makespan
+    # One stage of 1F1B is two chunks.
+    halves = Times((24, 20, 26), (40,) * 3, (20,) * 3, (1, 7))
+    assert plan(tmp_path, *options("1f1b", 3, 5), "--times", times)["metrics"]["makespan"] == simulate(
+        build("1f1b", 3, 5), halves).makespan
+    # Back from the last rank to the first as slow as the slowest link.
+    around = Times(known.forward, known.input_grad, known.weight_grad, (1, 7, 7, 1, 7))
+    assert plan(tmp_path, *options("interleaved-1f1b", 3, 5), "--times", times)["metrics"]["makespan"] == simulate(
+        build("interleaved-1f1b", 3, 5), around).makespan
+
+
 def test_v_min_gains_from_knowing_the_times(tmp_path: Path) -> None:
     """Its order for equal times waits in every interval otherwise."""
     times = "10,20,10,1"
@@ -291,6 +310,9 @@ def test_a_limit_that_is_exceeded_names_value_peak_and_what_fits(capsys: pytest.
     ([*options(), "--memory-limit", "nan"], "is no number"),
     ([*options(), "--times", "1,1,1"], "must be F,B,W,HOP"),
     ([*options(), "--times", "1,0,1,0"], "must be F,B,W,HOP"),
+    ([*options(), "--times", "1:1:0,1,1,0"], "must be F,B,W,HOP"),
+    ([*options(), "--times", "1:1,1,1,0"], "2 times of F: on 4 ranks there must be one"),
+    ([*options(), "--times", "1,1,1,1:1:1:1"], "4 times of a hop: on 4 ranks there must be one"),
     ([*options(), "--times", "1,1,1,-1"], "must be F,B,W,HOP"),
     (options("v-hlf"), "did you mean 'v-half'"),
     (options(stages=0), "--stages: '0' must be a whole number"),

@@ -100,6 +100,15 @@ def reference(tmp_path: Path, content: Any) -> list[str]:
     return ["--reference", str(file)]
 
 
+def test_bubbles_with_times_of_each_chunk(tmp_path: Path) -> None:
+    """1 - work / (ranks x makespan), whatever rank the work is on."""
+    found = curve(tmp_path, "--stages", "2", "--micro-batches", "4", "--times", "3:1:1:1,2,1:1:1:3,0.5", "--limits",
+                  "4u")
+    assert found["times"] == {"forward": [3, 1, 1, 1], "input_grad": 2, "weight_grad": [1, 1, 1, 3], "hop": 0.5}
+    for point in [*found["named"], *found["adaptive"]]:
+        assert point["bubble"] == pytest.approx(1 - 4 * 20 / (2 * point["makespan"]))
+
+
 CELL = {"stages": 4, "micro_batches": 8, "forward": 10, "input_grad": 12, "weight_grad": 8, "hop": 1,
         "schedules": {"v-half": {"makespan": 600.0, "span": 600.0, "peak": 6}}}
 

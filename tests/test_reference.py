@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ds_vshape.schedule.metrics import chunk_times
+from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.timeline import peak_activations, simulate
 
@@ -25,7 +25,8 @@ def test_no_slower_and_no_larger(cell: Mapping[str, Any]) -> None:
     for theirs, ours in (("v-min", "v-min"), ("v-half", "v-half"), ("zb-v", "v-zb"), ("1f1b", "1f1b")):
         reference = cell["schedules"][theirs]
         schedule = build(ours, cell["stages"], cell["micro_batches"])
-        times = chunk_times(schedule.placement, *(cell[key] for key in ("forward", "input_grad", "weight_grad", "hop")))
+        times = ChunkTimes.uniform(*(cell[key] for key in ("forward", "input_grad", "weight_grad", "hop"))).on(
+            schedule.placement)
         timeline = simulate(schedule, times)
         assert timeline.makespan <= reference["makespan"], ours
         assert timeline.longest_span <= reference["span"], ours

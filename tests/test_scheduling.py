@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def test_times_are_measured_and_used() -> None:
     # A sleep never ends early, and rarely much late.
     for of_kind, milliseconds in ((times.forward, 6), (times.input_grad, 12), (times.weight_grad, 3)):
         assert all(0.001 * milliseconds <= seconds < 0.001 * milliseconds + 0.008 for seconds in of_kind)
-    assert 0 < times.hop < 0.01
+    # Both boundaries between the ranks; none at the turn.
+    assert times.hops[1] == 0 and all(0 < times.hops[boundary] < 0.01 for boundary in (0, 2))
     assert not any(work.kind is Kind.BW for _, work in first["first"].passes()), "B and W must be timed apart"
     schedule = first["schedule"]
     limit = 0.75 * peak_of_1f1b(2, 6)
@@ -131,6 +133,17 @@ def test_times_are_measured_and_used() -> None:
     assert first["measured"].makespan >= 0.95 * first["predicted"].makespan
     planned, compared = first["lines"]
     assert "planned in" in planned and "predicted" in compared and "measured" in compared
+
+
+def test_times_move_by_shares_of_a_stage() -> None:
+    before = Times((2, 2, 4, 4), (3, 3, 6, 6), (5, 5, 10, 10), (1, 0, 1))
+    assert scheduling.moved_by(before, before) == 0
+    assert scheduling.moved_by(replace(before, forward=(2, 3, 4, 4)), before) == pytest.approx(0.1)
+    assert scheduling.moved_by(replace(before, weight_grad=(5, 5, 10, 5)), before) == pytest.approx(0.25)
+    # A hop that doubles has moved by a tenth of the faster stage beside it.
+    assert scheduling.moved_by(replace(before, hops=(2, 0, 1)), before) == pytest.approx(0.1)
+    assert scheduling.moved_by(replace(before, hops=(1, 0, 9)), before) == pytest.approx(0.4)
+    assert scheduling.moved_by(Times.uniform(4), Times.uniform(4, 0, 0, 0)) == 1
 
 
 def drift(rank: int) -> tuple[Times, Times]:

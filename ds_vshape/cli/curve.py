@@ -22,7 +22,8 @@ from ds_vshape.cli.request import Limit, Request
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
-from ds_vshape.schedule.metrics import chunk_times, measure
+from ds_vshape.schedule.chunk_times import ChunkTimes
+from ds_vshape.schedule.metrics import measure
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
 from ds_vshape.schedule.placement import v
 
@@ -49,7 +50,7 @@ class Curve:
 
     stages: int
     micro_batches: int
-    times: tuple[float, float, float, float]
+    times: ChunkTimes
     named: tuple[Point, ...]
     adaptive: tuple[Point, ...]
     bound: tuple[Point, ...]
@@ -57,8 +58,9 @@ class Curve:
     too_small: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        return {**asdict(self), "times": dict(zip(("forward", "input_grad", "weight_grad", "hop"), self.times))}
+        """All of it as plain values; times that are all alike as one number."""
+        times = {name: values[0] if len(values) == 1 else values for name, values in vars(self.times).items()}
+        return {**asdict(self), "times": times}
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ class _Scale:
 
     ranks: int
     micro_batches: int
-    times: tuple[float, float, float, float]
+    times: ChunkTimes
 
     @property
     def work(self) -> float:
-        """Of each rank: two chunks for each micro-batch."""
-        return 2 * self.micro_batches * sum(self.times[:3])
+        """Of a rank in the mean: two chunks for each micro-batch."""
+        return self.micro_batches * self.times.work(self.ranks) / self.ranks
 
     def point(self, name: str, memory: float, makespan: float) -> Point:
         """A point by its peak or limit in chunk activations, and its makespan."""
@@ -90,7 +92,7 @@ def trace(request: Request, limits: Sequence[Limit] | None, reference: Path | No
     scale = _Scale(request.stages, request.micro_batches, request.times)
     others = tuple(_reference_points(reference, scale)) if reference is not None else ()
     counts = _counts(request, limits)
-    times = chunk_times(v(request.stages), *request.times)
+    times = request.times.on(v(request.stages))
     adaptive: list[Point] = []
     bound: list[Point] = []
     too_small: list[float] = []
@@ -129,7 +131,7 @@ def _counts(request: Request, limits: Sequence[Limit] | None) -> list[float]:
 def _named_points(scale: _Scale) -> Iterable[Point]:
     for name in SCHEDULES:
         schedule = build(name, scale.ranks, scale.micro_batches)
-        metrics = measure(schedule, chunk_times(schedule.placement, *scale.times))
+        metrics = measure(schedule, scale.times.on(schedule.placement))
         yield scale.point(name, max(metrics.peak_activations), metrics.makespan)
 
 
@@ -155,17 +157,16 @@ def _ratio(cell: Mapping[str, Any], scale: _Scale) -> float | None:
     """Our unit of time over that of `cell`, or None if it is of another batch."""
     if (cell["stages"], cell["micro_batches"]) != (scale.ranks, scale.micro_batches):
         return None
-    theirs = [cell[key] for key in ("forward", "input_grad", "weight_grad", "hop")]
-    ratio: float = scale.times[0] / theirs[0]
-    alike = all(abs(ratio * their - our) <= 1e-9 * scale.times[0] for their, our in zip(theirs, scale.times))
+    ratio: float = scale.times.forward[0] / cell["forward"]
+    alike = all(abs(ratio * cell[key] - our) <= 1e-9 * scale.times.forward[0]
+                for key, ours in vars(scale.times).items() for our in ours)
     return ratio if alike else None
 
 
 def table(curve: Curve) -> Table:
     """Every point, by memory."""
-    forward, input_grad, weight_grad, hop = curve.times
     shown = Table(title=f"bubble against memory: {curve.stages} ranks, {curve.micro_batches} micro-batches, "
-                        f"F {forward:g}, B {input_grad:g}, W {weight_grad:g}, hop {hop:g}", title_justify="left",
+                        f"{curve.times}", title_justify="left",
                   caption_justify="left", caption="memory: peak or limit, in chunk activations")
     for column in ("memory", "of 1F1B's peak", "makespan", "bubble"):
         shown.add_column(column, justify="right")

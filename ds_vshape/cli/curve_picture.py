@@ -95,9 +95,8 @@ class _Drawer:
         counts.set_xlabel("chunk activations", fontsize=8.5)
         counts.tick_params(labelsize=8)
         counts.xaxis.set_major_locator(MaxNLocator(integer=True))
-        forward, input_grad, weight_grad, hop = curve.times
-        axes.figure.text(0.075, 0.955, f"{curve.stages} ranks, {curve.micro_batches} micro-batches, F {forward:g}, "
-                         f"B {input_grad:g}, W {weight_grad:g}, hop {hop:g}", fontsize=11, fontweight="bold")
+        axes.figure.text(0.075, 0.955, f"{curve.stages} ranks, {curve.micro_batches} micro-batches, "
+                         f"{curve.times}", fontsize=11, fontweight="bold")
         if beyond:
             names = ",  ".join(f"{point.name} {point.bubble:.1%} at {point.fraction:.3g}" for point in beyond)
             axes.figure.text(0.075, 0.02, f"beyond the right edge:  {names}", fontsize=7.5, color="#555555")

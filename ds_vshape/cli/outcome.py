@@ -10,7 +10,8 @@ from ds_vshape.cli.request import Limit, Request
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.choose import Choice, schedule_for
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
-from ds_vshape.schedule.metrics import Metrics, chunk_times, measure
+from ds_vshape.schedule.chunk_times import ChunkTimes
+from ds_vshape.schedule.metrics import Metrics, measure
 from ds_vshape.schedule.named import ADAPTIVE, placement_of
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.serial import pass_to_json
@@ -28,9 +29,9 @@ class Outcome:
     origin: str
 
     @classmethod
-    def of(cls, choice: Choice, times: tuple[float, float, float, float]) -> Outcome:
+    def of(cls, choice: Choice, times: ChunkTimes) -> Outcome:
         """The outcome of a choice made for `times`."""
-        metrics = measure(choice.schedule, chunk_times(choice.schedule.placement, *times), choice.timeline)
+        metrics = measure(choice.schedule, times.on(choice.schedule.placement), choice.timeline)
         return cls(choice.schedule, choice.timeline, metrics, choice.planning_s, choice.origin)
 
     @property
@@ -76,7 +77,7 @@ def plan_one(name: str, request: Request, limit: Limit | None, progress: Callabl
     if name == ADAPTIVE:
         count = peak_of_1f1b(ranks, micro_batches) if limit is None else limit.count(ranks, micro_batches)
         limits = (float(count),) * ranks
-    choice = schedule_for(name, ranks, micro_batches, chunk_times(placement, *request.times),
+    choice = schedule_for(name, ranks, micro_batches, request.times.on(placement),
                           Activations.counted(placement), limits, time_limit=request.time_limit, progress=progress,
                           cache=request.cache)
     return Outcome.of(choice, request.times)

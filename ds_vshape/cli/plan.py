@@ -78,8 +78,7 @@ def _draw(outcomes: Sequence[Outcome], request: Request, files: Mapping[str, Pat
     limit = None if request.memory_limit is None else request.memory_limit.count(request.stages, request.micro_batches)
     panels = [pictures.Panel(outcome.title, outcome.figures, outcome.schedule.placement, outcome.timeline,
                              Activations.counted(outcome.schedule.placement), limit, full) for outcome in outcomes]
-    forward, input_grad, weight_grad, hop = request.times
-    label = f"time (F {forward:g}, B {input_grad:g}, W {weight_grad:g} of one of 2p chunks; hop {hop:g})"
+    label = f"time ({request.times}; of one of 2p chunks)"
     for kind, file in files.items():
         with _writing(f"--{kind}", file):
             pictures.save(panels, file, kind, label)

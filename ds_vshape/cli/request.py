@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_vshape.config import load_ds_config, read_section
+from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, placement_of
 from ds_vshape.schedule.schedule import Schedule
@@ -52,13 +53,13 @@ class Limit:
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan: schedules by name, or none for the curve; `times` are F, B, W of one of 2p chunks, and a hop."""
+    """What to plan: schedules by name, or none for the curve; `times` as the user knows them."""
 
     schedules: tuple[str, ...]
     stages: int
     micro_batches: int
     memory_limit: Limit | None
-    times: tuple[float, float, float, float]
+    times: ChunkTimes
     time_limit: float
     cache: Path | None
 
@@ -90,6 +91,10 @@ class Request:
             raise ValueError(f"{source} {', '.join(missing)}")
         for name in names:
             placement_of(name, given["stages"])
+        try:
+            arguments.times.check(given["stages"])
+        except ValueError as error:
+            raise ValueError(f"--times: {error}") from None
         return cls(names, **given, times=arguments.times, time_limit=arguments.time_limit,
                    cache=None if arguments.no_cache else cache_folder())
 
@@ -102,8 +107,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", metavar="NAME", help=", ".join((*SCHEDULES, ADAPTIVE)))
     parser.add_argument("--stages", type=_count, metavar="P", help="pipeline ranks")
     parser.add_argument("--micro-batches", type=_count, metavar="M", help="micro-batches of a batch, for each replica")
-    parser.add_argument("--times", type=_times, default=(1.0, 1.0, 1.0, 0.0), metavar="F,B,W,HOP",
-                        help="times of one of 2P chunks of the model, and of a hop between ranks (default: 1,1,1,0)")
+    parser.add_argument("--times", type=_times, default=ChunkTimes(), metavar="F,B,W,HOP",
+                        help="times of one of 2P chunks of the model, and of a hop between ranks (default: 1,1,1,0); "
+                             "where they differ, those of all 2P chunks and of all P-1 links with colons between: "
+                             "12:10:10:14,20,10,0.5 for P = 2")
     parser.add_argument("--memory-limit", type=Limit.parse, metavar="X",
                         help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
                              "activations (6u); adaptive plans for it, other schedules are held against it")
@@ -209,11 +216,12 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _times(text: str) -> tuple[float, float, float, float]:
-    values = [_number(part) for part in text.split(",")]
-    if len(values) != 4 or min(values[:3]) <= 0 or values[3] < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be F,B,W,HOP: three times above 0 and one of at least 0")
-    return values[0], values[1], values[2], values[3]
+def _times(text: str) -> ChunkTimes:
+    values = [tuple(_number(one) for one in part.split(":")) for part in text.split(",")]
+    if len(values) != 4 or min(map(min, values[:3])) <= 0 or min(values[3]) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be F,B,W,HOP: three times above 0 and one of at least 0, each "
+                                         "for all chunks or links, or one for each with colons between")
+    return ChunkTimes(*values)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -74,18 +74,17 @@ class _Ways:
     @classmethod
     def of(cls, placement: Placement, times: Times) -> _Ways:
         stages = range(placement.stages)
-        # hops[s]: from stage s to stage s + 1, either way.
-        hops = [times.hop * (placement.rank_of(stage) != placement.rank_of(stage + 1)) for stage in stages[:-1]]
+        delays = times.delays(placement)
         to_forward, after_input_grad = [0.0], [times.input_grad[0] + times.weight_grad[0]]
         for stage in stages[1:]:
-            to_forward.append(to_forward[-1] + times.forward[stage - 1] + hops[stage - 1])
+            to_forward.append(to_forward[-1] + times.forward[stage - 1] + delays[stage - 1])
             after_input_grad.append(times.input_grad[stage]
-                                    + max(times.weight_grad[stage], hops[stage - 1] + after_input_grad[-1]))
+                                    + max(times.weight_grad[stage], delays[stage - 1] + after_input_grad[-1]))
         to_input_grad = [to_forward[-1] + times.forward[-1]]
         after_forward = [times.forward[-1] + after_input_grad[-1]]
         for stage in reversed(stages[:-1]):
-            to_input_grad.append(to_input_grad[-1] + times.input_grad[stage + 1] + hops[stage])
-            after_forward.append(times.forward[stage] + hops[stage] + after_forward[-1])
+            to_input_grad.append(to_input_grad[-1] + times.input_grad[stage + 1] + delays[stage])
+            after_forward.append(times.forward[stage] + delays[stage] + after_forward[-1])
         return cls(to_forward, to_input_grad[::-1], after_forward[::-1], after_input_grad)
 
 

@@ -98,4 +98,4 @@ def _chosen(found: Plan, name: str) -> Choice:
 
 def _alike(times: Times) -> bool:
     """Whether every pass takes the same and hops take nothing, as the named orders suppose."""
-    return times.hop == 0 and len({*times.forward, *times.input_grad, *times.weight_grad}) == 1
+    return not any(times.hops) and len({*times.forward, *times.input_grad, *times.weight_grad}) == 1

@@ -22,7 +22,7 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
     """
     timeline = simulate(schedule, times)
     users = _starts_of_backwards(timeline)
-    placement = schedule.placement
+    delays = times.delays(schedule.placement)
 
     def waits_not(b: Span, w: Span) -> bool:
         stage, micro_batch = b.work.stage, b.work.micro_batch
@@ -30,8 +30,7 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
             return False
         if stage == 0:
             return True
-        hop = times.hop if placement.rank_of(stage) != placement.rank_of(stage - 1) else 0.0
-        return w.end + hop + slack <= users[stage - 1, micro_batch]
+        return w.end + delays[stage - 1] + slack <= users[stage - 1, micro_batch]
 
     def fused(spans: tuple[Span, ...]) -> Order:
         order: list[Pass] = []

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
-from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
 
@@ -35,9 +34,3 @@ def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None) 
         peak_activations=peaks,
         peak_fraction_of_1f1b=max(peaks) / peak_of_1f1b(placement.ranks, micro_batches),
         lower_bound=lower_bound(placement, micro_batches, times, max(peaks)))
-
-
-def chunk_times(placement: Placement, forward: float, input_grad: float, weight_grad: float, hop: float) -> Times:
-    """Times on `placement` from those of one of 2p chunks of the model: with p stages each takes twice as long."""
-    share = 2 * placement.ranks / placement.stages
-    return Times.uniform(placement.stages, share * forward, share * input_grad, share * weight_grad, hop)

@@ -1,6 +1,6 @@
 """The simulator: when each pass of a schedule starts and ends, given its times.
 
-A rank runs its passes in order, each as soon as its input is there. What crosses ranks arrives `hop` later; what
+A rank runs its passes in order, each as soon as its input is there. What crosses ranks arrives a hop later; what
 stays on a rank arrives at once.
 """
 
@@ -9,25 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.schedule import Schedule, ScheduleError, dependencies, whole_backwards
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule, ScheduleError
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds (or any one unit) of F, B and W for each stage, and of a hop between two ranks."""
+    """Seconds (or any one unit) of F, B and W for each stage, and of a hop for each boundary between stages.
+
+    `hops[s]` is the time from stage s to stage s + 1, and as much back; it counts only if they are on different ranks.
+    Without any, hops take no time.
+    """
 
     forward: tuple[float, ...]
     input_grad: tuple[float, ...]
     weight_grad: tuple[float, ...]
-    hop: float = 0.0
+    hops: tuple[float, ...] = ()
 
     @classmethod
     def uniform(cls, stages: int, forward: float = 1, input_grad: float = 1, weight_grad: float = 1,
                 hop: float = 0) -> Times:
-        """The same times for each of `stages` stages."""
-        return cls((forward,) * stages, (input_grad,) * stages, (weight_grad,) * stages, hop)
+        """The same times for each of `stages` stages, and the same hop at each boundary."""
+        return cls((forward,) * stages, (input_grad,) * stages, (weight_grad,) * stages, (hop,) * (stages - 1))
 
     def of(self, work: Pass) -> float:
         """How long `work` takes."""
@@ -43,6 +49,12 @@ class Times:
     def of_stage(self, stage: int) -> float:
         """How long a micro-batch takes on `stage`, forward and backward."""
         return self.forward[stage] + self.input_grad[stage] + self.weight_grad[stage]
+
+    def delays(self, placement: Placement) -> tuple[float, ...]:
+        """How long each boundary's outputs are on their way [stage]: `hops`, and nothing within a rank."""
+        ranks = map(placement.rank_of, range(placement.stages))
+        hops = self.hops or (0.0,) * (placement.stages - 1)
+        return tuple(hop * (here != there) for hop, (here, there) in zip(hops, pairwise(ranks), strict=True))
 
 
 @dataclass(frozen=True)
@@ -82,29 +94,55 @@ class Timeline:
         return 1 - self.work / (len(self.ranks) * self.makespan) if self.makespan else 0.0
 
 
+class _Results:
+    """When each micro-batch's output, or input gradient, of a stage is there, and the ranks that wait for it."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, float] = {}
+        self.waiting: dict[int, list[int]] = {}
+
+
+_Needs = tuple[tuple[_Results, float], ...]
+
+
 def simulate(schedule: Schedule, times: Times) -> Timeline:
     """Run `schedule` with `times`; ScheduleError if a rank waits for what never comes."""
-    placement = schedule.placement
-    whole = whole_backwards(schedule)
-    ends: dict[Pass, float] = {}
+    stages, delays = range(schedule.placement.stages), times.delays(schedule.placement)
+    outputs, gradients = [_Results() for _ in stages], [_Results() for _ in stages]
+    # What each stage's F, W, and B or BW need (`schedule.dependencies`), and how long that is on its way.
+    before_f: list[_Needs] = [(), *(((outputs[stage], delay),) for stage, delay in enumerate(delays))]
+    before_w: list[_Needs] = [((gradients[stage], 0.0),) for stage in stages]
+    before_b: list[_Needs] = [*(((outputs[stage], 0.0), (gradients[stage + 1], delay))
+                                for stage, delay in enumerate(delays)), ((outputs[-1], 0.0),)]
     spans: list[list[Span]] = [[] for _ in schedule.orders]
-    waiting: dict[Pass, list[int]] = {}
     runnable = list(range(len(schedule.orders)))
     while runnable:
         rank = runnable.pop()
-        order, done = schedule.orders[rank], spans[rank]
-        while len(done) < len(order):
-            work = order[len(done)]
-            start = done[-1].end if done else 0.0
-            for need in dependencies(work, placement.last_stage, whole):
-                if need not in ends:
-                    waiting.setdefault(need, []).append(rank)
-                    break
-                start = max(start, ends[need] + (times.hop if placement.rank_of(need.stage) != rank else 0.0))
+        done = spans[rank]
+        free = done[-1].end if done else 0.0
+        for work in schedule.orders[rank][len(done):]:
+            stage, micro_batch = work.stage, work.micro_batch
+            if work.kind is Kind.F:
+                needs, results = before_f[stage], outputs[stage]
+            elif work.kind is Kind.W:
+                needs, results = before_w[stage], None
             else:
-                end = ends[work] = start + times.of(work)
-                done.append(Span(work, start, end))
-                runnable.extend(waiting.pop(work, ()))
+                needs, results = before_b[stage], gradients[stage]
+            start = free
+            for given, delay in needs:
+                end = given.ends.get(micro_batch)
+                if end is None:
+                    given.waiting.setdefault(micro_batch, []).append(rank)
+                    break
+                if end + delay > start:
+                    start = end + delay
+            else:
+                free = start + times.of(work)
+                done.append(Span(work, start, free))
+                if results is not None:
+                    results.ends[micro_batch] = free
+                    if micro_batch in results.waiting:
+                        runnable.extend(results.waiting.pop(micro_batch))
                 continue
             break
     stuck = [f"rank {rank} at {order[len(spans[rank])]}"

@@ -117,21 +117,27 @@ class Block:
     def _offsets(self, problem: Problem, work: float) -> NDArray[np.float64]:
         """The ideal starts of each rank's six streams for micro-batch 0."""
         ranks, times = problem.ranks, problem.times
+        delays = times.delays(problem.placement)
         shifts = self.shifts or (0.0,) * (_STREAMS * ranks)
         offsets = work * np.reshape(shifts, (ranks, _STREAMS))
         now = 0.0
         for stage in range(2 * ranks):
             rank, chunk = place(stage, ranks)
             offsets[rank, F0 + chunk] += now
-            now += (times.forward[stage] + self.rests[0] * work if stage == ranks - 1 else
-                    (times.forward[stage] + times.hop) * (1 + self.ways[chunk]))
-        now += self.rests[1] * work - times.hop
+            if stage == 2 * ranks - 1:
+                now += times.forward[stage] * (1 + self.ways[1]) + self.rests[1] * work
+            elif stage == ranks - 1:
+                now += times.forward[stage] + self.rests[0] * work
+            else:
+                now += (times.forward[stage] + delays[stage]) * (1 + self.ways[chunk])
         for stage in reversed(range(2 * ranks)):
             rank, chunk = place(stage, ranks)
             offsets[rank, B0 + chunk] += now
             offsets[rank, W0 + chunk] += now + times.input_grad[stage] + self.weight_grad_after * work
-            now += (times.input_grad[stage] + self.rests[2] * work if stage == ranks else
-                    (times.input_grad[stage] + times.hop) * (1 + self.ways[3 - chunk]))
+            if stage == ranks:
+                now += times.input_grad[stage] + self.rests[2] * work
+            elif stage > 0:
+                now += (times.input_grad[stage] + delays[stage - 1]) * (1 + self.ways[3 - chunk])
         return offsets
 
 

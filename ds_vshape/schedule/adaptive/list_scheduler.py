@@ -109,12 +109,16 @@ class ListScheduler:
         ranks = self.problem.ranks
         next_rank, next_stream, from_rank, from_stream = (np.full((ranks, 6), -1) for _ in range(4))
         delay = np.zeros((ranks, 6))
+        delays = self.problem.times.delays(self.problem.placement)
         way = ([(rank, F0) for rank in range(ranks)] + [(rank, F1) for rank in reversed(range(ranks))]
                + [(rank, B1) for rank in range(ranks)] + [(rank, B0) for rank in reversed(range(ranks))])
         for (rank, stream), (target, fed) in pairwise(way):
             next_rank[rank, stream], next_stream[rank, stream] = target, fed
             from_rank[target, fed], from_stream[target, fed] = rank, stream
-            delay[rank, stream] = self.problem.times.hop if rank != target else 0.0
+            # Within a rank (at the turns, and from F to B of the last stage) there is no boundary, or none that counts.
+            if rank != target:
+                boundary = min(self.chunks[rank][stream % 2], self.chunks[target][fed % 2])
+                delay[rank, stream] = delays[boundary]
         durations, *sizes = (np.array(values, np.float64) for values in (
             self.durations(pieces), self.limits, self.taken, self.freed, self.kept))
         return Layout(self.problem.micro_batches, pieces, self.fused, durations, next_rank, next_stream, delay,

@@ -40,15 +40,13 @@ class Problem:
             raise ValueError("ranks, micro-batches and pieces must be at least 1, not "
                              f"{self.ranks}, {self.micro_batches} and {self.max_pieces}")
         stages = 2 * self.ranks
-        lengths = {"times.forward": self.times.forward, "times.input_grad": self.times.input_grad,
-                   "times.weight_grad": self.times.weight_grad, "activations.whole": self.activations.whole,
-                   "activations.kept": self.activations.kept}
-        for name, values in lengths.items():
-            if len(values) != stages or not all(0 <= value < float("inf") for value in values):
-                raise ValueError(f"{name} must be {stages} finite numbers of 0 or more, one for each stage, "
-                                 f"not {values}")
-        if not 0 <= self.times.hop < float("inf"):
-            raise ValueError(f"times.hop must be finite and 0 or more, not {self.times.hop}")
+        _check("times.forward", self.times.forward, stages, "stage")
+        _check("times.input_grad", self.times.input_grad, stages, "stage")
+        _check("times.weight_grad", self.times.weight_grad, stages, "stage")
+        if self.times.hops:
+            _check("times.hops", self.times.hops, stages - 1, "boundary between stages")
+        _check("activations.whole", self.activations.whole, stages, "stage")
+        _check("activations.kept", self.activations.kept, stages, "stage")
         if len(self.limits) != self.ranks:
             raise ValueError(f"there must be a limit for each of {self.ranks} ranks, not {len(self.limits)}")
         short = [rank for rank, least in enumerate(self.least) if self.limits[rank] < least * (1 - SLACK)]
@@ -71,6 +69,12 @@ class Problem:
         """
         whole = self.activations.whole
         return tuple(sum(whole[stage] for stage in chunks) for chunks in self.placement.chunks)
+
+
+def _check(name: str, values: tuple[float, ...], count: int, of: str) -> None:
+    """ValueError unless `values` are one finite number of 0 or more for each `of`."""
+    if len(values) != count or not all(0 <= value < float("inf") for value in values):
+        raise ValueError(f"{name} must be {count} finite numbers of 0 or more, one for each {of}, not {values}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ half the memory are good candidates on all of them.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from statistics import fmean
+
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.timeline import Times
@@ -33,10 +36,13 @@ def reduced(problem: Problem) -> Problem:
 
     times, activations = problem.times, problem.activations
     share = ranks / problem.ranks
+    delays = times.delays(problem.placement)
+    # A rank stands for those left out behind it, and so does a hop: the mean of theirs.
+    hops = tuple(fmean(delays[here:there]) for here, there in pairwise(stages))
     # As many micro-batches a rank, so that ramps and steady state weigh the same; a steady state shows within four.
     micro_batches = max(1, round(min(problem.micro_batches * share, _PER_RANK * ranks)))
     return Problem(ranks, micro_batches,
-                   Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), times.hop),
+                   Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), hops),
                    Activations(pick(activations.whole), pick(activations.kept)),
                    tuple(least + max(0.0, limit - least) * share for least, limit in
                          ((problem.least[rank], problem.limits[rank]) for rank in chosen)),
