@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, plan
-from ds_vshape.schedule.adaptive.blocks import Block
-from ds_vshape.schedule.adaptive.kernels import anneal
-from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
+from ds_vshape.schedule.adaptive.compilation import compile_loops
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
@@ -36,11 +34,8 @@ def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, fl
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    """The loops are compiled before the first test, which would else spend its planning time on that."""
-    scheduler = ListScheduler(counted(2, 2, (1, 1, 1, 0), 4))
-    run = scheduler.run(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
-    assert run is not None and scheduler.squeeze(run.orders, run.policy) is not None
-    anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 10, 1.0, 0.0, 1)
+    """The loops are compiled before the first test that looks at a clock."""
+    compile_loops()
 
 
 @st.composite

@@ -15,6 +15,7 @@ them and takes the blocks over (`reduced`). It goes on until the lower bound is 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,8 @@ from ds_vshape.schedule.fuse import fuse
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, simulate
 
+logger = logging.getLogger(__name__)
+
 
 def _silent(done: float) -> None:
     """Progress that nobody watches."""
@@ -42,8 +45,8 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     `progress` is called with the share of the time that has passed, up to 1. With `cache`, a directory, a plan made
     before for the same problem and time limit is read from there, and a new one written. However short the time, the
     plan is no slower than any of the table's V schedules within the limits. Time is that of `clock`, in seconds; with
-    `time.process_time` it doesn't matter how busy the machine is. With numba, the first plan after an installation
-    spends some of it on compiling. Raises LimitError (when `problem` is made) for limits that can't be met.
+    `time.process_time` it doesn't matter how busy the machine is. What the first plan after an installation spends on
+    compiling doesn't count. Raises LimitError (when `problem` is made) for limits that can't be met.
     """
     began = clock()
     bound = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
@@ -53,6 +56,7 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     if schedule is not None and within(schedule, problem):
         timeline = simulate(schedule, problem.times)
     else:
+        began += _compiling_time(clock)
         schedule, timeline = _search(problem, bound, lambda: clock() - began, time_limit, progress)
         if file is not None:
             plan_cache.write(file, schedule)
@@ -63,7 +67,6 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
 def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_limit: float,
             progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
     """The best schedule and its timeline."""
-    # Brings numba, which takes time to import: not before there is something to plan.
     from ds_vshape.schedule.adaptive.search import Search
 
     finishing = _finishing_time(problem)
@@ -78,6 +81,19 @@ def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_l
     if search.best is not None:
         candidates.append((search.best.makespan, search.scheduler.schedule(search.best)))
     return _finished(min(candidates, key=lambda candidate: candidate[0])[1], problem)
+
+
+def _compiling_time(clock: Callable[[], float]) -> float:
+    """Make sure of the machine code; how long that took."""
+    # Brings numba, which takes time to import: not before there is something to plan.
+    from ds_vshape.schedule.adaptive import compilation
+
+    if compilation.is_done():
+        return 0.0
+    began = clock()
+    logger.warning("compiling the planner's loops, once after an installation; the time limit counts from then on")
+    compilation.compile_loops()
+    return clock() - began
 
 
 def _finishing_time(problem: Problem) -> float:

@@ -1,0 +1,42 @@
+"""The planner's loops compiled before a plan's time begins to count.
+
+Machine code is kept on disk, so this is needed once after an installation; a short time limit would be over meanwhile.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.adaptive import kernels
+from ds_vshape.schedule.adaptive.blocks import Block
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
+from ds_vshape.schedule.adaptive.problem import Problem
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.timeline import Times
+
+
+def is_done() -> bool:
+    """Whether the last loop to be compiled is there, in this process or on disk.
+
+    There, code that is older than its source doesn't count, as numba has it.
+    """
+    loop: Any = kernels.anneal
+    if not kernels.COMPILED or loop.signatures:
+        return True
+    folder = loop.stats.cache_path
+    if folder is None:
+        return False
+    source = Path(kernels.__file__)
+    indexes = Path(folder).glob(f"{source.stem}.{loop.__name__}-*.nbi")
+    return any(index.stat().st_mtime >= source.stat().st_mtime for index in indexes)
+
+
+def compile_loops() -> None:
+    """Run each loop once on a batch that is soon done; without numba they just run."""
+    scheduler = ListScheduler(Problem(2, 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
+    run = scheduler.run(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
+    assert run is not None
+    scheduler.squeeze(run.orders, run.policy)
+    kernels.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)
