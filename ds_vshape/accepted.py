@@ -19,14 +19,17 @@ from deepspeed.runtime.config import DtypeEnum
 from ds_vshape.config import ConfigError
 
 _SUMS = ("fp32", "bf16", "fp16")
+_COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def check_accepted(ds_config: Mapping[str, Any]) -> None:
     """Raises ConfigError, with the key, its value and what is legal, for what no schedule of ours can train."""
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage > 1:
-        raise ConfigError(f"zero_optimization.stage = {stage}: must be 0 or 1 with pipeline parallelism")
-    if ds_config.get("compile", {}).get("deepcompile", False):
+    for key in _COUNTS:
+        count = ds_config.get(key)
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ConfigError(f"{key} = {count!r}: must be a whole number from 1 on")
+    stage = _zero_stage(ds_config)
+    if _section(ds_config, "compile").get("deepcompile", False):
         # Its passes reduce gradients over replicas in each micro-batch's compiled backward.
         raise ConfigError("compile.deepcompile = true: must be false with pipeline parallelism; engine.compile() "
                           "without it compiles each layer")
@@ -41,8 +44,27 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
                           f"must be {precision!r}, or zero_optimization.stage 1")
 
 
+def _section(ds_config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = ds_config.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{key} = {section!r}: must be an object")
+    return section
+
+
+def _zero_stage(ds_config: Mapping[str, Any]) -> int:
+    # DeepSpeed's old form.
+    if isinstance(ds_config.get("zero_optimization"), bool):
+        return int(ds_config["zero_optimization"])
+    stage = _section(ds_config, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1):
+        raise ConfigError(f"zero_optimization.stage = {stage!r}: must be 0 or 1 with pipeline parallelism")
+    return int(stage)
+
+
 def _precision(ds_config: Mapping[str, Any]) -> str:
-    bf16, fp16 = (ds_config.get(key, {}).get("enabled", False) for key in ("bf16", "fp16"))
+    bf16, fp16 = (_section(ds_config, key).get("enabled", False) for key in ("bf16", "fp16"))
     if bf16 and fp16:
         raise ConfigError("bf16.enabled and fp16.enabled = true: must be one of them")
     return "bf16" if bf16 else "fp16" if fp16 else "fp32"
@@ -50,7 +72,7 @@ def _precision(ds_config: Mapping[str, Any]) -> str:
 
 def _sums(ds_config: Mapping[str, Any]) -> str | None:
     """The accumulation dtype by the first of DeepSpeed's names for it."""
-    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    asked = _section(ds_config, "data_types").get("grad_accum_dtype")
     if asked is None:
         return None
     name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_vshape.instructions import BufferId
-from ds_vshape.p2p import Payload
+from ds_vshape.p2p import Payload, check_payload
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import WeightGradientStore
@@ -88,7 +88,11 @@ class Buffers:
 
 
 def edges(outputs: Payload) -> tuple[GradientEdge | None, ...]:
-    """Where a backward enters the graph of `outputs`; unlike the outputs, edges keep no data alive."""
+    """Where a backward enters the graph of a stage's outputs; unlike these, edges keep no data alive.
+
+    Raises PipelineError for outputs that no other stage can get.
+    """
+    check_payload(outputs)
     return tuple(get_gradient_edge(t) if t is not None and t.requires_grad else None for t in members(outputs))
 
 

@@ -47,6 +47,7 @@ class ConfigError(ValueError):
 
 # Strict, or true would be 1.0.
 Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0)]
 
 
@@ -133,11 +134,11 @@ class ScheduleConfig(BaseModel):
     gradient_accumulation_fusion: StrictBool = True
     partition: Partition | None = None
     times: Literal["equal", "profile"] = "equal"
-    planning_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
-    detect_anomaly: bool = Field(default=False, strict=True)
-    timeout_seconds: float = Field(default=TIMEOUT_SECONDS, gt=0, allow_inf_nan=False)
+    planning_seconds: Positive = 10.0
+    detect_anomaly: StrictBool = False
+    timeout_seconds: Positive = TIMEOUT_SECONDS
     trace: Trace | None = None
-    drift: float = Field(default=0.2, gt=0, allow_inf_nan=False)
+    drift: Positive = 0.2
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
@@ -196,6 +197,9 @@ def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
     """
     if isinstance(config, Mapping):
         return config
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(f"DeepSpeed config {config!r}: must be a dictionary, a file's path or base64 text")
+    config = os.fspath(config)
     if os.path.isfile(config):
         with open(config, encoding="utf-8") as file:
             text = file.read()

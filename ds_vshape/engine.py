@@ -39,7 +39,7 @@ from ds_vshape.failures import Agreement, Failure
 from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
 from ds_vshape.memory import RankMemory
-from ds_vshape.micro_batch import added, detached, own_copy, pair
+from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
@@ -214,11 +214,15 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         finally:
             profiler.end_profile()
 
-    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_batch(self, data_iter: Any, return_logits: bool = False, compute_loss: bool = True,
+                   reduce_output: str | None = "avg", bcast_loss: bool = True,
+                   num_micro_batches: int | None = None) -> Any:
         """Evaluate a batch, as DeepSpeed's `eval_batch`; training isn't disturbed, even if it raises."""
+        check_reduction(reduce_output, compute_loss and (bcast_loss or self.monitor.enabled))
         training_iterator = self.data_iterator
         try:
-            return super().eval_batch(*args, **kwargs)
+            return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss,
+                                      num_micro_batches)
         finally:
             self.data_iterator = training_iterator
             self.eval_return_logits = False
@@ -401,7 +405,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
         compute = self._compute_loss and self.module.loss_fn is not None
-        loss = self.module.loss_fn(outputs, labels) if compute else outputs
+        loss = loss_of(self.module.loss_fn, outputs, labels) if compute else outputs
+        if torch.is_grad_enabled():
+            check_loss(loss)
         if self.eval_return_logits:
             self.outputs = outputs
         self.loss = detached(loss)

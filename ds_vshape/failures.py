@@ -72,9 +72,14 @@ class Agreement:
 
     def _raise(self, failure: Failure | None, worst: _State) -> NoReturn:
         own = failure is not None and failure.state is worst
-        texts = [text for text in self._exchange.texts(str(failure)[:_TEXT_SIZE] if own else "") if text]
+        text = str(failure)[:_TEXT_SIZE] if own else ""
+        texts = [told for told in self._exchange.texts(text) if told]
         if failure is not None and own:
             failure.error.add_note(f"in the {failure.place}; no rank counts this batch")
+            # One may be the other's cause: what can't be sent is taken for zeros where it is awaited.
+            for other in dict.fromkeys(texts):
+                if other != text:
+                    failure.error.add_note(f"and in the {other}")
             raise failure.error
         text = "; ".join(dict.fromkeys(texts))
         raise StopIteration(text) if worst is _State.OUT_OF_DATA else PipelineError(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,35 @@ def own_copy(data: Any, device: torch.device, what: str) -> Payload:
         given = "empty" if isinstance(data, (tuple, list)) and not data else type(data).__name__
         raise PipelineError(f"the {what} of a micro-batch are {given}: must be a tensor or a tuple of tensors")
     return tuple(tensor.detach().clone().to(device) for tensor in data)
+
+
+def loss_of(loss_fn: Callable[[Any, Any], Any], outputs: Any, labels: Any) -> Any:
+    """The loss; PipelineError where the data had no labels, and the function fails without them."""
+    try:
+        return loss_fn(outputs, labels)
+    except Exception as error:
+        if labels is not None:
+            raise
+        raise PipelineError("the data iterator gave None for labels, which the loss function needs: "
+                            f"{type(error).__name__}: {error}") from error
+
+
+def check_loss(loss: Any) -> None:
+    """Raises PipelineError for a loss that can't be trained on."""
+    if not torch.is_tensor(loss):
+        raise PipelineError(f"the loss is a {type(loss).__name__}: must be a tensor of one number")
+    if loss.numel() != 1:
+        raise PipelineError(f"the loss has the shape {list(loss.shape)}: must be one number, as of a mean or a sum")
+    if not loss.requires_grad:
+        raise PipelineError("the loss has no gradient: it is detached, or nothing that is trained leads to it")
+
+
+def check_reduction(reduction: str | None, is_sent: bool) -> None:
+    """Raises PipelineError for a `reduce_output` of eval_batch that isn't known, or gives more than can be sent."""
+    if reduction is not None and reduction.lower() != "avg":
+        raise PipelineError(f"reduce_output = {reduction!r}: must be 'avg' or None")
+    if reduction is None and is_sent:
+        raise PipelineError("reduce_output = None: must be 'avg' with bcast_loss or a monitor, which take one number")
 
 
 def detached(loss: Any) -> Any:

@@ -28,7 +28,10 @@ from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.utils import set_random_seed
 from deepspeed.utils import logger
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
+from ds_vshape.accepted import check_accepted
+from ds_vshape.arguments import bound, check_arguments, check_method
 from ds_vshape.config import DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config, read_section
 from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.preflight import Facts, Preflight, config_facts, module_facts, versions
@@ -36,7 +39,7 @@ from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, ch
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.segment import Segment
-from ds_vshape.tied import Tie, find_ties
+from ds_vshape.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.versions import check_versions
 
 # What two measurements of one layer may differ by.
@@ -73,8 +76,10 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
 
     Raises:
         ConfigError: for a "pipeline_schedule" that can't be used.
-        PipelineError: for fewer layers than stages.
-        PreflightError: on every rank, if ranks differ in their versions, config or arguments.
+        PipelineError: for fewer layers than stages, arguments that the job's ranks can't build (ds_vshape/arguments.py)
+            and tied layers that aren't alike (ds_vshape/tied.py).
+        PreflightError: on every rank, if ranks differ in their versions, config or arguments, or some can't build
+            their layers.
         PartitionError: on every rank, for a partition that doesn't fit, and for a profile that can't be measured.
     """
 
@@ -90,12 +95,19 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         # What the layers were measured to take, if the partition asked for it.
         self.layer_times: LayerTimes | None = None
 
+        if isinstance(layers, Iterable) and not isinstance(layers, (Sequence, nn.Module)):
+            layers = list(layers)
+
         def read() -> Facts:
             check_versions()
             ds_config = find_ds_config(config, sys.argv) or {}
-            self.schedule_config, self._precision = read_section(ds_config), precision(ds_config)
-            return {**versions(), **config_facts(ds_config, self.schedule_config),
-                    **module_facts(layers, num_stages, *args, **kwargs)}
+            arguments = bound(layers, num_stages, *args, **kwargs)
+            self.schedule_config = read_section(ds_config)
+            if self.schedule_config is not None:
+                check_accepted(ds_config)
+                check_arguments(arguments, dist.get_world_size())
+            self._precision = precision(ds_config)
+            return {**versions(), **config_facts(ds_config, self.schedule_config), **module_facts(arguments)}
 
         self.preflight = Preflight()
         self.preflight.compare(read)
@@ -114,6 +126,8 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
             partition: Partition = self.schedule_config.partition
         else:
             partition = read_partition(method)
+        if isinstance(partition, str) and self.schedule_config:
+            check_method(partition)
         if isinstance(partition, str) and partition.lower() != "profile":
             super()._partition_layers(partition)
             # Some of DeepSpeed's methods give NumPy's integers, which its own seeding then refuses.
@@ -169,11 +183,22 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
         return self.schedule_config.name if self.schedule_config else "1f1b"
 
     def _build(self) -> None:
+        # A layer that can't be built on one rank is told on all.
+        self.preflight.compare(self._build_chunks)
+
+    def _build_chunks(self) -> Facts:
         for chunk in self.chunks:
             self._set_bounds(chunk.start, chunk.stop)
             self.forward_funcs = chunk.funcs
             super()._build()
         self._activate(self.chunks[0])
+        if self.schedule_config:
+            for key, tie in find_ties(self._layer_specs).items():
+                check_one_module(key, [(layer, self._layer_specs[layer]) for layer in tie.layers
+                                       if self.stage_owner(layer) == self.stage_id])
+        for key, names in self.tied_weight_attrs.items():
+            check_has(self.tied_modules[key], key, names)
+        return {}
 
     def forward(self, forward_input: Any) -> Any:
         """The outputs of the active chunk, as DeepSpeed's forward, for inputs (a tensor or a tuple) of its first layer.
@@ -208,6 +233,8 @@ class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
 
     def _index_tied_modules(self) -> dict[str, Any]:
         self._ties = find_ties(self._layer_specs) if self.schedule_config else {}
+        if self._ties:
+            check_shapes(self.preflight.gather(shapes_of(self.tied_modules, self.tied_weight_attrs)))
         # The layers from whose ranks the others get their weights.
         self._tied_sources = {key: tie.first for key, tie in self._ties.items()}
         # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.

@@ -63,14 +63,9 @@ class Signature:
     @classmethod
     def of(cls, payload: Payload) -> Signature:
         """The signature of `payload`; PipelineError for what can't cross a stage boundary."""
+        check_payload(payload)
         is_tuple = isinstance(payload, tuple)
         members = payload if isinstance(payload, tuple) else (payload,)
-        if not members:
-            raise PipelineError("a stage's output is an empty tuple: nothing would cross to the next stage")
-        for member in members:
-            if obstacle := _obstacle(member):
-                raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can "
-                                    "cross to the next stage")
         return cls(tuple(t if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
                          for t in members), is_tuple)
 
@@ -110,6 +105,17 @@ class Signature:
 
     def __str__(self) -> str:
         return ", ".join("none" if tensor is None else str(tensor) for tensor in self.tensors)
+
+
+def check_payload(payload: Any) -> None:
+    """Raises PipelineError for what can't cross a stage boundary, between ranks or on one."""
+    members = payload if isinstance(payload, tuple) else (payload,)
+    if not members:
+        raise PipelineError("a stage's output is an empty tuple: nothing would cross to the next stage")
+    for member in members:
+        if obstacle := _obstacle(member):
+            raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can "
+                                "cross to the next stage")
 
 
 def _obstacle(member: Any) -> str | None:

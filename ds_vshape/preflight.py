@@ -4,6 +4,7 @@ Ranks that differ don't fail: they make other groups, wait for messages that nob
 So they tell each other what they have, each time before it would first matter:
 
     [1] PipelineModule   versions, config, the module's arguments     else ranks make other process groups
+                         its layers are built, tied weights fit       else a rank is gone, or takes in other bytes
     [2] initialize       the config that it got                       else other batches
     [3] the engine       placement, pipelines, the schedule's orders  else other messages
     [4] the channels     one byte through each, with a time-out       else a batch that never ends
@@ -14,7 +15,6 @@ A rank that can't read its own config says so in place of its facts, so that the
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
 import socket
@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
-from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
 import ds_vshape
 from ds_vshape.config import KEY, ScheduleConfig
@@ -81,6 +80,10 @@ class Preflight:
                 raise PreflightError(self._difference(every)) from failure
         if failure is not None:
             raise failure
+
+    def gather(self, facts: Facts) -> list[Facts]:
+        """The facts of all ranks, in rank order."""
+        return [json.loads(text) for text in self._exchange.texts(json.dumps(facts))]
 
     def probe(self, ends: Iterable[End], seconds: float = PROBE_SECONDS) -> None:
         """Return if a byte got through each channel of the job within `seconds`.
@@ -149,17 +152,13 @@ def config_facts(ds_config: Mapping[str, Any], section: ScheduleConfig | None) -
     return {**flat, **_flat({KEY: section.model_dump(mode="json", exclude_defaults=True)})}
 
 
-def module_facts(layers: Any, *arguments: Any, **options: Any) -> Facts:
-    """The arguments of a PipelineModule that are plain data, and the number of its layers.
-
-    Raises TypeError for arguments that DeepSpeed's PipelineModule doesn't take.
-    """
-    bound = inspect.signature(StockPipelineModule).bind(layers, *arguments, **options).arguments
-    facts = {f"PipelineModule's {name}": value for name, value in bound.items()
+def module_facts(arguments: Mapping[str, Any]) -> Facts:
+    """The arguments of a PipelineModule that are plain data, and the number of its layers."""
+    facts = {f"PipelineModule's {name}": value for name, value in arguments.items()
              if isinstance(value, (bool, int, float, str, list, tuple, dict)) and name != "layers"}
-    if isinstance(layers, Sized):
-        facts["number of layers"] = len(layers)
-    topology = bound.get("topology")
+    if isinstance(arguments["layers"], Sized):
+        facts["number of layers"] = len(arguments["layers"])
+    topology = arguments.get("topology")
     if topology is not None:
         facts["topology"] = dict(zip(topology.axes, topology.dims))
     return facts

@@ -35,7 +35,7 @@ from ds_vshape.planning import Planner
 from ds_vshape.profiling import PassRecorder
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.fuse import unfused
-from ds_vshape.schedule.memory_limit import check_memory_limit, fraction_of_1f1b, peak_of_1f1b
+from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, fraction_of_1f1b, peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
@@ -146,7 +146,7 @@ class PlannedSchedules:
     def first(self, micro_batches: int) -> Schedule:
         times = Times.uniform(self._placement.stages)
         self._planner.start(request_for(self._config, self._placement, micro_batches, times))
-        return _planned(self._planner.wait())
+        return _planned(self._planner.wait(), self._config)
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         return None
@@ -198,7 +198,7 @@ class MeasuredSchedules:
         if safe is None:
             equal = Times.uniform(self._placement.stages)
             self._planner.start(request_for(self._config, self._placement, self._micro_batches, equal))
-            safe = _planned(self._planner.wait())
+            safe = _planned(self._planner.wait(), self._config)
         return unfused(safe)
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
@@ -244,7 +244,7 @@ class MeasuredSchedules:
                 logger.error(f"pipeline_schedule {self._config.name} stays as it is: {answer['crash']}")
             self._enter(_Phase.SETTLED)
             return None
-        schedule = _planned(answer)
+        schedule = _planned(answer, self._config)
         if dist.get_rank() == 0:
             assert self._times is not None
             timeline = simulate(schedule, self._times)
@@ -282,7 +282,10 @@ def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int
     activations = Activations.counted(placement)
     limit = config.memory_limit
     peak = peak_of_1f1b(placement.ranks, micro_batches)
-    limits = (limit * peak,) * placement.ranks if isinstance(limit, float) else None
+    limits = None
+    if isinstance(limit, float):
+        check_possible(limit, placement.ranks, micro_batches)
+        limits = (limit * peak,) * placement.ranks
     return Request(config.name, placement.ranks, micro_batches, times, activations, limits, config.planning_seconds,
                    str(cache_folder()))
 
@@ -307,13 +310,14 @@ def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Sch
     return max(fitting, key=fraction_of_1f1b, default=None)
 
 
-def _planned(answer: Mapping[str, Any]) -> Schedule:
+def _planned(answer: Mapping[str, Any], config: ScheduleConfig) -> Schedule:
+    asked = f"{KEY} = {config.model_dump(exclude_defaults=True)}"
     if "crash" in answer:
-        raise PipelineError(f"{KEY}: {answer['crash']}")
+        raise PipelineError(f"{asked}: {answer['crash']}")
     try:
         return planned(answer)
     except ValueError as error:
-        raise PipelineError(f"{KEY}: {error}") from None
+        raise PipelineError(f"{asked}: {error}") from None
 
 
 def moved_by(now: Times, then: Times) -> float:

@@ -6,15 +6,20 @@ weights, which is right while ranks follow the layers. Around a V a later layer 
     weights at the start    are those of the first layer, as in the model on one rank, whatever its rank
     weights from a file     are those of the layer that has a file: one with a function of its own has none, unless all
                             have one; then the first layer gets the file (DeepSpeed would save none)
+
+Layers of one key on one rank are one module, the first's, whatever the others ask for; and those on other ranks get its
+weights byte for byte. So all must be alike, which DeepSpeed doesn't check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.pipe import TiedLayerSpec
+from deepspeed.runtime.pipe.module import PipelineError
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,53 @@ def find_ties(specs: Sequence[Any]) -> dict[str, Tie]:
             if spec.forward_fn is None:
                 plain.setdefault(spec.key, number)
     return {key: Tie(tuple(numbers), plain.get(key)) for key, numbers in layers.items()}
+
+
+def check_one_module(key: str, layers: Sequence[tuple[int, TiedLayerSpec]]) -> None:
+    """Raises PipelineError if layers (number and spec) that stand on one rank aren't the same module."""
+    for number, spec in layers[1:]:
+        first, other = layers[0][1], spec
+        if first.typename is not other.typename or _differ(first.module_args, other.module_args) or (
+                _differ(first.module_kwargs, other.module_kwargs)):
+            raise PipelineError(f"tied layers {key!r}: layer {layers[0][0]} is {_shown(first)}, and layer {number} on "
+                                f"the same rank {_shown(other)}; they must be alike, with a forward_fn where the "
+                                "second is to do something else")
+
+
+def check_has(module: nn.Module, key: str, names: Sequence[str]) -> None:
+    """Raises PipelineError unless `module` has all weights `names`."""
+    weights = dict(module.named_parameters())
+    for name in names:
+        if name not in weights:
+            raise PipelineError(f"tied layers {key!r}: tied_weight_attr = {name!r}, but {type(module).__name__} has "
+                                f"{', '.join(weights) or 'no weights'}")
+
+
+def shapes_of(modules: Mapping[str, nn.Module], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The shapes of this rank's tied weights, by key and name."""
+    return {f"{key}.{name}": list(modules[key].get_parameter(name).shape)
+            for key in modules for name in names[key]}
+
+
+def check_shapes(of_ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises PipelineError if ranks have other shapes of a tied weight; `of_ranks` as `shapes_of` tells them."""
+    for weight in sorted({weight for shapes in of_ranks for weight in shapes}):
+        having = {rank: shapes[weight] for rank, shapes in enumerate(of_ranks) if weight in shapes}
+        if any(shape != next(iter(having.values())) for shape in having.values()):
+            told = ", ".join(f"{shape} on rank {rank}" for rank, shape in having.items())
+            raise PipelineError(f"tied weight {weight} has different shapes: {told}")
+
+
+def _differ(first: Any, other: Any) -> bool:
+    """Whether two arguments are plain data and not the same; what else there is can't be compared."""
+    if isinstance(first, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(first) != len(other) or any(map(_differ, first, other))
+    if isinstance(first, dict) and isinstance(other, dict):
+        return first.keys() != other.keys() or any(_differ(first[name], other[name]) for name in first)
+    plain = (bool, int, float, str, type(None))
+    return isinstance(first, plain) and isinstance(other, plain) and first != other
+
+
+def _shown(spec: TiedLayerSpec) -> str:
+    arguments = [*map(repr, spec.module_args), *(f"{name}={value!r}" for name, value in spec.module_kwargs.items())]
+    return f"{spec.typename.__name__}({', '.join(arguments)})"

@@ -1,0 +1,72 @@
+"""The arguments of a PipelineModule, held against the job before DeepSpeed takes them.
+
+DeepSpeed's own checks (runtime/pipe/module.py) come one by one while it builds, say neither the argument nor what would
+be legal ("Invalid Grid", "integer modulo by zero"), or not before the first batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepspeed.pipe import LayerSpec
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
+from torch import nn
+
+from ds_vshape.schedule.balance import PartitionError
+
+Arguments = Mapping[str, Any]
+
+_METHODS = ("uniform", "parameters", "profile")
+_BY_TYPE = "type:"
+
+
+def bound(layers: Any, *arguments: Any, **options: Any) -> Arguments:
+    """The arguments by name; TypeError for what DeepSpeed's PipelineModule doesn't take."""
+    return inspect.signature(StockPipelineModule).bind(layers, *arguments, **options).arguments
+
+
+def check_arguments(arguments: Arguments, world: int) -> None:
+    """Raises PipelineError, with the argument, its value and what is legal, for what `world` ranks can't build."""
+    topology, stages = arguments.get("topology"), arguments.get("num_stages")
+    if topology is not None:
+        if topology.world_size() != world:
+            axes = dict(zip(topology.axes, topology.dims))
+            raise PipelineError(f"topology = {axes} has {topology.world_size()} ranks: the job has {world}")
+    elif isinstance(stages, bool) or not isinstance(stages, int) or stages < 1 or world % stages:
+        raise PipelineError(f"num_stages = {stages!r}: must be a number of pipeline ranks that divides the job's "
+                            f"{world}, or topology must be given")
+    interval = arguments.get("activation_checkpoint_interval", 0)
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 0:
+        raise PipelineError(f"activation_checkpoint_interval = {interval!r}: must be a number of layers, or 0 for no "
+                            "checkpoints")
+    loss_fn = arguments.get("loss_fn")
+    if loss_fn is not None and not callable(loss_fn):
+        raise PipelineError(f"loss_fn = {loss_fn!r}: must be a function of (outputs, labels), or None where the last "
+                            "layer gives the loss")
+    _check_layers(arguments["layers"])
+
+
+def _check_layers(layers: Any) -> None:
+    if not isinstance(layers, (Sequence, nn.Module)):
+        raise PipelineError(f"layers = {layers!r}: must be a list of layers")
+    for number, layer in enumerate(layers):  # type: ignore[arg-type]
+        if not isinstance(layer, LayerSpec) and not callable(layer):
+            raise PipelineError(f"layer {number} is {layer!r}: must be a LayerSpec, an nn.Module or a function")
+
+
+def check_method(method: str) -> None:
+    """Raises PartitionError for a `partition_method` that neither DeepSpeed nor this package knows."""
+    name = method.lower()
+    if name in _METHODS:
+        return
+    if not name.startswith(_BY_TYPE):
+        raise PartitionError(f"the partition's method {method!r} isn't known: must be {', '.join(_METHODS)}, or "
+                             f"{_BY_TYPE} and a regular expression for the layers' classes")
+    try:
+        re.compile(method.split(":")[1])
+    except re.error as error:
+        raise PartitionError(f"the partition's method {method!r} has no regular expression: {error}") from None
