@@ -21,25 +21,25 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+
+from gpt_cost import Machine, Shape, Training
+from prediction import Wanted, predict
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.activations import peaks
 from ds_vshape.schedule.adaptive import LimitError
-from ds_vshape.schedule.choose import limits_at, schedule_for
+from ds_vshape.schedule.choose import limits_at
 from ds_vshape.schedule.lowering import Run, channels, lower
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
-from ds_vshape.schedule.pending import with_few_pending
-from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
-from gpt_cost import Machine, Shape, Training
 
 # "Pipeline Parallelism with Controllable Memory", section 4: the models.
 SHAPES = {shape.name: shape for shape in (
@@ -69,34 +69,22 @@ class Step:
     mfu: float
 
 
-@cache
-def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
-    return build(name, ranks, micro_batches)
-
-
-def _schedule(name: str, training: Training, times: Times, time_limit: float) -> Schedule:
-    """Schedule `name`, or for adaptive@x the plan within x of 1F1B's bytes of activations."""
+def _wanted(name: str, training: Training, time_limit: float) -> Wanted:
+    """Schedule `name`, or for adaptive@x the plan for these times within x of 1F1B's bytes of activations."""
     if not name.startswith(ADAPTIVE):
-        schedule = _named(name, training.ranks, training.micro_batches)
-        return with_few_pending(schedule) if training.recompute else schedule
+        return Wanted(name)
     activations = training.activations(placement_of(ADAPTIVE, training.ranks))
-    limits = limits_at(float(name.partition("@")[2]), training.ranks, training.micro_batches, activations)
-    return schedule_for(ADAPTIVE, training.ranks, training.micro_batches, times, activations, limits,
-                        time_limit=time_limit).schedule
+    limit = limits_at(float(name.partition("@")[2]), training.ranks, training.micro_batches, activations)[0]
+    return Wanted(ADAPTIVE, ceil(limit), measured=True, planning_seconds=time_limit)
 
 
 def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
     """The simulated batch of `training` by schedule `name`; LimitError where an adaptive one can't keep its limit."""
-    placement = placement_of(name.partition("@")[0], training.ranks)
-    times = training.times(placement, training.machine.between)
-    schedule = _schedule(name, training, times, time_limit)
-    timeline = simulate(schedule, times)
-    near = simulate(schedule, training.times(placement, training.machine.inside))
-    memory = max(state + peak for state, peak
-                 in zip(training.state(placement), peaks(schedule, training.activations(placement)), strict=True))
-    reduction = training.reduction(placement)
-    seconds = timeline.makespan + reduction
-    return Step(name, memory, seconds, near.makespan + reduction, timeline.bubble, training.mfu(seconds))
+    machine = training.machine
+    found = predict(_wanted(name, training, time_limit), training, machine.between)
+    near = simulate(found.schedule, training.times(found.schedule.placement, machine.inside)).makespan
+    return Step(name, found.fullest, found.seconds, near + found.seconds - found.timeline.makespan, found.bubble,
+                found.mfu)
 
 
 def layouts(training: Training, batch: int, samples: Sequence[int]) -> Iterator[Training]:
@@ -263,7 +251,6 @@ def instruction_seconds(rank: int, workload: Any, batches: int) -> float:
 
 def measured_instruction(ranks: int, batches: int) -> float:
     """The mean over ranks of `instruction_seconds`, with one layer a stage."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
     from ranks import run_ranks
 
     from workloads import Sleeping

@@ -38,12 +38,12 @@ from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.failures import Agreement, Failure
 from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
-from ds_vshape.memory import RankMemory
 from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.preflight import plan_facts
+from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into

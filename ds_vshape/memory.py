@@ -1,19 +1,9 @@
-"""How many bytes each rank needs: measured where they are, predicted where a schedule decides.
-
-    parameters     those of both chunks, flat buffers and their padding included
-    gradients      as they are accumulated over a batch
-    optimizer      this rank's shard: weights of high precision and moments
-    activations    the peak under a schedule, of the sizes that one micro-batch of each stage has
-
-Not counted: what a pass needs only while it runs, the messages on their way, and DeepSpeed's buckets during the
-reduction of gradients.
-"""
+"""How many bytes each rank needs: measured where they are, predicted where a schedule decides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -148,25 +139,6 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@dataclass(frozen=True)
-class RankMemory:
-    """Bytes on one pipeline rank."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations_peak: int
-
-    @property
-    def total(self) -> int:
-        """The sum, as if the peaks of all came at once: at the last micro-batches they nearly do."""
-        return sum(astuple(self))
-
-    def __str__(self) -> str:
-        parts = (f"{name} {_readable(size)}" for name, size in asdict(self).items())
-        return f"{_readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
-
-
 def predict_memory(engine: Any, schedule: Schedule, activations: Activations) -> tuple[RankMemory, ...]:
     """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective).
 
@@ -211,10 +183,3 @@ def optimizer_bytes(module: nn.Module, optimizer: Any) -> int:
 
 def _model(module: nn.Module) -> Storages:
     return Storages([*module.parameters(), *module.buffers()])
-
-
-def _readable(size: float) -> str:
-    """Bytes in the unit that gives the fewest digits before the point."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(max(int(size).bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{size / 1024 ** power:.4g} {units[power]}"

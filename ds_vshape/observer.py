@@ -16,9 +16,10 @@ from torch.nn import Parameter
 
 from ds_vshape.buffers import Buffers
 from ds_vshape.instructions import BufferId
-from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
+from ds_vshape.memory import ActivationMeter, predict_memory
 from ds_vshape.monitoring import split_line
 from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
+from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule

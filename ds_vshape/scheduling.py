@@ -30,7 +30,8 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 
-from ds_vshape.config import KEY, ConfigError, ScheduleConfig
+from ds_vshape.config import KEY, ScheduleConfig
+from ds_vshape.demands import check_demands
 from ds_vshape.planning import Planner
 from ds_vshape.profiling import PassRecorder
 from ds_vshape.schedule.activations import Activations
@@ -102,14 +103,8 @@ class Schedules(Protocol):
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
                   measured_activations: Callable[[], Activations], device: torch.device) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together."""
-    plans = config.name == ADAPTIVE or config.name in TIMED
-    if isinstance(config.memory_limit, int) and not (config.name == ADAPTIVE and config.times == "profile"):
-        raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\" "
-                          "\"profile\" knows bytes; give a fraction of 1F1B's peak")
+    check_demands(config)
     if config.times == "profile":
-        if not plans:
-            raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; it is for "
-                              f"{', '.join([ADAPTIVE, *TIMED])}")
         return MeasuredSchedules(config, placement, measure_hops, measured_activations, device)
     if config.name == ADAPTIVE:
         return PlannedSchedules(config, placement, device)

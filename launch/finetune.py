@@ -24,7 +24,7 @@ from hugging_face_weights import check_output, load_weights, save_model
 from result import Result
 from text import load_corpus, micro_batches
 from torch import Tensor
-from train import TRAINING_SEED, VALIDATION_SEED, start_distributed, train
+from train_rank import TRAINING_SEED, VALIDATION_SEED, start_distributed, train
 from transformers import AutoConfig, AutoTokenizer
 
 import ds_vshape

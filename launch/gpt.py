@@ -2,7 +2,7 @@
 
     bytes [batch, length]
       -> Embedding (tied to the head) -> Positions -> Block x layers -> LayerNorm -> head
-      -> logits [batch, length, 256]
+      -> logits [batch, length, vocabulary]
 
 Each layer takes one tensor and gives one, so that the list can be cut into stages anywhere.
 """
@@ -18,18 +18,20 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 VOCABULARY = 256
-# DeepSpeed's partition method: blocks are counted, and what stands around them is light enough to go along.
-PARTITION_METHOD = "type:Block"
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """`layers` blocks of width `hidden` with `heads` heads each, for sequences of at most `length` bytes."""
+    """`layers` blocks of width `hidden` with `heads` heads each, for sequences of at most `length` bytes.
+
+    A `vocabulary` above the number of bytes has words that no text uses, and the cost of those that one would.
+    """
 
     layers: int
     hidden: int
     heads: int
     length: int
+    vocabulary: int = VOCABULARY
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -39,13 +41,13 @@ class GPTConfig:
 class Embedding(nn.Embedding):
     """Bytes to vectors; `head` uses the same weight the other way round."""
 
-    def __init__(self, hidden: int) -> None:
-        super().__init__(VOCABULARY, hidden)
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__(vocabulary, hidden)
         nn.init.normal_(self.weight, std=0.02)
 
 
 def head(embedding: Embedding, hidden: Tensor) -> Tensor:
-    """Vectors [batch, length, hidden] to logits [batch, length, 256]."""
+    """Vectors [batch, length, hidden] to logits [batch, length, vocabulary]."""
     return F.linear(hidden, embedding.weight)
 
 
@@ -98,11 +100,11 @@ class Block(nn.Module):
 def gpt_layers(config: GPTConfig) -> list[LayerSpec]:
     """The layers for a PipelineModule, in order; only those of the rank's own stages get built there."""
     return [
-        TiedLayerSpec("embedding", Embedding, config.hidden),
+        TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden),
         LayerSpec(Positions, config),
         *(LayerSpec(Block, config) for _ in range(config.layers)),
         LayerSpec(nn.LayerNorm, config.hidden),
-        TiedLayerSpec("embedding", Embedding, config.hidden, forward_fn=head),
+        TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden, forward_fn=head),
     ]
 
 

@@ -1,136 +1,113 @@
-"""The main job: trains a byte-level GPT on the standard library's sources with a pipeline of all ranks.
+"""The main job, as configs/ say: checked, shown or started, once or for each combination of a sweep.
 
-    deepspeed --num_gpus 4 launch/train.py --deepspeed_config configs/quickstart.json --batches 30
+    python launch/train.py schedule=v-half parallel.pipe=4
+    python launch/train.py --dry-run schedule=v-half parallel.pipe=4 model=9.6b machine=a100
+    python launch/train.py --multirun schedule=v-half,v-zb parallel.pipe=2,4
+    python launch/train.py bench=schedules
 
-The schedule is whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
-Nothing here knows which one it is, and the losses are the same.
-
-    deepspeed --num_gpus 8 launch/train.py --deepspeed_config configs/tensor_parallel.json \\
-        --stages 2 --tensor-parallel 2
-
-does so on 2 pipeline x 2 data parallel x 2 tensor parallel ranks.
+Words choose a file of a group (schedule=v-half) or set a key (parallel.pipe=4). Nothing starts before every job of the
+command line has been checked. Each job's ranks are processes of the `deepspeed` launcher that run train_rank.py with
+the same words; what they write is in runs/. All else is hydra's: --help, --cfg job, --config-dir.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-import warnings
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import deepspeed
-import torch
-import torch.distributed
-from clock import OwnEngineClock
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from gpt import PARTITION_METHOD, GPTConfig, gpt_layers, loss_fn, seed_layer
-from gpt_parallel import parallel_gpt_layers, tensor_group
+# `python -m launch.train` looks for modules in the present folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import hydra
+from command import command, environment
+from composed import CONFIGS, Composed, compose_jobs
+from dry_run import show
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from job_rules import read_job
+from omegaconf import DictConfig, OmegaConf
 from result import Result
-from text import load_corpus, micro_batches
-from tqdm import tqdm
+from rich.console import Console
+from rich.table import Table
 
-import ds_vshape
-
-TRAINING_SEED = 1
-VALIDATION_SEED = 2
-# The first batches allocate, exchange shapes and fill caches.
-WARM_UP_BATCHES = 3
+_DRY_RUN = "--dry-run"
+_CLUSTER_SCRIPT = Path(__file__).resolve().with_name("cluster") / "deepspeed.sh"
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all that are left)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each block")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128, help="bytes in a sequence")
-    parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    return deepspeed.add_config_arguments(parser).parse_args()
+def start(composed: Composed) -> int:
+    """Start the ranks and wait for them; the launcher's exit status."""
+    words = command(composed.job, composed.words)
+    own = Path(sys.executable).with_name(words[0])
+    if own.exists():  # the environment that runs this needn't be the active one
+        words[0] = str(own)
+    variables = {**environment(composed.job)}
+    if composed.job.hostfile is not None:
+        # Looks at the hosts first, and ends in the same command.
+        variables["HOSTFILE"] = os.path.abspath(composed.job.hostfile)
+        words = ["bash", str(_CLUSTER_SCRIPT), *words[words.index("--master_port"):]]
+    with subprocess.Popen(words, env={**os.environ, **variables}) as process:
+        # The launcher ends its ranks; left alone they would go on.
+        signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+        return process.wait()
 
 
-def start_distributed() -> None:
-    """Joins the ranks of the `deepspeed` launcher."""
-    if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start; gloo does without.
-        # It asks this table, so that an empty one also saves the search for compilers.
-        deepspeed.ops.__compatible_ops__ = {}
-    # DeepSpeed broadcasts tied weights with gradients enabled, of which torch warns on every rank.
-    warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
-    deepspeed.init_distributed()
+def start_all(words: Sequence[str]) -> int:
+    """Start job after job in hydra's output folders; 1 if any failed, after all of them."""
+    done: list[tuple[str, int, Path]] = []
+
+    @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+    def one(config: DictConfig) -> None:
+        own = HydraConfig.get()
+        task = list(own.overrides.task)
+        if config.result is None:
+            config.result = f"{own.runtime.output_dir}/result.json"
+            task.append(f"result={config.result}")
+        job = read_job(OmegaConf.to_container(config, resolve=True))
+        done.append((own.job.override_dirname, start(Composed(tuple(task), job)), Path(config.result)))
+
+    sys.argv[1:] = words
+    one()
+    if len(done) > 1:
+        Console(width=150).print(_summary(done))
+    return int(any(status for _, status, _ in done))
 
 
-def topology_of(stages: int, tensor_ranks: int) -> PipeModelDataParallelTopology:
-    """All ranks as pipeline x data x tensor parallel ones; with 0 stages there is one replica."""
-    ranks = torch.distributed.get_world_size()
-    held = tensor_ranks * (stages or 1)
-    if tensor_ranks < 1 or ranks % held:
-        raise SystemExit(f"--stages {stages} --tensor-parallel {tensor_ranks}: {ranks} ranks must be a multiple of "
-                         f"{held}")
-    return PipeModelDataParallelTopology(num_pp=stages or ranks // held, num_mp=tensor_ranks,
-                                         num_dp=ranks // held if stages else 1)
+def _summary(done: Sequence[tuple[str, int, Path]]) -> Table:
+    """What each job of a sweep came to."""
+    table = Table(title="the sweep's jobs: seconds a batch, bubbles and the last loss", title_justify="left")
+    for column in ("job", "s a batch", "predicted bubble", "measured bubble", "loss", "result"):
+        table.add_column(column, justify="left" if column in ("job", "result") else "right")
+    for name, status, path in done:
+        if status:
+            table.add_row(name, *["-"] * 4, f"failed with status {status}")
+        else:
+            result = Result.read(path)
+            table.add_row(name, f"{result.batch_seconds:.3f}", f"{result.predicted_bubble:.1%}",
+                          f"{result.measured_bubble:.1%}", f"{result.loss:.6f}", os.path.relpath(path))
+    return table
 
 
-def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batches: int) -> Result:
-    """Trains and measures each batch, then evaluates once."""
-    # DeepSpeed's own engine doesn't measure itself.
-    measured = engine if hasattr(engine, "pipeline_report") else OwnEngineClock(engine)
-    losses, seconds, reports = [], [], []
-    progress = tqdm(range(batches), desc="training", unit="batch", disable=torch.distributed.get_rank() != 0)
-    for _ in progress:
-        start = time.perf_counter()
-        losses.append(engine.train_batch(data_iter=training).item())
-        seconds.append(time.perf_counter() - start)
-        reports.append(measured.pipeline_report())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
-
-    def typical(values: list[float]) -> float:
-        return statistics.median(values[WARM_UP_BATCHES:] or values)
-
-    return Result(schedule=reports[-1]["schedule"],
-                  stages=len(reports[-1]["peak_activations"]),
-                  micro_batches=engine.micro_batches,
-                  losses=losses,
-                  validation_loss=engine.eval_batch(validation).item(),
-                  batch_seconds=typical(seconds),
-                  predicted_bubble=typical([report["predicted_bubble"] for report in reports]),
-                  measured_bubble=typical([report["measured_bubble"] for report in reports]),
-                  peak_activations=reports[-1]["peak_activations"])
-
-
-def main() -> None:
-    args = arguments()
-    start_distributed()
-    config = GPTConfig(args.layers, args.hidden, args.heads, args.length)
-    topology = topology_of(args.stages, args.tensor_parallel)
-    layers = gpt_layers(config) if args.tensor_parallel == 1 else parallel_gpt_layers(config, tensor_group(topology))
-    # seed_layers: a layer's first weights depend on its place in the model, not on the rank that builds it.
-    module = ds_vshape.PipelineModule(layers,
-                                      topology=topology,
-                                      loss_fn=loss_fn,
-                                      partition_method=PARTITION_METHOD,
-                                      seed_layers=True,
-                                      seed_fn=seed_layer)
-    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=module.parameters())
-
-    corpus = load_corpus()
-    size = engine.train_micro_batch_size_per_gpu()
-    replica = engine.grid.get_data_parallel_rank()
-    training = micro_batches(corpus.training, size, args.length, TRAINING_SEED + 1000 * replica)
-    validation = micro_batches(corpus.validation, size, args.length, VALIDATION_SEED + 1000 * replica)
-
-    result = train(engine, training, validation, args.batches)
-    if args.result and torch.distributed.get_rank() == 0:
-        result.write(args.result)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def main() -> int:
+    words = [word for word in sys.argv[1:] if word != _DRY_RUN]
+    asked = get_args_parser().parse_args(words)
+    if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
+        return start_all(words)
+    try:
+        jobs = compose_jobs(asked.overrides, asked.multirun)
+        if _DRY_RUN not in sys.argv:
+            return start_all(words)
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for composed in jobs:
+            show(composed, console)
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

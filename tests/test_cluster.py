@@ -6,7 +6,6 @@ these tests are skipped, and say why; with DS_VSHAPE_REQUIRE_CLUSTER=1, as in .c
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -18,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import hjson
 import pytest
 from hosts import INTERFACE, Host, missing, ssh_between, two_hosts
 from result import Result
@@ -26,7 +24,7 @@ from result import Result
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "launch" / "cluster"
 BATCHES = 3
-TINY = ["--layers", "8", "--hidden", "32", "--heads", "2", "--length", "32", "--batches", str(BATCHES)]
+WORDS = ["model=tiny", "schedule=v-half", "parallel.pipe=4", "data.micro_batches=4", f"batches={BATCHES}"]
 OBSTACLE = missing(["ip", "unshare", "pdsh", "ssh", "sshd", "mpirun"])
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -42,15 +40,22 @@ class Cluster:
 
     def start(self, script: str, slots: tuple[int, ...], *arguments: str, **variables: str) -> str:
         """What a script of launch/cluster says that starts a job on so many slots of the hosts."""
+        return self.run(["bash", str(SCRIPTS / script), *arguments], HOSTFILE=str(self.hostfile(slots)), **variables)
+
+    def hostfile(self, slots: tuple[int, ...]) -> Path:
+        """A file that gives the hosts so many slots."""
         hostfile = self.folder / "hostfile"
         hostfile.write_text("# as many as there are slots for\n" + "".join(
             f"{host.name} slots={count}\n" for host, count in zip(self.hosts, slots)))
+        return hostfile
+
+    def run(self, command: list[str], **variables: str) -> str:
+        """What a command says that is run on the first host."""
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE,
-                       "HOSTFILE": str(hostfile), "VIRTUAL_ENV": sys.prefix,
+                       "VIRTUAL_ENV": sys.prefix,
                        "PATH": os.pathsep.join([str(self.ssh), f"{sys.prefix}/bin", os.environ["PATH"]]), **variables}
-        command = self.hosts[0].command(["bash", str(SCRIPTS / script), *arguments])
-        done = subprocess.run(command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=240)
+        done = subprocess.run(self.hosts[0].command(command), cwd=self.folder, env=environment, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, timeout=240)
         assert done.returncode == 0, done.stdout[-6000:]
         return done.stdout
 
@@ -67,18 +72,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_the_losses_of_two_hosts_are_those_of_one(cluster: Cluster) -> None:
-    settings = hjson.loads((ROOT / "configs" / "quickstart.json").read_text())
-    config = cluster.folder / "ds_config.json"
-    config.write_text(json.dumps({**settings, "gradient_accumulation_steps": 4, "pipeline_schedule": "v-half"}))
-    results = []
-    for slots in [(2, 2), (4,)]:
-        result = cluster.folder / f"{len(slots)}.json"
-        said = cluster.start("deepspeed.sh", slots, "launch/train.py", "--deepspeed_config", str(config),
-                             "--result", str(result), *TINY)
-        results.append(Result.read(result))
+    def two_hosts_by_train() -> str:
+        return cluster.run([sys.executable, str(ROOT / "launch" / "train.py"), *WORDS, f"result={results[0]}",
+                            f"hostfile={cluster.hostfile((2, 2))}"])
+
+    def one_host_by_script() -> str:
+        return cluster.start("deepspeed.sh", (4,), "launch/train_rank.py", *WORDS, f"result={results[1]}")
+
+    results = [cluster.folder / name for name in ("across.json", "alone.json")]
+    for start, hosts in ((two_hosts_by_train, 2), (one_host_by_script, 1)):
+        said = start()
         # pdsh puts the host before each line.
-        assert all((f"{host.name}: " in said) == (len(slots) == 2) for host in cluster.hosts), said
-    across, alone = results
+        assert all((f"{host.name}: " in said) == (hosts == 2) for host in cluster.hosts), said
+    across, alone = map(Result.read, results)
     assert (across.schedule, across.stages, len(across.losses)) == ("v-half", 4, BATCHES)
     assert across.losses == alone.losses and across.validation_loss == alone.validation_loss
     assert across.losses[0] > across.losses[-1]
@@ -140,7 +146,7 @@ def test_a_host_that_lets_nobody_in_is_named(cluster: Cluster) -> None:
     hostfile.write_text("host-a slots=1\nhost-c slots=1\n")
     for script in ("deepspeed.sh", "openmpi.sh"):
         with pytest.raises(AssertionError) as error:
-            cluster.start(script, (), "launch/train.py", HOSTFILE=str(hostfile))
+            cluster.run(["bash", str(SCRIPTS / script), "launch/train_rank.py"], HOSTFILE=str(hostfile))
         assert "host-c: ssh: Could not resolve hostname host-c" in str(error.value)
         assert f"{hostfile} needs a login by ssh without a password, and {ROOT} and {sys.prefix}" in str(error.value)
 
@@ -154,9 +160,10 @@ def test_a_host_that_lets_nobody_in_is_named(cluster: Cluster) -> None:
 ], ids=["mpirun", "srun", "mpirun in srun"])
 def test_a_rank_knows_its_place(names: dict[str, str]) -> None:
     told = "import os, sys; print(*(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')), sys.argv[1:])"
-    done = subprocess.run(["bash", SCRIPTS / "rank.sh", "-c", told, "--batches", "3"], cwd="/", capture_output=True,
-                          text=True, env={"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **names}, check=True)
-    assert done.stdout == "5 1 8 ['--batches', '3']\n"
+    done = subprocess.run(["bash", SCRIPTS / "rank.sh", "-c", told, "batches=3"], cwd="/", text=True,
+                          capture_output=True, check=True,
+                          env={"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **names})
+    assert done.stdout == "5 1 8 ['batches=3']\n"
 
 
 def test_ranks_of_mpirun_meet(cluster: Cluster) -> None:

@@ -1,36 +1,27 @@
-"""The main job itself, tiny, through the real `deepspeed` launcher: with and without the key."""
+"""The main job itself, tiny, through the real `deepspeed` launcher: with and without our key in its ds_config."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import hjson
 import pytest
 from compare import LOSS_TOLERANCE, largest_difference
 from result import Result
 
 ROOT = Path(__file__).parent.parent
 RANKS, BATCHES = 2, 4
-TINY = ["--layers", "4", "--hidden", "32", "--heads", "2", "--length", "32", "--batches", str(BATCHES)]
 
 
-def launch(folder: Path, name: str, base: str = "quickstart.json", ranks: int = RANKS, options: Sequence[str] = (),
-           **keys: object) -> Result:
-    """Trains with one of the configs plus `keys`, as a user does from a shell."""
-    config, result = folder / f"ds_config.{name}.json", folder / f"{name}.json"
-    settings = hjson.loads((ROOT / "configs" / base).read_text())
-    config.write_text(json.dumps({**settings, "gradient_accumulation_steps": 4, **keys}))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--hostfile", os.devnull, "--num_gpus", str(ranks), "--master_port", str(free_port()),
-               ROOT / "launch" / "train.py", "--deepspeed_config", config, "--result", result, *TINY,
-               *options]
+def launch(folder: Path, name: str, *words: str) -> Result:
+    """Trains a tiny model as a user does from a shell: launch/train.py, which starts the `deepspeed` launcher."""
+    result = folder / f"{name}.json"
+    command = [sys.executable, ROOT / "launch" / "train.py", "model=tiny", "data.micro_batches=4", f"batches={BATCHES}",
+               f"parallel.pipe={RANKS}", f"port={free_port()}", f"result={result}", f"hydra.run.dir={folder}", *words]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     # A session of its own: if the ranks hang, all of them can be ended and not the launcher alone.
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -53,12 +44,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def v_half(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return launch(tmp_path_factory.mktemp("runs"), "v-half", pipeline_schedule="v-half")
+    return launch(tmp_path_factory.mktemp("runs"), "v-half", "schedule=v-half")
 
 
 @pytest.mark.launcher
 def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half: Result):
-    own = launch(tmp_path, "own")
+    own = launch(tmp_path, "own", "schedule=deepspeed")
 
     assert own.schedule == "DeepSpeed's 1f1b" and v_half.schedule == "v-half"
     for result in (own, v_half):
@@ -73,8 +64,7 @@ def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half:
 
 @pytest.mark.launcher
 def test_tensor_parallel_blocks_have_the_same_losses(tmp_path: Path, v_half: Result):
-    """With ZeRO-1. Clipping is off as in the other run; what it does here is tests/test_tensor_parallel.py's."""
-    shared = launch(tmp_path, "shared", "tensor_parallel.json", 2 * RANKS, ["--tensor-parallel", "2"],
-                    gradient_clipping=0.0)
+    """With ZeRO-1. Gradients aren't clipped; what that does here is tests/test_tensor_parallel.py's."""
+    shared = launch(tmp_path, "shared", "parallel.tensor=2", "parallel.zero=1", "schedule=v-half")
     assert (shared.schedule, shared.stages) == ("v-half", RANKS)
     assert 0 < largest_difference(shared, v_half) <= LOSS_TOLERANCE, "partial products add up in another order"

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from ds_vshape import instructions as instr
-from ds_vshape.memory import ActivationMeter, RankMemory, predict_memory
+from ds_vshape.memory import ActivationMeter, predict_memory
+from ds_vshape.rank_memory import RankMemory
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
 SAMPLES, LENGTH, WIDTH, WORDS = 4, 32, 64, 256

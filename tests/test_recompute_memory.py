@@ -15,7 +15,7 @@ from test_split_backward import Block, Storages, linear_nodes
 from test_split_backward_autograd import CHECKPOINTS
 from torch import Tensor
 
-from ds_vshape.memory import RankMemory
+from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore, WholeGradients
 

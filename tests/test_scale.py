@@ -64,7 +64,7 @@ def test_memory_is_state_and_activations() -> None:
     # v-half keeps (p + 2) // 2 micro-batches of two blocks, some of them behind their B.
     most = 2 * (18 * block.parameters + 9 * block.whole)
     assert most - 9 * 2 * (block.whole - block.kept) <= step("v-half", SMALL).memory <= most
-    shared = replace(SMALL, tensor=2, data=4).state(linear(16))
+    shared = [sum(parts) for parts in replace(SMALL, tensor=2, data=4).state(linear(16))]
     assert shared[1] == (6 + 12 / 4) / 2 * 2 * block.parameters
     assert shared[-1] == (6 + 12 / 4) / 2 * (block.parameters + head.parameters)
 

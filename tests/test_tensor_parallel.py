@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from gpt import PARTITION_METHOD, GPTConfig, gpt_layers
+from gpt import GPTConfig, gpt_layers
 from gpt_parallel import ParallelBlock, parallel_gpt_layers, tensor_group
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, Job, Outcome, PlainTraining,
                        cross_entropy, data)
@@ -29,7 +29,7 @@ def parallel_engine(job: Job, replicas: int, partition_method: str) -> Any:
 
 
 def train_parallel(rank: int, job: Job) -> tuple[list[float], float, float]:
-    engine = parallel_engine(job, DATA, PARTITION_METHOD)
+    engine = parallel_engine(job, DATA, "type:Block")
     late, watch = set(), engine._observer.weights_split
 
     def note(store: Any) -> None:

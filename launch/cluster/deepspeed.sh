@@ -2,7 +2,7 @@
 # Trains on all hosts of a hostfile: DeepSpeed's launcher, over pdsh and ssh. Run it on one of them.
 #
 #   HOSTFILE=launch/cluster/hostfile bash launch/cluster/deepspeed.sh \
-#       launch/train.py --deepspeed_config configs/quickstart.json --batches 100
+#       launch/train_rank.py schedule=v-half parallel.pipe=8 batches=100
 #
 # What stands before the script is for the launcher: --include worker-0:0,1  --master_port 29501  --module ds_vshape.run
 # Ports and keys of ssh belong into ~/.ssh/config. Ranks on other hosts get the variables that environment.sh names.

@@ -3,7 +3,7 @@
 # are what is used then: MPI only starts the ranks.
 #
 #   HOSTFILE=launch/cluster/hostfile bash launch/cluster/openmpi.sh \
-#       launch/train.py --deepspeed_config configs/quickstart.json --batches 100
+#       launch/train_rank.py schedule=v-half parallel.pipe=8 batches=100
 #
 # MPIRUN_OPTIONS: more for mpirun, such as "--mca btl_tcp_if_include ib0".
 set -euo pipefail

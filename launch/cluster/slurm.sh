@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on hosts that Slurm gives: one task is one rank.
 #
-#   sbatch launch/cluster/slurm.sh launch/train.py --deepspeed_config configs/quickstart.json --batches 100
+#   sbatch launch/cluster/slurm.sh launch/train_rank.py schedule=v-half parallel.pipe=8
 #
 # What is asked for here holds unless sbatch's own options say otherwise (sbatch --nodes 4 launch/cluster/slurm.sh ...).
 #SBATCH --job-name=ds-vshape

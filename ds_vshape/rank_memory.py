@@ -1,0 +1,40 @@
+"""The bytes that a rank needs, by what they are for.
+
+    parameters     those of both chunks, flat buffers and their padding included
+    gradients      as they are accumulated over a batch
+    optimizer      this rank's shard: weights of high precision and moments
+    activations    the peak under a schedule, of the sizes that one micro-batch of each stage has
+
+Not counted: what a pass needs only while it runs, the messages on their way, and DeepSpeed's buckets during the
+reduction of gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, astuple, dataclass
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one pipeline rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations_peak: int
+
+    @property
+    def total(self) -> int:
+        """The sum, as if the peaks of all came at once: at the last micro-batches they nearly do."""
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        parts = (f"{name} {readable(size)}" for name, size in asdict(self).items())
+        return f"{readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
+
+
+def readable(size: float) -> str:
+    """Bytes in the unit that gives the fewest digits before the point."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(int(size).bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{size / 1024 ** power:.4g} {units[power]}"

@@ -1,0 +1,28 @@
+"""The `deepspeed` command of a job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from job import Job
+
+_RANK_SCRIPT = Path(__file__).resolve().with_name("train_rank.py")
+
+
+def command(job: Job, words: Sequence[str]) -> list[str]:
+    """What starts all ranks of `job`, which `words` make, from the present folder."""
+    here = Path.cwd()
+    script = _RANK_SCRIPT.relative_to(here) if _RANK_SCRIPT.is_relative_to(here) else _RANK_SCRIPT
+    where = ["--hostfile", os.devnull, "--num_gpus", str(job.ranks)] if job.hostfile is None else [
+        "--hostfile", job.hostfile]
+    # Ranks know their place by LOCAL_RANK; the launcher would add an option that is no word for hydra.
+    return ["deepspeed", *where, "--master_port", str(job.port), "--no_local_rank", str(script), *words]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What the command needs to be set: on CPUs one thread a rank, unless the caller has said otherwise."""
+    if job.machine.accelerator != "cpu":
+        return {}
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -1,0 +1,199 @@
+"""What a GPT costs, from its shape: times of F, B and W, bytes of activations and of what the optimizer keeps.
+
+A model of costs, not a measurement. Forward, for a micro-batch of t tokens in sequences of s, hidden size h,
+vocabulary V:
+
+                matrix products   attention    parameters    F leaves (bytes)   B leaves to W (bytes)
+    block       24 t h^2          4 t s h      12 h^2        34 t h             32 t h
+    embedding   -                 -            (V + s) h     t (h + 8)          t (2h + 8)
+    head        2 t h V           -            V h           t (4h + 4V)        t (2h + 2V)
+
+F is products and attention; B is as many products, and 2.5 times the attention (its scores are computed again, as fused
+kernels do); W is products alone. 34 t h is the sum of "Reducing Activation Recomputation in Large Transformer Models"
+(arXiv 2205.05198, section 4.1) without what fused attention doesn't keep; what W needs are the inputs (14 t h) and
+output gradients (18 t h) of a block's four products. A block that is recomputed leaves its input, 2 t h, and runs F
+again in B. Values of 4 bytes take twice the bytes of the table, whose values have 2.
+
+With n tensor parallel ranks all of it is divided by n, and two all-reduces of the block's output are added to F and to
+B. Without sequence parallel, as in gpt_parallel.py, every rank has embedding and head whole, and of a block the inputs
+of both norms and what goes into and comes out of its share, 8 t h of both kinds of bytes. Nothing overlaps with those
+all-reduces, nor with the reduction between data parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.balance import balance
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.timeline import Times
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of an activation's value; of a parameter's weight, of its gradient with all sums of it, and of what the optimizer
+    keeps for it, of which data parallel ranks hold a part each if it is `shared`.
+
+    The default is bf16 with sums in fp32 and ZeRO-1: fp32 weights and two moments are the optimizer's.
+    """
+
+    value: int = 2
+    weight: int = 2
+    gradient: int = 4
+    optimizer: int = 12
+    shared: bool = True
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT; `gpus` are those of the paper's experiments."""
+
+    name: str
+    layers: int
+    heads: int
+    hidden: int
+    gpus: int
+    vocabulary: int = 50304
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices of `flops` a second at most, of which passes reach `efficiency` (F, B, W).
+
+    Bytes a second and seconds of latency of a message inside a node and between nodes.
+    """
+
+    flops: float
+    efficiency: tuple[float, float, float]
+    inside: tuple[float, float]
+    between: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """FLOPs of F, parameters, and bytes of one micro-batch, as in the module's table."""
+
+    products: float
+    attention: float
+    parameters: float
+    whole: float
+    kept: float
+    recomputed: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """A `shape` trained with `samples` sequences of `length` in a micro-batch, and how it is spread over devices.
+
+    `bounds` are the first layer of each stage and the number of layers, embedding and head included; without them the
+    stages have as many layers each, as in the paper.
+    """
+
+    shape: Shape
+    machine: Machine
+    length: int
+    samples: int
+    micro_batches: int
+    ranks: int
+    tensor: int = 1
+    data: int = 1
+    recompute: bool = False
+    bytes: Bytes = Bytes()
+    bounds: tuple[int, ...] | None = None
+    sequence_parallel: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """In a micro-batch."""
+        return self.samples * self.length
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Embedding, blocks, head."""
+        t, s, h, vocabulary = self.tokens, self.length, self.shape.hidden, self.shape.vocabulary
+        wide = self.bytes.value / 2
+        embedding = Layer(0, 0, (vocabulary + s) * h, t * (wide * h + 8), t * (2 * wide * h + 8))
+        block = Layer(24 * t * h ** 2, 4 * t * s * h, 12 * h ** 2, wide * (2 if self.recompute else 34) * t * h,
+                      wide * 32 * t * h, self.recompute)
+        head = Layer(2 * t * h * vocabulary, 0, vocabulary * h, wide * t * (4 * h + 4 * vocabulary),
+                     wide * t * (2 * h + 2 * vocabulary))
+        return (embedding, *[block] * self.shape.layers, head)
+
+    def stages(self, placement: Placement) -> list[Sequence[Layer]]:
+        """The layers of each stage."""
+        if self.bounds is not None:
+            return [self.layers[start:stop] for start, stop in pairwise(self.bounds)]
+        each, rest = divmod(len(self.layers), placement.stages)
+        if rest:
+            raise ValueError(f"{self.shape.name}: {placement.stages} stages don't divide its {len(self.layers)} layers")
+        return [self.layers[each * stage:each * (stage + 1)] for stage in range(placement.stages)]
+
+    def times(self, placement: Placement, message: tuple[float, float]) -> Times:
+        """Seconds of the passes of each stage; hops by `message`, the machine's `inside` or `between`."""
+        rows = [[sum(seconds) for seconds in zip(*map(self._times_of, stage))] for stage in self.stages(placement)]
+        forward, input_grad, weight_grad = zip(*rows)
+        bandwidth, latency = message
+        hop = latency + self._output / self.tensor / bandwidth
+        return Times(forward, input_grad, weight_grad, (hop,) * (placement.stages - 1))
+
+    def activations(self, placement: Placement) -> Activations:
+        """Bytes of each stage."""
+        stages = [[self._share(layer) for layer in stage] for stage in self.stages(placement)]
+        return Activations(tuple(sum(layer.whole for layer in stage) for stage in stages),
+                           tuple(sum(layer.kept for layer in stage) for stage in stages))
+
+    def state(self, placement: Placement) -> list[tuple[float, float, float]]:
+        """Bytes of weights, gradients and optimizer on each rank."""
+        each = self.bytes.weight, self.bytes.gradient, self.bytes.optimizer / (self.data if self.bytes.shared else 1)
+        return [(each[0] * count, each[1] * count, each[2] * count) for count in self._parameters(placement)]
+
+    def reduction(self, placement: Placement) -> float:
+        """Seconds after the passes in which data parallel ranks add up gradients and hand out the new weights, or where
+        each has the whole optimizer, the sums."""
+        share = (self.data - 1) / self.data
+        handed_out = self.bytes.weight if self.bytes.shared else self.bytes.gradient
+        return share * (self.bytes.gradient + handed_out) * max(self._parameters(placement)) / self.machine.between[0]
+
+    def mfu(self, seconds: float) -> float:
+        """The share of the GPUs' FLOPs that the model needs; recomputation counts as none, attention in full."""
+        needed = 3 * sum(layer.products + layer.attention for layer in self.layers) * self.micro_batches
+        return needed / (seconds * self.ranks * self.tensor * self.machine.flops)
+
+    def _parameters(self, placement: Placement) -> list[float]:
+        stages = self.stages(placement)
+        return [sum(self._share(layer).parameters for stage in chunks for layer in stages[stage])
+                for chunks in placement.chunks]
+
+    @property
+    def _output(self) -> float:
+        """Bytes of what a block gives the next one."""
+        return self.bytes.value * self.tokens * self.shape.hidden
+
+    def balanced(self, placement: Placement) -> Training:
+        """With the bounds that give all ranks about as much to do."""
+        return replace(self, bounds=balance([sum(self._times_of(layer)) for layer in self.layers], placement))
+
+    def _share(self, layer: Layer) -> Layer:
+        """What one of the tensor parallel ranks has of it."""
+        if not layer.attention and not self.sequence_parallel:
+            return layer
+        everywhere = 0.0 if self.sequence_parallel else 4 * self._output
+        return replace(layer, products=layer.products / self.tensor, attention=layer.attention / self.tensor,
+                       parameters=layer.parameters / self.tensor,
+                       whole=everywhere + max(0.0, layer.whole - everywhere) / self.tensor,
+                       kept=everywhere + (layer.kept - everywhere) / self.tensor)
+
+    def _times_of(self, layer: Layer) -> tuple[float, float, float]:
+        f, b, w = (self.machine.flops * share for share in self.machine.efficiency)
+        reductions = 0.0
+        if self.tensor > 1 and layer.attention:
+            bandwidth, latency = self.machine.inside
+            reductions = 2 * (latency + 2 * (self.tensor - 1) / self.tensor * self._output / bandwidth)
+        share = self._share(layer)
+        forward = (share.products + share.attention) / f + reductions
+        input_grad = (share.products + 2.5 * share.attention) / b + reductions
+        return forward, input_grad + (forward if layer.recomputed else 0.0), share.products / w

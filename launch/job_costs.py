@@ -1,0 +1,89 @@
+"""A job in the words of the cost model: how its layers are cut into stages, and what its batch will take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from gpt_cost import Bytes, Machine, Shape, Training
+from job import Job
+from prediction import Prediction, Wanted, predict
+
+# Layers of launch/gpt.py before the first block and after the last one; the cost model has one for each two.
+ENDS = 2
+
+
+def training_of(job: Job) -> Training:
+    """What the cost model takes; stages are balanced by it unless the config has bounds."""
+    model, machine = job.model, _machine_of(job)
+    shape = Shape("", model.layers, model.heads, model.hidden, job.ranks, model.vocabulary)
+    training = Training(shape, machine, model.length, job.data.micro_batch, job.micro_batches, job.parallel.pipe,
+                        job.parallel.tensor, job.replicas, bytes=bytes_of(job), sequence_parallel=False)
+    if job.section and isinstance(job.section.partition, tuple):
+        first, *inner, last = job.section.partition
+        return replace(training, bounds=(first, *(bound - 1 for bound in inner), last - ENDS))
+    return training.balanced(job.placement)
+
+
+def bounds_of(training: Training) -> list[int]:
+    """PipelineModule's partition: the first of launch/gpt.py's layers on each stage, and their number."""
+    assert training.bounds is not None
+    first, *inner, last = training.bounds
+    return [first, *(bound + 1 for bound in inner), last + ENDS]
+
+
+def bytes_of(job: Job) -> Bytes:
+    """What DeepSpeed's optimizer for that precision and that stage of ZeRO keeps of a parameter.
+
+        dtype        ZeRO   sums              weight   gradient   optimizer
+        fp32         0      -                 4        4          two moments
+        fp32         1      fp32              4        4          weight and moments, shared
+        bf16         0      bf16              2        2 + 2      fp32 weight and moments, shared
+        bf16, fp16   1      same              2        2          fp32 weight and moments, shared
+        any          1      another dtype     its own  its own + that of the sums    the same, shared
+    """
+    size = {"fp32": 4, "bf16": 2, "fp16": 2}
+    own, zero = size[job.precision.dtype], job.parallel.zero
+    if job.precision.dtype == "fp32" and not zero:
+        return Bytes(own, own, own, 8, shared=False)
+    sums = size[job.precision.sums or job.precision.dtype]
+    apart = not zero or (job.precision.sums or job.precision.dtype) != job.precision.dtype
+    return Bytes(own, own, own + sums if apart else own, 12)
+
+
+def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
+    """The batch of `job`; ValueErrors as of prediction.predict."""
+    section, training = job.section, training_of(job)
+    wanted = Wanted(job.schedule_name) if section is None else Wanted(
+        section.name, section.memory_limit, section.times == "profile", section.planning_seconds)
+    neighbours = training.machine.between if _pipeline_crosses_hosts(job) else training.machine.inside
+    return predict(wanted, training, neighbours, progress)
+
+
+def place_of(job: Job, pipe: int, data: int, tensor: int) -> int:
+    """The global rank, as in DeepSpeed's PipeModelDataParallelTopology."""
+    return (pipe * job.replicas + data) * job.parallel.tensor + tensor
+
+
+def host_of(job: Job, rank: int) -> str:
+    """The name of the host that has the global `rank`."""
+    for host in job.hosts:
+        if rank < host.slots:
+            return host.name
+        rank -= host.slots
+    raise ValueError(f"rank {rank} is on no host")
+
+
+def _pipeline_crosses_hosts(job: Job) -> bool:
+    return any(host_of(job, place_of(job, pipe, data, tensor)) != host_of(job, place_of(job, pipe + 1, data, tensor))
+               for pipe in range(job.parallel.pipe - 1) for data in range(job.replicas)
+               for tensor in range(job.parallel.tensor))
+
+
+def _machine_of(job: Job) -> Machine:
+    machine = job.machine
+    inside, between = ((bandwidth * 1e9, microseconds * 1e-6)
+                       for bandwidth, microseconds in (machine.inside, machine.between))
+    # Nothing is reduced between hosts where there is one.
+    return Machine(machine.teraflops[job.precision.dtype] * 1e12, machine.efficiency, inside,
+                   between if len(job.hosts) > 1 else inside)
