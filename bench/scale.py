@@ -80,9 +80,9 @@ def _wanted(name: str, training: Training, time_limit: float) -> Wanted:
 
 def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
     """The simulated batch of `training` by schedule `name`; LimitError where an adaptive one can't keep its limit."""
-    machine = training.machine
-    found = predict(_wanted(name, training, time_limit), training, machine.between)
-    near = simulate(found.schedule, training.times(found.schedule.placement, machine.inside)).makespan
+    machine, placement = training.machine, placement_of(name.partition("@")[0], training.ranks)
+    found = predict(_wanted(name, training, time_limit), training, training.times(placement, machine.between))
+    near = simulate(found.schedule, training.times(placement, machine.inside)).makespan
     return Step(name, found.fullest, found.seconds, near + found.seconds - found.timeline.makespan, found.bubble,
                 found.mfu)
 

@@ -12,11 +12,15 @@ _RANK_SCRIPT = Path(__file__).resolve().with_name("train_rank.py")
 
 
 def command(job: Job, words: Sequence[str]) -> list[str]:
-    """What starts all ranks of `job`, which `words` make, from the present folder."""
+    """What starts all ranks of `job`, which `words` make, from the present folder; with the word HOSTFILE where hosts are
+    needed and not named.
+    """
     here = Path.cwd()
     script = _RANK_SCRIPT.relative_to(here) if _RANK_SCRIPT.is_relative_to(here) else _RANK_SCRIPT
-    where = ["--hostfile", os.devnull, "--num_gpus", str(job.ranks)] if job.hostfile is None else [
-        "--hostfile", job.hostfile]
+    if len(job.hosts) == 1 and job.hostfile is None:
+        where = ["--hostfile", os.devnull, "--num_gpus", str(job.ranks)]
+    else:
+        where = ["--hostfile", job.hostfile or "HOSTFILE"]
     # Ranks know their place by LOCAL_RANK; the launcher would add an option that is no word for hydra.
     return ["deepspeed", *where, "--master_port", str(job.port), "--no_local_rank", str(script), *words]
 

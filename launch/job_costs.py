@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 from gpt_cost import Bytes, Machine, Shape, Training
 from job import Job
 from prediction import Prediction, Wanted, predict
+
+from ds_vshape.schedule.timeline import Times
 
 # Layers of launch/gpt.py before the first block and after the last one; the cost model has one for each two.
 ENDS = 2
@@ -56,8 +59,7 @@ def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: N
     section, training = job.section, training_of(job)
     wanted = Wanted(job.schedule_name) if section is None else Wanted(
         section.name, section.memory_limit, section.times == "profile", section.planning_seconds)
-    neighbours = training.machine.between if _pipeline_crosses_hosts(job) else training.machine.inside
-    return predict(wanted, training, neighbours, progress)
+    return predict(wanted, training, _times(job, training), progress)
 
 
 def place_of(job: Job, pipe: int, data: int, tensor: int) -> int:
@@ -74,10 +76,18 @@ def host_of(job: Job, rank: int) -> str:
     raise ValueError(f"rank {rank} is on no host")
 
 
-def _pipeline_crosses_hosts(job: Job) -> bool:
-    return any(host_of(job, place_of(job, pipe, data, tensor)) != host_of(job, place_of(job, pipe + 1, data, tensor))
-               for pipe in range(job.parallel.pipe - 1) for data in range(job.replicas)
-               for tensor in range(job.parallel.tensor))
+def _times(job: Job, training: Training) -> Times:
+    """Each hop as its two ranks stand: the slowest replica's counts."""
+    placement, machine = job.placement, training.machine
+    inside, between = (training.times(placement, message) for message in (machine.inside, machine.between))
+
+    def crosses_hosts(here: int, there: int) -> bool:
+        return any(host_of(job, place_of(job, here, data, tensor)) != host_of(job, place_of(job, there, data, tensor))
+                   for data in range(job.replicas) for tensor in range(job.parallel.tensor))
+
+    ranks = map(placement.rank_of, range(placement.stages))
+    return replace(inside, hops=tuple((between if crosses_hosts(here, there) else inside).hops[stage]
+                                      for stage, (here, there) in enumerate(pairwise(ranks))))
 
 
 def _machine_of(job: Job) -> Machine:

@@ -65,15 +65,15 @@ class Prediction:
         return training.samples * training.micro_batches * training.data / self.seconds
 
 
-def predict(wanted: Wanted, training: Training, message: tuple[float, float],
+def predict(wanted: Wanted, training: Training, times: Times,
             progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
-    """The batch of `training` where messages between pipeline ranks take `message` (bytes a second, latency).
+    """The batch of `training` where its stages, as the schedule wants them, take `times`.
 
     Raises LimitError and MemoryLimitError (both ValueErrors) for a limit that can't be kept, and ValueError for an
     unknown name.
     """
     placement = placement_of(wanted.name, training.ranks)
-    times, activations = training.times(placement, message), training.activations(placement)
+    activations = training.activations(placement)
     schedule = _schedule(wanted, training, times, activations, progress)
     timeline = simulate(schedule, times)
     memory = tuple(RankMemory(round(weights), round(gradients), round(optimizer), round(peak))

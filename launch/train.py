@@ -28,14 +28,24 @@ from composed import CONFIGS, Composed, compose_jobs
 from dry_run import show
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from job import Job
 from job_rules import read_job
 from omegaconf import DictConfig, OmegaConf
 from result import Result
 from rich.console import Console
 from rich.table import Table
 
+from ds_vshape.config import ConfigError
+
 _DRY_RUN = "--dry-run"
 _CLUSTER_SCRIPT = Path(__file__).resolve().with_name("cluster") / "deepspeed.sh"
+
+
+def check_hosts(job: Job) -> None:
+    """Raises ConfigError where hosts are needed that nobody has named; to look at the job they aren't."""
+    if len(job.hosts) > 1 and job.hostfile is None:
+        raise ConfigError(f"hostfile = null: {job.ranks} ranks need {len(job.hosts)} hosts of machine.slots = "
+                          f"{job.machine.slots}; name them in a hostfile")
 
 
 def start(composed: Composed) -> int:
@@ -99,6 +109,8 @@ def main() -> int:
     try:
         jobs = compose_jobs(asked.overrides, asked.multirun)
         if _DRY_RUN not in sys.argv:
+            for composed in jobs:
+                check_hosts(composed.job)
             return start_all(words)
         console = Console(width=None if sys.stdout.isatty() else 200)
         for composed in jobs:
