@@ -6,7 +6,7 @@
     python bench/scale.py host                      # what a plan costs at start, and Python in a batch
     python bench/scale.py host --measure            # with the cost of an instruction measured on 2 ranks here
 
-`paper` and `grid` run ds_vshape's simulator with the costs of gpt_cost.py: nothing in them is measured but the
+`paper` and `grid` run ds_vshape's simulator with the costs of launch/gpt_cost.py: nothing in them is measured but the
 efficiency, which the paper's own F passes show. `host` measures all that it prints.
 """
 

@@ -12,8 +12,9 @@ _RANK_SCRIPT = Path(__file__).resolve().with_name("train_rank.py")
 
 
 def command(job: Job, words: Sequence[str]) -> list[str]:
-    """What starts all ranks of `job`, which `words` make, from the present folder; with the word HOSTFILE where hosts are
-    needed and not named.
+    """What starts all ranks of `job`, which `words` make, from the present folder.
+
+    HOSTFILE stands in it where hosts are needed and not named.
     """
     here = Path.cwd()
     script = _RANK_SCRIPT.relative_to(here) if _RANK_SCRIPT.is_relative_to(here) else _RANK_SCRIPT
