@@ -8,7 +8,7 @@ block. This one runs a program of instructions and knows nothing of schedules bu
     [2] forward       ForwardPass, SplitForwardPass
     [3] backward      BackwardPass, InputGradPass, WeightGradPass
     [4] messages      Send*, Recv*, Wait*, Release*
-    [5] the end       AgreeOnBatch; ReduceTiedGrads, ReduceGrads, OptimizerStep (DeepSpeed's own)
+    [5] the end       ReturnLoss, StartReduceGrads; AgreeOnBatch; ReduceTiedGrads, ReduceGrads, OptimizerStep
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.autograd.graph import GradientEdge
 
 from ds_vshape import instructions as instr
 from ds_vshape.anomaly import checked
+from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffers, edges, enter, members
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.failures import Agreement, Failure
@@ -44,6 +45,7 @@ from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.preflight import plan_facts
 from ds_vshape.rank_memory import RankMemory
+from ds_vshape.reduction import reduction_for
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
@@ -106,6 +108,9 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._failure: Failure | None = None
         self._held = Buffers(self.placement, self.stage_id)
         self._observer = Observer(self)
+        self._background = background()
+        self._returning_loss: Started[Tensor] | None = None
+        self._reduction = reduction_for(self, self._background)
         self._deliver = delivery_for(self.optimizer, self.module.schedule_config.gradient_accumulation_fusion)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
@@ -157,7 +162,8 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
             raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
                                 f"{self.placement.chunks}")
         check(schedule)
-        self._plans[schedule.micro_batches] = BatchPlan(schedule, instr.training_instructions(self._program(schedule)))
+        self._plans[schedule.micro_batches] = BatchPlan(schedule, instr.training_instructions(
+            self._program(schedule), schedule.placement.last_stage))
 
     def _adopt(self, schedule: Schedule) -> None:
         """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
@@ -324,6 +330,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         """Leave nothing of a batch that failed: no messages, no activations, no gradients."""
         self._held.clear()
         self._channels.end_batch()
+        if self._returning_loss is not None:
+            self._aggregate_total_loss()
+        if self._reduction is not None:
+            self._reduction.forget()
         self.timers(stock.TRAIN_BATCH_TIMER).reset()
         for parameter in self.module.parameters():
             parameter.grad = None
@@ -519,6 +529,23 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     # -- [5] the end of a batch, checkpoints, reports
 
+    def _exec_return_loss(self) -> None:
+        if self._failure is not None and self.is_last_stage():
+            # Nobody will look at it, but the others wait for it.
+            self.total_loss = torch.full((), torch.nan, device=self.device)
+            self.total_additional_losses = self.module.get_additional_losses()
+        self._returning_loss = self._background.start(super()._aggregate_total_loss)
+
+    def _aggregate_total_loss(self) -> Tensor:
+        """The batch's loss, which is on its way since `ReturnLoss`."""
+        assert self._returning_loss is not None
+        returning, self._returning_loss = self._returning_loss, None
+        return returning.result()
+
+    def _exec_start_reduce_grads(self, stage: int) -> None:
+        if self._reduction is not None:
+            self._reduction.start(stage)
+
     def _exec_agree_on_batch(self) -> None:
         failure, self._failure = self._failure, None
         try:
@@ -532,6 +559,10 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _exec_reduce_tied_grads(self) -> None:
         give_gradient(self.module, self._deliver)
         reduce_tied_gradients(self.module, self.optimizer, self._deliver)
+
+    def _exec_reduce_grads(self) -> None:
+        if self._reduction is None or not self._reduction.finish():
+            super()._exec_reduce_grads()
 
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
@@ -571,9 +602,11 @@ class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
         instr.SendGrad: _exec_send_grad,
         instr.ReleaseActivation: _exec_release_activation,
         instr.ReleaseGrad: _exec_release_grad,
+        instr.ReturnLoss: _exec_return_loss,
+        instr.StartReduceGrads: _exec_start_reduce_grads,
         instr.AgreeOnBatch: _exec_agree_on_batch,
         instr.ReduceTiedGrads: _exec_reduce_tied_grads,
-        instr.ReduceGrads: stock.PipelineEngine._exec_reduce_grads,
+        instr.ReduceGrads: _exec_reduce_grads,
         instr.OptimizerStep: stock.PipelineEngine._exec_optimizer_step,
     }
 

@@ -12,6 +12,8 @@ instruction says what it works on and a rank may hold any number of stages.
     WaitActivation, WaitGrad                wait until it is filled
     SendActivation, SendGrad                start to send; don't wait
     ReleaseActivation, ReleaseGrad          wait until it has left
+    ReturnLoss                              start to tell all ranks the batch's loss; doesn't wait
+    StartReduceGrads                        start to add up a stage's gradients over the replicas; doesn't wait
     AgreeOnBatch                            all ranks have done their passes, or all raise
     ReduceTiedGrads, ReduceGrads, OptimizerStep
 """
@@ -32,9 +34,9 @@ from ds_vshape.schedule.passes import Kind, Pass
 __all__ = [
     "MESSAGE_KINDS", "AgreeOnBatch", "BackwardPass", "BufferId", "BufferOpInstruction", "Execute", "ForwardPass",
     "InputGradPass", "Instruction", "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation",
-    "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "SendActivation", "SendGrad",
-    "SplitForwardPass", "WaitActivation", "WaitGrad", "WeightGradPass", "evaluation_instructions", "pass_of",
-    "training_instructions"
+    "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation",
+    "SendGrad", "SplitForwardPass", "StartReduceGrads", "WaitActivation", "WaitGrad", "WeightGradPass",
+    "evaluation_instructions", "pass_of", "training_instructions"
 ]
 
 # The two sides of an engine's instruction map; what executes one takes the engine first, then its arguments.
@@ -105,6 +107,17 @@ class ReleaseGrad(BufferOpInstruction):  # type: ignore[misc]
     """Wait until the gradients of a :class:`SendGrad` have left, and give back their memory."""
 
 
+class ReturnLoss(PipeInstruction):  # type: ignore[misc]
+    """Start to bring the batch's loss to all ranks: where it is computed as soon as it's whole."""
+
+
+class StartReduceGrads(PipeInstruction):  # type: ignore[misc]
+    """Start to add up the gradients of a stage over its replicas: its last weight gradient is there."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage)
+
+
 class AgreeOnBatch(PipeInstruction):  # type: ignore[misc]
     """Wait until all ranks of the job have done their passes; raise on all of them if one has failed."""
 
@@ -143,9 +156,40 @@ def pass_of(instruction: PipeInstruction) -> Pass | None:
     return Pass(kind, *buffer_id, *piece)
 
 
-def training_instructions(program: Program) -> list[PipeInstruction]:
-    """A rank's program as instructions, with the end of a batch: gradients are reduced, then the optimizer steps."""
-    return [*evaluation_instructions(program), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
+def training_instructions(program: Program, last_stage: int) -> list[PipeInstruction]:
+    """A rank's program as instructions, with the end of a batch: gradients are reduced, then the optimizer steps.
+
+    What of that needs only some of the passes starts behind the last of these.
+    """
+    starts: dict[int, PipeInstruction] = {}
+    for stage, place in _last_places(program, Kind.W, Kind.BW).items():
+        starts[place] = StartReduceGrads(stage)
+    loss_at = _last_places(program, Kind.F).get(last_stage)
+    if loss_at is not None:
+        starts[loss_at] = ReturnLoss()
+    instructions: list[PipeInstruction] = []
+    for place, step in enumerate(program):
+        instructions.append(_instruction(step))
+        if place in starts:
+            instructions.append(starts[place])
+    if loss_at is None:
+        instructions.append(ReturnLoss())
+    return [*instructions, AgreeOnBatch(), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
+
+
+def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
+    """By stage, where its last pass of these kinds stands, with what other ranks wait for after it."""
+    places: dict[int, int] = {}
+    running: int | None = None
+    for place, step in enumerate(program):
+        if isinstance(step, Run) and step.work.kind in kinds:
+            places[step.work.stage] = place
+            running = step.work.stage
+        elif isinstance(step, Send) and running is not None:
+            places[running] = place
+        else:
+            running = None
+    return places
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -38,7 +38,7 @@ from ds_vshape.preflight import Facts, Preflight, config_facts, module_facts, ve
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
-from ds_vshape.segment import Segment
+from ds_vshape.segment import Segment, parameters_of
 from ds_vshape.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.versions import check_versions
 
@@ -56,6 +56,10 @@ class Chunk:
     stop: int
     funcs: list[Any] = field(default_factory=list)
     checkpointable: list[bool] = field(default_factory=list)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of its layers; one that layers share may come more than once."""
+        return parameters_of(self.funcs)
 
 
 class PipelineModule(stock.PipelineModule):  # type: ignore[misc]

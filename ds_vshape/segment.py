@@ -11,7 +11,7 @@ DeepSpeed's own (PipelineModule.forward in runtime/pipe/module.py) is wrong abou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,12 +60,14 @@ class Segment:
         """Whether parameters are to be trained that no gradient of an input leads to."""
         wanted = any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs)
         return (not wanted and checkpoint is not non_reentrant_checkpoint and torch.is_grad_enabled()
-                and any(parameter.requires_grad for parameter in self._parameters()))
+                and any(parameter.requires_grad for parameter in parameters_of(self.layers)))
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for layer in self.layers:
-            # A tied layer with a function of its own is a partial of that and the module.
-            modules = layer.args if isinstance(layer, partial) else (layer,)
-            for module in modules:
-                if isinstance(module, nn.Module):
-                    yield from module.parameters()
+
+def parameters_of(layers: Iterable[Any]) -> Iterator[nn.Parameter]:
+    """The parameters of layers as a PipelineModule has them: modules, functions, tied modules with a function."""
+    for layer in layers:
+        # A tied layer with a function of its own is a partial of that and the module.
+        modules = layer.args if isinstance(layer, partial) else (layer,)
+        for module in modules:
+            if isinstance(module, nn.Module):
+                yield from module.parameters()

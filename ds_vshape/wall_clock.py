@@ -40,6 +40,7 @@ _TIMERS: Mapping[Instruction, tuple[str, ...]] = {
     instr.WaitActivation: (PIPE_RECV_INPUT_TIMER,),
     instr.RecvGrad: (PIPE_RECV_GRAD_TIMER,),
     instr.WaitGrad: (PIPE_RECV_GRAD_TIMER,),
+    instr.StartReduceGrads: _REDUCE,
     instr.ReduceTiedGrads: _REDUCE,
     instr.ReduceGrads: _REDUCE,
 }

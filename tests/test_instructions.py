@@ -12,7 +12,7 @@ from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
                                          Run, Send, Step, lower)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
-from ds_vshape.schedule.passes import BW, B, F, W
+from ds_vshape.schedule.passes import BW, B, F, Kind, W
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
 
@@ -44,32 +44,61 @@ def test_each_step_is_one_instruction(step: Step, kind: type[stock.PipeInstructi
     assert (instruction.buffer_id.stage, instruction.buffer_id.micro_batch) == buffer
 
 
-def programs() -> list[tuple[str, Program]]:
+def programs() -> list[tuple[int, Program]]:
+    """Each with the last stage of its pipeline."""
     found = []
     for name in SCHEDULES:
         schedule = build(name, 3, 4)
-        times = Times.uniform(schedule.placement.stages)
-        found += [(name, program) for program in lower(schedule, times)]
-        found += [("forward-only", program) for program in lower(forward_only(placement_of(name, 3), 4), times)]
+        times, last_stage = Times.uniform(schedule.placement.stages), schedule.placement.last_stage
+        found += [(last_stage, program) for program in lower(schedule, times)]
+        found += [(last_stage, program) for program in lower(forward_only(placement_of(name, 3), 4), times)]
     return found
 
 
+STARTED = (instr.ReturnLoss, instr.StartReduceGrads)
+
+
 def test_training_reduces_and_steps_once_behind_all_passes() -> None:
-    for _, program in programs():
-        steps, batch = evaluation_instructions(program), training_instructions(program)
+    for last_stage, program in programs():
+        steps, batch = evaluation_instructions(program), training_instructions(program, last_stage)
         assert len(steps) == len(program) + 1 and type(steps[-1]) is instr.AgreeOnBatch
-        assert [(type(i), i.kwargs) for i in batch[:-3]] == [(type(i), i.kwargs) for i in steps]
+        unchanged = [i for i in batch[:-3] if type(i) not in STARTED]
+        assert [(type(i), i.kwargs) for i in unchanged] == [(type(i), i.kwargs) for i in steps]
         assert [type(i) for i in batch[-3:]] == [stock.ReduceTiedGrads, stock.ReduceGrads, stock.OptimizerStep]
 
 
+def test_what_needs_some_of_the_passes_starts_behind_the_last_of_them() -> None:
+    for last_stage, program in programs():
+        batch = training_instructions(program, last_stage)
+        passes = [instr.pass_of(instruction) for instruction in batch]
+        returned, = (place for place, instruction in enumerate(batch) if type(instruction) is instr.ReturnLoss)
+        losses = [place for place, work in enumerate(passes) if work and work.kind is Kind.F
+                  and work.stage == last_stage]
+        if losses:
+            assert losses[-1] == returned - 1
+        else:
+            assert not any(passes[returned:])
+        reduced = {i.stage: place for place, i in enumerate(batch) if type(i) is instr.StartReduceGrads}
+        assert set(reduced) == {work.stage for work in passes if work and work.kind in (Kind.W, Kind.BW)}
+        for stage, place in reduced.items():
+            last = max(at for at, work in enumerate(passes) if work and work.stage == stage
+                       and work.kind in (Kind.W, Kind.BW))
+            # The gradient that another rank waits for goes first.
+            assert {type(i) for i in batch[last + 1:place]} <= {stock.SendGrad}
+            assert type(batch[place + 1]) is not stock.SendGrad
+
+
 def test_the_engine_knows_every_instruction_and_takes_its_arguments() -> None:
-    kinds = {type(instruction) for _, program in programs() for instruction in training_instructions(program)}
+    kinds = {type(instruction) for last_stage, program in programs()
+             for instruction in training_instructions(program, last_stage)}
     assert kinds == set(PipelineEngine._INSTRUCTION_MAP)
 
 
 def test_each_message_is_received_and_sent_in_the_buffer_that_uses_it() -> None:
     schedule = build("v-half", 2, 3)
-    ranks = [training_instructions(program) for program in lower(schedule, Times.uniform(schedule.placement.stages))]
+    last_stage = schedule.placement.last_stage
+    ranks = [training_instructions(program, last_stage)
+             for program in lower(schedule, Times.uniform(schedule.placement.stages))]
     for send, offer, wait, release, users in (
             (stock.SendActivation, stock.RecvActivation, instr.WaitActivation, instr.ReleaseActivation,
              (stock.ForwardPass, instr.SplitForwardPass)),

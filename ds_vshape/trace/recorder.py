@@ -33,6 +33,8 @@ _MESSAGES: Mapping[Instruction, tuple[str, Kind]] = {
 }
 _POSTS: Mapping[Instruction, Kind] = {instr.RecvActivation: Kind.F, instr.RecvGrad: Kind.B}
 _ENDS: Mapping[Instruction, str] = {
+    instr.ReturnLoss: "start to return the loss",
+    instr.StartReduceGrads: "start to reduce gradients",
     instr.AgreeOnBatch: "agree on the batch",
     instr.ReduceTiedGrads: "reduce tied gradients",
     instr.ReduceGrads: "reduce gradients",
