@@ -43,6 +43,7 @@ from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, 
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
+from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import plan_facts
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.reduction import reduction_for
@@ -81,7 +82,7 @@ class BatchPlan:
         return [instr.pass_of(instruction) for instruction in self.instructions]
 
 
-class PipelineEngine(stock.PipelineEngine):  # type: ignore[misc]
+class PipelineEngine(PlainAttributes, stock.PipelineEngine):  # type: ignore[misc]
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
     Made by :func:`ds_vshape.initialize`. All public methods are DeepSpeed's; `schedule` and `pipeline_report` are

@@ -34,6 +34,7 @@ from ds_vshape.accepted import check_accepted
 from ds_vshape.arguments import bound, check_arguments, check_method
 from ds_vshape.config import DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config, read_section
 from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
+from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import Facts, Preflight, config_facts, module_facts, versions
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
 from ds_vshape.schedule.named import placement_of
@@ -62,7 +63,7 @@ class Chunk:
         return parameters_of(self.funcs)
 
 
-class PipelineModule(stock.PipelineModule):  # type: ignore[misc]
+class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[misc]
     """DeepSpeed's PipelineModule, placed as the "pipeline_schedule" of the config demands.
 
     Args:
