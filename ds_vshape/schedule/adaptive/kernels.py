@@ -26,9 +26,10 @@ Ints = NDArray[np.int64]
 
 _NEVER = float("inf")
 _CLOSE = 1e-9
-# How far a pass is moved, one of these by chance; and for how many micro-batches in a row.
+# How far a pass is moved, one of these by chance; for how many micro-batches in a row; on how many ranks either side.
 _DISTANCES = np.array([1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 6, 6, 12])
 _REPEATS = np.array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 1 << 30])
+_SPREADS = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1 << 30])
 # The random numbers of a plan: a linear congruential generator modulo 2 ** 31, of which the upper bits are used.
 _RANDOM_BITS = 0x7FFFFFFF
 
@@ -221,15 +222,19 @@ def _position(line: Any, value: float) -> int:
 
 
 @_jit
-def _cut(layout: Layout, orders: Ints, now: Times, rank: int, place: int, prefix: Prefix) -> int:
-    """Into `prefix`: what stays as it is when the order of `rank` changes from `place` on. The number of the others."""
+def _cut(layout: Layout, orders: Ints, now: Times, firsts: Ints, prefix: Prefix) -> int:
+    """Into `prefix`: what stays as it is when orders change from `firsts` [rank] on. The number of the other passes."""
     ranks, length = orders.shape
-    time = now.starts[rank, place - 1] + layout.durations[rank, orders[rank, place - 1]] if place > 0 else 0.0
+    time = _NEVER
+    for rank in range(ranks):
+        place = firsts[rank]
+        if place == 0:
+            time = 0.0
+        elif place < length:
+            time = min(time, now.starts[rank, place - 1] + layout.durations[rank, orders[rank, place - 1]])
     left = 0
     for other in range(ranks):
-        here = place
-        if other != rank:
-            here = _position(now.starts[other], time) if time > 0 else 0
+        here = min(firsts[other], _position(now.starts[other], time)) if time > 0 else 0
         prefix.place[other] = here
         prefix.free[other] = 0.0
         if here > 0:
@@ -248,13 +253,15 @@ def _cut(layout: Layout, orders: Ints, now: Times, rank: int, place: int, prefix
 
 
 @_jit
-def _settled(now: Times, rank: int, last: int, settled: Ints) -> None:
-    """Into `settled`: the place on each rank from which on nothing leads to the passes of `rank` up to `last`."""
+def _settled(now: Times, lasts: Ints, settled: Ints) -> None:
+    """Into `settled`: the place on each rank from which on nothing leads to the passes up to `lasts` [rank]."""
     ranks, length = now.starts.shape
-    for other in range(ranks):
-        settled[other] = length
-        if last + 1 < length:
-            settled[other] = last + 1 if other == rank else _position(now.starts[other], now.starts[rank, last + 1])
+    time = 0.0
+    for rank in range(ranks):
+        if lasts[rank] >= 0:
+            time = max(time, now.starts[rank, lasts[rank] + 1] if lasts[rank] + 1 < length else _NEVER)
+    for rank in range(ranks):
+        settled[rank] = max(lasts[rank] + 1, _position(now.starts[rank], time))
 
 
 @_jit
@@ -462,6 +469,41 @@ def _allowed(layout: Layout, rank: int, order: Ints, end: int, counts: Ints) -> 
 
 
 @_jit
+def _move_on_ranks(layout: Layout, orders: Ints, numbers: Ints, places: Ints, spare: Ints, rank: int, place: int,
+                   distance: int, repeats: int, spread: int, old_orders: Ints, old_numbers: Ints, firsts: Ints,
+                   lasts: Ints, counts: Ints) -> bool:
+    """`_move` on `rank`, and past the same neighbour on up to `spread` ranks either side that allow it; if `rank` does.
+
+    From where to where orders changed comes into `firsts` and `lasts` [rank], and what they were into `old_orders` and
+    `old_numbers`. `spare` is for places that may be spoilt.
+    """
+    stream, mine = orders[rank, place], numbers[rank, place]
+    past, others = orders[rank, place + distance], numbers[rank, place + distance]
+    for step in range(2 * spread + 1):
+        # The rank itself first, then those below it, then those above.
+        other = rank - step if step <= spread else rank + step - spread
+        if not 0 <= other < len(orders):
+            continue
+        here, to = places[other, stream, mine], places[other, past, others]
+        if (to > here) != (distance > 0) or abs(to - here) > 2 * abs(distance):
+            continue
+        _copy(orders[other], old_orders[other])
+        _copy(numbers[other], old_numbers[other])
+        if repeats > 1:
+            for line in range(6):
+                _copy(places[other, line], spare[other, line])
+        first, last = _move(layout, orders[other], numbers[other], spare[other], here, to - here, repeats)
+        if last >= 0 and _allowed(layout, other, orders[other], last, counts):
+            firsts[other], lasts[other] = first, last
+            continue
+        _copy(old_orders[other], orders[other])
+        _copy(old_numbers[other], numbers[other])
+        if other == rank:
+            return False
+    return True
+
+
+@_jit
 def _empty_prefix(ranks: int) -> Prefix:
     return Prefix(np.zeros(ranks, np.int64), np.zeros((ranks, 6), np.int64), np.zeros((ranks, 4), np.int64),
                   np.zeros(ranks))
@@ -492,8 +534,8 @@ def _replay_all(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Ti
                 settled: Ints, tails: Floats) -> bool:
     """Into `now`: the times of all passes; False if ranks wait for each other."""
     # Not with literal numbers, for which numba would compile these a second time.
-    rank, place = len(orders) - 1, at.place[0]
-    left = _cut(layout, orders, now, rank, place, prefix)
+    rank = len(orders) - 1
+    left = _cut(layout, orders, now, at.place, prefix)
     fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER, settled, tails)
     if fine:
         _take(layout, now, new, prefix)
@@ -516,8 +558,9 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
            seed: int) -> float:
     """Change `orders` (streams [rank, place]) by `tries` moves; the makespan of the best, which `best_orders` are then.
 
-    So far that is `best`. Each try moves a pass of a critical path, alone or for several micro-batches in a row, and
-    takes an order that is longer by d with the chance exp(-d / temperature). Ends early at `goal`.
+    So far that is `best`. Each try moves a pass of a critical path, alone or for several micro-batches in a row, on its
+    rank or on those beside it as well, and takes an order that is longer by d with the chance exp(-d / temperature).
+    Ends early at `goal`.
     """
     ranks, length = orders.shape
     counts = np.zeros(6, np.int64)
@@ -526,7 +569,8 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
     prefix, at = _empty_prefix(ranks), _empty_prefix(ranks)
     settled, tails = np.full(ranks, length), np.zeros((ranks, length))
     path = np.zeros((ranks * length, 2), np.int64)
-    old_order, old_numbers = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    old_orders, old_numbers = orders.copy(), numbers.copy()
+    firsts, lasts = np.full(ranks, length), np.full(ranks, length)
     _replay_all(layout, orders, numbers, now, new, prefix, at, settled, tails)
     _find_tails(layout, orders, numbers, now, settled, tails)
     makespan = _greatest(at.free)
@@ -541,24 +585,24 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
         distance = _DISTANCES[(chance >> 10) % 16] * (1 if (chance >> 16) % 2 == 0 else -1)
         chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
         repeats = min(layout.batch, _REPEATS[(chance >> 12) % 16])
+        spread = min(ranks, _SPREADS[(chance >> 18) % 16])
         if not 0 <= place + distance < length or orders[rank, place] == orders[rank, place + distance]:
             continue
-        _copy(orders[rank], old_order)
-        _copy(numbers[rank], old_numbers)
-        if repeats > 1:
-            for stream in range(6):
-                _copy(now.places[rank, stream], new.places[rank, stream])
-        first, last = _move(layout, orders[rank], numbers[rank], new.places[rank], place, distance, repeats)
-        fine = last >= 0 and _allowed(layout, rank, orders[rank], last, counts)
+        for other in range(ranks):
+            firsts[other], lasts[other] = length, -1
+        fine = _move_on_ranks(layout, orders, numbers, now.places, new.places, rank, place, distance, repeats, spread,
+                              old_orders, old_numbers, firsts, lasts, counts)
         if fine:
             chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
             cutoff = makespan - temperature * log(((chance >> 8) + 1) / 2 ** 23)
-            left = _cut(layout, orders, now, rank, first, prefix)
-            _settled(now, rank, last, settled)
+            left = _cut(layout, orders, now, firsts, prefix)
+            _settled(now, lasts, settled)
             fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, cutoff, settled, tails)
         if not fine:
-            _copy(old_order, orders[rank])
-            _copy(old_numbers, numbers[rank])
+            for other in range(max(0, rank - spread), min(ranks, rank + spread + 1)):
+                if lasts[other] >= 0:
+                    _copy(old_orders[other], orders[other])
+                    _copy(old_numbers[other], numbers[other])
             continue
         _take(layout, now, new, prefix)
         _find_tails(layout, orders, numbers, now, settled, tails)

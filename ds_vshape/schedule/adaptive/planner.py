@@ -6,7 +6,9 @@ for each rank:
 
     [1] known       the table's V schedules that fit, run with the real times: never worse than those
     [2] blocks      a population of building blocks, put in order by a list scheduler that knows times and memory
-    [3] annealing   of the best of these orders: passes of a critical path move, alone or in many micro-batches alike
+    [3] a race      of these orders, annealed: passes of a critical path move, alone or in many micro-batches or ranks
+                    alike; those that fall behind drop out
+    [4] annealing   of the best ones
 
 The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. With many micro-batches all
 of it is done with fewer first, and the middle repeated (`extended`); with many ranks as well, [2] starts on fewer of

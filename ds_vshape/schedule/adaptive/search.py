@@ -1,7 +1,8 @@
 """The search for good orders: known schedules, a population of blocks, then annealing of the best of them.
 
 Blocks settle what repeats, warm-up and cool-down follow by the list scheduler. Annealing then moves single passes, and
-those of many micro-batches alike, which improves all three.
+those of many micro-batches or ranks alike, which improves all three. It hardly ever gets from one pattern to another,
+and which of them will be best isn't known before: so many of them race first, and those behind drop out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from math import ceil, log2
 from random import Random
 
 import numpy as np
@@ -43,12 +45,16 @@ _FEWER = 0.5
 _HOT = (0.02, 0.06, 0.2)
 _COLD = 0.005
 _ROUND = 0.15
+# How many runs race, for which share of the time that is left after the blocks, and from which temperature.
+_RACERS = 24
+_RACE = 0.6
+_RACE_HOT = 0.05
 # Runs that are longer than the best by more than that are not annealed.
 _CHANCE = 1.03
 # How often a run's Ws are cut once more before a round.
 _FINER = 0.25
 # Passes that annealing looks at between two looks at the clock: some hundredths of a second.
-_PASSES_A_STEP = 10_000_000 if COMPILED else 30_000
+_PASSES_A_STEP = 3_000_000 if COMPILED else 30_000
 
 
 class Search:
@@ -138,6 +144,9 @@ class Search:
                         self._try_policy(policy)
         elif is_large(self.problem):
             self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
+        else:
+            self._go_on(progress, _ANNEALING)
+            self._race(progress)
         self._go_on(progress)
 
     def evolve(self, progress: Progress) -> None:
@@ -151,10 +160,25 @@ class Search:
             self._try_block(self._descendant(late) if self.adopted or self.left() < _RANDOM else
                             Block.random(self.problem.max_pieces, self.random))
 
-    def _go_on(self, progress: Progress) -> None:
-        while not self.done:
+    def _go_on(self, progress: Progress, until: float = 0.0) -> None:
+        while not self.done and self.left() > until:
             progress(min(1.0, max(0.0, 1 - self.left())))
             self.step()
+
+    def _race(self, progress: Progress) -> None:
+        """Anneal one run of each good block, then the better half of them for twice as long, until one is left."""
+        found = [self.scheduler.run(block.policy(self.scheduler)) for population in self.populations.values()
+                 for _, block in population]
+        runs = {run.makespan: run for run in (*found, *self.bests.values()) if run is not None}
+        racers = [runs[makespan] for makespan in sorted(runs)[:_RACERS]]
+        heats = max(1, ceil(log2(len(racers))))
+        length = self.left() * _RACE / heats
+        while len(racers) > 1 and not self.done:
+            after = []
+            for run in racers:
+                progress(min(1.0, max(0.0, 1 - self.left())))
+                after.append(self._annealed(run, _RACE_HOT, length / len(racers)))
+            racers = sorted(after, key=lambda run: run.makespan)[:ceil(len(after) / 2)]
 
     def _search_smaller(self, problem: Problem, share: float, part: Callable[[Search, Progress], None],
                         progress: Progress) -> Search:
@@ -218,26 +242,30 @@ class Search:
 
     def _anneal(self) -> None:
         """A round of annealing of one of the best runs."""
-        random, work = self.random, self.scheduler.work
+        random = self.random
         least = min(run.makespan for run in self.bests.values())
         run = random.choice([run for run in self.bests.values() if run.makespan <= least * _CHANCE])
         if run.policy.pieces * 2 <= self.problem.max_pieces and not self.scheduler.fused and random.random() < _FINER:
             run = _finer(run)
+        hot = random.choices(_HOT, self.successes)[0]
+        improved = self._annealed(run, hot, _ROUND)
+        index = _HOT.index(hot)
+        self.successes[index] = 1.0 if improved.makespan < run.makespan else max(0.1, self.successes[index] / 2)
+
+    def _annealed(self, run: Run, hot: float, length: float) -> Run:
+        """`run` after annealing from the temperature `hot` down, in the share `length` of the time; kept if good."""
         layout, orders = self.scheduler.layouts(run.policy.pieces), run.orders.copy()
         best, best_orders = run.makespan, orders.copy()
-        hot = random.choices(_HOT, self.successes)[0]
         tries = max(10, _PASSES_A_STEP // orders.size)
         began = left = self.left()
-        length = min(_ROUND, began)
+        length = min(length, began)
         while left > began - length and left > 0 and best > self.goal * (1 + SLACK):
-            temperature = work * hot * (_COLD / hot) ** ((began - left) / length)
-            best = anneal(layout, orders, best_orders, best, tries, temperature, self.goal, random.getrandbits(31))
+            temperature = self.scheduler.work * hot * (_COLD / hot) ** ((began - left) / length)
+            best = anneal(layout, orders, best_orders, best, tries, temperature, self.goal, self.random.getrandbits(31))
             left = self.left()
-        improved = self.scheduler.squeeze(best_orders, run.policy)
-        index = _HOT.index(hot)
-        self.successes[index] = 1.0 if best < run.makespan else max(0.1, self.successes[index] / 2)
-        if improved is not None:
-            self._keep(improved)
+        improved = self.scheduler.squeeze(best_orders, run.policy) or run
+        self._keep(improved)
+        return improved
 
 
 def _finer(run: Run) -> Run:
