@@ -13,7 +13,6 @@ block. This one runs a program of instructions and knows nothing of schedules bu
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ from ds_vshape import instructions as instr
 from ds_vshape.anomaly import checked
 from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffers, edges, enter, members
-from ds_vshape.checkpoints import Layout, check_layout, save_layout
 from ds_vshape.failures import Agreement, Failure
 from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
@@ -47,6 +45,7 @@ from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import plan_facts
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.reduction import reduction_for
+from ds_vshape.saving import SavingEngine
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
@@ -82,7 +81,7 @@ class BatchPlan:
         return [instr.pass_of(instruction) for instruction in self.instructions]
 
 
-class PipelineEngine(PlainAttributes, stock.PipelineEngine):  # type: ignore[misc]
+class PipelineEngine(PlainAttributes, SavingEngine):
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
     Made by :func:`ds_vshape.initialize`. All public methods are DeepSpeed's; `schedule` and `pipeline_report` are
@@ -528,7 +527,7 @@ class PipelineEngine(PlainAttributes, stock.PipelineEngine):  # type: ignore[mis
         super().reset_activation_shape()
         self._signatures = None
 
-    # -- [5] the end of a batch, checkpoints, reports
+    # -- [5] the end of a batch, reports
 
     def _exec_return_loss(self) -> None:
         if self._failure is not None and self.is_last_stage():
@@ -567,18 +566,6 @@ class PipelineEngine(PlainAttributes, stock.PipelineEngine):  # type: ignore[mis
 
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
-
-    def _save_checkpoint(self, save_dir: str, tag: str, *args: Any, **kwargs: Any) -> None:
-        if self.local_rank <= 0:
-            save_layout(os.path.join(save_dir, tag), Layout.of(self.module), self.global_rank)
-        super()._save_checkpoint(save_dir, tag, *args, **kwargs)
-
-    def _load_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True,
-                         load_module_only: bool = False, **kwargs: Any) -> Any:
-        if load_optimizer_states and not load_module_only and not self.load_universal_checkpoint():
-            check_layout(os.path.join(load_dir, str(tag)), Layout.of(self.module))
-        return super()._load_checkpoint(load_dir, tag, load_optimizer_states=load_optimizer_states,
-                                        load_module_only=load_module_only, **kwargs)
 
     def pipeline_report(self) -> dict[str, Any]:
         """How the last training batch went; to be called on every rank.

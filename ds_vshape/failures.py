@@ -48,7 +48,7 @@ class Failure:
 
 
 class Agreement:
-    """All ranks of the job agree on the end of a batch.
+    """All ranks of the job agree on the end of a batch, or of a checkpoint.
 
     Creating it is collective. `seconds` is how long the first rank there waits for the last.
     """
@@ -56,7 +56,7 @@ class Agreement:
     def __init__(self, seconds: float) -> None:
         self._exchange = Exchange(seconds)
 
-    def reach(self, failure: Failure | None) -> None:
+    def reach(self, failure: Failure | None, what: str = "batch") -> None:
         """Return if no rank has failed; collective.
 
         Raises on every rank else: where it happened the error itself; elsewhere PipelineError with its text, or
@@ -66,16 +66,16 @@ class Agreement:
         try:
             worst = _State(self._exchange.largest(state))
         except RuntimeError as error:
-            raise PeerLost(f"not all ranks came to the end of the batch: {str(error).splitlines()[0]}") from error
+            raise PeerLost(f"not all ranks came to the end of the {what}: {str(error).splitlines()[0]}") from error
         if worst is not _State.DONE:
-            self._raise(failure, worst)
+            self._raise(failure, worst, what)
 
-    def _raise(self, failure: Failure | None, worst: _State) -> NoReturn:
+    def _raise(self, failure: Failure | None, worst: _State, what: str) -> NoReturn:
         own = failure is not None and failure.state is worst
         text = str(failure)[:_TEXT_SIZE] if own else ""
         texts = [told for told in self._exchange.texts(text) if told]
         if failure is not None and own:
-            failure.error.add_note(f"in the {failure.place}; no rank counts this batch")
+            failure.error.add_note(f"in the {failure.place}; no rank counts this {what}")
             # One may be the other's cause: what can't be sent is taken for zeros where it is awaited.
             for other in dict.fromkeys(texts):
                 if other != text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from typing import Any
 
 import pytest
 from deepspeed.pipe import LayerSpec
-from pipelines import Block, Job, data, specs
+from pipelines import Fatal, Job, data, specs
 from ranks import RanksFailed, run_ranks
-from torch import Tensor
 
 pytestmark = pytest.mark.slow
 
@@ -20,19 +18,6 @@ BATCHES = range(4)
 # Of a job, and of its processes: no batch takes that long on a busy machine either, and a stopped process is waited for
 # to the end.
 TIMEOUTS = {signal.SIGKILL: (60, 120), signal.SIGSTOP: (12, 60)}
-
-
-class Fatal(Block):
-    """A block that sends its process a signal in the middle of a batch."""
-
-    signal = 0
-    forwards_left = -1
-
-    def forward(self, x: Tensor) -> Tensor:
-        Fatal.forwards_left -= 1
-        if Fatal.forwards_left == 0:
-            os.kill(os.getpid(), Fatal.signal)
-        return super().forward(x)
 
 
 def train_until(rank: int, job: Job, number: int) -> None:
