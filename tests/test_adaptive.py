@@ -134,6 +134,16 @@ def test_no_slower_than_the_reference(cell: Mapping[str, Any]) -> None:
     assert max(peak_activations(found.schedule)) <= cell["peak"]
 
 
+def test_a_slow_link_slows_no_other() -> None:
+    """Planned as if all hops were as slow as the slowest, the same batch takes longer."""
+    problem = counted(4, 8, (10, 12, 8, 0), 6)
+    times = replace(problem.times, hops=(0.5, 15.0, 0.5, 0.0, 0.5, 15.0, 0.5))
+    known = plan(replace(problem, times=times), 0.5, clock=time.process_time)
+    assert_plan_is_right(known, replace(problem, times=times))
+    all_slow = plan(replace(problem, times=replace(times, hops=(15.0,) * 7)), 0.5, clock=time.process_time)
+    assert known.timeline.makespan < 0.97 * simulate(all_slow.schedule, times).makespan
+
+
 def test_more_memory_than_any_batch_needs() -> None:
     found = plan(counted(4, 4, (10, 12, 8, 1), 1000), 1.0)
     assert found.timeline.makespan <= 294

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -21,6 +22,7 @@ from ds_vshape.schedule.adaptive import Problem, plan, search
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.kernels import anneal
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.reduced import reduced
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import v
@@ -34,6 +36,8 @@ ROOT = Path(__file__).parent.parent
 def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: int, seed: int,
                                                      data: st.DataObject) -> None:
     problem = counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1)))
+    hops = data.draw(st.lists(st.integers(0, 30), min_size=2 * ranks - 1, max_size=2 * ranks - 1))
+    problem = replace(problem, times=replace(problem.times, hops=tuple(map(float, hops))))
     scheduler = ListScheduler(problem)
     run = scheduler.run(Block.random(8, Random(seed)).policy(scheduler))
     assert run is not None
@@ -47,6 +51,17 @@ def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: 
     again = scheduler.run(Policy(run.starts, 0.0, scheduler.least_reserves, 0.0))
     assert again is not None and again.makespan == pytest.approx(run.makespan)
     assert scheduler.run(run.policy, run.makespan * 0.99) is None
+
+
+def test_fewer_ranks_stand_for_all() -> None:
+    """Nine of 18, and between them the mean of the hops on the way; the link between ranks 5 and 6 is slow."""
+    slow = 5
+    hops = tuple(16.0 if min(stage, 34 - stage) == slow else 1.0 for stage in range(35))
+    times = replace(Times.uniform(36, 10, 12, 8), forward=tuple(map(float, range(36))), hops=hops)
+    small = reduced(Problem(18, 200, times, Activations.counted(v(18)), (12.0,) * 18))
+    assert small.ranks == 9 and small.times.forward[:9] == tuple(map(float, (0, 2, 4, 6, 8, 11, 13, 15, 17)))
+    assert small.times.hops[:8] == pytest.approx((1, 1, 8.5, 1, 1, 1, 1, 1))
+    assert small.times.hops[8] == 0 and small.times.hops[9:] == small.times.hops[:8][::-1]
 
 
 def test_orders_that_wait_for_each_other_or_exceed_the_limit_are_none() -> None:
