@@ -14,6 +14,9 @@ kernels do); W is products alone. 34 t h is the sum of "Reducing Activation Reco
 output gradients (18 t h) of a block's four products. A block that is recomputed leaves its input, 2 t h, and runs F
 again in B. Values of 4 bytes take twice the bytes of the table, whose values have 2.
 
+The table is Megatron's, whose dropout masks and loss take part of it; in gpt.py (measured) F leaves 32 t h of a block,
+8 t of the embedding, and 4 t h + 2 t V of the head.
+
 With n tensor parallel ranks all of it is divided by n, and two all-reduces of the block's output are added to F and to
 B. Without sequence parallel, as in gpt_parallel.py, every rank has embedding and head whole, and of a block the inputs
 of both norms and what goes into and comes out of its share, 8 t h of both kinds of bytes. Nothing overlaps with those
@@ -46,6 +49,24 @@ class Bytes:
     gradient: int = 4
     optimizer: int = 12
     shared: bool = True
+
+
+@dataclass(frozen=True)
+class Code:
+    """How a GPT is written: bytes that F leaves, as in the module's table, of t h in a block and in the embedding and
+    of t V in the head; whether tensor parallel ranks share all of them; whether embedding and head are one weight where
+    a rank has both.
+    """
+
+    block: float
+    embedding: float
+    logits: float
+    sequence_parallel: bool
+    tied: bool
+
+
+MEGATRON = Code(34, 1, 4, sequence_parallel=True, tied=False)
+GPT_PY = Code(32, 0, 2, sequence_parallel=False, tied=True)
 
 
 @dataclass(frozen=True)
@@ -104,7 +125,7 @@ class Training:
     recompute: bool = False
     bytes: Bytes = Bytes()
     bounds: tuple[int, ...] | None = None
-    sequence_parallel: bool = True
+    code: Code = MEGATRON
 
     @property
     def tokens(self) -> int:
@@ -115,11 +136,11 @@ class Training:
     def layers(self) -> tuple[Layer, ...]:
         """Embedding, blocks, head."""
         t, s, h, vocabulary = self.tokens, self.length, self.shape.hidden, self.shape.vocabulary
-        wide = self.bytes.value / 2
-        embedding = Layer(0, 0, (vocabulary + s) * h, t * (wide * h + 8), t * (2 * wide * h + 8))
-        block = Layer(24 * t * h ** 2, 4 * t * s * h, 12 * h ** 2, wide * (2 if self.recompute else 34) * t * h,
-                      wide * 32 * t * h, self.recompute)
-        head = Layer(2 * t * h * vocabulary, 0, vocabulary * h, wide * t * (4 * h + 4 * vocabulary),
+        wide, code = self.bytes.value / 2, self.code
+        embedding = Layer(0, 0, (vocabulary + s) * h, t * (wide * code.embedding * h + 8), t * (2 * wide * h + 8))
+        block = Layer(24 * t * h ** 2, 4 * t * s * h, 12 * h ** 2,
+                      wide * (2 if self.recompute else code.block) * t * h, wide * 32 * t * h, self.recompute)
+        head = Layer(2 * t * h * vocabulary, 0, vocabulary * h, wide * t * (4 * h + code.logits * vocabulary),
                      wide * t * (2 * h + 2 * vocabulary))
         return (embedding, *[block] * self.shape.layers, head)
 
@@ -165,8 +186,12 @@ class Training:
 
     def _parameters(self, placement: Placement) -> list[float]:
         stages = self.stages(placement)
-        return [sum(self._share(layer).parameters for stage in chunks for layer in stages[stage])
-                for chunks in placement.chunks]
+        counts = [sum(self._share(layer).parameters for stage in chunks for layer in stages[stage])
+                  for chunks in placement.chunks]
+        first, last = placement.rank_of(0), placement.rank_of(placement.last_stage)
+        if self.code.tied and first == last:
+            counts[last] -= self._share(self.layers[-1]).parameters
+        return counts
 
     @property
     def _output(self) -> float:
@@ -179,9 +204,9 @@ class Training:
 
     def _share(self, layer: Layer) -> Layer:
         """What one of the tensor parallel ranks has of it."""
-        if not layer.attention and not self.sequence_parallel:
+        if not layer.attention and not self.code.sequence_parallel:
             return layer
-        everywhere = 0.0 if self.sequence_parallel else 4 * self._output
+        everywhere = 0.0 if self.code.sequence_parallel else 4 * self._output
         return replace(layer, products=layer.products / self.tensor, attention=layer.attention / self.tensor,
                        parameters=layer.parameters / self.tensor,
                        whole=everywhere + max(0.0, layer.whole - everywhere) / self.tensor,

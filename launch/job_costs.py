@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
-from gpt_cost import Bytes, Machine, Shape, Training
+from gpt_cost import GPT_PY, Bytes, Machine, Shape, Training
 from job import Job
 from prediction import Prediction, Wanted, predict
 
@@ -21,7 +21,7 @@ def training_of(job: Job) -> Training:
     model, machine = job.model, _machine_of(job)
     shape = Shape("", model.layers, model.heads, model.hidden, job.ranks, model.vocabulary)
     training = Training(shape, machine, model.length, job.data.micro_batch, job.micro_batches, job.parallel.pipe,
-                        job.parallel.tensor, job.replicas, bytes=bytes_of(job), sequence_parallel=False)
+                        job.parallel.tensor, job.replicas, bytes=bytes_of(job), code=GPT_PY)
     if job.section and isinstance(job.section.partition, tuple):
         first, *inner, last = job.section.partition
         return replace(training, bounds=(first, *(bound - 1 for bound in inner), last - ENDS))

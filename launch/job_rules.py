@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from job import OWN_ENGINE, Job
 from pydantic import BaseModel, ValidationError
@@ -21,13 +21,12 @@ from ds_vshape.schedule.memory_limit import MemoryLimitError, check_memory_limit
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
 from ds_vshape.schedule.timeline import Times
 
+Kind = TypeVar("Kind", bound=BaseModel)
+
 
 def read_job(config: Mapping[str, Any]) -> Job:
     """The job of a whole config; raises ConfigError for what can't be run."""
-    try:
-        job = Job.model_validate(dict(config))
-    except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_explain(problem) for problem in error.errors()))) from None
+    job = section_of(Job, config)
     try:
         for check in (_check_schedule, _check_ranks, _check_model, _check_batch, _check_precision, _check_rest,
                       _check_memory_limit):
@@ -36,6 +35,14 @@ def read_job(config: Mapping[str, Any]) -> Job:
         # The section has another name here.
         raise ConfigError(str(error).replace(f"{KEY}.", "schedule.")) from None
     return job
+
+
+def section_of(kind: type[Kind], config: Any, name: str = "") -> Kind:
+    """A section, or a whole job, of plain values; raises ConfigError for what `kind` doesn't know."""
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0], kind, name)) from None
 
 
 def _check_schedule(job: Job) -> None:
@@ -81,11 +88,12 @@ def _check_model(job: Job) -> None:
         raise ConfigError(f"parallel.tensor = {tensor}: must divide model.heads = {model.heads}; legal: "
                           f"{', '.join(str(n) for n in range(1, model.heads + 1) if model.heads % n == 0)}")
     stages = job.placement.stages
-    if model.layers < stages:
-        most = model.layers * pipe // stages
-        legal = f"model.layers from {stages} on" + (f", or parallel.pipe up to {most}" if most else "")
+    # Of a stage without a block the embedding or the head is the work.
+    if model.layers + 2 < stages:
+        most = (model.layers + 2) * pipe // stages
         raise ConfigError(f"model.layers = {model.layers}: schedule {job.schedule['name']} on parallel.pipe = {pipe} "
-                          f"has {stages} stages, each of which needs a block; legal: {legal}")
+                          f"has {stages} stages, each of which needs a block, the embedding or the head; legal: "
+                          f"model.layers from {stages - 2} on, or parallel.pipe up to {most}")
     if job.section and job.section.partition is not None:
         _check_bounds(job.section.partition, stages, model.layers + 4)
 
@@ -177,10 +185,11 @@ def unknown_key(key: str, value: Any, legal: Sequence[str]) -> ConfigError:
                        f"{nearest(name, beside or [each for each in legal if '.' not in each])}")
 
 
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+def _explain(problem: Any, kind: type[BaseModel], name: str) -> str:
+    key = ".".join(map(str, [*([name] if name else []), *problem["loc"]]))
     if problem["type"] == "extra_forbidden":
-        return str(unknown_key(key, problem["input"], legal_keys()))
+        legal = legal_keys() if kind is Job else [f"{name}.{each}" for each in kind.model_fields]
+        return str(unknown_key(key, problem["input"], legal))
     if problem["type"] == "missing":
         return f"{key} is missing"
     return f"{key} = {problem['input']!r}: {problem['msg'].replace('Input should', 'must')}"

@@ -7,7 +7,8 @@
 
 Words choose a file of a group (schedule=v-half) or set a key (parallel.pipe=4). Nothing starts before every job of the
 command line has been checked. Each job's ranks are processes of the `deepspeed` launcher that run train_rank.py with
-the same words; what they write is in runs/. All else is hydra's: --help, --cfg job, --config-dir.
+the same words; what they write is in runs/. All else is hydra's, such as --cfg job; files of your own are found with
+hydra.searchpath=[file://FOLDER], where FOLDER has groups as configs/ has.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # `python -m launch.train` looks for modules in the present folder only.
@@ -39,6 +41,15 @@ from ds_vshape.config import ConfigError
 
 _DRY_RUN = "--dry-run"
 _CLUSTER_SCRIPT = Path(__file__).resolve().with_name("cluster") / "deepspeed.sh"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that has ended: its words, the launcher's exit status, and where its result is."""
+
+    words: tuple[str, ...]
+    status: int
+    result: Path
 
 
 def check_hosts(job: Job) -> None:
@@ -67,46 +78,53 @@ def start(composed: Composed) -> int:
 
 def start_all(words: Sequence[str]) -> int:
     """Start job after job in hydra's output folders; 1 if any failed, after all of them."""
-    done: list[tuple[str, int, Path]] = []
+    done: list[Done] = []
 
     @hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
     def one(config: DictConfig) -> None:
         own = HydraConfig.get()
-        task = list(own.overrides.task)
+        task = [*own.overrides.task, *(word for word in own.overrides.hydra if word.startswith("hydra.searchpath="))]
         if config.result is None:
             config.result = f"{own.runtime.output_dir}/result.json"
             task.append(f"result={config.result}")
         job = read_job(OmegaConf.to_container(config, resolve=True))
-        done.append((own.job.override_dirname, start(Composed(tuple(task), job)), Path(config.result)))
+        done.append(Done(tuple(own.overrides.task), start(Composed(tuple(task), job)), Path(config.result)))
 
     sys.argv[1:] = words
     one()
     if len(done) > 1:
         Console(width=150).print(_summary(done))
-    return int(any(status for _, status, _ in done))
+    return int(any(each.status for each in done))
 
 
-def _summary(done: Sequence[tuple[str, int, Path]]) -> Table:
-    """What each job of a sweep came to."""
+def _summary(done: Sequence[Done]) -> Table:
+    """What each job of a sweep came to; its name is what the others don't have."""
+    common = set.intersection(*(set(each.words) for each in done))
     table = Table(title="the sweep's jobs: seconds a batch, bubbles and the last loss", title_justify="left")
     for column in ("job", "s a batch", "predicted bubble", "measured bubble", "loss", "result"):
         table.add_column(column, justify="left" if column in ("job", "result") else "right")
-    for name, status, path in done:
-        if status:
-            table.add_row(name, *["-"] * 4, f"failed with status {status}")
+    for each in done:
+        name = " ".join(word for word in each.words if word not in common)
+        if each.status:
+            table.add_row(name, *["-"] * 4, f"failed with status {each.status}")
         else:
-            result = Result.read(path)
+            result = Result.read(each.result)
             table.add_row(name, f"{result.batch_seconds:.3f}", f"{result.predicted_bubble:.1%}",
-                          f"{result.measured_bubble:.1%}", f"{result.loss:.6f}", os.path.relpath(path))
+                          f"{result.measured_bubble:.1%}", f"{result.loss:.6f}", os.path.relpath(each.result))
     return table
 
 
 def main() -> int:
     words = [word for word in sys.argv[1:] if word != _DRY_RUN]
-    asked = get_args_parser().parse_args(words)
+    asked = get_args_parser().parse_intermixed_args(words)
+    # hydra itself wants its options first.
+    words = [*(word for word in words if word not in asked.overrides), *asked.overrides]
     if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
         return start_all(words)
     try:
+        if asked.config_dir or asked.config_name or asked.config_path:
+            raise ConfigError("the config is configs/train.yaml; files of your own are found with "
+                              "hydra.searchpath=[file://FOLDER]")
         jobs = compose_jobs(asked.overrides, asked.multirun)
         if _DRY_RUN not in sys.argv:
             for composed in jobs:

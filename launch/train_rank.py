@@ -95,9 +95,8 @@ def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batch
                   peak_activations=reports[-1]["peak_activations"])
 
 
-def main() -> None:
-    job = job_of(sys.argv[1:])
-    start_distributed()
+def build_engine(job: Job) -> Any:
+    """The engine that trains `job` (collective)."""
     model, parallel = job.model, job.parallel
     config = GPTConfig(model.layers, model.hidden, model.heads, model.length, model.vocabulary)
     topology = PipeModelDataParallelTopology(num_pp=parallel.pipe, num_dp=job.replicas, num_mp=parallel.tensor)
@@ -112,13 +111,21 @@ def main() -> None:
                                       seed_fn=seed_layer,
                                       config=ds_config)
     engine, *_ = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=ds_config)
+    return engine
 
+
+def batches_of(job: Job, replica: int) -> tuple[Iterator[Any], Iterator[Any]]:
+    """Training and validation micro-batches of a data parallel rank."""
     corpus = load_corpus(Path(job.data.text) if job.data.text else None)
-    replica = engine.grid.get_data_parallel_rank()
-    training, validation = (
-        micro_batches(text, job.data.micro_batch, model.length, seed + 1000 * replica)
-        for text, seed in ((corpus.training, TRAINING_SEED), (corpus.validation, VALIDATION_SEED)))
+    return (micro_batches(corpus.training, job.data.micro_batch, job.model.length, TRAINING_SEED + 1000 * replica),
+            micro_batches(corpus.validation, job.data.micro_batch, job.model.length, VALIDATION_SEED + 1000 * replica))
 
+
+def main() -> None:
+    job = job_of(sys.argv[1:])
+    start_distributed()
+    engine = build_engine(job)
+    training, validation = batches_of(job, engine.grid.get_data_parallel_rank())
     result = train(engine, training, validation, job.batches)
     if job.result and torch.distributed.get_rank() == 0:
         result.write(Path(job.result))

@@ -1,0 +1,97 @@
+"""What a job is predicted to need and to take, against engines that run it and against the formulas of its schedule."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+from composed import compose_job
+from job import Job
+from job_costs import bounds_of, host_of, place_of, predict_job, training_of
+from ranks import run_ranks
+from train_rank import batches_of, build_engine
+
+from ds_vshape.rank_memory import RankMemory
+
+SHAPE = ["model=tiny", "model.layers=6", "model.hidden=96", "model.heads=4", "model.length=96", "parallel.pipe=2",
+         "data.micro_batches=4"]
+JOBS = [
+    ["schedule=v-half"],
+    ["schedule=v-half", "parallel.zero=1"],
+    ["schedule=zb-h1", "precision=bf16"],
+    ["schedule=1f1b", "precision=bf16", "parallel.zero=1"],
+    ["schedule=v-min", "precision=bf16_sums", "parallel.zero=1"],
+]
+
+
+def run(rank: int, jobs: list[Job]) -> list[tuple[tuple[RankMemory, ...], list[int]]]:
+    """What each engine says it needs after its second batch, and where its stages begin."""
+    found = []
+    for job in jobs:
+        engine = build_engine(job)
+        training, _ = batches_of(job, 0)
+        for _ in range(2):
+            engine.train_batch(training)
+        found.append((engine.memory_report(), list(engine.module.parts)))
+    return found
+
+
+def test_memory_and_stages_are_those_of_the_engine() -> None:
+    """The model of costs leaves out norms and biases, which are few."""
+    jobs = [compose_job([*SHAPE, *words]) for words in JOBS]
+    for job, (measured, parts) in zip(jobs, run_ranks(2, run, jobs, timeout=300)[0], strict=True):
+        predicted = predict_job(job)
+        assert parts == bounds_of(predicted.training)
+        for ours, theirs in zip(predicted.memory, measured, strict=True):
+            assert astuple(ours) == pytest.approx(astuple(theirs), rel=0.06), job.ds_config()
+
+
+def test_tensor_parallel_and_replicas_share_what_they_share() -> None:
+    """Blocks are shared by tensor parallel ranks; embedding and head aren't; ZeRO-1's optimizer is by replicas."""
+    def first_rank(*words: str) -> RankMemory:
+        return predict_job(compose_job([*SHAPE, "parallel.zero=1", *words])).memory[0]
+
+    alone, shared, replicated = first_rank(), first_rank("parallel.tensor=2"), first_rank("parallel.data=2")
+    ends = 4 * (256 + 96) * 96  # the head is the embedding
+    assert shared.parameters - ends == pytest.approx((alone.parameters - ends) / 2)
+    assert (replicated.parameters, replicated.optimizer) == (alone.parameters, alone.optimizer / 2)
+    assert replicated.activations_peak == alone.activations_peak
+
+
+@pytest.mark.parametrize("words", [["schedule=v-half"], ["schedule=1f1b"], ["schedule=v-zb", "parallel=three_d"]])
+def test_the_step_is_work_and_bubble(words: list[str]) -> None:
+    """Of equal blocks and nothing else: F, B and W of all micro-batches, over the share of time that isn't bubble."""
+    job = compose_job([*words, "machine=a100", "precision=bf16_sums", "parallel.zero=1"])
+    predicted, training = predict_job(job), training_of(job)
+    times = training.times(job.placement, training.machine.inside)
+    work = job.micro_batches * sum(map(times.of_stage, range(job.placement.stages))) / job.parallel.pipe
+    assert predicted.timeline.makespan == pytest.approx(work / (1 - predicted.bubble))
+    assert predicted.seconds == predicted.timeline.makespan + training.reduction(job.placement)
+    assert predicted.samples_per_second * predicted.seconds == pytest.approx(
+        job.micro_batches * job.data.micro_batch * job.replicas)
+
+
+def test_hops_are_slow_where_hosts_end() -> None:
+    """Four pipeline ranks on hosts of two: only the messages between ranks 1 and 2 leave a host."""
+    words = ["machine=a100", "precision=bf16", "parallel.zero=1", "schedule=1f1b", "machine.between=[20, 200000]"]
+    near, split, far = (predict_job(compose_job([*words, f"machine.slots={slots}"])) for slots in (4, 2, 1))
+    # A micro-batch alone crosses each link twice, down and up again.
+    assert near.seconds < 0.01 < split.seconds < far.seconds
+    one = [predict_job(compose_job([*words, f"machine.slots={slots}", "data.micro_batches=1"])).seconds
+           for slots in (4, 2, 1)]
+    latency = 0.2 - 20e-6
+    assert one[1] - one[0] == pytest.approx(2 * latency, rel=1e-3)
+    assert one[2] - one[0] == pytest.approx(6 * latency, rel=1e-3)
+
+
+def test_places() -> None:
+    """As DeepSpeed's topology numbers them: tensor parallel ranks are neighbours, pipeline ranks furthest apart."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    job = compose_job(["parallel=three_d", "parallel.data=3", "machine.slots=4"])
+    topology = PipeModelDataParallelTopology(num_pp=2, num_dp=3, num_mp=2)
+    for rank in range(job.ranks):
+        where: Any = topology.get_coord(rank)
+        assert place_of(job, where.pipe, where.data, where.model) == rank
+        assert host_of(job, rank) == f"host {rank // 4}"
