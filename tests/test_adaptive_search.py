@@ -19,8 +19,8 @@ from test_bounds import optimum
 
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.adaptive import Problem, plan, search
+from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import Block
-from ds_vshape.schedule.adaptive.kernels import anneal
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.reduced import reduced
 from ds_vshape.schedule.bounds import lower_bound_of_limits
@@ -128,18 +128,18 @@ import json, sys
 sys.modules["numba"] = None
 sys.path.insert(0, "tests")
 from test_adaptive import assert_plan_is_right, counted
-from ds_vshape.schedule.adaptive import kernels, plan
+from ds_vshape.schedule.adaptive import annealing, machine_code, plan
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
 
-assert not kernels.COMPILED
+assert not machine_code.COMPILED
 for peak in (4, 6, 8):
     problem = counted(4, 12, (10, 12, 8, 1), peak)
     assert_plan_is_right(plan(problem, 1.0), problem)
 scheduler = ListScheduler(counted(4, 8, (10, 12, 8, 1), 5))
 run = scheduler.run(Block((0.1,) * 4, (0.2,) * 3, 0.5, 1.0, 0.1, 1.0, 2).policy(scheduler))
 best = run.orders.copy()
-kernels.anneal(scheduler.layouts(2), run.orders.copy(), best, run.makespan, 200, 3.0, 0.0, 1)
+annealing.anneal(scheduler.layouts(2), run.orders.copy(), best, run.makespan, 200, 3.0, 0.0, 1)
 print(json.dumps([run.makespan, run.orders.tolist(), best.tolist()]))
 """
 

@@ -9,27 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.adaptive import kernels
+from ds_vshape.schedule.adaptive import annealing, filling
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
+from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
 
 
 def is_done() -> bool:
-    """Whether the last loop to be compiled is there, in this process or on disk.
+    """Whether all loops are there, in this process or on disk."""
+    return not COMPILED or all(map(_is_compiled, (filling.fill, annealing.squeeze, annealing.anneal)))
 
-    There, code that is older than its source doesn't count, as numba has it.
-    """
-    loop: Any = kernels.anneal
-    if not kernels.COMPILED or loop.signatures:
+
+def _is_compiled(loop: Any) -> bool:
+    """Whether numba has code for `loop`; on disk, code that is older than its source doesn't count, as numba has it."""
+    if loop.signatures:
         return True
     folder = loop.stats.cache_path
     if folder is None:
         return False
-    source = Path(kernels.__file__)
-    indexes = Path(folder).glob(f"{source.stem}.{loop.__name__}-*.nbi")
+    code = loop.py_func.__code__
+    source = Path(code.co_filename)
+    indexes = Path(folder).glob(f"{source.stem}.{code.co_name}-{code.co_firstlineno}.*nbi")
     return any(index.stat().st_mtime >= source.stat().st_mtime for index in indexes)
 
 
@@ -39,4 +42,4 @@ def compile_loops() -> None:
     run = scheduler.run(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
     assert run is not None
     scheduler.squeeze(run.orders, run.policy)
-    kernels.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)
+    annealing.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)

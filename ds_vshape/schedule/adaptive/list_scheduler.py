@@ -8,7 +8,7 @@ Memory never blocks the batch: a forward starts only within the rank's limit, an
 room for one of the second (`reserve` or more), so the oldest micro-batch can always reach the last stage; from there on
 everything frees memory. By induction over micro-batches all of them end.
 
-`kernels.fill` is the loop itself. Streams are numbered F, F, B, B, W, W of chunk 0 and 1.
+`filling.fill` is the loop itself. Streams are numbered F, F, B, B, W, W of chunk 0 and 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.kernels import Layout, fill, squeeze
+from ds_vshape.schedule.adaptive.annealing import squeeze
+from ds_vshape.schedule.adaptive.filling import fill
+from ds_vshape.schedule.adaptive.layout import Layout
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule

@@ -16,10 +16,11 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
+from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches
-from ds_vshape.schedule.adaptive.kernels import COMPILED, anneal
 from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
 from ds_vshape.schedule.adaptive.seeds import known_schedules

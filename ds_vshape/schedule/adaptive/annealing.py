@@ -1,28 +1,18 @@
-"""The planner's inner loops: a list scheduler, and annealing of orders.
+"""The loop of annealing: a pass of a critical path moves, and what comes after it is timed again.
 
-Both run many thousands of times in a plan, over arrays of numbers. Where numba is installed (the extra `planner`) they
-are compiled, about a hundred times as fast; the machine code is kept on disk, so that only the first plan after an
-installation waits some seconds for it. They are all in this file, because numba looks at no other one when it decides
-whether that code is still right. Without numba the same functions run as they are. Importing numba takes time as well,
-so this module is imported when planning starts.
-
-Streams are numbered F, F, B, B, W, W of chunk 0 and 1; the passes of a stream are numbered in micro-batch order, those
-of W by pieces.
+Most of an order stays as it is, so only what follows the first change is timed; and where the rest of the batch is
+known to be too long, not even that. `squeeze` times orders as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from math import log
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from ds_vshape.schedule.adaptive.layout import Floats, Ints, Layout
+from ds_vshape.schedule.adaptive.machine_code import jit
 
 _NEVER = float("inf")
 _CLOSE = 1e-9
@@ -32,53 +22,6 @@ _REPEATS = np.array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 1 << 30])
 _SPREADS = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1 << 30])
 # The random numbers of a plan: a linear congruential generator modulo 2 ** 31, of which the upper bits are used.
 _RANDOM_BITS = 0x7FFFFFFF
-
-
-def _njit() -> Any:
-    """numba's decorator, or None where it isn't installed."""
-    try:
-        return import_module("numba").njit
-    except ImportError:
-        return None
-
-
-_NJIT = _njit()
-COMPILED = _NJIT is not None
-
-
-def _jit(function: Function) -> Function:
-    """`function`, compiled when it is first called, if numba is there."""
-    if _NJIT is None:
-        return function
-    try:
-        compiled: Function = _NJIT(cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder to keep it in
-        compiled = _NJIT(error_model="numpy")(function)
-    return compiled
-
-
-class Layout(NamedTuple):
-    """A problem in arrays, for W in `pieces` (none at all where B takes W with it).
-
-    A rank's passes of a stream take `durations`. Their output goes to `next_rank` and `next_stream`, where it arrives
-    `delay` later; -1 is nowhere. `from_rank` and `from_stream` are the other way; -1 is the batch itself. A forward
-    takes memory, B gives back `freed` and the last piece of W `kept`. All but the limits are [rank, stream] or
-    [rank, chunk].
-    """
-
-    batch: int
-    pieces: int
-    fused: bool
-    durations: Floats
-    next_rank: Ints
-    next_stream: Ints
-    delay: Floats
-    from_rank: Ints
-    from_stream: Ints
-    limits: Floats
-    taken: Floats
-    freed: Floats
-    kept: Floats
 
 
 class Times(NamedTuple):
@@ -104,103 +47,14 @@ class Prefix(NamedTuple):
     free: Floats
 
 
-@_jit
-def fill(layout: Layout, wishes: Floats, patience: float, eagerness: float, first_room: Floats, cutoff: float,
-         starts: Floats, orders: Ints) -> tuple[float, float]:
-    """Run a policy; the makespan, and the sum of the starts of all F and B. Both are infinite above `cutoff`.
-
-    `wishes` and `starts` are [rank, stream, micro-batch, piece], where F and B have piece 0 alone; `orders` are
-    streams [rank, place]. `first_room` is how full a rank may be after a forward of chunk 0.
-    """
-    batch, pieces, ranks = layout.batch, layout.pieces, len(layout.limits)
-    taken, freed, kept = layout.taken, layout.freed, layout.kept
-    counts = np.zeros((ranks, 6), np.int64)
-    arrivals = np.zeros((ranks, 4, batch))
-    sent = np.zeros((ranks, 4), np.int64)
-    sent[0, 0] = batch
-    alive = np.zeros((ranks, 2))
-    placed = np.zeros(ranks, np.int64)
-    free = np.zeros(ranks)
-    wake = np.zeros(ranks)  # when each rank looks again what it could do
-    waiting = makespan = 0.0
-    left = orders.size
-    while left > 0:
-        now, rank = _NEVER, -1
-        for other in range(ranks):
-            if wake[other] < now:
-                now, rank = wake[other], other
-        if rank < 0:
-            raise AssertionError("a batch got stuck under its memory limit")
-        room = layout.limits[rank] - alive[rank, 0] - alive[rank, 1]
-        # The most urgent stream; of equals B of the second chunk first, W last.
-        best, pick, at = _NEVER, -1, now
-        for stream in range(3, -1, -1):
-            number = counts[rank, stream]
-            if number >= sent[rank, stream] or (stream < 2 and taken[rank, stream] > room):
-                continue
-            if stream == 0 and alive[rank, 0] + taken[rank, 0] > first_room[rank]:
-                continue
-            start = arrivals[rank, stream, number]
-            urgency = wishes[rank, stream, number, 0] + patience * max(0.0, start - now)
-            if urgency < best:
-                best, pick, at = urgency, stream, start
-        if not layout.fused:
-            wait = at - now  # a W that fits into it costs nothing
-            filler = _NEVER
-            for stream in range(4, 6):
-                number = counts[rank, stream]
-                if number < counts[rank, stream - 2] * pieces:
-                    urgency = wishes[rank, stream, number // pieces, number % pieces]
-                    fits = layout.durations[rank, stream] <= wait and urgency < filler
-                    if urgency < best or fits:
-                        best, pick, at = urgency, stream, now
-                        filler = urgency
-        if pick < 0:
-            wake[rank] = _NEVER
-        elif at > now:
-            wake[rank] = at
-        elif best - eagerness > now:
-            wake[rank] = best - eagerness
-        else:
-            end = now + layout.durations[rank, pick]
-            if end > cutoff:
-                return _NEVER, _NEVER
-            number = counts[rank, pick]
-            counts[rank, pick] += 1
-            orders[rank, placed[rank]] = pick
-            placed[rank] += 1
-            left -= 1
-            free[rank] = wake[rank] = end
-            makespan = max(makespan, end)
-            if pick >= 4:
-                starts[rank, pick, number // pieces, number % pieces] = now
-                if (number + 1) % pieces == 0:
-                    alive[rank, pick - 4] -= kept[rank, pick - 4]
-                continue
-            starts[rank, pick, number, 0] = now
-            waiting += now
-            if pick < 2:
-                alive[rank, pick] += taken[rank, pick]
-            else:
-                alive[rank, pick - 2] -= freed[rank, pick - 2]
-            target, stream = layout.next_rank[rank, pick], layout.next_stream[rank, pick]
-            if target >= 0:
-                arrival = end + layout.delay[rank, pick]
-                arrivals[target, stream, number] = arrival
-                sent[target, stream] = number + 1
-                if target != rank:
-                    wake[target] = min(wake[target], max(arrival, free[target]))
-    return makespan, waiting
-
-
-@_jit
+@jit
 def _copy(source: Ints, target: Ints) -> None:
     # A slice of an array could be assigned as well, but takes seconds to compile.
     for index in range(len(source)):
         target[index] = source[index]
 
 
-@_jit
+@jit
 def _greatest(values: Floats) -> float:
     greatest = -_NEVER
     for value in values:
@@ -208,7 +62,7 @@ def _greatest(values: Floats) -> float:
     return greatest
 
 
-@_jit
+@jit
 def _position(line: Any, value: float) -> int:
     """How many of the ascending `line` are below `value`."""
     low, high = 0, len(line)
@@ -221,7 +75,7 @@ def _position(line: Any, value: float) -> int:
     return low
 
 
-@_jit
+@jit
 def _cut(layout: Layout, orders: Ints, now: Times, firsts: Ints, prefix: Prefix) -> int:
     """Into `prefix`: what stays as it is when orders change from `firsts` [rank] on. The number of the other passes."""
     ranks, length = orders.shape
@@ -252,7 +106,7 @@ def _cut(layout: Layout, orders: Ints, now: Times, firsts: Ints, prefix: Prefix)
     return left
 
 
-@_jit
+@jit
 def _settled(now: Times, lasts: Ints, settled: Ints) -> None:
     """Into `settled`: the place on each rank from which on nothing leads to the passes up to `lasts` [rank]."""
     ranks, length = now.starts.shape
@@ -264,7 +118,7 @@ def _settled(now: Times, lasts: Ints, settled: Ints) -> None:
         settled[rank] = max(lasts[rank] + 1, _position(now.starts[rank], time))
 
 
-@_jit
+@jit
 def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled: Ints, tails: Floats) -> None:
     """Into `tails` [rank, place]: how long the batch lasts at least from each pass's start, for those before `settled`.
 
@@ -296,7 +150,7 @@ def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled
             rank += step
 
 
-@_jit
+@jit
 def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
             left: int, rank: int, cutoff: float, settled: Ints, tails: Floats) -> bool:
     """Into `new`: the times of the `left` passes after `prefix`, each as early as can be.
@@ -352,7 +206,7 @@ def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times,
     return True
 
 
-@_jit
+@jit
 def _take(layout: Layout, now: Times, new: Times, prefix: Prefix) -> None:
     """The times after `prefix` from `new` into `now`."""
     ranks, length = now.starts.shape
@@ -368,7 +222,7 @@ def _take(layout: Layout, now: Times, new: Times, prefix: Prefix) -> None:
                     now.arrivals[rank, stream, number] = new.arrivals[rank, stream, number]
 
 
-@_jit
+@jit
 def _critical(layout: Layout, orders: Ints, numbers: Ints, now: Times, ends: Floats, path: Ints, chance: int) -> int:
     """Into `path`: passes [rank, place] of which each one's delay delays the batch's end. How many they are.
 
@@ -399,7 +253,7 @@ def _critical(layout: Layout, orders: Ints, numbers: Ints, now: Times, ends: Flo
             rank, place = source, now.places[source, fed_by, numbers[rank, place]]
 
 
-@_jit
+@jit
 def _shift(order: Ints, number: Ints, place: int, to: int) -> bool:
     """Move the pass at `place` to `to`; whether it passed none of its own stream."""
     stream, which = order[place], number[place]
@@ -412,7 +266,7 @@ def _shift(order: Ints, number: Ints, place: int, to: int) -> bool:
     return True
 
 
-@_jit
+@jit
 def _move(layout: Layout, order: Ints, number: Ints, places: Ints, place: int, distance: int,
           repeats: int) -> tuple[int, int]:
     """Move a rank's pass by `distance`, and as many following micro-batches' past the same neighbours of theirs.
@@ -443,7 +297,7 @@ def _move(layout: Layout, order: Ints, number: Ints, places: Ints, place: int, d
     return first, last
 
 
-@_jit
+@jit
 def _allowed(layout: Layout, rank: int, order: Ints, end: int, counts: Ints) -> bool:
     """Whether the first passes up to `end` of a rank's `order` keep its limit and have what they need from itself."""
     for stream in range(6):
@@ -468,7 +322,7 @@ def _allowed(layout: Layout, rank: int, order: Ints, end: int, counts: Ints) -> 
     return True
 
 
-@_jit
+@jit
 def _move_on_ranks(layout: Layout, orders: Ints, numbers: Ints, places: Ints, spare: Ints, rank: int, place: int,
                    distance: int, repeats: int, spread: int, old_orders: Ints, old_numbers: Ints, firsts: Ints,
                    lasts: Ints, counts: Ints) -> bool:
@@ -503,19 +357,19 @@ def _move_on_ranks(layout: Layout, orders: Ints, numbers: Ints, places: Ints, sp
     return True
 
 
-@_jit
+@jit
 def _empty_prefix(ranks: int) -> Prefix:
     return Prefix(np.zeros(ranks, np.int64), np.zeros((ranks, 6), np.int64), np.zeros((ranks, 4), np.int64),
                   np.zeros(ranks))
 
 
-@_jit
+@jit
 def _empty_times(layout: Layout, ranks: int, length: int) -> Times:
     return Times(np.zeros((ranks, length)), np.zeros((ranks, 4, layout.batch)),
                  np.zeros((ranks, 6, layout.batch * layout.pieces), np.int64))
 
 
-@_jit
+@jit
 def _numbers(orders: Ints, counts: Ints) -> Ints:
     """The number in its stream of each pass [rank, place]."""
     numbers = np.zeros(orders.shape, np.int64)
@@ -529,7 +383,7 @@ def _numbers(orders: Ints, counts: Ints) -> Ints:
     return numbers
 
 
-@_jit
+@jit
 def _replay_all(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
                 settled: Ints, tails: Floats) -> bool:
     """Into `now`: the times of all passes; False if ranks wait for each other."""
@@ -542,7 +396,7 @@ def _replay_all(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Ti
     return fine
 
 
-@_jit
+@jit
 def squeeze(layout: Layout, orders: Ints) -> Floats:
     """When passes start [rank, place], as early as `orders` allow; empty if ranks wait for each other."""
     ranks, length = orders.shape
@@ -553,7 +407,7 @@ def squeeze(layout: Layout, orders: Ints) -> Floats:
     return now.starts if fine else now.starts[:0]
 
 
-@_jit
+@jit
 def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: int, temperature: float, goal: float,
            seed: int) -> float:
     """Change `orders` (streams [rank, place]) by `tries` moves; the makespan of the best, which `best_orders` are then.
