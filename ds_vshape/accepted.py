@@ -16,7 +16,7 @@ from typing import Any
 
 from deepspeed.runtime.config import DtypeEnum
 
-from ds_vshape.config import ConfigError
+from ds_vshape.config import KEY, ConfigError
 
 _SUMS = ("fp32", "bf16", "fp16")
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -42,6 +42,25 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
     if stage == 0 and sums not in (None, precision):
         raise ConfigError(f"data_types.grad_accum_dtype = {sums!r} with {precision} and zero_optimization.stage = 0: "
                           f"must be {precision!r}, or zero_optimization.stage 1")
+
+
+def check_post_validation(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the key, its value and what is legal, where no DeepSpeedZeroOptimizer on the device
+    steps, whose step alone can be taken back (ds_vshape/rollback.py)."""
+    key = f"{KEY}.optimizer_post_validation = true"
+    if _zero_stage(ds_config) != 1:
+        raise ConfigError(f"{key} with zero_optimization.stage = 0: must be 1, or the key false")
+    if _precision(ds_config) == "bf16" and _sums(ds_config) == "fp32":
+        raise ConfigError(f"{key} with bf16 and data_types.grad_accum_dtype = 'fp32': must be 'bf16', or the key false")
+    zero = ds_config["zero_optimization"]
+    offload = None if isinstance(zero, bool) else zero.get("offload_optimizer")
+    if offload and offload.get("device", "none") != "none":
+        raise ConfigError(f"{key} with zero_optimization.offload_optimizer.device = {offload['device']!r}: must be "
+                          "'none', or the key false")
+    autocast = _section(ds_config, "torch_autocast")
+    if autocast.get("enabled", False) and _dtype_name(autocast.get("dtype")) == "fp16":
+        raise ConfigError(f"{key} with torch_autocast.dtype = {autocast['dtype']!r}: must be 'bfloat16', or the key "
+                          "false")
 
 
 def _section(ds_config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -75,7 +94,13 @@ def _sums(ds_config: Mapping[str, Any]) -> str | None:
     asked = _section(ds_config, "data_types").get("grad_accum_dtype")
     if asked is None:
         return None
-    name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
+    name = _dtype_name(asked)
     if name not in _SUMS:
         raise ConfigError(f"data_types.grad_accum_dtype = {asked!r}: must be {', '.join(map(repr, _SUMS))}")
+    return name
+
+
+def _dtype_name(asked: Any) -> str | None:
+    """The name that DeepSpeed calls a dtype by, of any of its names."""
+    name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
     return name

@@ -120,6 +120,9 @@ class ScheduleConfig(BaseModel):
     `detect_anomaly` looks for NaN and infinity in every stage's outputs and in the loss, and ends the batch with the
     stage and the micro-batch where the first came up.
 
+    `optimizer_post_validation` steps without asking other pipeline ranks, and has the step validated while the next
+    batch begins (ds_vshape/post_validation.py).
+
     A rank that waits for another one longer than `timeout_seconds` takes it for lost, and ends.
 
     `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
@@ -136,6 +139,7 @@ class ScheduleConfig(BaseModel):
     times: Literal["equal", "profile"] = "equal"
     planning_seconds: Positive = 10.0
     detect_anomaly: StrictBool = False
+    optimizer_post_validation: StrictBool = False
     timeout_seconds: Positive = TIMEOUT_SECONDS
     trace: Trace | None = None
     drift: Positive = 0.2

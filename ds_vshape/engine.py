@@ -162,8 +162,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
                                 f"{self.placement.chunks}")
         check(schedule)
-        self._plans[schedule.micro_batches] = BatchPlan(schedule, instr.training_instructions(
-            self._program(schedule), schedule.placement.last_stage))
+        self._plans[schedule.micro_batches] = BatchPlan(schedule, self._training_instructions(schedule))
+
+    def _training_instructions(self, schedule: Schedule) -> list[instr.PipeInstruction]:
+        return instr.training_instructions(self._program(schedule), schedule.placement.last_stage)
 
     def _adopt(self, schedule: Schedule) -> None:
         """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
@@ -233,6 +235,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             self.data_iterator = training_iterator
             self.eval_return_logits = False
             self.outputs = None
+
+    def rollback_bytes(self) -> int:
+        """What this rank keeps to take a step back."""
+        return 0
 
     def memory_report(self) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs; to be called on every rank, after two training batches."""
@@ -334,7 +340,6 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             self._aggregate_total_loss()
         if self._reduction is not None:
             self._reduction.forget()
-        self.timers(stock.TRAIN_BATCH_TIMER).reset()
         for parameter in self.module.parameters():
             parameter.grad = None
         if hasattr(self.optimizer, "zero_grad"):
@@ -554,6 +559,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             raise
         except Exception:
             self._forget_batch()
+            self.timers(stock.TRAIN_BATCH_TIMER).reset()
             raise
 
     def _exec_reduce_tied_grads(self) -> None:

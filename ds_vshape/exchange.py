@@ -1,4 +1,4 @@
-"""Short texts between all ranks of the job: what they have, and what went wrong.
+"""Short texts and numbers between all ranks of the job: what they have, and what went wrong.
 
 Texts travel as bytes in tensors: nothing that comes from another rank is executed, as unpickling would. They go over
 gloo whatever the job's backend is, so that no GPU is waited for.
@@ -7,6 +7,7 @@ gloo whatever the job's backend is, so that no GPU is waited for.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -22,19 +23,26 @@ _BOX = 2048
 
 
 class Exchange:
-    """All ranks of the job, as a group of its own. Creating it is collective.
+    """All ranks of the job, or those of the global `ranks`, as a group of its own. Creating it is collective over the
+    job.
 
     Methods raise RuntimeError where a rank is lost, or doesn't come within `seconds`.
     """
 
-    def __init__(self, seconds: float = TIMEOUT_SECONDS) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+    def __init__(self, seconds: float = TIMEOUT_SECONDS, ranks: Sequence[int] | None = None) -> None:
+        self._group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
 
     def largest(self, own: int) -> int:
         """The largest of all ranks' numbers; collective."""
         number = torch.tensor([own])
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         return int(number)
+
+    def start_numbers(self, own: Sequence[float]) -> Numbers:
+        """Start to tell all ranks this rank's numbers, of which every rank has as many; doesn't wait. Collective."""
+        sent = torch.tensor(own, dtype=torch.float64)
+        boxes = [torch.empty_like(sent) for _ in range(dist.get_world_size(self._group))]
+        return Numbers(boxes, dist.all_gather(boxes, sent, group=self._group, async_op=True))
 
     def texts(self, own: str) -> list[str]:
         """Every rank's text, in rank order; collective."""
@@ -68,6 +76,18 @@ class Exchange:
         for send in sends:
             finished(send, deadline)
         return texts
+
+
+class Numbers:
+    """What all ranks are telling each other."""
+
+    def __init__(self, boxes: list[Tensor], work: Any) -> None:
+        self._boxes, self._work = boxes, work
+
+    def result(self) -> list[list[float]]:
+        """Every rank's numbers, in rank order, once they are all there."""
+        self._work.wait()
+        return [box.tolist() for box in self._boxes]
 
 
 def finished(work: Any, deadline: float) -> bool:

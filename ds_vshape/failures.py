@@ -8,13 +8,14 @@ optimizer and the channels are as they were before the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NoReturn
 
 from deepspeed.runtime.pipe.module import PipelineError
 
-from ds_vshape.exchange import Exchange
+from ds_vshape.exchange import Exchange, Numbers
 from ds_vshape.p2p import PeerLost, Withdrawn
 
 _TEXT_SIZE = 2048
@@ -47,6 +48,24 @@ class Failure:
         return f"{self.place}: {type(self.error).__name__}: {self.error}"
 
 
+def _lost(what: str, error: RuntimeError) -> PeerLost:
+    return PeerLost(f"not all ranks came to the end of the {what}: {str(error).splitlines()[0]}")
+
+
+class Telling:
+    """What all ranks are telling each other of a batch."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
+
+    def result(self) -> list[list[float]]:
+        """Every rank's numbers, in rank order, once they are there; PeerLost if a rank doesn't come."""
+        try:
+            return self._numbers.result()
+        except RuntimeError as error:
+            raise _lost("batch", error) from error
+
+
 class Agreement:
     """All ranks of the job agree on the end of a batch, or of a checkpoint.
 
@@ -55,6 +74,16 @@ class Agreement:
 
     def __init__(self, seconds: float) -> None:
         self._exchange = Exchange(seconds)
+
+    def start_telling(self, numbers: Sequence[float]) -> Telling:
+        """Start to tell all ranks something of this rank's part of a batch, ahead of its end; doesn't wait.
+
+        Collective, in the same order on every rank.
+        """
+        try:
+            return Telling(self._exchange.start_numbers(numbers))
+        except RuntimeError as error:
+            raise _lost("batch", error) from error
 
     def reach(self, failure: Failure | None, what: str = "batch") -> None:
         """Return if no rank has failed; collective.
@@ -66,7 +95,7 @@ class Agreement:
         try:
             worst = _State(self._exchange.largest(state))
         except RuntimeError as error:
-            raise PeerLost(f"not all ranks came to the end of the {what}: {str(error).splitlines()[0]}") from error
+            raise _lost(what, error) from error
         if worst is not _State.DONE:
             self._raise(failure, worst, what)
 

@@ -16,11 +16,17 @@ instruction says what it works on and a rank may hold any number of stages.
     StartReduceGrads                        start to add up a stage's gradients over the replicas; doesn't wait
     AgreeOnBatch                            all ranks have done their passes, or all raise
     ReduceTiedGrads, ReduceGrads, OptimizerStep
+
+Where steps are validated afterwards (ds_vshape/post_validation.py):
+
+    AwaitVerdict                            the step before this batch was right, or this batch is interrupted
+    TellForwards, AgreeOnForwards           all ranks have done their forwards, or all raise
+    StepAhead                               reduce and step, before other pipeline ranks have done their passes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch,
@@ -32,11 +38,12 @@ from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load,
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
-    "MESSAGE_KINDS", "AgreeOnBatch", "BackwardPass", "BufferId", "BufferOpInstruction", "Execute", "ForwardPass",
-    "InputGradPass", "Instruction", "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation",
-    "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation",
-    "SendGrad", "SplitForwardPass", "StartReduceGrads", "WaitActivation", "WaitGrad", "WeightGradPass",
-    "evaluation_instructions", "pass_of", "training_instructions"
+    "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AwaitVerdict", "BackwardPass", "BufferId",
+    "BufferOpInstruction", "Execute", "ForwardPass", "InputGradPass", "Instruction", "LoadMicroBatch",
+    "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads",
+    "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad", "SplitForwardPass",
+    "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
+    "evaluation_instructions", "pass_of", "stepping_ahead", "training_instructions"
 ]
 
 # The two sides of an engine's instruction map; what executes one takes the engine first, then its arguments.
@@ -122,6 +129,22 @@ class AgreeOnBatch(PipeInstruction):  # type: ignore[misc]
     """Wait until all ranks of the job have done their passes; raise on all of them if one has failed."""
 
 
+class AwaitVerdict(PipeInstruction):  # type: ignore[misc]
+    """Wait for what all ranks say of the step before this batch; if it must be done again, give this batch up."""
+
+
+class TellForwards(PipeInstruction):  # type: ignore[misc]
+    """Start to tell all ranks whether this rank's forwards were done; doesn't wait."""
+
+
+class AgreeOnForwards(PipeInstruction):  # type: ignore[misc]
+    """Wait until all ranks of the job have done their forwards; raise on all of them if one has failed."""
+
+
+class StepAhead(PipeInstruction):  # type: ignore[misc]
+    """Reduce gradients and step as if all ranks' gradients were good, and start to find out whether they are."""
+
+
 _PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
     (Kind.F, False): ForwardPass,
     (Kind.F, True): SplitForwardPass,
@@ -154,6 +177,9 @@ def pass_of(instruction: PipeInstruction) -> Pass | None:
         return None
     buffer_id, *piece = instruction.kwargs.values()
     return Pass(kind, *buffer_id, *piece)
+
+
+_END = (AgreeOnBatch, ReduceTiedGrads, ReduceGrads, OptimizerStep)
 
 
 def training_instructions(program: Program, last_stage: int) -> list[PipeInstruction]:
@@ -190,6 +216,27 @@ def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
         else:
             running = None
     return places
+
+
+def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
+    """Training instructions whose step waits for no other pipeline rank.
+
+    The verdict on the step before is awaited at the last moment at which it costs nothing to give the batch up: before
+    the first backward. By then all ranks of the pipeline have begun the batch, so nobody waits.
+    """
+    passes, end = [*instructions[:-len(_END)]], instructions[-len(_END):]
+    assert tuple(map(type, end)) == _END
+    kinds = [_KINDS.get(type(instruction)) for instruction in passes]
+    last_forward = max(place for place, kind in enumerate(kinds) if kind is Kind.F)
+    first_backward = next(place for place, kind in enumerate(kinds) if kind in (Kind.B, Kind.BW))
+    # Behind what other ranks wait for.
+    told = last_forward + 1
+    while isinstance(passes[told], (SendActivation, SendGrad)):
+        told += 1
+    added: list[tuple[int, PipeInstruction]] = [(first_backward, AwaitVerdict()), (told, TellForwards())]
+    for place, instruction in sorted(added, key=lambda entry: entry[0], reverse=True):
+        passes.insert(place, instruction)
+    return [*passes, AgreeOnForwards(), StepAhead()]
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:

@@ -145,12 +145,13 @@ def predict_memory(engine: Any, schedule: Schedule, activations: Activations) ->
     To be called after the first step: torch's optimizers make their moments in it.
     """
     own = torch.tensor([parameter_bytes(engine.module), gradient_bytes(engine.module, engine.optimizer),
-                        optimizer_bytes(engine.module, engine.optimizer)], device=engine.device)
+                        optimizer_bytes(engine.module, engine.optimizer), engine.rollback_bytes()],
+                       device=engine.device)
     every = [torch.empty_like(own) for _ in schedule.orders]
     dist.all_gather(every, own, group=engine.grid.get_pipe_parallel_group())
     found = zip(torch.stack(every).tolist(), peaks(schedule, activations), strict=True)
-    return tuple(RankMemory(parameters, gradients, optimizer, round(peak))
-                 for (parameters, gradients, optimizer), peak in found)
+    return tuple(RankMemory(parameters, gradients, optimizer, round(peak), rollback)
+                 for (parameters, gradients, optimizer, rollback), peak in found)
 
 
 def parameter_bytes(module: nn.Module) -> int:

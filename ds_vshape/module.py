@@ -236,6 +236,10 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
         """The pipeline rank that holds layer `layer_idx`."""
         return self.placement.rank_of(super().stage_owner(layer_idx))
 
+    def tied_ranks(self) -> list[set[int]]:
+        """The pipeline ranks that share a weight, for each of the tied keys."""
+        return [{self.stage_owner(layer) for layer in tie.layers} for tie in self._ties.values()]
+
     def _index_tied_modules(self) -> dict[str, Any]:
         self._ties = find_ties(self._layer_specs) if self.schedule_config else {}
         if self._ties:

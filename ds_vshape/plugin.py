@@ -10,10 +10,11 @@ import deepspeed
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
-from ds_vshape.accepted import check_accepted
+from ds_vshape.accepted import check_accepted, check_post_validation
 from ds_vshape.config import KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config, read_section
 from ds_vshape.engine import PipelineEngine
 from ds_vshape.module import PipelineModule
+from ds_vshape.post_validation import PostValidatingEngine
 from ds_vshape.preflight import config_facts
 from ds_vshape.stand_in import with_stand_in
 from ds_vshape.versions import check_versions
@@ -42,12 +43,17 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     section = _read(whole, model)[1]
     if section is not None:
         model_parameters = with_stand_in(model, model_parameters)
-    with _names_of_deepspeed(StockPipelineEngine if section is None else PipelineEngine):
+    with _names_of_deepspeed(_engine_class(section)):
         engine, *others = _stock_initialize(
             args, model, optimizer, model_parameters, *positional, config=config, config_params=config_params, **kwargs)
     if section is not None:
         engine.preflight()
     return engine, *others
+
+
+def _engine_class(section: ScheduleConfig | None) -> type[StockPipelineEngine]:
+    ours = PostValidatingEngine if section is not None and section.optimizer_post_validation else PipelineEngine
+    return StockPipelineEngine if section is None else ours
 
 
 def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], ScheduleConfig | None]:
@@ -62,6 +68,8 @@ def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], Schedu
             raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}{of}; build it as a "
                               "ds_vshape.PipelineModule")
         check_accepted(ds_config)
+        if section.optimizer_post_validation:
+            check_post_validation(ds_config)
     if section != built_for:
         raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
                           f"{_shown(section)}; give both the same config")

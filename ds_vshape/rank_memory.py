@@ -4,6 +4,7 @@
     gradients      as they are accumulated over a batch
     optimizer      this rank's shard: weights of high precision and moments
     activations    the peak under a schedule, of the sizes that one micro-batch of each stage has
+    rollback       with optimizer_post_validation: what a step changes, until the next batch's first backward
 
 Not counted: what a pass needs only while it runs, the messages on their way, and DeepSpeed's buckets during the
 reduction of gradients.
@@ -22,6 +23,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations_peak: int
+    rollback: int = 0
 
     @property
     def total(self) -> int:
@@ -29,7 +31,7 @@ class RankMemory:
         return sum(astuple(self))
 
     def __str__(self) -> str:
-        parts = (f"{name} {readable(size)}" for name, size in asdict(self).items())
+        parts = (f"{name} {readable(size)}" for name, size in asdict(self).items() if size or name != "rollback")
         return f"{readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
 
 

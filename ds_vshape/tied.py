@@ -13,7 +13,7 @@ weights byte for byte. So all must be alike, which DeepSpeed doesn't check.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,18 @@ def find_ties(specs: Sequence[Any]) -> dict[str, Tie]:
             if spec.forward_fn is None:
                 plain.setdefault(spec.key, number)
     return {key: Tie(tuple(numbers), plain.get(key)) for key, numbers in layers.items()}
+
+
+def joined(sets: Iterable[Iterable[int]]) -> list[set[int]]:
+    """The sets, those that share a member made one, in the order of their smallest members."""
+    found: list[set[int]] = []
+    for members in sets:
+        whole = set(members)
+        for other in [other for other in found if other & whole]:
+            found.remove(other)
+            whole |= other
+        found.append(whole)
+    return sorted(found, key=min)
 
 
 def check_one_module(key: str, layers: Sequence[tuple[int, TiedLayerSpec]]) -> None:

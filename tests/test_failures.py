@@ -142,6 +142,59 @@ def test_a_pass_that_raises(schedule: str, config: str, spoil: Any, error: str, 
     assert sum(told.startswith(error) for _, _, errors in results for told in errors) == len(FAILING)
 
 
+VALIDATED_LATER = {"optimizer_post_validation": True}
+
+
+@pytest.mark.parametrize(["schedule", "spoil", "error"], [("v-zb", too_short, "StopIteration"),
+                                                          ("1f1b", forward_raises, "a layer had enough")])
+def test_forwards_that_fail_where_steps_are_validated_later(schedule: str, spoil: Any, error: str) -> None:
+    """The batch itself fails, on all ranks."""
+    job = Job({"name": schedule, **VALIDATED_LATER}, 3, 4, FP32_ZERO1, layers(3, 2))
+    for oracle, losses, errors in run_ranks(3, train_through, job, spoil):
+        assert losses == oracle
+        assert len(errors) == len(FAILING) and all(error in told for told in errors)
+
+
+def train_through_late_failures(rank: int, job: Job) -> tuple[list[float], list[float], list[str]]:
+    """The losses without failures and with, and the errors. The last backward of the first replica fails in the first
+    batch, which is validated at its end, and in two others, of which training and evaluation find out."""
+    engine = job.engine()
+    oracle = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
+    engine = job.engine()
+    losses, errors = [], []
+
+    def failing(act: Callable[[], Any]) -> None:
+        with pytest.raises(Exception) as error:
+            act()
+        notes = getattr(error.value, "__notes__", [])
+        errors.append("; ".join([f"{type(error.value).__name__}: {error.value}", *notes]))
+
+    def arm() -> None:
+        if engine.grid.get_data_parallel_rank() == 0:
+            Faulty.backwards_left = job.micro_batches
+
+    arm()
+    failing(lambda: engine.train_batch(data(engine, 0)))
+    losses += [float(engine.train_batch(data(engine, batch))) for batch in (0, 1)]
+    for batch, find_out in ((2, engine.train_batch), (3, engine.eval_batch)):
+        arm()
+        assert float(engine.train_batch(data(engine, batch))) == oracle[batch]
+        failing(lambda: find_out(data(engine, 9)))
+        assert engine.global_steps == batch
+        losses.append(float(engine.train_batch(data(engine, batch))))
+    return oracle, losses, errors
+
+
+@pytest.mark.parametrize(["schedule", "stages"], [("v-zb", 2), ("1f1b", 4)])
+def test_backwards_that_fail_where_steps_are_validated_later(schedule: str, stages: int) -> None:
+    """All ranks raise together, and neither that batch nor the one in which they do counts."""
+    job = Job({"name": schedule, **VALIDATED_LATER}, stages, 4, FP32_ZERO1, layers(stages, 2))
+    for oracle, losses, errors in run_ranks(4, train_through_late_failures, job):
+        assert losses == oracle
+        assert ["a gradient had enough" in told and "micro-batch 3" in told for told in errors] == [True] * 3
+        assert ["while the batch before was validated" in told for told in errors] == [False, True, True]
+
+
 def evaluate_through(rank: int, job: Job) -> tuple[list[float], list[str]]:
     engine = job.engine()
     values: list[float] = []

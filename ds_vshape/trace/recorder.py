@@ -39,6 +39,10 @@ _ENDS: Mapping[Instruction, str] = {
     instr.ReduceTiedGrads: "reduce tied gradients",
     instr.ReduceGrads: "reduce gradients",
     instr.OptimizerStep: "optimizer step",
+    instr.AwaitVerdict: "await the verdict on the step",
+    instr.TellForwards: "start to tell of the forwards",
+    instr.AgreeOnForwards: "agree on the forwards",
+    instr.StepAhead: "step ahead",
 }
 
 

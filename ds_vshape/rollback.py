@@ -1,0 +1,246 @@
+"""What a step changes, and what a batch's first passes change, kept so that both can be taken back to the last bit.
+
+Of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) this knows:
+
+    single_partition_of_fp32_groups     the weights it steps; update_lp_params() makes the module's from them
+    optimizer                           torch's, with the state of these weights and the parameter groups
+    averaged_gradients                  the reduced gradients, which step() takes
+    loss_scaler, overflow, _global_grad_norm, micro_step_id
+    _hp_optimizer_states_linked         whether parameters know where their state is, once there is one
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_OF_ENGINE = ("global_steps", "global_samples", "skipped_steps", "_global_grad_norm", "_step_applied")
+_OF_OPTIMIZER = ("overflow", "_global_grad_norm", "micro_step_id", "_hp_optimizer_states_linked")
+
+
+class StepSnapshot:
+    """The state of `engine` and its optimizer before a step."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._optimizer = engine, engine.optimizer
+        inner = self._optimizer.optimizer
+        self._of_engine = {name: getattr(engine, name) for name in _OF_ENGINE}
+        self._of_optimizer = {name: getattr(self._optimizer, name) for name in _OF_OPTIMIZER}
+        self._scaler = dict(vars(self._optimizer.loss_scaler))
+        self._weights = [weight.detach().clone() for weight in self._optimizer.single_partition_of_fp32_groups]
+        self._state = {weight: _kept(state) for weight, state in inner.state.items()}
+        self._groups = self._after = _options(inner)
+        self._gradients = dict(self._optimizer.averaged_gradients)
+        # The step scales these where they lie.
+        self._scaled = [(tensor, tensor.clone()) for tensor in map(_flat, self._gradients.values())
+                        if tensor is not None]
+        scheduler = engine.lr_scheduler
+        self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+        self._last_lr = copy.copy(getattr(scheduler, "_last_lr", None))
+
+    def stepped(self) -> None:
+        """The step was taken: what differs from now on, somebody else has changed."""
+        self._after = _options(self._optimizer.optimizer)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Take the step back; collective over data parallel ranks, which have each other's weights."""
+        optimizer, scheduler = self._optimizer, self._engine.lr_scheduler
+        vars(self._engine).update(self._of_engine)
+        vars(optimizer).update(self._of_optimizer)
+        vars(optimizer.loss_scaler).update(self._scaler)
+        for weight, kept in zip(optimizer.single_partition_of_fp32_groups, self._weights, strict=True):
+            weight.copy_(kept)
+        state = optimizer.optimizer.state
+        for weight in [weight for weight in state if weight not in self._state]:
+            del state[weight]
+        for weight, of_weight in self._state.items():
+            _put_back(state[weight], of_weight)
+        for group, options in zip(optimizer.optimizer.param_groups, self._groups, strict=True):
+            _put_back(group, {**options, "params": group["params"]})
+        if scheduler is not None:
+            scheduler.load_state_dict(self._scheduler)
+            if self._last_lr is not None:
+                scheduler._last_lr = self._last_lr
+        optimizer.update_lp_params()
+
+    @torch.no_grad()
+    def restore_gradients(self) -> None:
+        """Let the next step find the gradients of this one."""
+        for tensor, kept in self._scaled:
+            tensor.copy_(kept)
+        self._optimizer.averaged_gradients.update(self._gradients)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """What the script has changed in each parameter group since the step: a learning rate it sets by hand."""
+        now = _options(self._optimizer.optimizer)
+        return [{key: value for key, value in options.items() if not _same(value, after.get(key))}
+                for options, after in zip(now, self._after, strict=True)]
+
+
+def change(engine: Any, changes: list[dict[str, Any]]) -> None:
+    """Change the parameter groups as the script has done before."""
+    for group, options in zip(engine.optimizer.optimizer.param_groups, changes, strict=True):
+        group.update(options)
+
+
+def snapshot_bytes(optimizer: Any) -> int:
+    """Bytes of a StepSnapshot, gradients not counted: they would be there without it."""
+    tensors = list(optimizer.single_partition_of_fp32_groups)
+    for state in optimizer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _options(optimizer: Any) -> list[dict[str, Any]]:
+    """The parameter groups without the parameters."""
+    return [{key: _kept(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else (
+        {key: _kept(member) for key, member in value.items()} if isinstance(value, dict) else copy.deepcopy(value))
+
+
+def _put_back(place: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    """Make `place` what it was; tensors stay where they are, since others refer to them."""
+    for key in [key for key in place if key not in kept]:
+        del place[key]
+    for key, value in kept.items():
+        present = place.get(key)
+        if isinstance(value, Tensor) and isinstance(present, Tensor) and present.shape == value.shape:
+            present.copy_(value)
+        else:
+            place[key] = value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return bool(one == other)
+
+
+def _flat(gradients: Any) -> Tensor | None:
+    """The one tensor that a group's gradients are, where they aren't put together before they're scaled."""
+    flat: Tensor | None = getattr(gradients, "flat_partition", None)
+    return flat if flat is not None else gradients[0] if gradients is not None and len(gradients) == 1 else None
+
+
+class RandomState:
+    """Where all generators are that DeepSpeed's set_random_seed seeds, and those of its activation checkpointing."""
+
+    def __init__(self) -> None:
+        self._host = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self._device = get_accelerator().get_rng_state()
+        self._tracked = ds_checkpointing.get_cuda_rng_tracker().get_states()
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        self.restore_host()
+        get_accelerator().set_rng_state(self._device)
+        ds_checkpointing.get_cuda_rng_tracker().set_states(dict(self._tracked))
+
+    def restore_host(self) -> None:
+        """Put those back that loading data may use."""
+        python, of_numpy, of_torch = self._host
+        random.setstate(python)
+        numpy.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+
+    def same_host(self, other: RandomState) -> bool:
+        """Whether nobody drew numbers on the host in between."""
+        return self._digest() == other._digest()
+
+    def _digest(self) -> tuple[Any, ...]:
+        python, of_numpy, of_torch = self._host
+        return python, *(part.tobytes() if isinstance(part, numpy.ndarray) else part for part in of_numpy), (
+            of_torch.numpy().tobytes())
+
+
+class PassesSnapshot:
+    """What the forward passes of a batch change in `module`, before the first of them: random states and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._random = RandomState()
+        self._buffers = [(owner, name, buffer, buffer.clone()) for owner in module.modules()
+                         for name, buffer in owner._buffers.items() if buffer is not None]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """As if no pass had run."""
+        self._random.restore()
+        for owner, name, buffer, kept in self._buffers:
+            owner._buffers[name] = buffer.copy_(kept)
+
+
+class Samples:
+    """The micro-batches that a batch has loaded, for its second run.
+
+    What loading them drew from the host's generators is drawn again.
+    """
+
+    def __init__(self) -> None:
+        self._keeps = False
+        self._kept: list[tuple[Any, RandomState | None]] = []
+        self._again: deque[tuple[Any, RandomState | None]] = deque()
+
+    def keep(self) -> None:
+        """A batch begins that may have to run again."""
+        self.drop()
+        self._keeps = True
+
+    def drop(self) -> None:
+        """It needn't."""
+        self._keeps = False
+        self._kept.clear()
+        self._again.clear()
+
+    def again(self) -> None:
+        """The batch begins again."""
+        self._keeps = False
+        self._again.extend(self._kept)
+        self._kept.clear()
+
+    def take(self, load: Callable[[], Any]) -> Any:
+        """The next micro-batch, by `load` if it's new; raises what that raised."""
+        if self._again:
+            sample, after = self._again.popleft()
+            if after is not None:
+                after.restore_host()
+        elif self._keeps:
+            before = RandomState()
+            sample = _loaded(load)
+            after = RandomState()
+            # Whoever gets it may change it.
+            self._kept.append((tree_map(_own, sample), None if after.same_host(before) else after))
+        else:
+            return load()
+        if isinstance(sample, _Raised):
+            raise sample.error
+        return sample
+
+
+class _Raised:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _loaded(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:
+        return _Raised(error)
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,71 @@
+"""Whether a step that each rank took on its own stands: what every rank says of it, and what follows from that.
+
+A step on a rank's own gradients is the right one as long as no rank of the job finds an overflow in its gradients, and
+the norm of all of them together isn't clipped. All ranks judge the same reports, so they come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+# Norms are added up here otherwise than in DeepSpeed (scaled_global_norm in runtime/zero/stage_1_and_2.py), so nearer
+# than this to the limit nobody can say what DeepSpeed would do: it's asked then.
+_MARGIN = 1e-5
+# DeepSpeed adds up squares in fp32 and takes an infinite sum for an overflow.
+_LARGEST_SQUARE = 1e38
+
+
+class Verdict(enum.Enum):
+    """What becomes of a step."""
+
+    STANDS = enum.auto()
+    REDO = enum.auto()  # with gradients clipped, or not at all after an overflow; or it's too close to say
+    FAILED = enum.auto()  # the batch doesn't count
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a rank says of its own part: its batch failed, its gradients overflowed, and their 2-norm, loss scale
+    included (0 where either of the first two is true)."""
+
+    failed: bool
+    overflow: bool
+    norm: float
+
+    def numbers(self) -> tuple[float, ...]:
+        """As numbers, for other ranks."""
+        return tuple(map(float, astuple(self)))
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> StepReport:
+        """The report that `numbers` wrote."""
+        failed, overflow, norm = numbers
+        return cls(bool(failed), bool(overflow), norm)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What DeepSpeed would do about a norm: `clip` is the config's gradient_clipping (0 for none), `scale` the loss
+    scale."""
+
+    clip: float
+    scale: float
+
+
+def judge(reports: Sequence[StepReport], replicas: int, limits: Limits) -> tuple[Verdict, float]:
+    """The verdict of all ranks' reports, and the norm of all gradients without the loss scale; infinite for an
+    overflow.
+
+    Each part of the norm is in the reports of all its `replicas`.
+    """
+    if any(report.failed for report in reports):
+        return Verdict.FAILED, math.inf
+    square = math.fsum(report.norm ** 2 for report in reports) / replicas
+    if any(report.overflow for report in reports) or not square < _LARGEST_SQUARE:
+        return Verdict.REDO, math.inf
+    norm = math.sqrt(square) / limits.scale
+    fits = not limits.clip or norm * (1 + _MARGIN) + 1e-6 <= limits.clip
+    return Verdict.STANDS if fits else Verdict.REDO, norm
