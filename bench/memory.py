@@ -54,7 +54,8 @@ def _status(field: str) -> int:
 
 
 def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int]:
-    """Bytes on this rank: the peak over a batch, and where it's known what gradients and activations should take."""
+    """Bytes on this rank: the peak over a batch, and where it's known what gradients should take, and activations with
+    what passes need while they run."""
     _map_large_tensors()
     engine = engine_of(name, workload, times="equal", pipeline={"activation_checkpoint_interval": interval})
     batches = [workload.batch(number) for number in range(_WARM_UP + 1)]
@@ -68,7 +69,7 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     engine.train_batch(iter(batches[-1]))
     measured = {"peak": _status("VmHWM") - before}
     if predicted is not None:
-        measured |= {"gradients": predicted.gradients, "activations": predicted.activations_peak}
+        measured |= {"gradients": predicted.gradients, "activations": predicted.activations_peak + predicted.working}
     return measured
 
 

@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_vshape.rank_memory import RankMemory
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, Working, peaks, working_peaks
+from ds_vshape.schedule.lowering import lower
+from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times
 from ds_vshape.split_backward import WeightGradientStore
 
 
@@ -46,6 +49,10 @@ class Storages:
         rest._bytes = {ref: size for ref, size in self._bytes.items() if ref not in other._bytes}
         return rest
 
+    def prune(self) -> None:
+        """Forget what isn't alive any more."""
+        self._bytes = {ref: size for ref, size in self._bytes.items() if not _expired(ref)}
+
     def nbytes(self) -> int:
         """The bytes of all that is alive."""
         alive: list[int] = [size for ref, size in self._bytes.items() if not _expired(ref)]
@@ -56,12 +63,13 @@ def _expired(ref: StorageWeakRef) -> bool:
     return bool(ref.expired())  # type: ignore[no-untyped-call]
 
 
-class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the memory of every operator's results."""
+class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds the memory of every operator's results to what was `alive` before, but for `apart`; notes the most of it."""
 
-    def __init__(self, made: Storages) -> None:
+    def __init__(self, alive: Storages, apart: Storages) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made = made
+        self.alive, self._apart = alive, apart
+        self.most = alive.nbytes()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -71,21 +79,27 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._made.add(tree_leaves(result))
+        self.alive |= Storages(tree_leaves(result)) - self._apart
+        self.alive.prune()
+        self.most = max(self.most, self.alive.nbytes())
         return result
 
 
 class ActivationMeter:
-    """Sizes of the activations of this rank's stages, in bytes for one micro-batch.
+    """Sizes of the activations of this rank's stages, and what its passes need beside them, in bytes for one
+    micro-batch.
 
-        with meter.forward():
+        with meter.forward(stage, inputs):
             outputs = ...                               F of a stage
         meter.after_forward(stage, inputs, outputs)
-        ...                                             B of the same micro-batch
+        with meter.backward(stage):
+            ...                                         B of the same micro-batch
         meter.after_backward(stage, store)
+        with meter.weights(stage, store):
+            ...                                         its W, or a piece of it
 
     Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. Operators
-    run slower inside `forward`, so its times are no times.
+    run slower inside, so times are no times.
 
     A forward leaves what the graph saved, what nodes of the graph hold beside it (as DeepSpeed's checkpoints do), and
     the stage's inputs; not `module`'s parameters and buffers, and not the outputs unless the graph saved them too.
@@ -94,52 +108,82 @@ class ActivationMeter:
     def __init__(self, module: nn.Module) -> None:
         self.whole: dict[int, int] = {}
         self.kept: dict[int, int] = {}
+        # The most that was alive in F, in B, and in W, of what `whole` and `kept` count in part; and the inputs.
+        self._most: dict[tuple[Kind, int], int] = {}
+        self._inputs: dict[int, int] = {}
         self._module = module
-        self._made = self._saved = Storages()
+        self._left: dict[int, Storages] = {}
+        self._alive = self._saved = Storages()
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self, stage: int, inputs: Any) -> Iterator[None]:
         """Around F of one stage and micro-batch; nothing else may run inside."""
-        self._made, self._saved = Storages(), Storages()
+        self._saved = Storages()
 
         def pack(tensor: Tensor) -> Tensor:
             self._saved.add([tensor])
             return tensor
 
-        with _Made(self._made), saved_tensors_hooks(pack, _itself):
+        received = Storages(tree_leaves(inputs))
+        self._inputs[stage] = received.nbytes()
+        with saved_tensors_hooks(pack, _itself), self._watched(Kind.F, stage, received):
             yield
 
     def after_forward(self, stage: int, inputs: Any, outputs: Any) -> None:
         """When F has ended and its local variables are gone; `inputs` and `outputs` are a tensor or nested ones."""
         only_passed_on = Storages(tree_leaves(outputs)) - self._saved
-        left = (self._made | self._saved) - only_passed_on | Storages(tree_leaves(inputs))
-        self.whole[stage] = (left - _model(self._module)).nbytes()
+        left = (self._alive | self._saved) - only_passed_on | Storages(tree_leaves(inputs))
+        self._left[stage] = left - _model(self._module)
+        self.whole[stage] = self._left[stage].nbytes()
+
+    @contextmanager
+    def backward(self, stage: int) -> Iterator[None]:
+        """Around B of the micro-batch whose F was measured."""
+        with self._watched(Kind.B, stage, self._left.pop(stage)):
+            yield
 
     def after_backward(self, stage: int, store: WeightGradientStore) -> None:
         """When B has ended; `store` is what it leaves to W."""
         self.kept[stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
 
-    def gather(self, placement: Placement, group: Any, device: torch.device) -> Activations:
+    @contextmanager
+    def weights(self, stage: int, store: WeightGradientStore) -> Iterator[None]:
+        """Around W, which empties `store`."""
+        with self._watched(Kind.W, stage, Storages(store.tensors()) - _model(self._module)):
+            yield
+
+    @contextmanager
+    def _watched(self, kind: Kind, stage: int, alive: Storages) -> Iterator[None]:
+        with _Watched(alive, _model(self._module)) as watched:
+            yield
+        self._alive = watched.alive
+        self._most[kind, stage] = max(watched.most, self._most.get((kind, stage), 0))
+
+    def gather(self, placement: Placement, group: Any, device: torch.device) -> tuple[Activations, Working]:
         """The sizes of all stages, on every rank of the pipeline's `group` (collective).
 
         A stage whose B wasn't measured counts as one that keeps all until W. RuntimeError if one of its F wasn't.
         """
-        own = torch.zeros(2, placement.stages, dtype=torch.int64)
+        own = torch.zeros(6, placement.stages, dtype=torch.int64)
         for stage, whole in self.whole.items():
-            own[:, stage] = torch.tensor([whole, self.kept.get(stage, whole)])
+            kept = self.kept.get(stage, whole)
+            left = {Kind.F: whole, Kind.B: whole, Kind.W: kept}
+            own[:, stage] = torch.tensor([whole, kept, *(max(self._most.get((kind, stage), 0) - size, 0)
+                                                         for kind, size in left.items()), self._inputs[stage]])
         own = own.to(device)
         dist.all_reduce(own, group=group)
-        sizes = own.tolist()
-        if 0 in sizes[0]:
-            raise RuntimeError(f"the activations of stage {sizes[0].index(0)} haven't been measured")
-        return Activations(*(tuple(map(float, of_stages)) for of_stages in sizes))
+        rows = [tuple(map(float, of_stages)) for of_stages in own.tolist()]
+        if 0 in rows[0]:
+            raise RuntimeError(f"the activations of stage {rows[0].index(0)} haven't been measured")
+        return Activations(*rows[:2]), Working(*rows[2:])
 
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def predict_memory(engine: Any, schedule: Schedule, activations: Activations) -> tuple[RankMemory, ...]:
+def predict_memory(engine: Any, schedule: Schedule, activations: Activations,
+                   working: Working) -> tuple[RankMemory, ...]:
     """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective).
 
     To be called after the first step: torch's optimizers make their moments in it.
@@ -149,9 +193,11 @@ def predict_memory(engine: Any, schedule: Schedule, activations: Activations) ->
                        device=engine.device)
     every = [torch.empty_like(own) for _ in schedule.orders]
     dist.all_gather(every, own, group=engine.grid.get_pipe_parallel_group())
-    found = zip(torch.stack(every).tolist(), peaks(schedule, activations), strict=True)
-    return tuple(RankMemory(parameters, gradients, optimizer, round(peak), rollback)
-                 for (parameters, gradients, optimizer, rollback), peak in found)
+    programs = lower(schedule, Times.uniform(schedule.placement.stages))
+    found = zip(torch.stack(every).tolist(), peaks(schedule, activations),
+                working_peaks(programs, activations, working), strict=True)
+    return tuple(RankMemory(parameters, gradients, optimizer, round(peak), round(highest - peak), rollback)
+                 for (parameters, gradients, optimizer, rollback), peak, highest in found)
 
 
 def parameter_bytes(module: nn.Module) -> int:

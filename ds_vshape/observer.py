@@ -20,7 +20,7 @@ from ds_vshape.memory import ActivationMeter, predict_memory
 from ds_vshape.monitoring import split_line
 from ds_vshape.profiling import PassRecorder, gather_timeline, mean_times, report
 from ds_vshape.rank_memory import RankMemory
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
@@ -71,15 +71,26 @@ class Observer:
         with W."""
         buffer_id = BufferId(work.stage, work.micro_batch)
         chosen = work.micro_batch == self._metered
-        if work.kind is Kind.F and chosen:
-            inputs = buffers[buffer_id].inputs
-            with self._meter.forward():
+        buffer = buffers[buffer_id] if work.kind is not Kind.F or chosen else None
+        if buffer is None or work.kind is Kind.BW and not chosen:
+            yield
+        elif work.kind is Kind.F:
+            inputs = buffer.inputs
+            with self._meter.forward(work.stage, inputs):
                 yield
             self._meter.after_forward(work.stage, inputs, buffers.outputs(buffer_id))
+        elif work.kind is Kind.W:
+            with self._meter.weights(work.stage, buffer.store):
+                yield
+        elif chosen:
+            with self._meter.backward(work.stage):
+                yield
+            if work.kind is Kind.B:
+                self._meter.after_backward(work.stage, buffer.store)
         else:
             yield
-            if work.kind is Kind.B and (chosen or work.stage not in self._meter.kept):
-                self._meter.after_backward(work.stage, buffers[buffer_id].store)
+            if work.stage not in self._meter.kept:
+                self._meter.after_backward(work.stage, buffer.store)
 
     def weights_split(self, store: WeightGradientStore) -> None:
         """W is going to give the gradients of `store`."""
@@ -123,13 +134,20 @@ class Observer:
 
     def activations(self) -> Activations:
         """The measured sizes of all stages, in bytes for one micro-batch; PipelineError if it's too early."""
+        return self._sizes()[0]
+
+    def working(self) -> Working:
+        """What passes need beside them; PipelineError if it's too early."""
+        return self._sizes()[1]
+
+    def _sizes(self) -> tuple[Activations, Working]:
         if self.batches <= METERED_BATCH:
             raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
         return self._meter.gather(self._engine.placement, self._group, self._engine.device)
 
     def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs under `schedule`."""
-        return predict_memory(self._engine, schedule, self.activations())
+        return predict_memory(self._engine, schedule, *self._sizes())
 
     def report(self) -> dict[str, Any]:
         """The last training batch in numbers (:func:`ds_vshape.profiling.report`)."""

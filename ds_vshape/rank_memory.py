@@ -4,10 +4,10 @@
     gradients      as they are accumulated over a batch
     optimizer      this rank's shard: weights of high precision and moments
     activations    the peak under a schedule, of the sizes that one micro-batch of each stage has
+    working        what the peak is higher by for what passes need only while they run, and for messages on their way
     rollback       with optimizer_post_validation: what a step changes, until the next batch's first backward
 
-Not counted: what a pass needs only while it runs, the messages on their way, and DeepSpeed's buckets during the
-reduction of gradients.
+Not counted: DeepSpeed's buckets during the reduction of gradients.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations_peak: int
+    working: int = 0
     rollback: int = 0
 
     @property

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from ds_vshape import instructions as instr
-from ds_vshape.memory import ActivationMeter, predict_memory
+from ds_vshape.memory import ActivationMeter
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
@@ -71,7 +71,7 @@ def inputs() -> Tensor:
 def measure(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> tuple[int, int]:
     """What the meter says of `function`, a part of `module`, after F and after B."""
     meter, store = ActivationMeter(module), WeightGradientStore()
-    with SplitBackward(store), meter.forward():
+    with SplitBackward(store), meter.forward(0, x):
         outputs = function(x)
     meter.after_forward(0, x, outputs)
     root, grad = get_gradient_edge(outputs), torch.ones_like(outputs)
@@ -149,36 +149,6 @@ def test_frozen_parameters_and_buffers_do_not_count() -> None:
 # -- engines
 
 
-class Metered:
-    """Runs an engine's batches with a meter around the passes of the last micro-batch."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.meter = engine, ActivationMeter(engine.module)
-        instructions = dict(engine._INSTRUCTION_MAP)
-        for kind in (instr.ForwardPass, instr.SplitForwardPass):
-            instructions[kind] = self._forward(instructions[kind])
-        instructions[instr.InputGradPass] = self._backward(instructions[instr.InputGradPass])
-        engine._INSTRUCTION_MAP = instructions
-
-    def _forward(self, execute: Any) -> Any:
-        def metered(engine: Any, buffer_id: Any) -> None:
-            stage, micro_batch = buffer_id
-            if micro_batch != engine.micro_batches - 1:
-                return execute(engine, buffer_id)
-            with self.meter.forward():
-                execute(engine, buffer_id)
-            self.meter.after_forward(stage, engine._held[buffer_id].inputs, engine._held.outputs(buffer_id))
-
-        return metered
-
-    def _backward(self, execute: Any) -> Any:
-        def metered(engine: Any, buffer_id: Any) -> None:
-            execute(engine, buffer_id)
-            self.meter.after_backward(buffer_id.stage, engine._held[buffer_id].store)
-
-        return metered
-
-
 def tokens(count: int) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     for _ in range(count):
@@ -194,12 +164,9 @@ def job(schedule: Any, ranks: int, micro_batches: int, config: dict[str, Any] = 
 
 def measured_peak(rank: int, job: Job) -> Any:
     engine = job.engine()
-    metered = Metered(engine)
     for _ in range(2):
         engine.train_batch(tokens(engine.micro_batches))
-    activations = metered.meter.gather(engine.placement, engine.grid.get_pipe_parallel_group(), engine.device)
-    del engine._INSTRUCTION_MAP  # the class's again
-    predicted = predict_memory(engine, engine.schedule(), activations)
+    activations, predicted = engine._observer.activations(), engine.memory_report()
     _, most = allocated(lambda: engine.train_batch(tokens(engine.micro_batches)))
     return activations, predicted, most
 
@@ -207,15 +174,28 @@ def measured_peak(rank: int, job: Job) -> Any:
 @pytest.mark.parametrize("schedule, ranks, micro_batches", [("1f1b", 2, 6), ("v-min", 4, 8), ("v-half", 2, 8),
                                                             ("v-zb", 2, 8), ("zb-h2", 2, 8)])
 def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_batches: int) -> None:
-    """A batch begins with parameters and optimizer in place. What it allocates at most beyond them is gradients and
-    activations as predicted, and what the one running pass needs for itself: less than a block's activations here."""
-    results = run_ranks(ranks, measured_peak, job(schedule, ranks, micro_batches))
+    """A batch begins with parameters and optimizer in place; what it allocates at most beyond them is predicted. Where
+    a stage has no W before the peak, its gradients are counted too early."""
+    for ratio in predicted_against_allocated(job(schedule, ranks, micro_batches)):
+        assert 0.93 < ratio < 1.01
+
+
+@pytest.mark.parametrize("schedule, ranks", [("1f1b", 2), ("v-half", 2), ("v-zb", 4)])
+def test_predicted_where_blocks_are_recomputed(schedule: str, ranks: int) -> None:
+    """While B is measured autograd adds nothing in place, so that a bit more than it needs is measured, and in these
+    small blocks gradients of weights weigh much."""
+    recomputed = {**FP32, "pipeline": {"activation_checkpoint_interval": 1}}
+    for ratio in predicted_against_allocated(job(schedule, ranks, 8, recomputed, 4 * ranks - 2)):
+        assert 0.8 < ratio < 1.08
+
+
+def predicted_against_allocated(job: Job) -> list[float]:
+    """By rank: what a batch allocates at most over what was predicted."""
+    results = run_ranks(job.stages, measured_peak, job)
     activations, predicted, _ = results[0]
     assert all((others, memory) == (activations, predicted) for others, memory, _ in results), "the same on every rank"
-    for rank, (_, _, most) in enumerate(results):
-        expected = predicted[rank].gradients + predicted[rank].activations_peak
-        print(f"{schedule} rank {rank}: predicted {expected / 2**20:.2f} MiB, allocated {most / 2**20:.2f} MiB")
-        assert 0 <= most - expected < BLOCK_WHOLE
+    return [most / (memory.gradients + memory.activations_peak + memory.working)
+            for memory, (_, _, most) in zip(predicted, results, strict=True)]
 
 
 @pytest.mark.parametrize("schedule, ranks", [("zb-h1", 2), ("v-min", 2), ("v-half", 2), ("v-zb", 4)])
@@ -249,7 +229,6 @@ def test_sizes_of_stages_counted_by_hand() -> None:
 
 def model_state(rank: int, job: Job) -> Any:
     engine = job.engine()
-    metered = Metered(engine)
     accumulated: list[int] = []
     reduce_gradients = engine._INSTRUCTION_MAP[instr.ReduceGrads]
 
@@ -260,11 +239,11 @@ def model_state(rank: int, job: Job) -> Any:
         accumulated.append(sum(t.nbytes for t in held if t is not None))
         reduce_gradients(engine)
 
-    engine._INSTRUCTION_MAP[instr.ReduceGrads] = counted
-    engine.train_batch(tokens(engine.micro_batches))
-    activations = metered.meter.gather(engine.placement, engine.grid.get_pipe_parallel_group(), engine.device)
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instr.ReduceGrads: counted}
+    for _ in range(2):
+        engine.train_batch(tokens(engine.micro_batches))
     numbers = sum(p.numel() for p in engine.module.parameters())
-    return numbers, predict_memory(engine, engine.schedule(), activations), accumulated[-1], engine.stage_id
+    return numbers, engine.memory_report(), accumulated[-1], engine.stage_id
 
 
 # Bytes for each number of a rank's weights: parameters, gradients, optimizer. Two replicas share 12 of the last: a
@@ -296,7 +275,8 @@ def test_parameters_gradients_and_optimizer(case: str) -> None:
 
 def test_a_report_can_be_read() -> None:
     memory = RankMemory(parameters=3 * 2**30, gradients=2**20, optimizer=0, activations_peak=1536)
-    assert str(memory) == "3.001 GiB: parameters 3 GiB, gradients 1 MiB, optimizer 0 B, activations peak 1.5 KiB"
+    assert str(memory) == ("3.001 GiB: parameters 3 GiB, gradients 1 MiB, optimizer 0 B, activations peak 1.5 KiB, "
+                           "working 0 B")
 
 
 def unmeasured(rank: int) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ds_vshape.schedule.lowering import AwaitSend, Content, Message, PostReceive, Program, Run, Send
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -48,3 +50,64 @@ def peaks(schedule: Schedule, activations: Activations) -> tuple[float, ...]:
             peak = max(peak, alive)
         found.append(peak)
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Working:
+    """What is alive only while a rank works, for each stage and in the unit of its activations.
+
+    `forward` is what F needs beside what it leaves, `backward` what B needs beside what F left, `weights` what W needs
+    beside what B left; `message` is the activation that the stage receives, whose gradient is as large.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weights: tuple[float, ...]
+    message: tuple[float, ...]
+
+    def of(self, work: Pass) -> float:
+        """What `work` needs while it runs."""
+        if work.kind is Kind.F:
+            return self.forward[work.stage]
+        return (self.weights if work.kind is Kind.W else self.backward)[work.stage]
+
+    def size(self, message: Message) -> float:
+        """Of a message."""
+        into_chain = message.channel.content is Content.ACTIVATION
+        return self.message[message.stage if into_chain else message.stage + 1]
+
+
+def working_peaks(programs: Sequence[Program], activations: Activations, working: Working) -> tuple[float, ...]:
+    """The most that is alive at once on each rank, with what passes need while they run, and with messages.
+
+    A message lives on its receiver from the offer of its buffer, on its sender until it has left. Its data are the
+    stage's inputs, which an F counts as its own.
+    """
+    return tuple(_working_peak(program, activations, working) for program in programs)
+
+
+def _working_peak(program: Program, activations: Activations, working: Working) -> float:
+    alive = peak = 0.0
+    received: dict[tuple[bool, int, int], float] = {}
+    for step in program:
+        if isinstance(step, (PostReceive, Send)):
+            size = working.size(step.message)
+            alive += size
+            if isinstance(step, PostReceive):
+                message = step.message
+                received[message.channel.content is Content.ACTIVATION, message.stage, message.micro_batch] = size
+        elif isinstance(step, AwaitSend):
+            alive -= working.size(step.message)
+        elif isinstance(step, Run):
+            work = step.work
+            change = activations.change(work)
+            taken = 0.0 if work.kind is Kind.W else (
+                received.pop((work.kind is Kind.F, work.stage, work.micro_batch), 0.0))
+            if work.kind is Kind.F:
+                alive += change - taken
+                peak = max(peak, alive + working.of(work))
+            else:
+                peak = max(peak, alive + working.of(work))
+                alive += change - taken
+        peak = max(peak, alive)
+    return peak
