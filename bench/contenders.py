@@ -60,7 +60,7 @@ def engine_of(name: str, workload: Workload, times: str = "profile", **config_ke
     if name in _DEEPSPEED_MODULES:
         module_class, options = _DEEPSPEED_MODULES[name], {}
     else:
-        config["pipeline_schedule"] = section_of(name, times)
+        config.setdefault("pipeline_schedule", section_of(name, times))
         module_class, options = ds_vshape.PipelineModule, {"config": config}
     specs = [workload.spec(number) for number in range(workload.layers)]
     module = module_class(specs, num_stages=workload.ranks, loss_fn=workload.loss_fn, seed_layers=True,

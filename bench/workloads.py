@@ -75,8 +75,14 @@ class Sleeping:
         """With sleeps as long as they really are here: they take a little longer than asked for, on every machine."""
         schedule: Schedule = engine.schedule()
         stages = schedule.placement.stages
-        slept = [self.layers / stages * _sleep_of(seconds) for seconds in self.seconds]
-        return simulate(schedule, Times.uniform(stages, *slept)).makespan
+        return simulate(schedule, Times.uniform(stages, *self._slept(self.layers / stages))).makespan
+
+    def work(self) -> float:
+        """The seconds of a rank's work in a batch, with sleeps as long as they really are here."""
+        return self.micro_batches * sum(self._slept(self.layers / self.ranks))
+
+    def _slept(self, layers: float) -> list[float]:
+        return [layers * _sleep_of(seconds) for seconds in self.seconds]
 
     def __str__(self) -> str:
         milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in self.seconds)
