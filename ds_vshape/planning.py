@@ -31,9 +31,10 @@ class PlanningProcess:
             questions.seek(0)
             # Found wherever this process found the package, installed or not.
             paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            self._process = subprocess.Popen(["nice", sys.executable, *WORKER], stdin=questions, stdout=self._answer,
+            self._process = subprocess.Popen(["nice", sys.executable, *WORKER, str(os.getpid())], stdin=questions,
+                                             stdout=self._answer,
                                              env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-        # It doesn't outlive the training.
+        # It doesn't outlive the training; where that is killed, it sees so itself.
         weakref.finalize(self, self._process.kill)
 
     def answer(self, wait: bool) -> dict[str, Any] | None:

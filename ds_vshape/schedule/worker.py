@@ -1,6 +1,8 @@
 """A process that plans: one request as JSON on standard input, one answer as JSON on standard output.
 
-    python -m ds_vshape.schedule.worker < request.json > answer.json
+    python -m ds_vshape.schedule.worker [PARENT] < request.json > answer.json
+
+It ends when the process PARENT isn't its parent any more.
 
 Planning takes seconds of pure Python. In a process of its own, which imports neither torch nor deepspeed, it doesn't
 hold up the training that goes on meanwhile.
@@ -9,7 +11,10 @@ hold up the training that goes on meanwhile.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +26,8 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.serial import (activations_from_json, activations_to_json, schedule_from_json, schedule_to_json,
                                        times_from_json, times_to_json)
 from ds_vshape.schedule.timeline import Times
+
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,20 @@ def planned(data: Mapping[str, Any]) -> Schedule:
     return schedule_from_json(data["schedule"])
 
 
+def end_with(parent: int) -> None:
+    """End this process soon after its `parent` has ended, however that was."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     """One request, one answer."""
+    if len(sys.argv) > 1:
+        end_with(int(sys.argv[1]))
     json.dump(answer(Request.from_json(json.load(sys.stdin))), sys.stdout)
 
 

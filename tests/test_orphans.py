@@ -1,0 +1,92 @@
+"""A rank killed under the real `deepspeed` launcher: everything that the job started ends, and says that it failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from test_launch import free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.launcher]
+
+TESTS = Path(__file__).parent
+MARK = "DS_VSHAPE_TEST_JOB"
+# Trains until it is ended.
+SCRIPT = f"""
+import os, sys
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "launch")!r}]
+import ranks
+import deepspeed
+from pipelines import Job, data
+deepspeed.init_distributed("gloo")
+*_, section, folder = sys.argv
+open(f"{{folder}}/pid{{os.environ['RANK']}}", "w").write(str(os.getpid()))
+engine = Job(eval(section), 2, 32).engine()
+for batch in range(10**6):
+    engine.train_batch(data(engine, batch))
+    open(f"{{folder}}/trains{{os.environ['RANK']}}", "w").close()
+"""
+# No schedule of the table is within its limit, so that training waits for the plan.
+PLANS = {"name": "adaptive", "memory_limit": 0.75, "planning_seconds": 600}
+
+
+def of_job(mark: str) -> Iterator[psutil.Process]:
+    """The processes that have the job's mark in their environment, as all have that one of them starts."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def eventually(what: str, holds: object, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def kill_while(phase: str, section: object, victim: int, folder: Path) -> None:
+    script, pids, mark = folder / "train.py", [folder / f"pid{rank}" for rank in range(2)], uuid.uuid4().hex
+    script.write_text(SCRIPT)
+    command = [Path(sys.executable).with_name("deepspeed"), "--hostfile", os.devnull, "--num_gpus", "2",
+               "--master_port", str(free_port()), script, repr(section), folder]
+    environment = {**os.environ, MARK: mark, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "XDG_CACHE_HOME": str(folder / "cache")}
+
+    def is_there() -> bool:
+        if phase == "training":
+            return all((folder / f"trains{rank}").exists() for rank in range(2))
+        return any("ds_vshape.schedule.worker" in process.cmdline() for process in of_job(mark))
+
+    with open(folder / "log", "w") as log:
+        launcher = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log,
+                                    start_new_session=True)
+    try:
+        eventually(phase, is_there, 120)
+        assert {int(path.read_text()) for path in pids} < {process.pid for process in of_job(mark)}
+        os.kill(int(pids[victim].read_text()), signal.SIGKILL)
+        assert launcher.wait(timeout=30) != 0
+        eventually("no process is left", lambda: not list(of_job(mark)), 10)
+    except BaseException:
+        print((folder / "log").read_text()[-4000:])
+        raise
+    finally:
+        for process in of_job(mark):
+            process.kill()
+
+
+def test_a_rank_killed_in_training_takes_all_with_it(tmp_path: Path) -> None:
+    kill_while("training", "v-half", 1, tmp_path)
+
+
+def test_a_killed_rank_takes_its_planner_with_it(tmp_path: Path) -> None:
+    kill_while("planning", PLANS, 0, tmp_path)
