@@ -34,7 +34,7 @@ from ds_vshape import instructions as instr
 from ds_vshape.anomaly import checked
 from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffers, edges, enter, members
-from ds_vshape.failures import Agreement, Failure
+from ds_vshape.failures import Agreement, Failure, Sharers
 from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
 from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
@@ -105,6 +105,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._signatures: Signatures | None = None
         self._messages: dict[tuple[Kind, BufferId], Message] = {}
         self._agreement = Agreement(seconds)
+        self._sharers = Sharers(self.grid.topology().get_axis_comm_lists("model"), seconds)
         self._failure: Failure | None = None
         self._held = Buffers(self.placement, self.stage_id)
         self._observer = Observer(self)
@@ -320,6 +321,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             raise
         except Exception as error:
             self._failure = Failure(error, f"{_name_of(instruction)} on pipeline rank {self.stage_id}")
+            self._sharers.check_all_failed(self._failure)
             self._abandon(instruction)
 
     def _abandon(self, instruction: instr.PipeInstruction) -> None:

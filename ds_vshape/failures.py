@@ -4,21 +4,29 @@ A rank that can't go on (its data end, a layer raises) must not leave its neighb
 the rest of its passes, still takes in what it is sent, and sends messages without content; before the gradients are
 reduced all ranks of the job agree whether the batch counts. If not, every rank raises, and the parameters, the
 optimizer and the channels are as they were before the batch.
+
+Ranks that share their stages' layers (tensor parallel) meet in every pass, and can skip passes only together. Where one
+of them fails alone, the others wait for it inside a layer, and all that it can do is end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import IntEnum
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.exchange import Exchange, Numbers
 from ds_vshape.p2p import PeerLost, Withdrawn
 
 _TEXT_SIZE = 2048
+# Ranks that share layers come to the same error within the time that a pass takes.
+SHARERS_SECONDS = 10.0
 
 
 class _State(IntEnum):
@@ -64,6 +72,36 @@ class Telling:
             return self._numbers.result()
         except RuntimeError as error:
             raise _lost("batch", error) from error
+
+
+class Sharers:
+    """The ranks that share their layers with this one.
+
+    Args:
+        groups: the global ranks of each such group of the job, the same on every rank.
+        seconds: how long the first to fail waits for the others, at most SHARERS_SECONDS.
+
+    Creating it is collective over the job.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], seconds: float) -> None:
+        self._group: Any = None
+        self._ranks: Sequence[int] = ()
+        timeout = timedelta(seconds=min(seconds, SHARERS_SECONDS))
+        for ranks in groups:
+            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+            if dist.get_rank() in ranks and len(ranks) > 1:
+                self._group, self._ranks = group, ranks
+
+    def check_all_failed(self, failure: Failure) -> None:
+        """Return if all of them call this; PeerLost if some don't, which can't be helped any more."""
+        if self._group is None:
+            return
+        try:
+            dist.all_reduce(torch.zeros(1), group=self._group)
+        except RuntimeError:
+            raise PeerLost(f"{failure}. Not all of the ranks {', '.join(map(str, self._ranks))} failed, which share "
+                           "their layers: the others wait for it inside one") from failure.error
 
 
 class Agreement:

@@ -14,6 +14,8 @@ from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1
 from ranks import RanksFailed, run_ranks
 
 import ds_vshape
+from ds_vshape import failures
+from ds_vshape.p2p import PeerLost
 
 PIPE, DATA, TENSOR = 2, 2, 2
 BATCHES = range(4)
@@ -96,3 +98,52 @@ def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
 
     with pytest.raises(RanksFailed, match="heads = 3 must be a multiple of the 2 tensor parallel ranks"):
         run_ranks(2, body)
+
+
+def raise_in(number: int) -> None:
+    """Let the forward `number` of a parallel block from now on raise, before it talks with its like."""
+    forward, left = ParallelBlock.forward, number
+
+    def fail(self: Any, x: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise ZeroDivisionError("a layer had enough")
+        return forward(self, x)
+
+    ParallelBlock.forward = fail  # type: ignore[method-assign]
+
+
+def train_through(rank: int, job: Job, victims: list[int]) -> tuple[list[float], str]:
+    failures.SHARERS_SECONDS = 2.0
+    engine = parallel_engine(job, 1, "parameters")
+    losses = [float(engine.train_batch(data(engine, 0)))]
+    if rank in victims:
+        raise_in(3)
+    told = "nothing"
+    try:
+        engine.train_batch(data(engine, 1))
+    except PeerLost:
+        raise
+    except Exception as error:
+        told = str(error)
+    return losses + [float(engine.train_batch(data(engine, batch))) for batch in (1, 2)], told
+
+
+@pytest.mark.parametrize("victims", [[2, 3], [0, 1, 2, 3]])
+def test_ranks_that_share_a_layer_fail_together(victims: list[int]) -> None:
+    """And train on together, as a job in which nothing failed."""
+    job = Job("v-half", PIPE, 3, FP32_ZERO1, tuple(gpt_layers(MODEL)))
+    oracle = PlainTraining(job).train(range(3), 3).losses
+    for losses, told in run_ranks(PIPE * TENSOR, train_through, job, victims):
+        assert losses == pytest.approx(oracle, rel=1e-5)
+        assert "a layer had enough" in told
+
+
+def test_a_rank_that_fails_alone_in_a_shared_layer() -> None:
+    """The others would wait for it inside the layer as long as torch lets them; the job ends instead, and says why."""
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(PIPE * TENSOR, train_through, Job("v-half", PIPE, 3, FP32_ZERO1), [2], timeout=60)
+    told = str(failed.value)
+    assert all(f"rank {rank}:" in told for rank in range(4)) and "was still running" not in told
+    assert "ZeroDivisionError: a layer had enough. Not all of the ranks 2, 3 failed, which share their layers" in told
