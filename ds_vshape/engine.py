@@ -166,7 +166,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._plans[schedule.micro_batches] = BatchPlan(schedule, self._training_instructions(schedule))
 
     def _training_instructions(self, schedule: Schedule) -> list[instr.PipeInstruction]:
-        return instr.training_instructions(self._program(schedule), schedule.placement.last_stage)
+        return instr.training_instructions(self._program(schedule))
 
     def _adopt(self, schedule: Schedule) -> None:
         """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
@@ -565,6 +565,9 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             raise
 
     def _exec_reduce_tied_grads(self) -> None:
+        # Replicas average the loss in the group in which gradients are reduced: on all of them first the one.
+        if self._returning_loss is not None:
+            self._returning_loss.result()
         give_gradient(self.module, self._deliver)
         reduce_tied_gradients(self.module, self.optimizer, self._deliver)
 

@@ -115,7 +115,7 @@ class ReleaseGrad(BufferOpInstruction):  # type: ignore[misc]
 
 
 class ReturnLoss(PipeInstruction):  # type: ignore[misc]
-    """Start to bring the batch's loss to all ranks: where it is computed as soon as it's whole."""
+    """Start to bring the batch's loss to all ranks: where it is computed as soon as it's whole, elsewhere earlier."""
 
 
 class StartReduceGrads(PipeInstruction):  # type: ignore[misc]
@@ -182,7 +182,7 @@ def pass_of(instruction: PipeInstruction) -> Pass | None:
 _END = (AgreeOnBatch, ReduceTiedGrads, ReduceGrads, OptimizerStep)
 
 
-def training_instructions(program: Program, last_stage: int) -> list[PipeInstruction]:
+def training_instructions(program: Program) -> list[PipeInstruction]:
     """A rank's program as instructions, with the end of a batch: gradients are reduced, then the optimizer steps.
 
     What of that needs only some of the passes starts behind the last of these.
@@ -190,16 +190,13 @@ def training_instructions(program: Program, last_stage: int) -> list[PipeInstruc
     starts: dict[int, PipeInstruction] = {}
     for stage, place in _last_places(program, Kind.W, Kind.BW).items():
         starts[place] = StartReduceGrads(stage)
-    loss_at = _last_places(program, Kind.F).get(last_stage)
-    if loss_at is not None:
-        starts[loss_at] = ReturnLoss()
+    # Elsewhere too: whoever sends the loss is done with it only when all others wait for it.
+    starts[max(_last_places(program, Kind.F).values())] = ReturnLoss()
     instructions: list[PipeInstruction] = []
     for place, step in enumerate(program):
         instructions.append(_instruction(step))
         if place in starts:
             instructions.append(starts[place])
-    if loss_at is None:
-        instructions.append(ReturnLoss())
     return [*instructions, AgreeOnBatch(), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
 
 

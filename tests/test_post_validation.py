@@ -261,7 +261,7 @@ def test_programs_tell_and_wait_where_nobody_is_held_up() -> None:
         for micro_batches in (1, 2, 7):
             schedule = build(name, 3, micro_batches)
             for program in lower(schedule, Times.uniform(schedule.placement.stages)):
-                plain = training_instructions(program, schedule.placement.last_stage)
+                plain = training_instructions(program)
                 instructions = stepping_ahead(plain)
                 kinds = [type(instruction) for instruction in instructions]
                 assert kinds[-2:] == [AgreeOnForwards, StepAhead]

@@ -5,6 +5,8 @@ Two replicas: a sum of two doesn't depend on how gradients are put together for 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -99,3 +101,23 @@ def test_a_replica_that_fails_in_a_batch_takes_part_in_its_sums() -> None:
 
 def train_plainly(rank: int) -> Any:
     return train(Job("v-zb", 2, 4, FP32_ZERO1, tuple(MODELS["plain"])).engine(), BATCHES)
+
+
+def train_with_a_slow_thread(rank: int) -> Any:
+    """What runs beside the passes starts late on one replica, as on a busy machine."""
+    engine = Job("v-zb", 2, 4, FP32_ZERO1, tuple(MODELS["plain"])).engine()
+    start = engine._background.start
+
+    def slowly(work: Callable[[], Any], uses: Any = ()) -> Any:
+        return start(lambda: (time.sleep(0.1), work())[1], uses)
+
+    if engine.grid.get_data_parallel_rank() == 0:
+        engine._background.start = slowly
+    return train(engine, BATCHES)
+
+
+def test_the_loss_never_meets_gradients() -> None:
+    """Replicas average both in one group, in which they must do the same things in the same order."""
+    found, expected = (merged(run_ranks(4, body)) for body in (train_with_a_slow_thread, train_plainly))
+    assert found.losses == expected.losses
+    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
