@@ -42,16 +42,18 @@ class PlanningProcess:
         status = self._process.wait() if wait else self._process.poll()
         if status is None:
             return None
-        if status:
-            return {"crash": f"the planning process ended with status {status}; see its output above"}
-        self._answer.seek(0)
-        found: dict[str, Any] = json.load(self._answer)
+        with self._answer:
+            if status:
+                return {"crash": f"the planning process ended with status {status}; see its output above"}
+            self._answer.seek(0)
+            found: dict[str, Any] = json.load(self._answer)
         return found
 
     def stop(self) -> None:
         """End it, whatever it is at."""
         self._process.kill()
         self._process.wait()
+        self._answer.close()
 
 
 class Planner:
