@@ -2,7 +2,7 @@
 
     python bench/compare_reference.py schedules.json
     python bench/compare_reference.py schedules.json --time-limit 2    # processor seconds for each plan of `adaptive`
-    python bench/compare_reference.py schedules.json --time-limit 2 --v-min-time-limit 10 --cache plans
+    python bench/compare_reference.py schedules.json --time-limit 8 --peaks-of v-min --cache plans
 
 The file holds {"cells": [{"stages": ranks, "micro_batches", "forward", "input_grad", "weight_grad", "hop",
 "schedules": {name: {"makespan", "span", "peak"}}}]}: times of one of 2p chunks, peaks in activations of one chunk, all
@@ -10,9 +10,9 @@ of them by the rules of `ds_vshape.schedule.timeline`. Ours are simulated here w
 the named schedules', which are made for equal times. Exits with 1 if a cell with equal times and no hop is worse.
 
 With --time-limit, `adaptive` is planned for each cell within the peak of each of the reference's schedules, and within
-half of 1F1B's; then a plan that is slower than any of the reference's within its peak exits with 1, too. Within v-min's
-peak little is known to be best, so these plans may get another time. With --cache plans are kept in a folder, and a run
-that was cut off goes on from there.
+half of 1F1B's; then a plan that is slower than any of the reference's within its peak exits with 1, too. --peaks-of
+takes the peaks of one of the reference's schedules alone. With --cache plans are kept in a folder, and a run that was
+cut off goes on from there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.adaptive import Plan, Problem, plan
+from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v
@@ -159,32 +159,20 @@ class Planned:
         return self.peak == self.ranks >= 8 and self.micro_batches >= 2 * self.ranks
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Processor seconds of a plan within v-min's peak and of any other, and the folder where plans are kept, if any."""
-
-    v_min: float
-    other: float
-    cache: Path | None
-
-    def plan(self, problem: Problem, is_v_min: bool) -> Plan:
-        """The plan of `problem`."""
-        return plan(problem, self.v_min if is_v_min else self.other, cache=self.cache, clock=time.process_time)
-
-
-def plan_cells(cells: list[Mapping[str, Any]], budget: Budget) -> Iterator[Planned]:
-    """`adaptive` for every cell and peak."""
+def plan_cells(cells: list[Mapping[str, Any]], time_limit: float, peaks_of: str | None,
+               cache: Path | None) -> Iterator[Planned]:
+    """`adaptive` for every cell and peak, or every cell at the peak of the reference's schedule `peaks_of`."""
     for cell in tqdm(cells, unit="cell", disable=None):
         ranks, micro_batches = cell["stages"], cell["micro_batches"]
         times = (cell["forward"], cell["input_grad"], cell["weight_grad"], cell["hop"])
         others = {name: figures for name, figures in cell["schedules"].items() if name != "1f1b"}
-        peaks = {int(figures["peak"]) for figures in others.values()}
-        if ranks >= 8 and micro_batches >= 2 * ranks:
+        peaks = {int(figures["peak"]) for name, figures in others.items() if peaks_of in (None, name)}
+        if peaks_of is None and ranks >= 8 and micro_batches >= 2 * ranks:
             peaks.add(ranks)
         for peak in sorted(peaks):
             problem = Problem(ranks, micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
                               (float(peak),) * ranks)
-            found = budget.plan(problem, peak == int(others["v-min"]["peak"]))
+            found = plan(problem, time_limit, cache=cache, clock=time.process_time)
             if max(peak_activations(found.schedule)) > peak:
                 raise AssertionError(f"a plan for a peak of {peak} has {peak_activations(found.schedule)}")
             yield Planned(
@@ -241,9 +229,8 @@ def resisting_table(title: str, planned: list[Planned]) -> Table:
     return table
 
 
-def compare_planned(cells: list[Mapping[str, Any]], budget: Budget, console: Console) -> bool:
-    """Plan, print; whether no plan is slower than the reference within its peak."""
-    planned = list(plan_cells(cells, budget))
+def compare_planned(planned: list[Planned], console: Console) -> bool:
+    """Print; whether no plan is slower than the reference within its peak."""
     worse = [p for p in planned if p.worse]
     half = [p for p in planned if p.half_of_1f1b]
     slower = [p for p in half if p.makespan > p.one_f_one_b * (1 + TOLERANCE)]
@@ -262,7 +249,7 @@ def main() -> int:
     parser.add_argument("reference", type=Path, help="the JSON file with the reference's figures")
     parser.add_argument("--time-limit", type=float,
                         help="plan `adaptive`, too, with so many processor seconds for each plan")
-    parser.add_argument("--v-min-time-limit", type=float, help="so many within v-min's peak (default: as all others)")
+    parser.add_argument("--peaks-of", metavar="SCHEDULE", help="plan at the peaks of this one of the reference alone")
     parser.add_argument("--cache", type=Path, help="the folder where plans are kept")
     arguments = parser.parse_args()
     cells = json.loads(arguments.reference.read_text())["cells"]
@@ -272,8 +259,8 @@ def main() -> int:
     broken = [c for c in comparisons if c.equal_times and not c.holds]
     fine = True
     if arguments.time_limit is not None:
-        budget = Budget(arguments.v_min_time_limit or arguments.time_limit, arguments.time_limit, arguments.cache)
-        fine = compare_planned(cells, budget, console)
+        planned = list(plan_cells(cells, arguments.time_limit, arguments.peaks_of, arguments.cache))
+        fine = compare_planned(planned, console)
     return 0 if fine and not broken else 1
 
 
