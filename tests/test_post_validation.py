@@ -80,7 +80,20 @@ class Outcome:
     norms: list[float]
     evaluated: list[float]
     steps: str
+    events: list[Any]
     tensors: Any
+
+
+class Events:
+    """A monitor."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self.written: list[Any] = []
+
+    def write_events(self, events: list[Any]) -> None:
+        self.written += events
 
 
 class Training:
@@ -90,6 +103,7 @@ class Training:
         get_accelerator().is_fp16_supported = lambda: True
         torch.manual_seed(5)
         self.engine = job.engine(seed_layers=False)
+        self.engine.monitor = Events()
         self.redone = 0
         if hasattr(self.engine, "settle"):
             self._take_back = self.engine._take_back
@@ -126,7 +140,7 @@ class Training:
                  vars(optimizer.loss_scaler), options, scheduler and [scheduler.state_dict(), scheduler.get_last_lr()]]
         tensors = (weights, optimizer.single_partition_of_fp32_groups, list(optimizer.optimizer.state.values()))
         copied = tree_map(lambda value: value.clone() if torch.is_tensor(value) else value, tensors)
-        return Outcome(losses, norms, evaluated, str(steps), copied)
+        return Outcome(losses, norms, evaluated, str(steps), sorted(engine.monitor.written), copied)
 
 
 def validated_later(job: Job) -> Job:
@@ -156,6 +170,7 @@ def both(rank: int, cases: list[Case], folder: Path) -> list[int]:
         assert found.losses == expected.losses
         assert found.evaluated == expected.evaluated
         assert found.steps == expected.steps
+        assert found.events == expected.events
         torch.testing.assert_close(found.norms, expected.norms, rtol=1e-5, atol=0)
         torch.testing.assert_close(found.tensors, expected.tensors, rtol=0, atol=0)
         assert training.engine.skipped_steps >= case.skipped
@@ -185,8 +200,8 @@ CASES = {2: [Case(job("v-zb", 2, FP32_ZERO1, clip=100.0), NEVER),
 
 @pytest.mark.parametrize("world", CASES)
 def test_equals_the_step_that_asks_first(world: int, tmp_path: Path) -> None:
-    """Losses, weights, optimizer states, loss scale, learning rates, counters, bit for bit; norms to rounding. With
-    dropout, buffers that change, inputs that change in place, and data drawn from the generator of dropout."""
+    """Losses, weights, optimizer states, loss scale, learning rates, counters, what monitors hear, bit for bit; norms
+    to rounding. With dropout, buffers that change, inputs that change in place, data drawn from dropout's generator."""
     for counts in run_ranks(world, both, CASES[world], tmp_path):
         for count, case in zip(counts, CASES[world], strict=True):
             assert count in case.redone, case

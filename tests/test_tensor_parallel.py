@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from gpt import GPTConfig, gpt_layers
@@ -89,6 +91,35 @@ def test_low_precisions() -> None:
             assert expected_norm > 0.5
             assert losses == pytest.approx(expected, rel=2e-4), name
             assert norm == pytest.approx(expected_norm, rel=5e-3), name
+
+
+def train_twice(rank: int, job: Job) -> list[tuple[list[float], Any, int]]:
+    """Without and with post-validation: the losses, the weights, and how many steps were taken back."""
+    found = []
+    for section in ({"name": job.schedule}, {"name": job.schedule, "optimizer_post_validation": True}):
+        engine = parallel_engine(replace(job, schedule=section), 1, "type:Block")
+        redone = 0
+        if "optimizer_post_validation" in section:
+            take_back = engine._take_back
+
+            def counting(*args: Any) -> None:
+                nonlocal redone
+                redone += 1
+                take_back(*args)
+
+            engine._take_back = counting
+        losses = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
+        found.append((losses, engine.module.state_dict(), redone))
+    return found
+
+
+def test_steps_that_are_validated_later() -> None:
+    """All tensor parallel ranks of all stages come to one verdict, clipped now and then."""
+    job = Job("v-zb", PIPE, 3, {**FP32_ZERO1, "gradient_clipping": 1.2}, tuple(gpt_layers(MODEL)))
+    for (expected, weights, _), (losses, later, redone) in run_ranks(PIPE * TENSOR, train_twice, job):
+        assert losses == expected
+        assert 0 < redone < len(BATCHES), redone
+        assert all(torch.equal(later[name], weight) for name, weight in weights.items())
 
 
 def test_heads_that_the_ranks_cannot_share_are_refused() -> None:
