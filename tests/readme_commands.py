@@ -1,0 +1,115 @@
+"""Every command in the code blocks of the READMEs, and what of it a test changes, with the reason."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = ["README.md", "launch/README.md", "launch/cluster/README.md", "configs/README.md", "bench/README.md"]
+_PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mkdir", "echo"}
+# How code blocks begin that aren't commands: JSON, Python, what programs say, and the map of the checkout.
+_NO_COMMANDS = ("{", '"', "import ds_vshape", "PreflightError:", "train.py: error:", "launch/    ")
+
+TINY = "model=tiny batches=2"
+LITTLE = "--ranks 2 --layers 2 --micro-batches 8 --ms 1 1 1 --rounds 1"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of commands that match `pattern`: what is replaced, and added at the end; "" adds nothing."""
+
+    pattern: str
+    reason: str
+    add: str = ""
+    replace: tuple[tuple[str, str], ...] = ()
+
+
+# The first that matches counts; a command that none matches runs as it stands.
+CHANGES = [
+    Change("^pip install", "what is to be installed is there: pip looks whether it could",
+           "--dry-run --quiet --no-deps --no-build-isolation --disable-pip-version-check"),
+    Change("^bash launch/quickstart.sh", "40 batches of 4 runs take minutes", replace=(("bash", "BATCHES=1 bash"),)),
+    Change("^bash tests/run.sh", "all tests would contain this one", "tests/test_passes.py"),
+    Change("^deepspeed .*--module ds_vshape.run", "the script of tests/test_run.py wants two pipeline ranks",
+           "--out out", (("--num_gpus 4", "--num_gpus 2 --master_port PORT"),)),
+    Change(r"launch/cluster/deepspeed.sh --module", "the script of tests/test_run.py", "--out out"),
+    Change("finetune.py", "30 batches take half a minute", "--batches 1 --length 16",
+           (("deepspeed", "deepspeed --master_port PORT"),)),
+    Change("--multirun|bench=schedules", "test_launch.py trains a sweep, whose jobs take as long as a command here",
+           "--dry-run"),
+    Change("schedule=v-zb data.micro_batches=16", "the same program trains in launch/README.md", "--dry-run"),
+    Change("three_d$", "eight ranks are slow on a small machine", f"parallel.data=1 {TINY} port=PORT"),
+    Change("csv_monitor", "four ranks are slower than two", f"parallel.pipe=2 {TINY} port=PORT"),
+    Change("--dry-run hostfile", "as many slots as two hosts of a test have",
+           replace=(("parallel.pipe=8", "parallel.pipe=4"),)),
+    Change("launch/train.py hostfile", "two hosts of a test have two slots each, and no GPUs", TINY,
+           (("parallel.pipe=8", "parallel.pipe=4"), ("machine=a100", "machine=cpu"))),
+    Change("openmpi.sh|slurm.sh", "two hosts of a test have two slots each", TINY,
+           (("parallel.pipe=8", "parallel.pipe=4"),)),
+    Change("launch/grid.py", "all layouts take a quarter of a minute", "search.micro_batch=[4] search.tensor=[2]"),
+    Change("launch/train.py (?!.*(--dry-run|--cfg))", "30 batches of the larger model take half a minute",
+           f"{TINY} port=PORT"),
+    Change("bench/run.py", "measurements take minutes", LITTLE),
+    Change("bench/cluster.py", "measurements take minutes",
+           "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
+    Change("--time-limit 2$", "plans of all cells take minutes", "--time-limit 0.01"),
+    Change("--time-limit 120", "two minutes of planning", "--time-limit 1 --stages 8 --micro-batches 16"),
+    Change("bench/split_cost.py", "measurements take minutes, and GPUs aren't there",
+           "--rounds 1 --hidden 32 --length 16 --samples 1 --device cpu"),
+    Change("bench/accumulation.py", "measurements take minutes, and GPUs aren't there",
+           "--rounds 1 --sizes 64x64 --tokens 64 --device cpu"),
+    Change("bench/scale.py paper", "large models take minutes to simulate",
+           "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"),
+    Change("bench/scale.py host", "measurements take minutes", "--ranks 2 --micro-batches 8"),
+]
+
+
+def blocks(text: str) -> Iterator[list[str]]:
+    """The indented code blocks of a Markdown text, without the indentation; their blank lines are left out."""
+    block: list[str] = []
+    for line in [*text.splitlines(), "end"]:
+        if line.startswith("    "):
+            block.append(line.strip())
+        elif line and block:
+            yield block
+            block = []
+
+
+def commands(file: str) -> list[str]:
+    """The commands of a README in their order, each in one line.
+
+    Raises:
+        ValueError: for a block that is neither commands nor known to be something else.
+    """
+    found: list[str] = []
+    for block in blocks((ROOT / file).read_text()):
+        if block[0].startswith(_NO_COMMANDS):
+            continue
+        whole = "\n".join(block).replace("\\\n", " ").splitlines()
+        for line in whole:
+            words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+            if not words or words[0] not in _PROGRAMS:
+                raise ValueError(f"{file}: {line!r} begins with no program that is known here: {sorted(_PROGRAMS)}")
+        found += [re.sub(r"\s+#.*", "", re.sub(r"\s+", " ", line)) for line in whole]
+    return found
+
+
+def change_for(command: str) -> Change | None:
+    """The first change that matches."""
+    return next((change for change in CHANGES if re.search(change.pattern, command)), None)
+
+
+def changed(command: str, port: int) -> str:
+    """What runs instead of `command`, with a free port of this machine."""
+    change = change_for(command)
+    if change is not None:
+        for old, new in change.replace:
+            if old not in command:
+                raise ValueError(f"{command!r} has no {old!r} that {change.pattern!r} could replace")
+            command = command.replace(old, new, 1)
+        command = f"{command} {change.add}".strip()
+    return command.replace("PORT", str(port))

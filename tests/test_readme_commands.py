@@ -1,0 +1,117 @@
+"""A user's way through the READMEs: every command of their code blocks runs, in its order, as readme_commands.py says.
+
+They run in a copy of the checkout whose folders are links, so that what they write stays out of it. Those that need
+two hosts get those of tests/test_cluster.py; sbatch, srun and scontrol are stand-ins that start the tasks here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from readme_commands import CHANGES, FILES, ROOT, change_for, changed, commands
+from test_cluster import Cluster, cluster  # noqa: F401  (a fixture)
+from test_launch import free_port
+from test_run import write_job
+
+HOSTS = "launch/train.py hostfile|deepspeed.sh|openmpi.sh|bench/cluster.py"
+DONE: set[str] = set()
+
+# Slurm's part in launch/cluster/slurm.sh: a job runs a copy of its script, a step starts all tasks.
+STAND_INS = {
+    "sbatch": 'copy=$(mktemp); cp "$1" "$copy"; shift\n'
+              'SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=$RANDOM SLURM_JOB_NODELIST=here SLURM_NTASKS=4 bash "$copy" "$@"',
+    "scontrol": '[ "$*" = "show hostnames here" ] && echo 127.0.0.1',
+    "srun": 'while [[ $1 == --* ]]; do shift; done\n'
+            'for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done\n'
+            'for ((task = 0; task < SLURM_NTASKS; task++)); do wait -n || exit 1; done',
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Links to all that a checkout has, the files that READMEs suppose a user has, and an environment set up."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.name not in {".git", ".venv", ".hypothesis", "runs"} and path.suffix != ".egg-info":
+            (folder / path.name).symlink_to(path)
+    write_job(folder)
+    (folder / "my-hosts").write_text("host-a slots=2\nhost-b slots=2\n")
+    shutil.copy(ROOT / "tests" / "data" / "reference.json", folder / "schedules.json")
+    (folder / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    environment = folder / ".venv"
+    environment.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
+    # launch/setup_env.sh installs nothing where its stamp is the one it would leave.
+    stamp = subprocess.run(["bash", "-c", "{ cat setup.cfg pyproject.toml launch/setup_env.sh; pwd; } | sha256sum"],
+                           cwd=folder, capture_output=True, text=True, check=True).stdout.split()[0]
+    (environment / ".ds_vshape_stamp").write_text(stamp + "\n")
+    return folder
+
+
+def test_every_block_is_known_and_every_change_is_used() -> None:
+    """Nothing is passed over: blocks that are no commands are named, and so is what is changed in commands."""
+    found = [command for file in FILES for command in commands(file)]
+    assert len(found) > 45
+    assert {file for file in FILES if commands(file)} == set(FILES)
+    used = [change_for(command) for command in found]
+    assert [change.pattern for change in CHANGES if change not in used] == []
+    assert {str(path.relative_to(ROOT)) for folder in ("launch", "configs", "bench", "tests", "ds_vshape")
+            for path in (ROOT / folder).rglob("README.md")} | {"README.md"} == set(FILES)
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+@pytest.mark.parametrize("file", FILES)
+def test_every_command_runs(file: str, checkout: Path, request: pytest.FixtureRequest) -> None:
+    failed = []
+    for command in commands(file):
+        if command in DONE:
+            continue
+        DONE.add(command)
+        needs_hosts = re.search(HOSTS, command) and "--dry-run" not in command
+        said = run_on_hosts(command, checkout, request) if needs_hosts else run(changed(command, free_port()), checkout)
+        if said is not None:
+            failed.append(f"$ {command}\n{said[-3000:]}")
+    assert not failed, "\n\n".join(failed)
+
+
+def run_on_hosts(command: str, checkout: Path, request: pytest.FixtureRequest) -> str | None:
+    """What it says on the first of two hosts, if it fails; without root they can't be, and that is told."""
+    if "bench/cluster.py" in command:  # makes hosts of its own
+        request.getfixturevalue("cluster")
+        return run(changed(command, free_port()), checkout)
+    hosts: Cluster = request.getfixturevalue("cluster")
+    (checkout / "my-hosts").write_text("host-a slots=2\nhost-b slots=2\n")
+    try:
+        hosts.run(["bash", "-c", f"cd {checkout} && {changed(command, 29500)}"], OMPI_ALLOW_RUN_AS_ROOT="1",
+                  OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def run(command: str, checkout: Path) -> str | None:
+    """What a command says in a shell of a user's, if it fails."""
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "PATH": os.pathsep.join([str(checkout / "bin"), f"{sys.prefix}/bin", os.environ["PATH"]])}
+    # The copy's own package, as after its installation.
+    environment["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(["bash", "-c", command], cwd=checkout, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"{command}: still running after 240 s"
+    return f"{command}: status {process.returncode}\n{said}" if process.returncode else None
