@@ -23,7 +23,8 @@ def command(job: Job, words: Sequence[str]) -> list[str]:
     else:
         where = ["--hostfile", job.hostfile or "HOSTFILE"]
     # Ranks know their place by LOCAL_RANK; the launcher would add an option that is no word for hydra.
-    return ["deepspeed", *where, "--master_port", str(job.port), "--no_local_rank", str(script), *words]
+    return ["deepspeed", *where, "--master_port", str(job.port), "--no_local_rank", str(script),
+            *(word for word in words if not word.startswith("hostfile="))]  # which is on this host alone
 
 
 def environment(job: Job) -> dict[str, str]:
