@@ -30,17 +30,17 @@ def test_it_is_known_whether_the_machine_code_is_there(tmp_path: Path) -> None:
     assert found(NUMBA_CACHE_DIR=str(tmp_path)) == "False"
 
 
-def test_code_older_than_its_source_does_not_count(tmp_path: Path) -> None:
+def test_code_of_another_line_does_not_count(tmp_path: Path) -> None:
     def fill() -> None:
         """A loop in this file."""
 
     loop = SimpleNamespace(signatures=[], stats=SimpleNamespace(cache_path=str(tmp_path)), py_func=fill)
     assert not compilation._is_compiled(loop)
-    index = tmp_path / f"test_compilation.fill-{fill.__code__.co_firstlineno}.py311.nbi"
-    index.touch()
-    assert compilation._is_compiled(loop)
-    os.utime(index, (0, 0))
+    line = fill.__code__.co_firstlineno
+    (tmp_path / f"test_compilation.fill-{line + 1}.py311.nbi").touch()
     assert not compilation._is_compiled(loop)
+    (tmp_path / f"test_compilation.fill-{line}.py311.nbi").touch()
+    assert compilation._is_compiled(loop)
 
 
 def test_compiling_is_told_and_does_not_count(monkeypatch: pytest.MonkeyPatch,
@@ -57,4 +57,4 @@ def test_compiling_is_told_and_does_not_count(monkeypatch: pytest.MonkeyPatch,
     assert "once after an installation" in line
     monkeypatch.setattr(compilation, "is_done", lambda: True)
     plan(counted(2, 3, (10, 12, 8, 1), 3), 0.1)
-    assert began == [1000.0] and caplog.messages == [line]
+    assert caplog.messages == [line]

@@ -24,16 +24,14 @@ def is_done() -> bool:
 
 
 def _is_compiled(loop: Any) -> bool:
-    """Whether numba has code for `loop`; on disk, code that is older than its source doesn't count, as numba has it."""
+    """Whether there is code for `loop`. After an update it may be that of an older one, which numba alone can tell."""
     if loop.signatures:
         return True
     folder = loop.stats.cache_path
     if folder is None:
         return False
     code = loop.py_func.__code__
-    source = Path(code.co_filename)
-    indexes = Path(folder).glob(f"{source.stem}.{code.co_name}-{code.co_firstlineno}.*nbi")
-    return any(index.stat().st_mtime >= source.stat().st_mtime for index in indexes)
+    return any(Path(folder).glob(f"{Path(code.co_filename).stem}.{code.co_name}-{code.co_firstlineno}.*nbi"))
 
 
 def compile_loops() -> None:

@@ -90,10 +90,9 @@ def _compiling_time(clock: Callable[[], float]) -> float:
     # Brings numba, which takes time to import: not before there is something to plan.
     from ds_vshape.schedule.adaptive import compilation
 
-    if compilation.is_done():
-        return 0.0
     began = clock()
-    logger.warning("compiling the planner's loops, once after an installation; the time limit counts from then on")
+    if not compilation.is_done():
+        logger.warning("compiling the planner's loops, once after an installation; the time limit counts from then on")
     compilation.compile_loops()
     return clock() - began
 
