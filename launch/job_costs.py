@@ -58,7 +58,8 @@ def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: N
     """The batch of `job`; ValueErrors as of prediction.predict."""
     section, training = job.section, training_of(job)
     wanted = Wanted(job.schedule_name) if section is None else Wanted(
-        section.name, section.memory_limit, section.times == "profile", section.planning_seconds)
+        section.name, section.memory_limit, section.times == "profile", section.planning_seconds,
+        section.optimizer_post_validation)
     return predict(wanted, training, _times(job, training), progress)
 
 

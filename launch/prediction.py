@@ -23,13 +23,15 @@ class Wanted:
     """A schedule by its name, as the "pipeline_schedule" section has it.
 
     `memory_limit` is a fraction of 1F1B's peak of activations, or bytes; `measured` means that the job will plan for
-    its own times. Of those that don't, an adaptive one is planned for equal times.
+    its own times. Of those that don't, an adaptive one is planned for equal times. `rolls_back` means that the job will
+    keep what a step changes until that is validated.
     """
 
     name: str
     memory_limit: float | int | None = None
     measured: bool = False
     planning_seconds: float = 10.0
+    rolls_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def predict(wanted: Wanted, training: Training, times: Times,
     activations = training.activations(placement)
     schedule = _schedule(wanted, training, times, activations, progress)
     timeline = simulate(schedule, times)
-    memory = tuple(RankMemory(round(weights), round(gradients), round(optimizer), round(peak))
+    memory = tuple(RankMemory(round(weights), round(gradients), round(optimizer), round(peak),
+                              rollback=round(optimizer) if wanted.rolls_back else 0)
                    for (weights, gradients, optimizer), peak
                    in zip(training.state(placement), peaks(schedule, activations), strict=True))
     return Prediction(training, schedule, timeline, timeline.makespan + training.reduction(placement), memory)
