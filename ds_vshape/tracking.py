@@ -48,6 +48,7 @@ class Tracking:
         self._pictured: Schedule | None = None
         self._seconds = 0.0
         self._samples = self._tokens = 0
+        self._of_batch: dict[int, int] = {}
         if engine.stage_id == engine.placement.rank_of(0):
             engine._INSTRUCTION_MAP = self._counted(engine._INSTRUCTION_MAP)
 
@@ -58,7 +59,9 @@ class Tracking:
         def load_and_count(engine: Any, buffer_id: instr.BufferId) -> None:
             load(engine, buffer_id=buffer_id)
             if torch.is_grad_enabled():
-                self._tokens += _tokens(self._held[instr.BufferId(0, buffer_id.micro_batch)].inputs)
+                # Of a batch that runs twice they count once.
+                loaded = self._held[instr.BufferId(0, buffer_id.micro_batch)].inputs
+                self._of_batch[buffer_id.micro_batch] = _tokens(loaded)
 
         return {**instructions, instr.LoadMicroBatch: load_and_count}
 
@@ -66,8 +69,10 @@ class Tracking:
     def batch(self) -> Iterator[None]:
         """Around a training batch, on every rank."""
         began = time.perf_counter()
+        self._of_batch.clear()
         yield
         self._seconds += time.perf_counter() - began
+        self._tokens += sum(self._of_batch.values())
         self._samples += self._engine.train_batch_size()
         every = self._engine.steps_per_print()
         if every and self._engine.global_steps % every == 0:
