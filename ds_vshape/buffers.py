@@ -59,6 +59,12 @@ class Buffers:
         """Nothing needs the buffer any more."""
         del self._buffers[buffer_id]
 
+    def waiting(self, apart: BufferId) -> WeightGradientStore | None:
+        """The store of the earliest micro-batch whose weight gradients wait, apart from one whose B is running."""
+        found = {(buffer_id.micro_batch, buffer_id.stage): buffer.store for buffer_id, buffer in self._buffers.items()
+                 if buffer.store and buffer_id != apart}
+        return found[min(found)] if found else None
+
     def hand_over(self, content: Content, receiver: BufferId, payload: Payload) -> None:
         """Give what a pass made to the neighbour stage: at once on this rank, else by `take`."""
         if self._placement.rank_of(receiver.stage) != self._rank:

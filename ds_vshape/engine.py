@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -448,9 +448,18 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._held.close(buffer_id)
 
     def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
+        store = self._held[buffer_id].store
+        store.meanwhile = partial(self._weight_grad_meanwhile, buffer_id)
         # Active in the backward too: a checkpointed layer runs its forward again in there.
-        with SplitBackward(self._held[buffer_id].store, self._operators):
+        with SplitBackward(store, self._operators):
             self._backward(buffer_id)
+
+    def _weight_grad_meanwhile(self, running: BufferId) -> None:
+        """Take one weight gradient of a W to come while a B waits for other ranks."""
+        store = self._held.waiting(apart=running)
+        if store is not None:
+            self._observer.weights_split(store)
+            store.run_next(self._deliver)
 
     def _exec_weight_grad_pass(self, buffer_id: BufferId, piece: int, pieces: int) -> None:
         self._activate(buffer_id.stage)

@@ -6,6 +6,7 @@
     mlp_in                         4 hidden x hidden   4 hidden / t x hidden
     mlp_out                        hidden x 4 hidden   hidden x 4 hidden / t, then an all-reduce
 
+The sum of a block's input gradients runs beside a weight gradient that waits (ds_vshape/tensor_parallel.py).
 Embedding, positions, norms and head are whole on every rank. A rank builds each block whole from the layer's seed and
 keeps its share, so that the model is the same one on any number of ranks.
 """
@@ -20,6 +21,29 @@ from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, SubPara
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from gpt import Block, GPTConfig, gpt_layers
+from torch import Tensor
+from torch.nn import functional
+
+from ds_vshape.tensor_parallel import sum_gradient
+
+
+class _Column:
+    """A column parallel layer of DeepSpeed's whose input gradient doesn't hold up everything else."""
+
+    mp_group: Any
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(sum_gradient(x, self.mp_group), self.weight, self.bias)
+
+
+class ColumnLinear(_Column, LinearLayer):
+    """Rows of a weight."""
+
+
+class SubParamColumnLinear(_Column, SubParamLinearLayer):
+    """Rows of each of several weights that lie one after another."""
 
 
 class ParallelBlock(Block):
@@ -32,9 +56,9 @@ class ParallelBlock(Block):
             raise ValueError(f"heads = {config.heads} must be a multiple of the {ranks} tensor parallel ranks")
         self.heads //= ranks
         # Query, key and value lie one after another in the weight, and each is cut by itself.
-        self.query_key_value = SubParamLinearLayer(self.query_key_value, group, shape=(3, -1), partition_dim=0)
+        self.query_key_value = SubParamColumnLinear(self.query_key_value, group, shape=(3, -1), partition_dim=0)
         self.attention_out = LinearAllreduce(self.attention_out, group)
-        self.mlp_in = LinearLayer(self.mlp_in, group)
+        self.mlp_in = ColumnLinear(self.mlp_in, group)
         self.mlp_out = LinearAllreduce(self.mlp_out, group)
 
 

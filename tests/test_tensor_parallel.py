@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from gpt import GPTConfig, gpt_layers
 from gpt_parallel import ParallelBlock, parallel_gpt_layers, tensor_group
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, Job, Outcome, PlainTraining,
-                       cross_entropy, data)
+                       cross_entropy, data, train)
 from ranks import RanksFailed, run_ranks
 
 import ds_vshape
+import ds_vshape.tensor_parallel
 from ds_vshape import failures
 from ds_vshape.p2p import PeerLost
+from ds_vshape.split_backward import WeightGradientStore, WholeGradients
 
 PIPE, DATA, TENSOR = 2, 2, 2
 BATCHES = range(4)
@@ -178,3 +181,54 @@ def test_a_rank_that_fails_alone_in_a_shared_layer() -> None:
     told = str(failed.value)
     assert all(f"rank {rank}:" in told for rank in range(4)) and "was still running" not in told
     assert "ZeroDivisionError: a layer had enough. Not all of the ranks 2, 3 failed, which share their layers" in told
+
+
+class Works:
+    """Counts what runs between the start and the end of sums over tensor parallel ranks."""
+
+    def __init__(self, engine: Any) -> None:
+        self.sums = self.overlapped = 0
+        self._open = 0
+        deliver, reduce = engine._deliver.add, torch.distributed.all_reduce
+
+        def add(parameter: Any, gradient: Any) -> None:
+            self.overlapped += self._open
+            deliver(parameter, gradient)
+
+        def started(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            work = reduce(tensor, *args, **kwargs)
+            if not kwargs.get("async_op"):
+                return work
+            self.sums += 1
+            self._open = 1
+
+            def wait() -> None:
+                work.wait()
+                self._open = 0
+
+            return SimpleNamespace(wait=wait)
+
+        engine._deliver = WholeGradients(add)
+        ds_vshape.tensor_parallel.dist.all_reduce = started
+
+
+def train_beside(rank: int, overlapping: bool) -> tuple[Outcome, int, int]:
+    if not overlapping:
+        WeightGradientStore.meanwhile = property(lambda store: lambda: None, lambda store, value: None)
+    engine = parallel_engine(Job("v-zb", PIPE, 4, FP32_ZERO1, tuple(gpt_layers(MODEL))), 1, "uniform")
+    works = Works(engine)
+    return train(engine, BATCHES), works.sums, works.overlapped
+
+
+def test_sums_of_input_gradients_run_beside_weight_gradients() -> None:
+    """Which changes no bit of the weights."""
+    with_overlap, without = (run_ranks(PIPE * TENSOR, train_beside, overlapping) for overlapping in (True, False))
+    assert sum(overlapped for _, _, overlapped in without) == 0
+    for (outcome, sums, overlapped), (expected, sums_too, _) in zip(with_overlap, without, strict=True):
+        assert sums == sums_too
+        # The first B of a batch finds nothing that waits.
+        assert sums == 0 or overlapped > sums / 2
+        assert outcome.losses == expected.losses
+        for name, weight in expected.weights.items():
+            assert torch.equal(outcome.weights[name], weight), name
+    assert sum(sums for _, sums, _ in with_overlap) > 0

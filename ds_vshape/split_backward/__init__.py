@@ -12,7 +12,7 @@
 """
 
 from ds_vshape.split_backward.function import Operator, Operators, SplitFunction
-from ds_vshape.split_backward.mode import SplitBackward
+from ds_vshape.split_backward.mode import SplitBackward, active_store
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
 from ds_vshape.split_backward.store import Delivery, Entry, WeightGradientStore, WholeGradients
@@ -30,5 +30,6 @@ __all__ = [
     "SplitFunction",
     "WeightGradientStore",
     "WholeGradients",
+    "active_store",
     "is_deferrable",
 ]

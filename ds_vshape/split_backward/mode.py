@@ -40,6 +40,15 @@ class SplitBackward(TorchFunctionMode):
         self.store = store
         self._operators = operators
 
+    def __enter__(self) -> SplitBackward:
+        _active.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _active.pop()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -53,6 +62,15 @@ class SplitBackward(TorchFunctionMode):
             with self:
                 return _LOOKED_INTO[func](*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+# Of this process: on a GPU a backward, and what it recomputes, runs in a thread of its own.
+_active: list[SplitBackward] = []
+
+
+def active_store() -> WeightGradientStore | None:
+    """The store of the innermost active SplitBackward."""
+    return _active[-1].store if _active else None
 
 
 def _without_dispatch(function: Any) -> Any:

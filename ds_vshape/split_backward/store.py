@@ -111,6 +111,8 @@ class WeightGradientStore:
         self._uses: dict[Parameter, int] = {}
         self._partial_sums: dict[Parameter, Tensor] = {}
         self._weights_left = 0
+        # What may be done while this micro-batch's B waits for other ranks (tensor_parallel.py).
+        self.meanwhile: Callable[[], None] = _nothing
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -178,3 +180,7 @@ class WeightGradientStore:
         del self._uses[parameter]
         if total is not None:
             delivery.add(parameter, total)
+
+
+def _nothing() -> None:
+    pass
