@@ -24,8 +24,9 @@ T_co = TypeVar("T_co", covariant=True)
 class Started(Protocol[T_co]):
     """Work that was started."""
 
-    def result(self) -> T_co:
-        """What it gave, once it's done (on a GPU: for what the current stream does next); raises what it raised."""
+    def result(self, timeout: float | None = None) -> T_co:
+        """What it gave, once it's done (on a GPU: for what the current stream does next); raises what it raised, and
+        TimeoutError where a CPU isn't done within `timeout` seconds."""
 
 
 class Background(Protocol):
@@ -78,7 +79,7 @@ class _OnStream(Started[T]):
     def __init__(self, value: T, stream: Any) -> None:
         self._value, self._stream = value, stream
 
-    def result(self) -> T:
+    def result(self, timeout: float | None = None) -> T:
         get_accelerator().current_stream().wait_stream(self._stream)
         return self._value
 

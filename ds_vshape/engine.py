@@ -555,8 +555,18 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _aggregate_total_loss(self) -> Tensor:
         """The batch's loss, which is on its way since `ReturnLoss`."""
         assert self._returning_loss is not None
-        returning, self._returning_loss = self._returning_loss, None
-        return returning.result()
+        loss = self._returned_loss(self._returning_loss)
+        self._returning_loss = None
+        return loss
+
+    def _returned_loss(self, returning: Started[Tensor]) -> Tensor:
+        """Wait for it; DeepSpeed's group, in which it comes, would wait longer for a rank that is lost."""
+        seconds = self.module.schedule_config.timeout_seconds
+        try:
+            return returning.result(seconds)
+        except (TimeoutError, RuntimeError) as error:
+            raise PeerLost(f"the batch's loss didn't come within {seconds:g} seconds: "
+                           f"{str(error).partition(chr(10))[0]}") from error
 
     def _exec_start_reduce_grads(self, stage: int) -> None:
         if self._reduction is not None:
@@ -576,7 +586,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _exec_reduce_tied_grads(self) -> None:
         # Replicas average the loss in the group in which gradients are reduced: on all of them first the one.
         if self._returning_loss is not None:
-            self._returning_loss.result()
+            self._returned_loss(self._returning_loss)
         give_gradient(self.module, self._deliver)
         reduce_tied_gradients(self.module, self.optimizer, self._deliver)
 

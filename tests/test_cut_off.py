@@ -19,15 +19,22 @@ OBSTACLE = missing(["ip", "unshare"])
 SECONDS = 8
 PLACES = [0, 0, 1]  # the host of each rank
 SCRIPT = f"""
-import os, sys
+import os, sys, time
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "launch")!r}]
 import ranks
 import deepspeed
 from pipelines import Job, data
 deepspeed.init_distributed("gloo")
 engine = Job({{"name": "v-half", "timeout_seconds": {SECONDS}}}, {len(PLACES)}, 6).engine()
+
+def slowly(batch):
+    # Nearly all of a batch is passes, so that the link is cut in one.
+    for micro_batch in data(engine, batch):
+        time.sleep(0.3)
+        yield micro_batch
+
 for batch in range(10**6):
-    engine.train_batch(data(engine, batch))
+    engine.train_batch(slowly(batch))
     open(sys.argv[1] + os.environ["RANK"], "w").write(str(engine.global_steps))
 """
 
@@ -54,7 +61,12 @@ def test_every_rank_ends_when_a_host_is_cut_off(tmp_path: Path) -> None:
             time.sleep(0.1)
         subprocess.run(hosts[1].command(["ip", "link", "set", INTERFACE, "down"]), check=True)
         cut = time.monotonic()
-        statuses = [job.wait(timeout=60) for job in jobs]
+        try:
+            statuses = [job.wait(timeout=60) for job in jobs]
+        finally:
+            for job in jobs:
+                job.kill()
+                job.wait()
         took = time.monotonic() - cut
     assert all(statuses)
     # A rank that ended is seen by those on its host, whose own wait may have begun a moment after its.

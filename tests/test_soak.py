@@ -94,7 +94,7 @@ def test_nothing_grows(section: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def leak_everything(batch: int, kept: list[Any] = []) -> None:  # noqa: B006 (that it lasts is what it is for)
-    kept.append([bytes(16384)])
+    kept.append([bytes(262144)])
     if batch % 50 == 0:
         kept.append(open(os.devnull))
     if batch % 100 == 0:
