@@ -111,8 +111,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._observer = Observer(self)
         self._background = background()
         self._returning_loss: Started[Tensor] | None = None
-        self._reduction = reduction_for(self, self._background)
         self._deliver = delivery_for(self.optimizer, self.module.schedule_config.gradient_accumulation_fusion)
+        self._reduction = reduction_for(self, self._background, self._deliver)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
                                         self._observer.activations, self.device)

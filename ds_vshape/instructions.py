@@ -197,7 +197,7 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
         instructions.append(_instruction(step))
         if place in starts:
             instructions.append(starts[place])
-    return [*instructions, AgreeOnBatch(), ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
+    return [*instructions, *(instruction() for instruction in _END)]
 
 
 def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
@@ -224,12 +224,9 @@ def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruct
     passes, end = [*instructions[:-len(_END)]], instructions[-len(_END):]
     assert tuple(map(type, end)) == _END
     kinds = [_KINDS.get(type(instruction)) for instruction in passes]
-    last_forward = max(place for place, kind in enumerate(kinds) if kind is Kind.F)
     first_backward = next(place for place, kind in enumerate(kinds) if kind in (Kind.B, Kind.BW))
-    # Behind what other ranks wait for.
-    told = last_forward + 1
-    while isinstance(passes[told], (SendActivation, SendGrad)):
-        told += 1
+    # Behind the last forward, and what other ranks wait for after it.
+    told = next(place for place, instruction in enumerate(passes) if isinstance(instruction, ReturnLoss))
     added: list[tuple[int, PipeInstruction]] = [(first_backward, AwaitVerdict()), (told, TellForwards())]
     for place, instruction in sorted(added, key=lambda entry: entry[0], reverse=True):
         passes.insert(place, instruction)

@@ -136,10 +136,6 @@ class Observer:
         """The measured sizes of all stages, in bytes for one micro-batch; PipelineError if it's too early."""
         return self._sizes()[0]
 
-    def working(self) -> Working:
-        """What passes need beside them; PipelineError if it's too early."""
-        return self._sizes()[1]
-
     def _sizes(self) -> tuple[Activations, Working]:
         if self.batches <= METERED_BATCH:
             raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")

@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -378,22 +378,21 @@ class Channels:
         for described in signature.tensors:
             tensor = None if described is None else described.empty(self._device)
             transfer.tensors.append(tensor)
-            if tensor is not None and tensor.numel():
+            if tensor is not None:
                 group, source, _ = self._ends[message.channel]
-                try:
-                    transfer.works.append(group.recv([_as_real(tensor)], source, 0))
-                except RuntimeError as error:
-                    raise _lost(message.channel.source, error) from error
+                _start(transfer, group.recv, tensor, source, message.channel.source)
 
     def _start_send(self, transfer: _Transfer, channel: Channel, tensor: Tensor) -> None:
         transfer.tensors.append(tensor)
-        if tensor.numel():
-            group, _, target = self._ends[channel]
-            try:
-                transfer.works.append(group.send([_as_real(tensor)], target, 0))
-            except RuntimeError as error:
-                raise _lost(channel.target, error) from error
+        group, _, target = self._ends[channel]
+        _start(transfer, group.send, tensor, target, channel.target)
 
 
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _start(transfer: _Transfer, start: Callable[..., Any], tensor: Tensor, place: int, peer: int) -> None:
+    """Begin to send or receive `tensor`, unless it's empty; `start` is a group's send or recv."""
+    if not tensor.numel():
+        return
+    try:
+        transfer.works.append(start([torch.view_as_real(tensor) if tensor.is_complex() else tensor], place, 0))
+    except RuntimeError as error:
+        raise _lost(peer, error) from error

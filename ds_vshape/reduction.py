@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.nn import Parameter
 
 from ds_vshape.background import Background, Started
+from ds_vshape.split_backward import Delivery
 
 
 class EarlyReduction:
@@ -25,8 +26,9 @@ class EarlyReduction:
     stages, follow at the end.
     """
 
-    def __init__(self, module: Any, optimizer: DeepSpeedZeroOptimizer, background: Background) -> None:
-        self._optimizer, self._background = optimizer, background
+    def __init__(self, module: Any, optimizer: DeepSpeedZeroOptimizer, background: Background,
+                 delivery: Delivery) -> None:
+        self._optimizer, self._background, self._delivery = optimizer, background, delivery
         self._groups = {parameter: group for group, parameters in enumerate(optimizer.bit16_groups)
                         for parameter in parameters}
         self._of_stage = {chunk.stage: dict.fromkeys(chunk.parameters()) for chunk in module.chunks}
@@ -54,23 +56,20 @@ class EarlyReduction:
         """Reduce what is left, if any stage was reduced early; if not, all is left to DeepSpeed (False)."""
         left = [parameter for parameter in self._groups
                 if self._optimizer.get_gradient_for_reduction(parameter) is not None]
-        early, self._started = self._started, []
+        early = bool(self._started)
         if self._with_gradients is None:
             self._with_gradients = set(left)
-        for started in early:
-            started.result()
+        self._await_started()
         if early:
             self._reduce([parameter for parameter in left if parameter not in self._reduced])
             self._optimizer.set_gradient_accumulation_boundary(True)
             self._optimizer.overlapping_partition_gradients_reduce_epilogue()
         self._reduced.clear()
-        return bool(early)
+        return early
 
     def forget(self) -> None:
         """The batch doesn't count: wait for what was started, and leave nothing of it."""
-        early, self._started = self._started, []
-        for started in early:
-            started.result()
+        self._await_started()
         self._reduced.clear()
         optimizer = self._optimizer
         for number in range(len(optimizer.params_already_reduced)):
@@ -80,16 +79,14 @@ class EarlyReduction:
 
     def _gradient(self, parameter: Any) -> torch.Tensor:
         """The gradient; of a batch that has failed here, or doesn't use the parameter, zeros."""
-        gradient = self._optimizer.get_gradient_for_reduction(parameter)
-        if gradient is not None:
-            return gradient  # type: ignore[no-any-return]
-        zeros = torch.zeros_like(parameter, dtype=self._optimizer._gradient_reduction_buffer_dtype(),
-                                 requires_grad=False)
-        if self._optimizer.use_grad_accum_attribute:
-            parameter.grad_accum = zeros
-        else:
-            parameter.grad = zeros
-        return zeros
+        if self._optimizer.get_gradient_for_reduction(parameter) is None:
+            self._delivery.add(parameter, torch.zeros_like(parameter, requires_grad=False))
+        return self._optimizer.get_gradient_for_reduction(parameter)  # type: ignore[no-any-return]
+
+    def _await_started(self) -> None:
+        early, self._started = self._started, []
+        for started in early:
+            started.result()
 
     def _reduce(self, parameters: list[Parameter]) -> None:
         for parameter in parameters:
@@ -97,9 +94,9 @@ class EarlyReduction:
         self._optimizer.reduce_ipg_grads()
 
 
-def reduction_for(engine: Any, background: Background) -> EarlyReduction | None:
+def reduction_for(engine: Any, background: Background, delivery: Delivery) -> EarlyReduction | None:
     """For `engine`, if its optimizer is one that this knows, and there are replicas; else all is left to DeepSpeed."""
     optimizer = engine.optimizer
     if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.partition_gradients or engine.dp_world_size == 1:
         return None
-    return EarlyReduction(engine.module, optimizer, background)
+    return EarlyReduction(engine.module, optimizer, background, delivery)

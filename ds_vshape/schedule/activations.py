@@ -103,11 +103,8 @@ def _working_peak(program: Program, activations: Activations, working: Working) 
             change = activations.change(work)
             taken = 0.0 if work.kind is Kind.W else (
                 received.pop((work.kind is Kind.F, work.stage, work.micro_batch), 0.0))
-            if work.kind is Kind.F:
-                alive += change - taken
-                peak = max(peak, alive + working.of(work))
-            else:
-                peak = max(peak, alive + working.of(work))
-                alive += change - taken
+            before, alive = alive, alive + change - taken
+            # What F leaves is counted from its start, what the others free until their end.
+            peak = max(peak, (alive if work.kind is Kind.F else before) + working.of(work))
         peak = max(peak, alive)
     return peak

@@ -21,7 +21,6 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.trace.arrivals import Arrivals
 from ds_vshape.trace.batch import LOAD, PASS, RELEASE, SEND, WAIT, Event, RankTrace
 
-
 # What an instruction's event is; messages have two, by the kind of pass that they go into.
 _MESSAGES: Mapping[Instruction, tuple[str, Kind]] = {
     instr.WaitActivation: (WAIT, Kind.F),
