@@ -1,4 +1,4 @@
-"""Measures schedules: every contender's batches in turn in one run, losses compared before any time is shown.
+"""Measures schedules: the contenders take turns in one run, and losses are compared before any time is shown.
 
     python bench/run.py                                        # the table of README.md
     python bench/run.py --micro-batches 8 --contenders "deepspeed 1f1b" v-zb --json result.json
@@ -30,6 +30,8 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import peak_activations
 from workloads import Gpt, Sleeping, Workload
 
+# Batches of a turn that are counted.
+_IN_TURN = 3
 DEFAULT_CONTENDERS = ["deepspeed 1f1b", "deepspeed dualpipev", "1f1b", "v-half", "v-zb"]
 
 
@@ -45,9 +47,10 @@ class Result:
 
 
 def measure(rank: int, names: list[str], workload: Workload, rounds: int) -> dict[str, Result]:
-    """The results of `rounds` batches of each contender in turn, after those to warm up (on every rank).
+    """The results of `rounds` turns of each contender, after those to warm up (on every rank).
 
-    Contenders that plan for measured times have their plan before the first round.
+    Contenders that plan for measured times have their plan before the first round. The first batch of a turn finds the
+    caches full of another contender's data, as none does in a training, and isn't counted.
     """
     engines = {name: engine_of(name, workload) for name in names}
     planning = [name for name in names if ADAPTIVE.fullmatch(name)]
@@ -55,24 +58,28 @@ def measure(rank: int, names: list[str], workload: Workload, rounds: int) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in names}
     simulated: dict[str, list[float]] = {name: [] for name in names}
 
-    def train_all() -> None:
-        for name, engine in engines.items():
-            data = iter(workload.batch(len(losses[name])))
-            dist.barrier()
-            start = time.perf_counter()
-            losses[name].append(float(engine.train_batch(data)))
-            dist.barrier()
-            seconds[name].append(time.perf_counter() - start)
-            if hasattr(engine, "schedule"):
-                simulated[name].append(workload.simulated(engine))
+    def train(name: str) -> float:
+        """The seconds of a batch."""
+        data = iter(workload.batch(len(losses[name])))
+        dist.barrier()
+        start = time.perf_counter()
+        losses[name].append(float(engines[name].train_batch(data)))
+        dist.barrier()
+        return time.perf_counter() - start
 
-    train_all()
+    for name in names:
+        train(name)
     while any(engines[name].planned_times is None for name in planning):
-        train_all()
+        for name in names:
+            train(name)
     for _ in range(rounds):
-        train_all()
-    return {name: Result(losses[name], seconds[name][-rounds:], simulated[name][-rounds:],
-                         getattr(engine, "schedule", lambda: None)())
+        for name in names:
+            train(name)
+            for _ in range(_IN_TURN):
+                seconds[name].append(train(name))
+                if hasattr(engines[name], "schedule"):
+                    simulated[name].append(workload.simulated(engines[name]))
+    return {name: Result(losses[name], seconds[name], simulated[name], getattr(engine, "schedule", lambda: None)())
             for name, engine in engines.items()}
 
 
@@ -110,7 +117,8 @@ _COLUMNS = {"seconds": ("median s", ".3f"), "least": ("least", ".3f"), "most": (
 
 def show(summary: dict[str, dict[str, Any]], workload: Workload, rounds: int) -> None:
     """The table; columns that nobody has are left out."""
-    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; {rounds} rounds")
+    table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; "
+                        f"{rounds} rounds of {_IN_TURN} batches")
     table.add_column("contender")
     shown = [key for key in _COLUMNS if any(row[key] is not None for row in summary.values())]
     for key in shown:
@@ -129,7 +137,7 @@ def main() -> None:
     parser.add_argument("--ms", type=float, nargs=3, default=[5, 5, 5], metavar=("F", "B", "W"),
                         help="of one sleeping layer")
     parser.add_argument("--hidden", type=int, default=256, help="of the GPT")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5, help=f"turns of each contender, of {_IN_TURN} batches")
     parser.add_argument("--contenders", nargs="+", type=contender_name, default=DEFAULT_CONTENDERS, metavar="NAME",
                         help=f"the first is what the others are compared with; of: {', '.join(CONTENDERS)}, and "
                              "adaptive@0.5 (planned for the times it measures, within half of 1F1B's peak)")

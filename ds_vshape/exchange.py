@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_vshape.config import TIMEOUT_SECONDS
+from ds_vshape.groups import GLOO, new_group
 
 # Bytes of a text in `texts_within`, which can't ask for the size first.
 _BOX = 2048
@@ -30,7 +31,7 @@ class Exchange:
     """
 
     def __init__(self, seconds: float = TIMEOUT_SECONDS, ranks: Sequence[int] | None = None) -> None:
-        self._group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=seconds))
+        self._group = new_group(ranks, seconds, GLOO)
 
     def largest(self, own: int) -> int:
         """The largest of all ranks' numbers; collective."""

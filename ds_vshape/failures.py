@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.exchange import Exchange, Numbers
+from ds_vshape.groups import GLOO, new_group
 from ds_vshape.p2p import PeerLost, Withdrawn
 
 _TEXT_SIZE = 2048
@@ -87,9 +87,8 @@ class Sharers:
     def __init__(self, groups: Sequence[Sequence[int]], seconds: float) -> None:
         self._group: Any = None
         self._ranks: Sequence[int] = ()
-        timeout = timedelta(seconds=min(seconds, SHARERS_SECONDS))
         for ranks in groups:
-            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+            group = new_group(list(ranks), min(seconds, SHARERS_SECONDS), GLOO)
             if dist.get_rank() in ranks and len(ranks) > 1:
                 self._group, self._ranks = group, ranks
 

@@ -17,7 +17,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
 from ds_vshape.config import TIMEOUT_SECONDS
+from ds_vshape.groups import new_group
 from ds_vshape.schedule.lowering import Channel, Content, Message
 
 Payload = Tensor | tuple[Tensor | None, ...]
@@ -219,8 +219,7 @@ class Channels:
         for ranks in pipelines:
             for channel in channels:
                 # All ranks make all groups, since torch names a group by counting; it costs a stranger nothing.
-                group = dist.new_group([ranks[channel.source], ranks[channel.target]],
-                                       timeout=timedelta(seconds=seconds))
+                group = new_group([ranks[channel.source], ranks[channel.target]], seconds)
                 if ranks is own and own.index(dist.get_rank()) in (channel.source, channel.target):
                     self._groups[channel] = group
         # With the places of source and target in the group. Past dist.isend and dist.irecv, which find these out and

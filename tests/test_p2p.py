@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ranks import RanksFailed, run_ranks
 from torch import Tensor
 
 from ds_vshape import p2p
+from ds_vshape.exchange import Exchange
 from ds_vshape.p2p import Channels, Payload, Signature, Signatures, TensorSignature
 from ds_vshape.schedule.lowering import Channel, Content, Message
 
@@ -188,6 +190,21 @@ def test_a_rank_without_channels_takes_part_in_making_them() -> None:
         return rank == 0 or torch.equal(received, torch.arange(4.0) + rank - 1)
 
     assert run_ranks(3, body) == [True, True, True]
+
+
+def test_groups_share_the_thread_that_torch_would_give_each_of_them() -> None:
+    def body(rank: int) -> list[int]:
+        def threads() -> int:
+            return sum(name.read_text() == "gloo_tcp_loop\n" for name in Path("/proc/self/task").glob("*/comm"))
+
+        counts = [threads()]
+        for make in (pair, pair, Exchange, lambda: dist.new_group(), lambda: dist.new_group()):
+            make()
+            counts.append(threads())
+        return counts
+
+    # The first is that of the job's own group, and the last two are those of torch's groups.
+    assert run_ranks(2, body) == [[1, 2, 2, 2, 3, 4]] * 2
 
 
 def test_a_changed_shape_is_named_by_the_sender() -> None:

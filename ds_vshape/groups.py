@@ -1,0 +1,45 @@
+"""Makes this package's process groups; those over gloo share one thread.
+
+torch gives each gloo group a device of its own, whose thread wakes a hundred times a second whether there is anything
+to do or not. A rank has a group for each channel and a few more: with a dozen, these threads take 2% of a core, and
+sweep the caches of whatever computes meanwhile. Groups on one device behave alike otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
+
+GLOO = "gloo"
+_SHARED = "ds_vshape_gloo"
+
+# Those of this process's first group.
+_devices: list[Any] = []
+
+
+def new_group(ranks: Sequence[int] | None, seconds: float, backend: str | None = None) -> Any:
+    """A process group of the global `ranks` (None: all) over `backend` (None: the job's own).
+
+    What is done in it may take `seconds`. Collective over the job, in the same order on every rank.
+    """
+    if (backend or dist.get_backend()) == GLOO:
+        backend = _SHARED
+    return dist.new_group(ranks, timeout=timedelta(seconds=seconds), backend=backend)
+
+
+def _on_shared_devices(store: Any, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
+    """What torch makes for backend "gloo", on the devices that it chose for the first."""
+    if not _devices:
+        group = ProcessGroupGloo(store, rank, size, timeout=timeout)
+        _devices.extend(group.options._devices)  # type: ignore[attr-defined]
+        return group
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices, options._threads, options._timeout = _devices, 2 * len(_devices), timeout
+    return ProcessGroupGloo(store, rank, size, options)
+
+
+dist.Backend.register_backend(_SHARED, _on_shared_devices, devices="cpu")
