@@ -150,7 +150,7 @@ def main() -> None:
         workload: Workload = (Sleeping(options.ranks, layers, micro_batches, (f, b, w))
                               if options.workload == "sleeping" else
                               Gpt(options.ranks, layers, micro_batches, options.hidden))
-        results = run_ranks(options.ranks, measure, options.contenders, workload, options.rounds, timeout=600)[0]
+        results = run_ranks(options.ranks, measure, options.contenders, workload, options.rounds, timeout=3600)[0]
         compare_losses(results)
         summary = summarize(results, workload)
         show(summary, workload, options.rounds)

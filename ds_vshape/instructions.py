@@ -165,8 +165,7 @@ _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
 
 
 # Of the instructions on messages: the kind of pass that the message goes into.
-MESSAGE_KINDS = {instruction: Kind.F if content is Content.ACTIVATION else Kind.B
-                 for (_, content), instruction in _MESSAGES.items()}
+MESSAGE_KINDS = {instruction: content.kind for (_, content), instruction in _MESSAGES.items()}
 _KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()}
 
 

@@ -46,9 +46,8 @@ CHANGES = [
     Change("csv_monitor", "four ranks are slower than two", f"parallel.pipe=2 {TINY} port=PORT"),
     Change("launch/train.py hostfile", "two hosts of a test have two slots each, and no GPUs", TINY,
            (("parallel.pipe=8", "parallel.pipe=4"), ("machine=a100", "machine=cpu"))),
-    Change("openmpi.sh", "tests/test_cluster.py shows that ranks of mpirun meet; of four trainings that were tried two "
-           "ended with an aborted rank, which isn't explained yet", "-c 'import ds_vshape.config'",
-           ((" launch/train_rank.py schedule=v-half parallel.pipe=8", ""),)),
+    Change("openmpi.sh", "two hosts of a test have two slots each, and the model is small", TINY,
+           (("parallel.pipe=8", "parallel.pipe=4"),)),
     Change("slurm.sh", "the stand-in for Slurm starts four tasks", TINY,
            (("parallel.pipe=8", "parallel.pipe=4"),)),
     Change("launch/grid.py", "all layouts take a quarter of a minute", "search.micro_batch=[4] search.tensor=[2]"),

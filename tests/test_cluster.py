@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "launch" / "cluster"
 BATCHES = 3
 WORDS = ["model=tiny", "schedule=v-half", "parallel.pipe=4", "data.micro_batches=4", f"batches={BATCHES}"]
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 OBSTACLE = missing(["ip", "unshare", "pdsh", "ssh", "sshd", "mpirun"])
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -79,14 +80,18 @@ def test_the_losses_of_two_hosts_are_those_of_one(cluster: Cluster) -> None:
     def one_host_by_script() -> str:
         return cluster.start("deepspeed.sh", (4,), "launch/train_rank.py", *WORDS, f"result={results[1]}")
 
-    results = [cluster.folder / name for name in ("across.json", "alone.json")]
-    for start, hosts in ((two_hosts_by_train, 2), (one_host_by_script, 1)):
+    def two_hosts_by_mpirun() -> str:
+        return cluster.start("openmpi.sh", (2, 2), "launch/train_rank.py", *WORDS, f"result={results[2]}", **AS_ROOT)
+
+    results = [cluster.folder / name for name in ("across.json", "alone.json", "by_mpirun.json")]
+    for start, named in ((two_hosts_by_train, True), (one_host_by_script, False), (two_hosts_by_mpirun, False)):
         said = start()
         # pdsh puts the host before each line.
-        assert all((f"{host.name}: " in said) == (hosts == 2) for host in cluster.hosts), said
-    across, alone = map(Result.read, results)
+        assert all((f"{host.name}: " in said) == named for host in cluster.hosts), said
+    across, alone, by_mpirun = map(Result.read, results)
     assert (across.schedule, across.stages, len(across.losses)) == ("v-half", 4, BATCHES)
-    assert across.losses == alone.losses and across.validation_loss == alone.validation_loss
+    for one in (alone, by_mpirun):
+        assert across.losses == one.losses and across.validation_loss == one.validation_loss
     assert across.losses[0] > across.losses[-1]
 
 
@@ -172,8 +177,7 @@ def test_ranks_of_mpirun_meet(cluster: Cluster) -> None:
     told = ("import os, socket; os.write(1, ' '.join(['rank', *(os.environ[n] for n in "
             "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'GLOO_SOCKET_IFNAME')), socket.gethostname(), "
             "'.\\n']).encode())")
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    said = cluster.start("openmpi.sh", (2, 2), "-c", told, **as_root)
+    said = cluster.start("openmpi.sh", (2, 2), "-c", told, **AS_ROOT)
     assert sorted(re.findall(r"rank [^.]*? \.", said)) == [
         f"rank {rank} {rank % 2} 4 host-a eth0 {host.name} ."
         for rank, host in enumerate([cluster.hosts[0]] * 2 + [cluster.hosts[1]] * 2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_vshape.schedule.lowering import AwaitSend, Content, Message, PostReceive, Program, Run, Send
 from ds_vshape.schedule.passes import Kind, Pass
@@ -88,21 +88,19 @@ def working_peaks(programs: Sequence[Program], activations: Activations, working
 
 def _working_peak(program: Program, activations: Activations, working: Working) -> float:
     alive = peak = 0.0
-    received: dict[tuple[bool, int, int], float] = {}
+    received: dict[Pass, float] = {}
     for step in program:
         if isinstance(step, (PostReceive, Send)):
             size = working.size(step.message)
             alive += size
             if isinstance(step, PostReceive):
-                message = step.message
-                received[message.channel.content is Content.ACTIVATION, message.stage, message.micro_batch] = size
+                received[step.message.taker] = size
         elif isinstance(step, AwaitSend):
             alive -= working.size(step.message)
         elif isinstance(step, Run):
             work = step.work
             change = activations.change(work)
-            taken = 0.0 if work.kind is Kind.W else (
-                received.pop((work.kind is Kind.F, work.stage, work.micro_batch), 0.0))
+            taken = received.pop(replace(work, kind=Kind.B) if work.kind is Kind.BW else work, 0.0)
             before, alive = alive, alive + change - taken
             # What F leaves is counted from its start, what the others free until their end.
             peak = max(peak, (alive if work.kind is Kind.F else before) + working.of(work))

@@ -38,6 +38,11 @@ class Content(str, enum.Enum):
     def __str__(self) -> str:
         return self.value
 
+    @property
+    def kind(self) -> Kind:
+        """The kind of pass that takes it: F, or B (whole or split)."""
+        return Kind.F if self is Content.ACTIVATION else Kind.B
+
 
 # A plan looks channels and messages up some times for each pass: as tuples they hash and compare in C.
 class Channel(NamedTuple):
@@ -57,6 +62,11 @@ class Message(NamedTuple):
     channel: Channel
     stage: int
     micro_batch: int
+
+    @property
+    def taker(self) -> Pass:
+        """The pass that it goes into; B for a whole backward too."""
+        return Pass(self.channel.content.kind, self.stage, self.micro_batch)
 
     def __repr__(self) -> str:
         channel = self.channel

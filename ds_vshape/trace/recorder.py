@@ -15,7 +15,7 @@ from ds_vshape import instructions as instr
 from ds_vshape.instructions import Execute, Instruction
 from ds_vshape.p2p import Channels
 from ds_vshape.profiling import DeviceClock, HostClock
-from ds_vshape.schedule.lowering import Content, Message, message_into
+from ds_vshape.schedule.lowering import Message, message_into
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.trace.arrivals import Arrivals
@@ -98,7 +98,7 @@ class Recorder:
         events = tuple(Event(*_of(kind, arguments), self._seconds(start), self._seconds(end))
                        for kind, arguments, start, end in self._marks)
         seen = {} if self._arrivals is None else self._arrivals.seen()
-        return RankTrace(events, {_taker(message): time for message, time in seen.items()})
+        return RankTrace(events, {message.taker: time for message, time in seen.items()})
 
     def _seconds(self, mark: Any) -> float:
         return self._began_on_host + self._clock.seconds(self._began, mark)
@@ -114,9 +114,3 @@ def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]
     if kind is instr.LoadMicroBatch:
         return LOAD, Pass(Kind.F, *arguments["buffer_id"])
     return PASS, instr.pass_of(kind(**arguments))
-
-
-def _taker(message: Message) -> Pass:
-    """The pass that a message goes into."""
-    kind = Kind.F if message.channel.content is Content.ACTIVATION else Kind.B
-    return Pass(kind, message.stage, message.micro_batch)
