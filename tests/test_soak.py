@@ -99,7 +99,7 @@ def leak_everything(batch: int, kept: list[Any] = []) -> None:  # noqa: B006 (th
         kept.append(open(os.devnull))
     if batch % 100 == 0:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-    for _ in range(5000 * batch):
+    for _ in range(25 * batch ** 2):
         pass
 
 
