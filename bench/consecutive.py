@@ -1,6 +1,6 @@
 """Measures batches one after another, as in a training: what lies between them counts, and what hides it.
 
-    python bench/consecutive.py                                      # the table of README.md
+    python bench/consecutive.py --batches 8 --rounds 2
 
 Layers sleep, as in run.py. The contenders take turns with `--batches` batches each; ranks meet before and after these,
 not between them. A batch is compared with its work alone: what a rank would take without waiting for anybody.

@@ -1,6 +1,6 @@
 """Measures schedules: the contenders take turns in one run, and losses are compared before any time is shown.
 
-    python bench/run.py                                        # the table of README.md
+    python bench/run.py --rounds 3 --micro-batches 8 16 32
     python bench/run.py --micro-batches 8 --contenders "deepspeed 1f1b" v-zb --json result.json
     python bench/run.py --workload gpt --ranks 2 --micro-batches 4 8    # real matrix products, one thread a rank
 """

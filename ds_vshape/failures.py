@@ -14,14 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.exchange import Exchange, Numbers
-from ds_vshape.groups import GLOO, new_group
 from ds_vshape.p2p import PeerLost, Withdrawn
 
 _TEXT_SIZE = 2048
@@ -85,19 +83,19 @@ class Sharers:
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], seconds: float) -> None:
-        self._group: Any = None
+        self._exchange: Exchange | None = None
         self._ranks: Sequence[int] = ()
         for ranks in groups:
-            group = new_group(list(ranks), min(seconds, SHARERS_SECONDS), GLOO)
+            exchange = Exchange(min(seconds, SHARERS_SECONDS), ranks)
             if dist.get_rank() in ranks and len(ranks) > 1:
-                self._group, self._ranks = group, ranks
+                self._exchange, self._ranks = exchange, ranks
 
     def check_all_failed(self, failure: Failure) -> None:
         """Return if all of them call this; PeerLost if some don't, which can't be helped any more."""
-        if self._group is None:
+        if self._exchange is None:
             return
         try:
-            dist.all_reduce(torch.zeros(1), group=self._group)
+            self._exchange.largest(_State.FAILED)
         except RuntimeError:
             raise PeerLost(f"{failure}. Not all of the ranks {', '.join(map(str, self._ranks))} failed, which share "
                            "their layers: the others wait for it inside one") from failure.error

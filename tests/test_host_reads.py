@@ -51,7 +51,8 @@ class Reading(Block):
     """A block that looks at a value."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x * float(x.detach().abs().max().ceil().clamp(1, 1)))
+        x.detach().sum().item()
+        return super().forward(x)
 
 
 def reads(rank: int, job: Job) -> dict[str, int]:
@@ -64,9 +65,9 @@ def reads(rank: int, job: Job) -> dict[str, int]:
 
     def watched(kind: type[instr.PipeInstruction], execute: Callable[..., None]) -> Callable[..., None]:
         def run(engine: Any, **arguments: Any) -> None:
-            before, seen.instruction = seen.instruction, kind.__name__
+            seen.instruction = kind.__name__
             execute(engine, **arguments)
-            seen.instruction = before
+            seen.instruction = ""
 
         return run
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from readme_commands import CHANGES, FILES, ROOT, change_for, changed, commands
-from test_cluster import Cluster, cluster  # noqa: F401  (a fixture)
+from test_cluster import AS_ROOT, Cluster, cluster  # noqa: F401  (a fixture)
 from test_launch import free_port
 from test_run import write_job
 
@@ -90,8 +90,7 @@ def test_every_command_runs(file: str, checkout: Path, request: pytest.FixtureRe
             told = run(changed(command, free_port()), checkout)
             assert told is None, told
         else:
-            hosts.run(["bash", "-c", f"cd {checkout} && {changed(command, 29500)}"], OMPI_ALLOW_RUN_AS_ROOT="1",
-                      OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+            hosts.run(["bash", "-c", f"cd {checkout} && {changed(command, 29500)}"], **AS_ROOT)
 
 
 def run(command: str, checkout: Path) -> str | None:

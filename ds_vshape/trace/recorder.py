@@ -21,16 +21,16 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.trace.arrivals import Arrivals
 from ds_vshape.trace.batch import LOAD, PASS, RELEASE, SEND, WAIT, Event, RankTrace
 
-# What an instruction's event is; messages have two, by the kind of pass that they go into.
-_MESSAGES: Mapping[Instruction, tuple[str, Kind]] = {
-    instr.WaitActivation: (WAIT, Kind.F),
-    instr.WaitGrad: (WAIT, Kind.B),
-    instr.SendActivation: (SEND, Kind.F),
-    instr.SendGrad: (SEND, Kind.B),
-    instr.ReleaseActivation: (RELEASE, Kind.F),
-    instr.ReleaseGrad: (RELEASE, Kind.B),
+# What an instruction's event is; that of a message is about the pass that it goes into.
+_MESSAGES: Mapping[Instruction, str] = {
+    instr.WaitActivation: WAIT,
+    instr.WaitGrad: WAIT,
+    instr.SendActivation: SEND,
+    instr.SendGrad: SEND,
+    instr.ReleaseActivation: RELEASE,
+    instr.ReleaseGrad: RELEASE,
 }
-_POSTS: Mapping[Instruction, Kind] = {instr.RecvActivation: Kind.F, instr.RecvGrad: Kind.B}
+_POSTS = (instr.RecvActivation, instr.RecvGrad)
 _ENDS: Mapping[Instruction, str] = {
     instr.ReturnLoss: "start to return the loss",
     instr.StartReduceGrads: "start to reduce gradients",
@@ -64,7 +64,7 @@ class Recorder:
     def recorded(self, instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
         """An instruction map (of functions that take the engine first) whose functions are recorded."""
         found = {kind: self._recorded(kind, execute) for kind, execute in instructions.items() if kind not in _POSTS}
-        return found | {kind: self._watched(work, instructions[kind]) for kind, work in _POSTS.items()}
+        return found | {kind: self._watched(kind, instructions[kind]) for kind in _POSTS}
 
     def _recorded(self, kind: Instruction, execute: Execute) -> Execute:
         def run(engine: Any, **arguments: Any) -> None:
@@ -74,11 +74,11 @@ class Recorder:
 
         return run
 
-    def _watched(self, kind: Kind, execute: Execute) -> Execute:
+    def _watched(self, kind: Instruction, execute: Execute) -> Execute:
         def run(engine: Any, buffer_id: instr.BufferId) -> None:
             execute(engine, buffer_id=buffer_id)
             if self._arrivals is not None:
-                message = self._message(Pass(kind, *buffer_id))
+                message = self._message(Pass(instr.MESSAGE_KINDS[kind], *buffer_id))
                 self._arrivals.watch(message, self._channels.works_into(message))
 
         return run
@@ -109,8 +109,7 @@ def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]
     if kind in _ENDS:
         return _ENDS[kind], None
     if kind in _MESSAGES:
-        what, taker = _MESSAGES[kind]
-        return what, Pass(taker, *arguments["buffer_id"])
+        return _MESSAGES[kind], Pass(instr.MESSAGE_KINDS[kind], *arguments["buffer_id"])
     if kind is instr.LoadMicroBatch:
         return LOAD, Pass(Kind.F, *arguments["buffer_id"])
     return PASS, instr.pass_of(kind(**arguments))
