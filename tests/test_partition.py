@@ -149,8 +149,9 @@ def test_a_heavy_head_is_measured_and_balanced() -> None:
     times, parts = results[0]
     assert all(other == (times, parts) for other in results), "every rank has rank 0's times"
     for forward, backward in list(zip(times.forward, times.backward))[1:-1]:
-        assert forward == pytest.approx(0.002, rel=0.5) and backward == pytest.approx(0.004, rel=0.5)
-    assert 0.026 <= times.costs[-1] < 0.039
+        # No sleep ends early; on a busy machine it ends late.
+        assert 0.002 <= forward < 0.012 and 0.004 <= backward < 0.014
+    assert 0.026 <= times.costs[-1] < 0.05
     placement = placement_of("v-half", ranks)
     uniform = max(rank_loads(times.costs, range(0, 17, 2), placement))
     balanced = max(rank_loads(times.costs, parts, placement))

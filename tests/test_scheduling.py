@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
 
 WIDTH = 4
+# Milliseconds of F, B and W of each layer whose times are measured.
+SLEEPS = (6, 12, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +104,24 @@ def measure_and_swap(rank: int, section: Any) -> dict[str, Any]:
             lines.append(record.getMessage())
 
     logging.getLogger("DeepSpeed").addHandler(Keep())
-    engine = sleeping_engine(section, 6, (6, 12, 3))
+    slept: dict[float, list[float]] = defaultdict(list)
+    sleep = time.sleep
+
+    def timed_sleep(seconds: float) -> None:
+        start = time.perf_counter()
+        sleep(seconds)
+        slept[seconds].append(time.perf_counter() - start)
+
+    time.sleep = timed_sleep
+    engine = sleeping_engine(section, 6, SLEEPS)
     first = engine.schedule()
     while engine.schedule() is first:
         sleep_batch(engine)
     sleep_batch(engine)
     predicted, measured = engine.timelines()
     return {"times": engine.planned_times, "first": first, "schedule": engine.schedule(), "predicted": predicted,
-            "measured": measured, "lines": [line for line in lines if "makespan" in line]}
+            "measured": measured, "lines": [line for line in lines if "makespan" in line],
+            "slept": [slept[milliseconds / 1000] for milliseconds in SLEEPS]}
 
 
 def test_times_are_measured_and_used() -> None:
@@ -116,11 +129,12 @@ def test_times_are_measured_and_used() -> None:
     first = results[0]
     assert all(other["times"] == first["times"] and other["schedule"] == first["schedule"] for other in results)
     times: Times = first["times"]
-    # A sleep never ends early, and rarely much late.
-    for of_kind, milliseconds in ((times.forward, 6), (times.input_grad, 12), (times.weight_grad, 3)):
-        assert all(0.001 * milliseconds <= seconds < 0.001 * milliseconds + 0.008 for seconds in of_kind)
+    # As long as the layers slept in truth, which on a busy machine is longer than they were told to.
+    for rank, own in enumerate(results):
+        for of_kind, slept in zip((times.forward, times.input_grad, times.weight_grad), own["slept"]):
+            assert all(min(slept) <= of_kind[stage] <= max(slept) + 0.008 for stage in v(2).chunks[rank])
     # Both boundaries between the ranks; none at the turn.
-    assert times.hops[1] == 0 and all(0 < times.hops[boundary] < 0.01 for boundary in (0, 2))
+    assert times.hops[1] == 0 and all(0 < times.hops[boundary] < 0.05 for boundary in (0, 2))
     assert not any(work.kind is Kind.BW for _, work in first["first"].passes()), "B and W must be timed apart"
     schedule = first["schedule"]
     limit = 0.75 * peak_of_1f1b(2, 6)
@@ -130,7 +144,7 @@ def test_times_are_measured_and_used() -> None:
     assert max(peak_activations(first["first"])) <= limit
     assert simulate(schedule, times).makespan <= simulate(first["first"], times).makespan
     assert first["predicted"] == simulate(schedule, times)
-    assert first["measured"].makespan >= 0.95 * first["predicted"].makespan
+    assert first["measured"].makespan >= simulate(schedule, Times.uniform(4, *(ms / 1000 for ms in SLEEPS))).makespan
     planned, compared = first["lines"]
     assert "planned in" in planned and "predicted" in compared and "measured" in compared
 
@@ -154,7 +168,7 @@ def drift(rank: int) -> tuple[Times, Times]:
     before = engine.planned_times
     for module in engine.module.modules():
         if isinstance(module, SleepingLinear):
-            module.seconds = (0.002, 0.012, 0.002)
+            module.seconds = (0.002, 0.03, 0.002)
     while engine.planned_times in (None, before):
         sleep_batch(engine)
     return before, engine.planned_times
@@ -163,8 +177,8 @@ def drift(rank: int) -> tuple[Times, Times]:
 def test_drift_plans_again() -> None:
     (before, after), other = run_ranks(2, drift, timeout=180)
     assert (before, after) == other
-    assert all(seconds < 0.011 for seconds in before.input_grad)
-    assert all(seconds >= 0.012 for seconds in after.input_grad)
+    assert all(seconds < 0.03 for seconds in before.input_grad)
+    assert all(seconds >= 0.03 for seconds in after.input_grad)
 
 
 def change_micro_batches(rank: int) -> list[float]:
