@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
+from ds_vshape.schedule.adaptive.cool_down import hurried
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches
 from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
+from ds_vshape.schedule.adaptive.regular import regular_orders
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
@@ -33,6 +35,8 @@ Progress = Callable[[float], None]
 
 # As many blocks are kept for each number of pieces of W.
 _POPULATION = 10
+# How many regular blocks are tried.
+_REGULAR = 8
 # What is left of the time when imitations end, and random blocks, and the population's descendants: then annealing
 # begins.
 _IMITATIONS = 0.95
@@ -110,9 +114,7 @@ class Search:
     def imitate(self, schedule: Schedule) -> None:
         """Keep `schedule`, and try its starts as wishes."""
         orders = _orders_of(schedule, self.scheduler.fused)
-        policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, 1)), 0.0,
-                        self.scheduler.least_reserves)
-        run = self.scheduler.squeeze(orders, policy) if orders is not None else None
+        run = self._run_of(orders) if orders is not None else None
         if run is None or any(work.kind is Kind.BW for _, work in schedule.passes()):
             self.known.append((simulate(schedule, self.problem.times).makespan, schedule))
         if run is None:
@@ -123,6 +125,15 @@ class Search:
                 self._try_policy(Policy(run.starts, patience, self.scheduler.least_reserves,
                                         eagerness * self.scheduler.work))
 
+    def try_regular_blocks(self) -> None:
+        """Blocks without a bubble, if the limits have room for one."""
+        if self.scheduler.fused:
+            return
+        for orders in regular_orders(self.scheduler, _REGULAR):
+            run = self._run_of(orders)
+            if run is not None:
+                self._keep(run)
+
     def start(self) -> None:
         """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
         for patience in PATIENCES:
@@ -132,6 +143,7 @@ class Search:
         """Search to the end; first with fewer ranks or micro-batches, if there are many, and then go on from there."""
         for schedule in known_schedules(self.problem):
             self.imitate(schedule)
+        self.try_regular_blocks()
         self.try_known_blocks()
         if self.done:
             return
@@ -206,6 +218,13 @@ class Search:
         best = self.bests.get(run.policy.pieces)
         if best is None or (run.makespan, run.waiting) <= (best.makespan, best.waiting):
             self.bests[run.policy.pieces] = run
+
+    def _run_of(self, orders: NDArray[np.int64]) -> Run | None:
+        """The run of `orders` with whole W, its cool-down in haste; None if they exceed a limit."""
+        policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, 1)), 0.0,
+                        self.scheduler.least_reserves)
+        run = self.scheduler.squeeze(orders, policy)
+        return hurried(run, self.scheduler) if run is not None else None
 
     def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """Run `policy`, and keep it if it's good."""

@@ -1,0 +1,65 @@
+"""A cool-down in haste: when a rank has no forwards left, nothing takes memory, so W may wait as long as it likes.
+
+A repeated block runs W in its turn up to the end. There the inputs of B come late, and what B is late by, the whole
+batch is. So each B comes first, and W fills what is left between them and after.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ds_vshape.schedule.adaptive.list_scheduler import B0, W0, ListScheduler, Run
+from ds_vshape.schedule.adaptive.problem import SLACK
+
+
+def hurried(run: Run, scheduler: ListScheduler) -> Run:
+    """`run` with its cool-down in haste, or as it is if that is better."""
+    if scheduler.fused:
+        return run
+    firsts = [int(np.flatnonzero(order < B0)[-1]) + 1 for order in run.orders]
+    backwards_first = [np.concatenate([order[:first], (tail := order[first:])[tail < W0], tail[tail >= W0]])
+                       for order, first in zip(run.orders, firsts)]
+    fastest = scheduler.squeeze(np.array(backwards_first), run.policy)
+    if fastest is None:
+        return run
+    filled = [_filled(rank, first, fastest, scheduler) for rank, first in enumerate(firsts)]
+    improved = scheduler.squeeze(np.array(filled), run.policy)
+    return improved if improved is not None and improved.makespan < run.makespan else run
+
+
+def _filled(rank: int, first: int, fastest: Run, scheduler: ListScheduler) -> list[int]:
+    """The order of `rank` where the passes from place `first` on are B as in `fastest`, and W wherever one fits."""
+    pieces = fastest.policy.pieces
+    durations = scheduler.layouts(pieces).durations[rank]
+    order: list[int] = fastest.orders[rank, :first].tolist()
+    counts = np.bincount(order, minlength=len(durations))
+    last = order[-1]
+    free = fastest.starts[rank, last, counts[last] - 1, 0] + durations[last]
+
+    def fill(until: float) -> None:
+        nonlocal free
+        while True:
+            waiting = []
+            for stream in (W0, W0 + 1):
+                micro_batch = counts[stream] // pieces
+                if micro_batch < fastest.starts.shape[2]:
+                    ready = fastest.starts[rank, stream - 2, micro_batch, 0] + durations[stream - 2]
+                    waiting.append((max(free, ready), ready, stream))
+            fitting = [(start, ready, stream) for start, ready, stream in waiting
+                       if start + durations[stream] <= until * (1 + SLACK)]
+            if not fitting:
+                return
+            start, _, stream = min(fitting)
+            order.append(stream)
+            counts[stream] += 1
+            free = start + durations[stream]
+
+    for stream in fastest.orders[rank, first:].tolist():
+        if stream < W0:
+            start = fastest.starts[rank, stream, counts[stream], 0]
+            fill(start)
+            order.append(stream)
+            counts[stream] += 1
+            free = start + durations[stream]
+    fill(float("inf"))
+    return order
