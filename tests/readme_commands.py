@@ -60,6 +60,7 @@ CHANGES = [
     Change("bench/cluster.py", "measurements take minutes",
            "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
     Change("compare_reference.py .*--time-limit", "plans of all cells take minutes", "--time-limit 0.01"),
+    Change("bench/optimum.py", "proofs take minutes", "--seconds 1"),
     Change("--time-limit 120", "two minutes of planning", "--time-limit 1 --stages 8 --micro-batches 16"),
     Change("bench/split_cost.py", "measurements take minutes, and GPUs aren't there",
            "--rounds 1 --hidden 64 --length 16 --samples 1 --device cpu"),

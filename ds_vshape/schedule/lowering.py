@@ -38,6 +38,11 @@ class Content(str, enum.Enum):
     def __str__(self) -> str:
         return self.value
 
+    @classmethod
+    def into(cls, work: Pass) -> Content:
+        """What F and B take from another stage."""
+        return cls.ACTIVATION if work.kind is Kind.F else cls.GRADIENT
+
     @property
     def kind(self) -> Kind:
         """The kind of pass that takes it: F, or B (whole or split)."""
@@ -139,8 +144,9 @@ def message_into(work: Pass, placement: Placement) -> Message | None:
     if work.kind is Kind.W or not 0 <= neighbour <= placement.last_stage:
         return None
     source, target = placement.rank_of(neighbour), placement.rank_of(work.stage)
-    content = Content.ACTIVATION if work.kind is Kind.F else Content.GRADIENT
-    return None if source == target else Message(Channel(source, target, content), work.stage, work.micro_batch)
+    if source == target:
+        return None
+    return Message(Channel(source, target, Content.into(work)), work.stage, work.micro_batch)
 
 
 class _Transfer(NamedTuple):

@@ -148,8 +148,7 @@ def _name(event: Event) -> str:
         return repr(work)
     if event.what == LOAD:
         return f"load {work.micro_batch}"
-    content = Content.ACTIVATION if work.kind is Kind.F else Content.GRADIENT
-    return f"{event.what} {content} {work.stage}.{work.micro_batch}"
+    return f"{event.what} {Content.into(work)} {work.stage}.{work.micro_batch}"
 
 
 def _colour(event: Event) -> str:

@@ -19,12 +19,12 @@ from ds_vshape.schedule.schedule import Schedule, ScheduleError, check
 from ds_vshape.schedule.serial import schedule_from_json, schedule_to_json
 
 # To be raised whenever the planner gives other plans: older files are then no longer found.
-VERSION = 5
+VERSION = 6
 
 
 def path_of(cache: Path, problem: Problem, time_limit: float, compiled: bool) -> Path:
     """Where the plan of `problem` is; `compiled` tells whether numba was there to make it."""
-    content = {"version": VERSION, "problem": asdict(problem), "time_limit": time_limit, "compiled": compiled}
+    content = {"version": VERSION, "problem": asdict(problem), "time_limit": float(time_limit), "compiled": compiled}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return cache / f"plan-{digest[:32]}.json"
 

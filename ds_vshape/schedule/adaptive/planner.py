@@ -4,15 +4,17 @@ The paper's schedules assume T_F = T_B = T_W and know three levels of memory; wi
 Its authors' own search moves whole-number offsets of one block. Here times are any numbers and the limit is any number
 for each rank:
 
-    [1] known       the table's V schedules that fit, run with the real times: never worse than those
+    [1] known       the table's V schedules that fit, run with the real times: never worse than those; and blocks of the
+                    slowest rank's work alone, where memory has room for them (`regular`)
     [2] blocks      a population of building blocks, put in order by a list scheduler that knows times and memory
     [3] a race      of these orders, annealed: passes of a critical path move, alone or in many micro-batches or ranks
                     alike; those that fall behind drop out
     [4] annealing   of the best ones
 
-The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block. With many micro-batches all
-of it is done with fewer first, and the middle repeated (`extended`); with many ranks as well, [2] starts on fewer of
-them and takes the blocks over (`reduced`). It goes on until the lower bound is met or the time is up.
+The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block; where orders were repeated
+as they are, `cool_down` does it for the end. With many micro-batches all of it is done with fewer first, and the middle
+repeated (`extended`); with many ranks as well, [2] starts on fewer of them and takes the blocks over (`reduced`). It
+goes on until the lower bound is met or the time is up.
 """
 
 from __future__ import annotations

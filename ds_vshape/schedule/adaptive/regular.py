@@ -26,8 +26,8 @@ def regular_orders(scheduler: ListScheduler, most: int) -> Iterator[NDArray[np.i
     """Up to `most` orders [rank, place] that repeat such a block, within the limits; shorter blocks first."""
     blocks = [starts for starts in _blocks(scheduler) if _fits(starts, scheduler)]
     blocks.sort(key=lambda starts: float(starts.max()))
-    orders = {order.tobytes(): order for order in (_repeated(starts, scheduler) for starts in islice(blocks, 10 * most))}
-    yield from islice(orders.values(), most)
+    repeated = (_repeated(starts, scheduler) for starts in blocks[:10 * most])
+    yield from islice({orders.tobytes(): orders for orders in repeated}.values(), most)
 
 
 def _blocks(scheduler: ListScheduler) -> Iterator[Starts]:

@@ -153,8 +153,9 @@ class Search:
             self._adopt(smaller)
             for run in smaller.bests.values():
                 for policy in extended(run, self.scheduler):
-                    if not self.done:
-                        self._try_policy(policy)
+                    found = None if self.done else self._try_policy(policy)
+                    if found is not None:
+                        self._keep(hurried(found, self.scheduler))
         elif is_large(self.problem):
             self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
         else:
@@ -183,7 +184,7 @@ class Search:
         found = [self.scheduler.run(block.policy(self.scheduler)) for population in self.populations.values()
                  for _, block in population]
         runs = {run.makespan: run for run in (*found, *self.bests.values()) if run is not None}
-        racers = [runs[makespan] for makespan in sorted(runs)[:_RACERS]]
+        racers = [hurried(runs[makespan], self.scheduler) for makespan in sorted(runs)[:_RACERS]]
         heats = max(1, ceil(log2(len(racers))))
         length = self.left() * _RACE / heats
         while len(racers) > 1 and not self.done:

@@ -1,0 +1,186 @@
+"""What no schedule can be better than, by constraint programming (CP-SAT), for cells where the lower bound is far off.
+
+    python bench/optimum.py batch --ranks 4 --micro-batches 8 --peak 4 --times 10,9,7,3
+    python bench/optimum.py block --ranks 16 --peak 12 --times 10,9,7,3 --intervals 75 76
+    python bench/optimum.py block --ranks 4 --peak 4 --times 10,9,7,3 --group 2 --intervals 128 130
+
+`batch`: the least makespan of a whole batch; the planner's is where the solver begins. `block`: whether a block of
+`--group` micro-batches can be repeated every so many units of time, warm-up and cool-down left out. Times are whole
+numbers: F, B and W of one of 2p equal stages and a hop; W runs whole; the peak counts activations of one chunk. Needs
+OR-Tools (the extra "proofs"). Small cells take seconds to minutes, large ones may end as "unknown".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.adaptive import Problem, plan
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.timeline import Times
+
+try:
+    from ortools.sat.python import cp_model
+except ImportError:
+    sys.exit('bench/optimum.py needs OR-Tools: pip install "ds-vshape[proofs]"')
+
+KINDS = (Kind.F, Kind.B, Kind.W)
+# A pass of a repeated block begins so many intervals after the block at most.
+HORIZON = 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Equal stages: times of F, B, W and a hop, and the peak of each rank in activations of one chunk."""
+
+    ranks: int
+    peak: int
+    times: tuple[int, int, int, int]
+
+    def problem(self, micro_batches: int) -> Problem:
+        """As the planner is asked, with W whole."""
+        placement = v(self.ranks)
+        return Problem(self.ranks, micro_batches, Times.uniform(2 * self.ranks, *self.times),
+                       Activations.counted(placement), (float(self.peak),) * self.ranks, max_pieces=1)
+
+    def duration(self, work: Pass) -> int:
+        """How long a pass takes."""
+        return self.times[KINDS.index(work.kind)]
+
+    def passes_of(self, rank: int, micro_batches: int) -> list[Pass]:
+        """All passes of a rank."""
+        return [Pass(kind, stage, i) for stage in v(self.ranks).chunks[rank] for i in range(micro_batches)
+                for kind in KINDS]
+
+    def precedences(self, micro_batch: int) -> Iterator[tuple[Pass, Pass, int]]:
+        """Which pass has to wait for which, and for how long after that one's end."""
+        placement, hop = v(self.ranks), self.times[3]
+        stages = range(placement.stages)
+        delays = [hop if placement.rank_of(a) != placement.rank_of(b) else 0 for a, b in pairwise(stages)]
+        for (a, b), delay in zip(pairwise(stages), delays):
+            yield Pass(Kind.F, a, micro_batch), Pass(Kind.F, b, micro_batch), delay
+            yield Pass(Kind.B, b, micro_batch), Pass(Kind.B, a, micro_batch), delay
+        yield Pass(Kind.F, stages[-1], micro_batch), Pass(Kind.B, stages[-1], micro_batch), 0
+        for stage in stages:
+            yield Pass(Kind.B, stage, micro_batch), Pass(Kind.W, stage, micro_batch), 0
+
+
+def solve(model: Any, seconds: float) -> tuple[str, Any]:
+    """The solver's verdict in lower case, and the solver."""
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = seconds
+    return solver.StatusName(solver.Solve(model)).lower(), solver
+
+
+def least_makespan(cell: Cell, micro_batches: int, seconds: float) -> tuple[float, float, float]:
+    """The planner's makespan, the solver's, and what it proved that none can be below."""
+    known = plan(cell.problem(micro_batches), 8.0, clock=time.process_time)
+    latest = round(known.timeline.makespan)
+    model = cp_model.CpModel()
+    every = [cell.passes_of(rank, micro_batches) for rank in range(cell.ranks)]
+    starts = {work: model.NewIntVar(0, latest, repr(work)) for passes in every for work in passes}
+    makespan = model.NewIntVar(round(known.lower_bound), latest, "makespan")
+    for micro_batch in range(micro_batches):
+        for before, after, delay in cell.precedences(micro_batch):
+            model.Add(starts[after] >= starts[before] + cell.duration(before) + delay)
+    for passes in every:
+        lives = []
+        for work in passes:
+            end = starts[work] + cell.duration(work)
+            model.Add(makespan >= end)
+            if work.micro_batch:
+                # Micro-batches are alike: in their order, without loss.
+                model.Add(starts[work] >= starts[Pass(work.kind, work.stage, work.micro_batch - 1)]
+                          + cell.duration(work))
+            if work.kind is Kind.W:
+                length = model.NewIntVar(0, latest, "")
+                lives.append(model.NewIntervalVar(starts[Pass(Kind.F, work.stage, work.micro_batch)], length, end, ""))
+        model.AddNoOverlap([model.NewFixedSizeIntervalVar(starts[work], cell.duration(work), "") for work in passes])
+        model.AddCumulative(lives, [1] * len(lives), cell.peak)
+    for rank in known.timeline.ranks:
+        for span in rank:
+            for kind in (Kind.B, Kind.W) if span.work.kind is Kind.BW else (span.work.kind,):
+                late = cell.times[1] if span.work.kind is Kind.BW and kind is Kind.W else 0
+                model.AddHint(starts[Pass(kind, span.work.stage, span.work.micro_batch)], round(span.start) + late)
+    model.Minimize(makespan)
+    verdict, solver = solve(model, seconds)
+    found = solver.ObjectiveValue() if verdict in ("optimal", "feasible") else known.timeline.makespan
+    return known.timeline.makespan, found, solver.BestObjectiveBound()
+
+
+def repeats(cell: Cell, group: int, interval: int, seconds: float) -> str:
+    """Whether a block of `group` micro-batches can begin every `interval`: feasible, infeasible or unknown.
+
+    A pass starts `quotient` intervals and `phase` after the block. A rank's passes must not meet in their phases, and
+    how many activations are alive when a forward starts is a matter of quotients, and of which phase comes first.
+    """
+    model = cp_model.CpModel()
+    phase, quotient, start = {}, {}, {}
+
+    def new(key: Any) -> None:
+        phase[key], quotient[key] = model.NewIntVar(0, interval - 1, ""), model.NewIntVar(0, HORIZON, "")
+        start[key] = phase[key] + interval * quotient[key]
+
+    for rank in range(cell.ranks):
+        passes = cell.passes_of(rank, group)
+        for work in passes:
+            new(work)
+        model.AddNoOverlap([model.NewFixedSizeIntervalVar(phase[work] + later, cell.duration(work), "")
+                            for work in passes for later in (0, interval)])
+        forwards = [work for work in passes if work.kind is Kind.F]
+        for work in forwards:
+            new((work, "end"))
+            last = Pass(Kind.W, work.stage, work.micro_batch)
+            model.Add(start[work, "end"] == start[last] + cell.duration(last))
+            # In micro-batch order, the next group's first after this one's last.
+            following = Pass(Kind.F, work.stage, (work.micro_batch + 1) % group)
+            if group > 1:
+                model.Add(start[work] < start[following] + (interval if following.micro_batch == 0 else 0))
+        for now in forwards:
+            alive = []
+            for work in forwards:
+                begun, ended = model.NewBoolVar(""), model.NewBoolVar("")
+                for key, passed in ((work, begun), ((work, "end"), ended)):
+                    model.Add(phase[key] <= phase[now]).OnlyEnforceIf(passed)
+                    model.Add(phase[key] > phase[now]).OnlyEnforceIf(passed.Not())
+                alive.append(quotient[work, "end"] - quotient[work] + begun - ended)
+            model.Add(sum(alive) <= cell.peak)
+    for micro_batch in range(group):
+        for before, after, delay in cell.precedences(micro_batch):
+            model.Add(start[after] >= start[before] + cell.duration(before) + delay)
+    model.Add(start[Pass(Kind.F, 0, 0)] == 0)
+    return solve(model, seconds)[0].replace("optimal", "feasible")
+
+
+def main() -> None:
+    """Ask, and print the answers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=("batch", "block"))
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--peak", type=int, required=True)
+    parser.add_argument("--times", required=True, metavar="F,B,W,HOP")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a batch")
+    parser.add_argument("--group", type=int, default=1, help="micro-batches of a block")
+    parser.add_argument("--intervals", type=int, nargs="*", default=[], help="of a block")
+    parser.add_argument("--seconds", type=float, default=120, help="that the solver may take for each answer")
+    arguments = parser.parse_args()
+    forward, input_grad, weight_grad, hop = map(int, arguments.times.split(","))
+    cell = Cell(arguments.ranks, arguments.peak, (forward, input_grad, weight_grad, hop))
+    if arguments.question == "batch":
+        planned, found, proved = least_makespan(cell, arguments.micro_batches, arguments.seconds)
+        print(f"planned {planned:g}, best found {found:g}, none below {proved:g}")
+    for interval in arguments.intervals if arguments.question == "block" else ():
+        began = time.perf_counter()
+        verdict = repeats(cell, arguments.group, interval, arguments.seconds)
+        print(f"interval {interval / arguments.group:g}: {verdict} ({time.perf_counter() - began:.1f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
