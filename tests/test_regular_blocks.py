@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adaptive import counted, problems
+from test_adaptive import assert_plan_is_right, counted, problems
 
 from ds_vshape.schedule.activations import peaks
-from ds_vshape.schedule.adaptive import Problem
+from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.cool_down import hurried
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, Run
@@ -50,12 +50,19 @@ def test_less_memory_has_none() -> None:
 def test_any_times_and_sizes(problem: Problem, more: float) -> None:
     problem = replace(problem, limits=tuple(more * limit for limit in problem.limits))
     scheduler = ListScheduler(problem)
-    for run in () if scheduler.fused else runs(problem, 3):
+    for run in runs(problem, 3):
         schedule = scheduler.schedule(run)
         check(schedule)
         assert simulate(schedule, problem.times).makespan == pytest.approx(run.makespan)
         assert all(peak <= limit for peak, limit in
                    zip(peaks(schedule, problem.activations), scheduler.limits, strict=True))
+
+
+@pytest.mark.parametrize("hop", [0, 2])
+def test_passes_that_take_no_time(hop: float) -> None:
+    problem = counted(2, 6, (0, 0, 0, hop), 4)
+    assert not runs(problem)
+    assert_plan_is_right(plan(problem, 0.2), problem)
 
 
 @given(problems(), st.integers(0, 10_000))

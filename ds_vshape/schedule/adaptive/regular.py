@@ -23,7 +23,12 @@ Starts = NDArray[np.float64]
 
 
 def regular_orders(scheduler: ListScheduler, most: int) -> Iterator[NDArray[np.int64]]:
-    """Up to `most` orders [rank, place] that repeat such a block, within the limits; shorter blocks first."""
+    """Up to `most` orders [rank, place] that repeat such a block, within the limits; shorter blocks first.
+
+    None where B has to take W with it, or nothing takes time.
+    """
+    if scheduler.fused or not scheduler.work:
+        return
     blocks = [starts for starts in _blocks(scheduler) if _fits(starts, scheduler)]
     blocks.sort(key=lambda starts: float(starts.max()))
     repeated = (_repeated(starts, scheduler) for starts in blocks[:10 * most])

@@ -127,8 +127,6 @@ class Search:
 
     def try_regular_blocks(self) -> None:
         """Blocks without a bubble, if the limits have room for one."""
-        if self.scheduler.fused:
-            return
         for orders in regular_orders(self.scheduler, _REGULAR):
             run = self._run_of(orders)
             if run is not None:
