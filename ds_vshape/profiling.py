@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,18 +85,23 @@ def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, 
                           for order, rank in zip(orders, gathered)))
 
 
+def seconds_taken(spans: Iterable[Span]) -> dict[tuple[Kind, int], list[float]]:
+    """By kind and stage, how long the pass of each micro-batch took; the pieces of a W, which aren't alike, as one."""
+    taken: dict[tuple[Kind, int], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for span in spans:
+        taken[span.work.kind, span.work.stage][span.work.micro_batch] += span.end - span.start
+    return {key: list(of_micro_batches.values()) for key, of_micro_batches in taken.items()}
+
+
 def mean_times(timeline: Timeline, stages: int) -> Times:
     """The mean seconds of F, B and W of each stage in a measured timeline; a BW counts half as B and half as W."""
     taken: dict[tuple[Kind, int], list[float]] = defaultdict(list)
-    for rank in timeline.ranks:
-        for span in rank:
-            stage = span.work.stage
-            seconds = (span.end - span.start) * span.work.pieces
-            if span.work.kind is Kind.BW:
-                taken[Kind.B, stage].append(seconds / 2)
-                taken[Kind.W, stage].append(seconds / 2)
-            else:
-                taken[span.work.kind, stage].append(seconds)
+    for (of, stage), seconds in seconds_taken(chain.from_iterable(timeline.ranks)).items():
+        if of is Kind.BW:
+            taken[Kind.B, stage] += [each / 2 for each in seconds]
+            taken[Kind.W, stage] += [each / 2 for each in seconds]
+        else:
+            taken[of, stage] += seconds
 
     def mean(kind: Kind) -> tuple[float, ...]:
         every = [taken[kind, stage] for stage in range(stages)]

@@ -33,7 +33,7 @@ from deepspeed.utils import logger
 from ds_vshape.config import KEY, ScheduleConfig
 from ds_vshape.demands import check_demands
 from ds_vshape.planning import Planner
-from ds_vshape.profiling import PassRecorder
+from ds_vshape.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.fuse import unfused
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, fraction_of_1f1b, peak_of_1f1b
@@ -58,8 +58,8 @@ class StageSamples:
 
     def add(self, spans: tuple[Span, ...]) -> None:
         """Take in a batch."""
-        for span in spans:
-            self.seconds[span.work.kind, span.work.stage].append((span.end - span.start) * span.work.pieces)
+        for key, seconds in seconds_taken(spans).items():
+            self.seconds[key] += seconds
 
     def medians(self, stages: int) -> list[list[float]]:
         """F, B and W of each stage; 0 for stages of other ranks. Where B and W ran as one they share its time."""
