@@ -44,11 +44,15 @@ class Cell:
     peak: int
     times: tuple[int, int, int, int]
 
+    @property
+    def of_stages(self) -> Times:
+        """The times of all stages."""
+        return Times.uniform(2 * self.ranks, *self.times)
+
     def problem(self, micro_batches: int) -> Problem:
         """As the planner is asked, with W whole."""
-        placement = v(self.ranks)
-        return Problem(self.ranks, micro_batches, Times.uniform(2 * self.ranks, *self.times),
-                       Activations.counted(placement), (float(self.peak),) * self.ranks, max_pieces=1)
+        return Problem(self.ranks, micro_batches, self.of_stages, Activations.counted(v(self.ranks)),
+                       (float(self.peak),) * self.ranks, max_pieces=1)
 
     def duration(self, work: Pass) -> int:
         """How long a pass takes."""
@@ -61,10 +65,8 @@ class Cell:
 
     def precedences(self, micro_batch: int) -> Iterator[tuple[Pass, Pass, int]]:
         """Which pass has to wait for which, and for how long after that one's end."""
-        placement, hop = v(self.ranks), self.times[3]
-        stages = range(placement.stages)
-        delays = [hop if placement.rank_of(a) != placement.rank_of(b) else 0 for a, b in pairwise(stages)]
-        for (a, b), delay in zip(pairwise(stages), delays):
+        stages = range(2 * self.ranks)
+        for (a, b), delay in zip(pairwise(stages), map(int, self.of_stages.delays(v(self.ranks)))):
             yield Pass(Kind.F, a, micro_batch), Pass(Kind.F, b, micro_batch), delay
             yield Pass(Kind.B, b, micro_batch), Pass(Kind.B, a, micro_batch), delay
         yield Pass(Kind.F, stages[-1], micro_batch), Pass(Kind.B, stages[-1], micro_batch), 0

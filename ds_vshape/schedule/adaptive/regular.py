@@ -15,6 +15,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from ds_vshape.schedule.adaptive.blocks import repeat
 from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, KINDS, W0, W1, ListScheduler
 from ds_vshape.schedule.adaptive.problem import SLACK
 
@@ -99,6 +100,6 @@ def _fits(starts: Starts, scheduler: ListScheduler) -> bool:
 def _repeated(starts: Starts, scheduler: ListScheduler) -> NDArray[np.int64]:
     """The orders of all micro-batches' blocks."""
     batch = scheduler.problem.micro_batches
-    moments = (starts[:, :, None] + scheduler.work * np.arange(batch)).reshape(len(starts), -1)
+    moments = repeat(starts, scheduler.work, batch).reshape(len(starts), -1)
     streams = np.repeat(np.arange(len(KINDS)), batch)
     return streams[np.argsort(moments, axis=1, kind="stable")]
