@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.adaptive import annealing, filling
+from ds_vshape.schedule.adaptive import annealing, cycle_annealing, filling
 from ds_vshape.schedule.adaptive.blocks import Block
-from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
+from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.placement import v
@@ -20,7 +22,8 @@ from ds_vshape.schedule.timeline import Times
 
 def is_done() -> bool:
     """Whether all loops are there, in this process or on disk."""
-    return not COMPILED or all(map(_is_compiled, (filling.fill, annealing.squeeze, annealing.anneal)))
+    return not COMPILED or all(map(_is_compiled, (filling.fill, annealing.squeeze, annealing.anneal,
+                                               cycle_annealing.anneal_cycle)))
 
 
 def _is_compiled(loop: Any) -> bool:
@@ -41,3 +44,6 @@ def compile_loops() -> None:
     assert run is not None
     scheduler.squeeze(run.orders, run.policy)
     annealing.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)
+    period, leads = np.array([[F0, F1, B1, B0, W1, W0]] * 2), np.zeros((2, 6), np.int64)
+    cycle_annealing.anneal_cycle(scheduler.layouts(1), 1, period, leads, period.copy(), leads.copy(), 1.0, 1, 1.0, 0.0,
+                                 1)

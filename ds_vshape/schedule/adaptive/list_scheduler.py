@@ -158,6 +158,24 @@ class ListScheduler:
         ends = begun[:, -1] + layout.durations[np.arange(len(orders)), orders[:, -1]]
         return Run(float(ends.max()), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
 
+    def orders_of(self, schedule: Schedule) -> NDArray[np.int64] | None:
+        """The streams of a V schedule's passes [rank, place], whole backwards split; None if they may not be."""
+        rows = []
+        for chunks, order in zip(schedule.placement.chunks, schedule.orders):
+            row = []
+            for work in order:
+                chunk = chunks.index(work.stage)
+                if work.kind is Kind.F:
+                    row.append(F0 + chunk)
+                elif work.kind is not Kind.W:
+                    row.append(B0 + chunk)
+                if work.kind is Kind.W and self.fused:
+                    return None
+                if work.kind in (Kind.W, Kind.BW) and not self.fused:
+                    row.append(W0 + chunk)
+            rows.append(row)
+        return np.array(rows, np.int64)
+
     def schedule(self, run: Run) -> Schedule:
         """The orders of `run` as a schedule; pieces of a W that stand together are put together again."""
         pieces = run.policy.pieces

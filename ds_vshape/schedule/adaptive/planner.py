@@ -7,9 +7,10 @@ for each rank:
     [1] known       the table's V schedules that fit, run with the real times: never worse than those; and blocks of the
                     slowest rank's work alone, where memory has room for them (`regular`)
     [2] blocks      a population of building blocks, put in order by a list scheduler that knows times and memory
-    [3] a race      of these orders, annealed: passes of a critical path move, alone or in many micro-batches or ranks
-                    alike; those that fall behind drop out
-    [4] annealing   of the best ones
+    [3] cycles      what a few micro-batches that take turns repeat fastest (`cycles`): the middle of more orders
+    [4] a race      of all these orders, annealed: passes of a critical path move, alone or in many micro-batches or
+                    ranks alike; those that fall behind drop out
+    [5] annealing   of the best ones
 
 The list scheduler treats warm-up and cool-down like the rest, so they adapt with the block; where orders were repeated
 as they are, `cool_down` does it for the end. With many micro-batches all of it is done with fewer first, and the middle

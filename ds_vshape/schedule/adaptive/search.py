@@ -1,8 +1,8 @@
-"""The search for good orders: known schedules, a population of blocks, then annealing of the best of them.
+"""The search for good orders: known schedules, a population of blocks, cycles, then annealing of the best of them.
 
-Blocks settle what repeats, warm-up and cool-down follow by the list scheduler. Annealing then moves single passes, and
-those of many micro-batches or ranks alike, which improves all three. It hardly ever gets from one pattern to another,
-and which of them will be best isn't known before: so many of them race first, and those behind drop out.
+Blocks and cycles settle what repeats, warm-up and cool-down follow by the list scheduler. Annealing then moves single
+passes, and those of many micro-batches or ranks alike, which improves all three. It hardly ever gets from one pattern
+to another, and which of them will be best isn't known before: so many of them race first, and those behind drop out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.cool_down import hurried
+from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches
-from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
@@ -35,8 +36,18 @@ Progress = Callable[[float], None]
 
 # As many blocks are kept for each number of pieces of W.
 _POPULATION = 10
-# How many regular blocks are tried.
+# How many regular blocks and cycles are tried.
 _REGULAR = 8
+# The share of the time that is left for finding cycles, and how many micro-batches a batch has then for each rank: with
+# fewer there is hardly a middle to repeat.
+_CYCLES = 0.2
+_PER_RANK = 2
+# Micro-batches for each rank after whose half a list of passes has long come to repeat itself.
+_SETTLED = 6
+# Sizes of cycles (micro-batches, pieces of W) that known schedules are made into, and those that blocks may have.
+_SIZES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (3, 2))
+_BLOCKS = 4
+_BLOCK_SIZES = tuple((group, 1) for group in range(1, 9))
 # What is left of the time when imitations end, and random blocks, and the population's descendants: then annealing
 # begins.
 _IMITATIONS = 0.95
@@ -82,6 +93,9 @@ class Search:
         self.adopted = False
         # Makespans and schedules of the table that are within the limits, if they aren't just like a run.
         self.known: list[tuple[float, Schedule]] = []
+        # What repeats without a ramp, and runs of it; None before it was looked for.
+        self.cycles: list[Cycle] | None = None
+        self.repeated: list[Run] = []
         # Makespans and blocks, by the number of pieces, best first, no makespan twice.
         self.populations: dict[int, list[tuple[float, Block]]] = {}
 
@@ -113,17 +127,14 @@ class Search:
 
     def imitate(self, schedule: Schedule) -> None:
         """Keep `schedule`, and try its starts as wishes."""
-        orders = _orders_of(schedule, self.scheduler.fused)
+        orders = self.scheduler.orders_of(schedule)
         run = self._run_of(orders) if orders is not None else None
         if run is None or any(work.kind is Kind.BW for _, work in schedule.passes()):
             self.known.append((simulate(schedule, self.problem.times).makespan, schedule))
         if run is None:
             return
         self._keep(run)
-        for eagerness, patience in product((0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
-            if self.left() > _IMITATIONS:
-                self._try_policy(Policy(run.starts, patience, self.scheduler.least_reserves,
-                                        eagerness * self.scheduler.work))
+        self._imitate(run, _IMITATIONS)
 
     def try_regular_blocks(self) -> None:
         """Blocks without a bubble, if the limits have room for one."""
@@ -131,6 +142,18 @@ class Search:
             run = self._run_of(orders)
             if run is not None:
                 self._keep(run)
+                # Nothing repeats faster.
+                self.cycles = []
+
+    def try_cycles(self) -> None:
+        """What repeats fastest, and what is like it with other ramps; found first, if it wasn't yet."""
+        if self.cycles is None:
+            self.cycles = self._find_cycles()
+        for cycle in self.cycles:
+            run = None if self.done else self._run_of(cycle.of_batch(self.problem.micro_batches), cycle.pieces)
+            if run is not None:
+                self._keep(run)
+                self.repeated.append(min(self._imitate(run, 0.0), key=lambda run: run.makespan))
 
     def start(self) -> None:
         """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
@@ -148,6 +171,8 @@ class Search:
         fewer = fewer_micro_batches(self.problem)
         if fewer is not None:
             smaller = self._search_smaller(fewer, _FEWER, Search.run, progress)
+            self.cycles = smaller.cycles or []
+            self.try_cycles()
             self._adopt(smaller)
             for run in smaller.bests.values():
                 for policy in extended(run, self.scheduler):
@@ -158,6 +183,7 @@ class Search:
             self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
         else:
             self._go_on(progress, _ANNEALING)
+            self.try_cycles()
             self._race(progress)
         self._go_on(progress)
 
@@ -181,7 +207,7 @@ class Search:
         """Anneal one run of each good block, then the better half of them for twice as long, until one is left."""
         found = [self.scheduler.run(block.policy(self.scheduler)) for population in self.populations.values()
                  for _, block in population]
-        runs = {run.makespan: run for run in (*found, *self.bests.values()) if run is not None}
+        runs = {run.makespan: run for run in (*found, *self.repeated, *self.bests.values()) if run is not None}
         racers = [hurried(runs[makespan], self.scheduler) for makespan in sorted(runs)[:_RACERS]]
         heats = max(1, ceil(log2(len(racers))))
         length = self.left() * _RACE / heats
@@ -218,9 +244,36 @@ class Search:
         if best is None or (run.makespan, run.waiting) <= (best.makespan, best.waiting):
             self.bests[run.policy.pieces] = run
 
-    def _run_of(self, orders: NDArray[np.int64]) -> Run | None:
-        """The run of `orders` with whole W, its cool-down in haste; None if they exceed a limit."""
-        policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, 1)), 0.0,
+    def _find_cycles(self) -> list[Cycle]:
+        """The best cycles that annealing makes of known schedules and of good blocks, with time for a steady state."""
+        problem = self.problem
+        if problem.micro_batches < _PER_RANK * problem.ranks or is_large(problem) or self.scheduler.fused:
+            return []
+        until = self.left() * (1 - _CYCLES)
+        scheduler = ListScheduler(replace(problem, micro_batches=_SETTLED * problem.ranks))
+        starts: list[Cycle] = []
+        for orders in map(scheduler.orders_of, known_schedules(scheduler.problem)):
+            if orders is not None:
+                starts += periods(orders, [size for size in _SIZES if size[1] <= problem.max_pieces], len(_SIZES))
+        for population in self.populations.values():
+            for _, block in population[:_BLOCKS]:
+                run = scheduler.run(replace(block, pieces=1).policy(scheduler))
+                starts += periods(run.orders, _BLOCK_SIZES, 1) if run is not None and self.left() > until else []
+        return best_cycles(self.scheduler, starts, lambda: self.left() - until, self.random, _REGULAR)
+
+    def _imitate(self, run: Run, until: float) -> list[Run]:
+        """`run`, and runs that have its starts as wishes, while more than `until` of the time is left; all kept."""
+        runs = [run]
+        for eagerness, patience in product((0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
+            if self.left() > until:
+                like = self._try_policy(Policy(run.starts, patience, self.scheduler.least_reserves,
+                                               eagerness * self.scheduler.work))
+                runs += [like] if like is not None else []
+        return runs
+
+    def _run_of(self, orders: NDArray[np.int64], pieces: int = 1) -> Run | None:
+        """The run of `orders`, its cool-down in haste; None if they exceed a limit."""
+        policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, pieces)), 0.0,
                         self.scheduler.least_reserves)
         run = self.scheduler.squeeze(orders, policy)
         return hurried(run, self.scheduler) if run is not None else None
@@ -292,22 +345,3 @@ def _finer(run: Run) -> Run:
     wishes, starts = (np.repeat(values, 2, axis=-1) for values in (run.policy.wishes, run.starts))
     orders = np.array([np.repeat(row, np.where(row >= W0, 2, 1)) for row in run.orders])
     return replace(run, orders=orders, starts=starts, policy=replace(run.policy, wishes=wishes))
-
-
-def _orders_of(schedule: Schedule, fused: bool) -> NDArray[np.int64] | None:
-    """The streams of a V schedule's passes [rank, place], whole backwards split; None if split ones must be whole."""
-    rows = []
-    for chunks, order in zip(schedule.placement.chunks, schedule.orders):
-        row = []
-        for work in order:
-            chunk = chunks.index(work.stage)
-            if work.kind is Kind.F:
-                row.append(F0 + chunk)
-            elif work.kind is not Kind.W:
-                row.append(B0 + chunk)
-            if work.kind is Kind.W and fused:
-                return None
-            if work.kind in (Kind.W, Kind.BW) and not fused:
-                row.append(W0 + chunk)
-        rows.append(row)
-    return np.array(rows, np.int64)
