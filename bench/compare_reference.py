@@ -166,7 +166,8 @@ def plan_cells(cells: list[Mapping[str, Any]], time_limit: float, peaks_of: str 
         ranks, micro_batches = cell["stages"], cell["micro_batches"]
         times = (cell["forward"], cell["input_grad"], cell["weight_grad"], cell["hop"])
         others = {name: figures for name, figures in cell["schedules"].items() if name != "1f1b"}
-        peaks = {int(figures["peak"]) for name, figures in others.items() if peaks_of in (None, name)}
+        peaks = {int(figures["peak"]) for name, figures in others.items()
+                 if peaks_of in (None, name.partition("<")[0])}
         if peaks_of is None and ranks >= 8 and micro_batches >= 2 * ranks:
             peaks.add(ranks)
         for peak in sorted(peaks):
@@ -253,6 +254,9 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="the folder where plans are kept")
     arguments = parser.parse_args()
     cells = json.loads(arguments.reference.read_text())["cells"]
+    names = {name.partition("<")[0] for cell in cells for name in cell["schedules"]} - {"1f1b"}
+    if arguments.peaks_of not in (None, *names):
+        parser.error(f"--peaks-of {arguments.peaks_of}: the reference has {', '.join(sorted(names))}")
     comparisons = list(compare(cells))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(cell_table(comparisons), summary_table(comparisons))

@@ -27,9 +27,9 @@ Orders = NDArray[np.int64]
 _RACERS = 24
 # In units of the slowest rank's work on one micro-batch: hot enough to get out of a block, cold enough to stay good.
 _TEMPERATURE = 0.04
-# Rounds, after each of which half of the cycles drop out, and tries for each pass in all of them.
-_ROUNDS = 4
-_TRIES = 8000
+# Rounds, after each of which all but a third of the cycles drop out, and tries for each pass in all of them.
+_ROUNDS = 3
+_TRIES = 3000
 # Passes' tries between two looks at the clock: some hundredths of a second.
 _STEP = 400_000 if COMPILED else 4_000
 
@@ -102,7 +102,8 @@ def best_cycles(scheduler: ListScheduler, starts: Iterable[Cycle], left: Callabl
     """Up to `most` cycles, the fastest first, that annealing makes of `starts` until `left`, a share of time, is 0."""
     racers = [_Racer(scheduler, start) for start in starts]
     for racer in racers:
-        racer.run(0, 0)
+        if left() > 0:
+            racer.run(0, 0)
     # No two alike.
     kept = {(racer.interval, racer.start.group, racer.start.pieces): racer for racer in racers
             if racer.interval < float("inf")}
@@ -117,7 +118,7 @@ def best_cycles(scheduler: ListScheduler, starts: Iterable[Cycle], left: Callabl
                 some = min(tries, max(10, _STEP // racer.start.orders.size))
                 racer.run(some, random.getrandbits(31))
                 tries -= some
-        racers = sorted(racers, key=lambda racer: racer.pace)[:(len(racers) + 1) // 2]
+        racers = sorted(racers, key=lambda racer: racer.pace)[:(len(racers) + 2) // 3]
     found = {(racer.interval, racer.start.group): racer.cycle() for racer in sorted(every, key=lambda one: one.pace)}
     return list(found.values())[:most]
 

@@ -40,7 +40,7 @@ _POPULATION = 10
 _REGULAR = 8
 # The share of the time that is left for finding cycles, and how many micro-batches a batch has then for each rank: with
 # fewer there is hardly a middle to repeat.
-_CYCLES = 0.2
+_CYCLES = 0.35
 _PER_RANK = 2
 # Micro-batches for each rank after whose half a list of passes has long come to repeat itself.
 _SETTLED = 6
