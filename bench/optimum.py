@@ -5,9 +5,10 @@
     python bench/optimum.py block --ranks 4 --peak 4 --times 10,9,7,3 --group 2 --intervals 128 130
 
 `batch`: the least makespan of a whole batch; the planner's is where the solver begins. `block`: whether a block of
-`--group` micro-batches can be repeated every so many units of time, warm-up and cool-down left out. Times are whole
-numbers: F, B and W of one of 2p equal stages and a hop; W runs whole; the peak counts activations of one chunk. Needs
-OR-Tools (the extra "proofs"). Small cells take seconds to minutes, large ones may end as "unknown".
+`--group` micro-batches can be repeated every so many units of time, warm-up and cool-down left out; before that, what a
+micro-batch takes in the planner's (`ds_vshape/schedule/adaptive/cycles.py`). Times are whole numbers: F, B and W of one
+of 2p equal stages and a hop; W runs whole; the peak counts activations of one chunk. Needs OR-Tools (the extra
+"proofs"). Small cells take seconds to minutes, large ones may end as "unknown".
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import Problem, plan
+from ds_vshape.schedule.adaptive.cycles import best_cycles, periods
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
+from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
@@ -161,6 +166,16 @@ def repeats(cell: Cell, group: int, interval: int, seconds: float) -> str:
     return solve(model, seconds)[0].replace("optimal", "feasible")
 
 
+def annealed(cell: Cell, group: int, seconds: float) -> float | None:
+    """The interval of `group` micro-batches that the planner makes of the paper's blocks; None if none fits."""
+    scheduler = ListScheduler(cell.problem(6 * cell.ranks))
+    starts = [start for orders in map(scheduler.orders_of, known_schedules(scheduler.problem)) if orders is not None
+              for start in periods(orders, [(group, 1)], 1)]
+    began = time.process_time()
+    found = best_cycles(scheduler, starts, lambda: 1 - (time.process_time() - began) / seconds, Random(0), 1)
+    return found[0].interval if found else None
+
+
 def main() -> None:
     """Ask, and print the answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,6 +193,9 @@ def main() -> None:
     if arguments.question == "batch":
         planned, found, proved = least_makespan(cell, arguments.micro_batches, arguments.seconds)
         print(f"planned {planned:g}, best found {found:g}, none below {proved:g}")
+    if arguments.question == "block":
+        known = annealed(cell, arguments.group, 10)
+        print("the planner's: " + ("none" if known is None else f"{known / arguments.group:g}"), flush=True)
     for interval in arguments.intervals if arguments.question == "block" else ():
         began = time.perf_counter()
         verdict = repeats(cell, arguments.group, interval, arguments.seconds)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from optimum import Cell, repeats
 from test_adaptive import assert_plan_is_right, counted, problems
 
@@ -16,7 +17,8 @@ from ds_vshape.schedule.activations import peaks
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
-from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy
+from ds_vshape.schedule.adaptive.extended import lengthened
+from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import simulate
@@ -105,3 +107,27 @@ def test_a_middle_that_is_not_regular_is_none() -> None:
 def test_batches_that_are_long_enough_for_cycles(problem: Problem) -> None:
     problem = replace(problem, micro_batches=4 * problem.ranks)
     assert_plan_is_right(plan(problem, 0.3), problem)
+
+
+@pytest.mark.parametrize("name, times", [
+    ("v-min", (10, 10, 10, 0)), ("v-half", (10, 12, 8, 1)), ("v-zb", (10, 9, 7, 3))])
+def test_a_batch_made_longer_repeats_its_middle(name: str, times: tuple[int, int, int, int]) -> None:
+    """As the named schedule does by itself; and what has no regular part is left alone."""
+    few, many = (ListScheduler(counted(4, micro_batches, times, 8)) for micro_batches in (16, 28))
+
+    def run_of(scheduler: ListScheduler, orders: NDArray[np.int64] | None = None) -> Run:
+        if orders is None:
+            [orders] = [scheduler.orders_of(schedule) for schedule in known_schedules(scheduler.problem)
+                        if schedule.name == name]
+        assert orders is not None
+        batch = scheduler.problem.micro_batches
+        run = scheduler.squeeze(orders, Policy(np.zeros((4, 6, batch, 1)), 0.0, scheduler.least_reserves))
+        assert run is not None
+        check(scheduler.schedule(run))
+        return run
+
+    run = run_of(few)
+    longer = [run_of(many, orders).makespan for orders in lengthened(run, 28)]
+    assert min(longer) == run_of(many).makespan
+    one_by_one = np.array([[stream for stream in range(6) for _ in range(16)]] * 4)
+    assert not list(lengthened(replace(run, orders=one_by_one), 28))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from optimum import Cell, least_makespan, repeats
+from optimum import Cell, annealed, least_makespan, repeats
 from test_bounds import optimum
 
 from ds_vshape.schedule.placement import v
@@ -36,6 +36,13 @@ def test_blocks_that_repeat(ranks: int, peak: int, group: int, infeasible: int, 
     cell = Cell(ranks, peak, (10, 9, 7, 3))
     assert repeats(cell, group, infeasible, 300) == "infeasible"
     assert repeats(cell, group, feasible, 300) == "feasible"
+
+
+def test_the_planner_repeats_as_fast_as_can_be() -> None:
+    """One micro-batch as fast as is proved above; two that take turns need less still, each; too little memory none."""
+    assert annealed(Cell(4, 4, (10, 9, 7, 3)), 1, 10) == 69
+    assert annealed(Cell(4, 4, (10, 9, 7, 3)), 2, 10) == 2 * 64.5
+    assert annealed(Cell(4, 3, (10, 9, 7, 3)), 1, 10) is None
 
 
 def test_a_block_without_bubble_needs_memory() -> None:

@@ -1,7 +1,8 @@
 """From a schedule of few micro-batches to one of many: its middle is repeated.
 
 With more micro-batches than fill the pipeline, warm-up and cool-down stay the same and a pattern of one or a few
-micro-batches repeats between them. Searching with fewer micro-batches is faster, and finds the same ramps.
+micro-batches repeats between them. Searching with fewer micro-batches is faster, and finds the same ramps. What repeats
+is taken over as it is (`lengthened`), or as wishes for the list scheduler (`extended`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, ListScheduler, Policy, Run, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, Run, Wishes
 from ds_vshape.schedule.adaptive.problem import Problem
 
-# Patterns of 1, 2, 3 and 4 micro-batches all fit into this many.
-_PERIODS = (1, 2, 3, 4)
+# Patterns of so many micro-batches all fit into that many.
+_PERIODS = (1, 2, 3, 4, 6)
 _WHOLE_PERIODS = 12
 
 
@@ -26,17 +28,13 @@ def fewer_micro_batches(problem: Problem) -> Problem | None:
     return replace(problem, micro_batches=problem.micro_batches - left_out) if left_out > 0 else None
 
 
-def extended(run: Run, scheduler: ListScheduler) -> Iterator[Policy]:
-    """Policies for the problem of `scheduler` that repeat a part of `run`, which has fewer micro-batches."""
+def extended(run: Run, micro_batches: int) -> Iterator[Wishes]:
+    """Starts for so many micro-batches that repeat a part of `run`, which has fewer."""
     fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
         for period in _PERIODS:
             if period <= at < fewer:
-                wishes = _repeated(run.starts, at, period, scheduler.problem.micro_batches - fewer)
-                for eagerness in (0.1, 0.5, 2.0):
-                    for patience in (0.0, 1.0):
-                        yield replace(run.policy, wishes=wishes, patience=patience,
-                                      reserves=scheduler.least_reserves, eagerness=eagerness * scheduler.work)
+                yield _repeated(run.starts, at, period, micro_batches - fewer)
 
 
 def _repeated(starts: Wishes, at: int, period: int, more: int) -> Wishes:
@@ -45,3 +43,25 @@ def _repeated(starts: Wishes, at: int, period: int, more: int) -> Wishes:
     number = np.arange(more)
     middle = starts[:, :, at - period + number % period] + (interval * (1 + number // period))[:, None]
     return np.concatenate([starts[:, :, :at], middle, starts[:, :, at:] + interval * more / period], axis=2)
+
+
+def lengthened(run: Run, micro_batches: int) -> Iterator[NDArray[np.int64]]:
+    """Orders [rank, place] for so many micro-batches: those of `run`, and what it repeats near its middle more often.
+
+    A rank repeats a part that has as many passes of each stream; where annealing left none, there is nothing to repeat.
+    """
+    fewer, pieces = run.starts.shape[2:]
+    share = np.where(np.arange(len(KINDS)) >= W0, pieces, 1)
+    for period in _PERIODS:
+        regular = []
+        for order in run.orders:
+            forwards = np.flatnonzero(order == F0)
+            regular.append([(at, begin, end) for at, (begin, end) in enumerate(zip(forwards, forwards[period:]))
+                            if (np.bincount(order[begin:end], minlength=len(KINDS)) == period * share).all()])
+        for middle in (fewer // 3, fewer // 2, 2 * fewer // 3) if all(regular) else ():
+            rows = []
+            for order, parts in zip(run.orders, regular):
+                _, begin, end = min(parts, key=lambda part: abs(part[0] - middle))
+                repeated = np.tile(order[begin:end], (micro_batches - fewer) // period)
+                rows.append(np.concatenate([order[:begin], repeated, order[begin:]]))
+            yield np.array(rows)

@@ -20,7 +20,7 @@ from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.cool_down import hurried
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
-from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches
+from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches, lengthened
 from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
@@ -175,10 +175,7 @@ class Search:
             self.try_cycles()
             self._adopt(smaller)
             for run in smaller.bests.values():
-                for policy in extended(run, self.scheduler):
-                    found = None if self.done else self._try_policy(policy)
-                    if found is not None:
-                        self._keep(hurried(found, self.scheduler))
+                self._extend(run)
         elif is_large(self.problem):
             self._adopt(self._search_smaller(reduced(self.problem), _REDUCED, Search.evolve, progress))
         else:
@@ -260,6 +257,19 @@ class Search:
                 run = scheduler.run(replace(block, pieces=1).policy(scheduler))
                 starts += periods(run.orders, _BLOCK_SIZES, 1) if run is not None and self.left() > until else []
         return best_cycles(self.scheduler, starts, lambda: self.left() - until, self.random, _REGULAR)
+
+    def _extend(self, run: Run) -> None:
+        """Try what `run`, of fewer micro-batches, repeats: in just its orders, and with its starts as wishes."""
+        for orders in lengthened(run, self.problem.micro_batches):
+            longer = None if self.done else self._run_of(orders, run.policy.pieces)
+            if longer is not None:
+                self._keep(longer)
+        for starts in extended(run, self.problem.micro_batches):
+            for eagerness, patience in product((0.1, 0.5, 2.0), (0.0, 1.0)):
+                like = None if self.done else self._try_policy(Policy(starts, patience, self.scheduler.least_reserves,
+                                                                      eagerness * self.scheduler.work))
+                if like is not None:
+                    self._keep(hurried(like, self.scheduler))
 
     def _imitate(self, run: Run, until: float) -> list[Run]:
         """`run`, and runs that have its starts as wishes, while more than `until` of the time is left; all kept."""
