@@ -13,12 +13,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, Run, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, Run, Wishes
 from ds_vshape.schedule.adaptive.problem import Problem
 
 # Patterns of so many micro-batches all fit into that many.
 _PERIODS = (1, 2, 3, 4, 6)
 _WHOLE_PERIODS = 12
+# Shares of a batch's passes near which something is repeated.
+_MIDDLES = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 
 
 def fewer_micro_batches(problem: Problem) -> Problem | None:
@@ -52,16 +54,25 @@ def lengthened(run: Run, micro_batches: int) -> Iterator[NDArray[np.int64]]:
     """
     fewer, pieces = run.starts.shape[2:]
     share = np.where(np.arange(len(KINDS)) >= W0, pieces, 1)
+    found: dict[bytes, NDArray[np.int64]] = {}
     for period in _PERIODS:
-        regular = []
-        for order in run.orders:
-            forwards = np.flatnonzero(order == F0)
-            regular.append([(at, begin, end) for at, (begin, end) in enumerate(zip(forwards, forwards[period:]))
-                            if (np.bincount(order[begin:end], minlength=len(KINDS)) == period * share).all()])
-        for middle in (fewer // 3, fewer // 2, 2 * fewer // 3) if all(regular) else ():
+        parts = [_regular(order, period * share) for order in run.orders]
+        for middle in _MIDDLES if all(parts) else ():
             rows = []
-            for order, parts in zip(run.orders, regular):
-                _, begin, end = min(parts, key=lambda part: abs(part[0] - middle))
+            for order, of_rank in zip(run.orders, parts):
+                begin, end = min(of_rank, key=lambda part: abs(part[0] - middle * len(order)))
                 repeated = np.tile(order[begin:end], (micro_batches - fewer) // period)
                 rows.append(np.concatenate([order[:begin], repeated, order[begin:]]))
-            yield np.array(rows)
+            orders = np.array(rows)
+            found.setdefault(orders.tobytes(), orders)
+    yield from found.values()
+
+
+def _regular(order: NDArray[np.int64], counts: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """The parts of `order` from one F or B to another of its stream that have `counts` passes of each stream."""
+    parts = []
+    for stream in range(W0):
+        places: list[int] = np.flatnonzero(order == stream).tolist()
+        parts += [(begin, end) for begin, end in zip(places, places[counts[stream]:])
+                  if (np.bincount(order[begin:end], minlength=len(KINDS)) == counts).all()]
+    return parts
