@@ -193,10 +193,10 @@ def main() -> None:
     if arguments.question == "batch":
         planned, found, proved = least_makespan(cell, arguments.micro_batches, arguments.seconds)
         print(f"planned {planned:g}, best found {found:g}, none below {proved:g}")
-    if arguments.question == "block":
-        known = annealed(cell, arguments.group, 10)
-        print("the planner's: " + ("none" if known is None else f"{known / arguments.group:g}"), flush=True)
-    for interval in arguments.intervals if arguments.question == "block" else ():
+        return
+    known = annealed(cell, arguments.group, 10)
+    print("the planner's: " + ("none" if known is None else f"{known / arguments.group:g}"), flush=True)
+    for interval in arguments.intervals:
         began = time.perf_counter()
         verdict = repeats(cell, arguments.group, interval, arguments.seconds)
         print(f"interval {interval / arguments.group:g}: {verdict} ({time.perf_counter() - began:.1f} s)", flush=True)

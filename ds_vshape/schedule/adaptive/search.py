@@ -7,7 +7,7 @@ to another, and which of them will be best isn't known before: so many of them r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from math import ceil, log2
@@ -21,7 +21,7 @@ from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.cool_down import hurried
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches, lengthened
-from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, Wishes
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
@@ -265,21 +265,24 @@ class Search:
             if longer is not None:
                 self._keep(longer)
         for starts in extended(run, self.problem.micro_batches):
-            for eagerness, patience in product((0.1, 0.5, 2.0), (0.0, 1.0)):
-                like = None if self.done else self._try_policy(Policy(starts, patience, self.scheduler.least_reserves,
-                                                                      eagerness * self.scheduler.work))
+            for policy in self._wishing(starts, (0.1, 0.5, 2.0), (0.0, 1.0)):
+                like = None if self.done else self._try_policy(policy)
                 if like is not None:
                     self._keep(hurried(like, self.scheduler))
 
     def _imitate(self, run: Run, until: float) -> list[Run]:
         """`run`, and runs that have its starts as wishes, while more than `until` of the time is left; all kept."""
         runs = [run]
-        for eagerness, patience in product((0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
+        for policy in self._wishing(run.starts, (0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
             if self.left() > until:
-                like = self._try_policy(Policy(run.starts, patience, self.scheduler.least_reserves,
-                                               eagerness * self.scheduler.work))
+                like = self._try_policy(policy)
                 runs += [like] if like is not None else []
         return runs
+
+    def _wishing(self, starts: Wishes, eagernesses: Iterable[float], patiences: Iterable[float]) -> Iterator[Policy]:
+        """Policies that wish for `starts`, from the least eager on; eagerness in units of the slowest rank's work."""
+        for eagerness, patience in product(eagernesses, patiences):
+            yield Policy(starts, patience, self.scheduler.least_reserves, eagerness * self.scheduler.work)
 
     def _run_of(self, orders: NDArray[np.int64], pieces: int = 1) -> Run | None:
         """The run of `orders`, its cool-down in haste; None if they exceed a limit."""
