@@ -287,7 +287,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._active_stage = None
-        self._observer.begin_batch(pipe_schedule.schedule.micro_batches, training)
+        self._observer.begin_batch(pipe_schedule.schedule, training)
         instruction: instr.PipeInstruction | None = None
         try:
             for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):

@@ -15,7 +15,7 @@ more exact than an unsplit backward's, so not equal to it bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -100,6 +100,15 @@ class InHighPrecisionBuffers:
         parameter._hp_grad = flat
         self._optimizer.fp32_groups_has_gradients[group][index] = True
         return flat.view(parameter.shape)
+
+
+def sums_so_far(parameters: Iterable[Any]) -> Iterator[Tensor]:
+    """What gradients of `parameters` have added up to in this batch, wherever any optimizer has them add up."""
+    for parameter in parameters:
+        for place in ("grad", "grad_accum", "_hp_grad"):
+            found = getattr(parameter, place, None)
+            if found is not None:
+                yield found
 
 
 def reduce_tied_gradients(module: Any, optimizer: Any, delivery: Delivery) -> None:

@@ -15,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_vshape.gradients import sums_so_far
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, Working, peaks, working_peaks
 from ds_vshape.schedule.lowering import lower
-from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
@@ -64,7 +65,10 @@ def _expired(ref: StorageWeakRef) -> bool:
 
 
 class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds the memory of every operator's results to what was `alive` before, but for `apart`; notes the most of it."""
+    """Adds the memory of every operator's results to what was `alive` before, but for `apart`; notes the most of it.
+
+    `apart` is what is counted elsewhere: weights, and the sums of gradients, to which operators add in place.
+    """
 
     def __init__(self, alive: Storages, apart: Storages) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,35 +93,38 @@ class ActivationMeter:
     """Sizes of the activations of this rank's stages, and what its passes need beside them, in bytes for one
     micro-batch.
 
-        with meter.forward(stage, inputs):
-            outputs = ...                               F of a stage
-        meter.after_forward(stage, inputs, outputs)
-        with meter.backward(stage):
-            ...                                         B of the same micro-batch
-        meter.after_backward(stage, store)
-        with meter.weights(stage, store):
-            ...                                         its W, or a piece of it
+        with meter.forward(work, inputs):
+            outputs = ...                               an F
+        meter.after_forward(work, inputs, outputs)
+        with meter.backward(work):
+            ...                                         the B or BW of the same stage and micro-batch
+        meter.after_backward(work, store)               if it was a B
+        with meter.weights(work, store):
+            ...                                         a W, or a piece of it
 
-    Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. Operators
-    run slower inside, so times are no times.
+    Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. A B and a BW
+    of each stage, if it has both: where layers are recomputed a B keeps more the further it gets. Operators run slower
+    inside, so times are no times.
 
     A forward leaves what the graph saved, what nodes of the graph hold beside it (as DeepSpeed's checkpoints do), and
-    the stage's inputs; not `module`'s parameters and buffers, and not the outputs unless the graph saved them too.
+    the stage's inputs; not `module`'s parameters, buffers and gradients, and not the outputs unless the graph saved
+    them too.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.whole: dict[int, int] = {}
         self.kept: dict[int, int] = {}
-        # The most that was alive in F, in B, and in W, of what `whole` and `kept` count in part; and the inputs.
+        # The most that was alive in each kind of pass, of what `whole` and `kept` count in part; and the inputs.
         self._most: dict[tuple[Kind, int], int] = {}
         self._inputs: dict[int, int] = {}
         self._module = module
-        self._left: dict[int, Storages] = {}
+        # By stage and micro-batch.
+        self._left: dict[tuple[int, int], Storages] = {}
         self._alive = self._saved = Storages()
 
     @contextmanager
-    def forward(self, stage: int, inputs: Any) -> Iterator[None]:
-        """Around F of one stage and micro-batch; nothing else may run inside."""
+    def forward(self, work: Pass, inputs: Any) -> Iterator[None]:
+        """Around an F; nothing else may run inside."""
         self._saved = Storages()
 
         def pack(tensor: Tensor) -> Tensor:
@@ -125,51 +132,56 @@ class ActivationMeter:
             return tensor
 
         received = Storages(tree_leaves(inputs))
-        self._inputs[stage] = received.nbytes()
-        with saved_tensors_hooks(pack, _itself), self._watched(Kind.F, stage, received):
+        self._inputs[work.stage] = received.nbytes()
+        with saved_tensors_hooks(pack, _itself), self._watched(work, received):
             yield
 
-    def after_forward(self, stage: int, inputs: Any, outputs: Any) -> None:
+    def after_forward(self, work: Pass, inputs: Any, outputs: Any) -> None:
         """When F has ended and its local variables are gone; `inputs` and `outputs` are a tensor or nested ones."""
         only_passed_on = Storages(tree_leaves(outputs)) - self._saved
         left = (self._alive | self._saved) - only_passed_on | Storages(tree_leaves(inputs))
-        self._left[stage] = left - _model(self._module)
-        self.whole[stage] = self._left[stage].nbytes()
+        left -= _model(self._module)
+        self._left[work.stage, work.micro_batch] = left
+        self.whole[work.stage] = left.nbytes()
 
     @contextmanager
-    def backward(self, stage: int) -> Iterator[None]:
-        """Around B of the micro-batch whose F was measured."""
-        with self._watched(Kind.B, stage, self._left.pop(stage)):
+    def backward(self, work: Pass) -> Iterator[None]:
+        """Around the B or BW of what was measured in F."""
+        with self._watched(work, self._left.pop((work.stage, work.micro_batch))):
             yield
 
-    def after_backward(self, stage: int, store: WeightGradientStore) -> None:
+    def after_backward(self, work: Pass, store: WeightGradientStore) -> None:
         """When B has ended; `store` is what it leaves to W."""
-        self.kept[stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
+        self.kept[work.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
 
     @contextmanager
-    def weights(self, stage: int, store: WeightGradientStore) -> Iterator[None]:
+    def weights(self, work: Pass, store: WeightGradientStore) -> Iterator[None]:
         """Around W, which empties `store`."""
-        with self._watched(Kind.W, stage, Storages(store.tensors()) - _model(self._module)):
+        with self._watched(work, Storages(store.tensors()) - _model(self._module)):
             yield
 
     @contextmanager
-    def _watched(self, kind: Kind, stage: int, alive: Storages) -> Iterator[None]:
-        with _Watched(alive, _model(self._module)) as watched:
+    def _watched(self, work: Pass, alive: Storages) -> Iterator[None]:
+        apart = _model(self._module) | Storages(sums_so_far(self._module.parameters()))
+        with _Watched(alive, apart) as watched:
             yield
         self._alive = watched.alive
-        self._most[kind, stage] = max(watched.most, self._most.get((kind, stage), 0))
+        kind = work.kind, work.stage
+        self._most[kind] = max(watched.most, self._most.get(kind, 0))
 
     def gather(self, placement: Placement, group: Any, device: torch.device) -> tuple[Activations, Working]:
         """The sizes of all stages, on every rank of the pipeline's `group` (collective).
 
-        A stage whose B wasn't measured counts as one that keeps all until W. RuntimeError if one of its F wasn't.
+        A stage whose B wasn't measured counts as one that keeps all until W, and its B as its BW, or the other way
+        round. RuntimeError if one of its F wasn't.
         """
-        own = torch.zeros(6, placement.stages, dtype=torch.int64)
+        own = torch.zeros(7, placement.stages, dtype=torch.int64)
         for stage, whole in self.whole.items():
             kept = self.kept.get(stage, whole)
-            left = {Kind.F: whole, Kind.B: whole, Kind.W: kept}
-            own[:, stage] = torch.tensor([whole, kept, *(max(self._most.get((kind, stage), 0) - size, 0)
-                                                         for kind, size in left.items()), self._inputs[stage]])
+            backward = [self._most.get((kind, stage), 0) for kind in (Kind.B, Kind.BW)]
+            beside = (self._most.get((Kind.F, stage), 0) - whole, *((one or max(backward)) - whole for one in backward),
+                      self._most.get((Kind.W, stage), 0) - kept)
+            own[:, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in beside), self._inputs[stage]])
         own = own.to(device)
         dist.all_reduce(own, group=group)
         rows = [tuple(map(float, of_stages)) for of_stages in own.tolist()]

@@ -6,7 +6,7 @@ meter slows its operators down.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,8 @@ class Observer:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._recorder = PassRecorder()
-        self._metered: int | None = None
+        # The stages and micro-batches that are measured in this batch; None in all but one.
+        self._metered: frozenset[BufferId] | None = None
         self._last: tuple[Schedule, PassRecorder] | None = None
         self._meter = ActivationMeter(engine.module)
         # Parameters whose gradients came from W; None once they are reported.
@@ -48,11 +49,11 @@ class Observer:
 
     # -- while a batch runs
 
-    def begin_batch(self, micro_batches: int, training: bool) -> None:
+    def begin_batch(self, schedule: Schedule, training: bool) -> None:
         """A batch begins, of training or evaluation."""
         self._recorder = PassRecorder()
-        # The micro-batch to be measured. Not the first, after which allocators and caches are warm.
-        self._metered = min(1, micro_batches - 1) if training and self.batches == METERED_BATCH else None
+        measured = training and self.batches == METERED_BATCH
+        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else None
 
     @contextmanager
     def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
@@ -67,30 +68,24 @@ class Observer:
 
     @contextmanager
     def _metering(self, work: Pass, buffers: Buffers) -> Iterator[None]:
-        """Around a pass of the batch that is measured: F of one micro-batch and its B, or another's if its own is one
-        with W."""
+        """Around a pass of the batch that is measured."""
         buffer_id = BufferId(work.stage, work.micro_batch)
-        chosen = work.micro_batch == self._metered
-        buffer = buffers[buffer_id] if work.kind is not Kind.F or chosen else None
-        if buffer is None or work.kind is Kind.BW and not chosen:
+        if work.kind is Kind.W:
+            with self._meter.weights(work, buffers[buffer_id].store):
+                yield
+        elif self._metered is None or buffer_id not in self._metered:
             yield
         elif work.kind is Kind.F:
-            inputs = buffer.inputs
-            with self._meter.forward(work.stage, inputs):
+            inputs = buffers[buffer_id].inputs
+            with self._meter.forward(work, inputs):
                 yield
-            self._meter.after_forward(work.stage, inputs, buffers.outputs(buffer_id))
-        elif work.kind is Kind.W:
-            with self._meter.weights(work.stage, buffer.store):
-                yield
-        elif chosen:
-            with self._meter.backward(work.stage):
+            self._meter.after_forward(work, inputs, buffers.outputs(buffer_id))
+        else:
+            store = buffers[buffer_id].store
+            with self._meter.backward(work):
                 yield
             if work.kind is Kind.B:
-                self._meter.after_backward(work.stage, buffer.store)
-        else:
-            yield
-            if work.stage not in self._meter.kept:
-                self._meter.after_backward(work.stage, buffer.store)
+                self._meter.after_backward(work, store)
 
     def weights_split(self, store: WeightGradientStore) -> None:
         """W is going to give the gradients of `store`."""
@@ -153,3 +148,13 @@ class Observer:
     @property
     def _group(self) -> Any:
         return self._engine.grid.get_pipe_parallel_group()
+
+
+def _to_measure(order: Sequence[Pass]) -> frozenset[BufferId]:
+    """Of each stage a micro-batch whose backward is a B and one whose is a BW, if it has both. The second one, if there
+    is one: after the first, allocators and caches are warm."""
+    found: dict[tuple[Kind, int], list[BufferId]] = {}
+    for work in order:
+        if work.kind.gives_input_gradient:
+            found.setdefault((work.kind, work.stage), []).append(BufferId(work.stage, work.micro_batch))
+    return frozenset(alike[:2][-1] for alike in found.values())

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_vshape import instructions as instr
 from ds_vshape.memory import ActivationMeter
 from ds_vshape.rank_memory import RankMemory
+from ds_vshape.schedule.passes import B, F
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
 SAMPLES, LENGTH, WIDTH, WORDS = 4, 32, 64, 256
@@ -71,14 +72,14 @@ def inputs() -> Tensor:
 def measure(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> tuple[int, int]:
     """What the meter says of `function`, a part of `module`, after F and after B."""
     meter, store = ActivationMeter(module), WeightGradientStore()
-    with SplitBackward(store), meter.forward(0, x):
+    with SplitBackward(store), meter.forward(F(0, 0), x):
         outputs = function(x)
-    meter.after_forward(0, x, outputs)
+    meter.after_forward(F(0, 0), x, outputs)
     root, grad = get_gradient_edge(outputs), torch.ones_like(outputs)
     del outputs
     with SplitBackward(store):
         torch.autograd.backward([root], [grad])
-    meter.after_backward(0, store)
+    meter.after_backward(B(0, 0), store)
     return meter.whole[0], meter.kept[0]
 
 
@@ -182,11 +183,11 @@ def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_bat
 
 @pytest.mark.parametrize("schedule, ranks", [("1f1b", 2), ("v-half", 2), ("v-zb", 4)])
 def test_predicted_where_blocks_are_recomputed(schedule: str, ranks: int) -> None:
-    """While B is measured autograd adds nothing in place, so that a bit more than it needs is measured, and in these
-    small blocks gradients of weights weigh much."""
+    """A B of recomputed layers has what all layers before it keep for W, a BW has not. In these small blocks the random
+    states that checkpoints put aside, 5 KiB each, are 5%."""
     recomputed = {**FP32, "pipeline": {"activation_checkpoint_interval": 1}}
     for ratio in predicted_against_allocated(job(schedule, ranks, 8, recomputed, 4 * ranks - 2)):
-        assert 0.8 < ratio < 1.08
+        assert 0.97 < ratio < 1.06
 
 
 def predicted_against_allocated(job: Job) -> list[float]:

@@ -56,20 +56,21 @@ def peaks(schedule: Schedule, activations: Activations) -> tuple[float, ...]:
 class Working:
     """What is alive only while a rank works, for each stage and in the unit of its activations.
 
-    `forward` is what F needs beside what it leaves, `backward` what B needs beside what F left, `weights` what W needs
-    beside what B left; `message` is the activation that the stage receives, whose gradient is as large.
+    `forward` is what F needs beside what it leaves, `backward` what B and `whole_backward` what BW needs beside what F
+    left, `weights` what W needs beside what B left; `message` is the activation that the stage receives, whose gradient
+    is as large.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
+    whole_backward: tuple[float, ...]
     weights: tuple[float, ...]
     message: tuple[float, ...]
 
     def of(self, work: Pass) -> float:
         """What `work` needs while it runs."""
-        if work.kind is Kind.F:
-            return self.forward[work.stage]
-        return (self.weights if work.kind is Kind.W else self.backward)[work.stage]
+        of_kind = {Kind.F: self.forward, Kind.B: self.backward, Kind.BW: self.whole_backward, Kind.W: self.weights}
+        return of_kind[work.kind][work.stage]
 
     def size(self, message: Message) -> float:
         """Of a message."""
