@@ -4,8 +4,9 @@
     python bench/memory.py --contenders "torch zbvzerobubble" v-half --checkpointing off
 
 Each contender trains in processes of its own. A rank's peak is the high-water mark of its resident memory (Linux,
-/proc/self) over one batch, above what was resident when the batch began: activations and gradients. glibc is told to
-map large tensors one by one, so that memory goes back when a tensor dies.
+/proc/self) over one batch, above what was resident when the batch began with all gradients there (zeros): activations,
+and what passes need while they run. glibc is told to map large tensors one by one, so that memory goes back when a
+tensor dies.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from rich.console import Console
@@ -54,14 +56,16 @@ def _status(field: str) -> int:
 
 
 def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int]:
-    """Bytes on this rank: the peak over a batch, and where it's known what gradients should take, and activations with
-    what passes need while they run."""
+    """Bytes on this rank: the peak over a batch, and where it's known what activations should take, with what passes
+    need while they run."""
     _map_large_tensors()
     engine = engine_of(name, workload, times="equal", pipeline={"activation_checkpoint_interval": interval})
     batches = [workload.batch(number) for number in range(_WARM_UP + 1)]
     for batch in batches[:-1]:
         engine.train_batch(iter(batch))
     predicted = engine.memory_report()[rank] if hasattr(engine, "memory_report") else None
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.empty_like(parameter).zero_()
     gc.collect()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
@@ -69,23 +73,20 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     engine.train_batch(iter(batches[-1]))
     measured = {"peak": _status("VmHWM") - before}
     if predicted is not None:
-        measured |= {"gradients": predicted.gradients, "activations": predicted.activations_peak + predicted.working}
+        measured["predicted"] = predicted.activations_peak + predicted.working
     return measured
 
 
 def show(rows: list[dict[str, Any]], workload: Gpt) -> None:
     """A row for each contender and rank."""
     table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; MiB")
-    for column in ("contender", "checkpointing", "rank", "peak", "gradients", "activations: measured", "predicted",
-                   "ratio"):
+    for column in ("contender", "checkpointing", "rank", "peak", "predicted", "ratio"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for row in rows:
         for rank, found in enumerate(row["ranks"]):
             cells = [f"{found['peak'] / MIB:.0f}"]
-            if "gradients" in found:
-                activations = found["peak"] - found["gradients"]
-                cells += [f"{found['gradients'] / MIB:.0f}", f"{activations / MIB:.0f}",
-                          f"{found['activations'] / MIB:.0f}", f"{activations / found['activations']:.3f}"]
+            if "predicted" in found:
+                cells += [f"{found['predicted'] / MIB:.0f}", f"{found['peak'] / found['predicted']:.3f}"]
             table.add_row(row["contender"], row["checkpointing"], str(rank), *cells)
     Console(width=140).print(table)
 

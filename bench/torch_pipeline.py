@@ -56,12 +56,13 @@ class TorchPipeline:
         self._loads, self._has_loss = 0 in kind.stages(rank, ranks), count - 1 in kind.stages(rank, ranks)
         self._loss_rank = next(other for other in range(ranks) if count - 1 in kind.stages(other, ranks))
         size = workload.layers // count
-        modules = [_layers(workload, range(stage * size, (stage + 1) * size)) for stage in kind.stages(rank, ranks)]
+        self.module = nn.ModuleList(_layers(workload, range(stage * size, (stage + 1) * size))
+                                    for stage in kind.stages(rank, ranks))
         stages = [PipelineStage(module, stage, count, torch.device("cpu"))
-                  for module, stage in zip(modules, kind.stages(rank, ranks), strict=True)]
+                  for module, stage in zip(self.module, kind.stages(rank, ranks), strict=True)]
         self._schedule = kind.schedule(stages[0] if kind.chunks == 1 else stages, workload.micro_batches,
                                        loss_fn=workload.loss_fn)
-        self._optimizer = torch.optim.SGD([p for module in modules for p in module.parameters()], lr=learning_rate)
+        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=learning_rate)
 
     def train_batch(self, data: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """The mean loss of a batch, on every rank, after the optimizer's step."""
