@@ -37,8 +37,8 @@ class Observer:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._recorder = PassRecorder()
-        # The stages and micro-batches that are measured in this batch; None in all but one.
-        self._metered: frozenset[BufferId] | None = None
+        # The stages and micro-batches that are measured in this batch; none in all batches but one.
+        self._metered: frozenset[BufferId] = frozenset()
         self._last: tuple[Schedule, PassRecorder] | None = None
         self._meter = ActivationMeter(engine.module)
         # Parameters whose gradients came from W; None once they are reported.
@@ -53,13 +53,13 @@ class Observer:
         """A batch begins, of training or evaluation."""
         self._recorder = PassRecorder()
         measured = training and self.batches == METERED_BATCH
-        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else None
+        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else frozenset()
 
     @contextmanager
     def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
         """Around a pass."""
         start = self._recorder.start(work)
-        if self._metered is not None:
+        if self._metered:
             with self._metering(work, buffers):
                 yield
         else:
@@ -73,7 +73,7 @@ class Observer:
         if work.kind is Kind.W:
             with self._meter.weights(work, buffers[buffer_id].store):
                 yield
-        elif self._metered is None or buffer_id not in self._metered:
+        elif buffer_id not in self._metered:
             yield
         elif work.kind is Kind.F:
             inputs = buffers[buffer_id].inputs
