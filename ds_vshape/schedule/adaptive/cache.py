@@ -19,7 +19,7 @@ from ds_vshape.schedule.schedule import Schedule, ScheduleError, check
 from ds_vshape.schedule.serial import schedule_from_json, schedule_to_json
 
 # To be raised whenever the planner gives other plans: older files are then no longer found.
-VERSION = 8
+VERSION = 9
 
 
 def path_of(cache: Path, problem: Problem, time_limit: float, compiled: bool) -> Path:

@@ -65,6 +65,8 @@ _ROUND = 0.15
 _RACERS = 24
 _RACE = 0.6
 _RACE_HOT = 0.05
+# Trying what runs of fewer micro-batches repeat takes no more than that share of the time.
+_LENGTHENING = 0.06
 # Runs that are longer than the best by more than that are not annealed.
 _CHANCE = 1.03
 # How often a run's Ws are cut once more before a round.
@@ -96,6 +98,8 @@ class Search:
         # What repeats without a ramp, and runs of it; None before it was looked for.
         self.cycles: list[Cycle] | None = None
         self.repeated: list[Run] = []
+        # The better half of each heat of the race, the best of the last one at the end.
+        self.survivors: list[Run] = []
         # Makespans and blocks, by the number of pieces, best first, no makespan twice.
         self.populations: dict[int, list[tuple[float, Block]]] = {}
 
@@ -174,6 +178,7 @@ class Search:
             self.cycles = smaller.cycles or []
             self.try_cycles()
             self._adopt(smaller)
+            self._lengthen([*smaller.bests.values(), *reversed(smaller.survivors)])
             for run in smaller.bests.values():
                 self._extend(run)
         elif is_large(self.problem):
@@ -214,6 +219,7 @@ class Search:
                 progress(min(1.0, max(0.0, 1 - self.left())))
                 after.append(self._annealed(run, _RACE_HOT, length / len(racers)))
             racers = sorted(after, key=lambda run: run.makespan)[:ceil(len(after) / 2)]
+            self.survivors += reversed(racers)
 
     def _search_smaller(self, problem: Problem, share: float, part: Callable[[Search, Progress], None],
                         progress: Progress) -> Search:
@@ -258,12 +264,21 @@ class Search:
                 starts += periods(run.orders, _BLOCK_SIZES, 1) if run is not None and self.left() > until else []
         return best_cycles(self.scheduler, starts, lambda: self.left() - until, self.random, _REGULAR)
 
+    def _lengthen(self, runs: Iterable[Run]) -> None:
+        """Try what `runs`, of fewer micro-batches, repeat, in just their orders; the same run once."""
+        until = self.left() - _LENGTHENING
+        for run in {run.makespan: run for run in runs}.values():
+            # Nothing repeats faster than the slowest rank works.
+            least = run.makespan + (self.problem.micro_batches - run.starts.shape[2]) * self.scheduler.work
+            for orders in lengthened(run, self.problem.micro_batches):
+                if self.done or self.left() < until or self.best is not None and self.best.makespan <= least:
+                    break
+                longer = self._run_of(orders, run.policy.pieces)
+                if longer is not None:
+                    self._keep(longer)
+
     def _extend(self, run: Run) -> None:
-        """Try what `run`, of fewer micro-batches, repeats: in just its orders, and with its starts as wishes."""
-        for orders in lengthened(run, self.problem.micro_batches):
-            longer = None if self.done else self._run_of(orders, run.policy.pieces)
-            if longer is not None:
-                self._keep(longer)
+        """Try what `run`, of fewer micro-batches, repeats, with its starts as wishes."""
         for starts in extended(run, self.problem.micro_batches):
             for policy in self._wishing(starts, (0.1, 0.5, 2.0), (0.0, 1.0)):
                 like = None if self.done else self._try_policy(policy)
