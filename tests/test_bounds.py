@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.bounds import lower_bound, lower_bound_of_limits
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.placement import PLACEMENTS, Placement, linear, v
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
@@ -94,6 +95,37 @@ def test_no_schedule_is_below(ranks: int, micro_batches: int, name: str, data: s
     times = Times(data.draw(lengths), data.draw(lengths), data.draw(lengths), data.draw(hops))
     bound = lower_bound(schedule.placement, micro_batches, times, max(peak_activations(schedule)))
     assert bound <= simulate(schedule, times).makespan * (1 + 1e-9)
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(sorted(SCHEDULES)), st.data())
+@settings(deadline=None, max_examples=80)
+def test_no_schedule_is_below_with_sizes_of_its_own(ranks: int, micro_batches: int, name: str,
+                                                    data: st.DataObject) -> None:
+    """Where layers are recomputed B leaves more than F does."""
+    schedule = build(name, ranks, micro_batches)
+    stages = schedule.placement.stages
+    numbers = st.lists(st.floats(0.1, 5), min_size=stages, max_size=stages).map(tuple)
+    times = Times(data.draw(numbers), data.draw(numbers), data.draw(numbers))
+    activations = Activations(data.draw(numbers), data.draw(numbers))
+    bound = lower_bound_of_limits(schedule.placement, micro_batches, times, activations, peaks(schedule, activations))
+    assert bound <= simulate(schedule, times).makespan * (1 + 1e-9)
+
+
+def test_memory_for_one_micro_batch_makes_them_wait_for_each_other() -> None:
+    """Rank 0 has one activation from F to W: eight times there and back, where the work alone is 24; the bound leaves
+    half of each W out."""
+    assert 8 * (4 + 4) + 4 <= lower_bound(linear(4), 8, Times.uniform(4), 2) <= 8 * (4 + 4 + 1)
+
+
+def test_memory_bounds_v_min_of_many_ranks() -> None:
+    """By hand, of rank 15: the way to it, 64 micro-batches' lifespans in room for 12 activations, and the way back."""
+    times = Times.uniform(32, 10, 9, 7, hop=3)
+    schedule = build("v-min", 16, 64)
+    lifespans = 33 * (10 + 9) + 60 * 3 + 7
+    by_hand = 15 * 13 + (64 * lifespans + 11 * 11 * (10 + 9) / 2) / 12 - 7 + 15 * 12 + 7
+    assert max(peak_activations(schedule)) == 12
+    assert by_hand == pytest.approx(lower_bound(v(16), 64, times, 12))
+    assert by_hand < simulate(schedule, times).makespan
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])

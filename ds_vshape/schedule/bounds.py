@@ -1,8 +1,8 @@
 """How fast any schedule could be: a proven lower bound on the time of a batch.
 
 The bound holds for every order on a placement that stays within a rank's limit of memory, with the backward split or
-whole (a whole backward is a split one that sends its input gradient late). Per rank it adds to the rank's work the
-time that the rank must idle at both ends of the batch:
+whole (a whole backward is a split one that sends its input gradient late). It is the greater of two, for the rank that
+needs most. The first adds to the rank's work the time that the rank must idle at both ends of the batch:
 
     time 0                  h                                    s              makespan
     |-- before: F only -----|---------- anything ----------------|-- after ------|
@@ -25,13 +25,30 @@ work is at most that of some numbers of the former, and for the memory left besi
 one unit of memory for each activation and room for k that is k F, F + k (B + W) and B + k W: with unit times on the V
 placement the last rank gives the paper's 6 n + 6 p - 3 k - 1 ("Pipeline Parallelism with Controllable Memory",
 appendix), which needs k < 2 n.
+
+The second, which counts where memory is short, asks for how long memory is taken. An activation lies there whole from
+the start of its F, goes up to the last stage and comes back, to the end of its B, and half of W's time at least while W
+gives it back (a BW keeps all of it). What is only kept for a W to come doesn't count. So from the rank's first F to its
+last B, a time t, the sum of memory x time of all micro-batches fits under the limit L, but for Ws after that B: these
+have L at most to give back, in W's time each.
+
+    L |     _______________
+      |   .'               '.             sum - L W <= L t - (L - u)^2 / 2 (1 / rise + 1 / fall)
+    u | .'                   '.
+      |'-----------------------'
+      0                        t
+
+u is the largest single size. Passes run one after another, so x after the first F began there is no more than u + rise
+x, where `rise` is the most memory that an F takes per second of its own, and x before the last B ends no more than
+u + fall x, for Bs. The two slopes don't meet if all Fs and Bs take longer than both slopes; else they aren't counted.
+The first F can't start before its input is there, and the last B's gradient must go down to stage 0 after t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.placement import Placement
@@ -110,7 +127,24 @@ class _Rank:
         all_fit = self.micro_batches * sum(whole[s] for s in stages) <= self.limit * (1 + _SLACK)
         around_f = max(before, after_f) if all_fit else before + after_f
         work = self.micro_batches * sum(forward[s] + input_grad[s] + weight_grad[s] for s in stages)
-        return work + max(before + after_b, around_f)
+        return max(work + max(before + after_b, around_f), self._bound_of_memory(ways))
+
+    def _bound_of_memory(self, ways: _Ways) -> float:
+        """The least time in which all activations can have been there for as long as they must."""
+        whole, kept = self.activations.whole, self.activations.kept
+        forward, input_grad, weight_grad = self.times.forward, self.times.input_grad, self.times.weight_grad
+        stages = self.stages
+        taken = self.micro_batches * sum(
+            whole[s] * (ways.to_input_grad[s] - ways.to_forward[s] + input_grad[s])
+            + min(whole[s], kept[s] / 2) * weight_grad[s] for s in stages)
+        room = max(0.0, self.limit - max(max(whole[s], kept[s]) for s in stages))
+        slopes = room * (min(forward[s] / whole[s] if whole[s] else inf for s in stages)
+                         + min(input_grad[s] / whole[s] if whole[s] else inf for s in stages))
+        if slopes <= self.micro_batches * sum(forward[s] + input_grad[s] for s in stages):
+            taken += room * slopes / 2
+        until_last_b = max(0.0, taken / self.limit - max(weight_grad[s] for s in stages))
+        return (min(ways.to_forward[s] for s in stages) + until_last_b
+                + min(ways.after_input_grad[s] - input_grad[s] for s in stages))
 
     def _fitting(self, stages: Sequence[int], room: float) -> Iterator[tuple[tuple[int, ...], float]]:
         """How many whole activations of each of `stages` fit into `room`, and what is left of it.
