@@ -54,7 +54,7 @@ def lengthened(run: Run, micro_batches: int) -> Iterator[NDArray[np.int64]]:
     """
     fewer, pieces = run.starts.shape[2:]
     share = np.where(np.arange(len(KINDS)) >= W0, pieces, 1)
-    found: dict[bytes, NDArray[np.int64]] = {}
+    found: set[bytes] = set()
     for period in _PERIODS:
         parts = [_regular(order, period * share) for order in run.orders]
         for middle in _MIDDLES if all(parts) else ():
@@ -64,8 +64,9 @@ def lengthened(run: Run, micro_batches: int) -> Iterator[NDArray[np.int64]]:
                 repeated = np.tile(order[begin:end], (micro_batches - fewer) // period)
                 rows.append(np.concatenate([order[:begin], repeated, order[begin:]]))
             orders = np.array(rows)
-            found.setdefault(orders.tobytes(), orders)
-    yield from found.values()
+            if orders.tobytes() not in found:
+                found.add(orders.tobytes())
+                yield orders
 
 
 def _regular(order: NDArray[np.int64], counts: NDArray[np.int64]) -> list[tuple[int, int]]:

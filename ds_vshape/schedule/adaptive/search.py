@@ -270,12 +270,15 @@ class Search:
         for run in {run.makespan: run for run in runs}.values():
             # Nothing repeats faster than the slowest rank works.
             least = run.makespan + (self.problem.micro_batches - run.starts.shape[2]) * self.scheduler.work
-            for orders in lengthened(run, self.problem.micro_batches):
-                if self.done or self.left() < until or self.best is not None and self.best.makespan <= least:
+            longer = lengthened(run, self.problem.micro_batches)
+            # Looked at first: finding what a run repeats takes time too.
+            while not (self.done or self.left() < until or self.best is not None and self.best.makespan <= least):
+                orders = next(longer, None)
+                if orders is None:
                     break
-                longer = self._run_of(orders, run.policy.pieces)
-                if longer is not None:
-                    self._keep(longer)
+                found = self._run_of(orders, run.policy.pieces)
+                if found is not None:
+                    self._keep(found)
 
     def _extend(self, run: Run) -> None:
         """Try what `run`, of fewer micro-batches, repeats, with its starts as wishes."""
