@@ -39,6 +39,7 @@ from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradie
 from ds_vshape.instructions import BufferId
 from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
+from ds_vshape.names import rank_names
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.plain_attributes import PlainAttributes
@@ -104,7 +105,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device, seconds)
         self._signatures: Signatures | None = None
         self._messages: dict[tuple[Kind, BufferId], Message] = {}
-        self._agreement = Agreement(seconds)
+        self._names = rank_names(self.grid.topology(), self.module.preflight.hosts)
+        self._agreement = Agreement(seconds, self._names[self.global_rank])
         self._sharers = Sharers(self.grid.topology().get_axis_comm_lists("model"), seconds)
         self._failure: Failure | None = None
         self._held = Buffers(self.placement, self.stage_id)
@@ -320,7 +322,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         except PeerLost:
             raise
         except Exception as error:
-            self._failure = Failure(error, f"{_name_of(instruction)} on pipeline rank {self.stage_id}")
+            self._failure = self._agreement.failure(error, _name_of(instruction))
             self._sharers.check_all_failed(self._failure)
             self._abandon(instruction)
 

@@ -49,7 +49,7 @@ class Exchange:
         """Every rank's text, in rank order; collective."""
         encoded = own.encode()
         longest = self.largest(len(encoded))
-        boxes = [_box(b"", longest) for _ in range(dist.get_world_size())]
+        boxes = [_box(b"", longest) for _ in range(dist.get_world_size(self._group))]
         if not longest:
             return ["" for _ in boxes]
         dist.all_gather(boxes, _box(encoded, longest), group=self._group)

@@ -11,16 +11,18 @@ of them fails alone, the others wait for it inside a layer, and all that it can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.exchange import Exchange, Numbers
 from ds_vshape.p2p import PeerLost, Withdrawn
+
+T = TypeVar("T")
 
 _TEXT_SIZE = 2048
 # Ranks that share layers come to the same error within the time that a pass takes.
@@ -102,13 +104,38 @@ class Sharers:
 
 
 class Agreement:
-    """All ranks of the job agree on the end of a batch, or of a checkpoint.
+    """All ranks of the job agree on the end of a batch, of a checkpoint, or of another piece of work.
 
-    Creating it is collective. `seconds` is how long the first rank there waits for the last.
+    Args:
+        seconds: how long the first rank there waits for the last.
+        name: what errors call this rank.
+
+    Creating it is collective.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, name: str) -> None:
         self._exchange = Exchange(seconds)
+        self._name = name
+
+    def run(self, work: Callable[[], T], what: str) -> T:
+        """What `work` gives; an error of it on one rank is raised on all, once all have done theirs. Collective.
+
+        `what` is a noun that names the work, the same on every rank. Raises as `reach` does. In `work` this rank must
+        not wait for others: one of them may have failed by then.
+        """
+        failure: Failure | None = None
+        try:
+            result = work()
+        except PeerLost:
+            raise
+        except Exception as error:
+            failure = self.failure(error, what)
+        self.reach(failure, what)
+        return result
+
+    def failure(self, error: Exception, what: str) -> Failure:
+        """An error of this rank in `what`, for `reach`."""
+        return Failure(error, f"{what} on {self._name}")
 
     def start_telling(self, numbers: Sequence[float]) -> Telling:
         """Start to tell all ranks something of this rank's part of a batch, ahead of its end; doesn't wait.

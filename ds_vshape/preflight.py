@@ -60,7 +60,8 @@ class Preflight:
 
     def __init__(self) -> None:
         self._exchange = Exchange()
-        self._hosts = self._exchange.texts(socket.gethostname())
+        # Of each global rank.
+        self.hosts = self._exchange.texts(socket.gethostname())
 
     def compare(self, read: Callable[[], Facts]) -> None:
         """Return if all ranks read the same facts.
@@ -131,7 +132,7 @@ class Preflight:
     def _named(self, ranks: Sequence[int]) -> str:
         """The ranks with their hosts, runs of them in short."""
         runs = []
-        for host, having in groupby(ranks, lambda rank: self._hosts[rank]):
+        for host, having in groupby(ranks, lambda rank: self.hosts[rank]):
             for _, run in groupby(enumerate(having), lambda numbered: numbered[1] - numbered[0]):
                 first, *rest = [rank for _, rank in run]
                 runs.append(f"{first}{f'-{rest[-1]}' if rest else ''} ({host})")

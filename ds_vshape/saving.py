@@ -67,7 +67,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
         try:
             save()
         except Exception as error:
-            self._unsaved = self._unsaved or Failure(error, f"save_checkpoint on pipeline rank {self.stage_id}")
+            self._unsaved = self._unsaved or self._agreement.failure(error, "save_checkpoint")
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Load a training's state, as DeepSpeed's `load_checkpoint`; to be called on every rank.
