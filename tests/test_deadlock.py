@@ -13,10 +13,10 @@ import pytest
 
 from ds_vshape.schedule.deadlock import DeadlockError, check
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Message, PostReceive, Program, Run,
-                                         Send, Step, lower)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
+                                         Run, Send, Step, lower)
 from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.passes import BW, B, F
+from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
@@ -107,6 +107,28 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a message that nobody receives": (
         lambda p, q: (without(p, PostReceive(G1), AwaitReceive(G1), run(p, "BW0.1")), q),
         r"channel gradient 1->0: gradient of 0.1 \(1->0\) is sent by one end alone; 2 messages are sent and 1"),
+    "a send before the pass that makes its message": (
+        lambda p, q: (moved(p, Send(A1), run(p, "F0.1")), q),
+        r"rank 0 sends activation of 1.1 \(0->1\) before F0.1 has made it"),
+    "a gradient that is sent before its backward": (
+        lambda p, q: (p, moved(q, Send(G1), run(q, "BW1.1"))),
+        r"rank 1 sends gradient of 0.1 \(1->0\) before B1.1 has made it"),
+    "a forward before its data": (
+        lambda p, q: (moved(p, Load(1), run(p, "BW0.0")), q), "rank 0 runs F0.1 before it has loaded the micro-batch"),
+    "a forward without its data": (
+        lambda p, q: (without(p, Load(1)), q), "rank 0 runs F0.1 before it has loaded the micro-batch"),
+    "data that are loaded twice": (
+        lambda p, q: (p + (Load(1),), q), "rank 0 loads micro-batch 1 twice"),
+    "a pass that runs twice": (
+        lambda p, q: (p + (run(p, "BW0.1"),), q), "rank 0 runs BW0.1 twice"),
+    "a pass on a rank that hasn't its stage": (
+        lambda p, q: (p + (run(q, "F1.1"),), q), "rank 0 runs F1.1, but its stage is on rank 1"),
+    "a message that is sent and received twice": (
+        lambda p, q: (p + (Send(A1), AwaitSend(A1)), q + (PostReceive(A1), AwaitReceive(A1))),
+        r"channel activation 0->1: activation of 1.1 \(0->1\) is sent twice"),
+    "a message that no pass takes": (
+        lambda p, q: (without(p, run(p, "BW0.1")), q),
+        r"rank 0 receives gradient of 0.1 \(1->0\), but never runs B0.1"),
     "a wait for a send that comes later": (
         lambda p, q: (moved(p, AwaitSend(A1), Send(A1)), q),
         r"rank 0 waits for activation of 1.1 \(0->1\) before it started it"),
@@ -342,6 +364,214 @@ def test_all_interleavings_end_alike() -> None:
             finishes[late] = simulator.finished(end)
         assert found == SEEN_IN_A_RUN[0 if all(finishes.values()) else 1 if not finishes[False] else 2]
     assert verdicts >= {"good", "deadlock (receives start when posted)"}
+
+
+# -- mutants, against a machine that passes values on
+
+
+class Broken(Exception):
+    """What the machine can't do."""
+
+
+class Machine:
+    """Runs programs as the runtime does, with a name for each tensor; a channel is a list of what either end started.
+
+    Nothing of the checker is used but the steps: a pass takes values from its rank's shelf and puts its results there.
+    """
+
+    def __init__(self, programs: Programs, placement: Placement, late: bool) -> None:
+        self.programs, self.last, self.late = programs, placement.last_stage, late
+        self.stages = [set(stages) for stages in placement.chunks]
+        self.shelves: list[set[tuple]] = [set() for _ in programs]
+        self.sent: dict[Channel, list[Message]] = defaultdict(list)
+        self.posted: dict[Channel, list[Message]] = defaultdict(list)
+        self.received: Counter[Channel] = Counter()
+        self.released: set[Message] = set()
+        self.has_data = any(isinstance(step, Load) for program in programs for step in program)
+
+    def run(self) -> None:
+        """To the end, or Broken."""
+        places = [0] * len(self.programs)
+        while True:
+            before = list(places)
+            for rank, program in enumerate(self.programs):
+                while places[rank] < len(program) and self.do(rank, program[places[rank]]):
+                    places[rank] += 1
+            if places == before:
+                break
+        if places != [len(program) for program in self.programs]:
+            raise Broken("stuck")
+        if any(self.sent[channel] != self.posted[channel] for channel in {*self.sent, *self.posted}):
+            raise Broken("one end alone")
+        for program, shelf in zip(self.programs, self.shelves):
+            waited_for = {(type(step), step.message) for step in program if hasattr(step, "message")}
+            if any((wait, step.message) not in waited_for for step in program for start, wait in
+                   ((Send, AwaitSend), (PostReceive, AwaitReceive)) if isinstance(step, start)):
+                raise Broken("nobody waits")
+            if any(value[0] in ("input", "output gradient") and value[-1] == "came" for value in shelf):
+                raise Broken("nobody takes it")
+
+    def do(self, rank: int, step: Step) -> bool:
+        """Do a step, or return False if it waits."""
+        if isinstance(step, Load):
+            self.give(rank, ("data", step.micro_batch))
+        elif isinstance(step, Run):
+            self.compute(rank, step.work)
+        elif isinstance(step, (Send, PostReceive)):
+            channel, stage, micro_batch = step.message
+            if rank != (channel.source if isinstance(step, Send) else channel.target):
+                raise Broken("wrong end")
+            if isinstance(step, Send):
+                name = "output" if channel.content is Content.ACTIVATION else "input gradient"
+                made = stage - 1 if channel.content is Content.ACTIVATION else stage + 1
+                self.need(rank, (name, made, micro_batch))
+            started = self.sent if isinstance(step, Send) else self.posted
+            if step.message in started[channel]:
+                raise Broken("twice")
+            started[channel].append(step.message)
+        else:
+            return self.wait(rank, step)
+        return True
+
+    def wait(self, rank: int, step: Step) -> bool:
+        channel, stage, micro_batch = step.message
+        mine, others = self.sent[channel], self.posted[channel]
+        if isinstance(step, AwaitReceive):
+            mine, others = others, mine
+        if step.message not in mine:
+            raise Broken("not started")
+        number = mine.index(step.message)
+        if isinstance(step, AwaitReceive):
+            self.received[channel] = max(self.received[channel], number + 1)
+        begun = self.received[channel] if self.late else len(self.posted[channel])
+        if number >= min(begun, len(self.sent[channel])):
+            return False
+        if mine[:number + 1] != others[:number + 1]:
+            raise Broken("another message")
+        if isinstance(step, AwaitSend):
+            if step.message in self.released:
+                raise Broken("gone already")
+            self.released.add(step.message)
+        else:
+            name = "input" if channel.content is Content.ACTIVATION else "output gradient"
+            self.give(rank, (name, stage, micro_batch, "came"))
+        return True
+
+    def compute(self, rank: int, work: Pass) -> None:
+        stage, micro_batch = work.stage, work.micro_batch
+        at = stage, micro_batch
+        if stage not in self.stages[rank]:
+            raise Broken("not its stage")
+        if work.kind is Kind.F:
+            if stage in (0, self.last) and self.has_data:
+                self.need(rank, ("data", micro_batch))
+            if stage:
+                self.take(rank, "input", "output", stage, stage - 1, micro_batch)
+            self.give(rank, ("output", *at))
+        elif work.kind is Kind.W:
+            self.need(rank, ("left for W", *at, work.piece))
+            self.shelves[rank].discard(("left for W", *at, work.piece))
+            if work.piece < work.pieces - 1:
+                self.give(rank, ("left for W", *at, work.piece + 1))
+        else:
+            self.need(rank, ("output", *at))
+            if stage < self.last:
+                self.take(rank, "output gradient", "input gradient", stage, stage + 1, micro_batch)
+            self.give(rank, ("input gradient", *at))
+            if work.kind is Kind.B:
+                self.give(rank, ("left for W", *at, 0))
+
+    def take(self, rank: int, name: str, of_neighbour: str, stage: int, neighbour: int, micro_batch: int) -> None:
+        """What a neighbouring stage has made: on this rank, or received and gone then."""
+        if neighbour in self.stages[rank]:
+            self.need(rank, (of_neighbour, neighbour, micro_batch))
+        else:
+            self.need(rank, (name, stage, micro_batch, "came"))
+            self.shelves[rank].remove((name, stage, micro_batch, "came"))
+
+    def need(self, rank: int, value: tuple) -> None:
+        if value not in self.shelves[rank]:
+            raise Broken(f"no {value}")
+
+    def give(self, rank: int, value: tuple) -> None:
+        if value in self.shelves[rank]:
+            raise Broken(f"{value} twice")
+        self.shelves[rank].add(value)
+
+
+def runs(programs: Programs, placement: Placement) -> bool:
+    try:
+        for late in (False, True):
+            Machine(programs, placement, late).run()
+    except Broken:
+        return False
+    return True
+
+
+def in_pieces(name: str, ranks: int, micro_batches: int) -> tuple[Programs, Placement]:
+    """As `lowered`, each W in two pieces."""
+    schedule = build(name, ranks, micro_batches)
+    orders = tuple(tuple(piece for work in order for piece in (work.cut(2) if work.kind is Kind.W else (work,)))
+                   for order in schedule.orders)
+    return lower(schedule.with_orders(orders), Times.uniform(schedule.placement.stages)), schedule.placement
+
+
+def mutant(programs: Programs, pick: random.Random) -> Programs:
+    """One or two steps moved, swapped, dropped, doubled, given to another rank or to another micro-batch."""
+    result = [list(program) for program in programs]
+    for _ in range(pick.randint(1, 2)):
+        program = pick.choice(result)
+        place, other = pick.randrange(len(program)), pick.randrange(len(program))
+        change = pick.choice(["move", "move", "nudge", "nudge", "swap", "drop", "double", "give", "rename"])
+        if change == "move":
+            program.insert(other, program.pop(place))
+        elif change == "nudge":
+            program.insert(max(0, place + pick.choice((-2, -1, 1, 2))), program.pop(place))
+        elif change == "swap":
+            program[place], program[other] = program[other], program[place]
+        elif change == "drop" and len(program) > 1:
+            del program[place]
+        elif change == "double":
+            program.insert(other, program[place])
+        elif change == "give" and len(program) > 1:
+            pick.choice(result).append(program.pop(place))
+        elif change == "rename" and hasattr(program[place], "message"):
+            program[place] = type(program[place])(program[place].message._replace(micro_batch=pick.randint(0, 1)))
+    return tuple(tuple(program) for program in result)
+
+
+def disagreements(seeds: range) -> tuple[list[tuple[int, str]], Counter[bool]]:
+    """Mutants of which the checker and the machine say different things, and how many run."""
+    differing, counts = [], Counter()
+    for seed in seeds:
+        pick = random.Random(seed)
+        make = in_pieces if seed % 4 == 0 else lowered
+        good, placement = make(pick.choice(sorted(SCHEDULES)), pick.randint(1, 3), pick.randint(1, 3))
+        programs = mutant(good, pick)
+        said, run = verdict(programs, placement, own), runs(programs, placement)
+        counts[run] += 1
+        if (said == "good") != run:
+            differing.append((seed, said))
+    return differing, counts
+
+
+def test_mutants_are_refused_exactly_if_they_cannot_run() -> None:
+    differing, counts = disagreements(range(1500))
+    assert not differing
+    assert counts[True] > 200 and counts[False] > 800, counts
+
+
+@pytest.mark.slow
+def test_many_mutants() -> None:
+    assert disagreements(range(1500, 20_000))[0] == []
+
+
+def test_pieces_run_in_turn_behind_their_input_gradient() -> None:
+    first, second = W(0, 0).cut(2)
+    for order, message in (((F(0, 0), B(0, 0), second, first), r"rank 0 runs W0.0\[1/2\] before W0.0\[0/2\]"),
+                           ((F(0, 0), BW(0, 0), W(0, 0)), "rank 0 runs W0.0 before B0.0")):
+        with pytest.raises(DeadlockError, match=message):
+            check([tuple(Run(work, split=True) for work in order)], linear(1))
 
 
 def test_large_programs_are_checked_quickly() -> None:

@@ -8,11 +8,13 @@ Two rules of the libraries below us can turn a plausible program into one that h
 and one of our own runtime: while shapes are announced, a receive isn't started when it is posted, but when it is
 waited for.
 
-`check` looks in three steps:
+`check` looks in four steps:
 
-    [1] each program alone     a pass has its input; what is started is waited for, and nothing else
-    [2] each channel           both ends see the same messages in the same sequence
+    [1] each program alone     a pass has its input, and runs once; what is started is waited for, and nothing else
+    [2] each channel           both ends see the same messages in the same sequence, each once
     [3] all programs together  they run to their end, without times: an operation completes as soon as both rules let it
+    [4] what is passed on      a message is made before it is sent and taken after it has come; a micro-batch is loaded
+                               once, before it is needed
 
 Starting one more operation never keeps another from completing, so the order in which [3] tries the ranks doesn't
 matter: what is stuck here is stuck on every real run, and what runs to its end here does so on every real run.
@@ -22,12 +24,13 @@ What passes under both rules also passes where only the first one binds.
 from __future__ import annotations
 
 import enum
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send,
-                                         Step, message_into)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Load, Message, PostReceive, Program, Run,
+                                         Send, Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import dependencies
@@ -59,6 +62,10 @@ def check(programs: Sequence[Program], placement: Placement,
         for line in lines.values():
             line.reset()
         _run_together(actions, receives)
+    # Programs may be made without the data.
+    loading = any(isinstance(step, Load) for program in programs for step in program)
+    for rank, program in enumerate(programs):
+        _check_passed_on(rank, program, placement, loading)
 
 
 # -- [1] each program alone
@@ -71,6 +78,8 @@ def _check_alone(rank: int, program: Program, placement: Placement) -> None:
     done: set[Pass] = set()
     for step in program:
         if isinstance(step, Run):
+            if step.work in done:
+                raise DeadlockError(f"rank {rank} runs {step.work} twice")
             _check_input(rank, step.work, placement, received, done)
             done.add(step.work)
         elif isinstance(step, (Send, PostReceive)):
@@ -79,10 +88,10 @@ def _check_alone(rank: int, program: Program, placement: Placement) -> None:
                 raise DeadlockError(f"rank {rank} is at the wrong end of {step.message}")
             (sending if isinstance(step, Send) else receiving).add(step.message)
         elif isinstance(step, (AwaitSend, AwaitReceive)):
-            started = sending if isinstance(step, AwaitSend) else receiving
-            if step.message not in started:
+            waited_for = sending if isinstance(step, AwaitSend) else receiving
+            if step.message not in waited_for:
                 raise DeadlockError(f"rank {rank} waits for {step.message} before it started it")
-            started.remove(step.message)
+            waited_for.remove(step.message)
             if isinstance(step, AwaitReceive):
                 received.add(step.message)
     for message in sending:
@@ -92,14 +101,25 @@ def _check_alone(rank: int, program: Program, placement: Placement) -> None:
 
 
 def _check_input(rank: int, work: Pass, placement: Placement, received: set[Message], done: set[Pass]) -> None:
-    """The pass must find its input: received, or made on this rank."""
+    """The pass must stand on its stage's rank, and find its input: received, or made on this rank."""
+    if placement.rank_of(work.stage) != rank:
+        raise DeadlockError(f"rank {rank} runs {work}, but its stage is on rank {placement.rank_of(work.stage)}")
     message = message_into(work, placement)
     if message is not None and message not in received:
         raise DeadlockError(f"rank {rank} runs {work} without having waited for {message}")
+    if work.piece:
+        last_piece = replace(work, piece=work.piece - 1)
+        if last_piece not in done:
+            raise DeadlockError(f"rank {rank} runs {work} before {last_piece}")
     for need in dependencies(work, placement.last_stage, frozenset()):
-        whole = Pass(Kind.BW, need.stage, need.micro_batch) if need.kind is Kind.B else need
-        if need not in done and whole not in done and placement.rank_of(need.stage) == rank:
+        given = need in done if work.kind is Kind.W else _is_done(need, done)
+        if placement.rank_of(need.stage) == rank and not given:
             raise DeadlockError(f"rank {rank} runs {work} before {need}")
+
+
+def _is_done(need: Pass, done: set[Pass]) -> bool:
+    """Whether `need` has run; a whole backward gives the input gradient as well."""
+    return need in done or (need.kind is Kind.B and Pass(Kind.BW, need.stage, need.micro_batch) in done)
 
 
 # -- [2] each channel
@@ -144,6 +164,9 @@ def _check_channels(programs: Sequence[Program], communicator: Callable[[Channel
                                     f"{len(posted[channel])} received")
             if out != into:
                 raise DeadlockError(f"channel {channel}: message {number} is sent as {out} and received as {into}")
+        twice = [message for message, times in Counter(sent[channel]).items() if times > 1]
+        if twice:
+            raise DeadlockError(f"channel {channel}: {twice[0]} is sent twice")
         shared = communicator(channel)
         lines[channel] = _Line(sent[channel], (queues[channel.source, shared], queues[channel.target, shared]))
     return lines
@@ -213,3 +236,32 @@ def _start(line: _Line, end: int) -> None:
             target.popleft()
             line.through += 1
             candidates += [queue[0] for queue in (source, target) if queue]
+
+
+# -- [4] what is passed on
+
+
+def _check_passed_on(rank: int, program: Program, placement: Placement, loading: bool) -> None:
+    done: set[Pass] = set()
+    loaded: set[int] = set()
+    ends = (0, placement.last_stage)
+    for step in program:
+        if isinstance(step, Run):
+            work = step.work
+            if loading and work.kind is Kind.F and work.stage in ends and work.micro_batch not in loaded:
+                raise DeadlockError(f"rank {rank} runs {work} before it has loaded the micro-batch")
+            done.add(work)
+        elif isinstance(step, Send):
+            maker = step.message.maker
+            if placement.rank_of(maker.stage) != rank:
+                raise DeadlockError(f"rank {rank} sends {step.message}, but stage {maker.stage} is on rank "
+                                    f"{placement.rank_of(maker.stage)}")
+            if not _is_done(maker, done):
+                raise DeadlockError(f"rank {rank} sends {step.message} before {maker} has made it")
+        elif isinstance(step, Load):
+            if step.micro_batch in loaded:
+                raise DeadlockError(f"rank {rank} loads micro-batch {step.micro_batch} twice")
+            loaded.add(step.micro_batch)
+    for step in program:
+        if isinstance(step, AwaitReceive) and not _is_done(step.message.taker, done):
+            raise DeadlockError(f"rank {rank} receives {step.message}, but never runs {step.message.taker}")

@@ -73,6 +73,12 @@ class Message(NamedTuple):
         """The pass that it goes into; B for a whole backward too."""
         return Pass(self.channel.content.kind, self.stage, self.micro_batch)
 
+    @property
+    def maker(self) -> Pass:
+        """The pass that makes it; B for a whole backward too."""
+        return Pass(self.channel.content.kind, self.stage + (1 if self.channel.content is Content.GRADIENT else -1),
+                    self.micro_batch)
+
     def __repr__(self) -> str:
         channel = self.channel
         return f"{channel.content} of {self.stage}.{self.micro_batch} ({channel.source}->{channel.target})"
