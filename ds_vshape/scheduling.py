@@ -16,13 +16,11 @@ All ranks go through the phases together, so every exchange here is a collective
 from __future__ import annotations
 
 import enum
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +33,7 @@ from ds_vshape.demands import check_demands
 from ds_vshape.planning import Planner
 from ds_vshape.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.fuse import unfused
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, fraction_of_1f1b, peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
@@ -281,13 +280,9 @@ def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int
     if isinstance(limit, float):
         check_possible(limit, placement.ranks, micro_batches)
         limits = (limit * peak,) * placement.ranks
+    folder = cache.folder()
     return Request(config.name, placement.ranks, micro_batches, times, activations, limits, config.planning_seconds,
-                   str(cache_folder()))
-
-
-def cache_folder() -> Path:
-    """Where plans are kept: $XDG_CACHE_HOME/ds_vshape, ~/.cache/ds_vshape without it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_vshape"
+                   None if folder is None else str(folder))
 
 
 def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_vshape.config import load_ds_config, read_section
+from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, placement_of
@@ -96,7 +96,7 @@ class Request:
         except ValueError as error:
             raise ValueError(f"--times: {error}") from None
         return cls(names, **given, times=arguments.times, time_limit=arguments.time_limit,
-                   cache=None if arguments.no_cache else cache_folder())
+                   cache=None if arguments.no_cache else cache.folder())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -123,11 +123,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="of the curve (default: from a quarter of 1F1B's peak to all of it)")
     parser.add_argument("--reference", type=Path, metavar="FILE",
                         help="other schedulers' figures for the curve, as bench/compare_reference.py reads them")
-
-
-def cache_folder() -> Path:
-    """Where plans are kept: ds_vshape in the user's cache directory (XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_vshape"
 
 
 def _check_modes(arguments: argparse.Namespace) -> None:

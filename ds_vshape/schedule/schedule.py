@@ -67,6 +67,9 @@ def check(schedule: Schedule) -> None:
     Whether the orders can run to their end is for the simulator to find out (`timeline.simulate`).
     """
     placement = schedule.placement
+    if len(schedule.orders) != placement.ranks:
+        raise ScheduleError(f"{schedule.name} has orders for {len(schedule.orders)} ranks, but its placement has "
+                            f"{placement.ranks}")
     seen: dict[Pass, int] = {}
     for rank, work in schedule.passes():
         if work in seen:

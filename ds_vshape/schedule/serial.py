@@ -5,15 +5,43 @@ A pass is [kind, stage, micro-batch], and a piece of a W has a fourth element [p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
+
+T = TypeVar("T")
+
+# Strict, or 1.0 and true would be 1: equal, but no index.
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Text = Annotated[str, Field(strict=True)]
+_Whole = tuple[Literal["F", "B", "W", "BW"], _Count, _Count]
+_Piece = tuple[Literal["W"], _Count, _Count, tuple[_Count, _Count]]
+# Bytes of the longest pass, and of all else in a schedule for each rank.
+_PASS_BYTES, _RANK_BYTES = 64, 256
+
+
+class _Placement(TypedDict):
+    name: _Text
+    chunks: tuple[tuple[_Count, ...], ...]
+
+
+class _Schedule(TypedDict):
+    name: _Text
+    placement: _Placement
+    micro_batches: _Count
+    orders: tuple[tuple[_Whole | _Piece, ...], ...]
+
+
+_SCHEDULE = TypeAdapter(_Schedule)
 
 
 def pass_to_json(work: Pass) -> list[Any]:
@@ -22,7 +50,7 @@ def pass_to_json(work: Pass) -> list[Any]:
     return whole if work.pieces == 1 else [*whole, [work.piece, work.pieces]]
 
 
-def pass_from_json(entry: list[Any]) -> Pass:
+def pass_from_json(entry: Sequence[Any]) -> Pass:
     """The pass that `pass_to_json` wrote; ValueError if it is none."""
     kind, stage, micro_batch, *piece = entry
     return Pass(Kind(kind), stage, micro_batch, *(piece[0] if piece else ()))
@@ -38,11 +66,31 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def schedule_from_json(data: Mapping[str, Any]) -> Schedule:
-    """The schedule that `schedule_to_json` wrote."""
-    placement = Placement(data["placement"]["name"], tuple(map(tuple, data["placement"]["chunks"])))
-    orders = tuple(tuple(map(pass_from_json, order)) for order in data["orders"])
-    return Schedule(data["name"], placement, data["micro_batches"], orders)
+def schedule_from_json(data: Any) -> Schedule:
+    """The schedule that `schedule_to_json` wrote; ValueError for anything else. Whether it can run isn't looked at."""
+    found = _SCHEDULE.validate_python(data)
+    orders = tuple(tuple(map(pass_from_json, order)) for order in found["orders"])
+    return Schedule(found["name"], Placement(found["placement"]["name"], found["placement"]["chunks"]),
+                    found["micro_batches"], orders)
+
+
+# A schedule within other data that pydantic reads.
+JsonSchedule = Annotated[Schedule, PlainValidator(schedule_from_json)]
+
+
+def most_bytes(ranks: int, micro_batches: int, pieces: int) -> int:
+    """No schedule on 2 `ranks` stages, with each W in up to `pieces`, takes more as JSON."""
+    return (2 + pieces) * 2 * ranks * micro_batches * _PASS_BYTES + (ranks + 16) * _RANK_BYTES
+
+
+def read_json(text: bytes, kind: TypeAdapter[T]) -> T:
+    """`text` as `kind`; ValueError in one line for what is no JSON of that kind, however large or deep."""
+    try:
+        return kind.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(" ".join([*([f"{place}:"] if place else []), *first["msg"].split()])[:300]) from None
 
 
 def times_to_json(times: Times) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
                                   problem.limits)
     file = plan_cache.path_of(cache, problem, time_limit, find_spec("numba") is not None) if cache else None
     schedule = plan_cache.read(file, problem) if file else None
-    if schedule is not None and within(schedule, problem):
+    if schedule is not None:
         timeline = simulate(schedule, problem.times)
     else:
         began += _compiling_time(clock)
