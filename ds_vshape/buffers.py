@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_vshape.instructions import BufferId
-from ds_vshape.p2p import Payload, check_payload
+from ds_vshape.payload import Payload, check_payload, members
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import WeightGradientStore
@@ -93,18 +93,13 @@ class Buffers:
         self._outbox.clear()
 
 
-def edges(outputs: Payload) -> tuple[GradientEdge | None, ...]:
+def edges(outputs: Payload, device: torch.device) -> tuple[GradientEdge | None, ...]:
     """Where a backward enters the graph of a stage's outputs; unlike these, edges keep no data alive.
 
-    Raises PipelineError for outputs that no other stage can get.
+    Raises PipelineError for outputs that no other stage can get from a rank on `device`.
     """
-    check_payload(outputs)
+    check_payload(outputs, device)
     return tuple(get_gradient_edge(t) if t is not None and t.requires_grad else None for t in members(outputs))
-
-
-def members(payload: Payload) -> tuple[Tensor | None, ...]:
-    """The tensors of what crosses a stage boundary."""
-    return payload if isinstance(payload, tuple) else (payload,)
 
 
 def leaves(payload: Payload) -> Payload:

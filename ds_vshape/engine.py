@@ -33,7 +33,7 @@ from torch.autograd.graph import GradientEdge
 from ds_vshape import instructions as instr
 from ds_vshape.anomaly import checked
 from ds_vshape.background import Started, background
-from ds_vshape.buffers import Buffers, edges, enter, members
+from ds_vshape.buffers import Buffers, edges, enter
 from ds_vshape.failures import Agreement, Failure, Sharers
 from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
@@ -41,7 +41,8 @@ from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, 
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.names import rank_names
 from ds_vshape.observer import METERED_BATCH, Observer
-from ds_vshape.p2p import Channels, PeerLost, Signatures
+from ds_vshape.p2p import Channels, PeerLost, Signatures, is_connection_error
+from ds_vshape.payload import members
 from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import plan_facts
 from ds_vshape.rank_memory import RankMemory
@@ -62,8 +63,8 @@ from ds_vshape.trace import Tracer
 from ds_vshape.tracking import Tracking
 from ds_vshape.wall_clock import timed
 
-# Messages that go on where a batch has failed.
-_MESSAGES_IN_PROGRESS = (instr.RecvActivation, instr.RecvGrad, instr.ReleaseActivation, instr.ReleaseGrad)
+# Messages that are on their way where a batch has failed.
+_MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActivation, instr.ReleaseGrad)
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
 _RECOMPUTED = 4
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
@@ -188,6 +189,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         with ExitStack() as around, self._flops_profile():
             for follower in self._followers:
                 around.enter_context(follower.batch())
+            around.enter_context(self._batch_timer())
             loss = super().train_batch(data_iter)
         better = self._schedules.after_batch(*self._observer.last_batch())
         if better is not None:
@@ -200,6 +202,16 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             for rank, memory in enumerate(self.memory_report()):
                 self._log(f"pipeline rank {rank} needs {memory}")
         return loss
+
+    @contextmanager
+    def _batch_timer(self) -> Iterator[None]:
+        """Around a training batch: DeepSpeed leaves its timer running where the batch raises, and the next one would
+        be refused for that."""
+        try:
+            yield
+        except BaseException:
+            self.timers(stock.TRAIN_BATCH_TIMER).reset()
+            raise
 
     def flops_profiler_enabled(self) -> bool:
         """Whether each forward is profiled by itself (DeepSpeedEngine's hooks): here a batch is, in `train_batch`."""
@@ -324,17 +336,27 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         except Exception as error:
             self._failure = self._agreement.failure(error, _name_of(instruction))
             self._sharers.check_all_failed(self._failure)
+            # It may have been memory that lacked, and messages need some.
+            self._held.clear()
             self._abandon(instruction)
 
     def _abandon(self, instruction: instr.PipeInstruction) -> None:
-        """Of an instruction that this rank can't do any more, do what other ranks wait for."""
-        buffer_id = instruction.kwargs["buffer_id"]
+        """Of an instruction that this rank can't do any more, do what other ranks wait for; PeerLost if it can't."""
+        try:
+            self._answer(instruction, instruction.kwargs["buffer_id"])
+        except PeerLost:
+            raise
+        except Exception as error:
+            raise PeerLost(f"{self._failure}; and then this rank couldn't do what the others wait for: "
+                           f"{_name_of(instruction)}: {type(error).__name__}: {error}") from error
+
+    def _answer(self, instruction: instr.PipeInstruction, buffer_id: BufferId) -> None:
         if isinstance(instruction, (instr.SendActivation, instr.SendGrad)):
             self._channels.withdraw(self._message(instr.MESSAGE_KINDS[type(instruction)], buffer_id))
-        elif isinstance(instruction, (instr.WaitActivation, instr.WaitGrad)):
-            self._channels.discard(self._message(instr.MESSAGE_KINDS[type(instruction)], buffer_id))
-        elif isinstance(instruction, _MESSAGES_IN_PROGRESS):
+        elif isinstance(instruction, (instr.RecvActivation, instr.RecvGrad)):
             self._execute(instruction)
+        elif isinstance(instruction, _MESSAGES_IN_PROGRESS):
+            self._channels.discard(self._message(instr.MESSAGE_KINDS[type(instruction)], buffer_id))
 
     def _forget_batch(self) -> None:
         """Leave nothing of a batch that failed: no messages, no activations, no gradients."""
@@ -412,7 +434,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
             buffer.labels = None
         else:
-            buffer.roots = edges(outputs)
+            buffer.roots = edges(outputs, self.device)
             self._held.hand_over(Content.ACTIVATION, BufferId(buffer_id.stage + 1, buffer_id.micro_batch), outputs)
         if not torch.is_grad_enabled():
             self._held.close(buffer_id)
@@ -567,6 +589,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         try:
             return returning.result(seconds)
         except (TimeoutError, RuntimeError) as error:
+            if not is_connection_error(error):
+                raise
             raise PeerLost(f"the batch's loss didn't come within {seconds:g} seconds: "
                            f"{str(error).partition(chr(10))[0]}") from error
 
@@ -582,7 +606,6 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             raise
         except Exception:
             self._forget_batch()
-            self.timers(stock.TRAIN_BATCH_TIMER).reset()
             raise
 
     def _exec_reduce_tied_grads(self) -> None:

@@ -22,8 +22,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from ds_vshape.buffers import enter, leaves, members
-from ds_vshape.p2p import Payload
+from ds_vshape.buffers import enter, leaves
+from ds_vshape.payload import Payload, members
 from ds_vshape.profiling import DeviceClock, HostClock
 from ds_vshape.schedule.balance import PartitionError
 

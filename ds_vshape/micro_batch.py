@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.module import PipelineError
 
-from ds_vshape.p2p import Payload
+from ds_vshape.payload import Payload
 
 
 def pair(sample: Any) -> tuple[Any, Any]:

@@ -10,12 +10,11 @@ ahead of each message in an announced batch; in the batches after it the receive
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,118 +26,8 @@ from torch import Tensor
 
 from ds_vshape.config import TIMEOUT_SECONDS
 from ds_vshape.groups import new_group
+from ds_vshape.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
 from ds_vshape.schedule.lowering import Channel, Content, Message
-
-Payload = Tensor | tuple[Tensor | None, ...]
-
-_HEADER_SIZE = 256
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float16, torch.bfloat16, torch.uint8,
-           torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-_DTYPE_IDS = {dtype: number for number, dtype in enumerate(_DTYPES)}
-
-
-@dataclass(frozen=True)
-class TensorSignature:
-    """What a receiver must know of a tensor to make room for it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-    def describes(self, tensor: Tensor | None) -> bool:
-        """Whether this is `tensor`'s signature."""
-        return (tensor is not None and tensor.shape == self.shape and tensor.dtype is self.dtype
-                and tensor.requires_grad is self.requires_grad and tensor.layout is torch.strided)
-
-    def empty(self, device: torch.device) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
-
-    def __str__(self) -> str:
-        wanted = " with gradient" if self.requires_grad else ""
-        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}{wanted}"
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The signature of a message; None stands for a member without gradient."""
-
-    tensors: tuple[TensorSignature | None, ...]
-    is_tuple: bool
-
-    @classmethod
-    def of(cls, payload: Payload) -> Signature:
-        """The signature of `payload`; PipelineError for what can't cross a stage boundary."""
-        check_payload(payload)
-        is_tuple = isinstance(payload, tuple)
-        members = payload if isinstance(payload, tuple) else (payload,)
-        return cls(tuple(t if t is None else TensorSignature(tuple(t.shape), t.dtype, t.requires_grad)
-                         for t in members), is_tuple)
-
-    def describes(self, payload: Payload) -> bool:
-        """Whether this is `payload`'s signature: `of` in less time, for each message of each batch."""
-        members = payload if isinstance(payload, tuple) else (payload,)
-        return (isinstance(payload, tuple) is self.is_tuple and len(members) == len(self.tensors)
-                and all(tensor is None if described is None else described.describes(tensor)
-                        for described, tensor in zip(self.tensors, members)))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors if t is not None)
-
-    def encode(self) -> list[int]:
-        """The signature as numbers."""
-        numbers = [int(self.is_tuple), len(self.tensors)]
-        for tensor in self.tensors:
-            if tensor is None:
-                numbers.append(-1)
-            else:
-                numbers += [_DTYPE_IDS[tensor.dtype], int(tensor.requires_grad), len(tensor.shape), *tensor.shape]
-        if len(numbers) > _HEADER_SIZE:
-            raise PipelineError(f"a stage's output has too many tensors or dimensions: {len(numbers)} numbers describe "
-                                f"it, and at most {_HEADER_SIZE} can be announced")
-        return numbers
-
-    @classmethod
-    def decode(cls, numbers: Sequence[int]) -> Signature:
-        """The signature that `encode` wrote."""
-        stream = iter(numbers)
-        is_tuple, count = bool(next(stream)), next(stream)
-        tensors: list[TensorSignature | None] = []
-        for _ in range(count):
-            dtype = next(stream)
-            if dtype < 0:
-                tensors.append(None)
-                continue
-            requires_grad, dimensions = bool(next(stream)), next(stream)
-            shape = tuple(next(stream) for _ in range(dimensions))
-            tensors.append(TensorSignature(shape, _DTYPES[dtype], requires_grad))
-        return cls(tuple(tensors), is_tuple)
-
-    def __str__(self) -> str:
-        return ", ".join("none" if tensor is None else str(tensor) for tensor in self.tensors)
-
-
-def check_payload(payload: Any) -> None:
-    """Raises PipelineError for what can't cross a stage boundary, between ranks or on one."""
-    members = payload if isinstance(payload, tuple) else (payload,)
-    if not members:
-        raise PipelineError("a stage's output is an empty tuple: nothing would cross to the next stage")
-    for member in members:
-        if obstacle := _obstacle(member):
-            raise PipelineError(f"a stage's output holds {obstacle}: only dense tensors and tuples of them can "
-                                "cross to the next stage")
-
-
-def _obstacle(member: Any) -> str | None:
-    """What keeps `member` from crossing a stage boundary, if anything."""
-    if member is None:
-        return None
-    if not torch.is_tensor(member):
-        return type(member).__name__
-    if member.layout is not torch.strided:
-        return f"a {str(member.layout).removeprefix('torch.')} tensor"
-    return None if member.dtype in _DTYPE_IDS else str(member.dtype)
 
 
 class Withdrawn(Exception):
@@ -147,6 +36,20 @@ class Withdrawn(Exception):
 
 class PeerLost(PipelineError):  # type: ignore[misc]
     """The connection to another rank broke, or it didn't answer in time: the job can't go on."""
+
+
+# Words of the transports' errors, which torch raises as plain RuntimeErrors.
+_TRANSPORTS = ("gloo", "nccl", "connection", "pair closure", "socket", "timed out", "timeout", "broken pipe",
+               "no route to host", "aborted")
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error raised while a rank communicates is one of the connection, and not of what it sends: torch
+    raises RuntimeError for both."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        return False
+    return isinstance(error, (dist.DistError, TimeoutError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TRANSPORTS))
 
 
 # What goes out instead of a message in an announced batch.
@@ -162,23 +65,30 @@ class _Transfer:
 
     works: list[Any] = field(default_factory=list)
     tensors: list[Tensor | None] = field(default_factory=list)
+    # Of a message to be received: known once its header is read, in an announced batch.
     signature: Signature | None = None
+    # Whether buffers for all of its tensors are offered.
+    is_posted: bool = False
 
     def wait(self, peer: int) -> None:
         """Until all is there; PeerLost if the connection to pipeline rank `peer` breaks."""
-        try:
+        with _losing(peer):
             for work in self.works:
                 work.wait()
-        except RuntimeError as error:
-            raise _lost(peer, error) from error
         self.works.clear()
 
 
-def _lost(peer: int, error: RuntimeError) -> PeerLost:
-    """What an error of torch.distributed says of pipeline rank `peer`."""
-    # Gloo's errors begin with the place in its source.
-    reason = str(error).splitlines()[0]
-    return PeerLost(f"pipeline rank {peer} is lost: {reason.partition('] ')[2] or reason}")
+@contextmanager
+def _losing(peer: int) -> Iterator[None]:
+    """Around communication with pipeline rank `peer`: PeerLost for an error of the connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_connection_error(error):
+            raise
+        # Gloo's errors begin with the place in its source.
+        reason = str(error).splitlines()[0]
+        raise PeerLost(f"pipeline rank {peer} is lost: {reason.partition('] ')[2] or reason}") from error
 
 
 @dataclass(frozen=True)
@@ -251,32 +161,31 @@ class Channels:
         return self._signatures
 
     def send(self, message: Message, payload: Payload) -> None:
-        """Start to send; the tensors must not change until `release`."""
+        """Start to send; the tensors must not change until `release`. PipelineError for what can't be sent."""
         key = message.channel.content, message.stage
-        transfer = _Transfer()
         if self._announced:
-            self._signatures[key] = Signature.of(payload)
-            self._announce(transfer, message.channel, self._signatures[key])
-        elif not self._signatures[key].describes(payload):
+            check_payload(payload, self._device, f"the {message.channel.content} for stage {message.stage}")
+            signature = Signature.of(payload)
+            header = [self._header(signature)]
+            self._signatures[key] = signature
+        elif self._signatures[key].describes(payload):
+            header = []
+        else:
             raise PipelineError(
                 f"the {message.channel.content} for stage {message.stage} changed: [{self._signatures[key]}] in an "
                 f"earlier batch, [{Signature.of(payload)}] in micro-batch {message.micro_batch} now. Set "
                 "dynamic_shape=True in the PipelineModule, or call engine.reset_activation_shape() on every rank "
                 "before the batch")
-        self._sending[message] = transfer
-        for tensor in payload if isinstance(payload, tuple) else (payload,):
-            if tensor is not None:
-                self._start_send(transfer, message.channel, tensor.detach().contiguous())
+        # All that can fail but the connection comes before the first tensor goes: the receiver takes in all or none.
+        self._start_sends(message, header + [settled(tensor) for tensor in members(payload) if tensor is not None])
 
     def withdraw(self, message: Message) -> None:
         """Send a message without content, so that nobody waits: none in an announced batch, else zeros."""
-        transfer = self._sending[message] = _Transfer()
         if self._announced:
-            self._announce(transfer, message.channel, _NOTHING)
+            self._start_sends(message, [self._header(_NOTHING)])
             return
-        for described in self._signatures[message.channel.content, message.stage].tensors:
-            if described is not None:
-                self._start_send(transfer, message.channel, described.empty(self._device).zero_())
+        described = self._signatures[message.channel.content, message.stage].tensors
+        self._start_sends(message, [one.empty(self._device).zero_() for one in described if one is not None])
 
     def release(self, message: Message) -> None:
         """Wait until `message` has left."""
@@ -284,20 +193,23 @@ class Channels:
 
     def post(self, message: Message) -> None:
         """Offer a buffer for `message`; in an announced batch only take note of it, since nobody knows its size yet."""
-        self._receiving[message] = _Transfer()
+        transfer = self._receiving[message] = _Transfer()
         if self._announced:
             self._noted[message.channel].append(message)
         else:
-            self._start_payload(message, self._signatures[message.channel.content, message.stage])
+            transfer.signature = self._signatures[message.channel.content, message.stage]
+            self._start_receives(message, transfer)
 
     def receive(self, message: Message) -> Payload:
         """Wait for `message`; its tensors are leaves that require a gradient where the sender's did.
 
-        Raises Withdrawn if nothing was sent.
+        Raises Withdrawn if nothing was sent. After any other error but PeerLost it may be called again: what has come
+        meanwhile isn't forgotten.
         """
-        while not self._receiving[message].signature:
-            self._start_announced(self._noted[message.channel].popleft())
-        transfer = self._receiving.pop(message)
+        transfer = self._receiving[message]
+        while not transfer.is_posted:
+            self._start_next(message.channel)
+        del self._receiving[message]
         transfer.wait(message.channel.source)
         assert transfer.signature is not None
         if transfer.signature == _NOTHING:
@@ -317,7 +229,9 @@ class Channels:
         return self._receiving[message].works
 
     def discard(self, message: Message) -> None:
-        """Take `message` in, if that isn't done yet, and forget it."""
+        """Take `message` in or let it leave, if that isn't done yet, and forget it."""
+        if message in self._sending:
+            self._sending.pop(message).wait(message.channel.target)
         if message in self._receiving:
             with suppress(Withdrawn):
                 self.receive(message)
@@ -354,44 +268,59 @@ class Channels:
                 hops[place] = statistics.median(trips) / 2
         return hops
 
-    def _announce(self, transfer: _Transfer, channel: Channel, signature: Signature) -> None:
+    def _header(self, signature: Signature) -> Tensor:
         numbers = signature.encode()
-        header = torch.zeros(_HEADER_SIZE, dtype=torch.int64)
+        header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
         header[:len(numbers)] = torch.tensor(numbers)
-        self._start_send(transfer, channel, header.to(self._device))
+        return header.to(self._device)
 
-    def _start_announced(self, message: Message) -> None:
-        """Read the header of the channel's next message, then offer buffers for the rest."""
-        header = torch.empty(_HEADER_SIZE, dtype=torch.int64, device=self._device)
-        try:
-            dist.recv(header, self._global_ranks[message.channel.source], group=self._groups[message.channel])
-        except RuntimeError as error:
-            raise _lost(message.channel.source, error) from error
-        signature = Signature.decode(header.tolist())
-        self._signatures[message.channel.content, message.stage] = signature
-        self._start_payload(message, signature)
+    def _start_sends(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        """Start to send `tensors`, which lie as they travel."""
+        transfer = self._sending[message] = _Transfer(tensors=list(tensors))
+        group, _, target = self._ends[message.channel]
+        _start(transfer, group.send, tensors, target, message.channel.target)
 
-    def _start_payload(self, message: Message, signature: Signature) -> None:
+    def _start_next(self, channel: Channel) -> None:
+        """Read the header of the next message on `channel`, unless that is done, then offer buffers for the rest."""
+        noted = self._noted[channel]
+        message = noted[0]
         transfer = self._receiving[message]
-        transfer.signature = signature
-        for described in signature.tensors:
-            tensor = None if described is None else described.empty(self._device)
-            transfer.tensors.append(tensor)
-            if tensor is not None:
-                group, source, _ = self._ends[message.channel]
-                _start(transfer, group.recv, tensor, source, message.channel.source)
+        if transfer.signature is None:
+            transfer.signature = self._read_header(channel)
+            if transfer.signature != _NOTHING:
+                self._signatures[channel.content, message.stage] = transfer.signature
+        self._start_receives(message, transfer)
+        noted.popleft()
 
-    def _start_send(self, transfer: _Transfer, channel: Channel, tensor: Tensor) -> None:
-        transfer.tensors.append(tensor)
-        group, _, target = self._ends[channel]
-        _start(transfer, group.send, tensor, target, channel.target)
+    def _read_header(self, channel: Channel) -> Signature:
+        header = torch.empty(HEADER_SIZE, dtype=torch.int64, device=self._device)
+        with _losing(channel.source):
+            dist.recv(header, self._global_ranks[channel.source], group=self._groups[channel])
+        try:
+            return Signature.decode(header.tolist())
+        except ValueError as error:
+            raise PeerLost(f"pipeline rank {channel.source} is out of step: what came from it in place of a message's "
+                           f"header is none ({error})") from error
+
+    def _start_receives(self, message: Message, transfer: _Transfer) -> None:
+        """Offer buffers for all tensors of `message`, or for none where there is no memory."""
+        assert transfer.signature is not None
+        tensors = [None if described is None else described.empty(self._device)
+                   for described in transfer.signature.tensors]
+        transfer.tensors, transfer.is_posted = tensors, True
+        group, source, _ = self._ends[message.channel]
+        _start(transfer, group.recv, tensors, source, message.channel.source)
 
 
-def _start(transfer: _Transfer, start: Callable[..., Any], tensor: Tensor, place: int, peer: int) -> None:
-    """Begin to send or receive `tensor`, unless it's empty; `start` is a group's send or recv."""
-    if not tensor.numel():
-        return
+def _start(transfer: _Transfer, start: Callable[..., Any], tensors: Sequence[Tensor | None], place: int,
+           peer: int) -> None:
+    """Start to send or receive those of `tensors` that aren't empty; `start` is a group's send or recv."""
     try:
-        transfer.works.append(start([torch.view_as_real(tensor) if tensor.is_complex() else tensor], place, 0))
+        with _losing(peer):
+            for tensor in tensors:
+                if tensor is not None and tensor.numel():
+                    transfer.works.append(start([carried(tensor)], place, 0))
     except RuntimeError as error:
-        raise _lost(peer, error) from error
+        if not transfer.works:
+            raise
+        raise PeerLost(f"a message between this rank and pipeline rank {peer} stopped half way: {error}") from error

@@ -29,9 +29,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from ds_vshape import instructions as instr
-from ds_vshape.buffers import Buffers, members
+from ds_vshape.buffers import Buffers
 from ds_vshape.instructions import Execute, Instruction
 from ds_vshape.observer import METERED_BATCH, Observer
+from ds_vshape.payload import members
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.schedule import Schedule

@@ -37,7 +37,7 @@ def test_edges_lead_back_without_the_outputs() -> None:
     source = torch.ones(4, requires_grad=True)
     outputs = (source + 1, torch.arange(4), None, source.detach() * 2)
     held = weakref.ref(outputs[0])
-    roots = edges(outputs)
+    roots = edges(outputs, torch.device("cpu"))
     assert [root is not None for root in roots] == [True, False, False, False]
     del outputs
     gc.collect()

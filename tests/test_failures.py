@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ from pipelines import (BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Block, Dro
                        micro_batch, specs)
 from ranks import run_ranks
 from torch import Tensor
+
+from ds_vshape import p2p
+from ds_vshape.payload import TensorSignature
 
 BATCHES = range(4)
 # One before any message was announced, and one after.
@@ -38,6 +41,17 @@ class Faulty(Block):
         Faulty.backwards_left -= 1
         if Faulty.backwards_left == 0:
             raise FloatingPointError("a gradient had enough")
+
+
+class ElsewhereOnce(Block):
+    """A block that gives a tensor on another device, once armed."""
+
+    forwards_left = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        ElsewhereOnce.forwards_left -= 1
+        y = super().forward(x)
+        return y.to("meta") if ElsewhereOnce.forwards_left == 0 else y
 
 
 class FaultyLoss:
@@ -76,6 +90,38 @@ def forward_raises(engine: Any, batch: int) -> Iterator[Any]:
 def backward_raises(engine: Any, batch: int) -> Iterator[Any]:
     Faulty.backwards_left = 2
     return data(engine, batch)
+
+
+def not_here(engine: Any, batch: int) -> Iterator[Any]:
+    ElsewhereOnce.forwards_left = 2
+    return data(engine, batch)
+
+
+def no_memory_for_a_message(engine: Any, batch: int) -> Iterator[Any]:
+    """On one rank in the middle."""
+    if engine.stage_id == 1:
+        failing_once(TensorSignature, "empty", torch.OutOfMemoryError("no memory for a message"))
+    return data(engine, batch)
+
+
+def message_cannot_start(engine: Any, batch: int) -> Iterator[Any]:
+    """On one rank, of a message of two tensors the second."""
+    if engine.stage_id == 1:
+        failing_once(p2p, "settled", RuntimeError("no message today"), call=2)
+    return data(engine, batch)
+
+
+def failing_once(place: Any, name: str, error: Exception, call: int = 1) -> None:
+    """Let call number `call` of a function from now on raise."""
+    function, calls = getattr(place, name), count(1)
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == call:
+            setattr(place, name, function)
+            raise error
+        return function(*args)
+
+    setattr(place, name, failing)
 
 
 def loss_raises(engine: Any, batch: int) -> Iterator[Any]:
@@ -140,6 +186,45 @@ def test_a_pass_that_raises(schedule: str, config: str, spoil: Any, error: str, 
             assert error in told and place in told
             assert told.startswith(error) or told.startswith("PipelineError")
     assert sum(told.startswith(error) for _, _, errors in results for told in errors) == len(FAILING)
+
+
+@pytest.mark.parametrize(["schedule", "spoil", "error", "place"], [
+    ("v-half", no_memory_for_a_message, "OutOfMemoryError: no memory for a message", "Activation of stage"),
+    ("zb-h1", no_memory_for_a_message, "OutOfMemoryError: no memory for a message", "Activation of stage"),
+    ("v-zb", message_cannot_start, "RuntimeError: no message today", "Send"),
+    ("1f1b", message_cannot_start, "RuntimeError: no message today", "Send"),
+    ("v-half", not_here, "PipelineError: a stage's output holds a float32 tensor of shape [2, 3, 8] on meta",
+     "ForwardPass of stage"),
+])
+def test_a_message_that_fails_for_its_contents(schedule: str, spoil: Any, error: str, place: str) -> None:
+    """Not as the connection would: the batch fails with its cause, and what was on its way is taken in."""
+    chosen = list(layers(3))
+    chosen[3] = LayerSpec(ElsewhereOnce)
+    job = Job(schedule, 3, 4, FP32, tuple(chosen))
+    for oracle, losses, errors in run_ranks(3, train_through, job, spoil):
+        assert losses == oracle
+        assert all(error in told and place in told for told in errors)
+
+
+def without_memory(rank: int) -> list[str]:
+    """A rank that has no memory for any message can't follow; the others find out within the time."""
+    engine = Job({"name": "v-half", "timeout_seconds": 2.0}, 2, 2).engine()
+    if rank == 1:
+        failing_once(TensorSignature, "empty", torch.OutOfMemoryError("no memory for a message"))
+        failing_once(TensorSignature, "empty", torch.OutOfMemoryError("no memory for a message"))
+    errors = []
+    for batch in range(2):
+        with pytest.raises(Exception) as error:
+            engine.train_batch(data(engine, batch))
+        errors.append(f"{type(error.value).__name__}: {error.value}")
+    return errors
+
+
+def test_a_rank_that_cannot_take_in_a_message_says_why() -> None:
+    (waiting, _), (told, again) = run_ranks(2, without_memory)
+    assert told.startswith("PeerLost: ") and told.count("no memory for a message") == 2
+    assert "couldn't do what the others wait for: WaitActivation of stage 1" in told
+    assert waiting.startswith("PeerLost: ") and "timer" not in again
 
 
 VALIDATED_LATER = {"optimizer_post_validation": True}

@@ -80,6 +80,28 @@ class Empty(Block):
         return super().forward(x), x[:0]
 
 
+class Conjugating(Block):
+    """(complex numbers with the conjugate bit, theirs with the negative bit, integers of 16 bits) -> the same; the
+    gradients of the first have the conjugate bit too."""
+
+    def forward(self, inputs: Any) -> Members:
+        if isinstance(inputs, tuple):
+            pairs, imaginary, places = inputs
+            assert places.dtype is torch.int16
+            x = torch.view_as_real(pairs.conj().resolve_conj()).flatten(-2) + (imaginary.sum() + places.sum()) * 0.01
+        else:
+            x = inputs
+        pairs = torch.view_as_complex(super().forward(x).unflatten(-1, (-1, 2)).contiguous()).conj()
+        imaginary = pairs.detach().imag
+        assert pairs.is_conj() and imaginary.is_neg()
+        return pairs, imaginary, x.detach().argmax(-1).short()
+
+
+class Real(nn.Module):
+    def forward(self, inputs: Members) -> Tensor:
+        return torch.view_as_real(inputs[0].conj().resolve_conj()).flatten(-2)
+
+
 class First(nn.Module):
     def forward(self, inputs: Members) -> Tensor:
         return inputs[0]  # type: ignore[no-any-return]
@@ -92,6 +114,7 @@ FLOWS: dict[str, list[Any]] = {
     "none, and a float without gradient": [EMBEDDING, *[LayerSpec(WithNone)] * 5, LayerSpec(First), HEAD],
     "no gradient from a stage on": [EMBEDDING, *[LayerSpec(Block)] * 2, LayerSpec(Detaching), *[LayerSpec(Block)] * 3,
                                     HEAD],
+    "conjugated, negated and short": [EMBEDDING, *[LayerSpec(Conjugating)] * 5, LayerSpec(Real), HEAD],
     "no elements": [EMBEDDING, *[LayerSpec(Empty)] * 5, LayerSpec(First), HEAD],
     "gradients in some micro-batches": [EMBEDDING, *[LayerSpec(Deciding)] * 5, LayerSpec(First), HEAD],
 }
