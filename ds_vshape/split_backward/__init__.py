@@ -7,6 +7,8 @@
     matrix.py       linear, matmul, mm, bmm, addmm, embedding
     convolution.py  conv1d, conv2d, conv3d
     norms.py        layer_norm, rms_norm
+    casts.py        autocast's casts of the operands, made ahead of the operator
+    autocast.py     W under the autocast that B found
     operators.py    the tables of operators, and why norms aren't in the default one
     mode.py         SplitBackward, the mode that reroutes the operators of a table
 """

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ds_vshape.split_backward.autocast import enabled_autocast
 from ds_vshape.split_backward.store import Buffers, Entry, WeightGradientStore
-from ds_vshape.split_backward.weights import is_deferrable
+from ds_vshape.split_backward.weights import CastWeight, Target, is_deferrable
 
 # What stands in for a torch function: takes the store and then the same arguments; NotImplemented leaves the call to
 # autograd.
@@ -132,20 +132,20 @@ class SplitFunction(torch.autograd.Function):
     @classmethod
     def apply_split(cls, store: WeightGradientStore, *arguments: Any) -> Any:
         """As `apply`, with the weight gradients left to `store`; NotImplemented if they can't be deferred."""
-        parameters: list[Parameter | None] = []
+        targets: list[Target | None] = []
         inputs = list(arguments)
         for position in cls.weight_arguments:
             weight = arguments[position]
             if weight is None or not weight.requires_grad:
-                parameters.append(None)
+                targets.append(None)
             elif is_deferrable(weight):
-                parameters.append(weight)
+                targets.append(weight.cast if isinstance(weight, CastWeight) else weight)
                 # An alias, so that B doesn't reach the parameter's own node of the graph: autograd would call
                 # DeepSpeed's hooks there, with no gradient to handle.
                 inputs[position] = weight.detach().requires_grad_()
             else:
                 return NotImplemented
-        if not any(parameter is not None for parameter in parameters):
+        if not any(target is not None for target in targets):
             return NotImplemented
         # Past Function.apply, whose care for torch.func costs some microseconds: no transform is active here.
         value = super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
@@ -153,7 +153,7 @@ class SplitFunction(torch.autograd.Function):
         for output in (value,) if isinstance(value, Tensor) else value:
             node: Any = output.grad_fn if isinstance(output, Tensor) else None
             if node is not None and getattr(node, "_forward_cls", None) is cls:
-                node.deferral = (store, tuple(parameters))
+                node.deferral = (store, tuple(targets))
                 break
         return value
 
@@ -184,14 +184,14 @@ def _backward(node: Any, *output_gradients: Any) -> Any:
         deferral = getattr(node, "deferral", None)
         if deferral is None:
             return _merge(function, input_gradients, function.backward_weight(context, *output_gradients))
-        store, parameters = deferral
+        store, targets = deferral
         context.keep(function.saved_for_weight)
         # Under create_graph the output gradients have a history too.
         kept = tuple(
             gradient.detach() if gradient is not None and gradient.requires_grad else gradient
             for gradient in output_gradients
         )
-        store.add(Entry(function, context, kept, parameters))
+        store.add(Entry(function, context, kept, targets, enabled_autocast()))
         return input_gradients
 
 

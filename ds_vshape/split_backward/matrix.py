@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from ds_vshape.split_backward.accumulate import add_batched_product, add_product, add_rows
 from ds_vshape.split_backward.function import Operators, SplitFunction
 from ds_vshape.split_backward.store import Buffers, WeightGradientStore
-from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias
+from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias, transposed_weight
 
 
 # As they are now: DeepSpeed's flops profiler wraps the names in torch for a while, and has counted the call that led
@@ -297,20 +297,8 @@ def _right_weight(matrix: Tensor) -> tuple[type[SplitFunction], Parameter] | Non
     """How to multiply by `matrix` from the right if it is a weight, or a weight's transpose as in x @ weight.t()."""
     if is_deferrable(matrix):
         return MatMul, matrix
-    weight = matrix._base
-    view = matrix.grad_fn
-    if view is None or not is_deferrable(weight):
-        return None
-    if matrix._backward_hooks or matrix.retains_grad:
-        return None  # someone expects a gradient of the view itself
-    is_transpose: bool = (
-        matrix.shape == weight.shape[::-1]
-        and matrix.stride() == weight.stride()[::-1]
-        and matrix.storage_offset() == weight.storage_offset()
-        # not a view of a view, nor one that someone wrote to
-        and getattr(view.next_functions[0][0], "variable", None) is weight
-    )
-    return (Linear, weight) if is_transpose else None
+    weight = transposed_weight(matrix)
+    return None if weight is None else (Linear, weight)
 
 
 def _on_rows(

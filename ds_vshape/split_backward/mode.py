@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ds_vshape.split_backward.function import Operators
+from ds_vshape.split_backward.autocast import is_autocast_enabled
+from ds_vshape.split_backward.casts import cast_arguments
+from ds_vshape.split_backward.function import Operator, Operators
 from ds_vshape.split_backward.operators import MATRIX_OPERATORS
 from ds_vshape.split_backward.store import WeightGradientStore
 
@@ -31,8 +33,8 @@ class SplitBackward(TorchFunctionMode):
 
     `operators` maps a torch function to its split counterpart (see `operators.py`). A call is left to autograd, which
     is correct and puts its weight gradient into B, when the function isn't in the table, its weight isn't a Parameter
-    or carries hooks (`weights.py`), an argument is of an exotic kind, autocast casts the operands, or a
-    torch.func transform or torch.compile traces it.
+    or carries hooks (`weights.py`), an argument is of an exotic kind, or a torch.func transform or torch.compile
+    traces it.
     """
 
     def __init__(self, store: WeightGradientStore, operators: Operators = MATRIX_OPERATORS) -> None:
@@ -54,14 +56,21 @@ class SplitBackward(TorchFunctionMode):
     ) -> Any:
         # Each torch call of the forward comes through here, attributes like x.shape included: one look-up decides.
         operator = self._operators.get(func)
-        if operator is not None and torch.is_grad_enabled() and not _is_traced_or_cast():
-            value = operator(self.store, *args, **kwargs) if kwargs else operator(self.store, *args)
+        if operator is not None and torch.is_grad_enabled() and not _is_traced():
+            if is_autocast_enabled():
+                value = self._under_autocast(operator, func, args, kwargs or {})
+            else:
+                value = operator(self.store, *args, **kwargs) if kwargs else operator(self.store, *args)
             if value is not NotImplemented:
                 return value
         elif func in _LOOKED_INTO and not torch.compiler.is_dynamo_compiling():
             with self:
                 return _LOOKED_INTO[func](*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _under_autocast(self, operator: Operator, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cast = cast_arguments(func, args, kwargs)
+        return NotImplemented if cast is None else operator(self.store, *cast[0], **cast[1])
 
 
 # Of this process: on a GPU a backward, and what it recomputes, runs in a thread of its own.
@@ -99,10 +108,6 @@ _LOOKED_INTO = {
 }
 
 
-def _is_traced_or_cast() -> bool:
-    """Whether torch.compile or a torch.func transform is tracing, or autocast is on."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-    )
+def _is_traced() -> bool:
+    """Whether torch.compile or a torch.func transform is tracing."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()

@@ -6,13 +6,16 @@ B puts entries in, W takes them out one by one, so that memory falls while W run
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from ds_vshape.split_backward.autocast import autocast_as, is_autocast_enabled
+from ds_vshape.split_backward.weights import Cast, Target, parameter_of
 
 if TYPE_CHECKING:
     from ds_vshape.split_backward.function import HalfContext, SplitFunction
@@ -43,18 +46,19 @@ class WholeGradients:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One backward_weight that waits: `parameters` stand in the order of the function's weight arguments, None where
-    an argument needs no gradient."""
+    """One backward_weight that waits: `targets` stand in the order of the function's weight arguments, None where an
+    argument needs no gradient. `autocast` is what was enabled in B."""
 
     function: type[SplitFunction]
     context: HalfContext
     output_gradients: tuple[Tensor | None, ...]
-    parameters: tuple[Parameter | None, ...]
+    targets: tuple[Target | None, ...]
+    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
         """How many numbers its gradients are."""
-        return sum(parameter.numel() for parameter in self.parameters if parameter is not None)
+        return sum(parameter_of(target).numel() for target in self.targets if target is not None)
 
     def tensors(self) -> Iterator[Tensor]:
         """What it keeps alive; parts of one memory may come more than once, and weights are among them."""
@@ -64,52 +68,59 @@ class Entry:
                     yield tensor
 
     def weight_gradients(self, delivery: Delivery) -> tuple[Tensor | None, ...]:
-        """The gradient of each parameter, in a memory layout that may be kept as `parameter.grad`; None where it has
-        been added to the delivery's buffer."""
+        """The gradient of each target, in a memory layout that may be kept as `parameter.grad`; None where it has been
+        added to the delivery's buffer."""
         self.context.check_unmodified()
-        buffers = tuple(None if parameter is None else delivery.buffer(parameter) for parameter in self.parameters)
-        gradients = self.function.accumulate_weight(self.context, buffers, *self.output_gradients)
+        buffers = tuple(None if target is None else delivery.buffer(parameter_of(target)) for target in self.targets)
+        if self.autocast or is_autocast_enabled():
+            with autocast_as(self.autocast):
+                gradients = self.function.accumulate_weight(self.context, buffers, *self.output_gradients)
+        else:
+            gradients = self.function.accumulate_weight(self.context, buffers, *self.output_gradients)
         if not isinstance(gradients, tuple):
             gradients = (gradients,)
-        if len(gradients) != len(self.parameters):
+        if len(gradients) != len(self.targets):
             raise RuntimeError(
                 f"{self.function.__name__}.backward_weight gave {len(gradients)} gradients for its "
-                f"{len(self.parameters)} weight arguments"
+                f"{len(self.targets)} weight arguments"
             )
         return tuple(
-            None if parameter is None or gradient is None else self._own(parameter, gradient)
-            for parameter, gradient in zip(self.parameters, gradients)
+            None if target is None or gradient is None else self._own(target, gradient)
+            for target, gradient in zip(self.targets, gradients)
         )
 
-    def _own(self, parameter: Parameter, gradient: Tensor) -> Tensor:
-        """`gradient`, copied where autograd would copy it before it becomes `parameter.grad`: when its memory is also
-        somebody else's, or is laid out unlike the parameter's."""
+    def _own(self, target: Target, gradient: Tensor) -> Tensor:
+        """`gradient`, copied where autograd would copy it before it becomes `parameter.grad`: when it is of another
+        dtype, its memory is also somebody else's, or it is laid out unlike the parameter."""
+        parameter = parameter_of(target)
         if gradient.shape != parameter.shape:
             raise RuntimeError(
                 f"{self.function.__name__}.backward_weight gave a gradient of shape {tuple(gradient.shape)} for a "
                 f"parameter of shape {tuple(parameter.shape)}"
             )
-        if gradient.stride() == parameter.stride() and not any(
+        if gradient.dtype == target.dtype and gradient.stride() == parameter.stride() and not any(
             torch._C._is_alias_of(gradient, other)  # type: ignore[attr-defined]
             for other in (*self.output_gradients, *self.context.saved_tensors)
             if other is not None
         ):
             return gradient
-        return torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
+        return torch.empty_like(parameter, dtype=target.dtype, requires_grad=False).copy_(gradient)
 
 
 class WeightGradientStore:
     """The weight gradients that one stage owes for one micro-batch, in the order in which B met them.
 
     The gradients of a parameter that the forward used several times are summed before they are delivered, in the
-    order of autograd's own sum, so that accumulation over micro-batches adds the same numbers as an unsplit backward.
+    order and the precision of autograd's own sums, so that accumulation over micro-batches adds the same numbers as an
+    unsplit backward.
     What a function adds to a buffer of the delivery is delivered with that.
     """
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque()
-        self._uses: dict[Parameter, int] = {}
-        self._partial_sums: dict[Parameter, Tensor] = {}
+        # Of a parameter: its uses, a cast being one. Of a cast: the operators that were given it.
+        self._uses: dict[Target, int] = {}
+        self._partial_sums: dict[Target, Tensor] = {}
         self._weights_left = 0
         # What may be done while this micro-batch's B waits for other ranks (tensor_parallel.py).
         self.meanwhile: Callable[[], None] = _nothing
@@ -119,7 +130,7 @@ class WeightGradientStore:
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The parameters whose gradients are waiting here, each once."""
-        return tuple(self._uses)
+        return tuple(target for target in self._uses if isinstance(target, Parameter))
 
     def tensors(self) -> Iterator[Tensor]:
         """What all entries keep alive, as in `Entry.tensors`, and the unfinished sums."""
@@ -130,9 +141,15 @@ class WeightGradientStore:
     def add(self, entry: Entry) -> None:
         """B: keep `entry` for W."""
         self._entries.append(entry)
-        for parameter in entry.parameters:
-            if parameter is not None:
-                self._uses[parameter] = self._uses.get(parameter, 0) + 1
+        for target in entry.targets:
+            if target is not None:
+                self._add_use(target)
+
+    def _add_use(self, target: Target) -> None:
+        uses = self._uses.get(target, 0)
+        self._uses[target] = uses + 1
+        if isinstance(target, Cast) and not uses:
+            self._add_use(target.parameter)
 
     def run(self, delivery: Delivery) -> None:
         """W: compute every gradient and hand it to `delivery`, freeing each entry as it's done."""
@@ -156,30 +173,33 @@ class WeightGradientStore:
         """
         with torch.no_grad():
             # The entry is dropped before delivery: what it kept isn't needed any more.
-            parameters, gradients = self._take(delivery)
-            for parameter, gradient in zip(parameters, gradients):
-                if parameter is not None:
-                    self._finish_use(parameter, gradient, delivery)
+            targets, gradients = self._take(delivery)
+            for target, gradient in zip(targets, gradients):
+                if target is not None:
+                    self._finish_use(target, gradient, delivery)
 
-    def _take(self, delivery: Delivery) -> tuple[tuple[Parameter | None, ...], tuple[Tensor | None, ...]]:
+    def _take(self, delivery: Delivery) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
         entry = self._entries.popleft()
-        return entry.parameters, entry.weight_gradients(delivery)
+        return entry.targets, entry.weight_gradients(delivery)
 
-    def _finish_use(self, parameter: Parameter, gradient: Tensor | None, delivery: Delivery) -> None:
-        total = self._partial_sums.pop(parameter, None)
+    def _finish_use(self, target: Target, gradient: Tensor | None, delivery: Delivery) -> None:
+        total = self._partial_sums.pop(target, None)
         if total is None:
             total = gradient
         elif gradient is not None:
             total.add_(gradient)
-        uses = self._uses[parameter] - 1
+        uses = self._uses[target] - 1
         if uses > 0:
-            self._uses[parameter] = uses
+            self._uses[target] = uses
             if total is not None:
-                self._partial_sums[parameter] = total
+                self._partial_sums[target] = total
             return
-        del self._uses[parameter]
-        if total is not None:
-            delivery.add(parameter, total)
+        del self._uses[target]
+        if isinstance(target, Cast):
+            parameter = target.parameter
+            self._finish_use(parameter, None if total is None else total.to(parameter.dtype), delivery)
+        elif total is not None:
+            delivery.add(target, total)
 
 
 def _nothing() -> None:

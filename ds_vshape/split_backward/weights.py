@@ -8,7 +8,38 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_PLAIN_TYPES = (Tensor, Parameter)
+
+class Cast:
+    """One cast of a parameter: the gradients of its uses add up in `dtype` before their sum is cast back."""
+
+    __slots__ = ("dtype", "parameter")
+
+    def __init__(self, parameter: Parameter, dtype: torch.dtype) -> None:
+        self.parameter, self.dtype = parameter, dtype
+
+
+class CastWeight(Parameter):
+    """A weight in the dtype in which autocast has it multiplied: memory of its own, outside the parameter's graph."""
+
+    cast: Cast
+
+    @classmethod
+    def of(cls, parameter: Parameter, values: Tensor) -> CastWeight:
+        """`values` as a cast of `parameter`."""
+        weight = cls(values)
+        weight.cast = Cast(parameter, values.dtype)
+        return weight
+
+
+# Whose gradient waits: the sums of a parameter, or of one cast of it.
+Target = Parameter | Cast
+
+_PLAIN_TYPES = (Tensor, Parameter, CastWeight)
+
+
+def parameter_of(target: Target) -> Parameter:
+    """The parameter that the gradient is for in the end."""
+    return target.parameter if isinstance(target, Cast) else target
 
 
 def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
@@ -18,7 +49,9 @@ def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
     expects autograd to produce its gradient. DeepSpeed's own post-accumulate hooks (ZeRO, BF16_Optimizer) don't count:
     whoever delivers the gradient does their work.
     """
-    if type(weight) is not Parameter or not weight.requires_grad or weight._backward_hooks:
+    if type(weight) is not Parameter:
+        return type(weight) is CastWeight and is_deferrable(weight.cast.parameter)
+    if not weight.requires_grad or weight._backward_hooks:
         return False
     if not weight.is_floating_point():  # The operators' formulas leave out the conjugates of complex numbers.
         return False
@@ -40,3 +73,21 @@ def is_plain_bias(bias: Any, size: int) -> bool:
     if bias is None:
         return True
     return is_plain(bias) and bias.shape == (size,) and (not bias.requires_grad or is_deferrable(bias))
+
+
+def transposed_weight(matrix: Tensor) -> Parameter | None:
+    """The weight of which `matrix` is the transpose, as in x @ weight.t(), if its gradient may be deferred."""
+    weight = matrix._base
+    view = matrix.grad_fn
+    if view is None or not is_deferrable(weight):
+        return None
+    if matrix._backward_hooks or matrix.retains_grad:
+        return None  # someone expects a gradient of the view itself
+    is_transpose: bool = (
+        matrix.shape == weight.shape[::-1]
+        and matrix.stride() == weight.stride()[::-1]
+        and matrix.storage_offset() == weight.storage_offset()
+        # not a view of a view, nor one that someone wrote to
+        and getattr(view.next_functions[0][0], "variable", None) is weight
+    )
+    return weight if is_transpose else None

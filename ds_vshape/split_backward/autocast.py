@@ -1,0 +1,33 @@
+"""Whether autocast is on. A backward under it runs its products in low precision, and W has to do as B did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+_DEVICES = ("cpu", "cuda")
+
+
+def is_autocast_enabled() -> bool:
+    """Whether autocast is on for any device."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def enabled_autocast() -> Mapping[str, torch.dtype]:
+    """The devices for which autocast is on, and its dtype there."""
+    if not is_autocast_enabled():
+        return {}
+    return {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
+
+
+@contextmanager
+def autocast_as(devices: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Autocast on for just these devices, without its cache."""
+    with ExitStack() as stack:
+        for device in enabled_autocast().keys() - devices.keys():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for device, dtype in devices.items():
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+        yield
