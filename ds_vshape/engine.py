@@ -118,7 +118,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._reduction = reduction_for(self, self._background, self._deliver)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
-                                        self._observer.activations, self.device)
+                                        self._observer.activations)
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
         # Whether forwards leave less than backwards do.

@@ -55,6 +55,18 @@ class Exchange:
         dist.all_gather(boxes, _box(encoded, longest), group=self._group)
         return [_unboxed(box) for box in boxes]
 
+    def text_of_first(self, own: str) -> str:
+        """The text that the first rank of the group gives, on all of them; collective."""
+        source = dist.get_process_group_ranks(self._group)[0]
+        encoded = own.encode(errors="replace") if dist.get_rank() == source else b""
+        size = torch.tensor([len(encoded)])
+        dist.broadcast(size, source, group=self._group)
+        if not int(size):
+            return ""
+        box = _box(encoded, int(size))
+        dist.broadcast(box, source, group=self._group)
+        return bytes(box.tolist()).decode()
+
     def texts_within(self, own: str, seconds: float) -> list[str | None]:
         """Every rank's text, cut where it is very long, and None for ranks that said nothing within `seconds`.
 

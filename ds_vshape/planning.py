@@ -1,4 +1,11 @@
-"""The job's planner: a process beside the training of one rank, whose answer all ranks get in the same call."""
+"""The job's planner: a process beside the training of one rank, whose answer all ranks get in the same call.
+
+A plan is worth something, but not a training. Whatever becomes of the process (it can't start, is killed or stopped,
+answers nonsense) all ranks are told in the same call, as PlannerFailed, and none waits longer than
+
+    SILENT_SECONDS    without a sign of life from it (ds_vshape/schedule/worker.py), or
+    LATE_SECONDS      after the time that it may plan for; it starts, compiles and ends in that.
+"""
 
 from __future__ import annotations
 
@@ -7,97 +14,176 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-import torch
-import torch.distributed as dist
-
-from ds_vshape.schedule.worker import Request
-
+from ds_vshape.exchange import Exchange
+from ds_vshape.p2p import PeerLost
+from ds_vshape.schedule.request import Answer, Request, check_schedule, read_answer
 
 WORKER = ["-m", "ds_vshape.schedule.worker"]
+SILENT_SECONDS = 60.0
+LATE_SECONDS = 300.0
+# Ranks that wait for an answer ask for it so often, so that none waits for long in a collective.
+_SECONDS_BETWEEN_QUESTIONS = 1.0
+# What is shared of an answer is preceded by one of these.
+_NOTHING, _FAILURE, _ANSWER = "", "!", "="
+
+
+class PlannerFailed(RuntimeError):
+    """There is no answer, and will be none; the message says why."""
 
 
 class PlanningProcess:
-    """A planner in a process of its own, which gives way to the training on the same cores."""
+    """A planner in a process of its own. Raises PlannerFailed if it can't start."""
 
     def __init__(self, request: Request) -> None:
-        self._answer = tempfile.TemporaryFile("w+")
-        with tempfile.TemporaryFile("w+") as questions:
-            json.dump(request.to_json(), questions)
-            questions.seek(0)
-            # Found wherever this process found the package, installed or not.
-            paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            self._process = subprocess.Popen(["nice", sys.executable, *WORKER, str(os.getpid())], stdin=questions,
-                                             stdout=self._answer,
-                                             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-        # It doesn't outlive the training; where that is killed, it sees so itself.
+        self._request = request
+        try:
+            self._answer = _file("answer")
+            with _file("request") as question:
+                question.write(json.dumps(request.to_json()).encode())
+                question.seek(0)
+                # Found wherever this process found the package, installed or not.
+                paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+                # A process group of its own: if it is stopped before it can ask to end with this process, the system
+                # ends it, as it does with stopped groups that nobody is left to continue.
+                self._process = subprocess.Popen([sys.executable, *WORKER, str(os.getpid())], stdin=question,
+                                                 stdout=self._answer, process_group=0,
+                                                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        except Exception as error:
+            # No memory, no files, no processes left: whatever it is, it is no reason to end a training.
+            raise PlannerFailed(f"the planning process can't start: {type(error).__name__}: {error}") from error
+        # It doesn't outlive the training; where that is killed, it sees so itself. (Linux ends it with the thread that
+        # started it, too.)
         weakref.finalize(self, self._process.kill)
+        self._started = self._alive = time.monotonic()
+        self._sign = 0
 
-    def answer(self, wait: bool) -> dict[str, Any] | None:
-        """What it found; None while it is at it, unless `wait`."""
-        status = self._process.wait() if wait else self._process.poll()
-        if status is None:
-            return None
-        with self._answer:
-            if status:
-                return {"crash": f"the planning process ended with status {status}; see its output above"}
-            self._answer.seek(0)
-            found: dict[str, Any] = json.load(self._answer)
-        return found
+    def answer(self, seconds: float) -> bytes | None:
+        """What it found, waited for up to `seconds`; None if it is still at it.
+
+        Raises PlannerFailed where there is no answer that is good for the request; the process has ended then.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        try:
+            self._check_size()
+            if self._process.returncode is None:
+                self._check_alive()
+                return None
+            text = self._read()
+        except PlannerFailed:
+            self.stop()
+            raise
+        self._answer.close()
+        return text
+
+    def _check_size(self) -> None:
+        if os.fstat(self._answer.fileno()).st_size > self._request.most_bytes:
+            raise PlannerFailed(f"the planning process wrote more than {self._request.most_bytes} bytes")
+
+    def _check_alive(self) -> None:
+        now, sign = time.monotonic(), os.fstat(self._answer.fileno()).st_mtime_ns
+        if sign != self._sign:
+            self._sign, self._alive = sign, now
+        if now - self._alive > SILENT_SECONDS:
+            raise PlannerFailed(f"the planning process gave no sign of life for {SILENT_SECONDS:g} s: is it stopped?")
+        if now - self._started > self._request.time_limit + LATE_SECONDS:
+            raise PlannerFailed(f"the planning process wasn't done {LATE_SECONDS:g} s after its "
+                                f"{self._request.time_limit:g} s")
+
+    def _read(self) -> bytes:
+        status = self._process.returncode
+        if status:
+            raise PlannerFailed(f"the planning process ended with status {status}; see its output above")
+        self._answer.seek(0)
+        text = self._answer.read()
+        try:
+            found = read_answer(text)
+            if "schedule" in found:
+                check_schedule(found["schedule"], self._request)
+        except ValueError as error:
+            raise PlannerFailed(f"the planning process gave no answer that can be used: {error}") from None
+        return text
 
     def stop(self) -> None:
         """End it, whatever it is at."""
         self._process.kill()
-        self._process.wait()
+        # What hangs in the system itself is left to it.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
         self._answer.close()
+
+
+def _file(name: str) -> IO[bytes]:
+    """A file without a name, in memory where the system has such: a folder for temporary files may be full or gone."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create(f"ds_vshape {name}"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 class Planner:
     """The job's planner: global rank 0 runs it, all ranks get its answer in the same call.
 
     Args:
-        device: where the job's collectives take place.
+        exchange: of all ranks of the job.
+        is_first: whether this is global rank 0.
+        seconds: how long a rank waits for another in the exchange.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, exchange: Exchange, is_first: bool, seconds: float) -> None:
+        self._exchange, self._is_first = exchange, is_first
+        self._interval = min(_SECONDS_BETWEEN_QUESTIONS, seconds / 4)
         self._process: PlanningProcess | None = None
+        self._failure: PlannerFailed | None = None
 
     def start(self, request: Request) -> None:
         """Plan `request` from now on; a planning that is still at it is given up."""
-        if dist.get_rank() == 0:
-            if self._process is not None:
-                self._process.stop()
+        if not self._is_first:
+            return
+        if self._process is not None:
+            self._process.stop()
+        self._process = self._failure = None
+        try:
             self._process = PlanningProcess(request)
+        except PlannerFailed as failure:
+            self._failure = failure
 
-    def poll(self) -> Mapping[str, Any] | None:
-        """The answer if it is there, on every rank or on none (collective)."""
-        return self._share(wait=False)
+    def poll(self) -> Answer | None:
+        """The answer if it is there, on every rank or on none (collective). Raises PlannerFailed on every rank if there
+        will be none, and PeerLost if a rank doesn't come.
+        """
+        return self._share(0.0)
 
-    def wait(self) -> Mapping[str, Any]:
-        """The answer, on every rank (collective)."""
-        found = self._share(wait=True)
-        assert found is not None
+    def wait(self) -> Answer:
+        """The answer, on every rank (collective); raises as `poll` does."""
+        while (found := self._share(self._interval)) is None:
+            pass
         return found
 
-    def _share(self, wait: bool) -> Mapping[str, Any] | None:
-        text = b""
+    def _share(self, seconds: float) -> Answer | None:
+        try:
+            told = self._exchange.text_of_first(self._news(seconds) if self._is_first else "")
+        except RuntimeError as error:
+            raise PeerLost("not all ranks came to ask for the planner's answer: "
+                           f"{str(error).partition(chr(10))[0]}") from error
+        if told.startswith(_FAILURE):
+            raise PlannerFailed(told.removeprefix(_FAILURE))
+        return read_answer(told.removeprefix(_ANSWER).encode()) if told else None
+
+    def _news(self, seconds: float) -> str:
+        """What global rank 0 has to tell after waiting for up to `seconds`."""
+        failure, text = self._failure, None
         if self._process is not None:
-            found = self._process.answer(wait)
-            if found is not None:
-                self._process = None
-                text = json.dumps(found).encode()
-        length = torch.tensor([len(text)], device=self._device)
-        dist.broadcast(length, 0)
-        if not int(length):
-            return None
-        message = torch.empty(int(length), dtype=torch.uint8, device=self._device)
-        if text:
-            message.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        dist.broadcast(message, 0)
-        answer: Mapping[str, Any] = json.loads(bytes(message.tolist()))
-        return answer
+            try:
+                text = self._process.answer(seconds)
+            except PlannerFailed as failed:
+                failure = failed
+        if failure is None and text is None:
+            return _NOTHING
+        self._process = self._failure = None
+        return f"{_FAILURE}{failure}" if text is None else _ANSWER + text.decode()

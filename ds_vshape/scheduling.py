@@ -18,19 +18,20 @@ from __future__ import annotations
 import enum
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 
 from ds_vshape.config import KEY, ScheduleConfig
 from ds_vshape.demands import check_demands
-from ds_vshape.planning import Planner
+from ds_vshape.exchange import Exchange
+from ds_vshape.p2p import PeerLost
+from ds_vshape.planning import Planner, PlannerFailed
 from ds_vshape.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import cache
@@ -39,9 +40,9 @@ from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, 
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.request import Answer, Planned, Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Times, simulate
-from ds_vshape.schedule.worker import Request, planned
 
 # The first allocates and exchanges shapes, in the second the engine measures activations.
 WARM_UP_BATCHES = 2
@@ -70,19 +71,22 @@ class StageSamples:
         return table
 
 
-def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placement, device: torch.device) -> Times:
-    """The times that all ranks plan with (collective).
+def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placement, exchange: Exchange) -> Times:
+    """The times that all ranks plan with (collective over `exchange`).
 
     Of each pass the mean over the job's pipelines, of each hop the slowest pipeline's: `hops` are those that this rank
     measured, 0 for all other boundaries.
     """
-    table = torch.tensor(samples.medians(placement.stages), dtype=torch.float64, device=device)
-    dist.all_reduce(table)
-    slowest = torch.tensor(hops, dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    pipelines = dist.get_world_size() // placement.ranks
-    forward, input_grad, weight_grad = (table / pipelines).t().tolist()
-    return Times(tuple(forward), tuple(input_grad), tuple(weight_grad), tuple(slowest.tolist()))
+    stages = placement.stages
+    own = [seconds for row in samples.medians(stages) for seconds in row]
+    try:
+        every = exchange.start_numbers([*own, *hops]).result()
+    except RuntimeError as error:
+        raise PeerLost(f"not all ranks told their times: {str(error).partition(chr(10))[0]}") from error
+    pipelines = len(every) // placement.ranks
+    means = [sum(seconds) / pipelines for seconds in zip(*(numbers[:3 * stages] for numbers in every))]
+    slowest = map(max, zip(*(numbers[3 * stages:] for numbers in every)))
+    return Times(tuple(means[0::3]), tuple(means[1::3]), tuple(means[2::3]), tuple(slowest))
 
 
 class Schedules(Protocol):
@@ -100,14 +104,18 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  measured_activations: Callable[[], Activations], device: torch.device) -> Schedules:
-    """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together."""
+                  measured_activations: Callable[[], Activations]) -> Schedules:
+    """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
+
+    Collective over the job, as all that the source does.
+    """
     check_demands(config)
+    if config.times != "profile" and config.name != ADAPTIVE:
+        return NamedSchedules(config, placement)
+    exchange = Exchange(config.timeout_seconds)
     if config.times == "profile":
-        return MeasuredSchedules(config, placement, measure_hops, measured_activations, device)
-    if config.name == ADAPTIVE:
-        return PlannedSchedules(config, placement, device)
-    return NamedSchedules(config, placement)
+        return MeasuredSchedules(config, placement, measure_hops, measured_activations, exchange)
+    return PlannedSchedules(config, placement, exchange)
 
 
 @dataclass(frozen=True)
@@ -133,14 +141,11 @@ class NamedSchedules:
 class PlannedSchedules:
     """The planner's schedule for equal times; training waits for it."""
 
-    def __init__(self, config: ScheduleConfig, placement: Placement, device: torch.device) -> None:
-        self._config, self._placement = config, placement
-        self._planner = Planner(device)
+    def __init__(self, config: ScheduleConfig, placement: Placement, exchange: Exchange) -> None:
+        self._first_plans = _FirstPlans(config, placement, _planner(config, exchange))
 
     def first(self, micro_batches: int) -> Schedule:
-        times = Times.uniform(self._placement.stages)
-        self._planner.start(request_for(self._config, self._placement, micro_batches, times))
-        return _planned(self._planner.wait(), self._config)
+        return self._first_plans.wait(micro_batches)
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         return None
@@ -148,6 +153,34 @@ class PlannedSchedules:
     @property
     def times(self) -> Times | None:
         return None
+
+
+@dataclass(frozen=True)
+class _FirstPlans:
+    """Plans for equal times, without which no batch can start."""
+
+    config: ScheduleConfig
+    placement: Placement
+    planner: Planner
+
+    def wait(self, micro_batches: int) -> Schedule:
+        """The planner's schedule (collective); where the planner fails, the table's fastest within the limit.
+
+        Raises PipelineError on every rank if there is neither.
+        """
+        times = Times.uniform(self.placement.stages)
+        self.planner.start(request_for(self.config, self.placement, micro_batches, times))
+        try:
+            return _planned(self.planner.wait(), self.config)["schedule"]
+        except PlannerFailed as failure:
+            named = _named_within(self.config, self.placement.ranks, micro_batches)
+            if named is None:
+                raise PipelineError(f"{_asked(self.config)}: {failure}. No schedule of the table keeps to the limit, "
+                                    "so there is none to train by without a plan") from failure
+            if dist.get_rank() == 0:
+                logger.error(f"{_asked(self.config)}: {failure}. Training goes by {named.name}, the fastest schedule "
+                             "of the table within the limit")
+            return named
 
 
 class _Phase(enum.Enum):
@@ -165,14 +198,14 @@ class MeasuredSchedules:
         placement: of the model's stages.
         measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
         measured_activations: the sizes of all stages in bytes, known after the warm-up (collective over a pipeline).
-        device: where the job's collectives take place.
+        exchange: of all ranks of the job.
     """
 
     def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                 measured_activations: Callable[[], Activations], device: torch.device) -> None:
-        self._config, self._placement, self._device = config, placement, device
+                 measured_activations: Callable[[], Activations], exchange: Exchange) -> None:
+        self._config, self._placement, self._exchange = config, placement, exchange
         self._measure_hops, self._measured_activations = measure_hops, measured_activations
-        self._planner = Planner(device)
+        self._planner = _planner(config, exchange)
         self._micro_batches = 0
         self._times: Times | None = None
         self._enter(_Phase.WARM_UP)
@@ -190,9 +223,7 @@ class MeasuredSchedules:
         """A schedule for equal times within the memory limit, in which every B and W can be timed."""
         safe = _named_within(self._config, self._placement.ranks, self._micro_batches)
         if safe is None:
-            equal = Times.uniform(self._placement.stages)
-            self._planner.start(request_for(self._config, self._placement, self._micro_batches, equal))
-            safe = _planned(self._planner.wait(), self._config)
+            safe = _FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches)
         return unfused(safe)
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
@@ -201,7 +232,7 @@ class MeasuredSchedules:
             return None
         self._batches += 1
         if self._phase is _Phase.PLAN:
-            return self._take_plan(self._planner.poll())
+            return self._take_plan()
         if self._phase is _Phase.WARM_UP:
             if self._batches == WARM_UP_BATCHES:
                 self._enter(_Phase.MEASURE)
@@ -229,22 +260,25 @@ class MeasuredSchedules:
         self._planner.start(request)
         self._enter(_Phase.PLAN)
 
-    def _take_plan(self, answer: Mapping[str, Any] | None) -> Schedule | None:
-        if answer is None:
-            return None
-        if "crash" in answer:
+    def _take_plan(self) -> Schedule | None:
+        try:
+            answer = self._planner.poll()
+        except PlannerFailed as failure:
             # Training goes on as it is: a plan is worth something, but not the batches done.
             if dist.get_rank() == 0:
-                logger.error(f"pipeline_schedule {self._config.name} stays as it is: {answer['crash']}")
+                logger.error(f"{KEY} {self._config.name} stays as it is: {failure}")
             self._enter(_Phase.SETTLED)
             return None
-        schedule = _planned(answer, self._config)
+        if answer is None:
+            return None
+        found = _planned(answer, self._config)
+        schedule = found["schedule"]
         if dist.get_rank() == 0:
             assert self._times is not None
             timeline = simulate(schedule, self._times)
-            logger.info(f"pipeline_schedule {schedule.name}: planned in {answer['planning_s']:.1f} s beside "
+            logger.info(f"{KEY} {schedule.name}: planned in {found['planning_s']:.1f} s beside "
                         f"{self._batches} batches; makespan {timeline.makespan:.4f} s with the measured times, bubble "
-                        f"{timeline.bubble:.1%}, no schedule is below {answer['lower_bound']:.4f} s")
+                        f"{timeline.bubble:.1%}, no schedule is below {found['lower_bound']:.4f} s")
         self._enter(_Phase.SETTLED)
         return schedule
 
@@ -268,7 +302,7 @@ class MeasuredSchedules:
         return self._safe_schedule()
 
     def _agreed_times(self) -> Times:
-        return agreed_times(self._samples, self._measure_hops(), self._placement, self._device)
+        return agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange)
 
 
 def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int, times: Times) -> Request:
@@ -286,7 +320,7 @@ def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int
 
 
 def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
-    """The schedule of the table that `config` asks for, or for an adaptive one the largest that fits its limit."""
+    """The schedule of the table that `config` asks for, or for an adaptive one the fastest within its limit."""
     if config.name != ADAPTIVE:
         schedule = build(config.name, ranks, micro_batches)
         check_memory_limit(schedule, config.memory_limit)
@@ -297,17 +331,23 @@ def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Sch
     if isinstance(limit, int):
         return min(schedules, key=fraction_of_1f1b)
     fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
-    return max(fitting, key=fraction_of_1f1b, default=None)
+    equal = Times.uniform(2 * ranks)
+    return min(fitting, key=lambda schedule: simulate(schedule, equal).makespan, default=None)
 
 
-def _planned(answer: Mapping[str, Any], config: ScheduleConfig) -> Schedule:
-    asked = f"{KEY} = {config.model_dump(exclude_defaults=True)}"
-    if "crash" in answer:
-        raise PipelineError(f"{asked}: {answer['crash']}")
-    try:
-        return planned(answer)
-    except ValueError as error:
-        raise PipelineError(f"{asked}: {error}") from None
+def _planner(config: ScheduleConfig, exchange: Exchange) -> Planner:
+    return Planner(exchange, dist.get_rank() == 0, config.timeout_seconds)
+
+
+def _asked(config: ScheduleConfig) -> str:
+    return f"{KEY} = {config.model_dump(exclude_defaults=True)}"
+
+
+def _planned(answer: Answer, config: ScheduleConfig) -> Planned:
+    """The plan in an answer; PipelineError if the limits of `config` can't be met."""
+    if "schedule" in answer:
+        return answer
+    raise PipelineError(f"{_asked(config)}: {answer['error']}")
 
 
 def moved_by(now: Times, then: Times) -> float:

@@ -1,0 +1,110 @@
+"""What a planner in a process of its own is asked and answers, as JSON.
+
+Planning takes seconds of pure Python. In another process, which imports neither torch nor deepspeed, it doesn't hold up
+the training that goes on meanwhile. What comes back is looked at before anything is trained by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, final
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
+from ds_vshape.schedule.choose import schedule_for
+from ds_vshape.schedule.named import placement_of
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes, read_json,
+                                       schedule_to_json, times_from_json, times_to_json)
+from ds_vshape.schedule.timeline import Times, simulate
+
+# Of an answer without its schedule.
+_REST_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit."""
+
+    name: str
+    ranks: int
+    micro_batches: int
+    times: Times
+    activations: Activations
+    limits: tuple[float, ...] | None
+    time_limit: float
+    cache: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as plain values."""
+        return {**vars(self), "times": times_to_json(self.times), "activations": activations_to_json(self.activations)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Request:
+        """The request that `to_json` wrote."""
+        limits = None if data["limits"] is None else tuple(data["limits"])
+        return cls(**{**data, "limits": limits, "times": times_from_json(data["times"]),
+                      "activations": activations_from_json(data["activations"])})
+
+    @property
+    def most_bytes(self) -> int:
+        """No answer is longer."""
+        return most_bytes(self.ranks, self.micro_batches, Problem.max_pieces) + _REST_BYTES
+
+
+_Finite = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+@final
+class Planned(TypedDict):
+    """The schedule, a bound that no makespan is below in the unit of the times, and how long planning took."""
+
+    schedule: JsonSchedule
+    lower_bound: _Finite
+    planning_s: _Finite
+
+
+@final
+class Refused(TypedDict):
+    """Why no schedule keeps to the limits."""
+
+    error: Annotated[str, Field(strict=True)]
+
+
+Answer = Planned | Refused
+_ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
+
+
+def answer(request: Request) -> dict[str, Any]:
+    """The planned schedule, or the error that says why limits can't be met, as plain values."""
+    cache = None if request.cache is None else Path(request.cache)
+    try:
+        plan = schedule_for(request.name, request.ranks, request.micro_batches, request.times, request.activations,
+                            limits=request.limits, time_limit=request.time_limit, cache=cache)
+    except LimitError as error:
+        return {"error": str(error)}
+    return {"schedule": schedule_to_json(plan.schedule), "lower_bound": plan.lower_bound, "planning_s": plan.planning_s}
+
+
+def read_answer(text: bytes) -> Answer:
+    """The answer in `text`; ValueError if there is none."""
+    return read_json(text, _ANSWER)
+
+
+def check_schedule(schedule: Schedule, request: Request) -> None:
+    """ValueError unless `schedule` is one that `request` asks for, and runs to its end."""
+    asked = request.name, placement_of(request.name, request.ranks), request.micro_batches
+    if (schedule.name, schedule.placement, schedule.micro_batches) != asked:
+        raise ValueError(f"it is {schedule.name!r} for {schedule.placement.ranks} ranks ({schedule.placement.name}) "
+                         f"and {schedule.micro_batches} micro-batches, not {request.name!r} for {request.ranks} "
+                         f"({asked[1].name}) and {request.micro_batches}")
+    check(schedule)
+    simulate(schedule, request.times)
+    found = peaks(schedule, request.activations)
+    if request.limits and any(peak > limit * (1 + SLACK) for peak, limit in zip(found, request.limits, strict=True)):
+        raise ValueError("it takes more memory than the limits allow")
