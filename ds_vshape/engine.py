@@ -173,12 +173,21 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def _adopt(self, schedule: Schedule) -> None:
         """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
-        knows_sizes = isinstance(self.module.schedule_config.memory_limit, int)
+        in_bytes = isinstance(self.module.schedule_config.memory_limit, int)
+        knows_sizes = in_bytes and not self._observer.couldnt_measure
         self.use_schedule(with_few_pending(schedule) if self._recomputes and not knows_sizes else schedule)
+
+    def _agree_on_sizes(self) -> None:
+        unknown = self._observer.agree_on_sizes()
+        if unknown:
+            self._log(f"activations couldn't be measured in training batch {METERED_BATCH + 1}, and their sizes stay "
+                      f"unknown: {unknown}")
 
     def _look_at_sizes(self) -> None:
         """A layer may recompute on its own; that shows when activations are measured."""
         activations = self._observer.activations()
+        if activations is None:
+            return
         if sum(activations.kept) > _RECOMPUTED * sum(activations.whole) and not self._recomputes:
             self._recomputes = True
             for plan in list(self._plans.values()):
@@ -191,6 +200,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
                 around.enter_context(follower.batch())
             around.enter_context(self._batch_timer())
             loss = super().train_batch(data_iter)
+            if self._observer.batches == METERED_BATCH + 1:
+                self._agree_on_sizes()
         better = self._schedules.after_batch(*self._observer.last_batch())
         if better is not None:
             self._adopt(better)
@@ -256,7 +267,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return 0
 
     def memory_report(self) -> tuple[RankMemory, ...]:
-        """The bytes that each pipeline rank needs; to be called on every rank, after two training batches."""
+        """The bytes that each pipeline rank needs; to be called on every rank, after two training batches. Activations
+        are None where they couldn't be measured, which the log has said."""
         return self._observer.memory(self.schedule())
 
     def _log(self, line: str) -> None:
@@ -314,6 +326,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         except PeerLost as error:
             raise PeerLost(f"pipeline rank {self.stage_id} on {socket.gethostname()} waits in {_name_of(instruction)}: "
                            f"{error}; the last batch done is number {self.global_steps}") from error
+        finally:
+            self._observer.abandon_batch()
         signatures = self._channels.end_batch()
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:

@@ -49,9 +49,9 @@ class Exchange:
         """Every rank's text, in rank order; collective."""
         encoded = own.encode()
         longest = self.largest(len(encoded))
-        boxes = [_box(b"", longest) for _ in range(dist.get_world_size(self._group))]
         if not longest:
-            return ["" for _ in boxes]
+            return [""] * dist.get_world_size(self._group)
+        boxes = [_box(b"", longest) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(boxes, _box(encoded, longest), group=self._group)
         return [_unboxed(box) for box in boxes]
 

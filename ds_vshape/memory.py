@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_vshape.gradients import sums_so_far
+from ds_vshape.allocations import AllocationWatcher, CannotWatch, Watched
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, Working, peaks, working_peaks
 from ds_vshape.schedule.lowering import lower
@@ -35,24 +35,14 @@ class Storages:
 
     def add(self, tensors: Iterable[Any]) -> None:
         """Take in the memory of `tensors`; what is no tensor is passed over, and what has no plain storage too."""
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                self._bytes[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
-
-    def __or__(self, other: Storages) -> Storages:
-        both = Storages()
-        both._bytes = self._bytes | other._bytes
-        return both
+        for tensor in _strided(tensors):
+            ref, _, size = _reference(tensor)
+            self._bytes[ref] = size
 
     def __sub__(self, other: Storages) -> Storages:
         rest = Storages()
         rest._bytes = {ref: size for ref, size in self._bytes.items() if ref not in other._bytes}
         return rest
-
-    def prune(self) -> None:
-        """Forget what isn't alive any more."""
-        self._bytes = {ref: size for ref, size in self._bytes.items() if not _expired(ref)}
 
     def nbytes(self) -> int:
         """The bytes of all that is alive."""
@@ -64,139 +54,210 @@ def _expired(ref: StorageWeakRef) -> bool:
     return bool(ref.expired())  # type: ignore[no-untyped-call]
 
 
-class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds the memory of every operator's results to what was `alive` before, but for `apart`; notes the most of it.
-
-    `apart` is what is counted elsewhere: weights, and the sums of gradients, to which operators add in place.
-    """
-
-    def __init__(self, alive: Storages, apart: Storages) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.alive, self._apart = alive, apart
-        self.most = alive.nbytes()
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled layers stay compiled: torch would run them eagerly for this mode, and a checkpoint of one, which is
-        compiled when it's recomputed, would then find other tensors than were saved."""
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.alive |= Storages(tree_leaves(result)) - self._apart
-        self.alive.prune()
-        self.most = max(self.most, self.alive.nbytes())
-        return result
-
-
 class ActivationMeter:
-    """Sizes of the activations of this rank's stages, and what its passes need beside them, in bytes for one
+    """Sizes of the activations of this rank's stages, and what its passes need besides them, in bytes for one
     micro-batch.
 
-        with meter.forward(work, inputs):
+        meter.start()
+        with meter.forward(work, inputs, labels):
             outputs = ...                               an F
-        meter.after_forward(work, inputs, outputs)
         with meter.backward(work):
             ...                                         the B or BW of the same stage and micro-batch
         meter.after_backward(work, store)               if it was a B
         with meter.weights(work, store):
             ...                                         a W, or a piece of it
+        meter.stop()
 
     Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. A B and a BW
     of each stage, if it has both: where layers are recomputed a B keeps more the further it gets. Operators run slower
     inside, so times are no times.
 
-    A forward leaves what the graph saved, what nodes of the graph hold beside it (as DeepSpeed's checkpoints do), and
-    the stage's inputs; not `module`'s parameters, buffers and gradients, and not the outputs unless the graph saved
-    them too.
+    A forward leaves what is alive at the start of its backward: memory that it took, the stage's inputs, and labels
+    that the graph saved; not `module`'s parameters and buffers, and not outputs unless the graph saved them too.
+
+    Nothing here raises into the passes, nor changes what they do: what can't be measured has `unknown` say why.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device_type: str) -> None:
         self.whole: dict[int, int] = {}
         self.kept: dict[int, int] = {}
+        self.unknown: str | None = None
         # The most that was alive in each kind of pass, of what `whole` and `kept` count in part; and the inputs.
         self._most: dict[tuple[Kind, int], int] = {}
         self._inputs: dict[int, int] = {}
         self._module = module
-        # By stage and micro-batch.
-        self._left: dict[tuple[int, int], Storages] = {}
-        self._alive = self._saved = Storages()
+        self._watcher = AllocationWatcher(device_type)
+        self._spans: list[_Span] = []
+
+    def start(self) -> None:
+        """Before the first pass that is measured."""
+        for found in (self.whole, self.kept, self._most, self._inputs):
+            found.clear()
+        self._spans.clear()
+        self.unknown = None
+        with self._measuring():
+            self._watcher.start()
+
+    def stop(self) -> None:
+        """After the last one."""
+        with self._measuring():
+            self._add_up(self._watcher.stop())
+        self.drop()
+
+    def drop(self) -> None:
+        """Measure no further: the batch has failed, or begins again."""
+        self._watcher.drop()
+        self._spans.clear()
 
     @contextmanager
-    def forward(self, work: Pass, inputs: Any) -> Iterator[None]:
-        """Around an F; nothing else may run inside."""
-        self._saved = Storages()
-
-        def pack(tensor: Tensor) -> Tensor:
-            self._saved.add([tensor])
-            return tensor
-
-        received = Storages(tree_leaves(inputs))
-        self._inputs[work.stage] = received.nbytes()
-        with saved_tensors_hooks(pack, _itself), self._watched(work, received):
+    def forward(self, work: Pass, inputs: Any, labels: Any = None) -> Iterator[None]:
+        """Around an F; `inputs` and `labels` are a tensor or nested ones."""
+        span = _Span(work)
+        with self._measuring():
+            span.alive = _addresses(tree_leaves(inputs))
+            self._inputs[work.stage] = sum(span.alive.values())
+            span.labels = [*map(_reference, _strided(tree_leaves(labels)))]
+            if not span.alive:
+                raise CannotWatch(f"micro-batch {work.micro_batch} of stage {work.stage} was empty")
+        with self._watched(span):
             yield
-
-    def after_forward(self, work: Pass, inputs: Any, outputs: Any) -> None:
-        """When F has ended and its local variables are gone; `inputs` and `outputs` are a tensor or nested ones."""
-        only_passed_on = Storages(tree_leaves(outputs)) - self._saved
-        left = (self._alive | self._saved) - only_passed_on | Storages(tree_leaves(inputs))
-        left -= _model(self._module)
-        self._left[work.stage, work.micro_batch] = left
-        self.whole[work.stage] = left.nbytes()
+        with self._measuring():
+            span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
 
     @contextmanager
     def backward(self, work: Pass) -> Iterator[None]:
         """Around the B or BW of what was measured in F."""
-        with self._watched(work, self._left.pop((work.stage, work.micro_batch))):
+        span = _Span(work)
+        with self._measuring():
+            forward = next(span for span in self._spans if span.work == Pass(Kind.F, work.stage, work.micro_batch))
+            span.apart = forward.apart
+            saved = {address: size for ref, address, size in forward.labels if not _expired(ref)}
+            span.alive = {**forward.alive, **saved}
+        with self._watched(span):
             yield
 
     def after_backward(self, work: Pass, store: WeightGradientStore) -> None:
         """When B has ended; `store` is what it leaves to W."""
-        self.kept[work.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
+        with self._measuring():
+            self.kept[work.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
 
     @contextmanager
     def weights(self, work: Pass, store: WeightGradientStore) -> Iterator[None]:
         """Around W, which empties `store`."""
-        with self._watched(work, Storages(store.tensors()) - _model(self._module)):
+        span = _Span(work)
+        with self._measuring():
+            span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
+            span.alive = _addresses(store.tensors())
+        with self._watched(span):
             yield
 
     @contextmanager
-    def _watched(self, work: Pass, alive: Storages) -> Iterator[None]:
-        apart = _model(self._module) | Storages(sums_so_far(self._module.parameters()))
-        with _Watched(alive, apart) as watched:
+    def _measuring(self) -> Iterator[None]:
+        """Around what is done for the measurement alone: an error ends it, and nothing else."""
+        try:
             yield
-        self._alive = watched.alive
-        kind = work.kind, work.stage
-        self._most[kind] = max(watched.most, self._most.get(kind, 0))
+        except Exception as error:
+            if self.unknown is None:
+                self.unknown = str(error) if isinstance(error, CannotWatch) else f"{type(error).__name__}: {error}"
+            self.drop()
 
-    def gather(self, placement: Placement, group: Any, device: torch.device) -> tuple[Activations, Working]:
-        """The sizes of all stages, on every rank of the pipeline's `group` (collective).
+    @contextmanager
+    def _watched(self, span: _Span) -> Iterator[None]:
+        with self._watcher.span() as span.number:
+            yield
+        self._spans.append(span)
+
+    def _add_up(self, watched: Watched) -> None:
+        """Go through all that was allocated and freed."""
+        changes = deque(watched.changes)
+        # By stage and micro-batch: what its F took and nobody has given back.
+        left: dict[tuple[int, int], dict[int, int]] = {}
+
+        def take_until(time: float, alive: dict[int, int]) -> int:
+            """The most that is alive until `time`, of `alive` and what comes to it."""
+            most = now = sum(alive.values())
+            while changes and changes[0].time <= time:
+                change = changes.popleft()
+                if change.size > 0:
+                    alive[change.address] = change.size
+                    now += change.size
+                    most = max(most, now)
+                else:
+                    now -= alive.pop(change.address, 0)
+                    for of_forward in left.values():
+                        of_forward.pop(change.address, None)
+            return most
+
+        for span in self._spans:
+            start, end = watched.spans[span.number]
+            take_until(start, {})
+            work, buffer = span.work, (span.work.stage, span.work.micro_batch)
+            alive = _without({**span.alive, **left.pop(buffer, {})}, span.apart)
+            if work.kind.gives_input_gradient:
+                self.whole[work.stage] = sum(alive.values())
+            before = set(alive)
+            kind = work.kind, work.stage
+            self._most[kind] = max(take_until(end, alive), self._most.get(kind, 0))
+            if work.kind is Kind.F:
+                left[buffer] = _without({address: alive[address] for address in alive.keys() - before}, span.apart)
+
+    def gather(self, placement: Placement, device: torch.device) -> tuple[Activations, Working] | None:
+        """The sizes of all stages, the largest of all replicas, on every rank of the job (collective); None where they
+        are unknown to one of them.
 
         A stage whose B wasn't measured counts as one that keeps all until W, and its B as its BW, or the other way
-        round. RuntimeError if one of its F wasn't.
+        round.
         """
-        own = torch.zeros(7, placement.stages, dtype=torch.int64)
+        own = torch.zeros(8, placement.stages, dtype=torch.int64)
         for stage, whole in self.whole.items():
             kept = self.kept.get(stage, whole)
             backward = [self._most.get((kind, stage), 0) for kind in (Kind.B, Kind.BW)]
             beside = (self._most.get((Kind.F, stage), 0) - whole, *((one or max(backward)) - whole for one in backward),
                       self._most.get((Kind.W, stage), 0) - kept)
-            own[:, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in beside), self._inputs[stage]])
+            own[:-1, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in beside), self._inputs[stage]])
+        own[-1] = self.unknown is not None
         own = own.to(device)
-        dist.all_reduce(own, group=group)
-        rows = [tuple(map(float, of_stages)) for of_stages in own.tolist()]
-        if 0 in rows[0]:
-            raise RuntimeError(f"the activations of stage {rows[0].index(0)} haven't been measured")
-        return Activations(*rows[:2]), Working(*rows[2:])
+        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        *rows, unknown = [tuple(map(float, of_stages)) for of_stages in own.tolist()]
+        return None if any(unknown) or 0 in rows[0] else (Activations(*rows[:2]), Working(*rows[2:]))
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+@dataclass(eq=False)
+class _Span:
+    """A pass that is measured: memory by its address."""
+
+    work: Pass
+    number: int = 0
+    # When it starts, without what the forward left.
+    alive: dict[int, int] = field(default_factory=dict)
+    # Parameters and buffers.
+    apart: dict[int, int] = field(default_factory=dict)
+    labels: list[tuple[StorageWeakRef, int, int]] = field(default_factory=list)
 
 
-def predict_memory(engine: Any, schedule: Schedule, activations: Activations,
-                   working: Working) -> tuple[RankMemory, ...]:
-    """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective).
+def _without(memory: dict[int, int], apart: dict[int, int]) -> dict[int, int]:
+    return {address: size for address, size in memory.items() if address not in apart}
+
+
+def _strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided)
+
+
+def _addresses(tensors: Iterable[Any]) -> dict[int, int]:
+    """The memory of tensors, each piece once."""
+    storages = (tensor.untyped_storage() for tensor in _strided(tensors))
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:
+    storage = tensor.untyped_storage()
+    return StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()  # type: ignore[no-untyped-call]
+
+
+def predict_memory(engine: Any, schedule: Schedule,
+                   sizes: tuple[Activations, Working] | None) -> tuple[RankMemory, ...]:
+    """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective); nothing is
+    said of activations where their `sizes` are unknown.
 
     To be called after the first step: torch's optimizers make their moments in it.
     """
@@ -205,11 +266,14 @@ def predict_memory(engine: Any, schedule: Schedule, activations: Activations,
                        device=engine.device)
     every = [torch.empty_like(own) for _ in schedule.orders]
     dist.all_gather(every, own, group=engine.grid.get_pipe_parallel_group())
-    programs = lower(schedule, Times.uniform(schedule.placement.stages))
-    found = zip(torch.stack(every).tolist(), peaks(schedule, activations),
-                working_peaks(programs, activations, working), strict=True)
-    return tuple(RankMemory(parameters, gradients, optimizer, round(peak), round(highest - peak), rollback)
-                 for (parameters, gradients, optimizer, rollback), peak, highest in found)
+    states = torch.stack(every).tolist()
+    activations: list[tuple[int, int] | tuple[None, None]] = [(None, None) for _ in states]
+    if sizes is not None:
+        programs = lower(schedule, Times.uniform(schedule.placement.stages))
+        found = zip(peaks(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
+        activations = [(round(peak), round(highest - peak)) for peak, highest in found]
+    return tuple(RankMemory(parameters, gradients, optimizer, peak, working, rollback)
+                 for (parameters, gradients, optimizer, rollback), (peak, working) in zip(states, activations))
 
 
 def parameter_bytes(module: nn.Module) -> int:

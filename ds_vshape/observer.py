@@ -1,7 +1,7 @@
 """What is seen of training batches while they run: times of passes, activations, and which weights were split.
 
-Every pass of every batch is timed. One early batch is measured for activations too, and left out of all times: the
-meter slows its operators down.
+Every pass of every batch is timed. In one early batch activations are measured too, and it is left out of all times:
+the meter slows its operators down. What couldn't be measured stays unknown, and the batch is as any other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from deepspeed.utils import logger
 from torch.nn import Parameter
 
 from ds_vshape.buffers import Buffers
+from ds_vshape.exchange import Exchange
 from ds_vshape.instructions import BufferId
 from ds_vshape.memory import ActivationMeter, predict_memory
 from ds_vshape.monitoring import split_line
@@ -37,10 +38,13 @@ class Observer:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._recorder = PassRecorder()
-        # The stages and micro-batches that are measured in this batch; none in all batches but one.
-        self._metered: frozenset[BufferId] = frozenset()
+        # The passes that are yet to be measured in this batch; none in all batches but one.
+        self._metered: set[Pass] = set()
         self._last: tuple[Schedule, PassRecorder] | None = None
-        self._meter = ActivationMeter(engine.module)
+        self._meter = ActivationMeter(engine.module, engine.device.type)
+        self._meter_runs = False
+        # None where they are unknown; `batches` says whether it's too early.
+        self._sizes: tuple[Activations, Working] | None = None
         # Parameters whose gradients came from W; None once they are reported.
         self._in_split: set[Parameter] | None = set()
         # Of this rank's trained parameters: how many numbers got their gradients from W, of how many.
@@ -53,13 +57,16 @@ class Observer:
         """A batch begins, of training or evaluation."""
         self._recorder = PassRecorder()
         measured = training and self.batches == METERED_BATCH
-        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else frozenset()
+        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else set()
+        if measured:
+            self._meter.drop()
+            self._meter_runs = False
 
     @contextmanager
     def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
         """Around a pass."""
         start = self._recorder.start(work)
-        if self._metered:
+        if work in self._metered:
             with self._metering(work, buffers):
                 yield
         else:
@@ -68,24 +75,32 @@ class Observer:
 
     @contextmanager
     def _metering(self, work: Pass, buffers: Buffers) -> Iterator[None]:
-        """Around a pass of the batch that is measured."""
-        buffer_id = BufferId(work.stage, work.micro_batch)
+        """Around a pass that is measured."""
+        if not self._meter_runs:
+            self._meter.start()
+            self._meter_runs = True
+        buffer = buffers[BufferId(work.stage, work.micro_batch)]
         if work.kind is Kind.W:
-            with self._meter.weights(work, buffers[buffer_id].store):
+            with self._meter.weights(work, buffer.store):
                 yield
-        elif buffer_id not in self._metered:
-            yield
         elif work.kind is Kind.F:
-            inputs = buffers[buffer_id].inputs
-            with self._meter.forward(work, inputs):
+            with self._meter.forward(work, buffer.inputs, buffer.labels):
                 yield
-            self._meter.after_forward(work, inputs, buffers.outputs(buffer_id))
         else:
-            store = buffers[buffer_id].store
+            store = buffer.store
             with self._meter.backward(work):
                 yield
             if work.kind is Kind.B:
                 self._meter.after_backward(work, store)
+        self._metered.remove(work)
+        if not self._metered:
+            self._meter.stop()
+
+    def abandon_batch(self) -> None:
+        """The batch ends, well or not: nothing of it is measured any further."""
+        if self._metered:
+            self._metered.clear()
+            self._meter.drop()
 
     def weights_split(self, store: WeightGradientStore) -> None:
         """W is going to give the gradients of `store`."""
@@ -127,18 +142,36 @@ class Observer:
         times = planned or mean_times(measured, schedule.placement.stages)
         return simulate(schedule, times), measured
 
-    def activations(self) -> Activations:
-        """The measured sizes of all stages, in bytes for one micro-batch; PipelineError if it's too early."""
-        return self._sizes()[0]
+    def agree_on_sizes(self) -> str | None:
+        """Tell all ranks of the job the measured sizes (collective); why they are unknown, if they are."""
+        engine = self._engine
+        self._sizes = self._meter.gather(engine.placement, engine.device)
+        if self._sizes is not None:
+            return None
+        own = self._meter.unknown
+        told = Exchange(engine.module.schedule_config.timeout_seconds).texts(
+            "" if own is None else f"pipeline rank {engine.stage_id}: {own}")
+        return "; ".join(dict.fromkeys(text for text in told if text)) or "no pass was measured"
 
-    def _sizes(self) -> tuple[Activations, Working]:
+    def activations(self) -> Activations | None:
+        """The measured sizes of all stages, in bytes for one micro-batch, None where they are unknown; PipelineError if
+        it's too early."""
+        self._check_measured()
+        return None if self._sizes is None else self._sizes[0]
+
+    @property
+    def couldnt_measure(self) -> bool:
+        """Whether it's no longer too early for sizes, and they are unknown."""
+        return self.batches > METERED_BATCH and self._sizes is None
+
+    def _check_measured(self) -> None:
         if self.batches <= METERED_BATCH:
             raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
-        return self._meter.gather(self._engine.placement, self._group, self._engine.device)
 
     def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
-        """The bytes that each pipeline rank needs under `schedule`."""
-        return predict_memory(self._engine, schedule, *self._sizes())
+        """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline)."""
+        self._check_measured()
+        return predict_memory(self._engine, schedule, self._sizes)
 
     def report(self) -> dict[str, Any]:
         """The last training batch in numbers (:func:`ds_vshape.profiling.report`)."""
@@ -150,11 +183,12 @@ class Observer:
         return self._engine.grid.get_pipe_parallel_group()
 
 
-def _to_measure(order: Sequence[Pass]) -> frozenset[BufferId]:
-    """Of each stage a micro-batch whose backward is a B and one whose is a BW, if it has both. The second one, if there
-    is one: after the first, allocators and caches are warm."""
+def _to_measure(order: Sequence[Pass]) -> set[Pass]:
+    """All passes of a micro-batch of each stage whose backward is a B, and of one whose is a BW, if it has both. The
+    second one, if there is one: after the first, allocators and caches are warm."""
     found: dict[tuple[Kind, int], list[BufferId]] = {}
     for work in order:
         if work.kind.gives_input_gradient:
             found.setdefault((work.kind, work.stage), []).append(BufferId(work.stage, work.micro_batch))
-    return frozenset(alike[:2][-1] for alike in found.values())
+    buffers = {alike[:2][-1] for alike in found.values()}
+    return {work for work in order if BufferId(work.stage, work.micro_batch) in buffers}

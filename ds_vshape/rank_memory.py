@@ -7,7 +7,8 @@
     working        what the peak is higher by for what passes need only while they run, and for messages on their way
     rollback       with optimizer_post_validation: what a step changes, until the next batch's first backward
 
-Not counted: DeepSpeed's buckets during the reduction of gradients.
+Activations and working are None where they couldn't be measured. Not counted: DeepSpeed's buckets during the reduction
+of gradients.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ class RankMemory:
     parameters: int
     gradients: int
     optimizer: int
-    activations_peak: int
-    working: int = 0
+    activations_peak: int | None
+    working: int | None = 0
     rollback: int = 0
 
     @property
     def total(self) -> int:
-        """The sum, as if the peaks of all came at once: at the last micro-batches they nearly do."""
-        return sum(astuple(self))
+        """The sum of what is known, as if the peaks of all came at once: at the last micro-batches they nearly do."""
+        return sum(size for size in astuple(self) if size is not None)
 
     def __str__(self) -> str:
-        parts = (f"{name} {readable(size)}" for name, size in asdict(self).items() if size or name != "rollback")
-        return f"{readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
+        parts = (f"{name} {'unknown' if size is None else readable(size)}"
+                 for name, size in asdict(self).items() if size != 0 or name != "rollback")
+        at_least = "at least " if self.activations_peak is None else ""
+        return f"{at_least}{readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
 
 
 def readable(size: float) -> str:

@@ -33,7 +33,7 @@ from ds_vshape.exchange import Exchange
 from ds_vshape.p2p import PeerLost
 from ds_vshape.planning import Planner, PlannerFailed
 from ds_vshape.profiling import PassRecorder, seconds_taken
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.fuse import unfused
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, fraction_of_1f1b, peak_of_1f1b
@@ -104,7 +104,7 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  measured_activations: Callable[[], Activations]) -> Schedules:
+                  measured_activations: Callable[[], Activations | None]) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
 
     Collective over the job, as all that the source does.
@@ -197,12 +197,13 @@ class MeasuredSchedules:
         config: name, memory limit, planning time, drift.
         placement: of the model's stages.
         measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
-        measured_activations: the sizes of all stages in bytes, known after the warm-up (collective over a pipeline).
+        measured_activations: the sizes of all stages in bytes after the warm-up, the same on all ranks of the job; None
+            where they couldn't be measured.
         exchange: of all ranks of the job.
     """
 
     def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                 measured_activations: Callable[[], Activations], exchange: Exchange) -> None:
+                 measured_activations: Callable[[], Activations | None], exchange: Exchange) -> None:
         self._config, self._placement, self._exchange = config, placement, exchange
         self._measure_hops, self._measured_activations = measure_hops, measured_activations
         self._planner = _planner(config, exchange)
@@ -255,10 +256,20 @@ class MeasuredSchedules:
         self._times = times
         request = request_for(self._config, self._placement, self._micro_batches, times)
         if isinstance(self._config.memory_limit, int):
-            limits = (float(self._config.memory_limit),) * self._placement.ranks
-            request = replace(request, activations=self._measured_activations(), limits=limits)
+            request = self._within_bytes(request, self._config.memory_limit)
         self._planner.start(request)
         self._enter(_Phase.PLAN)
+
+    def _within_bytes(self, request: Request, limit: int) -> Request:
+        """`request` with a limit in bytes; where sizes are unknown, with the memory of the schedule that has run till
+        now, which keeps least."""
+        activations = self._measured_activations()
+        if activations is not None:
+            return replace(request, activations=activations, limits=(float(limit),) * self._placement.ranks)
+        if dist.get_rank() == 0:
+            logger.warning(f"{KEY}.memory_limit = {limit} bytes can't be planned for, because the sizes of activations "
+                           "are unknown; planning for the memory of the schedule of the table that keeps least")
+        return replace(request, limits=peaks(self._safe_schedule(), request.activations))
 
     def _take_plan(self) -> Schedule | None:
         try:

@@ -5,7 +5,7 @@ Every `steps_per_print` batches, over samples as DeepSpeed does:
     Train/Pipeline/samples_per_second, tokens_per_second    over the batches since the report before
     Train/Pipeline/makespan_predicted, makespan_measured    seconds, of the last batch
     Train/Pipeline/bubble, bubble_rank_R                    measured shares, of the last batch
-    Train/Pipeline/peak_activations_rank_R                  bytes, measured sizes in the order of the schedule
+    Train/Pipeline/peak_activations_rank_R                  bytes, measured sizes in the order of the schedule, if known
     Train/Pipeline/peak_allocated_rank_R                    bytes, as the accelerator counts (on CPU the process's size)
     Train/Pipeline/share_split                              of the trained parameters, with weight gradients in W
     Train/Pipeline/schedule                                 a picture, once for each schedule; wandb only
@@ -108,7 +108,8 @@ class Tracking:
         sizes["share_split"] = sum(split for split, _, _ in of_ranks) / max(1, sum(n for _, n, _ in of_ranks))
         if self._observer.batches > METERED_BATCH:
             memory = self._observer.memory(self._observer.last_batch()[0])
-            sizes |= {f"peak_activations_rank_{rank}": needs.activations_peak for rank, needs in enumerate(memory)}
+            sizes |= {f"peak_activations_rank_{rank}": needs.activations_peak for rank, needs in enumerate(memory)
+                      if needs.activations_peak is not None}
         return sizes
 
     def _picture(self, schedule: Schedule, predicted: Timeline) -> None:

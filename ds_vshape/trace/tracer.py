@@ -68,9 +68,10 @@ class Tracer:
             self._write()
 
     def _activations(self) -> tuple[Activations, str]:
-        """Bytes where they are measured already (collective)."""
-        if self._observer.batches > METERED_BATCH:
-            return self._observer.activations(), "bytes"
+        """Bytes where they are measured already, and known."""
+        measured = self._observer.activations() if self._observer.batches > METERED_BATCH else None
+        if measured is not None:
+            return measured, "bytes"
         return Activations.counted(self._engine.placement), "activations"
 
     def _put_together(self, number: int, texts: list[str], found: tuple[Clock, ...], activations: Activations,
