@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_vshape import observer
 from ds_vshape.config import ScheduleConfig
+from ds_vshape.exchange import Exchange
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
@@ -204,7 +205,7 @@ def test_unknown_sizes_are_said_once_and_harm_nothing(case: str, reason: str) ->
 def planned_without_sizes(rank: int) -> tuple[Any, Any, list[str]]:
     config, placement = ScheduleConfig(**profiled("adaptive", memory_limit="20KB")), v(2)
     requests: list[Any] = []
-    schedules = MeasuredSchedules(config, placement, lambda: [0.0] * 3, lambda: None, torch.device("cpu"))
+    schedules = MeasuredSchedules(config, placement, lambda: [0.0] * 3, lambda: None, Exchange())
     schedules._planner.start = requests.append  # type: ignore[method-assign]
     safe = schedules.first(6)
     _, lines = lines_of(lambda: schedules._plan(Times.uniform(4)))
