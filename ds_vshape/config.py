@@ -19,7 +19,7 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal, LiteralString
 
 import hjson
-from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
+from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter,
                       ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
 from pydantic_core import PydanticCustomError
 
@@ -28,10 +28,13 @@ ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
 _OPTION = "--deepspeed_config"
 # As long as torch waits in its collectives over gloo.
 TIMEOUT_SECONDS = 1800.0
+# Characters of a value in an error.
+_SHOWN = 300
 # DeepSpeed's own keys that are spelt somewhat like ours.
 _DEEPSPEED_KEYS = {"pipeline", "scheduler"}
 
 DsConfig = str | Mapping[str, Any]
+_BYTES = TypeAdapter(ByteSize)
 
 
 def _text(value: Any) -> str:
@@ -47,8 +50,33 @@ class ConfigError(ValueError):
 
 # Strict, or true would be 1.0.
 Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0)]
+# Of one rank: beyond any machine's.
+MOST_BYTES = 2**50
+Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0, le=MOST_BYTES)]
+
+
+def _from_to(low: float, high: float, unit: str) -> WrapValidator:
+    """One error for a number that isn't from `low` to `high`, or is none."""
+    legal = f"must be from {low:g} to {high:,.10g} {unit}"
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            number = validate(value)
+        except ValidationError as error:
+            told = {"told": error.errors()[0]["msg"], "legal": legal}
+            raise PydanticCustomError("range", "{told}; {legal}", told) from None
+        if not low <= number <= high:
+            raise PydanticCustomError("range", "{legal}", {"legal": legal})
+        return number
+
+    return WrapValidator(check)
+
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+# Shorter ones would end good batches, and longer ones overflow in what waits.
+Timeout = Annotated[_Positive, _from_to(1, 7 * 86400, "seconds")]
+PlanningTime = Annotated[_Positive, _from_to(0.001, 86400, "seconds")]
+Share = Annotated[_Positive, _from_to(0.001, 1000, "of a stage's time")]
 
 
 class LayerCosts(BaseModel):
@@ -71,10 +99,16 @@ def _one_problem(key: LiteralString, legal: LiteralString) -> WrapValidator:
     return WrapValidator(check)
 
 
+MOST_LAYERS = 10**6
+_Layer = Annotated[int, Field(strict=True, ge=0, le=MOST_LAYERS)]
 Partition = Annotated[
-    str | tuple[StrictInt, ...] | LayerCosts,
-    _one_problem("partition", "must be a method's name, a list of the first layer of each stage with the end, or "
-                 '{"costs": [a number, or F, B and W, for each layer]}')]
+    str | tuple[_Layer, ...] | LayerCosts,
+    _one_problem("partition", "must be a method's name, a list of the first layer of each stage with the end (from 0 "
+                 'to 1000000), or {"costs": [a number, or F, B and W, for each layer]}')]
+
+# All of a trace's batches are kept until its end, and its files are written anew after each.
+MOST_TRACED, LAST_TRACED = 1000, 10**9
+_Batch = Annotated[int, Field(strict=True, ge=1, le=LAST_TRACED)]
 
 
 class TraceConfig(BaseModel):
@@ -82,22 +116,32 @@ class TraceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batches: tuple[StrictInt, StrictInt]
+    batches: tuple[_Batch, _Batch]
     path: str = Field(default="traces", min_length=1)
 
     @field_validator("batches")
     @classmethod
     def _in_order(cls, batches: tuple[int, int]) -> tuple[int, int]:
         first, last = batches
-        if not 1 <= first <= last:
-            raise ValueError("out of order")
+        if not first <= last < first + MOST_TRACED:
+            raise ValueError("out of order, or too many")
         return batches
+
+    @field_validator("path")
+    @classmethod
+    def _a_folder(cls, path: str) -> str:
+        """With the user's home for ~."""
+        path = os.path.expanduser(path)
+        if path.startswith("~") or "\0" in path:
+            raise ValueError("no such user, or no name of a file")
+        os.fsencode(path)
+        return path
 
 
 Trace = Annotated[
     TraceConfig,
     _one_problem("trace", 'must be {"batches": [first, last], "path": a folder}, where batches count from 1 and the '
-                 "last may be the first")]
+                 "last may be the first: at most 1000 of them, up to number 1000000000; ~ is a user's home")]
 
 
 class ScheduleConfig(BaseModel):
@@ -131,18 +175,18 @@ class ScheduleConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=100)
     memory_limit: Fraction | Bytes | None = None
     deferred: Literal["matrices", "all"] = "matrices"
     gradient_accumulation_fusion: StrictBool = True
     partition: Partition | None = None
     times: Literal["equal", "profile"] = "equal"
-    planning_seconds: Positive = 10.0
+    planning_seconds: PlanningTime = 10.0
     detect_anomaly: StrictBool = False
     optimizer_post_validation: StrictBool = False
-    timeout_seconds: Positive = TIMEOUT_SECONDS
+    timeout_seconds: Timeout = TIMEOUT_SECONDS
     trace: Trace | None = None
-    drift: Positive = 0.2
+    drift: Share = 0.2
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
@@ -158,7 +202,7 @@ def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
     Raises ConfigError for a misspelt key (at the top or in the section) and for a value out of range.
     """
     for key in ds_config:
-        if key != KEY and key not in _DEEPSPEED_KEYS and _resembles(key):
+        if isinstance(key, str) and key != KEY and key not in _DEEPSPEED_KEYS and _resembles(key):
             raise ConfigError(f"unknown key {key!r} in the DeepSpeed config: did you mean {KEY!r}?")
     section = ds_config.get(KEY)
     if section is None:
@@ -166,7 +210,8 @@ def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
     if isinstance(section, str):
         section = {"name": section}
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{KEY} = {section!r}: must be a schedule's name or a section like {{\"name\": \"v-half\"}}")
+        raise ConfigError(f"{KEY} = {shown(section)}: must be a schedule's name or a section like "
+                          "{\"name\": \"v-half\"}")
     try:
         return ScheduleConfig.model_validate(dict(section))
     except ValidationError as error:
@@ -182,13 +227,31 @@ def _resembles(key: str) -> bool:
 def _explain(problem: Any) -> str:
     path = ".".join([KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path} = {problem['input']!r}: {nearest(str(problem['loc'][-1]), _fields())}"
+        hint = nearest(str(problem["loc"][-1])[:_SHOWN], _fields())
+        return f"unknown key {shown(path)[1:-1]} = {shown(problem['input'])}: {hint}"
     if problem["type"] == "missing":
         return f"{path} is missing: the section needs a schedule's name"
     if problem["loc"][0] == "memory_limit":
-        return (f"{KEY}.memory_limit = {problem['input']!r}: must be a number above 0 and at most 2, a fraction of "
-                "1F1B's peak activations, or bytes like \"6GiB\"")
-    return f"{path} = {problem['input']!r}: {problem['msg']}"
+        most = ", at most 1PiB" if _are_bytes(problem["input"]) else ""
+        return (f"{KEY}.memory_limit = {shown(problem['input'])}: must be a number above 0 and at most 2, a fraction "
+                f"of 1F1B's peak activations, or bytes like \"6GiB\"{most}")
+    return f"{path} = {shown(problem['input'])}: {problem['msg']}"
+
+
+def _are_bytes(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and _BYTES.validate_python(value) > 0
+    except (ValidationError, OverflowError):
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value for an error: its Python form, cut where it is very long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # numbers of thousands of digits, lists that hold themselves
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _fields() -> list[str]:
@@ -202,23 +265,26 @@ def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
     if not isinstance(config, (str, os.PathLike)):
-        raise ConfigError(f"DeepSpeed config {config!r}: must be a dictionary, a file's path or base64 text")
+        raise ConfigError(f"DeepSpeed config {shown(config)}: must be a dictionary, a file's path or base64 text")
     config = os.fspath(config)
     if os.path.isfile(config):
-        with open(config, encoding="utf-8") as file:
-            text = file.read()
+        try:
+            with open(config, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"DeepSpeed config {config!r} can't be read: {error}") from None
     else:
         try:
             # Without `validate`, what is no base64 is skipped, and the path of a missing file may pass for a text.
             text = base64.b64decode(config, altchars="-_", validate=True).decode("utf-8")
         except ValueError:
-            raise ConfigError(f"DeepSpeed config {config!r}: no such file, and no base64 text either") from None
+            raise ConfigError(f"DeepSpeed config {shown(config)}: no such file, and no base64 text either") from None
     try:
         loaded = hjson.loads(text)
-    except hjson.HjsonDecodeError as error:
-        raise ConfigError(f"DeepSpeed config {config!r} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and a thousand levels
+        raise ConfigError(f"DeepSpeed config {shown(config)} is no JSON: {error}") from None
     if not isinstance(loaded, Mapping):
-        raise ConfigError(f"DeepSpeed config {config!r} holds a {type(loaded).__name__}: must be an object")
+        raise ConfigError(f"DeepSpeed config {shown(config)} holds a {type(loaded).__name__}: must be an object")
     return loaded
 
 

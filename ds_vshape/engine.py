@@ -34,6 +34,7 @@ from ds_vshape import instructions as instr
 from ds_vshape.anomaly import checked
 from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffers, edges, enter
+from ds_vshape.demands import check_micro_batches
 from ds_vshape.failures import Agreement, Failure, Sharers
 from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
@@ -153,6 +154,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def _train_schedule(self) -> BatchPlan:
         if self.micro_batches not in self._plans:
+            check_micro_batches(self.micro_batches, self.placement.ranks)
             self._adopt(self._schedules.first(self.micro_batches))
         return self._plans[self.micro_batches]
 
@@ -300,6 +302,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:
         if micro_batches < 1:
             raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
+        check_micro_batches(micro_batches, self.placement.ranks, "num_micro_batches")
         schedule = forward_only(self.placement, micro_batches)
         return BatchPlan(schedule, instr.evaluation_instructions(self._program(schedule)))
 

@@ -41,6 +41,7 @@ from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.segment import Segment, parameters_of
 from ds_vshape.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
+from ds_vshape.trace.tracer import check_folder
 from ds_vshape.versions import check_versions
 
 # What two measurements of one layer may differ by.
@@ -111,6 +112,9 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             if self.schedule_config is not None:
                 check_accepted(ds_config)
                 check_arguments(arguments, dist.get_world_size())
+                # It is on the first pipeline rank of the first pipeline.
+                if self.schedule_config.trace is not None and dist.get_rank() == 0:
+                    check_folder(self.schedule_config.trace)
             self._precision = precision(ds_config)
             return {**versions(), **config_facts(ds_config, self.schedule_config), **module_facts(arguments)}
 

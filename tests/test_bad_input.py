@@ -111,6 +111,22 @@ REFUSED: dict[str, Case] = {
     "unknown times": field("Input should be 'equal' or 'profile'", times="measured"),
     "times for an order that knows none": section("ConfigError: pipeline_schedule.times = 'profile': 1f1b has the same "
                                                   "order for all times; it is for adaptive", "1f1b", times="profile"),
+    "a time-out that overflows": field("must be from 1 to 604,800 seconds", timeout_seconds=1e17),
+    "a time-out that no batch meets": field("must be from 1 to 604,800 seconds", timeout_seconds=1e-9),
+    "a planning time of years": field("must be from 0.001 to 86,400 seconds", planning_seconds=1e308),
+    "a drift that never comes": field("must be from 0.001 to 1,000 of a stage's time", drift=1e308),
+    "bytes that no machine has": field("must be a number above 0", memory_limit="1EiB"),
+    "a trace of too much": field(TRACE, trace={"batches": [1, 10**18]}),
+    "a trace that has no path": field(TRACE, trace={"batches": [1, 2], "path": "a\0b"}),
+    "a trace that can't be written": section(
+        "PreflightError: not all ranks can start: ConfigError: pipeline_schedule.trace.path = '/dev/null/traces': must "
+        "be a folder that rank 0 can write into: [Errno 20] Not a directory: '/dev/null/traces' on rank 0",
+        trace={"batches": [1, 2], "path": "/dev/null/traces"}),
+    "negative bounds": field("must be a method's name, a list of the first layer", partition=[0, -1, 2, 4, 5]),
+    "bounds beyond any model": field("must be a method's name, a list of the first layer",
+                                     partition=[0, 1, 2, 4, 10**30]),
+    "a cost beyond all others": section("PartitionError: the partition's cost of layer 2 is 1e+308: must be a number "
+                                        "from 0 on, up to 1e+100", partition={"costs": [1.0, 2.0, 1e308, 1.0, 1.0]}),
     "no time to plan": field("Input should be greater than 0", planning_seconds=0),
     "a time as text": field("Input should be a valid number", planning_seconds="10"),
     "a time-out below zero": field("Input should be greater than 0", timeout_seconds=-1),
@@ -158,6 +174,9 @@ REFUSED: dict[str, Case] = {
                                                   data_types={"grad_accum_dtype": "bf16"}),
     "deepcompile": key("compile.deepcompile = true: must be false", compile={"deepcompile": True}),
     "no micro-batches": key("gradient_accumulation_steps = 0: must be a whole number", gradient_accumulation_steps=0),
+    "more micro-batches than can be put in order": key(
+        "gradient_accumulation_steps = 10000000: must be at most 65536 on 2 pipeline ranks",
+        gradient_accumulation_steps=10**7),
     "a number as text": key("gradient_accumulation_steps = 'auto': must be a whole number",
                             gradient_accumulation_steps="auto"),
     "sizes that don't fit": (lambda: initialized(module_of({**V_HALF, "train_batch_size": 7}),
@@ -442,6 +461,8 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "training without gradients": (without_gradients, "RuntimeError: train_batch() requires gradients enabled"),
     "an evaluation of nothing": (lambda engine: engine.eval_batch(data(engine, 0), num_micro_batches=0),
                                  "PipelineError: num_micro_batches = 0: must be at least 1"),
+    "an evaluation of too much": (lambda engine: engine.eval_batch(data(engine, 0), num_micro_batches=10**7),
+                                  "ConfigError: num_micro_batches = 10000000: must be at most 65536 on 2 pipeline"),
     "an unknown reduction": (lambda engine: engine.eval_batch(data(engine, 0), reduce_output="sum"),
                              "PipelineError: reduce_output = 'sum': must be 'avg' or None"),
     "a reduction that gives too much": (lambda engine: engine.eval_batch(data(engine, 0), reduce_output=None),

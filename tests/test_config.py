@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ds_vshape.config import (ENVIRONMENT_VARIABLE, ConfigError, ScheduleConfig, find_section, load_ds_config,
@@ -209,3 +212,111 @@ def test_a_missing_file_of_the_environment_is_an_error(files: dict[str, str], mo
 def test_a_memory_limit_in_bytes() -> None:
     section = read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": "1.5GiB"}})
     assert section is not None and section.memory_limit == 3 * 2**29 and isinstance(section.memory_limit, int)
+
+
+# -- bounds of every number
+
+# Legal at both, and not beyond.
+BOUNDS = {"planning_seconds": (0.001, 86400), "timeout_seconds": (1, 604800), "drift": (0.001, 1000)}
+
+
+def refused(section: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_section({"pipeline_schedule": {"name": "v-half", **section}})
+    message = str(caught.value)
+    assert len(message) < 1000 and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_numbers_at_their_bounds_and_just_beyond(key: str) -> None:
+    low, high = BOUNDS[key]
+    for legal in (low, high, math.nextafter(high, 0), math.nextafter(low, high)):
+        assert getattr(read_section({"pipeline_schedule": {"name": "v-half", key: legal}}), key) == legal
+    for illegal in (math.nextafter(low, 0), math.nextafter(high, math.inf), 0, -1, -0.0, 1e-320, 1e-9 * low, 1e17,
+                    1e308, 10**400, math.inf, math.nan):
+        message = refused({key: illegal})
+        assert message.startswith(f"pipeline_schedule.{key} = ") and f"must be from {low:g} to {high:,}" in message
+
+
+@given(st.sampled_from(sorted(BOUNDS)), st.floats() | st.integers() | st.booleans() | st.text() | st.none())
+@settings(max_examples=200, deadline=None)
+def test_any_number_is_legal_or_refused(key: str, value: Any) -> None:
+    low, high = BOUNDS[key]
+    if type(value) in (int, float) and low <= value <= high:
+        assert read_section({"pipeline_schedule": {"name": "v-half", key: value}}) is not None
+    else:
+        assert f"pipeline_schedule.{key} = " in refused({key: value})
+
+
+@pytest.mark.parametrize("text, expected", [("1B", 1), ("1PiB", 2**50), ("1024TiB", 2**50)])
+def test_legal_bytes(text: str, expected: int) -> None:
+    section = read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": text}})
+    assert section is not None and section.memory_limit == expected
+
+
+@pytest.mark.parametrize("text", ["1.01PiB", "2PiB", "1EB", "1000000000000000000000PiB"])
+def test_more_bytes_than_any_machine_has(text: str) -> None:
+    assert refused({"memory_limit": text}).endswith('or bytes like "6GiB", at most 1PiB')
+
+
+@pytest.mark.parametrize("text", ["0B", "0.1B", "-6GiB", "1e308GiB", "NaN", "infB", "9" * 5000, "6 GiBs", "", "GiB"])
+def test_no_number_of_bytes(text: str) -> None:
+    assert refused({"memory_limit": text}).startswith("pipeline_schedule.memory_limit = ")
+
+
+@pytest.mark.parametrize("batches", [[1, 1], [1, 1000], [10**9, 10**9], [10**9 - 999, 10**9]])
+def test_legal_traces(batches: list[int]) -> None:
+    section = read_section({"pipeline_schedule": {"name": "v-half", "trace": {"batches": batches}}})
+    assert section is not None and section.trace is not None and list(section.trace.batches) == batches
+
+
+@pytest.mark.parametrize("trace", [
+    {"batches": batches} for batches in ([0, 1], [1, 1001], [2, 1], [10**9, 10**9 + 1], [1, 10**18], [-5, 3], [1],
+                                         [1, 2, 3], [1.0, 2.0], [True, 2], ["1", "2"], [10**5000, 10**5000], None)] + [
+    {"batches": [1, 2], "path": path} for path in ("", "a\0b", "~nobody-of-this-name/x", "\ud800", 7, None)])
+def test_no_trace(trace: Any) -> None:
+    message = refused({"trace": trace})
+    assert message.startswith("pipeline_schedule.trace = ") and "at most 1000 of them" in message
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    section = read_section({"pipeline_schedule": {"name": "v-half", "trace": {"batches": [1, 2], "path": "~/t"}}})
+    assert section is not None and section.trace is not None and section.trace.path == "/home/of/mine/t"
+
+
+@pytest.mark.parametrize("partition", [[0, -1, 5], [0, 10**6 + 1], [0, 10**30], [0, 10**5000], [0, 1.0], [0, True],
+                                       [0, "1"], {"costs": [10**400]}, {"costs": ["1"]}, {"costs": [[1, 2]]}, {}, 7])
+def test_no_partition(partition: Any) -> None:
+    assert refused({"partition": partition}).startswith("pipeline_schedule.partition = ")
+
+
+@pytest.mark.parametrize("section", [{"name": "x" * 10**5}, {"x" * 10**5: 1}, {"line\nbreak": 1}, {3: 4},
+                                     {"memory_limit": 10**5000}, {"partition": [[0] * 10**5]}])
+def test_odd_names_and_long_values_make_short_errors(section: Any) -> None:
+    assert refused(section).startswith(("pipeline_schedule.", "unknown key pipeline_schedule."))
+
+
+def test_keys_that_are_no_texts_are_not_ours() -> None:
+    assert read_section({1: 2, None: 3}) is None  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"[" * 10**5, b'{"a": ' * 10**4, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_files_that_cannot_be_understood(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^DeepSpeed config '.*ds_config.json' (is no JSON|can't be read): ") as told:
+        load_ds_config(str(path))
+    assert len(str(told.value)) < 1000
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "ds_config.json"
+    path.write_text("{}")
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(ConfigError, match="can't be read: .*Permission denied"):
+        load_ds_config(str(path))

@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 from ds_vshape.schedule.placement import PLACEMENTS, Placement
 
 MIDDLES = 8
+# Squares of sums of these are still far from infinite.
+MOST_COST = 1e100
 # Loads that differ by rounding alone are equal.
 _ROUNDING = 1 + 1e-9
 
@@ -69,14 +71,15 @@ def check_bounds(bounds: Sequence[int], stages: int, layers: int) -> tuple[int, 
 def check_costs(costs: Sequence[Cost], layers: int) -> tuple[float, ...]:
     """One number for each layer; where F, B and W are given, their sum.
 
-    Raises PartitionError for a wrong length, a cost that is negative or not finite, or nothing but zeros.
+    Raises PartitionError for a wrong length, a cost that is negative or above MOST_COST, or nothing but zeros.
     """
     if len(costs) != layers:
         raise PartitionError(f"the partition has costs of {len(costs)} layers: the model has {layers}")
     for layer, cost in enumerate(costs):
         for number in cost if isinstance(cost, tuple) else (cost,):
-            if not (math.isfinite(number) and number >= 0):
-                raise PartitionError(f"the partition's cost of layer {layer} is {number}: must be a number from 0 on")
+            if not 0 <= number <= MOST_COST:
+                raise PartitionError(f"the partition's cost of layer {layer} is {number}: must be a number from 0 on, "
+                                     f"up to {MOST_COST:g}")
     sums = tuple(float(sum(cost)) if isinstance(cost, tuple) else float(cost) for cost in costs)
     if not any(sums):
         raise PartitionError("the partition's costs are all 0: at least one layer must cost something")

@@ -47,6 +47,15 @@ _ADAPTIVE_PLACEMENT = "v"
 # Schedules that the planner can make again at their own memory level once the times are known.
 TIMED = ("v-min", "v-half", "v-zb", "zb-v")
 
+# What takes each rank minutes and a gigabyte to put in order and check; the passes are two to three times as many.
+MOST_RANKS = 1024
+_MOST_STAGE_BATCHES = 2**18
+
+
+def most_micro_batches(ranks: int) -> int:
+    """How many micro-batches a batch may have on `ranks` ranks."""
+    return _MOST_STAGE_BATCHES // (2 * ranks)
+
 
 def named(name: str) -> NamedSchedule:
     """The table's entry for `name`; ValueError with the nearest legal name and all others."""
@@ -64,6 +73,8 @@ def placement_of(name: str, ranks: int) -> Placement:
     placement = _ADAPTIVE_PLACEMENT if name == ADAPTIVE else named(name).placement
     if ranks < 1:
         raise ValueError(f"a pipeline needs at least 1 rank, not {ranks}")
+    if ranks > MOST_RANKS:
+        raise ValueError(f"a pipeline may have at most {MOST_RANKS} ranks, not {ranks}")
     return PLACEMENTS[placement](ranks)
 
 
@@ -75,6 +86,9 @@ def build(name: str, ranks: int, micro_batches: int) -> Schedule:
     placement = placement_of(name, ranks)
     if micro_batches < 1:
         raise ValueError(f"a batch needs at least 1 micro-batch, not {micro_batches}")
+    if micro_batches > most_micro_batches(ranks):
+        raise ValueError(f"a batch on {ranks} ranks may have at most {most_micro_batches(ranks)} micro-batches, not "
+                         f"{micro_batches}")
     # One pass of slack: hops and unequal times would turn a fusion that is free by a hair into a wait.
     schedule = fuse(named(name).builder(ranks, micro_batches), Times.uniform(placement.stages), slack=1.0)
     check(schedule)

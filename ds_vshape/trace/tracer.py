@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 
 from deepspeed.utils import logger
 
-from ds_vshape.config import TraceConfig
+from ds_vshape.config import KEY, ConfigError, TraceConfig, shown
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels
 from ds_vshape.profiling import mean_times
@@ -31,6 +32,17 @@ from ds_vshape.trace.clocks import clocks, refined
 from ds_vshape.trace.gather import gather_texts
 from ds_vshape.trace.page import page
 from ds_vshape.trace.recorder import Recorder
+
+
+def check_folder(config: TraceConfig) -> None:
+    """Make the folder of the traces; ConfigError if nothing can be written there. For the rank that writes."""
+    try:
+        Path(config.path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.path) as file:
+            file.write(b"{}")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{KEY}.trace.path = {shown(config.path)}: must be a folder that rank 0 can write into: "
+                          f"{error}") from None
 
 
 class Tracer:
