@@ -11,14 +11,11 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ds_vshape.checkpoint_errors import CheckpointError, unreadable
 from ds_vshape.module import PipelineModule
 from ds_vshape.schedule.placement import linear
 
-_FILE = "pipeline_placement.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint whose optimizer state doesn't fit this placement."""
+FILE = "pipeline_placement.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Layout:
 
 def save_layout(directory: str, layout: Layout, writer: int) -> None:
     """Write `layout` into the checkpoint `directory`; ranks that write at once, under their own `writer`, agree."""
-    path = Path(directory) / _FILE
+    path = Path(directory) / FILE
     draft = path.with_suffix(f".{writer}.tmp")
     draft.write_text(json.dumps(asdict(layout)), encoding="utf-8")
     os.replace(draft, path)
@@ -46,10 +43,13 @@ def check_layout(directory: str, layout: Layout) -> None:
 
     A checkpoint without the file is DeepSpeed's own: one stage a rank, in order.
     """
-    path = Path(directory) / _FILE
+    path = Path(directory) / FILE
     ranks = len(layout.chunks)
     if path.exists():
-        saved = Layout(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            saved = Layout(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise unreadable(str(path), error) from error
     elif layout.chunks == [list(stages) for stages in linear(ranks).chunks]:
         return
     else:

@@ -53,7 +53,12 @@ class Failure:
         return _State.OUT_OF_DATA if isinstance(self.error, StopIteration) else _State.FAILED
 
     def __str__(self) -> str:
-        return f"{self.place}: {type(self.error).__name__}: {self.error}"
+        return f"{self.place}: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """The error without the place: it's the same where ranks meet one obstacle."""
+        return f"{type(self.error).__name__}: {self.error}"
 
 
 def _lost(what: str, error: RuntimeError) -> PeerLost:
@@ -169,7 +174,7 @@ class Agreement:
             failure.error.add_note(f"in the {failure.place}; no rank counts this {what}")
             # One may be the other's cause: what can't be sent is taken for zeros where it is awaited.
             for other in dict.fromkeys(texts):
-                if other != text:
+                if not other.endswith(failure.told):
                     failure.error.add_note(f"and in the {other}")
             raise failure.error
         text = "; ".join(dict.fromkeys(texts))

@@ -1,0 +1,101 @@
+"""What is wrong with a checkpoint, in words: which file, why, and what would be right.
+
+torch and DeepSpeed raise an AssertionError without a text for a missing layer file, EOFError for an empty one, an
+UnpicklingError for a cut one, and "iostream error" for a full disk, none of which names the file.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe.module import PipelineError
+
+_LONGEST = 600
+# Enough for a block of a file system, so that a full one says so.
+_PROBE = b"\0" * (1 << 20)
+
+
+class CheckpointError(PipelineError, RuntimeError):  # type: ignore[misc]
+    """A checkpoint that can't be saved or loaded; the message names the file or the argument."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error and its text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_LONGEST]}" if text else type(error).__name__
+
+
+def unreadable(path: str, error: Exception) -> CheckpointError:
+    """Why the file `path` couldn't be read, where reading it raised `error`."""
+    if isinstance(error, FileNotFoundError):
+        return missing(path)
+    if isinstance(error, OSError) and error.filename is not None:
+        return CheckpointError(f"{path} can't be read: {in_one_line(error)}")
+    # Without a name it is what torch says where a part of an archive ends too early.
+    size = Path(path).stat().st_size if os.path.isfile(path) else None
+    if size == 0:
+        return CheckpointError(f"{path} is empty (0 bytes): {_REPLACE}")
+    return CheckpointError(f"{path} is cut or damaged ({'no file' if size is None else f'{size:,} bytes'}; "
+                           f"{in_one_line(error)}): {_REPLACE}")
+
+
+_REPLACE = "put a whole copy in its place, or load another checkpoint"
+
+
+def missing(path: str) -> CheckpointError:
+    """`path` isn't there."""
+    folder = Path(path).parent
+    present = f"its folder has {_few(sorted(os.listdir(folder)))}" if folder.is_dir() else f"{folder} is no folder"
+    return CheckpointError(f"{path} is missing ({present}): {_REPLACE}")
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) or "no files"
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def unwritable(path: str, error: Exception, content: Any) -> Exception:
+    """Why the file `path` couldn't be written, where writing `content` raised `error`."""
+    if isinstance(error, OSError):
+        return error if error.filename is not None else type(error)(error.errno, error.strerror or str(error), path)
+    if isinstance(error, RuntimeError):
+        try:
+            with open(path, "ab") as file:
+                file.write(_PROBE)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as cause:
+            # The operating system says what torch's writer didn't.
+            return type(cause)(cause.errno, cause.strerror, path)
+    culprit = _unpicklable(content)
+    if culprit is not None:
+        return CheckpointError(f"{path} can't be written: {culprit} can't be pickled ({in_one_line(error)}); "
+                               "client_state must hold plain data and tensors")
+    return CheckpointError(f"{path} can't be written: {in_one_line(error)}")
+
+
+def _unpicklable(content: Any) -> str | None:
+    """What in a state that is saved can't be pickled."""
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        try:
+            _WithoutTensors(_Nowhere()).dump(value)
+        except Exception:
+            return f"{key!r}, a {type(value).__name__},"
+    return None
+
+
+class _WithoutTensors(pickle.Pickler):
+    """Finds what can't be pickled without writing what can."""
+
+    def persistent_id(self, thing: Any) -> str | None:
+        return "tensor" if isinstance(thing, (torch.Tensor, torch.UntypedStorage)) else None
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return len(data)

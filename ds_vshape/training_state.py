@@ -1,0 +1,143 @@
+"""What loading a checkpoint changes, kept so that a load that fails leaves a rank as it was, to the last bit.
+
+Weights that are loaded in place are copied, to the host, which takes as much memory there as this rank's weights, and
+its part of the master weights, have; of the rest references do, since what is loaded takes its place. It fits all of
+DeepSpeed's optimizers, of which this knows:
+
+    param_groups, state, optimizer   torch's, or around one; its parameters are the master weights
+    loss_scale_config                that of FP16_UnfusedOptimizer and FP16_Optimizer, whose numbers are set in place
+    param._hp_mapping                where ZeRO and BF16_Optimizer keep a parameter's master weights and their state
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What has its own state in a checkpoint, besides the module and the optimizer.
+_SCHEDULERS = ("lr_scheduler", "random_ltd_scheduler")
+
+
+class TrainingState:
+    """The state of an engine's training: the weights, the optimizer, the schedulers, the counts."""
+
+    def __init__(self, engine: Any) -> None:
+        module, optimizers = engine.module, list(_optimizers(engine.optimizer))
+        self._undo: list[Callable[[], None]] = [_attributes(engine), _attributes(module)]
+        self._undo += [_layer(owner) for owner in module.modules()]
+        for optimizer in optimizers:
+            self._undo.append(_attributes(optimizer))
+            if hasattr(optimizer, "loss_scale_config"):
+                self._undo.append(_attributes(optimizer.loss_scale_config))
+        if optimizers:
+            self._undo.append(_of_optimizer(optimizers[-1]))
+        for parameter in module.parameters():
+            if getattr(parameter, "_hp_mapping", None) is not None:
+                self._undo.append(_mapping(parameter))
+        loader = engine.training_dataloader
+        others = [getattr(engine, name, None) for name in _SCHEDULERS] + [getattr(loader, "data_sampler", None)]
+        self._undo += [_scheduler(other) for other in others if hasattr(other, "load_state_dict")]
+        # In-place changes of one tensor under two names, as of a tied weight, are kept and taken back once.
+        seen: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+        for tensor in _tensors(module, optimizers):
+            seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor)
+        self._tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in seen.values()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back; no other rank is asked."""
+        for undo in self._undo:
+            undo()
+        for tensor, kept in self._tensors:
+            tensor.copy_(kept)
+
+
+def _optimizers(outermost: Any) -> Iterator[Any]:
+    """An optimizer and those that it is made around, the innermost last."""
+    while outermost is not None:
+        yield outermost
+        outermost = getattr(outermost, "optimizer", None)
+
+
+def _tensors(module: nn.Module, optimizers: list[Any]) -> Iterator[Tensor]:
+    """What is loaded in place: weights, buffers and master weights."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield tensor.detach()
+    for group in optimizers[-1].param_groups if optimizers else ():
+        for parameter in group["params"]:
+            yield parameter.detach()
+
+
+def _attributes(thing: Any) -> Callable[[], None]:
+    kept = dict(vars(thing))
+
+    def undo() -> None:
+        for name in [name for name in vars(thing) if name not in kept]:
+            del vars(thing)[name]
+        vars(thing).update(kept)
+    return undo
+
+
+def _layer(owner: nn.Module) -> Callable[[], None]:
+    """A module's own parameters and buffers, and what it saves besides."""
+    parameters, buffers = dict(owner._parameters), dict(owner._buffers)
+    memory = [(parameter, parameter.data) for parameter in parameters.values() if parameter is not None]
+    saves_more = type(owner).get_extra_state is not nn.Module.get_extra_state
+    extra = copy.deepcopy(owner.get_extra_state()) if saves_more else None
+
+    def undo() -> None:
+        _refill(owner._parameters, parameters)
+        _refill(owner._buffers, buffers)
+        for parameter, tensor in memory:
+            if parameter.data_ptr() != tensor.data_ptr():
+                parameter.data = tensor
+        if saves_more:
+            owner.set_extra_state(extra)
+    return undo
+
+
+def _of_optimizer(optimizer: Any) -> Callable[[], None]:
+    """torch's optimizer: the options of its groups, and where the state of each parameter is."""
+    state, groups = optimizer.state, optimizer.param_groups
+    states = {parameter: dict(of_parameter) for parameter, of_parameter in state.items()}
+    options = [dict(group) for group in groups]
+
+    def undo() -> None:
+        _refill(state, states)
+        for group, kept in zip(groups, options, strict=True):
+            _refill(group, kept)
+    return undo
+
+
+def _mapping(parameter: Any) -> Callable[[], None]:
+    mapping, fragments = parameter._hp_mapping, parameter._hp_mapping.optim_fragment
+    kept = None if fragments is None else dict(fragments)
+
+    def undo() -> None:
+        parameter._hp_mapping, mapping.optim_fragment = mapping, fragments
+        if fragments is not None:
+            _refill(fragments, kept)
+    return undo
+
+
+def _scheduler(scheduler: Any) -> Callable[[], None]:
+    own = {name: copy.copy(value) if isinstance(value, (list, dict)) else value
+           for name, value in vars(scheduler).items()}
+    state = copy.deepcopy(scheduler.state_dict())
+
+    def undo() -> None:
+        # What it keeps in other objects; a scheduler that can't load raises it again.
+        with suppress(Exception):
+            scheduler.load_state_dict(state)
+        vars(scheduler).update(own)
+    return undo
+
+
+def _refill(place: Any, kept: Mapping[Any, Any] | None) -> None:
+    place.clear()
+    place.update(kept)

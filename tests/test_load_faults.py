@@ -1,0 +1,308 @@
+"""A load that fails raises on all ranks and names the file; the training goes on as if it hadn't been tried."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pipelines import BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcome, tied_specs, train
+from ranks import run_ranks
+
+SAVED, TRIED, LAST = 2, 4, 6  # batches done when the checkpoint is saved, when loading it fails, and at the end
+SCHEDULER = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}}}
+TIED = tuple(tied_specs(3))
+
+
+def job(schedule: Any, config: dict[str, Any], layers: Any = None) -> Job:
+    return Job(schedule, 2, 2, {**config, **SCHEDULER}, layers)
+
+
+JOBS = {"v-half, fp32": job("v-half", FP32), "v-half, fp32, ZeRO-1": job("v-half", FP32_ZERO1, TIED),
+        "1f1b, bf16, ZeRO-1": job("1f1b", BF16_ZERO1)}
+MORE_JOBS = {"zb-h1, bf16, fp32 sums": job("zb-h1", BF16_ZERO1_FP32),
+             "v-zb, post-validation": job({"name": "v-zb", "optimizer_post_validation": True}, BF16_ZERO1),
+             "1f1b, fp32": job("1f1b", FP32, TIED)}
+
+
+class Unknown:
+    """A class that a checkpoint may not hold."""
+
+
+# What is done to the folder of a checkpoint.
+Damage = Callable[[Path], Any]
+
+
+def cut(name: str, part: float = 0.5) -> Damage:
+    def damage(folder: Path) -> None:
+        path, = folder.glob(name)
+        os.truncate(path, int(path.stat().st_size * part))
+    return damage
+
+
+def removed(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        path, = folder.glob(name)
+        path.unlink()
+    return damage
+
+
+def a_folder(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        removed(name)(folder)
+        path = folder / name.replace("*", "")
+        path.mkdir()
+    return damage
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Damage:
+    def damage(folder: Path) -> None:
+        path, = folder.glob(name)
+        content = torch.load(path, weights_only=False)
+        change(content)
+        torch.save(content, path)
+    return damage
+
+
+def text(name: str, content: str) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content.encode("latin-1"))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def other_shape(layer: dict[str, Any]) -> None:
+    name = next(iter(layer))
+    layer[name] = torch.zeros(3, 5)
+
+
+def other_optimizer(state: dict[str, Any]) -> None:
+    """Its weights are of another size, which shows when half of the rest is loaded."""
+    of_zero = state["optimizer_state_dict"]
+    of_zero["base_optimizer_state"]["param_groups"].append({"params": [99]})
+
+
+# On which rank what of an engine is replaced while loading; the result takes it back.
+Injection = Callable[[int, Any], Callable[[], None]]
+
+
+def none(rank: int, engine: Any) -> Callable[[], None]:
+    return lambda: None
+
+
+def raising(victim: int, of: str, error: Exception, after: bool = False) -> Injection:
+    """On rank `victim` a method of a part of the engine raises, before or `after` it has done its work."""
+    def inject(rank: int, engine: Any) -> Callable[[], None]:
+        *parts, method = of.split(".")
+        owner = functools.reduce(getattr, parts, engine)
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            if after:
+                original(*args, **kwargs)
+            raise error
+        if rank != victim:
+            return lambda: None
+        original = getattr(owner, method)
+        setattr(owner, method, fail)
+        return lambda: delattr(owner, method)
+    return inject
+
+
+LAYER, STATES, SHARD = "layer_02*", "mp_rank_01*", "*zero_pp_rank_0_mp_rank_01*"
+BOTH = range(2)
+
+# By what is wrong: what is done to the folder, on this rank's engine, the arguments of load_checkpoint by rank, what is
+# told on both ranks.
+Fault = tuple[Damage, Injection, Callable[[int], dict[str, Any]], tuple[str, ...]]
+
+
+def options(**given: Any) -> Callable[[int], dict[str, Any]]:
+    return lambda rank: given
+
+
+def of_rank(name: str, *values: Any) -> Callable[[int], dict[str, Any]]:
+    return lambda rank: {name: values[rank]}
+
+
+FAULTS: dict[str, Fault] = {
+    "a layer file cut in half": (cut(LAYER), none, options(), ("layer_02-model_states.pt", "cut or damaged")),
+    "a layer file cut early": (cut(LAYER, 0.01), none, options(), ("layer_02-model_states.pt", "cut or damaged")),
+    "an empty layer file": (cut(LAYER, 0), none, options(), ("layer_02-model_states.pt is empty (0 bytes)",)),
+    "a missing layer file": (removed(LAYER), none, options(), ("layer_02-model_states.pt is missing", "layer_01")),
+    "another layer file is missing": (removed("layer_00*"), none, options(), ("layer_00-model_states.pt is missing",)),
+    "a folder in a layer file's place": (a_folder("layer_02-model_states.pt"), none, options(),
+                                         ("layer_02-model_states.pt can't be read: IsADirectoryError",)),
+    "a layer of another shape": (changed(LAYER, other_shape), none, options(),
+                                 ("layer_02-model_states.pt", "size mism")),
+    "a layer with a part less": (changed(LAYER, lambda layer: layer.popitem()), none, options(),
+                                 ("layer_02-model_states.pt", "Missing key(s)")),
+    "a missing state file": (removed(STATES), none, options(), ("mp_rank_01_model_states.pt is missing",)),
+    "no state file": (lambda folder: [path.unlink() for path in folder.glob("mp_rank*")], none, options(),
+                      ("_model_states.pt is missing",)),
+    "a cut state file": (cut(STATES), none, options(), ("mp_rank_01_model_states.pt is cut or damaged",)),
+    "an empty state file": (cut(STATES, 0), none, options(), ("mp_rank_01_model_states.pt is empty",)),
+    "a state without the counts": (changed(STATES, lambda state: state.pop("skipped_steps")), none, options(),
+                                   ("mp_rank_01_model_states.pt", "KeyError: 'skipped_steps'")),
+    "a scheduler's state is missing": (changed(STATES, lambda state: state.update(lr_scheduler={})), none, options(),
+                                       ("mp_rank_01_model_states.pt", "KeyError: 'last_batch_iteration'")),
+    "a client_state of a class": (changed(STATES, lambda state: state.update(mine=Unknown())), none, options(),
+                                  ("mp_rank_01_model_states.pt holds more than tensors", "Unknown")),
+    "a cut placement": (cut("pipeline_placement.json"), none, options(),
+                        ("pipeline_placement.json is cut or damaged",)),
+    "another placement": (text("pipeline_placement.json", '{"chunks": [[0]], "bounds": []}'), none, options(),
+                          ("belongs to other layers",)),
+    "latest is empty": (text("../latest", " \n"), none, options(tag=None), ("latest is empty", "global_step2")),
+    "latest is cut": (text("../latest", "global_s"), none, options(tag=None),
+                      ("there is no checkpoint", "global_s;", "global_step2")),
+    "latest is no text": (text("../latest", "\xff\xfe"), none, options(tag=None),
+                          ("latest can't be read", "global_step2")),
+    "latest is a folder": (lambda folder: [(folder.parent / "latest").unlink(),
+                           (folder.parent / "latest").mkdir()], none,
+                           options(tag=None), ("latest can't be read",)),
+    "latest is a dangling link": (lambda folder: [(folder.parent / "latest").unlink(),
+                                                  (folder.parent / "latest").symlink_to("nowhere")], none,
+                                  options(tag=None), ("latest can't be read",)),
+    "no such tag": (nothing, none, options(tag="other"), ("there is no checkpoint", "other", "global_step2")),
+    "the folder is gone": (shutil.rmtree, none, options(), ("there is no checkpoint", "none")),
+    "ranks ask for other tags": (nothing, none, of_rank("tag", "global_step2", "other"),
+                                 ('tag = "global_step2" on rank 0',)),
+    "ranks ask for other states": (nothing, none, of_rank("load_module_only", True, False),
+                                   ("load_module_only = true on",)),
+    "a custom_load_fn": (nothing, none, options(custom_load_fn=print), ("custom_load_fn not supported",)),
+    "weights alone, a cut layer": (cut(LAYER), none, options(load_module_only=True), ("layer_02", "cut or damaged")),
+    "weights alone, a missing layer": (removed(LAYER), none, options(load_module_only=True),
+                                       ("layer_02", "is missing")),
+    "no optimizer states, a cut layer": (cut(LAYER), none, options(load_optimizer_states=False),
+                                         ("layer_02", "cut or")),
+    "no optimizer states, a cut state file": (cut(STATES), none, options(load_optimizer_states=False),
+                                              ("mp_rank_01", "cut or damaged")),
+    "not strict, a layer of another shape": (changed(LAYER, other_shape), none, options(load_module_strict=False),
+                                             ("layer_02-model_states.pt", "size mismatch")),
+    "a disk that can't be read": (nothing, raising(1, "checkpoint_engine.load", OSError(5, "Input/output error", "/f")),
+                                  options(), ("mp_rank_00_model_states.pt can't be read: OSError: [Errno 5]",)),
+    "no memory": (nothing, raising(1, "module.load_state_dir", MemoryError(), after=True), options(), ("MemoryError",)),
+    "the optimizer fails when all else is loaded": (
+        nothing, raising(1, "optimizer.load_state_dict", ValueError("not mine"), after=True), options(), ("not mine",)),
+    "the scheduler fails": (nothing, raising(0, "lr_scheduler.load_state_dict", ValueError("no such"), after=True),
+                            options(), ("no such",)),
+}
+OF_ZERO: dict[str, Fault] = {
+    "a missing shard": (removed(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is missing",)),
+    "a cut shard": (cut(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is cut or damaged",)),
+    "an empty shard": (cut(SHARD, 0), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is empty",)),
+    "a shard of another optimizer": (changed(SHARD, other_optimizer), none, options(),
+                                     ("zero_pp_rank_0_mp_rank_01_optim_states.pt can't be loaded: ValueError",)),
+    "a shard without a version": (changed(SHARD, lambda state: state["optimizer_state_dict"].pop("ds_version")), none,
+                                  options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "ds_version")),
+    "other replicas": (changed(STATES, lambda state: state.update(dp_world_size=2)), none, options(),
+                       ("world size of 2",)),
+    "a class in a shard": (changed(SHARD, lambda state: state.update(mine=Unknown())), none, options(),
+                           ("mp_rank_01_optim_states.pt holds more than tensors", "Unknown")),
+}
+
+
+def state_of(engine: Any) -> list[Any]:
+    """All that a training goes on with."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    state = [value for _, value in sorted(engine.module.state_dict().items())]
+    for group in inner.param_groups:
+        state += [value for name, value in sorted(group.items()) if name != "params"]
+        for parameter in group["params"]:
+            state += [parameter.detach(), *(value for _, value in sorted(inner.state[parameter].items()))]
+    for parameter in engine.module.parameters():
+        mapping = getattr(parameter, "_hp_mapping", None)
+        state += sorted((mapping and mapping.optim_fragment or {}).items())
+    scheduler = engine.lr_scheduler
+    state += [dict(scheduler.state_dict()), list(scheduler.get_last_lr()), engine.global_steps, engine.global_samples,
+              engine.skipped_steps]
+    return [value.clone() if torch.is_tensor(value) else value for value in state]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else bool(one == other)
+
+
+def load_with_faults(rank: int, training: Job, folder: Path,
+                     faults: list[str]) -> tuple[dict[str, str], Outcome, Outcome]:
+    engine = training.engine()
+    train(engine, range(SAVED))
+    engine.save_checkpoint(str(folder / "good"))
+    tag = f"global_step{SAVED}"
+    train(engine, range(SAVED, TRIED))
+    before = state_of(engine)
+    told = {}
+    for name in faults:
+        damage, inject, arguments, _ = {**FAULTS, **OF_ZERO}[name]
+        place = folder / "bad"
+        if rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(folder / "good", place)
+            damage(place / tag)
+        dist.barrier()
+        take_back = inject(rank, engine)
+        try:
+            engine.load_checkpoint(str(place), **{"tag": tag, **arguments(rank)})
+            told[name] = "nothing"
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+        take_back()
+        if not same(before, state_of(engine)):
+            told[name] += "; and the state has changed"
+            engine.load_checkpoint(str(folder / "good"))
+            train(engine, range(SAVED, TRIED))
+        dist.barrier()
+    went_on = train(engine, range(TRIED, LAST))
+    engine.load_checkpoint(str(folder / "good"))
+    return told, went_on, train(engine, range(SAVED, LAST))
+
+
+def oracle(rank: int, training: Job) -> Outcome:
+    return train(training.engine(), range(LAST))
+
+
+@pytest.fixture(scope="module")
+def outcome(request: pytest.FixtureRequest) -> tuple[list[tuple[dict[str, str], Outcome, Outcome]], list[Outcome]]:
+    """What the ranks of a job say of each fault, and of a training without any."""
+    training = {**JOBS, **MORE_JOBS}[request.param]
+    faults = [*FAULTS, *(OF_ZERO if "zero_optimization" in training.config else ())]
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_ranks(2, load_with_faults, training, Path(folder), faults, timeout=200)
+    return results, run_ranks(2, oracle, training)
+
+
+in_all_jobs = pytest.mark.parametrize(
+    "outcome", [*JOBS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_JOBS)], indirect=True)
+
+
+@in_all_jobs
+def test_training_goes_on_as_if_nothing_had_been_tried(outcome: Any) -> None:
+    results, whole = outcome
+    for (_, went_on, loaded), expected in zip(results, whole):
+        assert went_on.losses == expected.losses[TRIED:]
+        assert loaded.losses == expected.losses[SAVED:]
+        for name, value in expected.weights.items():
+            assert torch.equal(went_on.weights[name], value) and torch.equal(loaded.weights[name], value)
+
+
+@in_all_jobs
+@pytest.mark.parametrize("fault", [*FAULTS, *OF_ZERO])
+def test_all_ranks_say_what_is_wrong(fault: str, outcome: Any) -> None:
+    results, _ = outcome
+    if fault not in results[0][0]:
+        pytest.skip("without ZeRO there is no shard")
+    for told, _, _ in results:
+        assert told[fault].startswith(("CheckpointError: ", "PreflightError: ")), told[fault]
+        for part in {**FAULTS, **OF_ZERO}[fault][3]:
+            assert part in told[fault]
+        assert "and the state has changed" not in told[fault]
+        assert "\n" not in told[fault]
