@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ def plan(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def options(name: str = "v-half", stages: int = 4, micro_batches: int = 8) -> list[str]:
+def options(name: str = "v-half", stages: int | str = 4, micro_batches: int | str = 8) -> list[str]:
     return ["--schedule", name, "--stages", str(stages), "--micro-batches", str(micro_batches)]
 
 
@@ -331,6 +334,136 @@ def test_a_limit_that_is_exceeded_names_value_peak_and_what_fits(capsys: pytest.
 def test_bad_options_get_one_clear_error(arguments: list[str], message: str,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert message in error_of(arguments, capsys)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+NEVER = ["--time-limit", "86400", "--no-cache", "--times", "1,2,1,0"]
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (options(stages=1025), "stages = 1025: must be at most 1024"),
+    (options(stages=10**6), "stages = 1000000: must be at most 1024"),
+    (options(stages=1024, micro_batches=129), "micro-batches = 129: must be at most 128 on 1024"),
+    (options(micro_batches=10**7), "micro-batches = 10000000: must be at most 32768 on 4"),
+    (options(ADAPTIVE, micro_batches=10**7), "micro-batches = 10000000: must be at most 32768 on 4"),
+    (["--compare", "1f1b,v-half", "--stages", "4", "--micro-batches", "10000000"], "must be at most 32768"),
+    (["--curve", "x.json", "--stages", "1000000", "--micro-batches", "8"], "stages = 1000000: must be at most 1024"),
+    (["--curve", "x.json", "--stages", "4", "--micro-batches", "10000000"], "must be at most 32768"),
+    (options(stages=HUGE), "must be a whole number"),
+    (options(micro_batches=HUGE), "must be a whole number"),
+    *(([*options(ADAPTIVE), "--times", times], "must be times from 1e-09 to 1e+09") for times in (
+        "1e300,1,1,0", "1e308,1e308,1e308,0", "1e-320,1,1,0", "1,1,1,1e308", "1,1,1,1e-320", "1,1,1,1.1e9",
+        "1e-9,1e-9,1e-9,2", "1e9,1,1,1e-3", "1:1:1:1:1:1:1:1e300,1,1,0")),
+    ([*options(), "--times", "1e999,1,1,0"], "is no number"),
+    ([*options(), "--times", HUGE + ",1,1,0"], "is no number"),
+    ([*options(), "--memory-limit", "1e300u"], "like 6u"),
+    ([*options(), "--memory-limit", "1.1e9u"], "like 6u"),
+    ([*options(), "--memory-limit", "1e999u"], "is no number"),
+    ([*options(ADAPTIVE), "--memory-limit", "1e-320"], "can't be met"),
+    ([*options(ADAPTIVE), "--memory-limit", "1e-320u"], "can't be met"),
+    ([*options(), "--time-limit", "1e-320"], "must be above 0: from 0.001 to 86400"),
+    ([*options(), "--time-limit", "1e308"], "from 0.001 to 86400"),
+    ([*options(), "--time-limit", "inf"], "is no number"),
+    (["--curve", "x.json", "--limits", ",".join(["0.5"] * 101), *options()[2:]], "101 limits: must be at most 100"),
+    ([*options(micro_batches=20_000), "--svg", "x.svg"], "a picture of 4 rows with about 480000 passes"),
+    ([*options("1f1b", 1024, 4), "--png", "x.png"], "a picture of 1024 rows"),
+])
+def test_numbers_beyond_their_bounds_are_refused_at_once(arguments: list[str], message: str, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = error_of(arguments, capsys)
+    assert message in line and len(line) < 1000
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ds_config, message", [
+    ({"pipeline": {"stages": 10**6}, "gradient_accumulation_steps": 8}, "stages = 1000000: must be at most 1024"),
+    ({"pipeline": {"stages": 4}, "gradient_accumulation_steps": 10**7}, "micro-batches = 10000000: must be at most"),
+    ({"pipeline": {"stages": 4}, "train_batch_size": 10**18, "train_micro_batch_size_per_gpu": 1}, "must be at most"),
+    ({"pipeline": {"stages": 1.5}, "gradient_accumulation_steps": 8}, "pipeline.stages = 1.5 in the config"),
+])
+def test_so_are_those_of_a_config(ds_config: dict[str, Any], message: str, tmp_path: Path,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of([write(tmp_path, pipeline_schedule="v-half", **ds_config)], capsys)
+
+
+@pytest.mark.parametrize("arguments", [
+    [*options(micro_batches=2), "--times", "1e-9,1,1,1"],
+    [*options(micro_batches=2), "--times", "1e9,1,1,1"],
+    [*options(micro_batches=2), "--times", "1e-9,1e-9,1e-9,0"],
+    [*options(micro_batches=2), "--times", "1e9,1e9,1e9,1e9"],
+    [*options(ADAPTIVE, 2, 2), "--times", "1,1,1,1e9", "--memory-limit", "1e9u"],
+    options("1f1b", 1, 1),
+])
+def test_numbers_at_their_bounds(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments, "--time-limit", "0.001", "--no-cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "makespan" in shown and "nan" not in shown and "inf" not in shown
+    assert all(len(line) <= 200 for line in shown.splitlines())
+
+
+def test_a_hop_as_long_as_millions_of_passes_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture takes as much memory as it has columns."""
+    tracemalloc.start()
+    assert main(["plan", *options(), "--times", "1,1,1,1e7"]) == 0
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 50e6
+    assert "... cut off at time" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("option", ["--json", "--svg", "--png", "--curve"])
+@pytest.mark.parametrize("file, message", [
+    ("", "Is a directory"), ("no/folder", "No such file"), ("x" * 300, "File name too long"),
+    ("file/in/a/file", "Not a directory"), ("null\0byte", "null byte"), ("loop", "symbolic links")])
+def test_files_that_cannot_be_written_are_refused_before_planning(option: str, file: str, message: str, tmp_path: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    ending = "." + ("json" if option == "--curve" else option[2:])
+    (tmp_path / f"loop{ending}").symlink_to(f"loop{ending}")
+    if not file:
+        (tmp_path / f"folder{ending}").mkdir()
+        file = "folder"
+    arguments = options(ADAPTIVE)[2:] if option == "--curve" else options(ADAPTIVE)
+    line = error_of([*arguments, *NEVER, option, str(tmp_path / file) + ending], capsys)
+    assert f"{option} " in line and message in line
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_file_that_is_there_is_kept_until_the_plan_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("kept")
+    error_of([*options("v-zb"), "--memory-limit", "0.5", "--json", str(file)], capsys)
+    assert file.read_text() == "kept"
+    error_of([*options("v-zb"), "--memory-limit", "0.5", "--json", str(tmp_path / "new.json")], capsys)
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_no_file_is_written_twice_or_read_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, pipeline_schedule="v-half", pipeline={"stages": 4}, gradient_accumulation_steps=8)
+    before = Path(config).read_text()
+    assert "is read too" in error_of([config, "--json", config], capsys)
+    assert Path(config).read_text() == before
+    both = str(tmp_path / "both.svg")
+    assert "is written for --json too" in error_of([*options(), "--json", both, "--svg", both], capsys)
+
+
+@pytest.mark.parametrize("target, status", [("/dev/full", 2), ("closed", 1)])
+def test_an_output_that_takes_nothing(target: str, status: int) -> None:
+    command = [sys.executable, "-m", "ds_vshape", "plan", *options()]
+    if target == "closed":
+        command = ["bash", "-c", f"{shlex.join(command)} | true; exit ${{PIPESTATUS[0]}}"]
+    with open(target if target != "closed" else os.devnull, "wb") as output:
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+    assert ended.returncode in (status, 0 if target == "closed" else status)
 
 
 # ---------------------------------------------------------------- what people see

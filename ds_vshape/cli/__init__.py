@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ds_vshape.cli import plan
 
@@ -16,7 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
-    except ValueError as error:
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()
+        return status
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError):
+            # Of standard output: closed by its reader, or full. What is left must not fail again at the end.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                return 1
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +138,27 @@ def _named_points(scale: _Scale) -> Iterable[Point]:
 def _reference_points(file: Path, scale: _Scale) -> Iterable[Point]:
     """The points of the cell with this batch, whatever its unit of time; bench/compare_reference.py has the format."""
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         found = [cell for cell in cells if _ratio(cell, scale) is not None]
         if not found:
             raise ValueError("it has no cell for "
                              f"{scale.ranks} ranks, {scale.micro_batches} micro-batches and these times")
         ratio = _ratio(found[0], scale) or 1.0
-        return [scale.point(name, figures["peak"], figures["makespan"] * ratio)
+        return [scale.point(name, _positive(figures["peak"]), _positive(figures["makespan"]) * ratio)
                 for name, figures in found[0]["schedules"].items()]
     except OSError as error:
         raise ValueError(f"--reference {file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else error
         raise ValueError(f"--reference {file}: {reason}") from None
+
+
+def _positive(figure: float) -> float:
+    if not 0 < figure < inf:
+        raise ValueError(f"{figure!r} is no peak or makespan")
+    return figure
 
 
 def _ratio(cell: Mapping[str, Any], scale: _Scale) -> float | None:

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_vshape.cli import curve, report
+from ds_vshape.cli.files import check_writable, writing
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.cli.request import Limit, Request, add_options
 from ds_vshape.schedule.activations import Activations
@@ -26,6 +27,8 @@ from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
 
 _PICTURES = ("svg", "png")
+# Of a picture: matplotlib draws some hundred passes a second, and no more than 2^16 pixels upwards.
+_MOST_PASSES, _MOST_ROWS = 40_000, 512
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,12 +48,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Plan, check the memory limit, print, and write the files asked for. Raises ValueError on bad input."""
     request = Request.from_arguments(arguments)
+    outputs = {f"--{kind}": file for kind in ("json", *_PICTURES, "curve") if (file := getattr(arguments, kind))}
+    inputs = (arguments.config, arguments.config_option, arguments.reference)
+    check_writable(outputs, [file for file in inputs if file is not None])
     if arguments.curve is not None:
         _trace_curve(request, arguments.curve, arguments.limits, arguments.reference)
         return 0
     pictures = {kind: file for kind in _PICTURES if (file := getattr(arguments, kind)) is not None}
     if pictures:
         _need_matplotlib()
+        _check_size(request)
     outcomes = []
     for name in request.schedules:
         with _progress(f"planning {name}") as progress:
@@ -80,7 +87,7 @@ def _draw(outcomes: Sequence[Outcome], request: Request, files: Mapping[str, Pat
                              Activations.counted(outcome.schedule.placement), limit, full) for outcome in outcomes]
     label = f"time ({request.times}; of one of 2p chunks)"
     for kind, file in files.items():
-        with _writing(f"--{kind}", file):
+        with writing(f"--{kind}", file):
             pictures.save(panels, file, kind, label)
 
 
@@ -94,7 +101,7 @@ def _trace_curve(request: Request, file: Path, limits: Sequence[Limit] | None, r
     if kind in _PICTURES:
         from ds_vshape.cli import curve_picture
 
-        with _writing("--curve", file):
+        with writing("--curve", file):
             curve_picture.save(traced, file, kind)
     else:
         _write_json("--curve", file, traced.to_json())
@@ -113,6 +120,15 @@ def _need_matplotlib() -> None:
         raise ValueError("SVG and PNG are drawn by matplotlib, which is not installed: pip install 'ds-vshape[plots]'")
 
 
+def _check_size(request: Request) -> None:
+    """Raise ValueError before any planning for a picture that would take minutes, or be higher than any may be."""
+    passes = 6 * request.stages * request.micro_batches * len(request.schedules)
+    rows = request.stages * len(request.schedules)
+    if passes > _MOST_PASSES or rows > _MOST_ROWS:
+        raise ValueError(f"a picture of {rows} rows with about {passes} passes: must be at most {_MOST_ROWS} rows and "
+                         f"{_MOST_PASSES} passes; --json has room for all")
+
+
 @contextmanager
 def _progress(text: str) -> Iterator[Callable[[float], None]]:
     """A bar on standard error if that is a terminal; to be called with the share that is done."""
@@ -124,15 +140,6 @@ def _progress(text: str) -> Iterator[Callable[[float], None]]:
         yield show
 
 
-@contextmanager
-def _writing(option: str, file: Path) -> Iterator[None]:
-    """A file that can't be written is the user's error."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{option} {file}: {error.strerror}") from None
-
-
 def _write_json(option: str, file: Path, content: Any) -> None:
-    with _writing(option, file):
+    with writing(option, file):
         file.write_text(json.dumps(content) + "\n", encoding="utf-8")

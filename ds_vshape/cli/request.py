@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_vshape.config import load_ds_config, read_section
+from ds_vshape.config import load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, peak_of_1f1b
-from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, placement_of
+from ds_vshape.schedule.named import ADAPTIVE, MOST_RANKS, SCHEDULES, most_micro_batches, placement_of
 from ds_vshape.schedule.schedule import Schedule
 
+# Seconds of planning; times of passes and hops, in any unit; their greatest ratio, which sums over a batch still tell
+# apart; counts of chunk activations; limits of a curve, each of which is planned for.
+SECONDS = 0.001, 86400.0
+TIMES = 1e-9, 1e9
+MOST_RATIO = 1e9
+MOST_ACTIVATIONS = 1e9
+MOST_LIMITS = 100
 # What --curve replaces: it shows all schedules, at all limits.
 _NOT_WITH_CURVE = ("schedule", "compare", "memory_limit", "json", "svg", "png")
 _ONLY_WITH_CURVE = ("limits", "reference")
@@ -34,9 +41,9 @@ class Limit:
         """0.5 or 6u; argparse.ArgumentTypeError for anything else."""
         is_count = text.endswith("u")
         value = _number(text.removesuffix("u"))
-        if value <= 0 or (value > 2 and not is_count):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a fraction of 1F1B's peak above 0 and at most 2, "
-                                             f"or a count of chunk activations above 0 with the suffix u, like 6u")
+        if not 0 < value <= (MOST_ACTIVATIONS if is_count else 2):
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be a fraction of 1F1B's peak above 0 and at most 2, "
+                                             "or a count of chunk activations above 0 with the suffix u, like 6u")
         return cls(value, is_count)
 
     def __str__(self) -> str:
@@ -89,6 +96,7 @@ class Request:
         if missing:
             source = f"{paths[0]} lacks" if paths else "a config file or these options are needed; missing:"
             raise ValueError(f"{source} {', '.join(missing)}")
+        _check_size(given["stages"], given["micro_batches"])
         for name in names:
             placement_of(name, given["stages"])
         try:
@@ -123,6 +131,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="of the curve (default: from a quarter of 1F1B's peak to all of it)")
     parser.add_argument("--reference", type=Path, metavar="FILE",
                         help="other schedulers' figures for the curve, as bench/compare_reference.py reads them")
+
+
+def _check_size(stages: int, micro_batches: int) -> None:
+    """ValueError for more than any schedule is made for."""
+    if stages > MOST_RANKS:
+        raise ValueError(f"stages = {stages}: must be at most {MOST_RANKS} pipeline ranks")
+    most = most_micro_batches(stages)
+    if micro_batches > most:
+        raise ValueError(f"micro-batches = {micro_batches}: must be at most {most} on {stages} pipeline ranks")
 
 
 def _check_modes(arguments: argparse.Namespace) -> None:
@@ -180,7 +197,7 @@ def _whole(section: Mapping[str, Any], key: str, path: str | None = None) -> int
     if value is None or value == "auto":
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{path or key} = {value!r} in the config: must be a whole number of at least 1")
+        raise ValueError(f"{path or key} = {shown(value)} in the config: must be a whole number of at least 1")
     return value
 
 
@@ -189,8 +206,8 @@ def _option(key: str) -> str:
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    if not re.fullmatch(r"[1-9]\d{0,18}", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number of at least 1")
     return int(text)
 
 
@@ -200,31 +217,40 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number")
     return value
 
 
 def _seconds(text: str) -> float:
     value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    low, high = SECONDS
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be above 0: from {low:g} to {high:g}")
     return value
 
 
 def _times(text: str) -> ChunkTimes:
     values = [tuple(_number(one) for one in part.split(":")) for part in text.split(",")]
     if len(values) != 4 or min(map(min, values[:3])) <= 0 or min(values[3]) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be F,B,W,HOP: three times above 0 and one of at least 0, each "
-                                         "for all chunks or links, or one for each with colons between")
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be F,B,W,HOP: three times above 0 and one of at least 0, "
+                                         "each for all chunks or links, or one for each with colons between")
+    every = [value for part in values for value in part if value]
+    shortest, longest = min(every), max(every)
+    if not TIMES[0] <= shortest <= longest <= min(TIMES[1], MOST_RATIO * shortest):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be times from {TIMES[0]:g} to {TIMES[1]:g} (a hop may "
+                                         f"take 0), the longest at most {MOST_RATIO:g} times the shortest")
     return ChunkTimes(*values)
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} must be names of schedules with commas between")
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be names of schedules with commas between")
     return names
 
 
 def _limits(text: str) -> tuple[Limit, ...]:
-    return tuple(Limit.parse(part) for part in text.split(","))
+    parts = text.split(",")
+    if len(parts) > MOST_LIMITS:
+        raise argparse.ArgumentTypeError(f"{len(parts)} limits: must be at most {MOST_LIMITS}")
+    return tuple(map(Limit.parse, parts))

@@ -11,6 +11,8 @@ caller's (`PASSES` finds the passes of a kind).
 
 from __future__ import annotations
 
+import math
+
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Span, Timeline
@@ -52,11 +54,12 @@ def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
                  for span in spans if span.end > span.start and span.work.pieces == 1), default=1.0)
     labels = [f"rank {rank}" for rank in range(placement.ranks)]
     margin = max(len("time"), *map(len, labels)) + 2
+    # A hop may be a million times as long as a pass: only what is shown is drawn.
     width = round(timeline.makespan * scale)
     shown = max(1, min(width, columns - margin))
     rows = ["time".ljust(margin) + _ruler(scale, shown)]
     for label, rank in zip(labels, timeline.ranks):
-        rows.append(label.ljust(margin) + _row(rank, placement, origin, scale, width)[:shown].rstrip())
+        rows.append(label.ljust(margin) + _row(rank, placement, origin, scale, shown))
     if shown < width:
         rows.append(f"... cut off at time {shown / scale:.4g} of {timeline.makespan:.4g}: "
                     f"all of it takes {width + margin} columns")
@@ -69,22 +72,26 @@ def _name(work: Pass, placement: Placement) -> str:
     return f"{kind}{work.micro_batch}"
 
 
-def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: float, width: int) -> str:
-    row = [BUBBLE] * width
+def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: float, shown: int) -> str:
+    """The first `shown` characters of a rank's line."""
+    row = [BUBBLE] * shown
     for span in spans:
         first, last = round((span.start - origin) * scale), round((span.end - origin) * scale)
+        if first >= shown:
+            break
         if last > first:
             name = _name(span.work, placement)
             if len(name) > last - first:  # a piece of a W: no number rather than half of one
                 name = name.rstrip("0123456789").ljust(last - first, "-")
-            row[first:last] = name.ljust(last - first - 1, "-").ljust(last - first)
-    return "".join(row)
+            ended = name.ljust(min(last, shown + 1) - first - 1, "-").ljust(min(last, shown) - first)
+            row[first:last] = ended[:shown - first]
+    return "".join(row).rstrip()
 
 
 def _ruler(scale: float, width: int) -> str:
     """Times at round distances, at least 10 characters apart."""
-    steps = (base * 10.0 ** power for power in range(-12, 13) for base in (1, 2, 5))
-    step = next(step for step in steps if step * scale >= 10)
+    power = 10.0 ** math.floor(math.log10(10 / scale))
+    step = next(base * power for base in (1, 2, 5, 10, 20) if base * power * scale >= 10)
     ruler, tick = "", 0
     while round(tick * step * scale) < width:
         ruler = ruler.ljust(round(tick * step * scale)) + f"{tick * step:g}"

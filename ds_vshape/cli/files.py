@@ -1,0 +1,47 @@
+"""Files that the command line writes: what can't be written is refused before anything is planned."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_writable(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
+    """ValueError for an output (by its option) that can't be written, or that is an input or another output too."""
+    taken = {os.path.realpath(file): "is read" for file in inputs}
+    for option, file in outputs.items():
+        with writing(option, file):
+            is_regular = _try(file)
+            path = os.path.realpath(file)
+        if is_regular and path in taken:
+            raise ValueError(f"{option} {file}: {taken[path]} too")
+        taken[path] = f"is written for {option}"
+
+
+def _try(file: Path) -> bool:
+    """Whether `file` is one or can be made; OSError if it can't be written. What is no file is only looked at."""
+    try:
+        mode = os.stat(file).st_mode
+    except FileNotFoundError:
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT))
+        os.unlink(os.path.realpath(file))
+        return True
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        os.close(os.open(file, os.O_WRONLY))
+    elif not os.access(file, os.W_OK):
+        raise PermissionError(0, "Permission denied")
+    return stat.S_ISREG(mode)
+
+
+@contextmanager
+def writing(option: str, file: Path) -> Iterator[None]:
+    """A file that can't be written is the user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option} {file}: {error.strerror}") from None
+    except ValueError as error:  # a name that none can have
+        raise ValueError(f"{option} {file}: {error}") from None
