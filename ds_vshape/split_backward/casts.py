@@ -29,9 +29,18 @@ from ds_vshape.split_backward.weights import CastWeight, is_deferrable, is_plain
 # Devices whose rules are known here, with their dispatch keys.
 _DISPATCH_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
-_LOW_PRECISION: frozenset[Callable[..., Any]] = frozenset({
-    torch.nn.functional.linear, torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.addmm,
-    Tensor.addmm, torch.conv1d, torch.conv2d, torch.conv3d})
+# Where the arguments are that are multiplied: position and name.
+Operands = tuple[tuple[int, str], ...]
+_INPUT_AND_WEIGHT: Operands = ((0, "input"), (1, "weight"))
+_TWO_MATRICES: Operands = ((0, "input"), (1, "mat2"))
+
+_LOW_PRECISION: dict[Callable[..., Any], Operands] = {
+    torch.nn.functional.linear: _INPUT_AND_WEIGHT,
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _INPUT_AND_WEIGHT),
+    **dict.fromkeys((torch.matmul, Tensor.matmul), ((0, "input"), (1, "other"))),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _TWO_MATRICES),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), ((1, "mat1"), (2, "mat2"))),
+}
 _WHERE_REGISTERED_32_BITS = {torch.nn.functional.layer_norm: "aten::layer_norm",
                              torch.nn.functional.rms_norm: "aten::rms_norm"}
 _AS_THEY_ARE: frozenset[Callable[..., Any]] = frozenset({torch.nn.functional.embedding, apply_split_function})
@@ -62,7 +71,10 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         dtype = torch.float32
     else:
         return args, kwargs
-    if not any(is_deferrable(tensor) or transposed_weight(tensor) is not None for tensor in tensors):
+    operands = [args[place] if place < len(args) else kwargs.get(name)
+                for place, name in _LOW_PRECISION.get(function, _INPUT_AND_WEIGHT[:1])]
+    # A cast of a weight is outside the graph: as the input of another weight it would get a gradient that is lost.
+    if all(map(_is_weight, operands)) or not any(map(_is_weight, tensors)):
         return None
 
     def cast(value: Any) -> Any:
@@ -71,6 +83,10 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return value if value.dtype in (torch.float64, dtype) else _cast(value, dtype, device)
 
     return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and (is_deferrable(value) or transposed_weight(value) is not None)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
