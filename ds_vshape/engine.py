@@ -36,8 +36,9 @@ from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffers, edges, enter
 from ds_vshape.demands import check_micro_batches
 from ds_vshape.failures import Agreement, Failure, Sharers
-from ds_vshape.gradients import clip_gradients, delivery_for, reduce_tied_gradients
+from ds_vshape.gradients import clip_gradients, delivery_into, leave_to_backward, place_of, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
+from ds_vshape.loss_fn import convert_without
 from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.names import rank_names
@@ -115,7 +116,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._observer = Observer(self)
         self._background = background()
         self._returning_loss: Started[Tensor] | None = None
-        self._deliver = delivery_for(self.optimizer, self.module.schedule_config.gradient_accumulation_fusion)
+        self._sums = place_of(self.optimizer)
+        self._deliver = delivery_into(self._sums, self.module.schedule_config.gradient_accumulation_fusion)
+        leave_to_backward(self.module.parameters(), self._sums)
+        convert_without(self.optimizer, self.module.idle_weights())
         self._reduction = reduction_for(self, self._background, self._deliver)
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
@@ -528,16 +532,22 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _backward_without_loss(self, roots: Sequence[GradientEdge | None], grads: Sequence[Tensor | None]) -> None:
         """What the stock engine does around the backward of a stage that has no loss."""
         pairs = [(root, grad) for root, grad in zip(roots, grads, strict=True) if root is not None and grad is not None]
-        if self.using_bf16_optimizer:
-            self.optimizer.clear_lp_grads()
         if pairs:
             self._running_engine_backward = True
             try:
                 torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
             finally:
                 self._running_engine_backward = False
-        if self.using_bf16_optimizer:
-            self.optimizer.update_hp_grads(clear_lp_grads=False)
+        self._sums.take_in()
+
+    # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.
+    def _backward_prologue(self) -> None:
+        self._sums.take_in()
+        super()._backward_prologue()
+
+    def _backward_epilogue(self) -> None:
+        self._sums.take_in()
+        super()._backward_epilogue()
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         # Gradients are divided by the accumulation steps once: on the stage with the loss.
@@ -613,6 +623,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def _exec_start_reduce_grads(self, stage: int) -> None:
         if self._reduction is not None:
+            self._sums.take_in()
             self._reduction.start(stage)
 
     def _exec_agree_on_batch(self) -> None:
@@ -629,8 +640,9 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         # Replicas average the loss in the group in which gradients are reduced: on all of them first the one.
         if self._returning_loss is not None:
             self._returned_loss(self._returning_loss)
+        self._sums.take_in()
         give_gradient(self.module, self._deliver)
-        reduce_tied_gradients(self.module, self.optimizer, self._deliver)
+        reduce_tied_gradients(self.module, self._sums)
 
     def _exec_reduce_grads(self) -> None:
         if self._reduction is None or not self._reduction.finish():

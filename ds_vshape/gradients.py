@@ -1,4 +1,4 @@
-"""Where a weight gradient goes that comes later than its backward; the sums over ranks, and the clipping, of all.
+"""Where the gradients of a batch add up; their sums over ranks, and the clipping, of all.
 
 An ordinary backward leaves gradients in `.grad`, and each of DeepSpeed's optimizers picks them up from there at a
 moment of its own; a gradient that comes after that moment would be lost without a word. So W hands its gradients to
@@ -9,6 +9,14 @@ the place where the optimizer accumulates them:
     DeepSpeedZeroOptimizer with an accumulation dtype of its own     parameter.grad_accum
     all others                                                       parameter.grad
 
+What others put into `.grad` meanwhile counts too, whenever they do: a backward that a layer or a loss function runs in
+its forward, a loss with weights of its own, a script between two batches. With BF16_Optimizer that is all there ever is
+in `.grad`: DeepSpeed zeroes it when a backward reaches a stage's outputs, so here it is moved to the buffer before
+that, and after the backward.
+
+Weights that the optimizer doesn't hold get their gradients in `.grad`, by autograd in B, as under DeepSpeed: nobody
+else looks at them.
+
 Where a gradient is added to that place by the product that computes it, the sum is rounded once, not twice: a little
 more exact than an unsplit backward's, so not equal to it bit for bit.
 """
@@ -16,37 +24,67 @@ more exact than an unsplit backward's, so not equal to it bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_vshape.split_backward import Delivery, WholeGradients
+from ds_vshape.split_backward import Delivery, WholeGradients, never_defer
 
 
-def delivery_for(optimizer: Any, fusion: bool = False) -> Delivery:
-    """How a late weight gradient gets to a parameter's gradient of this batch; to be used in the order of the
-    micro-batches. With `fusion` a product may be added to the sum where it lies.
-    """
-    place = _place_of(optimizer)
-    return place if fusion else WholeGradients(place.add)
+class Place(Delivery, Protocol):
+    """Where the gradients of a batch add up."""
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        """Whether the optimizer has `parameter`; the gradients of all others stay in `.grad`."""
+
+    def take_in(self) -> None:
+        """Move what lies in `.grad` to this place, if it's another."""
+
+    def total(self, parameter: Parameter, /) -> Tensor | None:
+        """The sum so far, as the optimizer has it; None where there is none yet."""
 
 
-def _place_of(optimizer: Any) -> Delivery:
+def place_of(optimizer: Any) -> Place:
+    """Where `optimizer`, one of DeepSpeed's or torch's, has gradients add up."""
     if isinstance(optimizer, BF16_Optimizer):
         return InHighPrecisionBuffers(optimizer)
     if getattr(optimizer, "use_grad_accum_attribute", False):
-        return InGradAccum(optimizer.gradient_accumulation_dtype)
-    return InGrad()
+        return InGradAccum(optimizer)
+    held = getattr(optimizer, "bit16_groups", None)
+    return InGrad(None if held is None else chain.from_iterable(held))
+
+
+def delivery_into(place: Place, fusion: bool = False) -> Delivery:
+    """How a late weight gradient gets there; to be used in the order of the micro-batches. With `fusion` a product may
+    be added to the sum where it lies.
+    """
+    return place if fusion else WholeGradients(place.add)
+
+
+def leave_to_backward(parameters: Iterable[Parameter], place: Place) -> None:
+    """Let B compute the gradients of those that the optimizer doesn't hold, so that nothing is kept for them until W.
+    """
+    for parameter in parameters:
+        if not place.holds(parameter):
+            never_defer(parameter)
 
 
 class InGrad:
     """`parameter.grad`, where autograd adds too."""
+
+    def __init__(self, held: Iterable[Parameter] | None = None) -> None:
+        self._held = None if held is None else set(held)
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        return self._held is None or parameter in self._held
 
     def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
         if parameter.grad is None:
@@ -58,12 +96,23 @@ class InGrad:
     def buffer(self, parameter: Parameter, /) -> Tensor | None:
         return parameter.grad
 
+    def total(self, parameter: Parameter, /) -> Tensor | None:
+        return parameter.grad
+
+    def take_in(self) -> None:
+        pass
+
 
 class InGradAccum:
-    """`parameter.grad_accum`, of a dtype of its own."""
+    """`parameter.grad_accum`, of a dtype of its own. DeepSpeed moves there what autograd accumulates."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self._optimizer = optimizer
+        self._dtype: torch.dtype = optimizer.gradient_accumulation_dtype
+        self._held = set(chain.from_iterable(optimizer.bit16_groups))
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        return parameter in self._held
 
     def add(self, parameter: Any, gradient: Tensor, /) -> None:
         if parameter.grad_accum is None:
@@ -78,9 +127,15 @@ class InGradAccum:
         so_far: Tensor | None = parameter.grad_accum
         return None if so_far is None else so_far.view(parameter.shape)
 
+    def total(self, parameter: Any, /) -> Tensor | None:
+        return parameter.grad_accum  # type: ignore[no-any-return]
+
+    def take_in(self) -> None:
+        self._optimizer.fill_grad_accum_attribute()
+
 
 class InHighPrecisionBuffers:
-    """BF16_Optimizer's accumulation buffers, by parameter. It zeroes every `.grad` when the next backward begins."""
+    """BF16_Optimizer's accumulation buffers, by parameter."""
 
     def __init__(self, optimizer: BF16_Optimizer) -> None:
         self._optimizer = optimizer
@@ -89,6 +144,9 @@ class InHighPrecisionBuffers:
             for group, parameters in enumerate(optimizer.bf16_groups)
             for index, parameter in enumerate(parameters)
         }
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        return parameter in self._places
 
     @torch.no_grad()
     def add(self, parameter: Any, gradient: Tensor, /) -> None:
@@ -101,6 +159,17 @@ class InHighPrecisionBuffers:
         self._optimizer.fp32_groups_has_gradients[group][index] = True
         return flat.view(parameter.shape)
 
+    def total(self, parameter: Any, /) -> Tensor | None:
+        group, index = self._places[parameter]
+        has_gradient = self._optimizer.fp32_groups_has_gradients[group][index]
+        return self._optimizer.fp32_groups_gradients[group][index] if has_gradient else None
+
+    def take_in(self) -> None:
+        for parameter in self._places:
+            if parameter.grad is not None:
+                self.add(parameter, parameter.grad)
+                parameter.grad = None
+
 
 def sums_so_far(parameters: Iterable[Any]) -> Iterator[Tensor]:
     """What gradients of `parameters` have added up to in this batch, wherever any optimizer has them add up."""
@@ -111,23 +180,19 @@ def sums_so_far(parameters: Iterable[Any]) -> Iterator[Tensor]:
                 yield found
 
 
-def reduce_tied_gradients(module: Any, optimizer: Any, delivery: Delivery) -> None:
+def reduce_tied_gradients(module: Any, place: Place) -> None:
     """Add up the gradients of tied weights over the pipeline ranks that hold them (collective).
 
     DeepSpeed's own (_exec_reduce_tied_grads in runtime/pipe/engine.py) looks for them in `.grad`, which is empty where
     they accumulate in `grad_accum`: each rank would then train its copy of the weight by its own gradient alone.
     """
-    if isinstance(optimizer, BF16_Optimizer):
-        place = "_hp_grad"
-    else:
-        place = "grad_accum" if getattr(optimizer, "use_grad_accum_attribute", False) else "grad"
     for weight, group in module.get_tied_weights_and_groups():
-        if not weight.requires_grad:
+        if not weight.requires_grad or not place.holds(weight):
             continue
-        if getattr(weight, place, None) is None:
+        if place.total(weight) is None:
             # Not used by the layers of this rank, but perhaps by those of another one: all must take part.
-            delivery.add(weight, torch.zeros_like(weight, requires_grad=False))
-        dist.all_reduce(getattr(weight, place), group=group)
+            place.add(weight, torch.zeros_like(weight, requires_grad=False))
+        dist.all_reduce(place.total(weight), group=group)
 
 
 @torch.no_grad()

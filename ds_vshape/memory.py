@@ -282,15 +282,12 @@ def parameter_bytes(module: nn.Module) -> int:
 
 
 def gradient_bytes(module: nn.Module, optimizer: Any) -> int:
-    """What a batch accumulates: each parameter's gradient, and what the optimizer has beside it.
-
-    With BF16_Optimizer, which accumulates in a place of its own, parameters whose gradients come from W alone don't
-    use theirs; they are counted all the same.
-    """
+    """What a batch accumulates: each parameter's gradient, or what the optimizer has for it."""
+    if isinstance(optimizer, BF16_Optimizer):
+        # A gradient lies in `.grad` within a backward only.
+        return Storages(optimizer.fp32_groups_gradients_flat).nbytes()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
-    if isinstance(optimizer, BF16_Optimizer):
-        return gradients + Storages(optimizer.fp32_groups_gradients_flat).nbytes()
     if getattr(optimizer, "use_grad_accum_attribute", False):
         gradients += sum(parameter.numel() for parameter in trained) * optimizer.gradient_accumulation_dtype.itemsize
     return gradients

@@ -34,6 +34,7 @@ from ds_vshape.accepted import check_accepted
 from ds_vshape.arguments import bound, check_arguments, check_method
 from ds_vshape.config import DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config, read_section
 from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
+from ds_vshape.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
 from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import Facts, Preflight, config_facts, module_facts, versions
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
@@ -201,6 +202,9 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             self.forward_funcs = chunk.funcs
             super()._build()
         self._activate(self.chunks[0])
+        parameter: Any
+        for parameter in self.idle_weights().values():
+            parameter.ds_pipe_replicated = True
         if self.schedule_config:
             for key, tie in find_ties(self._layer_specs).items():
                 check_one_module(key, [(layer, self._layer_specs[layer]) for layer in tie.layers
@@ -296,13 +300,32 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             chunk.checkpointable = self.is_checkpointable_results
         self._activate(self.chunks[0])
 
-    def save_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    @property
+    def _computes_loss(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return self.placement.last_stage in self.placement.chunks[self.stage_id]
+
+    def idle_weights(self) -> dict[str, nn.Parameter]:
+        """Weights, by name, that this rank has a copy of and never trains: those of a loss function that is a module,
+        where another rank computes the loss."""
+        if not self.schedule_config or self._computes_loss or not isinstance(self.loss_fn, nn.Module):
+            return {}
+        used = {parameter for chunk in self.chunks for parameter in chunk.parameters()}
+        return {f"loss_fn.{name}": parameter for name, parameter in self.loss_fn.named_parameters()
+                if parameter not in used}
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
         for chunk in self.chunks:
             self._activate_files(chunk)
-            super().save_state_dict(*args, **kwargs)
+            super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
         self._activate(self.chunks[0])
+        if self.schedule_config and self._computes_loss and self._grid.data_parallel_id == 0:
+            save_loss_fn(self.loss_fn, self._loss_fn_path(save_dir), checkpoint_engine, exclude_frozen_params)
 
-    def load_state_dir(self, load_dir: str, *args: Any, **kwargs: Any) -> None:
+    def _loss_fn_path(self, folder: str) -> str:
+        return loss_fn_path(folder, self._grid._topo.get_rank_repr(rank=self.global_rank))
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """As DeepSpeed's; PipelineError where it saved no file of a tied module (see tied.py)."""
         self._tied_sources = {key: tie.filed for key, tie in self._ties.items()}
         for chunk in self.chunks:
@@ -313,8 +336,10 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
                 if here and not self.ckpt_layer_path_list(load_dir, number):
                     raise PipelineError(f"{load_dir} has no weights of the tied layers {key!r} (layer {tie.filed}): "
                                         "DeepSpeed saves none where all of them have a forward_fn")
-            super().load_state_dir(load_dir, *args, **kwargs)
+            super().load_state_dir(load_dir, checkpoint_engine, strict)
         self._activate(self.chunks[0])
+        if self.schedule_config and self._computes_loss:
+            load_loss_fn(self.loss_fn, self._loss_fn_path(load_dir), checkpoint_engine, strict)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         for chunk in self.chunks:

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape.gradients import InGrad, clip_gradients, delivery_for
+from ds_vshape.gradients import InGrad, clip_gradients, delivery_into, place_of
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
 MICRO_BATCHES = 4
@@ -80,7 +80,7 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None,
               "gradient_clipping": 0.0, **config}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     assert isinstance(engine.optimizer, kind)
-    delivery, stores, results = delivery_for(engine.optimizer, fusion), [], []
+    delivery, stores, results = delivery_into(place_of(engine.optimizer), fusion), [], []
     stock = type(engine)._INSTRUCTION_MAP
 
     def split_forward(engine: Any, **kwargs: Any) -> None:

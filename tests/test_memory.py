@@ -253,8 +253,8 @@ STATES: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "fp32 zero0": (FP32, 4, 4, 8),
     "fp32 zero1": (FP32_ZERO1, 4, 4, 6),
     "bf16 zero1": (BF16_ZERO1, 2, 2, 6),
-    "bf16 zero1, fp32 accumulation": (BF16_ZERO1_FP32, 2, 2 + 4, 6),
-    "bf16 zero0": (BF16_ZERO0, 2, 2 + 2, 6),
+    "bf16 zero1, fp32 accumulation": (BF16_ZERO1_FP32, 2, 4, 6),
+    "bf16 zero0": (BF16_ZERO0, 2, 2, 6),
 }
 
 
@@ -268,9 +268,7 @@ def test_parameters_gradients_and_optimizer(case: str) -> None:
         assert memory.parameters == pytest.approx(parameters * numbers + buffers, abs=64)
         assert memory.optimizer == pytest.approx(optimizer * numbers, abs=256)
         assert memory.gradients == pytest.approx(gradients * numbers, abs=64)
-        assert accumulated <= memory.gradients
-        if config not in (BF16_ZERO1_FP32, BF16_ZERO0):  # BF16_Optimizer's weights of W alone don't use their .grad.
-            assert accumulated == memory.gradients
+        assert accumulated == pytest.approx(memory.gradients, abs=64)  # BF16_Optimizer's buffers are padded.
         assert memory.total == sum(astuple(memory))
 
 

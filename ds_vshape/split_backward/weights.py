@@ -35,6 +35,8 @@ class CastWeight(Parameter):
 Target = Parameter | Cast
 
 _PLAIN_TYPES = (Tensor, Parameter, CastWeight)
+# An attribute of Parameters whose gradients are autograd's business.
+_NEVER_DEFERRED = "ds_vshape_never_deferred"
 
 
 def parameter_of(target: Target) -> Parameter:
@@ -45,9 +47,9 @@ def parameter_of(target: Target) -> Parameter:
 def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
     """Whether the gradient of `weight` may be handed over in W instead of by autograd in B.
 
-    It must be a trainable Parameter (a leaf that isn't one may be the stage's input) and must carry no hook that
-    expects autograd to produce its gradient. DeepSpeed's own post-accumulate hooks (ZeRO, BF16_Optimizer) don't count:
-    whoever delivers the gradient does their work.
+    It must be a trainable Parameter (a leaf that isn't one may be the stage's input), not one of `never_defer`'s, and
+    must carry no hook that expects autograd to produce its gradient. DeepSpeed's own post-accumulate hooks (ZeRO,
+    BF16_Optimizer) don't count: whoever delivers the gradient does their work.
     """
     if type(weight) is not Parameter:
         return type(weight) is CastWeight and is_deferrable(weight.cast.parameter)
@@ -55,8 +57,15 @@ def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
         return False
     if not weight.is_floating_point():  # The operators' formulas leave out the conjugates of complex numbers.
         return False
+    if _NEVER_DEFERRED in weight.__dict__:
+        return False
     hooks = weight._post_accumulate_grad_hooks
     return not hooks or all(_is_deepspeed_hook(hook) for hook in hooks.values())
+
+
+def never_defer(weight: Parameter) -> None:
+    """Leave the gradient of `weight` to autograd."""
+    setattr(weight, _NEVER_DEFERRED, True)
 
 
 def _is_deepspeed_hook(hook: Any) -> bool:

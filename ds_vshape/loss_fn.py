@@ -1,0 +1,58 @@
+"""The weights of a loss function that is a module: a file of a checkpoint beside those of the layers.
+
+DeepSpeed's PipelineModule has them on every rank, trains them on the one that computes the loss, and saves and loads
+layers only. Its loading and its conversions look for `layer_*`, `mp_rank_*` and `*_optim_states.pt`, and pass this file
+over. An optimizer's file has the copies of its rank, so the conversion must be told which of them not to take: the
+optimizer's _param_slice_mappings (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py) list what it takes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.utils import logger
+from torch import nn
+
+
+def loss_fn_path(folder: str, rank: str) -> str:
+    """The file; `rank` names a tensor parallel rank as layer files do, and is empty where there are none."""
+    return os.path.join(folder, "-".join(filter(None, ["loss_fn", rank, "model_states.pt"])))
+
+
+def save_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, exclude_frozen: bool) -> None:
+    """Write the state of `loss_fn`, if it's a module that has one."""
+    state = _state(loss_fn)
+    if not state:
+        return
+    if exclude_frozen:
+        for name, parameter in loss_fn.named_parameters():
+            if not parameter.requires_grad:
+                state.pop(name, None)
+    if checkpoint_engine.preserves_storage_sharing():
+        state = clone_tensors_for_torch_save(state)
+    checkpoint_engine.save(state_dict=state, path=path)
+
+
+def load_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, strict: bool) -> None:
+    """Read it again; a checkpoint of DeepSpeed's own has none, and the loss function stays as it is."""
+    if not _state(loss_fn):
+        return
+    if os.path.exists(path):
+        loss_fn.load_state_dict(checkpoint_engine.load(path, map_location="cpu"), strict=strict)
+    else:
+        logger.warning(f"the checkpoint has no {os.path.basename(path)}: the weights of the loss function aren't "
+                       "loaded from it")
+
+
+def convert_without(optimizer: Any, names: Iterable[str]) -> None:
+    """Let DeepSpeed's ds_to_universal.py pass over the parameters `names` in what `optimizer` saves."""
+    for group in getattr(optimizer, "_param_slice_mappings", ()):
+        for name in names:
+            group.pop(name, None)
+
+
+def _state(loss_fn: Any) -> Any:
+    return loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
