@@ -5,6 +5,9 @@ answers nonsense) all ranks are told in the same call, as PlannerFailed, and non
 
     SILENT_SECONDS    without a sign of life from it (ds_vshape/schedule/worker.py), or
     LATE_SECONDS      after the time that it may plan for; it starts, compiles and ends in that.
+
+Of the time between two looks at it no more than a few seconds count: a job that was suspended as a whole is no late
+planner.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ds_vshape.schedule.request import Answer, Request, check_schedule, read_ans
 WORKER = ["-m", "ds_vshape.schedule.worker"]
 SILENT_SECONDS = 60.0
 LATE_SECONDS = 300.0
+_MOST_SECONDS_BETWEEN_LOOKS = 5.0
 # Ranks that wait for an answer ask for it so often, so that none waits for long in a collective.
 _SECONDS_BETWEEN_QUESTIONS = 1.0
 # What is shared of an answer is preceded by one of these.
@@ -60,8 +64,8 @@ class PlanningProcess:
         # It doesn't outlive the training; where that is killed, it sees so itself. (Linux ends it with the thread that
         # started it, too.)
         weakref.finalize(self, self._process.kill)
-        self._started = self._alive = time.monotonic()
-        self._sign = 0
+        self._looked = time.monotonic()
+        self._sign, self._silent, self._taken = 0, 0.0, 0.0
 
     def answer(self, seconds: float) -> bytes | None:
         """What it found, waited for up to `seconds`; None if it is still at it.
@@ -88,11 +92,13 @@ class PlanningProcess:
 
     def _check_alive(self) -> None:
         now, sign = time.monotonic(), os.fstat(self._answer.fileno()).st_mtime_ns
-        if sign != self._sign:
-            self._sign, self._alive = sign, now
-        if now - self._alive > SILENT_SECONDS:
+        passed, self._looked = min(now - self._looked, _MOST_SECONDS_BETWEEN_LOOKS), now
+        self._taken += passed
+        self._silent = self._silent + passed if sign == self._sign else 0.0
+        self._sign = sign
+        if self._silent > SILENT_SECONDS:
             raise PlannerFailed(f"the planning process gave no sign of life for {SILENT_SECONDS:g} s: is it stopped?")
-        if now - self._started > self._request.time_limit + LATE_SECONDS:
+        if self._taken > self._request.time_limit + LATE_SECONDS:
             raise PlannerFailed(f"the planning process wasn't done {LATE_SECONDS:g} s after its "
                                 f"{self._request.time_limit:g} s")
 

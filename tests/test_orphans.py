@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 
 TESTS = Path(__file__).parent
 MARK = "DS_VSHAPE_TEST_JOB"
+# Ends something of the job in a folder, whose processes have a mark.
+Kill = Callable[[Path, str], None]
 # Trains until it is ended.
 SCRIPT = f"""
 import os, sys
@@ -54,7 +56,23 @@ def eventually(what: str, holds: object, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def kill_while(phase: str, section: object, victim: int, folder: Path) -> None:
+def kill_rank(victim: int) -> Kill:
+    """Of rank `victim`."""
+    return lambda folder, mark: os.kill(int((folder / f"pid{victim}").read_text()), signal.SIGKILL)
+
+
+def terminate_launcher(folder: Path, mark: str) -> None:
+    """The process that started the ranks; the one that the user started would leave it running (DeepSpeed's runner.py).
+    The planner is stopped meanwhile."""
+    for process in list(of_job(mark)):
+        if "ds_vshape.schedule.worker" in process.cmdline():
+            process.suspend()
+    for process in list(of_job(mark)):
+        if "deepspeed.launcher.launch" in process.cmdline():
+            process.terminate()
+
+
+def kill_while(phase: str, section: object, kill: Kill, folder: Path) -> None:
     script, pids, mark = folder / "train.py", [folder / f"pid{rank}" for rank in range(2)], uuid.uuid4().hex
     script.write_text(SCRIPT)
     command = [Path(sys.executable).with_name("deepspeed"), "--hostfile", os.devnull, "--num_gpus", "2",
@@ -73,7 +91,7 @@ def kill_while(phase: str, section: object, victim: int, folder: Path) -> None:
     try:
         eventually(phase, is_there, 120)
         assert {int(path.read_text()) for path in pids} < {process.pid for process in of_job(mark)}
-        os.kill(int(pids[victim].read_text()), signal.SIGKILL)
+        kill(folder, mark)
         assert launcher.wait(timeout=30) != 0
         eventually("no process is left", lambda: not list(of_job(mark)), 10)
     except BaseException:
@@ -85,8 +103,12 @@ def kill_while(phase: str, section: object, victim: int, folder: Path) -> None:
 
 
 def test_a_rank_killed_in_training_takes_all_with_it(tmp_path: Path) -> None:
-    kill_while("training", "v-half", 1, tmp_path)
+    kill_while("training", "v-half", kill_rank(1), tmp_path)
 
 
 def test_a_killed_rank_takes_its_planner_with_it(tmp_path: Path) -> None:
-    kill_while("planning", PLANS, 0, tmp_path)
+    kill_while("planning", PLANS, kill_rank(0), tmp_path)
+
+
+def test_a_terminated_launcher_takes_ranks_and_a_stopped_planner_with_it(tmp_path: Path) -> None:
+    kill_while("planning", PLANS, terminate_launcher, tmp_path)

@@ -104,6 +104,17 @@ def test_a_planner_that_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert told in failure_of(replace(request, time_limit=0.1))
 
 
+def test_a_suspended_job_is_no_late_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours pass between two looks, in which the planner was suspended too."""
+    monkeypatch.setattr(planning, "WORKER", code("time.sleep(1000)"))
+    process = PlanningProcess(REQUEST)
+    assert process.answer(0.1) is None
+    real = time.monotonic
+    monkeypatch.setattr(planning.time, "monotonic", lambda: real() + 36_000)
+    assert process.answer(0.1) is None
+    process.stop()
+
+
 def raising(error: Exception) -> Callable[..., Any]:
     def raise_it(*_: Any, **__: Any) -> Any:
         raise error
