@@ -13,9 +13,8 @@ block. This one runs a program of instructions and knows nothing of schedules bu
 
 from __future__ import annotations
 
-import socket
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -41,9 +40,8 @@ from ds_vshape.instructions import BufferId
 from ds_vshape.loss_fn import convert_without
 from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
 from ds_vshape.monitoring import comparison_line, schedule_line
-from ds_vshape.names import rank_names
 from ds_vshape.observer import METERED_BATCH, Observer
-from ds_vshape.p2p import Channels, PeerLost, Signatures, is_connection_error
+from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.payload import members
 from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import plan_facts
@@ -64,6 +62,7 @@ from ds_vshape.stand_in import give_gradient
 from ds_vshape.trace import Tracer
 from ds_vshape.tracking import Tracking
 from ds_vshape.wall_clock import timed
+from ds_vshape.watch import Watch, is_ended_wait
 
 # Messages that are on their way where a batch has failed.
 _MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActivation, instr.ReleaseGrad)
@@ -104,14 +103,17 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self.placement: Placement = self.module.placement
         if not (self.is_first_stage() or self.is_last_stage()):
             self.data_iterator = self.training_dataloader = None
-        seconds = self.module.schedule_config.timeout_seconds
-        self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device, seconds)
+        self._watch: Watch = self.module.preflight.watch
+        self._watch.progress = lambda: f"the last batch done is number {self.global_steps}"
+        self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
         self._signatures: Signatures | None = None
         self._messages: dict[tuple[Kind, BufferId], Message] = {}
-        self._names = rank_names(self.grid.topology(), self.module.preflight.hosts)
-        self._agreement = Agreement(seconds, self._names[self.global_rank])
-        self._sharers = Sharers(self.grid.topology().get_axis_comm_lists("model"), seconds)
+        self._agreement = Agreement(self._watch.names[self.global_rank])
+        self._sharers = Sharers(self.grid.topology().get_axis_comm_lists("model"),
+                                self.module.schedule_config.timeout_seconds)
         self._failure: Failure | None = None
+        # The one that is executed.
+        self._instruction: instr.PipeInstruction | None = None
         self._held = Buffers(self.placement, self.stage_id)
         self._observer = Observer(self)
         self._background = background()
@@ -201,6 +203,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def train_batch(self, data_iter: Any = None) -> Any:
         """Train on the next batch, as DeepSpeed's `train_batch`; a schedule that knows the times may come out of it."""
+        with self._watch.phase(self._doing("train_batch")):
+            return self._train_batch(data_iter)
+
+    def _train_batch(self, data_iter: Any) -> Any:
         with ExitStack() as around, self._flops_profile():
             for follower in self._followers:
                 around.enter_context(follower.batch())
@@ -261,8 +267,9 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         check_reduction(reduce_output, compute_loss and (bcast_loss or self.monitor.enabled))
         training_iterator = self.data_iterator
         try:
-            return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss,
-                                      num_micro_batches)
+            with self._watch.phase(self._doing("eval_batch")):
+                return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss,
+                                          num_micro_batches)
         finally:
             self.data_iterator = training_iterator
             self.eval_return_logits = False
@@ -276,6 +283,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         """The bytes that each pipeline rank needs; to be called on every rank, after two training batches. Activations
         are None where they couldn't be measured, which the log has said."""
         return self._observer.memory(self.schedule())
+
+    def _doing(self, what: str) -> Callable[[], str]:
+        """The name of the instruction that is executed in `what`; `what` where there is none."""
+        return lambda: what if self._instruction is None else _name_of(self._instruction)
 
     def _log(self, line: str) -> None:
         if self.global_rank == 0:
@@ -321,20 +332,24 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._active_stage = None
         self._observer.begin_batch(pipe_schedule.schedule, training)
-        instruction: instr.PipeInstruction | None = None
+        attributes = self.__dict__
         try:
             for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):
+                attributes["_instruction"] = instruction
                 if not isinstance(instruction, instr.BufferOpInstruction):
                     self._execute(instruction)
                 elif self._failure is None:
                     self._attempt(instruction, work)
                 else:
                     self._abandon(instruction)
-        except PeerLost as error:
-            raise PeerLost(f"pipeline rank {self.stage_id} on {socket.gethostname()} waits in {_name_of(instruction)}: "
-                           f"{error}; the last batch done is number {self.global_steps}") from error
+        except Exception as error:
+            # An error of a connection is told by the place where it was.
+            if not is_ended_wait(error):
+                attributes["_instruction"] = None
+            raise
         finally:
             self._observer.abandon_batch()
+        attributes["_instruction"] = None
         signatures = self._channels.end_batch()
         self._forwards_before += pipe_schedule.schedule.micro_batches
         if training:
@@ -352,9 +367,9 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             else:
                 with self._observer.watching(work, self._held):
                     self._execute(instruction)
-        except PeerLost:
-            raise
         except Exception as error:
+            if is_ended_wait(error):
+                raise
             self._failure = self._agreement.failure(error, _name_of(instruction))
             self._sharers.check_all_failed(self._failure)
             # It may have been memory that lacked, and messages need some.
@@ -606,20 +621,9 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _aggregate_total_loss(self) -> Tensor:
         """The batch's loss, which is on its way since `ReturnLoss`."""
         assert self._returning_loss is not None
-        loss = self._returned_loss(self._returning_loss)
+        loss = self._returning_loss.result()
         self._returning_loss = None
         return loss
-
-    def _returned_loss(self, returning: Started[Tensor]) -> Tensor:
-        """Wait for it; DeepSpeed's group, in which it comes, would wait longer for a rank that is lost."""
-        seconds = self.module.schedule_config.timeout_seconds
-        try:
-            return returning.result(seconds)
-        except (TimeoutError, RuntimeError) as error:
-            if not is_connection_error(error):
-                raise
-            raise PeerLost(f"the batch's loss didn't come within {seconds:g} seconds: "
-                           f"{str(error).partition(chr(10))[0]}") from error
 
     def _exec_start_reduce_grads(self, stage: int) -> None:
         if self._reduction is not None:
@@ -630,16 +634,16 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         failure, self._failure = self._failure, None
         try:
             self._agreement.reach(failure)
-        except PeerLost:
-            raise
-        except Exception:
+        except Exception as error:
+            if is_ended_wait(error):
+                raise
             self._forget_batch()
             raise
 
     def _exec_reduce_tied_grads(self) -> None:
         # Replicas average the loss in the group in which gradients are reduced: on all of them first the one.
         if self._returning_loss is not None:
-            self._returned_loss(self._returning_loss)
+            self._returning_loss.result()
         self._sums.take_in()
         give_gradient(self.module, self._deliver)
         reduce_tied_gradients(self.module, self._sums)
@@ -683,7 +687,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     }
 
 
-def _name_of(instruction: instr.PipeInstruction | None) -> str:
+def _name_of(instruction: instr.PipeInstruction) -> str:
     """An instruction in the words of an error."""
     name = type(instruction).__name__
     if not isinstance(instruction, instr.BufferOpInstruction):

@@ -6,32 +6,25 @@ gloo whatever the job's backend is, so that no GPU is waited for.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_vshape.config import TIMEOUT_SECONDS
 from ds_vshape.groups import GLOO, new_group
-
-# Bytes of a text in `texts_within`, which can't ask for the size first.
-_BOX = 2048
 
 
 class Exchange:
     """All ranks of the job, or those of the global `ranks`, as a group of its own. Creating it is collective over the
     job.
 
-    Methods raise RuntimeError where a rank is lost, or doesn't come within `seconds`.
+    Methods raise RuntimeError where a rank is lost, or doesn't come within `seconds`, where there is such a limit.
     """
 
-    def __init__(self, seconds: float = TIMEOUT_SECONDS, ranks: Sequence[int] | None = None) -> None:
-        self._group = new_group(ranks, seconds, GLOO)
+    def __init__(self, ranks: Sequence[int] | None = None, seconds: float | None = None) -> None:
+        self._group = new_group(ranks, GLOO, seconds)
 
     def largest(self, own: int) -> int:
         """The largest of all ranks' numbers; collective."""
@@ -67,29 +60,6 @@ class Exchange:
         dist.broadcast(box, source, group=self._group)
         return bytes(box.tolist()).decode()
 
-    def texts_within(self, own: str, seconds: float) -> list[str | None]:
-        """Every rank's text, cut where it is very long, and None for ranks that said nothing within `seconds`.
-
-        To be called on every rank that still can. Where one stayed silent, the exchange is of no use afterwards.
-        """
-        deadline = time.monotonic() + seconds
-        rank, world = dist.get_rank(), dist.get_world_size()
-        others = [other for other in range(world) if other != rank]
-        sent, boxes = _box(own.encode(), _BOX), {other: _box(b"", _BOX) for other in others}
-        receives, sends = {}, []
-        for other in others:
-            with suppress(RuntimeError):  # the connection is gone
-                receives[other] = dist.irecv(boxes[other], other, group=self._group)
-                sends.append(dist.isend(sent, other, group=self._group))
-        texts: list[str | None] = [None] * world
-        texts[rank] = own
-        for other, receive in receives.items():
-            if finished(receive, deadline):
-                texts[other] = _unboxed(boxes[other])
-        for send in sends:
-            finished(send, deadline)
-        return texts
-
 
 class Numbers:
     """What all ranks are telling each other."""
@@ -101,18 +71,6 @@ class Numbers:
         """Every rank's numbers, in rank order, once they are all there."""
         self._work.wait()
         return [box.tolist() for box in self._boxes]
-
-
-def finished(work: Any, deadline: float) -> bool:
-    """Whether `work` is done by the `deadline` (of time.monotonic), which is waited for.
-
-    Gloo closes all connections of a group in which one wait was in vain; what had come before stays.
-    """
-    try:
-        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-    except RuntimeError:
-        return False
-    return True
 
 
 def _box(text: bytes, size: int) -> Tensor:

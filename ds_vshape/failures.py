@@ -93,7 +93,7 @@ class Sharers:
         self._exchange: Exchange | None = None
         self._ranks: Sequence[int] = ()
         for ranks in groups:
-            exchange = Exchange(min(seconds, SHARERS_SECONDS), ranks)
+            exchange = Exchange(ranks, min(seconds, SHARERS_SECONDS))
             if dist.get_rank() in ranks and len(ranks) > 1:
                 self._exchange, self._ranks = exchange, ranks
 
@@ -112,14 +112,13 @@ class Agreement:
     """All ranks of the job agree on the end of a batch, of a checkpoint, or of another piece of work.
 
     Args:
-        seconds: how long the first rank there waits for the last.
         name: what errors call this rank.
 
     Creating it is collective.
     """
 
-    def __init__(self, seconds: float, name: str) -> None:
-        self._exchange = Exchange(seconds)
+    def __init__(self, name: object) -> None:
+        self._exchange = Exchange()
         self._name = name
 
     def run(self, work: Callable[[], T], what: str) -> T:

@@ -16,19 +16,23 @@ from torch.distributed import ProcessGroupGloo
 
 GLOO = "gloo"
 _SHARED = "ds_vshape_gloo"
+# Longer than any job.
+FOREVER = timedelta(days=365)
 
 # Those of this process's first group.
 _devices: list[Any] = []
 
 
-def new_group(ranks: Sequence[int] | None, seconds: float, backend: str | None = None) -> Any:
+def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, seconds: float | None = None) -> Any:
     """A process group of the global `ranks` (None: all) over `backend` (None: the job's own).
 
-    What is done in it may take `seconds`. Collective over the job, in the same order on every rank.
+    What is done in it may take `seconds`; None: as long as it needs, since a watch ends it where a rank is lost
+    (watch.py). Collective over the job, in the same order on every rank.
     """
+    timeout = FOREVER if seconds is None else timedelta(seconds=seconds)
     if (backend or dist.get_backend()) == GLOO:
         backend = _SHARED
-    return dist.new_group(ranks, timeout=timedelta(seconds=seconds), backend=backend)
+    return dist.new_group(ranks, timeout=timeout, backend=backend)
 
 
 def _on_shared_devices(store: Any, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -25,6 +25,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import module as stock
 from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from deepspeed.runtime.utils import set_random_seed
 from deepspeed.utils import logger
 from pydantic import TypeAdapter, ValidationError
@@ -32,7 +33,8 @@ from torch import nn
 
 from ds_vshape.accepted import check_accepted
 from ds_vshape.arguments import bound, check_arguments, check_method
-from ds_vshape.config import DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config, read_section
+from ds_vshape.config import (TIMEOUT_SECONDS, DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config,
+                              find_section, read_section)
 from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
 from ds_vshape.plain_attributes import PlainAttributes
@@ -44,6 +46,7 @@ from ds_vshape.segment import Segment, parameters_of
 from ds_vshape.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.trace.tracer import check_folder
 from ds_vshape.versions import check_versions
+from ds_vshape.watch import groups_without_limit, watch_job
 
 # What two measurements of one layer may differ by.
 _NOISE = 0.02
@@ -119,11 +122,17 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             self._precision = precision(ds_config)
             return {**versions(), **config_facts(ds_config, self.schedule_config), **module_facts(arguments)}
 
-        self.preflight = Preflight()
-        self.preflight.compare(read)
-        self._example = example
-        super().__init__(layers, num_stages, *args, **kwargs)
-        self._example = None
+        watch = watch_job(_timeout(config))
+        with watch.phase(lambda: "PipelineModule"), groups_without_limit():
+            self.preflight = Preflight(watch)
+            self.preflight.compare(read)
+            if self.schedule_config is not None:
+                watch.place(_topology(bound(layers, num_stages, *args, **kwargs)))
+            self._example = example
+            super().__init__(layers, num_stages, *args, **kwargs)
+            self._example = None
+        if self.schedule_config is None:
+            watch.close()
 
     def _partition_layers(self, method: Any = "uniform") -> None:
         ranks = self._topo.get_dim("pipe")
@@ -345,6 +354,21 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
         for chunk in self.chunks:
             self._activate(chunk)
             super().compile(*args, **kwargs)
+
+
+def _timeout(config: DsConfig | None) -> float:
+    """The config's, if it can be read; if not, that is for the preflight to tell."""
+    try:
+        section = find_section(config, sys.argv)
+    except Exception:
+        section = None
+    return TIMEOUT_SECONDS if section is None else section.timeout_seconds
+
+
+def _topology(arguments: Mapping[str, Any]) -> Any:
+    """The one that a PipelineModule with these arguments has, which were checked."""
+    stages = arguments.get("num_stages") or 1
+    return arguments.get("topology") or PipeDataParallelTopology(num_pp=stages, num_dp=dist.get_world_size() // stages)
 
 
 def read_partition(method: Any) -> Partition:

@@ -149,7 +149,7 @@ class Observer:
         if self._sizes is not None:
             return None
         own = self._meter.unknown
-        told = Exchange(engine.module.schedule_config.timeout_seconds).texts(
+        told = Exchange().texts(
             "" if own is None else f"pipeline rank {engine.stage_id}: {own}")
         return "; ".join(dict.fromkeys(text for text in told if text)) or "no pass was measured"
 

@@ -24,7 +24,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
-from ds_vshape.config import TIMEOUT_SECONDS
 from ds_vshape.groups import new_group
 from ds_vshape.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
 from ds_vshape.schedule.lowering import Channel, Content, Message
@@ -115,13 +114,11 @@ class Channels:
         pipelines: the global ranks of each pipeline of the job (one for each data and tensor parallel rank), in rank
             order.
         device: where messages are received.
-        seconds: how long a message may take; then the other rank counts as lost (PeerLost).
 
     Creating it is collective over the whole job. Every transfer started in a batch must be waited for in it.
     """
 
-    def __init__(self, channels: Sequence[Channel], pipelines: Sequence[Sequence[int]], device: torch.device,
-                 seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, channels: Sequence[Channel], pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
         self._device = device
         own, = (ranks for ranks in pipelines if dist.get_rank() in ranks)
         self._global_ranks = tuple(own)
@@ -129,7 +126,7 @@ class Channels:
         for ranks in pipelines:
             for channel in channels:
                 # All ranks make all groups, since torch names a group by counting; it costs a stranger nothing.
-                group = new_group([ranks[channel.source], ranks[channel.target]], seconds)
+                group = new_group([ranks[channel.source], ranks[channel.target]])
                 if ranks is own and own.index(dist.get_rank()) in (channel.source, channel.target):
                     self._groups[channel] = group
         # With the places of source and target in the group. Past dist.isend and dist.irecv, which find these out and

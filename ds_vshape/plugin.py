@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -18,6 +18,7 @@ from ds_vshape.post_validation import PostValidatingEngine
 from ds_vshape.preflight import config_facts
 from ds_vshape.stand_in import with_stand_in
 from ds_vshape.versions import check_versions
+from ds_vshape.watch import groups_without_limit
 
 
 # Before anything is put in its place.
@@ -38,16 +39,18 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         PreflightError: on every rank, if ranks differ, or don't hear each other (ds_vshape/preflight.py).
     """
     whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
-    if isinstance(model, PipelineModule):
-        model.preflight.compare(lambda: config_facts(*_read(whole, model)))
-    section = _read(whole, model)[1]
-    if section is not None:
-        model_parameters = with_stand_in(model, model_parameters)
-    with _names_of_deepspeed(_engine_class(section)):
-        engine, *others = _stock_initialize(
-            args, model, optimizer, model_parameters, *positional, config=config, config_params=config_params, **kwargs)
-    if section is not None:
-        engine.preflight()
+    ours = isinstance(model, PipelineModule)
+    with model.preflight.watch.phase(lambda: "initialize") if ours else nullcontext(), groups_without_limit():
+        if ours:
+            model.preflight.compare(lambda: config_facts(*_read(whole, model)))
+        section = _read(whole, model)[1]
+        if section is not None:
+            model_parameters = with_stand_in(model, model_parameters)
+        with _names_of_deepspeed(_engine_class(section)):
+            engine, *others = _stock_initialize(args, model, optimizer, model_parameters, *positional, config=config,
+                                                config_params=config_params, **kwargs)
+        if section is not None:
+            engine.preflight()
     return engine, *others
 
 

@@ -98,7 +98,7 @@ class PostValidatingEngine(PipelineEngine):
         for pipeline_ranks in joined([*alone, *self.module.tied_ranks()]):
             ranks = sorted(rank for place in pipeline_ranks for rank in topology.get_axis_list("pipe", place))
             if len(ranks) > 1:
-                exchange = Exchange(self.module.schedule_config.timeout_seconds, ranks)
+                exchange = Exchange(ranks)
                 found = exchange if self.global_rank in ranks else found
         return found
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
 from typing import Any
@@ -32,14 +32,15 @@ from deepspeed.runtime.pipe.module import PipelineError
 
 import ds_vshape
 from ds_vshape.config import KEY, ScheduleConfig
-from ds_vshape.exchange import Exchange, finished
+from ds_vshape.exchange import Exchange
 from ds_vshape.p2p import End
 from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.watch import Watch
 
 # What a healthy channel takes is far less; with NCCL its communicator is made here.
 PROBE_SECONDS = 20.0
-# How much longer ranks wait for the others' reports.
-_GRACE = 1.25
+# How often it is looked whether a rank is lost meanwhile.
+_LOOK_SECONDS = 0.2
 # Where a rank writes to is its own affair.
 _OWN_AFFAIRS = {"output_path", "output_file", "path", "nvme_path", "job_name"}
 _NAME = f"{KEY}.name"
@@ -56,12 +57,11 @@ class PreflightError(PipelineError):  # type: ignore[misc]
 
 
 class Preflight:
-    """The checks of one job. Creating it is collective, and so are its methods."""
+    """The checks of one job, which is watched over. Creating it is collective, and so are its methods."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
         self._exchange = Exchange()
-        # Of each global rank.
-        self.hosts = self._exchange.texts(socket.gethostname())
 
     def compare(self, read: Callable[[], Facts]) -> None:
         """Return if all ranks read the same facts.
@@ -87,25 +87,39 @@ class Preflight:
         return [json.loads(text) for text in self._exchange.texts(json.dumps(facts))]
 
     def probe(self, ends: Iterable[End], seconds: float = PROBE_SECONDS) -> None:
-        """Return if a byte got through each channel of the job within `seconds`.
+        """Return if a byte got through each channel of the job within `seconds`, once all ranks are here.
 
         Args:
             ends: this rank's ends of the channels.
 
-        Raises PreflightError on every rank that is alive else, which names the pairs that don't hear each other.
+        Raises PreflightError on every rank else, which names the pairs that don't hear each other.
         """
-        deadline = time.monotonic() + seconds * _GRACE
-        silent = sorted({tuple(sorted((end.source, end.target))) for end in _unanswered(ends, seconds)})
-        reports = self._exchange.texts_within(json.dumps(silent), deadline - time.monotonic())
-        pairs = sorted({tuple(pair) for report in reports if report is not None for pair in json.loads(report)})
-        absent = [rank for rank, report in enumerate(reports) if report is None]
-        told = [f"{self._named([one])} and {self._named([other])} don't hear each other" for one, other in pairs]
-        if absent:
-            told.append(f"nothing came from {self._named(absent)}")
-        if told:
-            raise PreflightError(f"no messages between pipeline ranks within {seconds:g} s: {'; '.join(told)}. Is the "
-                                 "process stopped, a port closed, or the wrong network interface in use "
+        self._exchange.largest(0)
+        silent = sorted({tuple(sorted((end.source, end.target))) for end in self._unanswered(ends, seconds)})
+        reports = self._exchange.texts(json.dumps(silent))
+        pairs = sorted({tuple(pair) for report in reports for pair in json.loads(report)})
+        if pairs:
+            told = [f"{self._named([one])} and {self._named([other])} don't hear each other" for one, other in pairs]
+            raise PreflightError(f"no messages between pipeline ranks within {seconds:g} s: {'; '.join(told)}. All of "
+                                 "them are there, so is a port closed, or the wrong network interface in use "
                                  "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?")
+
+    def _unanswered(self, ends: Iterable[End], seconds: float) -> list[End]:
+        """The ends of channels through which no byte got within `seconds`."""
+        # One order for all ranks, in which pairs that share no rank come first: NCCL makes communicators one by one.
+        ordered = sorted(ends, key=lambda end: (min(end.channel.source, end.channel.target) % 2, end.channel))
+        pending = dict.fromkeys(ordered)
+        # NCCL may block where a message is posted, so that is for a thread which can be left behind.
+        prober = threading.Thread(target=_probe, args=(ordered, pending), daemon=True)
+        prober.start()
+        deadline = time.monotonic() + seconds
+        while prober.is_alive() and (left := deadline - time.monotonic()) > 0:
+            prober.join(min(left, _LOOK_SECONDS))
+            self.watch.check()
+            if self.watch.silent:
+                # It is for the watch to say whether it is lost.
+                deadline = time.monotonic() + seconds
+        return list(pending)
 
     def _difference(self, every: Sequence[Facts]) -> str:
         """What isn't the same on all ranks, in one line."""
@@ -132,7 +146,7 @@ class Preflight:
     def _named(self, ranks: Sequence[int]) -> str:
         """The ranks with their hosts, runs of them in short."""
         runs = []
-        for host, having in groupby(ranks, lambda rank: self.hosts[rank]):
+        for host, having in groupby(ranks, lambda rank: self.watch.names[rank].host):
             for _, run in groupby(enumerate(having), lambda numbered: numbered[1] - numbered[0]):
                 first, *rest = [rank for _, rank in run]
                 runs.append(f"{first}{f'-{rest[-1]}' if rest else ''} ({host})")
@@ -172,33 +186,19 @@ def plan_facts(schedule: Schedule, pipelines: Sequence[Sequence[int]]) -> Facts:
             "placement": schedule.placement.chunks, "pipelines": [list(ranks) for ranks in pipelines]}
 
 
-def _unanswered(ends: Iterable[End], seconds: float) -> list[End]:
-    """The ends of channels through which no byte got within `seconds`."""
-    # One order for all ranks, in which pairs that share no rank come first: NCCL makes communicators one by one.
-    ordered = sorted(ends, key=lambda end: (min(end.channel.source, end.channel.target) % 2, end.channel))
-    pending = dict.fromkeys(ordered)
-    # NCCL may block where a message is posted, so that is for a thread which can be left behind.
-    prober = threading.Thread(target=_probe, args=(ordered, pending, time.monotonic() + seconds), daemon=True)
-    prober.start()
-    prober.join(seconds + 1)
-    return list(pending)
-
-
-def _probe(ends: Sequence[End], pending: dict[End, None], deadline: float) -> None:
+def _probe(ends: Sequence[End], pending: dict[End, None]) -> None:
     accelerator = get_accelerator()
     if ends and accelerator.device_name() != "cpu":
         accelerator.set_device(ends[0].device.index)
-    posted = []
+    posted: list[tuple[End, torch.Tensor, Any]] = []
     for end in ends:
         byte = torch.zeros(1, dtype=torch.uint8, device=end.device)
-        try:
-            work = (dist.isend(byte, end.target, group=end.group) if end.sends else
-                    dist.irecv(byte, end.source, group=end.group))
-        except RuntimeError:
-            continue
-        posted.append((end, byte, work))
+        with suppress(RuntimeError):
+            posted.append((end, byte, dist.isend(byte, end.target, group=end.group) if end.sends else
+                           dist.irecv(byte, end.source, group=end.group)))
     for end, _, work in posted:
-        if finished(work, deadline):
+        with suppress(RuntimeError):
+            work.wait()
             accelerator.synchronize()
             del pending[end]
 

@@ -33,6 +33,7 @@ from ds_vshape.p2p import PeerLost
 from ds_vshape.tags import check_tag
 from ds_vshape.training_state import TrainingState
 from ds_vshape.universal import check_universal, damaged, parameter_groups
+from ds_vshape.watch import Watch, in_phase
 from ds_vshape.weights_only import weights_only
 
 _CHECKPOINT = "checkpoint"
@@ -43,6 +44,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     """DeepSpeed's engine with checkpoints of ours; files and their contents are DeepSpeed's."""
 
     _agreement: Agreement
+    _watch: Watch
     checkpoint_engine: Any
     # Why this rank couldn't write its part of the checkpoint that is being saved.
     _unsaved: Exception | None = None
@@ -50,6 +52,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     _loading: Meeting | None = None
     _reading: Reading
 
+    @in_phase
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
         """Save the training's state, as DeepSpeed's `save_checkpoint`; to be called on every rank.
@@ -140,6 +143,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
         except Exception as error:
             self._unsaved = self._unsaved or error
 
+    @in_phase
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:

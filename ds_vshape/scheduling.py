@@ -112,7 +112,7 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Ca
     check_demands(config)
     if config.times != "profile" and config.name != ADAPTIVE:
         return NamedSchedules(config, placement)
-    exchange = Exchange(config.timeout_seconds)
+    exchange = Exchange()
     if config.times == "profile":
         return MeasuredSchedules(config, placement, measure_hops, measured_activations, exchange)
     return PlannedSchedules(config, placement, exchange)

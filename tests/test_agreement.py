@@ -13,8 +13,8 @@ from ds_vshape.names import rank_names
 
 def agree(rank: int, failing: list[set[int]]) -> list[str]:
     """What each piece of work gives or raises here, which fails on a set of ranks."""
-    names = rank_names(PipeDataParallelTopology(num_pp=2, num_dp=1), ["here", "there"])
-    agreement = Agreement(30, names[rank])
+    names = rank_names(["here", "there"], PipeDataParallelTopology(num_pp=2, num_dp=1))
+    agreement = Agreement(names[rank])
     outcomes = []
     for ranks in failing:
         def work(ranks: set[int] = ranks) -> str:
@@ -42,6 +42,6 @@ def test_an_error_of_one_is_an_error_of_all() -> None:
 
 def test_names_with_tensor_parallel_ranks() -> None:
     topology: Any = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=2)
-    names = rank_names(topology, [f"host-{rank // 4}" for rank in range(8)])
-    assert names[7] == "pipeline rank 1, replica 1, tensor parallel rank 1 (global rank 7 on host-1)"
+    names = rank_names([f"host-{rank // 4}" for rank in range(8)], topology)
+    assert str(names[7]) == "pipeline rank 1, replica 1, tensor parallel rank 1 (global rank 7 on host-1)"
     assert len(set(names)) == 8

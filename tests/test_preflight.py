@@ -158,7 +158,7 @@ def start_all(rank: int, folder: Path) -> list[float]:
     for _ in range(10):
         dist.barrier()
         start = time.perf_counter()
-        engine.module.preflight = preflight = Preflight()
+        engine.module.preflight = preflight = Preflight(engine.module.preflight.watch)
         preflight.compare(lambda: {**versions(), **config_facts(CONFIG, engine.module.schedule_config)})
         preflight.compare(lambda: config_facts(CONFIG, engine.module.schedule_config))
         engine.preflight()
@@ -172,14 +172,15 @@ def test_a_healthy_job_starts_at_once(tmp_path: Path) -> None:
     assert min(max(of_ranks) for of_ranks in zip(*seconds)) < 1.0, seconds
 
 
-def start_with_a_silent_rank(rank: int, silent: int, job: Job) -> str:
+def start_without_messages(rank: int, silent: int, job: Job) -> str:
+    """What is raised where no message gets through to or from one rank, which comes later than the others, too."""
     socket.gethostname = lambda: f"host-{rank // 2}"  # type: ignore[assignment]
     probe = Preflight.probe
 
     def late(self: Preflight, ends: Any) -> None:
         if rank == silent:
-            time.sleep(2.5)
-        probe(self, ends, 1.0)
+            time.sleep(1.5)
+        probe(self, () if rank == silent else ends, 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Preflight, "probe", late)
@@ -190,14 +191,11 @@ def start_with_a_silent_rank(rank: int, silent: int, job: Job) -> str:
 
 @pytest.mark.parametrize(["job", "silent", "pairs"], [
     (Job("v-half", 4, 4), 2, "rank 1 (host-0) and rank 2 (host-1) don't hear each other; "
-                             "rank 2 (host-1) and rank 3 (host-1) don't hear each other; "),
-    (Job("interleaved-1f1b", 2, 4), 3, "rank 1 (host-0) and rank 3 (host-1) don't hear each other; "),
+                             "rank 2 (host-1) and rank 3 (host-1) don't hear each other. "),
+    (Job("interleaved-1f1b", 2, 4), 3, "rank 1 (host-0) and rank 3 (host-1) don't hear each other. "),
 ], ids=["one pipeline", "two pipelines"])
-def test_a_rank_that_does_not_answer(job: Job, silent: int, pairs: str) -> None:
-    """Told on every other rank, neighbour or not, in the same words; the silent one finds nobody when it wakes up."""
-    told = run_ranks(4, start_with_a_silent_rank, silent, job, timeout=60)
-    where = f"rank {silent} (host-{silent // 2})"
-    for rank in {*range(4)} - {silent}:
-        expected = f"no messages between pipeline ranks within 1 s: {pairs}nothing came from {where}. Is the"
-        assert told[rank].startswith(expected)
-    assert "don't hear each other" in told[silent]
+def test_channels_through_which_nothing_gets(job: Job, silent: int, pairs: str) -> None:
+    """Told on every rank, neighbour or not, in the same words."""
+    told = run_ranks(4, start_without_messages, silent, job, timeout=60)
+    assert told[0].startswith(f"no messages between pipeline ranks within 1 s: {pairs}All of them are there, so is a ")
+    assert told == [told[0]] * 4

@@ -1,0 +1,132 @@
+"""Which rank of a job is lost, by what the ranks tell of themselves every second or so.
+
+A rank that works on something for hours goes on telling, and nobody ends for it. Lost is one
+
+    whose process ended                       told by its connection, at once
+    whose script ended in an error            told by itself
+    that tells nothing for `seconds`          its process is stopped, or its host is cut off
+    that hasn't come in `seconds`             nothing is known of it
+
+and the job is lost where no rank is, but all of them wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Where a rank has failed, or is gone, the others have come to wait for it within the time that a pass takes.
+STUCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a rank tells of itself.
+
+    `waits` is how many seconds its script has been in one exchange with other ranks, and 0 while it isn't in any;
+    `place` says in which; `failure` says what it has failed in, while the others don't know.
+    """
+
+    waits: float = 0.0
+    place: str = ""
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why the job can't go on; `rank` is None where that isn't one rank's affair."""
+
+    rank: int | None
+    why: str
+
+
+class Attendance:
+    """The ranks of a job; every `now` counts the seconds from one moment."""
+
+    def __init__(self, ranks: Iterable[int], seconds: float) -> None:
+        self.seconds = seconds
+        self._absent = set(ranks)
+        self._heard: dict[int, float] = {}
+        self._status: dict[int, Status] = {}
+        self._left: set[int] = set()
+        self._loss: Loss | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all have come."""
+        return not self._absent
+
+    def heard(self, rank: int, now: float, status: Status | None = None) -> None:
+        """`rank` has told something."""
+        self._absent.discard(rank)
+        self._heard[rank] = now
+        if status is not None:
+            self._status[rank] = status
+
+    def left(self, rank: int, error: str) -> None:
+        """The script of `rank` has ended, with an `error` if there is a text."""
+        self._forget(rank)
+        self._left.add(rank)
+        if error:
+            self._lose(rank, f"its script has ended in {error}")
+
+    def gone(self, rank: int) -> None:
+        """The connection to `rank` is closed."""
+        if rank in self._heard:
+            self._forget(rank)
+            self._lose(rank, "its process has ended")
+
+    def silent(self, now: float, seconds: float) -> list[int]:
+        """The ranks that have told nothing for `seconds`, in order."""
+        return sorted(rank for rank, last in self._heard.items() if now - last > seconds)
+
+    def loss(self, now: float) -> Loss | None:
+        """The first loss, which stays the job's."""
+        if self._loss is None:
+            self._look(now)
+        return self._loss
+
+    def _look(self, now: float) -> None:
+        for rank, last in self._heard.items():
+            if now - last > self.seconds:
+                return self._lose(rank, f"it has given no sign of life for {self.seconds:g} seconds: its process is "
+                                        "stopped, or its host cut off")
+        if self._absent:
+            if now > self.seconds:
+                self._lose(min(self._absent), f"it hasn't come to its PipelineModule within {self.seconds:g} seconds")
+            return None
+        failures = {rank: status.failure for rank, status in self._status.items() if status.failure is not None}
+        limit = min(self.seconds, STUCK_SECONDS) if failures or self._left else self.seconds
+        waiting = {rank: self._status.get(rank, Status()) for rank in self._heard}
+        if waiting and all(status.waits >= limit for status in waiting.values()):
+            self._stuck(waiting, failures)
+        return None
+
+    def _stuck(self, waiting: dict[int, Status], failures: dict[int, str]) -> None:
+        places: dict[str, list[int]] = {}
+        for rank, status in waiting.items():
+            if rank not in failures:
+                places.setdefault(status.place, []).append(rank)
+        told = "; ".join(f"rank{'s' if len(ranks) > 1 else ''} {_shown(ranks)} in {place}"
+                         for place, ranks in places.items())
+        if failures:
+            rank, failure = min(failures.items())
+            self._lose(rank, f"it has failed in {failure}{'; for it wait ' + told if told else ''}")
+        elif self._left:
+            self._lose(min(self._left), f"its script has ended, and for it wait {told}")
+        else:
+            self._lose(None, f"all ranks wait for each other: {told}")
+
+    def _lose(self, rank: int | None, why: str) -> None:
+        if self._loss is None:
+            self._loss = Loss(rank, why)
+
+    def _forget(self, rank: int) -> None:
+        self._absent.discard(rank)
+        self._heard.pop(rank, None)
+        self._status.pop(rank, None)
+
+
+def _shown(ranks: list[int]) -> str:
+    few = ", ".join(map(str, sorted(ranks)[:8]))
+    return few if len(ranks) <= 8 else f"{few} and {len(ranks) - 8} more"

@@ -1,0 +1,360 @@
+"""No rank waits for another one that is lost, whatever it waits in: DeepSpeed's collectives, torch's, or ours.
+
+A wait of torch.distributed knows of the connections of its own group alone, and of time. Neither tells which rank is
+lost: a neighbour that has ended because its own neighbour did looks the same, and one that works on something for long
+looks as one that is stopped. So these waits last as long as they need, and the ranks know from each other's signs of
+life (heartbeat.py) when to end them:
+
+    [1] a rank is lost                  all ranks get to know which, in the same words
+    [2] their waits are made to end     over gloo: a wait that is in vain closes the connections of its whole group
+    [3] each raises PeerLost            from inside of a `phase`: all that a rank does together with others is in one
+    [4] a wait that doesn't end         (for torch's store, or on a GPU) is ended with the process, when all is said
+
+Where the script itself waits, outside of any phase, it gets torch's own error, and what has happened is printed.
+
+Of torch this uses ProcessGroup.recv and _get_sequence_number_for_group, and of torch.distributed.distributed_c10d
+_get_default_store and _world.pg_map, the groups that this process is in.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from multiprocessing.util import Finalize
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d as c10d
+
+from ds_vshape.attendance import STUCK_SECONDS, Loss, Status
+from ds_vshape.groups import FOREVER
+from ds_vshape.heartbeat import Address, Heartbeat
+from ds_vshape.names import RankName, rank_names
+from ds_vshape.p2p import PeerLost
+
+# How long an error of torch's may be ahead of the news of what has caused it.
+_NEWS_SECONDS = STUCK_SECONDS + 2.0
+# How long after the news a script may take to raise them, before they are printed; and a wait to end.
+_RAISING_SECONDS, _ENDING_SECONDS = 0.5, 3.0
+_TAG = 2**31 - 5
+# In the texts of what torch raises as plain RuntimeErrors.
+_OF_WAITS = ("gloo", "Application timeout caused pair closure", "Connection closed by peer", "NCCL")
+# Where waits for other ranks are, and where those for another thread which does that.
+_WAITING_MODULES = ("torch.distributed", "ds_vshape.exchange", "ds_vshape.p2p")
+_HANDING_OVER = ("ds_vshape.engine", "ds_vshape.reduction", "ds_vshape.preflight", "ds_vshape.watch")
+
+
+def is_ended_wait(error: BaseException) -> bool:
+    """Whether an error that may be anybody's is torch.distributed's, or ours, of a rank that isn't there."""
+    return isinstance(error, (PeerLost, dist.DistError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_WAITS))
+
+
+class Watch:
+    """Signs of life of all ranks of the job, and the words for a rank that is lost.
+
+    Creating it is collective, and returns once all ranks have come. PeerLost if some rank is lost before.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.world = dist.group.WORLD
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self.names: Sequence[RankName] = rank_names([socket.gethostname() if rank == self._rank else ""
+                                                     for rank in range(self._ranks)])
+        # What this rank does with others at the moment; innermost last.
+        self._phases: list[Callable[[], str]] = []
+        self.failure: str | None = None
+        # What the script has come to, in the words of an error.
+        self.progress: Callable[[], str] = lambda: ""
+        self._script = threading.get_ident()
+        self._token: Any = None
+        self._waits_since = 0.0
+        self._loss: Loss | None = None
+        self._raised = threading.Event()
+        self._news = threading.Event()
+        self._heartbeat: Heartbeat | None = None
+        self._closed = False
+        if self._ranks > 1:
+            with self.phase(lambda: "PipelineModule"):
+                self._meet(seconds)
+
+    def _meet(self, seconds: float) -> None:
+        key = f"ds_vshape/heartbeat/{next(_numbers)}"
+        heartbeat = Heartbeat(self._rank, self._ranks, seconds, self._status, self._lost)
+        self._heartbeat = heartbeat
+        if self._rank == 0:
+            address = heartbeat.listen(_own_names())
+            heartbeat.start()
+            c10d._get_default_store().set(key, address.text())
+        else:
+            heartbeat.connect(self._looked_up(key, seconds))
+            heartbeat.start()
+        # The interpreter ends in either of these ways.
+        Finalize(None, self.close, exitpriority=100)
+        atexit.register(self.close)
+        heartbeat.settled.wait()
+        self.check()
+        self.names = rank_names(heartbeat.hosts)
+
+    def _looked_up(self, key: str, seconds: float) -> Address:
+        # The store may be rank 0's, and a stopped process never answers: not in this thread.
+        found: list[str] = []
+        looking = threading.Thread(target=_look_up, args=(key, seconds, found), daemon=True)
+        looking.start()
+        looking.join(seconds)
+        if not found:
+            self._loss = Loss(0, f"it hasn't come to its PipelineModule within {seconds:g} seconds")
+            self.check()
+        return Address.read(found[0])
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the other ranks give signs of life."""
+        return self._heartbeat is not None and not self._closed
+
+    def place(self, topology: Any) -> None:
+        """The ranks' places in DeepSpeed's `topology` are known from now on, and get into their names."""
+        self.names = rank_names([name.host for name in self.names], topology)
+
+    @property
+    def silent(self) -> Sequence[int]:
+        """The global ranks that have given no sign of life lately."""
+        return self._heartbeat.silent if self._heartbeat is not None else ()
+
+    @property
+    def seconds(self) -> float:
+        """How long a rank may give no sign of life."""
+        return self._heartbeat.seconds if self._heartbeat is not None else float("inf")
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.seconds = value
+
+    def close(self) -> None:
+        """This rank's script ends, or needs the others no more: they don't take that for a loss."""
+        if self.is_open and self._heartbeat is not None:
+            error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+            if error is not None and is_ended_wait(error) and self._news.wait(_NEWS_SECONDS):
+                if not self._raised.is_set():
+                    self._print()
+            self._closed = True
+            self._heartbeat.leave("" if error is None else f"{type(error).__name__}: {error}")
+        atexit.unregister(self.close)
+
+    # -- what the script does
+
+    @contextmanager
+    def phase(self, what: Callable[[], str]) -> Iterator[None]:
+        """Around what this rank does together with others; `what` gives its name, when it's needed.
+
+        Raises PeerLost instead of torch's errors where a rank is lost.
+        """
+        self.check(what)
+        self._phases.append(what)
+        try:
+            yield
+        except (PeerLost, RuntimeError) as error:
+            if not is_ended_wait(error) or getattr(error, "is_explained", False) or not self.is_open:
+                raise
+            raise self._explained(error, what) from error
+        finally:
+            self._phases.pop()
+
+    def check(self, what: Callable[[], str] | None = None) -> None:
+        """Raise PeerLost if a rank is lost already."""
+        if self._loss is not None and not self._closed:
+            raise self._peer_lost(self._told(self._loss), what)
+
+    @contextmanager
+    def failed(self, failure: str) -> Iterator[None]:
+        """While this rank tells the others what it has failed in: some may wait where they aren't told."""
+        self.failure = failure
+        try:
+            yield
+        finally:
+            self.failure = None
+
+    def _explained(self, error: Exception, what: Callable[[], str]) -> PeerLost:
+        """`error` with what has happened, once that is known."""
+        if self._heartbeat is not None and not (isinstance(error, PeerLost) and error.__cause__ is not None
+                                                and not is_ended_wait(error.__cause__)):
+            self._news.wait(_NEWS_SECONDS)
+        if self._loss is not None:
+            return self._peer_lost(self._told(self._loss), what)
+        reason = str(error).splitlines()[0]
+        if not isinstance(error, PeerLost):
+            reason = f"the connection to a rank broke: {reason}"
+        return self._peer_lost(f"{reason} (all ranks give signs of life)", what)
+
+    def _peer_lost(self, told: str, what: Callable[[], str] | None) -> PeerLost:
+        own = self.names[self._rank]
+        waits = f" waits in {what()}" if what is not None else ""
+        progress = self.progress()
+        lost = PeerLost("; ".join(filter(None, [f"{own.short} on {own.host}{waits}: {told}",
+                                                f"this is {own.rest}" if own.rest else "", progress])))
+        lost.is_explained = True
+        self._raised.set()
+        return lost
+
+    def _told(self, loss: Loss) -> str:
+        if loss.rank is None:
+            return f"no rank is lost, but none goes on: {loss.why}"
+        name = self.names[loss.rank]
+        where = ", ".join(filter(None, [name.rest, f"on {name.host}" if name.host else ""]))
+        return f"{name.short} is lost{f' ({where})' if where else ''}: {loss.why}"
+
+    # -- what the heartbeat's thread does
+
+    def _status(self) -> Status:
+        """How long this rank's script has been in the same exchange with others."""
+        frame = sys._current_frames().get(self._script)
+        if frame is None or not _in_exchange(frame):
+            self._token = None
+            return Status(failure=self.failure)
+        token = _operations(), len(self._phases), self.progress(), self._place()
+        now = time.monotonic()
+        if token != self._token:
+            self._token, self._waits_since = token, now
+        return Status(now - self._waits_since, self._place(), self.failure)
+
+    def _place(self) -> str:
+        with suppress(Exception):
+            return self._phases[-1]()
+        return "its script"
+
+    def _lost(self, loss: Loss) -> None:
+        self._loss = loss
+        self._news.set()
+        if self._heartbeat is not None:
+            self._heartbeat.settled.set()
+        if not self._phases:
+            self._print()
+        end_waits()
+        if not self._raised.wait(_RAISING_SECONDS):
+            self._print()
+        threading.Thread(target=self._end_what_waits, name="ds_vshape end", daemon=True).start()
+
+    def _end_what_waits(self) -> None:
+        """Nothing that the script waits for from now on will come."""
+        stays, token = 0.0, None
+        while True:
+            time.sleep(_RAISING_SECONDS)
+            frame = sys._current_frames().get(self._script)
+            # Of a device's own waits nothing can be seen.
+            waiting = _in_exchange(frame) or bool(self._phases) and not get_accelerator().is_synchronized_device()
+            now = (_operations(), len(self._phases)) if waiting else None
+            stays = stays + _RAISING_SECONDS if waiting and now == token else 0.0
+            token = now
+            if stays >= _ENDING_SECONDS:
+                if not self._raised.is_set():
+                    self._print()
+                print("ds_vshape: this process waits for what won't come, and is ended", file=sys.stderr, flush=True)
+                sys.stdout.flush()
+                os._exit(1)
+
+    def _print(self) -> None:
+        assert self._loss is not None
+        what = self._phases[-1] if self._phases else None
+        lost = self._peer_lost(self._told(self._loss), what)
+        print(f"{PeerLost.__module__}.{PeerLost.__qualname__}: {lost}", file=sys.stderr, flush=True)
+
+
+# The store keeps the address of an earlier watch over the same ranks.
+_numbers = itertools.count()
+_watch: Watch | None = None
+
+
+def watch_job(seconds: float) -> Watch:
+    """The watch over this process's job; made (collective) if there is none yet.
+
+    PeerLost if some rank is lost, or doesn't come within `seconds`.
+    """
+    global _watch
+    if _watch is None or not _watch.is_open or _watch.world is not dist.group.WORLD:
+        if _watch is not None:
+            _watch.close()
+        _watch = None
+        _watch = Watch(seconds)
+    else:
+        _watch.seconds = seconds
+        _watch.check(lambda: "PipelineModule")
+    return _watch
+
+
+@contextmanager
+def groups_without_limit() -> Iterator[None]:
+    """Let waits last in the job's group, and in those over gloo that are made inside, as DeepSpeed does: where there is
+    a watch it ends them.
+    """
+    before = set(c10d._world.pg_map) - {dist.group.WORLD}
+    yield
+    if _watch is not None and _watch.is_open:
+        for group in set(c10d._world.pg_map) - before:
+            if "gloo" in str(dist.get_backend(group)):
+                c10d._set_pg_timeout(FOREVER, group)
+
+
+def end_waits() -> None:
+    """End all waits of this process in its groups over gloo, with a RuntimeError; these are of no use then."""
+    for group in list(c10d._world.pg_map):
+        own, size = group.rank(), group.size()
+        for peer in range(size):
+            # One wait that is in vain closes all connections of its group, but one on a closed connection doesn't.
+            if peer != own and _waited_in_vain(group, peer):
+                break
+
+
+def _waited_in_vain(group: Any, peer: int) -> bool:
+    try:
+        group.recv([torch.zeros(1)], peer, _TAG).wait(timedelta(milliseconds=1))
+    except RuntimeError as error:
+        return "imed out" in str(error)
+    return False
+
+
+def _in_exchange(frame: FrameType | None) -> bool:
+    """Whether a thread at `frame` waits for other ranks, or for a thread of ours that does."""
+    modules: tuple[str, ...] = _WAITING_MODULES
+    while frame is not None and _module(frame).startswith(("threading", "concurrent.futures")):
+        frame, modules = frame.f_back, _HANDING_OVER
+    return frame is not None and _module(frame).startswith(modules)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _operations() -> int:
+    """How many operations this process has started in all its groups."""
+    count = 0
+    for group in list(c10d._world.pg_map):
+        with suppress(RuntimeError):
+            count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return count
+
+
+def _look_up(key: str, seconds: float, found: list[str]) -> None:
+    with suppress(RuntimeError):
+        store = c10d._get_default_store()
+        store.wait([key], timedelta(seconds=seconds))
+        found.append(store.get(key).decode())
+
+
+def _own_names() -> Iterator[str]:
+    """The names by which others may know this host."""
+    if "MASTER_ADDR" in os.environ:
+        yield os.environ["MASTER_ADDR"]
+    yield socket.gethostname()
+    yield "127.0.0.1"
