@@ -48,6 +48,8 @@ _NEWS_SECONDS = STUCK_SECONDS + 2.0
 # How long after the news a script may take to raise them, before they are printed; and a wait to end.
 _RAISING_SECONDS, _ENDING_SECONDS = 0.5, 3.0
 _TAG = 2**31 - 5
+# The share of its time that a thread which waits may be found to compute.
+_BUSY = 0.05
 # In the texts of what torch raises as plain RuntimeErrors.
 _OF_WAITS = ("gloo", "Application timeout caused pair closure", "Connection closed by peer", "NCCL")
 # Where waits for other ranks are, and where those for another thread which does that.
@@ -78,8 +80,10 @@ class Watch:
         # What the script has come to, in the words of an error.
         self.progress: Callable[[], str] = lambda: ""
         self._script = threading.get_ident()
-        self._token: Any = None
-        self._waits_since = 0.0
+        self._clock = time.pthread_getcpuclockid(self._script)
+        self._idle_since = time.monotonic()
+        # When it was, what the script's thread had computed until then, and what it was in.
+        self._looked: tuple[float, float, Any] = (self._idle_since, 0.0, None)
         self._loss: Loss | None = None
         self._raised = threading.Event()
         self._news = threading.Event()
@@ -219,15 +223,26 @@ class Watch:
 
     def _status(self) -> Status:
         """How long this rank's script has been in the same exchange with others."""
-        frame = sys._current_frames().get(self._script)
-        if frame is None or not _in_exchange(frame):
-            self._token = None
+        idle = self._idle_for()
+        if idle < min(self.seconds, STUCK_SECONDS) / 2 or not self._in_exchange():
             return Status(failure=self.failure)
-        token = _operations(), len(self._phases), self.progress(), self._place()
-        now = time.monotonic()
-        if token != self._token:
-            self._token, self._waits_since = token, now
-        return Status(now - self._waits_since, self._place(), self.failure)
+        return Status(idle, self._place(), self.failure)
+
+    def _idle_for(self) -> float:
+        """The seconds that the script's thread has neither computed anything nor started an exchange."""
+        now, busy, token = time.monotonic(), time.clock_gettime(self._clock), (_operations(), len(self._phases))
+        before, busy_before, token_before = self._looked
+        if token != token_before or busy - busy_before > _BUSY * (now - before):
+            self._idle_since = now
+        self._looked = now, busy, token
+        return now - self._idle_since
+
+    def _in_exchange(self) -> bool:
+        """Whether the script's thread, which is idle, waits for other ranks.
+
+        Of a thread that runs nobody should ask for frames: where it raises, memory gets corrupted (Python 3.11).
+        """
+        return _in_exchange(sys._current_frames().get(self._script))
 
     def _place(self) -> str:
         with suppress(Exception):
@@ -248,16 +263,11 @@ class Watch:
 
     def _end_what_waits(self) -> None:
         """Nothing that the script waits for from now on will come."""
-        stays, token = 0.0, None
         while True:
             time.sleep(_RAISING_SECONDS)
-            frame = sys._current_frames().get(self._script)
             # Of a device's own waits nothing can be seen.
-            waiting = _in_exchange(frame) or bool(self._phases) and not get_accelerator().is_synchronized_device()
-            now = (_operations(), len(self._phases)) if waiting else None
-            stays = stays + _RAISING_SECONDS if waiting and now == token else 0.0
-            token = now
-            if stays >= _ENDING_SECONDS:
+            on_device = bool(self._phases) and not get_accelerator().is_synchronized_device()
+            if self._idle_for() >= _ENDING_SECONDS and (on_device or self._in_exchange()):
                 if not self._raised.is_set():
                     self._print()
                 print("ds_vshape: this process waits for what won't come, and is ended", file=sys.stderr, flush=True)
