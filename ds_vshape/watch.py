@@ -28,9 +28,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import wraps
 from multiprocessing.util import Finalize
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,9 @@ from ds_vshape.groups import FOREVER
 from ds_vshape.heartbeat import Address, Heartbeat
 from ds_vshape.names import RankName, rank_names
 from ds_vshape.p2p import PeerLost
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # How long an error of torch's may be ahead of the news of what has caused it.
 _NEWS_SECONDS = STUCK_SECONDS + 2.0
@@ -279,6 +283,16 @@ class Watch:
         what = self._phases[-1] if self._phases else None
         lost = self._peer_lost(self._told(self._loss), what)
         print(f"{PeerLost.__module__}.{PeerLost.__qualname__}: {lost}", file=sys.stderr, flush=True)
+
+
+def in_phase(method: Callable[P, T]) -> Callable[P, T]:
+    """Let all that `method` does be in a phase of its name; of an object that has a `_watch`."""
+    @wraps(method)
+    def watched(*args: P.args, **kwargs: P.kwargs) -> T:
+        watch: Watch = args[0]._watch  # type: ignore[attr-defined]
+        with watch.phase(lambda: method.__name__):
+            return method(*args, **kwargs)
+    return watched
 
 
 # The store keeps the address of an earlier watch over the same ranks.
