@@ -167,7 +167,9 @@ class ScheduleConfig(BaseModel):
     `optimizer_post_validation` steps without asking other pipeline ranks, and has the step validated while the next
     batch begins (ds_vshape/post_validation.py).
 
-    A rank that waits for another one longer than `timeout_seconds` takes it for lost, and ends.
+    A rank that gives no sign of life for `timeout_seconds`, or hasn't come to its PipelineModule so much later than
+    others, is lost, and all ranks end. One whose process ended is known to be at once, and one that works on something
+    is waited for, however long that takes (ds_vshape/watch.py).
 
     `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
     (ds_vshape/module.py).
