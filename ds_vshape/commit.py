@@ -32,7 +32,7 @@ LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 _MARK = ".saving"
 _ID = "[0-9a-f]{16}"
 # What DeepSpeed and this package write into a checkpoint's folder.
-_OWN = re.compile(r".*states\.pt|pipeline_placement\.json|zero_to_(fp32|torch)\.py|offloaded_tensors|\.saving")
+_OWN = re.compile(r".*states\.pt.*|pipeline_placement\.json|zero_to_(fp32|torch)\.py|offloaded_tensors|\.saving")
 
 
 def new_id() -> str:

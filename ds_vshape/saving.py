@@ -161,9 +161,13 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
                 logger.warning(f"there is no file {os.path.join(load_dir, LATEST)}, so no checkpoint is loaded: save "
                                "one, or name it by its tag")
                 return None, None
-            kept = self._agreement.run(lambda: TrainingState(self), _LOAD)
+            # What all ranks see before one reads, and still see when all have read, is one checkpoint.
+            folder = os.path.join(load_dir, found)
+            self._reading = Reading(self.checkpoint_engine, folder)
+            with Meeting(self._agreement, _LOAD, self._explained):
+                kept, seen = TrainingState(self), os.stat(folder).st_ino
             try:
-                return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn})
+                return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn}, seen)
             except BaseException:
                 kept.restore()
                 raise
@@ -197,18 +201,20 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
         raise CheckpointError(f"not all ranks find the checkpoint {first!r} under one name: " + "; ".join(
             f"{' and '.join(found)} on rank {rank}" for rank, found in enumerate(places)))
 
-    def _load(self, load_dir: str, tag: str, options: dict[str, Any]) -> tuple[Any, Any]:
-        engine = self.checkpoint_engine
-        self.checkpoint_engine = self._reading = Reading(engine, os.path.join(load_dir, tag))
+    def _load(self, load_dir: str, tag: str, options: dict[str, Any], seen: int) -> tuple[Any, Any]:
+        folder = self._reading.path
+        self.checkpoint_engine = self._reading
         self._loading = Meeting(self._agreement, _LOAD, self._explained)
         try:
             with self._loading, weights_only():
                 path, client_state = super().load_checkpoint(load_dir, tag, **options)
+                if not os.path.isdir(folder) or os.stat(folder).st_ino != seen:
+                    raise CheckpointError(f"{folder} was replaced while it was loaded: load it again when no job saves")
             # Where ranks have folders of their own, one may be older.
             steps = client_state.get("global_steps", self.global_steps)
             self.module.preflight.compare(lambda: {f"global_steps of {tag}": steps})
         finally:
-            self.checkpoint_engine, self._loading = engine, None
+            self.checkpoint_engine, self._loading = self._reading.engine, None
         return path, client_state
 
     def _explained(self, error: Exception) -> Exception:

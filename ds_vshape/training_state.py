@@ -5,7 +5,6 @@ its part of the master weights, have; of the rest references do, since what is l
 DeepSpeed's optimizers, of which this knows:
 
     param_groups, state, optimizer   torch's, or around one; its parameters are the master weights
-    loss_scale_config                that of FP16_UnfusedOptimizer and FP16_Optimizer, whose numbers are set in place
     param._hp_mapping                where ZeRO and BF16_Optimizer keep a parameter's master weights and their state
 """
 
@@ -30,10 +29,7 @@ class TrainingState:
         module, optimizers = engine.module, list(_optimizers(engine.optimizer))
         self._undo: list[Callable[[], None]] = [_attributes(engine), _attributes(module)]
         self._undo += [_layer(owner) for owner in module.modules()]
-        for optimizer in optimizers:
-            self._undo.append(_attributes(optimizer))
-            if hasattr(optimizer, "loss_scale_config"):
-                self._undo.append(_attributes(optimizer.loss_scale_config))
+        self._undo += [_attributes(optimizer) for optimizer in optimizers]
         if optimizers:
             self._undo.append(_of_optimizer(optimizers[-1]))
         for parameter in module.parameters():

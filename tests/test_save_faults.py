@@ -306,6 +306,73 @@ def test_what_can_give_way_does(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.draft")) + list(tmp_path.rglob("*.replaced"))
 
 
+class Decoupled:
+    """A checkpoint engine of a kind that writes in the background."""
+
+    def __init__(self, engine: Any, fails: bool) -> None:
+        self.engine, self.fails = engine, fails
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def is_decoupled(self) -> bool:
+        return True
+
+    def save(self, state: Any, path: str) -> None:
+        if self.fails:
+            raise FULL
+        self.engine.save(state, path)
+
+
+def save_decoupled(rank: int, folder: str) -> list[str]:
+    engine = JOBS["v-half, fp32, ZeRO-1"].engine()
+    told = []
+    for victim in range(3):
+        engine.checkpoint_engine = Decoupled(engine.checkpoint_engine, rank == victim)
+        try:
+            told.append(str(engine.save_checkpoint(folder, TAG)))
+        except Exception as error:
+            told.append(str(error))
+        engine.checkpoint_engine = engine.checkpoint_engine.engine
+    return [*told, engine.load_checkpoint(folder, TAG)[0]]
+
+
+@pytest.mark.slow
+def test_an_engine_that_writes_in_the_background(tmp_path: Path) -> None:
+    for *failed, saved, loaded in run_ranks(2, save_decoupled, str(tmp_path)):
+        assert all(TOLD_FULL[0] in told for told in failed) and len(failed) == 2
+        assert saved == "True" and loaded.startswith(str(tmp_path))
+
+
+def save_on_two_hosts(rank: int, folder: Path) -> list[str]:
+    """Each rank keeps the folders of its own host."""
+    os.environ["LOCAL_RANK"] = "0"
+    place = folder / f"host{rank}"
+    config = {**FP32_ZERO1, "checkpoint": {"use_node_local_storage": True}}
+    engine = Job("v-half", 2, 2, config).engine()
+    engine.save_checkpoint(str(place), TAG)
+    train(engine, range(SAVED))
+    before, told = contents(place), []
+    for victim, call in [(0, 1), (1, 1), (0, 2), (1, 2)]:
+        take_back = raising(victim, OS, "rename", FULL, call)(rank, engine)
+        try:
+            engine.save_checkpoint(str(place), TAG)
+        except Exception as error:
+            told.append(str(error))
+        take_back()
+        if contents(place) != before:
+            told.append("what was there has changed")
+    engine.save_checkpoint(str(place), TAG)
+    return [*told, "" if contents(place) != before else "the next save is none", *map(str, place.glob("*.draft"))]
+
+
+@pytest.mark.slow
+def test_a_commit_that_fails_on_one_host_is_taken_back_on_the_other(tmp_path: Path) -> None:
+    for *failed, last in run_ranks(2, save_on_two_hosts, tmp_path):
+        assert len(failed) == 4 and all(TOLD_FULL[0] in told for told in failed), failed
+        assert last == ""
+
+
 def save_again_and_again(rank: int, folder: str, seed: int) -> tuple[list[str], dict[str, Any]]:
     engine = Job("v-half", 2, 2, FP32_ZERO1).engine()
     train(engine, range(seed, seed + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pipelines import BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, merged, specs, train
 from ranks import run_ranks
 
@@ -57,3 +59,68 @@ def test_goes_on_with_equal_losses(case: str, tmp_path: Path) -> None:
     loaded = merged(run_ranks(ranks_after, load_and_train, job, str(tmp_path)))
     assert loaded.losses == saved.losses
     assert all(torch.equal(loaded.weights[name], value) for name, value in saved.weights.items())
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# What is wrong, and what is told on both ranks.
+FAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a cut weight": (lambda folder: cut(folder / "zero/2.up.weight/fp32.pt"),
+                     ("2.up.weight/fp32.pt is cut or damaged",)),
+    "a missing weight": (lambda folder: (folder / "zero/2.up.weight/fp32.pt").unlink(),
+                         ("2.up.weight/fp32.pt is missing",)),
+    "a missing state": (lambda folder: (folder / "zero/2.up.weight/exp_avg.pt").unlink(),
+                        ("2.up.weight/exp_avg.pt is missing",)),
+    "a cut state": (lambda folder: cut(folder / "zero/8.weight/exp_avg_sq.pt"), ("8.weight/exp_avg_sq.pt is cut or",)),
+    "a missing parameter": (lambda folder: shutil.rmtree(folder / "zero/2.up.weight"), ("2.up.weight/", "is missing")),
+    "a cut state of the optimizer": (lambda folder: cut(folder / "zero/optimizer_state.pt"),
+                                     ("optimizer_state.pt is cut or damaged",)),
+    "no state of the optimizer": (lambda folder: (folder / "zero/optimizer_state.pt").unlink(),
+                                  ("optimizer_state.pt is missing",)),
+    "a weight of another shape": (
+        lambda folder: torch.save({"param": torch.zeros(3)}, folder / "zero/8.bias/fp32.pt"),
+        ("8.bias/fp32.pt", "full param numel 3")),
+    "a cut state file": (lambda folder: cut(folder / "mp_rank_00_model_states.pt"),
+                         ("mp_rank_00_model_states.pt is cut",)),
+    "an empty latest": (lambda folder: (folder.parent / "latest_universal").write_text(""),
+                        ("latest_universal is empty",)),
+    "no latest": (lambda folder: (folder.parent / "latest_universal").unlink(), ("latest_universal",)),
+}
+
+
+def load_with_faults(rank: int, job: Job, folder: Path) -> tuple[dict[str, str], Outcome]:
+    engine = job.engine()
+    train(engine, BEFORE)
+    told = {}
+    for name, (damage, _) in FAULTS.items():
+        place = folder.with_name("bad")
+        if rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(folder, place)
+            damage(place / (place / "latest_universal").read_text())
+        dist.barrier()
+        with pytest.raises(Exception) as error:
+            engine.load_checkpoint(str(place))
+        told[name] = str(error.value)
+        dist.barrier()
+    return told, train(engine, AFTER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [FP32_ZERO1, BF16_ZERO1_FP32])
+def test_a_load_that_fails(config: dict[str, Any], tmp_path: Path) -> None:
+    """Told on both ranks, with the file; training goes on as if it hadn't been tried."""
+    folder = tmp_path / "good"
+    job = Job("v-half", 2, 3, config, LAYERS)
+    whole = merged(run_ranks(2, train_and_save, job, str(folder)))
+    convert(folder)
+    universal = Job("v-half", 2, 3, {**config, "checkpoint": {"load_universal": True}}, LAYERS)
+    results = run_ranks(2, load_with_faults, universal, folder)
+    for told, _ in results:
+        for name, (_, parts) in FAULTS.items():
+            assert all(part in told[name] for part in parts), told[name]
+    outcome = merged([outcome for _, outcome in results])
+    assert outcome.losses == whole.losses
+    assert all(torch.equal(outcome.weights[name], value) for name, value in whole.weights.items())
