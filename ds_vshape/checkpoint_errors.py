@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def missing(path: str) -> CheckpointError:
     folder = Path(path).parent
     present = f"its folder has {_few(sorted(os.listdir(folder)))}" if folder.is_dir() else f"{folder} is no folder"
     return CheckpointError(f"{path} is missing ({present}): {_REPLACE}")
+
+
+def replace_text(path: Path, text: str, draft: Path) -> None:
+    """Let the file `path` hold `text`, which is written into `draft` first, so that it's there whole or not at all."""
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        # A full disk doesn't name the file.
+        raise unwritable(str(path), error, None) from error
 
 
 def _few(names: list[str]) -> str:

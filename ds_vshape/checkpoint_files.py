@@ -5,6 +5,7 @@ A checkpoint engine (runtime/checkpoint_engine/) is what reads and writes files 
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from ds_vshape.checkpoint_errors import CheckpointError, unreadable, unwritable
@@ -56,6 +57,8 @@ class Writing(_Wrapped):
         try:
             return self.engine.save(state_dict, path)
         except Exception as error:
+            # The file may still be open there: the space of one that is removed would stay taken.
+            traceback.clear_frames(error.__traceback__)
             raise unwritable(path, error, state_dict) from error
 
     def makedirs(self, *args: Any, **kwargs: Any) -> None:

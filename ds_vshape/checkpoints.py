@@ -7,11 +7,10 @@ of that rank's parameters: loaded under another placement it has the right size,
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ds_vshape.checkpoint_errors import CheckpointError, unreadable
+from ds_vshape.checkpoint_errors import CheckpointError, replace_text, unreadable
 from ds_vshape.module import PipelineModule
 from ds_vshape.schedule.placement import linear
 
@@ -33,9 +32,7 @@ class Layout:
 def save_layout(directory: str, layout: Layout, writer: int) -> None:
     """Write `layout` into the checkpoint `directory`; ranks that write at once, under their own `writer`, agree."""
     path = Path(directory) / FILE
-    draft = path.with_suffix(f".{writer}.tmp")
-    draft.write_text(json.dumps(asdict(layout)), encoding="utf-8")
-    os.replace(draft, path)
+    replace_text(path, json.dumps(asdict(layout)), path.with_suffix(f".{writer}.tmp"))
 
 
 def check_layout(directory: str, layout: Layout) -> None:

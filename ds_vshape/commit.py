@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ds_vshape.checkpoint_errors import CheckpointError
+from ds_vshape.checkpoint_errors import CheckpointError, replace_text
 from ds_vshape.tags import DRAFT, REPLACED
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
@@ -146,14 +146,7 @@ class Draft:
 
 def name_latest(parent: str, tag: str) -> None:
     """Let `tag` be what is loaded from the folder `parent` by default."""
-    draft = Path(parent, f"{LATEST}.{new_id()}{DRAFT}")
-    try:
-        draft.write_text(tag, encoding="utf-8")
-        os.replace(draft, Path(parent, LATEST))
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
+    replace_text(Path(parent, LATEST), tag, Path(parent, f"{LATEST}.{new_id()}{DRAFT}"))
 
 
 def latest(parent: str, file: str = LATEST) -> str | None:

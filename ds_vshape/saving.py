@@ -6,8 +6,8 @@ weights are gathered. A rank that fails before leaves the others there. So error
 and before anything is waited for all of them agree to go on.
 
 Of DeepSpeedEngine's private parts this overrides _save_checkpoint, _save_moe_checkpoint, _save_zero_checkpoint,
-_load_checkpoint, _load_zero_checkpoint and _get_all_zero_checkpoints, and it puts another checkpoint_engine in its
-place for a while.
+_copy_recovery_script, _load_checkpoint, _load_zero_checkpoint and _get_all_zero_checkpoints, and it puts another
+checkpoint_engine in its place for a while.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from ds_vshape.watch import Watch, in_phase
 from ds_vshape.weights_only import weights_only
 
 _CHECKPOINT = "checkpoint"
+# What DeepSpeed copies into the save_dir for a checkpoint with ZeRO.
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
 
 
@@ -48,6 +50,8 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     checkpoint_engine: Any
     # Why this rank couldn't write its part of the checkpoint that is being saved.
     _unsaved: Exception | None = None
+    # The tag under which it's written.
+    _written: str
     # While a checkpoint is loaded.
     _loading: Meeting | None = None
     _reading: Reading
@@ -115,12 +119,12 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _reach(self, error: Exception | None) -> None:
         self._agreement.reach(None if error is None else self._agreement.failure(error, _SAVE), _CHECKPOINT)
 
-    def _write(self, *args: Any) -> Exception | None:
+    def _write(self, save_dir: str, tag: str, *args: Any) -> Exception | None:
         """DeepSpeed's save, which all ranks come through; what was in the way of this rank's part."""
         writing = Writing(self.checkpoint_engine)
-        self.checkpoint_engine, self._unsaved = writing, None
+        self.checkpoint_engine, self._unsaved, self._written = writing, None, tag
         try:
-            super().save_checkpoint(*args)
+            super().save_checkpoint(save_dir, tag, *args)
         except Exception as error:
             self._unsaved = self._unsaved or error
         finally:
@@ -135,6 +139,13 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _save_zero_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._attempt_to_save(partial(super()._save_zero_checkpoint, *args, **kwargs))
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        # Copied in place, one that is there already would be cut where the disk is full.
+        folder = os.path.join(save_path, self._written)
+        super()._copy_recovery_script(folder)
+        for script in _SCRIPTS:
+            os.replace(os.path.join(folder, script), os.path.join(save_path, script))
 
     def _attempt_to_save(self, save: Callable[[], None]) -> None:
         """The others wait for this rank at the end of their part, so an error of it is kept until then."""
