@@ -7,6 +7,7 @@ Gradients aren't looked at: with fp16 they overflow now and then, and the loss s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def checked(instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Ex
 
 
 def _checked(execute: Execute) -> Execute:
+    @wraps(execute)
     def run(engine: Any, buffer_id: instr.BufferId) -> None:
         execute(engine, buffer_id)
         if not torch.is_grad_enabled():

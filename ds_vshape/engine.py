@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
@@ -35,16 +36,18 @@ from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffers, edges, enter
 from ds_vshape.demands import check_micro_batches
 from ds_vshape.failures import Agreement, Failure, Sharers
+from ds_vshape.gradient_release import ReleasedWeights
 from ds_vshape.gradients import clip_gradients, delivery_into, leave_to_backward, place_of, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
 from ds_vshape.loss_fn import convert_without
-from ds_vshape.micro_batch import added, check_loss, check_reduction, detached, loss_of, own_copy, pair
+from ds_vshape.micro_batch import (Intake, added, as_number, check_loss, check_reduction, detached, loss_of,
+                                    own_copy)
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.payload import members
 from ds_vshape.plain_attributes import PlainAttributes
-from ds_vshape.preflight import plan_facts
+from ds_vshape.preflight import Facts, plan_facts
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.reduction import reduction_for
 from ds_vshape.saving import SavingEngine
@@ -57,8 +60,9 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, Times
 from ds_vshape.scheduling import schedules_for
+from ds_vshape.script_functions import ScriptFunctions
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
-from ds_vshape.stand_in import give_gradient
+from ds_vshape.stand_in import add_to, give_gradient, keep_from_universal, with_stand_in
 from ds_vshape.trace import Tracer
 from ds_vshape.tracking import Tracking
 from ds_vshape.wall_clock import timed
@@ -82,6 +86,11 @@ class BatchPlan:
     def passes(self) -> list[Pass | None]:
         """The pass of each instruction that runs one."""
         return [instr.pass_of(instruction) for instruction in self.instructions]
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether there are split passes in it."""
+        return any(isinstance(instruction, instr.SplitForwardPass) for instruction in self.instructions)
 
 
 class PipelineEngine(PlainAttributes, SavingEngine):
@@ -115,14 +124,14 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         # The one that is executed.
         self._instruction: instr.PipeInstruction | None = None
         self._held = Buffers(self.placement, self.stage_id)
+        first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
+        self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
         self._observer = Observer(self)
         self._background = background()
         self._returning_loss: Started[Tensor] | None = None
-        self._sums = place_of(self.optimizer)
-        self._deliver = delivery_into(self._sums, self.module.schedule_config.gradient_accumulation_fusion)
-        leave_to_backward(self.module.parameters(), self._sums)
-        convert_without(self.optimizer, self.module.idle_weights())
-        self._reduction = reduction_for(self, self._background, self._deliver)
+        self._script = ScriptFunctions(self)
+        self._released = ReleasedWeights(self.module)
+        self._follow_optimizer()
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
                                         self._observer.activations)
@@ -146,10 +155,36 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         if self.monitor.enabled:
             self._followers.append(Tracking(self, self._observer, self._held))
         self._log(schedule_line(self.schedule()))
+        self.preflight()
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        # Scripts call it too, to make an optimizer from what `initialize` has given them.
+        if hasattr(client_optimizer, "param_groups"):
+            add_to(client_optimizer, self.module)
+        else:
+            model_parameters = with_stand_in(self.module, model_parameters)
+        self.param_names |= {parameter: name for name, parameter in self.module.named_parameters()}
+        super()._configure_optimizer(client_optimizer, model_parameters)
+        keep_from_universal(self.module)
+
+    def _follow_optimizer(self) -> None:
+        """Let gradients add up, and be reduced, where the present optimizer looks for them."""
+        self._followed = self.optimizer
+        self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
+        self._sums = place_of(self.optimizer)
+        self._deliver = delivery_into(self._sums, self.module.schedule_config.gradient_accumulation_fusion)
+        leave_to_backward(self.module.parameters(), self._sums)
+        convert_without(self.optimizer, self.module.idle_weights())
+        self._reduction = reduction_for(self, self._background, self._deliver)
 
     def preflight(self) -> None:
         """Check that all ranks have one plan and hear each other (ds_vshape/preflight.py); collective."""
-        self.module.preflight.compare(lambda: plan_facts(self.schedule(), self.grid.pipe_groups))
+
+        def facts() -> Facts:
+            self._script.look(self._train_schedule().splits)
+            return {**plan_facts(self.schedule(), self.grid.pipe_groups), "functions of the script": self._script.names}
+
+        self.module.preflight.compare(facts)
         self.module.preflight.probe(self._channels.ends())
 
     # -- schedules and programs
@@ -224,6 +259,14 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             self._look_at_sizes()
             for rank, memory in enumerate(self.memory_report()):
                 self._log(f"pipeline rank {rank} needs {memory}")
+        return self._in_its_shape(loss)
+
+    def _in_its_shape(self, loss: Tensor) -> Tensor:
+        """The batch's loss as DeepSpeed returns it: where it's computed in its own shape, elsewhere a number."""
+        if self.is_last_stage() and self.loss.dim():
+            shape = self.loss.shape
+            self.agg_train_loss, self.total_loss = loss.reshape(shape), self.total_loss.reshape(shape)
+            return self.agg_train_loss
         return loss
 
     @contextmanager
@@ -327,11 +370,25 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return programs[self.stage_id]
 
     def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
+        if not isinstance(pipe_schedule, BatchPlan):
+            raise PipelineError(f"the script runs a {type(pipe_schedule).__name__} of its own, but what a batch "
+                                "consists of is the schedule's: train without \"pipeline_schedule\" in the config, "
+                                "or by train_batch and eval_batch as they are")
         training = torch.is_grad_enabled()
         self.fwd_outputs: list[Any] = []
+        if self.optimizer is not self._followed:
+            self._follow_optimizer()
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._active_stage = None
         self._observer.begin_batch(pipe_schedule.schedule, training)
+        if training:
+            self._released.start(pipe_schedule.schedule.micro_batches)
+        try:
+            self._script.look(pipe_schedule.splits)
+        except PipelineError as error:
+            # All ranks raise it at the end of the batch.
+            self._failure = self._agreement.failure(error, "the start of the batch")
+            self._sharers.check_all_failed(self._failure)
         attributes = self.__dict__
         try:
             for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):
@@ -442,7 +499,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     # -- [1] the data
 
     def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
-        inputs, labels = pair(self._next_batch())
+        inputs, labels = self._intake.pair(self._next_batch())
         if self._holds(0):
             inputs = own_copy(inputs, self.device, "inputs")
             if self._reentrant_activation_checkpointing():
@@ -616,6 +673,11 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             # Nobody will look at it, but the others wait for it.
             self.total_loss = torch.full((), torch.nan, device=self.device)
             self.total_additional_losses = self.module.get_additional_losses()
+        # On the way they are numbers; where they are computed they get back their shape in train_batch.
+        self.total_loss = as_number(self.total_loss)
+        if self.total_additional_losses is not None:
+            self.total_additional_losses = OrderedDict(
+                (name, as_number(loss)) for name, loss in self.total_additional_losses.items())
         self._returning_loss = self._background.start(super()._aggregate_total_loss)
 
     def _aggregate_total_loss(self) -> Tensor:
@@ -626,11 +688,16 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return loss
 
     def _exec_start_reduce_grads(self, stage: int) -> None:
-        if self._reduction is not None:
+        if self._reduction is not None and not self._script.reduce:
             self._sums.take_in()
             self._reduction.start(stage)
 
     def _exec_agree_on_batch(self) -> None:
+        if torch.is_grad_enabled() and self._failure is None:
+            try:
+                self._released.check()
+            except PipelineError as error:
+                self._failure = self._agreement.failure(error, "the passes of the batch")
         failure, self._failure = self._failure, None
         try:
             self._agreement.reach(failure)
@@ -639,18 +706,34 @@ class PipelineEngine(PlainAttributes, SavingEngine):
                 raise
             self._forget_batch()
             raise
+        if torch.is_grad_enabled():
+            self._prepare_reduction()
 
-    def _exec_reduce_tied_grads(self) -> None:
-        # Replicas average the loss in the group in which gradients are reduced: on all of them first the one.
+    def _prepare_reduction(self) -> None:
+        """Between the passes of a batch and the reductions of its gradients, by whatever function."""
+        # Replicas average the loss in the group in which gradients are reduced, so the loss comes first on all of them.
         if self._returning_loss is not None:
             self._returning_loss.result()
         self._sums.take_in()
         give_gradient(self.module, self._deliver)
-        reduce_tied_gradients(self.module, self._sums)
+
+    def _exec_reduce_tied_grads(self) -> None:
+        of_script = self._script.get(instr.ReduceTiedGrads)
+        if of_script is not None:
+            of_script(self)
+        else:
+            reduce_tied_gradients(self.module, self._sums)
 
     def _exec_reduce_grads(self) -> None:
-        if self._reduction is None or not self._reduction.finish():
+        of_script = self._script.get(instr.ReduceGrads)
+        if of_script is not None:
+            of_script(self)
+        elif self._reduction is None or not self._reduction.finish():
             super()._exec_reduce_grads()
+
+    def _exec_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        of_script = self._script.get(instr.OptimizerStep) or stock.PipelineEngine._exec_optimizer_step
+        of_script(self, *args, **kwargs)
 
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
@@ -663,7 +746,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return self._observer.report()
 
     # Plain functions, as in the stock engine: overriding a method alone would change nothing.
-    _INSTRUCTION_MAP = {
+    _INSTRUCTION_MAP: dict[instr.Instruction, instr.Execute] = {
         instr.LoadMicroBatch: _exec_load_micro_batch,
         instr.ForwardPass: _exec_forward_pass,
         instr.SplitForwardPass: _exec_split_forward_pass,
@@ -683,7 +766,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         instr.AgreeOnBatch: _exec_agree_on_batch,
         instr.ReduceTiedGrads: _exec_reduce_tied_grads,
         instr.ReduceGrads: _exec_reduce_grads,
-        instr.OptimizerStep: stock.PipelineEngine._exec_optimizer_step,
+        instr.OptimizerStep: _exec_optimizer_step,
     }
 
 

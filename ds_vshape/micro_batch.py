@@ -7,18 +7,38 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
 
 from ds_vshape.payload import Payload
 
 
-def pair(sample: Any) -> tuple[Any, Any]:
-    """The inputs and the labels of what the data iterator gave; PipelineError if it isn't a pair."""
-    if sample is None:
-        raise PipelineError("there is no data: this rank needs an iterator that gives (inputs, labels)")
-    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        given = f"{len(sample)} members" if isinstance(sample, (tuple, list)) else f"a {type(sample).__name__}"
-        raise PipelineError(f"the data iterator gave {given}: must be a pair (inputs, labels)")
-    return sample[0], sample[1]
+class Intake:
+    """Takes apart what the data iterator gives: inputs and labels are its first two members, as DeepSpeed has it.
+
+    Args:
+        needed: how many members this rank needs: 2 where it computes the loss, else 1.
+        tells: whether this rank says, once, what is left out.
+    """
+
+    def __init__(self, needed: int, tells: bool) -> None:
+        self._needed, self._tells = needed, tells
+
+    def pair(self, sample: Any) -> tuple[Any, Any]:
+        """The inputs and the labels (None if they are missing and not needed); PipelineError if it isn't a pair."""
+        if sample is None:
+            raise PipelineError("there is no data: this rank needs an iterator that gives (inputs, labels)")
+        if not isinstance(sample, (tuple, list)) or len(sample) < self._needed:
+            given = _counted(len(sample)) if isinstance(sample, (tuple, list)) else f"a {type(sample).__name__}"
+            raise PipelineError(f"the data iterator gave {given}: must be a pair (inputs, labels)")
+        if len(sample) > 2 and self._tells:
+            self._tells = False
+            logger.warning(f"the data iterator gives {_counted(len(sample))}: the first two are taken for (inputs, "
+                           "labels), as DeepSpeed does, and the others are left out")
+        return sample[0], sample[1] if len(sample) > 1 else None
+
+
+def _counted(members: int) -> str:
+    return "1 member" if members == 1 else f"{members} members"
 
 
 def own_copy(data: Any, device: torch.device, what: str) -> Payload:
@@ -58,6 +78,14 @@ def check_reduction(reduction: str | None, is_sent: bool) -> None:
         raise PipelineError(f"reduce_output = {reduction!r}: must be 'avg' or None")
     if reduction is None and is_sent:
         raise PipelineError("reduce_output = None: must be 'avg' with bcast_loss or a monitor, which take one number")
+
+
+def as_number(loss: Any) -> Any:
+    """A loss of one number, whatever its shape, as a tensor without dimensions; all else as it is.
+
+    DeepSpeed stacks a batch's losses, and prints them, as numbers.
+    """
+    return loss.reshape(()) if torch.is_tensor(loss) and loss.numel() == 1 else loss
 
 
 def detached(loss: Any) -> Any:

@@ -9,15 +9,19 @@ runs that don't touch, each with its own bounds, layer names and checkpoint file
 
 One chunk at a time is active: it is what forward(), saving and loading see. The layers keep DeepSpeed's global names
 and seeds, so weights and layer files don't depend on the placement.
+
+Scripts subclass the module and override DeepSpeed's hooks, `_partition_layers` among them, which know one stage a rank.
+Of DeepSpeed's private parts this uses those hooks, `_layer_specs`, `_num_layers`, `_topo`, `_grid`, and `parts`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +37,7 @@ from torch import nn
 
 from ds_vshape.accepted import check_accepted
 from ds_vshape.arguments import bound, check_arguments, check_method
-from ds_vshape.config import (TIMEOUT_SECONDS, DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config,
+from ds_vshape.config import (KEY, TIMEOUT_SECONDS, DsConfig, LayerCosts, Partition, ScheduleConfig, find_ds_config,
                               find_section, read_section)
 from ds_vshape.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
@@ -43,6 +47,7 @@ from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, ch
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.segment import Segment, parameters_of
+from ds_vshape.shared import shared_weights, warning_of
 from ds_vshape.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.trace.tracer import check_folder
 from ds_vshape.versions import check_versions
@@ -93,6 +98,7 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
         PartitionError: on every rank, for a partition that doesn't fit, and for a profile that can't be measured.
     """
 
+    num_stages: int
     tied_comms: dict[str, Any]
     _ties: dict[str, Tie]
     _tied_sources: dict[str, int]
@@ -100,7 +106,6 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
                  example: Any = None, **kwargs: Any) -> None:
         self.schedule_config: ScheduleConfig | None
-        self.placement: Placement
         self.chunks: list[Chunk] = []
         # What the layers were measured to take, if the partition asked for it.
         self.layer_times: LayerTimes | None = None
@@ -127,6 +132,9 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             self.preflight = Preflight(watch)
             self.preflight.compare(read)
             if self.schedule_config is not None:
+                # Not at the top: that module imports this one.
+                from ds_vshape.plugin import engines_for_our_models
+                engines_for_our_models()
                 watch.place(_topology(bound(layers, num_stages, *args, **kwargs)))
             self._example = example
             super().__init__(layers, num_stages, *args, **kwargs)
@@ -134,33 +142,79 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
         if self.schedule_config is None:
             watch.close()
 
-    def _partition_layers(self, method: Any = "uniform") -> None:
+    @cached_property
+    def placement(self) -> Placement:
+        """Which stages are on which pipeline rank."""
         ranks = self._topo.get_dim("pipe")
-        self.placement = placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
-        self.num_stages = self.placement.stages
-        if self._num_layers < self.num_stages:
-            raise PipelineError(f"{self._num_layers} layers can't fill {self.num_stages} stages: {self._schedule_name} "
-                                f"on {ranks} pipeline ranks needs at least {self.num_stages} layers")
-        if self.schedule_config and self.schedule_config.partition is not None:
-            partition: Partition = self.schedule_config.partition
-        else:
-            partition = read_partition(method)
-        if isinstance(partition, str) and self.schedule_config:
+        return placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
+
+    def _partition_layers(self, method: Any = "uniform") -> None:
+        if self.schedule_config is None:
+            self._divide(read_partition(method))
+            return
+        stages, ranks = self.placement.stages, self.placement.ranks
+        if self._num_layers < stages:
+            raise PipelineError(f"{self._num_layers} layers can't fill {stages} stages: {self.schedule_config.name} on "
+                                f"{ranks} pipeline ranks needs at least {stages} layers")
+        of_config = self.schedule_config.partition
+        partition = read_partition(method) if of_config is None else of_config
+        if isinstance(partition, str):
             check_method(partition)
+        self._divide(partition)
+
+    def _divide(self, partition: Partition) -> None:
+        """Set the stages' bounds by `partition`."""
         if isinstance(partition, str) and partition.lower() != "profile":
+            # DeepSpeed's methods divide the layers into `num_stages` parts.
+            ranks, self.num_stages = self.num_stages, self.placement.stages
             super()._partition_layers(partition)
-            # Some of DeepSpeed's methods give NumPy's integers, which its own seeding then refuses.
+            self.num_stages = ranks
+            # Some of them give NumPy's integers, which DeepSpeed's own seeding then refuses.
             self.parts: list[int] = [int(bound) for bound in self.parts]
         else:
             self.parts = list(self._bounds(partition))
             self._announce_partition()
-        self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1])
-                       for stage in self.placement.chunks[self.stage_id]]
+        self._set_bounds(*self.parts[self.stage_id:self.stage_id + 2])
+
+    def _adopt_partition(self) -> None:
+        """Take over what a subclass's `_partition_layers` has set; collective.
+
+        Raises PartitionError where that can't be the bounds of the placement's stages.
+        """
+        assert self.schedule_config is not None
+        if type(self)._partition_layers is _PARTITION_LAYERS:
+            return
+        stages, name = self.placement.stages, f"{type(self).__name__}._partition_layers"
+        if self.schedule_config.partition is not None:
+            self._divide(self.schedule_config.partition)
+        elif stages == self.placement.ranks:
+            # What a rank builds in DeepSpeed are its local bounds, whatever `parts` says.
+            self.parts = self._chain_of_local_bounds(name)
+        elif len(getattr(self, "parts", ())) != stages + 1:
+            raise PartitionError(
+                f"{name} divides the layers into one run for each pipeline rank, but {self.schedule_config.name} has "
+                f"{stages} stages on {self.placement.ranks} ranks: give their bounds in the config, as \"partition\": "
+                f"[0, ..., {self._num_layers}] with {stages + 1} numbers in the section \"{KEY}\"")
+        self.parts = list(check_bounds(tuple(map(int, self.parts)), stages, self._num_layers))
+
+    def _chain_of_local_bounds(self, name: str) -> list[int]:
+        """The stages' bounds, of what each rank is to build; collective."""
+        stop = self._num_layers if self._local_stop is None else self._local_stop
+        own = {"stage": self.stage_id, "bounds": [int(self._local_start), int(stop)]}
+        of_stages: dict[int, list[int]] = {}
+        for told in self.preflight.gather(own):
+            if of_stages.setdefault(told["stage"], told["bounds"]) != told["bounds"]:
+                raise PartitionError(f"{name}: ranks of stage {told['stage']} have the layers "
+                                     f"{of_stages[told['stage']]} and {told['bounds']}")
+        bounds = [of_stages[stage] for stage in sorted(of_stages)]
+        if any(before[1] != after[0] for before, after in pairwise(bounds)):
+            raise PartitionError(f"{name}: the stages' layers {bounds} leave a gap or overlap")
+        return [bounds[0][0], *(stop for _, stop in bounds)]
 
     def _bounds(self, partition: Partition) -> Sequence[int]:
         """The stages' bounds by one of our own methods."""
         if isinstance(partition, tuple):
-            return check_bounds(partition, self.num_stages, self._num_layers)
+            return check_bounds(partition, self.placement.stages, self._num_layers)
         if isinstance(partition, LayerCosts):
             costs = check_costs(partition.costs, self._num_layers)
             bounds = balance(costs, self.placement)
@@ -197,15 +251,21 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
                 logger.info(f"partition: stage {stage} on pipeline rank {self.placement.rank_of(stage)} has layers "
                             f"{start} to {stop - 1}")
 
-    @property
-    def _schedule_name(self) -> str:
-        return self.schedule_config.name if self.schedule_config else "1f1b"
-
     def _build(self) -> None:
+        if self.schedule_config is None:
+            super()._build()
+            self.chunks = [Chunk(self.stage_id, self._local_start, self._local_stop, self.forward_funcs)]
+            return
+        self._adopt_partition()
+        shared = shared_weights(self._layer_specs)
+        if shared and self.placement.ranks > 1:
+            logger.warning(warning_of(shared))
         # A layer that can't be built on one rank is told on all.
         self.preflight.compare(self._build_chunks)
 
     def _build_chunks(self) -> Facts:
+        self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1])
+                       for stage in self.placement.chunks[self.stage_id]]
         for chunk in self.chunks:
             self._set_bounds(chunk.start, chunk.stop)
             self.forward_funcs = chunk.funcs
@@ -214,13 +274,12 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
         parameter: Any
         for parameter in self.idle_weights().values():
             parameter.ds_pipe_replicated = True
-        if self.schedule_config:
-            for key, tie in find_ties(self._layer_specs).items():
-                check_one_module(key, [(layer, self._layer_specs[layer]) for layer in tie.layers
-                                       if self.stage_owner(layer) == self.stage_id])
+        for key, tie in find_ties(self._layer_specs).items():
+            check_one_module(key, [(layer, self._layer_specs[layer]) for layer in tie.layers
+                                   if self.stage_owner(layer) == self.stage_id])
         for key, names in self.tied_weight_attrs.items():
             check_has(self.tied_modules[key], key, names)
-        return {}
+        return {"bounds of the stages": self.parts}
 
     def forward(self, forward_input: Any) -> Any:
         """The outputs of the active chunk, as DeepSpeed's forward, for inputs (a tensor or a tuple) of its first layer.
@@ -251,7 +310,10 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipeline rank that holds layer `layer_idx`."""
-        return self.placement.rank_of(super().stage_owner(layer_idx))
+        if self.schedule_config is None:
+            return super().stage_owner(layer_idx)  # type: ignore[no-any-return]
+        assert 0 <= layer_idx < self._num_layers
+        return self.placement.rank_of(bisect_right(self.parts, layer_idx) - 1)
 
     def tied_ranks(self) -> list[set[int]]:
         """The pipeline ranks that share a weight, for each of the tied keys."""
@@ -259,6 +321,8 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
 
     def _index_tied_modules(self) -> dict[str, Any]:
         self._ties = find_ties(self._layer_specs) if self.schedule_config else {}
+        if self.schedule_config is None:
+            return super()._index_tied_modules()  # type: ignore[no-any-return]
         if self._ties:
             check_shapes(self.preflight.gather(shapes_of(self.tied_modules, self.tied_weight_attrs)))
         # The layers from whose ranks the others get their weights.
@@ -354,6 +418,10 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
         for chunk in self.chunks:
             self._activate(chunk)
             super().compile(*args, **kwargs)
+
+
+# DeepSpeed's hook as it is here, to be told from a script's own.
+_PARTITION_LAYERS = PipelineModule._partition_layers
 
 
 def _timeout(config: DsConfig | None) -> float:

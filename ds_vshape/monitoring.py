@@ -14,9 +14,13 @@ def schedule_line(schedule: Schedule) -> str:
     """What a schedule costs while all passes take equally long."""
     placement = schedule.placement
     timeline = simulate(schedule, Times.uniform(placement.stages))
+    last = placement.rank_of(placement.last_stage)
+    ends = "" if last == placement.ranks - 1 else (
+        f"; the first and the last stage are both on pipeline rank {last}: it alone loads inputs and labels, and "
+        "nothing is to be sent from the one's rank to the other's")
     return (f"pipeline_schedule {schedule.name}: {placement.ranks} ranks, {placement.stages} stages, "
             f"{schedule.micro_batches} micro-batches; with equal times bubble {timeline.bubble:.1%}, peak "
-            f"{max(peak_activations(schedule)):g} of 1F1B's {2 * placement.ranks} activations")
+            f"{max(peak_activations(schedule)):g} of 1F1B's {2 * placement.ranks} activations{ends}")
 
 
 def comparison_line(name: str, predicted: Timeline, measured: Timeline) -> str:

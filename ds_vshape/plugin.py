@@ -1,4 +1,10 @@
-"""`ds_vshape.initialize`: deepspeed.initialize, with our engine where the config has the key."""
+"""`ds_vshape.initialize`: deepspeed.initialize, with our engine where the config has the key; and engines that a script
+makes without it.
+
+A script may make a subclass of DeepSpeed's PipelineEngine, and construct it itself or put it into deepspeed's globals.
+For a model of ours such an object becomes one of our engine's as well: of a class with the script's methods first, then
+ours, then DeepSpeed's. For that DeepSpeed's class gets a __new__; it has none of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +17,12 @@ from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
 from ds_vshape.accepted import check_accepted, check_post_validation
-from ds_vshape.config import KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config, read_section
+from ds_vshape.config import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
+                              read_section)
 from ds_vshape.engine import PipelineEngine
 from ds_vshape.module import PipelineModule
 from ds_vshape.post_validation import PostValidatingEngine
 from ds_vshape.preflight import config_facts
-from ds_vshape.stand_in import with_stand_in
 from ds_vshape.versions import check_versions
 from ds_vshape.watch import groups_without_limit
 
@@ -39,24 +45,70 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         PreflightError: on every rank, if ranks differ, or don't hear each other (ds_vshape/preflight.py).
     """
     whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
+    with _starting(model):
+        section = _agreed_section(whole, model)
+        with _names_of_deepspeed(section):
+            return _stock_initialize(  # type: ignore[no-any-return]
+                args, model, optimizer, model_parameters, *positional, config=config, config_params=config_params,
+                **kwargs)
+
+
+@contextmanager
+def _starting(model: Any) -> Iterator[None]:
+    """Around what ranks do together until they have an engine."""
     ours = isinstance(model, PipelineModule)
     with model.preflight.watch.phase(lambda: "initialize") if ours else nullcontext(), groups_without_limit():
-        if ours:
-            model.preflight.compare(lambda: config_facts(*_read(whole, model)))
-        section = _read(whole, model)[1]
-        if section is not None:
-            model_parameters = with_stand_in(model, model_parameters)
-        with _names_of_deepspeed(_engine_class(section)):
-            engine, *others = _stock_initialize(args, model, optimizer, model_parameters, *positional, config=config,
-                                                config_params=config_params, **kwargs)
-        if section is not None:
-            engine.preflight()
-    return engine, *others
+        yield
 
 
-def _engine_class(section: ScheduleConfig | None) -> type[StockPipelineEngine]:
-    ours = PostValidatingEngine if section is not None and section.optimizer_post_validation else PipelineEngine
-    return StockPipelineEngine if section is None else ours
+def _agreed_section(whole: DsConfig | None, model: Any) -> ScheduleConfig | None:
+    """The config's section, which `model` can be trained by; collective for a model of ours."""
+    if isinstance(model, PipelineModule):
+        model.preflight.compare(lambda: config_facts(*_read(whole, model)))
+    return _read(whole, model)[1]
+
+
+def engines_for_our_models() -> None:
+    """Let the script's own subclasses of DeepSpeed's engine be ours too, for models of ours, from now on."""
+    StockPipelineEngine.__new__ = _new_engine
+
+
+def _new_engine(engine_class: type[StockPipelineEngine], *args: Any, **kwargs: Any) -> Any:
+    """In the place of object.__new__ for DeepSpeed's engine and its subclasses; their arguments may be any."""
+    if issubclass(engine_class, PipelineEngine):
+        return object.__new__(engine_class)
+    model = _model_of(*args, **kwargs)
+    whole = kwargs.get("config") or _of_arguments(kwargs.get("args"))
+    if whole is not None:
+        with _starting(model):
+            section = _agreed_section(whole, model)
+    else:
+        section = model.schedule_config if isinstance(model, PipelineModule) else None
+    return object.__new__(engine_class if section is None else _ours(engine_class, _engine_class(section)))
+
+
+def _model_of(*args: Any, **kwargs: Any) -> Any:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, StockPipelineModule)), None)
+
+
+def _engine_class(section: ScheduleConfig) -> type[PipelineEngine]:
+    return PostValidatingEngine if section.optimizer_post_validation else PipelineEngine
+
+
+def _ours(of_script: type[StockPipelineEngine], ours: type[PipelineEngine]) -> Any:
+    """A class with the script's methods first, where it has some, then ours."""
+    if issubclass(of_script, PipelineEngine) or of_script is StockPipelineEngine:
+        return of_script if issubclass(of_script, ours) else ours
+
+    def construct(engine: Any, *args: Any, **kwargs: Any) -> None:
+        with _starting(_model_of(*args, **kwargs)):
+            super(made, engine).__init__(*args, **kwargs)
+
+    # The map of a script's class has none of our instructions; what it has of its own is found all the same.
+    members = {"_INSTRUCTION_MAP": ours._INSTRUCTION_MAP, "__init__": construct, "__module__": ours.__module__,
+               "__doc__": of_script.__doc__}
+    made: Any = type(of_script.__name__, (of_script, ours), members)
+    return made
 
 
 def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], ScheduleConfig | None]:
@@ -75,7 +127,8 @@ def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], Schedu
             check_post_validation(ds_config)
     if section != built_for:
         raise ConfigError(f"{KEY}: the PipelineModule was built for {_shown(built_for)}, initialize's config says "
-                          f"{_shown(section)}; give both the same config")
+                          f"{_shown(section)}; give both the same config, the module by --deepspeed_config, the "
+                          f"environment variable {ENVIRONMENT_VARIABLE} or its argument config")
     return ds_config, section
 
 
@@ -88,11 +141,13 @@ def _shown(section: Any) -> str:
 
 
 @contextmanager
-def _names_of_deepspeed(engine_class: type[StockPipelineEngine]) -> Iterator[None]:
+def _names_of_deepspeed(section: ScheduleConfig | None) -> Iterator[None]:
     """deepspeed.initialize takes the engine's class, and what a pipeline is, from globals of its module
-    (deepspeed/__init__.py); the second may be ours by now (ds_vshape/run.py)."""
+    (deepspeed/__init__.py); the first may be the script's own, the second ours by now (ds_vshape/run.py)."""
     before = deepspeed.PipelineEngine, deepspeed.PipelineModule
-    deepspeed.PipelineEngine, deepspeed.PipelineModule = engine_class, StockPipelineModule
+    if section is not None:
+        deepspeed.PipelineEngine = _ours(deepspeed.PipelineEngine, _engine_class(section))
+    deepspeed.PipelineModule = StockPipelineModule
     try:
         yield
     finally:

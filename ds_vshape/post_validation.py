@@ -170,6 +170,7 @@ class PostValidatingEngine(PipelineEngine):
             self._forget_batch()
             self._returning_loss = loss
         else:
+            self._prepare_reduction()
             self._execute(instr.ReduceTiedGrads())
             self._execute(instr.ReduceGrads())
         limits = Limits(self.optimizer.clip_grad, self.optimizer.loss_scale)

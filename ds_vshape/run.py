@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 4 --module ds_vshape.run train.py --deepspeed_config ds_config.json
 
-The script may import PipelineModule from anywhere in DeepSpeed and subclass it. With "pipeline_schedule" in the config
-it trains by that schedule; without, nothing changes.
+The script may import PipelineModule and PipelineEngine from anywhere in DeepSpeed and subclass them. With
+"pipeline_schedule" in the config it trains by that schedule; without, nothing changes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def substitute() -> None:
     import deepspeed.runtime.pipe.module
 
     from ds_vshape.module import PipelineModule
-    from ds_vshape.plugin import initialize
+    from ds_vshape.plugin import engines_for_our_models, initialize
 
     for home in (deepspeed, deepspeed.pipe, deepspeed.runtime.pipe, deepspeed.runtime.pipe.module):
         home.PipelineModule = PipelineModule
     deepspeed.initialize = initialize
+    engines_for_our_models()
 
 
 def main(arguments: Sequence[str]) -> None:

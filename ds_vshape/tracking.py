@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,6 +58,7 @@ class Tracking:
         """An instruction map that counts the tokens that are loaded for training."""
         load = instructions[instr.LoadMicroBatch]
 
+        @wraps(load)
         def load_and_count(engine: Any, buffer_id: instr.BufferId) -> None:
             load(engine, buffer_id=buffer_id)
             if torch.is_grad_enabled():

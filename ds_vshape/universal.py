@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ds_vshape.checkpoint_errors import CheckpointError, missing, unreadable
+from ds_vshape.stand_in import NAME
 from ds_vshape.weights_only import refusal
 
 _FOLDER, _WEIGHT, _OPTIMIZER = "zero", "fp32.pt", "optimizer_state.pt"
@@ -50,10 +51,11 @@ def damaged(checkpoint: str, groups: list[list[str]]) -> CheckpointError | None:
 
 
 def parameter_groups(optimizer: Any, names: Mapping[Any, str]) -> list[list[str]]:
-    """The names of the parameters of which this rank has master weights, by group of DeepSpeed's `optimizer`."""
+    """The names of the parameters of which this rank has master weights, by group of DeepSpeed's `optimizer`; without
+    the stand-in, of which nothing is loaded."""
     groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "bit16_groups", None) or []
-    return [[names[parameter] for parameter in group if getattr(parameter, "_hp_mapping", None) is not None]
-            for group in groups]
+    return [[names[parameter] for parameter in group
+             if getattr(parameter, "_hp_mapping", None) is not None and names[parameter] != NAME] for group in groups]
 
 
 def _paths(folder: Path, groups: list[list[str]]) -> Iterator[Path]:

@@ -8,6 +8,7 @@ instructions. What is logged, and when, is DeepSpeed's: `bwd` is B and W, `bwd_i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from deepspeed.runtime.pipe.engine import (BATCH_INPUT_TIMER, PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER,
@@ -53,6 +54,7 @@ def timed(instructions: Mapping[Instruction, Execute], timers: Any) -> dict[Inst
 
 
 def _timed(execute: Execute, timers: list[Any]) -> Execute:
+    @wraps(execute)
     def run(engine: Any, **arguments: Any) -> None:
         for timer in timers:
             timer.start()

@@ -315,7 +315,7 @@ def train_badly(rank: int) -> list[str]:
     """One engine that is given all kinds of data that can't be trained on, then good ones."""
     engine = Job("v-half", 2, 2).engine()
     tokens = torch.zeros(2, 3, dtype=torch.long)
-    bad: list[Any] = [None, iter([tokens] * 2), iter([(tokens, tokens, tokens)] * 2), iter([{"tokens": tokens}] * 2),
+    bad: list[Any] = [None, iter([tokens] * 2), iter([(tokens,)] * 2), iter([{"tokens": tokens}] * 2),
                       iter([((), tokens)] * 2), iter([("text", tokens)] * 2), iter([(tokens, tokens[:1])] * 2)]
     errors = []
     for samples in bad:
@@ -331,7 +331,7 @@ def test_data_of_a_wrong_form() -> None:
     for told, elsewhere, expected in zip(first, second, [
             "there is no data: this rank needs an iterator that gives (inputs, labels)",
             "the data iterator gave a Tensor: must be a pair (inputs, labels)",
-            "the data iterator gave 3 members: must be a pair (inputs, labels)",
+            "the data iterator gave 1 member: must be a pair (inputs, labels)",
             "the data iterator gave a dict: must be a pair (inputs, labels)",
             "the inputs of a micro-batch are empty: must be a tensor or a tuple of tensors",
             "the inputs of a micro-batch are str: must be a tensor or a tuple of tensors",

@@ -37,6 +37,18 @@ def test_each_feature_names_tests_that_exist() -> None:
             assert (TESTS / file).exists() and test in names_in(file), f"{feature}: there is no {file}::{test}"
 
 
+def test_each_idiom_of_scripts_names_tests_that_exist() -> None:
+    page = (TESTS.parent / "ds_vshape/docs/scripts.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    rows = [row for row in rows[2:] if not row[0].startswith("**")]
+    assert len(rows) > 20
+    for idiom, outcome, tests in rows:
+        named = re.findall(r"`(test_\w+\.py)::(\w+)`", tests)
+        assert idiom and outcome and named and tests.count("`test_") == len(named), idiom
+        for file, test in named:
+            assert test in names_in(file), f"{idiom}: there is no {file}::{test}"
+
+
 def test_files_that_the_readme_names_exist() -> None:
     for name in re.findall(r"`((?:launch|bench|configs|tests)/[\w./]+)`", README):
         assert (TESTS.parent / name).exists(), name

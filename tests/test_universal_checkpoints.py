@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from pipelines import BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, merged, specs, train
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from pipelines import (BASE_SEED, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, cross_entropy, merged, specs,
+                       train)
 from ranks import run_ranks
+
+import ds_vshape
+from ds_vshape.stand_in import NAME
 
 BEFORE, AFTER = range(3), range(3, 6)
 LAYERS = tuple(specs(7))
@@ -124,3 +130,50 @@ def test_a_load_that_fails(config: dict[str, Any], tmp_path: Path) -> None:
     outcome = merged([outcome for _, outcome in results])
     assert outcome.losses == whole.losses
     assert all(torch.equal(outcome.weights[name], value) for name, value in whole.weights.items())
+
+
+# -- tensor parallel ranks whose layers are plain ones
+
+
+def plain_layers_engine(job: Job) -> Any:
+    """Tensor parallel ranks that all hold all of their stage: what the second trains, the first one counts."""
+    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)
+    stock = job.schedule is None
+    module_class = deepspeed.pipe.PipelineModule if stock else ds_vshape.PipelineModule
+    options = {} if stock else {"config": job.ds_config()}
+    module = module_class(job.specs(), topology=topology, loss_fn=cross_entropy, partition_method="uniform",
+                          seed_layers=True, base_seed=BASE_SEED, **options)
+    return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]
+
+
+def save_or_load_plain(rank: int, job: Job, folder: str, loads: bool) -> Outcome:
+    engine = plain_layers_engine(job)
+    if loads:
+        engine.load_checkpoint(folder)
+    else:
+        train(engine, BEFORE)
+        engine.save_checkpoint(folder)
+    outcome = train(engine, AFTER)
+    outcome.weights.pop(NAME, None)
+    return outcome
+
+
+PLAIN_CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "from V to DeepSpeed's 1F1B": ("v-half", None, FP32_ZERO1),
+    "from DeepSpeed's 1F1B to V": (None, "v-half", FP32_ZERO1),
+    "from one schedule to another": ("zb-h1", "v-zb", BF16_ZERO1_FP32),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if number > 1 else ())
+                                  for number, case in enumerate(PLAIN_CASES)])
+def test_plain_layers_on_tensor_parallel_ranks(case: str, tmp_path: Path) -> None:
+    before, after, config = PLAIN_CASES[case]
+    # DeepSpeed's own engine can't cut up what it sends of layers that aren't tensor parallel.
+    config = {**config, "pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+    saved = merged(run_ranks(4, save_or_load_plain, Job(before, 2, 2, config, LAYERS), str(tmp_path), False))
+    convert(tmp_path)
+    universal = {**config, "checkpoint": {"load_universal": True}}
+    loaded = merged(run_ranks(4, save_or_load_plain, Job(after, 2, 2, universal, LAYERS), str(tmp_path), True))
+    assert loaded.losses == saved.losses
+    assert all(torch.equal(loaded.weights[name], value) for name, value in saved.weights.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -67,6 +68,7 @@ class Recorder:
         return found | {kind: self._watched(kind, instructions[kind]) for kind in _POSTS}
 
     def _recorded(self, kind: Instruction, execute: Execute) -> Execute:
+        @wraps(execute)
         def run(engine: Any, **arguments: Any) -> None:
             start = self._clock.now()
             execute(engine, **arguments)
@@ -75,6 +77,7 @@ class Recorder:
         return run
 
     def _watched(self, kind: Instruction, execute: Execute) -> Execute:
+        @wraps(execute)
         def run(engine: Any, buffer_id: instr.BufferId) -> None:
             execute(engine, buffer_id=buffer_id)
             if self._arrivals is not None:

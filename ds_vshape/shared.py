@@ -1,0 +1,111 @@
+"""Weights that several layers hold without a TiedLayerSpec.
+
+DeepSpeed builds each rank's layers in a process of its own. A module or a Parameter that two layers were given is one
+weight where both are on one rank, and two that drift apart where they aren't, so that what is trained depends on the
+placement. DeepSpeed says nothing of it; a plain model in one process has one weight always.
+
+What layers hold is looked for in the list that every rank gets, so that all ranks find the same: modules themselves,
+the arguments of LayerSpecs, and what functions close over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import nn
+
+# How deep arguments are looked into: a list of tuples of functions that close over a module, and no whole programs.
+_DEPTH = 6
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """`names` of some of the weights that the layers `layers` share, with how many there are."""
+
+    layers: tuple[int, ...]
+    names: tuple[str, ...]
+    count: int
+
+    def __str__(self) -> str:
+        numbers = [str(layer) for layer in self.layers]
+        more = f" and {self.count - len(self.names)} more" if self.count > len(self.names) else ""
+        return f"layers {', '.join(numbers[:-1])} and {numbers[-1]} share {', '.join(self.names)}{more}"
+
+
+def shared_weights(layers: Sequence[Any]) -> list[SharedWeights]:
+    """What layers of a PipelineModule share that is trained, but for what TiedLayerSpecs of one key do."""
+    holders: dict[nn.Parameter, list[int]] = {}
+    names: dict[nn.Parameter, str] = {}
+    for number, layer in enumerate(layers):
+        for name, parameter in _held(layer):
+            if parameter.requires_grad:
+                names.setdefault(parameter, name)
+                numbers = holders.setdefault(parameter, [])
+                if number not in numbers:
+                    numbers.append(number)
+    of_layers: dict[tuple[int, ...], list[str]] = {}
+    for parameter, numbers in holders.items():
+        if len({_owner(layers[number], number) for number in numbers}) > 1:
+            of_layers.setdefault(tuple(numbers), []).append(names[parameter])
+    return [SharedWeights(numbers, tuple(found[:_SHOWN]), len(found)) for numbers, found in of_layers.items()]
+
+
+def warning_of(shared: Iterable[SharedWeights]) -> str:
+    """One line on all of them."""
+    return (f"{'; '.join(map(str, shared))}, without a TiedLayerSpec: layers on one rank train one weight, and those "
+            "on other ranks copies of it that drift apart, so that losses depend on which layers are together. Give "
+            "layers that share a weight as TiedLayerSpec with one key")
+
+
+def _owner(layer: Any, number: int) -> Any:
+    """Layers that DeepSpeed ties have one owner."""
+    return layer.key if isinstance(layer, TiedLayerSpec) else number
+
+
+def _held(value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a layer's `value` leads to, with names to show."""
+    if isinstance(value, nn.Parameter):
+        yield f"a Parameter {list(value.shape)}", value
+    elif isinstance(value, nn.Module):
+        for name, parameter in value.named_parameters():
+            yield f"{type(value).__name__}.{name}", parameter
+    elif depth:
+        for part in _parts(value):
+            yield from _held(part, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, LayerSpec):
+        return [*value.module_args, *value.module_kwargs.values(), getattr(value, "forward_fn", None)]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        return _closed_over(value)
+    if callable(value) and not isinstance(value, type):
+        return getattr(value, "__dict__", {}).values()
+    return ()
+
+
+def _closed_over(function: FunctionType) -> list[Any]:
+    """What a function has beyond its arguments; of a script's globals, the modules and parameters that it names."""
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:  # It isn't set yet.
+            pass
+    of_script = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(),
+            *(value for value in of_script if isinstance(value, (nn.Module, nn.Parameter)))]
