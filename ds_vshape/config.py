@@ -19,8 +19,8 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal, LiteralString
 
 import hjson
-from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter,
-                      ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
+from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
+                      TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
 from pydantic_core import PydanticCustomError
 
 KEY = "pipeline_schedule"
@@ -87,14 +87,19 @@ class LayerCosts(BaseModel):
     costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
 
 
+# What is of the right form, and beyond a bound that the message names.
+_BEYOND = "beyond"
+
+
 def _one_problem(key: LiteralString, legal: LiteralString) -> WrapValidator:
     """One error for the whole value of `key`, instead of one for each part or kind that isn't right."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
             return validate(value)
-        except ValidationError:
-            raise PydanticCustomError(key, legal) from None
+        except ValidationError as error:
+            bounds = [problem["msg"] for problem in error.errors() if problem["type"] == _BEYOND]
+            raise PydanticCustomError(key, "{legal}", {"legal": ": ".join([legal, *bounds])}) from None
 
     return WrapValidator(check)
 
@@ -108,7 +113,6 @@ Partition = Annotated[
 
 # All of a trace's batches are kept until its end, and its files are written anew after each.
 MOST_TRACED, LAST_TRACED = 1000, 10**9
-_Batch = Annotated[int, Field(strict=True, ge=1, le=LAST_TRACED)]
 
 
 class TraceConfig(BaseModel):
@@ -116,32 +120,36 @@ class TraceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batches: tuple[_Batch, _Batch]
+    batches: tuple[StrictInt, StrictInt]
     path: str = Field(default="traces", min_length=1)
 
     @field_validator("batches")
     @classmethod
     def _in_order(cls, batches: tuple[int, int]) -> tuple[int, int]:
         first, last = batches
-        if not first <= last < first + MOST_TRACED:
-            raise ValueError("out of order, or too many")
+        if not 1 <= first <= last:
+            raise ValueError("out of order")
+        if last > LAST_TRACED or last - first >= MOST_TRACED:
+            raise PydanticCustomError(_BEYOND, "at most {most} batches, up to number {last}",
+                                      {"most": MOST_TRACED, "last": LAST_TRACED})
         return batches
 
     @field_validator("path")
     @classmethod
     def _a_folder(cls, path: str) -> str:
         """With the user's home for ~."""
-        path = os.path.expanduser(path)
-        if path.startswith("~") or "\0" in path:
-            raise ValueError("no such user, or no name of a file")
-        os.fsencode(path)
-        return path
+        folder = os.path.expanduser(path)
+        if folder.startswith("~"):
+            raise PydanticCustomError(_BEYOND, "there is no user with the home {path}", {"path": path})
+        if "\0" not in folder:
+            return folder
+        raise PydanticCustomError(_BEYOND, "no file can have this name")
 
 
 Trace = Annotated[
     TraceConfig,
     _one_problem("trace", 'must be {"batches": [first, last], "path": a folder}, where batches count from 1 and the '
-                 "last may be the first: at most 1000 of them, up to number 1000000000; ~ is a user's home")]
+                 "last may be the first")]
 
 
 class ScheduleConfig(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -264,16 +265,17 @@ def test_a_rank_trace_survives_its_text() -> None:
 
 
 def on_the_side(rank: int, folder: str) -> dict[str, Any]:
-    """Two replicas of two ranks: without the key, with a path that can't be, and with a batch that fails."""
+    """Two replicas of two ranks: without the key, with a path that goes, and with a batch that fails."""
     said: list[str] = []
     handler = type("Said", (type(logger.handlers[0]),), {"emit": lambda self, record: said.append(record.getMessage())})
     logger.addHandler(handler())
     off = Job("v-half", 2, 3).engine()
     plain: list[bool] = []
     off.train_batch(watched(off, plain, data(off, 0)))
-    file = Path(folder) / f"file{rank}"
-    file.write_text("")
-    unwritable = Job({"name": "v-half", "trace": {"batches": [1, 2], "path": str(file / "below")}}, 2, 3).engine()
+    below = Path(folder) / f"goes{rank}" / "below"
+    unwritable = Job({"name": "v-half", "trace": {"batches": [1, 2], "path": str(below)}}, 2, 3).engine()
+    shutil.rmtree(below.parent, ignore_errors=True)
+    below.parent.write_text("")
     losses = [float(unwritable.train_batch(data(unwritable, batch))) for batch in range(2)]
     failing = Job({"name": "v-half", "trace": {"batches": [2, 3], "path": folder}}, 2, 3).engine()
     failing.train_batch(data(failing, 0))
