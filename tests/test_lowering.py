@@ -15,7 +15,7 @@ from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Conte
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v
-from ds_vshape.schedule.schedule import Schedule, ScheduleError
+from ds_vshape.schedule.schedule import Schedule, ScheduleError, dependencies, whole_backwards
 from ds_vshape.schedule.timeline import Times, simulate
 
 # Zeros, numbers that differ by more than a float can add, equal ones and any others.
@@ -124,19 +124,42 @@ def test_receives_are_posted_before_the_sender_begins_and_sends_released_after_u
     times = Times.uniform(schedule.placement.stages, *costs, hop)
     timeline = simulate(schedule, times)
     spans = {span.work: span for rank in timeline.ranks for span in rank}
-    for own, program in zip(timeline.ranks, lower(schedule, times), strict=True):
+    before = ancestors(schedule)
+    for rank, (own, program) in enumerate(zip(timeline.ranks, lower(schedule, times), strict=True)):
         passes_before = 0
         for step in program:
             passes_before += isinstance(step, Run)
             if isinstance(step, PostReceive):
                 maker, = (spans[work] for work in makers_of(step.message) if work in spans)
-                # One whole pass before the sender begins, and no earlier: the buffer costs memory.
-                assert passes_before == 0 or own[passes_before + 1].start <= maker.start
-                assert passes_before + 2 >= len(own) or own[passes_before + 2].start >= maker.start
+                order = schedule.orders[step.message.channel.source]
+                afterwards = set(order[order.index(maker.work) + 1:])
+                # The device may be synchronized in any pass, on either side.
+                assert not before[maker.work] & {span.work for span in own[passes_before:]}, "posted too early"
+                assert not any(before[span.work] & afterwards for span in own[:passes_before]), "posted too late"
+                # One whole pass before the sender begins, as far as that allows, and no earlier: it costs memory.
+                last = own[passes_before - 1].work if passes_before else None
+                assert last is None or last in before[maker.work] or own[passes_before + 1].start <= maker.start
+                following = own[passes_before].work
+                assert (before[following] & afterwards or following in users_of(step.message)
+                        or passes_before + 2 >= len(own) or own[passes_before + 2].start >= maker.start)
             if isinstance(step, AwaitSend):
                 user, = (spans[work] for work in users_of(step.message) if work in spans)
                 assert passes_before == len(own) or own[passes_before].start >= user.end
                 assert own[passes_before - 1].start <= user.end
+
+
+def ancestors(schedule: Schedule) -> dict[Pass, set[Pass]]:
+    """All passes that each pass waits for, through any others."""
+    whole = whole_backwards(schedule)
+    direct: dict[Pass, set[Pass]] = {}
+    for order in schedule.orders:
+        for earlier, work in zip((None, *order), order):
+            direct[work] = {*dependencies(work, schedule.placement.last_stage, whole), *([earlier] if earlier else ())}
+    found: dict[Pass, set[Pass]] = {}
+    for span in sorted((span for rank in simulate(schedule, Times.uniform(schedule.placement.stages)).ranks
+                        for span in rank), key=lambda span: span.start):
+        found[span.work] = direct[span.work].union(*(found[need] for need in direct[span.work]))
+    return found
 
 
 def users_of(message: Message) -> set[Pass]:
@@ -194,14 +217,14 @@ def test_a_schedule_that_cannot_run_is_refused() -> None:
 # Two ranks, two micro-batches: on a line, and around the V, where stages 1 and 2 meet on rank 1.
 PROGRAMS = {
     "1f1b": ["""
-        post gradient 0.0
         load 0
         F0.0
         send activation 1.0
-        post gradient 0.1
+        post gradient 0.0
         load 1
         F0.1
         send activation 1.1
+        post gradient 0.1
         release activation 1.0
         await gradient 0.0
         BW0.0
@@ -225,10 +248,10 @@ PROGRAMS = {
         release gradient 0.1
     """],
     "v-min": ["""
-        post activation 3.0
         load 0
         F0.0
         send activation 1.0
+        post activation 3.0
         load 1
         F0.1
         send activation 1.1

@@ -7,16 +7,25 @@ one simulated order of the whole pipeline, so both ends of a channel see its mes
     receiver    ... post [B7.1] ... [F1.2] ... await [F1.3] ...
 
     send        at once after the pass that made the message; nothing waits for it
-    post        the receive is posted a pass before the sender starts to make the message, so its buffer is there early
+    post        the receive is posted a pass before the sender starts to make the message, so its buffer is there early;
+                but within bounds that a synchronization of the device demands
     await       right before the pass that needs it
     release     the send is waited for when its receiver has long used it, so that its memory is given back
+
+A rank that synchronizes its device inside a pass (an allocator that is short of memory does, and so does the first
+launch of a kernel) waits for all messages that it has posted. It gets them only if none of them depends on that pass:
+
+    not too early   after the last own pass that the message depends on through any other passes; else a synchronization
+                    of the receiver waits for a message that waits for it
+    not too late    before the first own pass that depends on a pass which the sender starts after it has sent; else a
+                    synchronization of the sender waits for a post that waits for it
 """
 
 from __future__ import annotations
 
 import bisect
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +33,7 @@ from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
+from ds_vshape.schedule.vector_clocks import VectorClocks
 
 
 class Content(str, enum.Enum):
@@ -173,12 +183,16 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
     before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
     after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
     posts: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
+    transfers = sorted(_transfers(schedule), key=lambda transfer: transfer.made_at)
+    clocks = _clocks(schedule, transfers)
     # In the order of making, and so are the posts of a channel: their places don't fall while starts rise.
-    for message, made_at, needed_at in sorted(_transfers(schedule), key=lambda transfer: transfer.made_at):
+    for message, made_at, needed_at in transfers:
         source, target = message.channel.source, message.channel.target
         after[source][made_at].append(Send(message))
         running = bisect.bisect_right(starts[target], starts[source][made_at]) - 1
-        posts[target][max(running - 1, 0)].append(PostReceive(message))
+        earliest = clocks.last_before(source, made_at, target) + 1
+        latest = min(needed_at, bisect.bisect_right(clocks.column(target, source), made_at))
+        posts[target][min(max(running - 1, earliest), latest)].append(PostReceive(message))
         before[target][needed_at].append(AwaitReceive(message))
         before[source][bisect.bisect_left(starts[source], ends[target][needed_at])].append(AwaitSend(message))
     split = {(work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.W}
@@ -194,6 +208,13 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
             steps += after[rank][place]
         programs.append(tuple(steps + before[rank][len(order)]))
     return tuple(programs)
+
+
+def _clocks(schedule: Schedule, transfers: Sequence[_Transfer]) -> VectorClocks:
+    needed_at: list[dict[int, tuple[int, int]]] = [{} for _ in schedule.orders]
+    for message, made_at, needed in transfers:
+        needed_at[message.channel.target][needed] = message.channel.source, made_at
+    return VectorClocks(needed_at, [len(order) for order in schedule.orders])
 
 
 def _moments(schedule: Schedule, times: Times) -> tuple[list[list[_Moment]], list[list[_Moment]]]:

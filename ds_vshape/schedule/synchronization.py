@@ -1,0 +1,96 @@
+"""The checker's third rule: no synchronization of a device can turn programs into a deadlock.
+
+    synchronize  a rank that synchronizes its device in a pass waits for all operations that it has started
+
+On a GPU a posted receive is a kernel that spins until its message is there, and a send one until it is received. An
+allocator that is short of memory, the first launch of a kernel or a profiler synchronizes the device inside a pass: the
+host then waits for all of these, so none of them may wait for anything that this rank does from that pass on.
+
+The programs are run together once, each operation with a vector clock: how many passes of each rank must have ended
+before it completes. One run says it for all passes, since what an operation waits for doesn't depend on times.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from ds_vshape.schedule.deadlock import DeadlockError
+from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send
+from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.vector_clocks import Clock
+
+
+def check_synchronization(programs: Sequence[Program],
+                          communicator: Callable[[Channel], Hashable] = lambda channel: channel) -> None:
+    """Raise DeadlockError unless every rank may synchronize its device in any single one of its passes.
+
+    Receives start when they are posted. (While shapes are announced they start when they are waited for, and other
+    rules hold.) Several ranks that synchronize at once may still wait for one another.
+
+    Args:
+        programs: those of all ranks, which `deadlock.check` has accepted with the same `communicator`.
+        communicator: which channels share one; the runtime gives each channel its own.
+    """
+    operations = _Operations(programs, communicator)
+    clocks = [np.zeros(len(programs), np.int32) for _ in programs]
+    places = [0] * len(programs)
+    moved = True
+    while moved:
+        moved = False
+        for rank, program in enumerate(programs):
+            clock = clocks[rank]
+            for step in program[places[rank]:]:
+                if isinstance(step, Run):
+                    clock[rank] += 1
+                elif isinstance(step, (Send, PostReceive)):
+                    operations.start(rank, step.message, clock.copy())
+                elif isinstance(step, (AwaitSend, AwaitReceive)):
+                    completion = operations.completed.get(step.message)
+                    if completion is None:
+                        break
+                    np.maximum(clock, completion, out=clock)
+                places[rank] += 1
+                moved = True
+
+
+class _Operations:
+    """Sends and receives that were started, and the clocks at which messages came through."""
+
+    def __init__(self, programs: Sequence[Program], communicator: Callable[[Channel], Hashable]) -> None:
+        self.completed: dict[Message, Clock] = {}
+        self._passes = [[step.work for step in program if isinstance(step, Run)] for program in programs]
+        self._communicator = communicator
+        self._started: dict[tuple[int, Message], Clock] = {}
+        # By rank and communicator: what was started and isn't through, and the clock of what came through last.
+        self._queues: dict[tuple[int, Hashable], deque[Message]] = defaultdict(deque)
+        self._last: dict[tuple[int, Hashable], Clock] = {}
+
+    def start(self, rank: int, message: Message, clock: Clock) -> None:
+        """Start `rank`'s end of `message`, and complete all that is set free."""
+        self._started[rank, message] = clock
+        self._queues[rank, self._communicator(message.channel)].append(message)
+        candidates = [message]
+        while candidates:
+            message = candidates.pop()
+            shared = self._communicator(message.channel)
+            ends = (message.channel.source, shared), (message.channel.target, shared)
+            if all(self._queues[end] and self._queues[end][0] == message for end in ends):
+                self._complete(message, ends)
+                candidates += [self._queues[end][0] for end in ends if self._queues[end]]
+
+    def _complete(self, message: Message, ends: tuple[tuple[int, Hashable], tuple[int, Hashable]]) -> None:
+        began = {end[0]: self._started.pop((end[0], message)) for end in ends}
+        before = [self._last[end] for end in ends if end in self._last]
+        completion = np.maximum.reduce([*began.values(), *before])
+        for rank, clock in began.items():
+            if completion[rank] > clock[rank]:
+                blocked: Pass = self._passes[rank][clock[rank]]
+                raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
+                                    f"{message}, which waits for that pass")
+        for end in ends:
+            self._queues[end].popleft()
+            self._last[end] = completion
+        self.completed[message] = completion

@@ -1,0 +1,217 @@
+"""A device may be synchronized in any pass: the rule on clocks says what a run with the synchronization says."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Set
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import COMMUNICATORS, Communicator, Programs, lowered, of_the_direction, own, shuffled
+
+from ds_vshape.schedule import deadlock
+from ds_vshape.schedule.deadlock import DeadlockError
+from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, Step, lower
+from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.one_by_one import one_by_one
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.synchronization import check_synchronization
+from ds_vshape.schedule.timeline import Times, simulate
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_synchronization_hangs_a_named_schedule(name: str) -> None:
+    for ranks in (1, 2, 3, 4, 5, 8, 16):
+        for micro_batches in (1, 2, 5, 16, 64):
+            programs, placement = lowered(name, ranks, micro_batches)
+            check_synchronization(programs)
+            # Messages of one direction are posted in the order in which they are sent, so they may share.
+            check_synchronization(programs, of_the_direction)
+            check_synchronization(lower(forward_only(placement, micro_batches), Times.uniform(placement.stages)))
+
+
+@st.composite
+def any_orders(draw: st.DrawFn) -> Schedule:
+    """A schedule whose ranks do their passes in any order in which they can be done."""
+    name, ranks = draw(st.sampled_from(sorted(SCHEDULES))), draw(st.integers(2, 6))
+    regular = build(name, ranks, draw(st.integers(1, 10)))
+    stages = regular.placement.stages
+    costs = [draw(st.lists(st.sampled_from([1.0, 2.0, 5.0, 20.0]), min_size=stages, max_size=stages).map(tuple))
+             for _ in range(3)]
+    # Sorted by when they would start with other times, they can run, and no rule has made them.
+    spans = simulate(regular, Times(*costs, (draw(st.floats(0, 9)),) * (stages - 1))).ranks
+    mixed = [list(rank) for rank in spans]
+    for rank in mixed:
+        if draw(st.booleans()):
+            rank.sort(key=lambda span: (span.end, span.start))
+    schedule = regular.with_orders(tuple(tuple(span.work for span in rank) for rank in mixed))
+    try:
+        simulate(schedule, Times.uniform(stages))
+    except ValueError:
+        return regular
+    return schedule
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_orders(), st.sampled_from([own, of_the_direction]), st.floats(0, 5))
+def test_no_synchronization_hangs_any_other_order(schedule: Schedule, communicator: Communicator, hop: float) -> None:
+    programs = lower(schedule, Times.uniform(schedule.placement.stages, hop=hop))
+    deadlock.check(programs, schedule.placement)
+    check_synchronization(programs, communicator)
+
+
+# -- against runs with a synchronization
+
+
+def test_agrees_with_runs_that_synchronize() -> None:
+    verdicts: Counter[bool] = Counter()
+    for seed in range(400):
+        pick = random.Random(seed)
+        good, placement = lowered(pick.choice(sorted(SCHEDULES)), pick.randint(2, 4), pick.randint(1, 4))
+        programs, communicator = early_posts(good, pick), pick.choice(COMMUNICATORS)
+        if pick.random() < 0.5:
+            programs = shuffled(programs, pick, pick.randint(0, 4))
+        try:
+            deadlock.check(programs, placement, communicator)
+        except DeadlockError:
+            continue
+        hanging = [(rank, number) for rank, program in enumerate(programs) for number, step in enumerate(program)
+                   if isinstance(step, Run) and hangs(programs, communicator, {(rank, number)})]
+        try:
+            check_synchronization(programs, communicator)
+        except DeadlockError:
+            assert hanging
+        else:
+            assert not hanging
+        verdicts[bool(hanging)] += 1
+    assert min(verdicts.values()) > 40, verdicts
+
+
+def test_the_error_names_the_pass_and_the_message() -> None:
+    (first, *_), placement = lowered("1f1b", 2, 1)
+    post = next(step for step in first if isinstance(step, PostReceive))
+    programs = ((post, *(step for step in first if step != post)), lowered("1f1b", 2, 1)[0][1])
+    deadlock.check(programs, placement)
+    with pytest.raises(DeadlockError, match=r"^rank 0 can't synchronize its device in F0.0: it would wait there for "
+                                            r"gradient of 0.0 \(1->0\), which waits for that pass$"):
+        check_synchronization(programs)
+
+
+def early_posts(programs: Programs, pick: random.Random) -> Programs:
+    """The programs with some posts before a pass or two that stand before them."""
+    result = []
+    for program in programs:
+        steps: list[Step] = []
+        for step in program:
+            place = len(steps)
+            if isinstance(step, PostReceive) and pick.random() < 0.2:
+                same = [number for number, other in enumerate(steps) if isinstance(other, PostReceive)
+                        and other.message.channel == step.message.channel]
+                place = pick.randint(max((max(same, default=-1) + 1), place - 6), place)
+            steps.insert(place, step)
+        result.append(tuple(steps))
+    return tuple(result)
+
+
+def hangs(programs: Programs, communicator: Communicator, synchronized: Set[tuple[int, int]]) -> bool:
+    """Whether the programs get stuck if these steps, by rank and number, wait for all that their rank has started."""
+    places, through = [0] * len(programs), set()
+    started: list[list[Message]] = [[] for _ in programs]
+    moved = True
+    while moved:
+        moved = False
+        for one, program in enumerate(programs):
+            while places[one] < len(program) and can_pass(program, places[one], started[one], through,
+                                                          (one, places[one]) in synchronized):
+                step = program[places[one]]
+                if isinstance(step, (Send, PostReceive)):
+                    started[one].append(step.message)
+                places[one] += 1
+                moved = True
+        for message in {message for messages in started for message in messages} - through:
+            ends = message.channel.source, message.channel.target
+            if all(message in started[end] and is_next(message, started[end], through, communicator) for end in ends):
+                through.add(message)
+                moved = True
+    return any(place < len(program) for place, program in zip(places, programs))
+
+
+def can_pass(program: Program, place: int, started: list[Message], through: set[Message], synchronizes: bool) -> bool:
+    step = program[place]
+    if isinstance(step, (AwaitSend, AwaitReceive)):
+        return step.message in through
+    return not synchronizes or through.issuperset(started)
+
+
+def is_next(message: Message, started: list[Message], through: set[Message], communicator: Communicator) -> bool:
+    before: dict[object, list[Message]] = defaultdict(list)
+    for other in started[:started.index(message)]:
+        before[communicator(other.channel)].append(other)
+    return through.issuperset(before[communicator(message.channel)])
+
+
+def test_large_programs() -> None:
+    for name, ranks, micro_batches in (("v-zb", 32, 64), ("zb-h1", 64, 64)):
+        schedule = build(name, ranks, micro_batches)
+        check_synchronization(lower(schedule, Times.uniform(schedule.placement.stages)))
+
+
+# -- the first batch
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_micro_batch_after_another_bears_a_synchronization_in_every_pass(name: str) -> None:
+    for ranks, micro_batches in ((1, 2), (2, 3), (3, 2), (4, 5)):
+        schedule = build(name, ranks, micro_batches)
+        cautious = one_by_one(schedule)
+        check(cautious)
+        assert [sorted(order) for order in cautious.orders] == [sorted(order) for order in schedule.orders]
+        for stage in range(schedule.placement.stages):
+            for kind in Kind:
+                # Sums over the micro-batches are taken in the same order.
+                assert in_order(cautious, stage, kind) == sorted(in_order(schedule, stage, kind))
+        programs = lower(cautious, Times.uniform(schedule.placement.stages))
+        deadlock.check(programs, schedule.placement)
+        everywhere = {(rank, number) for rank, program in enumerate(programs) for number, step in enumerate(program)
+                      if isinstance(step, Run)}
+        # Its receives start when they are waited for: their shapes aren't known before.
+        assert not hangs(late(programs), own, everywhere)
+
+
+def in_order(schedule: Schedule, stage: int, kind: Kind) -> list[tuple[int, int]]:
+    return [(work.micro_batch, work.piece) for _, work in schedule.passes() if (work.stage, work.kind) == (stage, kind)]
+
+
+def late(programs: Programs) -> Programs:
+    """The programs with each post right before its wait."""
+    return tuple(tuple(step for one in program if not isinstance(one, PostReceive)
+                       for step in ((PostReceive(one.message), one) if isinstance(one, AwaitReceive) else (one,)))
+                 for program in programs)
+
+
+def test_the_first_batch_of_a_v_hangs_where_kernels_are_loaded_in_it() -> None:
+    # Each stage's first F, B and W waits until the device is idle, and so does the first W that adds to a sum.
+    for name in ("v-min", "v-half", "v-zb", "1f1b-v"):
+        programs, _ = lowered(name, 4, 8)
+        assert hangs(late(programs), own, first_uses(programs)), name
+    for name in SCHEDULES:
+        schedule = one_by_one(build(name, 4, 8))
+        programs = lower(schedule, Times.uniform(schedule.placement.stages))
+        assert not hangs(late(programs), own, first_uses(programs)), name
+
+
+def first_uses(programs: Programs) -> set[tuple[int, int]]:
+    found = set()
+    for rank, program in enumerate(programs):
+        seen: Counter[tuple[Kind, int]] = Counter()
+        for number, step in enumerate(program):
+            if isinstance(step, Run):
+                key = step.work.kind, step.work.stage
+                seen[key] += 1
+                if seen[key] <= 1 + step.work.kind.gives_weight_gradients:
+                    found.add((rank, number))
+    return found
