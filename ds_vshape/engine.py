@@ -21,6 +21,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
@@ -54,10 +55,12 @@ from ds_vshape.saving import SavingEngine
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
+from ds_vshape.schedule.one_by_one import one_by_one
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Timeline, Times
 from ds_vshape.scheduling import schedules_for
 from ds_vshape.script_functions import ScriptFunctions
@@ -191,13 +194,21 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def schedule(self) -> Schedule:
         """The schedule of a training batch with the present number of micro-batches."""
-        return self._train_schedule().schedule
+        return self._plan().schedule
 
-    def _train_schedule(self) -> BatchPlan:
+    def _plan(self) -> BatchPlan:
+        """The plan of training batches with the present number of micro-batches."""
         if self.micro_batches not in self._plans:
             check_micro_batches(self.micro_batches, self.placement.ranks)
             self._adopt(self._schedules.first(self.micro_batches))
         return self._plans[self.micro_batches]
+
+    def _train_schedule(self) -> BatchPlan:
+        """What the next training batch runs: on a device that loads its kernels meanwhile, first a cautious order."""
+        plan = self._plan()
+        if self._signatures is None and not self.dynamic_shape and not get_accelerator().is_synchronized_device():
+            return self._planned(one_by_one(plan.schedule))
+        return plan
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Train by `schedule` from the next batch of as many micro-batches on; to be called on every rank.
@@ -209,7 +220,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
                                 f"{self.placement.chunks}")
         check(schedule)
-        self._plans[schedule.micro_batches] = BatchPlan(schedule, self._training_instructions(schedule))
+        self._plans[schedule.micro_batches] = self._planned(schedule)
+
+    def _planned(self, schedule: Schedule) -> BatchPlan:
+        return BatchPlan(schedule, self._training_instructions(schedule))
 
     def _training_instructions(self, schedule: Schedule) -> list[instr.PipeInstruction]:
         return instr.training_instructions(self._program(schedule))
@@ -367,6 +381,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _program(self, schedule: Schedule) -> Program:
         programs = lower(schedule, Times.uniform(self.placement.stages))
         deadlock.check(programs, self.placement)
+        check_synchronization(programs)
         return programs[self.stage_id]
 
     def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:

@@ -7,7 +7,8 @@ sweep the caches of whatever computes meanwhile. Groups on one device behave ali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +33,24 @@ def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, se
     timeout = FOREVER if seconds is None else timedelta(seconds=seconds)
     if (backend or dist.get_backend()) == GLOO:
         backend = _SHARED
-    return dist.new_group(ranks, timeout=timeout, backend=backend)
+    with _unbound():
+        return dist.new_group(ranks, timeout=timeout, backend=backend)
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """Around the making of groups, where DeepSpeed has bound the job's default group to a GPU (comm/torch.py).
+
+    torch would look for that GPU in a group over gloo, and make each other group by a split of the default
+    communicator, in which all ranks of the job meet and wait. Without it a communicator is made by its members alone,
+    in their first operation.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 def _on_shared_devices(store: Any, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
@@ -46,4 +64,4 @@ def _on_shared_devices(store: Any, rank: int, size: int, timeout: timedelta) -> 
     return ProcessGroupGloo(store, rank, size, options)
 
 
-dist.Backend.register_backend(_SHARED, _on_shared_devices, devices="cpu")
+dist.Backend.register_backend(_SHARED, _on_shared_devices, devices=["cpu"])

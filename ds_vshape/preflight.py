@@ -33,6 +33,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 import ds_vshape
 from ds_vshape.config import KEY, ScheduleConfig
 from ds_vshape.exchange import Exchange
+from ds_vshape.groups import FOREVER
 from ds_vshape.p2p import End
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.watch import Watch
@@ -198,8 +199,8 @@ def _probe(ends: Sequence[End], pending: dict[End, None]) -> None:
                            dist.irecv(byte, end.source, group=end.group)))
     for end, _, work in posted:
         with suppress(RuntimeError):
-            work.wait()
-            accelerator.synchronize()
+            # With a time NCCL's blocks the host as well, for this channel alone: others may never be done.
+            work.wait(FOREVER)
             del pending[end]
 
 

@@ -1,0 +1,63 @@
+"""Forked ranks, each with a simulated device of its own, on NCCL's stand-in."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.comm.comm
+import torch.distributed as dist
+from deepspeed.accelerator import set_accelerator
+from ranks import run_ranks
+from simulated_gpu.accelerator import SimulatedGpu
+from simulated_gpu.communicator import BACKEND, BOUND_DEVICE, SIMULATION, register
+from simulated_gpu.deferral import Deferral, Residence
+from simulated_gpu.device import DEVICE_OF_RANK
+
+# Longer than any test waits: for those that want the watchdog there is an argument.
+WATCHDOG_SECONDS = 600.0
+
+
+def run_on_gpus(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0,
+                watchdog_seconds: float = WATCHDOG_SECONDS, bound: bool = True) -> list[Any]:
+    """`run_ranks`, with a simulated device on each rank; with `bound`, DeepSpeed's default group is bound to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(world, _on_gpu, f"{folder}/store", watchdog_seconds, bound, body, args, timeout=timeout)
+
+
+def _on_gpu(rank: int, store: str, watchdog_seconds: float, bound: bool, body: Callable[..., Any],
+            args: tuple[Any, ...]) -> Any:
+    world = dist.get_world_size()
+    dist.destroy_process_group()
+    # Each rank as on a host of its own.
+    os.environ["LOCAL_RANK"] = "0"
+    set_accelerator(SimulatedGpu())
+    register()
+    dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=watchdog_seconds))
+    if bound:
+        dist.group.WORLD.bound_device_id = BOUND_DEVICE
+    deepspeed.comm.comm.cdb = None
+    deepspeed.init_distributed(BACKEND, verbose=False)
+    threading.Thread.run = _run_on_gpu  # type: ignore[method-assign]
+    with Residence(), Deferral():
+        result = body(rank, *args)
+        DEVICE_OF_RANK.synchronize()
+    return result
+
+
+_run = threading.Thread.run
+
+
+def _run_on_gpu(thread: threading.Thread) -> None:
+    """A thread of the program uses the device too."""
+    if thread.name == SIMULATION:
+        _run(thread)
+        return
+    with Residence(), Deferral():
+        _run(thread)
