@@ -71,10 +71,14 @@ def test_messages_obey_the_rules_of_nccl() -> None:
 
 def early_write(rank: int) -> Any:
     x = torch.full((3,), float(rank + 1)).to(DEVICE)
+    store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        time.sleep(1)
+        # The communicator is made first; then the message is awaited when it has changed.
+        dist.irecv(torch.zeros(1, device=DEVICE), 0).wait(timedelta(seconds=60))
+        store.wait(["changed"])
         dist.irecv(x, 0).wait()
         return x.tolist()
+    dist.isend(torch.zeros(1, device=DEVICE), 1)
     side = get_accelerator().Stream()
     side.wait_stream(get_accelerator().current_stream())
     with get_accelerator().stream(side):
@@ -82,7 +86,8 @@ def early_write(rank: int) -> Any:
     x.fill_(7)
     DEVICE_OF_RANK.finish()
     assert not work.is_completed()
-    work.wait(timedelta(seconds=20))
+    store.set("changed", "yes")
+    work.wait(timedelta(seconds=60))
     return None
 
 
