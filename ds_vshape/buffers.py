@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_vshape.instructions import BufferId
+from ds_vshape.ownership import Versions, check_unwritten, own, versions
 from ds_vshape.payload import Payload, check_payload, members
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
@@ -31,13 +32,27 @@ class Buffer:
     roots: tuple[GradientEdge | None, ...] = ()
     output_grads: tuple[Tensor | None, ...] = ()
     store: WeightGradientStore = field(default_factory=WeightGradientStore)
+    # Of inputs or output gradients that come from the same rank, when they were handed over.
+    versions: Versions | None = None
 
-    def take_input_grads(self) -> tuple[Tensor | None, ...]:
-        """The gradients of the inputs, which the buffer lets go."""
+    def take_input_grads(self) -> list[Tensor | None]:
+        """The gradients of the inputs, which the buffer lets go; it's the one reference to them."""
         assert self.inputs is not None
-        grads = tuple(None if t is None else t.grad for t in members(self.inputs))
+        grads = [None if t is None else t.grad for t in members(self.inputs)]
+        for tensor in members(self.inputs):
+            if tensor is not None:
+                tensor.grad = None
         self.inputs = None
         return grads
+
+    def check_unwritten(self, content: Content) -> None:
+        """Raises PipelineError if what was handed over on the same rank was written to meanwhile."""
+        if self.versions is not None:
+            tensors = self.output_grads
+            if content is Content.ACTIVATION and self.inputs is not None:
+                tensors = members(self.inputs)
+            check_unwritten(tensors, self.versions, str(content))
+            self.versions = None
 
 
 class Buffers:
@@ -65,14 +80,21 @@ class Buffers:
                  if buffer.store and buffer_id != apart}
         return found[min(found)] if found else None
 
-    def hand_over(self, content: Content, receiver: BufferId, payload: Payload) -> None:
-        """Give what a pass made to the neighbour stage: at once on this rank, else by `take`."""
+    def hand_over(self, content: Content, receiver: BufferId, results: list[Tensor | None], is_tuple: bool) -> None:
+        """Give what a pass made to the neighbour stage: at once on this rank, else by `take`.
+
+        `results` is the one reference to it (see `own`), and is emptied.
+        """
+        tensors = own(results)
         if self._placement.rank_of(receiver.stage) != self._rank:
-            self._outbox[content, receiver] = payload
-        elif content is Content.ACTIVATION:
-            self.open(receiver).inputs = leaves(payload)
+            self._outbox[content, receiver] = _payload(tensors, is_tuple)
+            return
+        buffer = self.open(receiver)
+        buffer.versions = versions(tensors)
+        if content is Content.ACTIVATION:
+            buffer.inputs = _payload(tensors, is_tuple)
         else:
-            self._buffers[receiver].output_grads = members(payload)
+            buffer.output_grads = tensors
 
     def take(self, content: Content, receiver: BufferId) -> Payload:
         """What was handed over to a stage of another rank, to be sent."""
@@ -102,10 +124,14 @@ def edges(outputs: Payload, device: torch.device) -> tuple[GradientEdge | None, 
     return tuple(get_gradient_edge(t) if t is not None and t.requires_grad else None for t in members(outputs))
 
 
+def _payload(tensors: tuple[Tensor | None, ...], is_tuple: bool) -> Payload:
+    return tensors if is_tuple else tensors[0]  # type: ignore[return-value]
+
+
 def leaves(payload: Payload) -> Payload:
-    """What the next stage on the same rank gets: the same data, outside the graph, wanting gradients where it did."""
+    """The same data, outside the graph, wanting gradients where it did."""
     cut = tuple(None if t is None else t.detach().requires_grad_(t.requires_grad) for t in members(payload))
-    return cut if isinstance(payload, tuple) else cut[0]  # type: ignore[return-value]
+    return _payload(cut, isinstance(payload, tuple))
 
 
 class _Enter(torch.autograd.Function):
@@ -129,4 +155,4 @@ def enter(payload: Payload) -> Payload:
         return payload
     entered = iter(_Enter.apply(*wanting))  # type: ignore[no-untyped-call]
     inside = tuple(next(entered) if t is not None and t.requires_grad else t for t in members(payload))
-    return inside if isinstance(payload, tuple) else inside[0]  # type: ignore[return-value]
+    return _payload(inside, isinstance(payload, tuple))

@@ -14,7 +14,7 @@ block. This one runs a program of instructions and knows nothing of schedules bu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,12 +29,11 @@ from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from ds_vshape import instructions as instr
 from ds_vshape.anomaly import checked
 from ds_vshape.background import Started, background
-from ds_vshape.buffers import Buffers, edges, enter
+from ds_vshape.buffers import Buffer, Buffers, edges, enter
 from ds_vshape.demands import check_micro_batches
 from ds_vshape.failures import Agreement, Failure, Sharers
 from ds_vshape.gradient_release import ReleasedWeights
@@ -42,7 +41,7 @@ from ds_vshape.gradients import clip_gradients, delivery_into, leave_to_backward
 from ds_vshape.instructions import BufferId
 from ds_vshape.loss_fn import convert_without
 from ds_vshape.micro_batch import (Intake, added, as_number, check_loss, check_reduction, detached, loss_of,
-                                    own_copy)
+                                    own_copy, own_labels)
 from ds_vshape.monitoring import comparison_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
@@ -523,14 +522,23 @@ class PipelineEngine(PlainAttributes, SavingEngine):
                         tensor.requires_grad_(tensor.is_floating_point())
             self._held.open(BufferId(0, buffer_id.micro_batch)).inputs = inputs
         if self._holds(self.placement.last_stage):
-            if torch.is_tensor(labels) or isinstance(labels, (tuple, list)):
-                labels = own_copy(labels, self.device, "labels")
-            self._held.open(BufferId(self.placement.last_stage, buffer_id.micro_batch)).labels = labels
+            buffer = self._held.open(BufferId(self.placement.last_stage, buffer_id.micro_batch))
+            buffer.labels = own_labels(labels, self.device)
 
     # -- [2] forward
 
     def _exec_forward_pass(self, buffer_id: BufferId) -> None:
+        self._pass_on(buffer_id, self._forward(buffer_id))
+
+    def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
+        with SplitBackward(self._held[buffer_id].store, self._operators):
+            outputs = self._forward(buffer_id)
+        self._pass_on(buffer_id, outputs)
+
+    def _forward(self, buffer_id: BufferId) -> list[Any]:
+        """Run the stage, and the loss function on the last one; the outputs alone in a list, if a stage follows."""
         buffer = self._held[buffer_id]
+        buffer.check_unwritten(Content.ACTIVATION)
         assert buffer.inputs is not None
         self._activate(buffer_id.stage)
         # The seeds of layers count forward calls, and must not depend on the order of the passes.
@@ -541,15 +549,18 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         if buffer_id.stage == self.placement.last_stage:
             buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
             buffer.labels = None
-        else:
-            buffer.roots = edges(outputs, self.device)
-            self._held.hand_over(Content.ACTIVATION, BufferId(buffer_id.stage + 1, buffer_id.micro_batch), outputs)
+            return []
+        return [outputs]
+
+    def _pass_on(self, buffer_id: BufferId, outputs: list[Any]) -> None:
+        """Hand a stage's outputs over to the next one. The list is the only reference to them, and is emptied."""
+        if outputs:
+            self._held[buffer_id].roots = edges(outputs[0], self.device)
+            is_tuple = isinstance(outputs[0], tuple)
+            receiver = BufferId(buffer_id.stage + 1, buffer_id.micro_batch)
+            self._held.hand_over(Content.ACTIVATION, receiver, [*members(outputs.pop())], is_tuple)
         if not torch.is_grad_enabled():
             self._held.close(buffer_id)
-
-    def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
-        with SplitBackward(self._held[buffer_id].store, self._operators):
-            self._exec_forward_pass(buffer_id)
 
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
@@ -604,21 +615,23 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _backward(self, buffer_id: BufferId) -> None:
         """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""
         buffer = self._held[buffer_id]
+        buffer.check_unwritten(Content.GRADIENT)
         self._activate(buffer_id.stage)
         if buffer_id.stage == self.placement.last_stage:
             loss, buffer.loss = buffer.loss, None
             DeepSpeedEngine.backward(self, loss)
         else:
-            roots, grads = buffer.roots, buffer.output_grads
-            buffer.roots = buffer.output_grads = ()
-            self._backward_without_loss(roots, grads)
+            self._backward_without_loss(buffer)
         grads = buffer.take_input_grads()
         if buffer_id.stage:
-            self._held.hand_over(Content.GRADIENT, BufferId(buffer_id.stage - 1, buffer_id.micro_batch), grads)
+            receiver = BufferId(buffer_id.stage - 1, buffer_id.micro_batch)
+            self._held.hand_over(Content.GRADIENT, receiver, grads, is_tuple=True)
 
-    def _backward_without_loss(self, roots: Sequence[GradientEdge | None], grads: Sequence[Tensor | None]) -> None:
+    def _backward_without_loss(self, buffer: Buffer) -> None:
         """What the stock engine does around the backward of a stage that has no loss."""
-        pairs = [(root, grad) for root, grad in zip(roots, grads, strict=True) if root is not None and grad is not None]
+        pairs = [(root, grad) for root, grad in zip(buffer.roots, buffer.output_grads, strict=True)
+                 if root is not None and grad is not None]
+        buffer.roots = buffer.output_grads = ()
         if pairs:
             self._running_engine_backward = True
             try:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ds_vshape.payload import Payload
 
@@ -51,6 +53,13 @@ def own_copy(data: Any, device: torch.device, what: str) -> Payload:
     return tuple(tensor.detach().clone().to(device) for tensor in data)
 
 
+def own_labels(labels: Any, device: torch.device) -> Any:
+    """As `own_copy`; of labels in another form (a dictionary, say) the tensors are copied where they are."""
+    if torch.is_tensor(labels) or isinstance(labels, (tuple, list)):
+        return own_copy(labels, device, "labels")
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), labels)
+
+
 def loss_of(loss_fn: Callable[[Any, Any], Any], outputs: Any, labels: Any) -> Any:
     """The loss; PipelineError where the data had no labels, and the function fails without them."""
     try:
@@ -89,12 +98,12 @@ def as_number(loss: Any) -> Any:
 
 
 def detached(loss: Any) -> Any:
-    """A loss (a tensor or a list of them) outside its graph."""
-    return loss.detach() if torch.is_tensor(loss) else [part.detach() for part in loss]
+    """A loss (a tensor or a list of them) outside its graph, in memory of its own."""
+    return loss.detach().clone() if torch.is_tensor(loss) else [part.detach().clone() for part in loss]
 
 
 def added(total: Any, loss: Any) -> Any:
     """The sum of two losses; `total` may be None yet."""
     if torch.is_tensor(loss):
-        return loss.clone() if total is None else total + loss
+        return loss if total is None else total + loss
     return [added(None if total is None else total[place], part) for place, part in enumerate(loss)]

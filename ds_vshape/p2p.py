@@ -25,6 +25,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
 from ds_vshape.groups import new_group
+from ds_vshape.ownership import Versions, check_unwritten, versions
 from ds_vshape.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
 from ds_vshape.schedule.lowering import Channel, Content, Message
 
@@ -68,6 +69,8 @@ class _Transfer:
     signature: Signature | None = None
     # Whether buffers for all of its tensors are offered.
     is_posted: bool = False
+    # Of a message that is sent, when it started.
+    versions: Versions = ()
 
     def wait(self, peer: int) -> None:
         """Until all is there; PeerLost if the connection to pipeline rank `peer` breaks."""
@@ -185,8 +188,11 @@ class Channels:
         self._start_sends(message, [one.empty(self._device).zero_() for one in described if one is not None])
 
     def release(self, message: Message) -> None:
-        """Wait until `message` has left."""
-        self._sending.pop(message).wait(message.channel.target)
+        """Wait until `message` has left; PipelineError if its tensors have changed meanwhile."""
+        transfer = self._sending.pop(message)
+        transfer.wait(message.channel.target)
+        check_unwritten(transfer.tensors, transfer.versions, f"{message.channel.content} for stage {message.stage}, "
+                        f"micro-batch {message.micro_batch},")
 
     def post(self, message: Message) -> None:
         """Offer a buffer for `message`; in an announced batch only take note of it, since nobody knows its size yet."""
@@ -273,7 +279,7 @@ class Channels:
 
     def _start_sends(self, message: Message, tensors: Sequence[Tensor]) -> None:
         """Start to send `tensors`, which lie as they travel."""
-        transfer = self._sending[message] = _Transfer(tensors=list(tensors))
+        transfer = self._sending[message] = _Transfer(tensors=list(tensors), versions=versions(tensors))
         group, _, target = self._ends[message.channel]
         _start(transfer, group.send, tensors, target, message.channel.target)
 

@@ -21,7 +21,7 @@ def test_a_stage_may_change_its_inputs_in_place(count: int) -> None:
         tensor.mul_(5).relu_()
     torch.autograd.backward([tensor.sum() for tensor in entered[:count]])
     grads = buffer.take_input_grads()
-    assert grads[count:] == (None, None) and buffer.inputs is None
+    assert grads[count:] == [None, None] and buffer.inputs is None
     for grad in grads[:count]:
         assert torch.equal(grad, torch.full((3,), 5.0))
 

@@ -1,0 +1,89 @@
+"""Memory that crosses a stage boundary belongs to what crosses: nobody else writes into it.
+
+In one process a result is used at once. Here it waits, for a link or for the next stage's turn, and meanwhile its stage
+runs other micro-batches; or the next stage, on the same rank, changes what it got in place. But a layer may pass on
+memory that it will write again (a buffer of positions), that isn't its to give away (a parameter, an input that it has
+passed through), or that two results share. Such results are copied:
+
+    result                                                                          copied
+    an operator's                                                                   no
+    a tensor that somebody has kept                                                 yes
+    memory that others have too, and the result of no operator, written in place,
+    or a part of a parameter or of another tensor that no operator made             yes
+    memory of an earlier member of the same results                                 yes
+
+What has it besides may be what autograd saved for the backward; so the last line but one copies, without need, what an
+operator in place has made and saved (relu_). What is written behind these rules (from a kernel of the user's, say) is
+found by versions, if torch counts it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.pipe.module import PipelineError
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+Versions = tuple[int | None, ...]
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors, and others, stand on the memory of `tensor`; the count is one of itself and of this call."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+_ALONE = _holders(torch.empty(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A tensor on its way: its numbers outside of the graph, and what decides whether its memory is its own."""
+
+    numbers: Tensor
+    requires_grad: bool
+    may_be_kept: bool
+    original: weakref.ref[Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Result:
+        # That of a parameter or of what no operator made.
+        is_part_of_leaf = tensor._base is not None and tensor._base.is_leaf
+        written = not tensor.is_inference() and tensor._version > 0
+        return cls(tensor.detach(), tensor.requires_grad, tensor.grad_fn is None or written or is_part_of_leaf,
+                   weakref.ref(tensor))
+
+    def owned(self, others: set[int]) -> Tensor:
+        """The numbers, copied if anybody else may write them, or has them: `others` are memory of other members."""
+        memory = self.numbers.untyped_storage()._cdata
+        shared = (self.original() is not None or memory in others
+                  or self.may_be_kept and (type(self.numbers) not in _PLAIN or _holders(self.numbers) > _ALONE))
+        others.add(memory)
+        return (self.numbers.clone() if shared else self.numbers).requires_grad_(self.requires_grad)
+
+
+def own(results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """`results` as leaves that require a gradient where they did, in memory of their own.
+
+    The list is emptied, and its caller must have no other reference to them: one that somebody else keeps is copied.
+    """
+    taken = [None if result is None else _Result.of(result) for result in results]
+    results.clear()
+    others: set[int] = set()
+    return tuple(None if result is None else result.owned(others) for result in taken)
+
+
+def versions(tensors: Iterable[Tensor | None]) -> Versions:
+    """How often torch has seen the memory of `tensors` written, for `check_unwritten`."""
+    return tuple(None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def check_unwritten(tensors: Iterable[Tensor | None], before: Versions, what: str) -> None:
+    """Raises PipelineError if the memory of `tensors`, which errors call `what`, was written since `before`."""
+    if versions(tensors) != before:
+        raise PipelineError(f"the {what} was written to after its stage had passed it on, and before it was used: "
+                            "something keeps its memory and changes it. Let it pass on a copy, as clone() makes one")
