@@ -35,7 +35,7 @@ from ds_vshape.anomaly import checked
 from ds_vshape.background import Started, background
 from ds_vshape.buffers import Buffer, Buffers, edges, enter
 from ds_vshape.demands import check_micro_batches
-from ds_vshape.failures import Agreement, Failure, Sharers
+from ds_vshape.failures import Agreement, Failure, Sharers, is_raised_by_all
 from ds_vshape.gradient_release import ReleasedWeights
 from ds_vshape.gradients import clip_gradients, delivery_into, leave_to_backward, place_of, reduce_tied_gradients
 from ds_vshape.instructions import BufferId
@@ -65,6 +65,7 @@ from ds_vshape.scheduling import schedules_for
 from ds_vshape.script_functions import ScriptFunctions
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
 from ds_vshape.stand_in import add_to, give_gradient, keep_from_universal, with_stand_in
+from ds_vshape.step import Reached, Step, core_of
 from ds_vshape.trace import Tracer
 from ds_vshape.tracking import Tracking
 from ds_vshape.wall_clock import timed
@@ -123,6 +124,9 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._sharers = Sharers(self.grid.topology().get_axis_comm_lists("model"),
                                 self.module.schedule_config.timeout_seconds)
         self._failure: Failure | None = None
+        self._step = Step()
+        # Why ranks mustn't train on, if their states differ.
+        self._difference: str | None = None
         # The one that is executed.
         self._instruction: instr.PipeInstruction | None = None
         self._held = Buffers(self.placement, self.stage_id)
@@ -255,13 +259,17 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             return self._train_batch(data_iter)
 
     def _train_batch(self, data_iter: Any) -> Any:
-        with ExitStack() as around, self._flops_profile():
-            for follower in self._followers:
-                around.enter_context(follower.batch())
-            around.enter_context(self._batch_timer())
-            loss = super().train_batch(data_iter)
-            if self._observer.batches == METERED_BATCH + 1:
-                self._agree_on_sizes()
+        self._check_ranks_agree()
+        self._step = Step()
+        failure: Failure | None = None
+        loss: Any = None
+        try:
+            loss = self._batch_with_followers(data_iter)
+        except Exception as error:
+            if is_ended_wait(error) or is_raised_by_all(error):
+                raise
+            failure = self._agreement.failure(error, "train_batch")
+        self._agree_on_step(failure)
         better = self._schedules.after_batch(*self._observer.last_batch())
         if better is not None:
             self._adopt(better)
@@ -281,6 +289,50 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             self.agg_train_loss, self.total_loss = loss.reshape(shape), self.total_loss.reshape(shape)
             return self.agg_train_loss
         return loss
+
+    def _batch_with_followers(self, data_iter: Any) -> Any:
+        with ExitStack() as around, self._flops_profile():
+            for follower in self._followers:
+                around.enter_context(follower.batch())
+            around.enter_context(self._batch_timer())
+            loss = super().train_batch(data_iter)
+            if self._observer.batches == METERED_BATCH + 1:
+                self._agree_on_sizes()
+        return loss
+
+    def _agree_on_step(self, failure: Failure | None) -> None:
+        """Raise on all ranks if the step, or what comes after it, has failed on one (step.py); collective."""
+        if self._step.error is not None:
+            failure = self._agreement.failure(self._step.error, "OptimizerStep")
+        with self._watch.failed(failure):
+            reached = self._agreement.reached(failure, self._step.reached)
+        if reached is None:
+            return
+        consequence = None
+        if reached is Reached.BEFORE:
+            self._forget_batch()
+        elif reached is Reached.WHOLE:
+            consequence = f"the step is done on all ranks, as number {self.global_steps}"
+        else:
+            consequence = self._difference = (
+                "weights or states of the optimizer may differ between ranks now, so that no batch is trained and "
+                "nothing saved before load_checkpoint")
+        self._agreement.reach(failure, consequence=consequence)
+
+    def _check_ranks_agree(self) -> None:
+        """Raise PipelineError, on all ranks, where an earlier step has failed on some of them alone."""
+        if self._difference is not None:
+            raise PipelineError(f"a step has failed on some ranks: {self._difference}")
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_ranks_agree()
+        return super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = super().load_checkpoint(*args, **kwargs)
+        if path is not None:
+            self._difference = None
+        return path, client_state
 
     @contextmanager
     def _batch_timer(self) -> Iterator[None]:
@@ -320,6 +372,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
                    reduce_output: str | None = "avg", bcast_loss: bool = True,
                    num_micro_batches: int | None = None) -> Any:
         """Evaluate a batch, as DeepSpeed's `eval_batch`; training isn't disturbed, even if it raises."""
+        self._check_ranks_agree()
         check_reduction(reduce_output, compute_loss and (bcast_loss or self.monitor.enabled))
         training_iterator = self.data_iterator
         try:
@@ -760,8 +813,19 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             super()._exec_reduce_grads()
 
     def _exec_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeed's, or the script's; an error of it is kept until all ranks have come to the end of the batch."""
         of_script = self._script.get(instr.OptimizerStep) or stock.PipelineEngine._exec_optimizer_step
-        of_script(self, *args, **kwargs)
+        step, before = self._step, self.global_steps
+        try:
+            with step.watching(core_of(self.optimizer)):
+                of_script(self, *args, **kwargs)
+        except Exception as error:
+            if is_ended_wait(error):
+                raise
+            step.error = step.error or error
+            self._force_grad_boundary = False
+        if self.global_steps > before and not step.core_failed:
+            step.reached = Reached.WHOLE
 
     def clip_fp32_gradients(self) -> None:
         self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)

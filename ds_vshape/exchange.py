@@ -28,9 +28,13 @@ class Exchange:
 
     def largest(self, own: int) -> int:
         """The largest of all ranks' numbers; collective."""
-        number = torch.tensor([own])
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-        return int(number)
+        return self.largest_of_each([own])[0]
+
+    def largest_of_each(self, own: Sequence[int]) -> list[int]:
+        """Of each place the largest of all ranks' numbers, of which every rank has as many; collective."""
+        numbers = torch.tensor(own)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        return numbers.tolist()
 
     def start_numbers(self, own: Sequence[float]) -> Numbers:
         """Start to tell all ranks this rank's numbers, of which every rank has as many; doesn't wait. Collective."""

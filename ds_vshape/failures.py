@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.exchange import Exchange, Numbers
 from ds_vshape.p2p import PeerLost, Withdrawn
+from ds_vshape.step import Reached
 
 T = TypeVar("T")
 
@@ -59,6 +60,11 @@ class Failure:
     def told(self) -> str:
         """The error without the place: it's the same where ranks meet one obstacle."""
         return f"{type(self.error).__name__}: {self.error}"
+
+
+def is_raised_by_all(error: Exception) -> bool:
+    """Whether an Agreement has raised `error`, as it does on all ranks together."""
+    return getattr(error, "is_raised_by_all", False)
 
 
 def _lost(what: str, error: RuntimeError) -> PeerLost:
@@ -151,11 +157,22 @@ class Agreement:
         except RuntimeError as error:
             raise _lost("batch", error) from error
 
-    def reach(self, failure: Failure | None, what: str = "batch") -> None:
+    def reached(self, failure: Failure | None, reached: Reached) -> Reached | None:
+        """None if no rank has failed; else how far the step has come on all ranks, or else MIDWAY. Collective."""
+        try:
+            failed, most, least = self._exchange.largest_of_each([failure is not None, reached, -reached])
+        except RuntimeError as error:
+            raise _lost("batch", error) from error
+        if not failed:
+            return None
+        return Reached(most) if most == -least else Reached.MIDWAY
+
+    def reach(self, failure: Failure | None, what: str = "batch", consequence: str | None = None) -> None:
         """Return if no rank has failed; collective.
 
         Raises on every rank else: where it happened the error itself; elsewhere PipelineError with its text, or
-        StopIteration if nothing but the data's end is in the way. PeerLost if a rank doesn't come.
+        StopIteration if nothing but the data's end is in the way. PeerLost if a rank doesn't come. The `consequence`,
+        the same on every rank, is told with it; None: no rank counts `what`.
         """
         state = _State.DONE if failure is None else failure.state
         try:
@@ -163,18 +180,21 @@ class Agreement:
         except RuntimeError as error:
             raise _lost(what, error) from error
         if worst is not _State.DONE:
-            self._raise(failure, worst, what)
+            self._raise(failure, worst, consequence or f"no rank counts this {what}", consequence)
 
-    def _raise(self, failure: Failure | None, worst: _State, what: str) -> NoReturn:
+    def _raise(self, failure: Failure | None, worst: _State, noted: str, consequence: str | None) -> NoReturn:
         own = failure is not None and failure.state is worst
         text = str(failure)[:_TEXT_SIZE] if own else ""
         texts = [told for told in self._exchange.texts(text) if told]
         if failure is not None and own:
-            failure.error.add_note(f"in the {failure.place}; no rank counts this {what}")
+            failure.error.add_note(f"in the {failure.place}; {noted}")
             # One may be the other's cause: what can't be sent is taken for zeros where it is awaited.
             for other in dict.fromkeys(texts):
                 if not other.endswith(failure.told):
                     failure.error.add_note(f"and in the {other}")
-            raise failure.error
-        text = "; ".join(dict.fromkeys(texts))
-        raise StopIteration(text) if worst is _State.OUT_OF_DATA else PipelineError(text)
+            error = failure.error
+        else:
+            text = "; ".join([*dict.fromkeys(texts), *([consequence] if consequence else [])])
+            error = StopIteration(text) if worst is _State.OUT_OF_DATA else PipelineError(text)
+        error.is_raised_by_all = True  # type: ignore[attr-defined]
+        raise error

@@ -37,6 +37,7 @@ from ds_vshape.exchange import Exchange
 from ds_vshape.failures import Failure, Telling
 from ds_vshape.rollback import PassesSnapshot, Samples, StepSnapshot, change, snapshot_bytes
 from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.step import Reached, Step
 from ds_vshape.tied import joined
 from ds_vshape.verdict import Limits, StepReport, Verdict, judge
 
@@ -87,6 +88,7 @@ class PostValidatingEngine(PipelineEngine):
         self._passes: PassesSnapshot | None = None
         self._samples = Samples()
         self._forwards: Telling | None = None
+        self._steps_before = 0
         self._reducing = self._reducing_ranks()
         self.module.register_state_dict_pre_hook(lambda *_: self.settle())
 
@@ -137,7 +139,10 @@ class PostValidatingEngine(PipelineEngine):
     def _accept(self, ahead: _Ahead, norm: float) -> None:
         self._set_norm(norm)
         for events in ahead.events:
-            self.monitor.write_events(events)
+            try:
+                self.monitor.write_events(events)
+            except Exception as error:
+                self._failure = self._failure or self._agreement.failure(error, "monitor")
 
     def _set_norm(self, norm: float) -> None:
         if self.optimizer.compute_grad_norm:
@@ -149,8 +154,10 @@ class PostValidatingEngine(PipelineEngine):
         ahead.snapshot.restore()
         if verdict is Verdict.REDO:
             ahead.snapshot.restore_gradients()
+            self._step = Step()
             self._execute(instr.OptimizerStep())
             change(self, changes)
+            super()._agree_on_step(None)
             return
         change(self, changes)
         self._forwards_before = ahead.forwards_before
@@ -175,19 +182,39 @@ class PostValidatingEngine(PipelineEngine):
             self._execute(instr.ReduceGrads())
         limits = Limits(self.optimizer.clip_grad, self.optimizer.loss_scale)
         snapshot = StepSnapshot(self)
+        self._steps_before = self.global_steps
         events = _HeldEvents(self.monitor.enabled)
         if failed:
             report = StepReport(True, False, 0.0)
-            # Ranks must not differ in the number of their steps.
-            self.global_steps += 1
-            self.global_samples += self.train_batch_size()
+            self._count_step()
         else:
             with self._without_other_stages(events):
                 self._execute(instr.OptimizerStep())
-            report = self._report(limits.scale)
+            failure = self._failed_step()
+            report = self._report(limits.scale) if failure is None else StepReport(True, False, 0.0)
         snapshot.stepped()
         telling = self._agreement.start_telling(report.numbers())
         self._ahead = _Ahead(snapshot, telling, limits, failure, self._forwards_before, events.events)
+
+    def _failed_step(self) -> Failure | None:
+        """Why this rank's step has failed, if it has: then it's taken back, as that of a batch which has failed."""
+        error, self._step.error = self._step.error, None
+        if error is None:
+            return None
+        if self.global_steps == self._steps_before:
+            self._count_step()
+        return self._agreement.failure(error, "OptimizerStep")
+
+    def _count_step(self) -> None:
+        """Ranks must not differ in the number of their steps."""
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _agree_on_step(self, failure: Failure | None) -> None:
+        # Nobody is waited for; what comes after the step is told with the next batch, as the step is.
+        if failure is not None and self._step.reached is not Reached.WHOLE:
+            raise failure.error
+        self._failure = self._failure or failure
 
     def _report(self, scale: float) -> StepReport:
         """What this rank says of the step that it has taken with loss scale `scale`."""

@@ -186,9 +186,9 @@ class Watch:
             raise self._peer_lost(self._told(self._loss), what)
 
     @contextmanager
-    def failed(self, failure: str) -> Iterator[None]:
-        """While this rank tells the others what it has failed in: some may wait where they aren't told."""
-        self.failure = failure
+    def failed(self, failure: object | None) -> Iterator[None]:
+        """While this rank tells the others what it has failed in, if it has: some may wait where they aren't told."""
+        self.failure = None if failure is None else str(failure)
         try:
             yield
         finally:

@@ -1,0 +1,67 @@
+"""How far the step of a batch has come on this rank, and what has failed in it.
+
+DeepSpeed's steps exchange something with other ranks before the optimizer at their core computes, and mostly after it.
+Where that raises on one rank, the others would wait. So its error is kept, and the rank goes through the rest of the
+step; at the end of the batch all ranks agree on what has become of it:
+
+    no rank has come to the optimizer      the batch doesn't count, and training goes on
+    all ranks have taken the whole step    the step stands (a monitor has failed, say), and training goes on
+    anything else                          weights, or states of the optimizer, differ between ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from functools import wraps
+from typing import Any
+
+
+class Reached(IntEnum):
+    """How far a rank's step has come."""
+
+    BEFORE = 0
+    MIDWAY = 1
+    WHOLE = 2
+
+
+class Step:
+    """The step of one batch on this rank."""
+
+    def __init__(self) -> None:
+        self.reached = Reached.BEFORE
+        # What is to be told, and whether the optimizer at the core has raised that.
+        self.error: Exception | None = None
+        self.core_failed = False
+
+    @contextmanager
+    def watching(self, optimizer: Any) -> Iterator[None]:
+        """Around DeepSpeed's step; `optimizer` is torch's at its core, or one like that."""
+        step = optimizer.step
+
+        @wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.reached = Reached.MIDWAY
+            try:
+                return step(*args, **kwargs)
+            except Exception as error:
+                self.error, self.core_failed = self.error or error, True
+                return None
+
+        own = vars(optimizer).get("step")
+        optimizer.step = watched
+        try:
+            yield
+        finally:
+            # It may have put another in its place itself.
+            if vars(optimizer).get("step") is watched:
+                if own is None:
+                    del optimizer.step
+                else:
+                    optimizer.step = own
+
+
+def core_of(optimizer: Any) -> Any:
+    """The optimizer that one of DeepSpeed's has at its core; its own for one that isn't DeepSpeed's."""
+    return getattr(optimizer, "optimizer", optimizer)
