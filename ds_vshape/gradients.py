@@ -36,7 +36,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_vshape.split_backward import Delivery, WholeGradients, never_defer
+from ds_vshape.split_backward import Delivery, WholeGradients, may_defer, never_defer
 
 
 class Place(Delivery, Protocol):
@@ -73,7 +73,9 @@ def leave_to_backward(parameters: Iterable[Parameter], place: Place) -> None:
     """Let B compute the gradients of those that the optimizer doesn't hold, so that nothing is kept for them until W.
     """
     for parameter in parameters:
-        if not place.holds(parameter):
+        if place.holds(parameter):
+            may_defer(parameter)
+        else:
             never_defer(parameter)
 
 

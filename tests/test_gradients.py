@@ -17,8 +17,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape.gradients import InGrad, clip_gradients, delivery_into, place_of
-from ds_vshape.split_backward import SplitBackward, WeightGradientStore
+from ds_vshape.gradients import InGrad, clip_gradients, delivery_into, leave_to_backward, place_of
+from ds_vshape.split_backward import SplitBackward, WeightGradientStore, is_deferrable
 
 MICRO_BATCHES = 4
 
@@ -222,3 +222,11 @@ def test_clipping_counts_what_tensor_parallel_ranks_share_once() -> None:
         assert norm == pytest.approx(expected, rel=1e-6)
         torch.testing.assert_close(rows, whole["first"].grad[2 * rank:2 * rank + 2], rtol=1e-6, atol=0)
         torch.testing.assert_close(shared, whole["last"].grad, rtol=1e-6, atol=0)
+
+
+def test_only_what_the_optimizer_holds_is_deferred() -> None:
+    """Another optimizer may hold other weights."""
+    first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    for held in ([first], [second], [first, second]):
+        leave_to_backward([first, second], InGrad(held))
+        assert [weight for weight in (first, second) if is_deferrable(weight)] == held

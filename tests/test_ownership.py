@@ -259,6 +259,21 @@ def test_layers_that_use_memory_again(block: type[nn.Module]) -> None:
             assert losses == pytest.approx(oracle, rel=1e-6), job.schedule
 
 
+def train_uncopied(rank: int) -> str:
+    """The error where nothing is copied."""
+    ownership._Result.owned = lambda self, others: self.numbers.requires_grad_(self.requires_grad)
+    engine = Job("v-half", 2, 5, {}, chosen(Reusing)).engine(loss_fn=by_name)
+    with pytest.raises(PipelineError) as error:
+        engine.train_batch(reused(0, 5))
+    return str(error.value)
+
+
+def test_an_engine_tells_of_what_was_written_meanwhile() -> None:
+    """Whether it had left by then or not, and on all ranks."""
+    for told in run_ranks(2, train_uncopied):
+        assert "was written to after its stage had passed it on" in told
+
+
 def copies(rank: int, jobs: list[tuple[Job, dict[str, Any]]]) -> list[int]:
     """How many results were copied by batches of training and evaluation."""
     counts, owned = [], ownership._Result.owned

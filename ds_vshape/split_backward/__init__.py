@@ -18,7 +18,7 @@ from ds_vshape.split_backward.mode import SplitBackward, active_store
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
 from ds_vshape.split_backward.store import Delivery, Entry, WeightGradientStore, WholeGradients
-from ds_vshape.split_backward.weights import is_deferrable, never_defer
+from ds_vshape.split_backward.weights import is_deferrable, may_defer, never_defer
 
 __all__ = [
     "ALL_OPERATORS",
@@ -34,5 +34,6 @@ __all__ = [
     "WholeGradients",
     "active_store",
     "is_deferrable",
+    "may_defer",
     "never_defer",
 ]

@@ -64,8 +64,13 @@ def is_deferrable(weight: Any) -> TypeGuard[Parameter]:
 
 
 def never_defer(weight: Parameter) -> None:
-    """Leave the gradient of `weight` to autograd."""
+    """Leave the gradient of `weight` to autograd, until `may_defer`."""
     setattr(weight, _NEVER_DEFERRED, True)
+
+
+def may_defer(weight: Parameter) -> None:
+    """Take `never_defer` back."""
+    weight.__dict__.pop(_NEVER_DEFERRED, None)
 
 
 def _is_deepspeed_hook(hook: Any) -> bool:
