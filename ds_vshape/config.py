@@ -175,6 +175,9 @@ class ScheduleConfig(BaseModel):
     `optimizer_post_validation` steps without asking other pipeline ranks, and has the step validated while the next
     batch begins (ds_vshape/post_validation.py).
 
+    `verify_gradients` runs one early batch a second time, with whole backwards, and ends the job where losses or
+    gradients differ (ds_vshape/verification.py).
+
     A rank that gives no sign of life for `timeout_seconds`, or hasn't come to its PipelineModule so much later than
     others, is lost, and all ranks end. One whose process ended is known to be at once, and one that works on something
     is waited for, however long that takes (ds_vshape/watch.py).
@@ -194,6 +197,7 @@ class ScheduleConfig(BaseModel):
     planning_seconds: PlanningTime = 10.0
     detect_anomaly: StrictBool = False
     optimizer_post_validation: StrictBool = False
+    verify_gradients: StrictBool = False
     timeout_seconds: Timeout = TIMEOUT_SECONDS
     trace: Trace | None = None
     drift: Share = 0.2

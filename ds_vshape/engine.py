@@ -50,6 +50,7 @@ from ds_vshape.plain_attributes import PlainAttributes
 from ds_vshape.preflight import Facts, plan_facts
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.reduction import reduction_for
+from ds_vshape.rollback import Samples
 from ds_vshape.saving import SavingEngine
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
@@ -68,6 +69,7 @@ from ds_vshape.stand_in import add_to, give_gradient, keep_from_universal, with_
 from ds_vshape.step import Reached, Step, core_of
 from ds_vshape.trace import Tracer
 from ds_vshape.tracking import Tracking
+from ds_vshape.verification import Verification
 from ds_vshape.wall_clock import timed
 from ds_vshape.watch import Watch, is_ended_wait
 
@@ -141,6 +143,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._operators = _OPERATORS[self.module.schedule_config.deferred]
         self._schedules = schedules_for(self.module.schedule_config, self.placement, self._measure_hops,
                                         self._observer.activations)
+        self._samples = Samples()
+        self._verification = Verification(self) if self.module.schedule_config.verify_gradients else None
         self._plans: dict[int, BatchPlan] = {}
         self._swapped = False
         # Whether forwards leave less than backwards do.
@@ -442,9 +446,11 @@ class PipelineEngine(PlainAttributes, SavingEngine):
                                 "consists of is the schedule's: train without \"pipeline_schedule\" in the config, "
                                 "or by train_batch and eval_batch as they are")
         training = torch.is_grad_enabled()
-        self.fwd_outputs: list[Any] = []
         if self.optimizer is not self._followed:
             self._follow_optimizer()
+        if training and self._verification is not None and self._verification.is_due:
+            pipe_schedule = self._verified(pipe_schedule)
+        self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
         self._active_stage = None
         self._observer.begin_batch(pipe_schedule.schedule, training)
@@ -456,9 +462,22 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             # All ranks raise it at the end of the batch.
             self._failure = self._agreement.failure(error, "the start of the batch")
             self._sharers.check_all_failed(self._failure)
+        try:
+            self._run(pipe_schedule.instructions, pipe_schedule.passes)
+        finally:
+            self._observer.abandon_batch()
+        signatures = self._channels.end_batch()
+        self._forwards_before += pipe_schedule.schedule.micro_batches
+        if training:
+            self._signatures = signatures
+            self._observer.end_batch(pipe_schedule.schedule)
+
+    def _run(self, instructions: Sequence[instr.PipeInstruction], passes: Sequence[Pass | None]) -> None:
+        """Execute `instructions`, with an eye on those that have a pass in `passes`; of a batch that fails, only what
+        other ranks wait for."""
         attributes = self.__dict__
         try:
-            for instruction, work in zip(pipe_schedule.instructions, pipe_schedule.passes):
+            for instruction, work in zip(instructions, passes):
                 attributes["_instruction"] = instruction
                 if not isinstance(instruction, instr.BufferOpInstruction):
                     self._execute(instruction)
@@ -471,14 +490,16 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             if not is_ended_wait(error):
                 attributes["_instruction"] = None
             raise
-        finally:
-            self._observer.abandon_batch()
         attributes["_instruction"] = None
-        signatures = self._channels.end_batch()
-        self._forwards_before += pipe_schedule.schedule.micro_batches
-        if training:
-            self._signatures = signatures
-            self._observer.end_batch(pipe_schedule.schedule)
+
+    def _verified(self, plan: BatchPlan) -> BatchPlan:
+        """`plan` with instructions that compare its gradients with those of whole backwards, which have been run."""
+        assert self._verification is not None
+        compares = self._verification.run_whole(plan.schedule)
+        return BatchPlan(plan.schedule, instr.comparing(plan.instructions)) if compares else plan
+
+    def _next_batch(self) -> Any:
+        return self._samples.take(super()._next_batch)
 
     def _execute(self, instruction: instr.PipeInstruction) -> None:
         self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
@@ -773,6 +794,14 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             self._sums.take_in()
             self._reduction.start(stage)
 
+    def _exec_compare_gradients(self, stage: int) -> None:
+        assert self._verification is not None
+        self._verification.compare(stage)
+
+    def _exec_agree_on_gradients(self) -> None:
+        assert self._verification is not None
+        self._verification.agree()
+
     def _exec_agree_on_batch(self) -> None:
         if torch.is_grad_enabled() and self._failure is None:
             try:
@@ -855,6 +884,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         instr.ReleaseGrad: _exec_release_grad,
         instr.ReturnLoss: _exec_return_loss,
         instr.StartReduceGrads: _exec_start_reduce_grads,
+        instr.CompareGradients: _exec_compare_gradients,
+        instr.AgreeOnGradients: _exec_agree_on_gradients,
         instr.AgreeOnBatch: _exec_agree_on_batch,
         instr.ReduceTiedGrads: _exec_reduce_tied_grads,
         instr.ReduceGrads: _exec_reduce_grads,

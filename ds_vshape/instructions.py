@@ -22,6 +22,11 @@ Where steps are validated afterwards (ds_vshape/post_validation.py):
     AwaitVerdict                            the step before this batch was right, or this batch is interrupted
     TellForwards, AgreeOnForwards           all ranks have done their forwards, or all raise
     StepAhead                               reduce and step, before other pipeline ranks have done their passes
+
+In the batch in which gradients are verified (ds_vshape/verification.py):
+
+    CompareGradients                        those of a stage, before they are reduced
+    AgreeOnGradients                        all ranks have found the same gradients with whole backwards, or all raise
 """
 
 from __future__ import annotations
@@ -38,12 +43,12 @@ from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load,
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
-    "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AwaitVerdict", "BackwardPass", "BufferId",
-    "BufferOpInstruction", "Execute", "ForwardPass", "InputGradPass", "Instruction", "LoadMicroBatch",
-    "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads",
+    "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict", "BackwardPass",
+    "BufferId", "BufferOpInstruction", "CompareGradients", "Execute", "ForwardPass", "InputGradPass", "Instruction",
+    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads",
     "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad", "SplitForwardPass",
     "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
-    "evaluation_instructions", "pass_of", "stepping_ahead", "training_instructions"
+    "comparing", "evaluation_instructions", "pass_of", "passes_alone", "stepping_ahead", "training_instructions"
 ]
 
 # The two sides of an engine's instruction map; what executes one takes the engine first, then its arguments.
@@ -145,6 +150,17 @@ class StepAhead(PipeInstruction):  # type: ignore[misc]
     """Reduce gradients and step as if all ranks' gradients were good, and start to find out whether they are."""
 
 
+class CompareGradients(PipeInstruction):  # type: ignore[misc]
+    """Compare the gradients of a stage, which are whole and not reduced yet, with those of whole backwards."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage)
+
+
+class AgreeOnGradients(PipeInstruction):  # type: ignore[misc]
+    """Compare what isn't compared yet; raise on all ranks if one of them has found a difference."""
+
+
 _PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
     (Kind.F, False): ForwardPass,
     (Kind.F, True): SplitForwardPass,
@@ -232,9 +248,26 @@ def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruct
     return [*passes, AgreeOnForwards(), StepAhead()]
 
 
+def comparing(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
+    """Training instructions that compare gradients too: of each stage before they may be reduced, and at the end."""
+    found: list[PipeInstruction] = []
+    for instruction in instructions:
+        if isinstance(instruction, StartReduceGrads):
+            found.append(CompareGradients(**instruction.kwargs))
+        elif isinstance(instruction, (AgreeOnBatch, AgreeOnForwards)):
+            found.append(AgreeOnGradients())
+        found.append(instruction)
+    return found
+
+
+def passes_alone(program: Program) -> list[PipeInstruction]:
+    """A rank's program as instructions, without the end of a batch: nothing is reduced, nor told to other ranks."""
+    return [_instruction(step) for step in program]
+
+
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:
     """A rank's program as instructions, with the end of an evaluation: all ranks know that all is well."""
-    return [*(_instruction(step) for step in program), AgreeOnBatch()]
+    return [*passes_alone(program), AgreeOnBatch()]
 
 
 def _instruction(step: Step) -> PipeInstruction:

@@ -35,7 +35,7 @@ from ds_vshape.config import KEY, ConfigError
 from ds_vshape.engine import BatchPlan, PipelineEngine
 from ds_vshape.exchange import Exchange
 from ds_vshape.failures import Failure, Telling
-from ds_vshape.rollback import PassesSnapshot, Samples, StepSnapshot, change, snapshot_bytes
+from ds_vshape.rollback import PassesSnapshot, StepSnapshot, change, snapshot_bytes
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.step import Reached, Step
 from ds_vshape.tied import joined
@@ -86,7 +86,6 @@ class PostValidatingEngine(PipelineEngine):
                               f"{type(self.optimizer).__name__} or one that is offloaded")
         self._ahead: _Ahead | None = None
         self._passes: PassesSnapshot | None = None
-        self._samples = Samples()
         self._forwards: Telling | None = None
         self._steps_before = 0
         self._reducing = self._reducing_ranks()
@@ -246,6 +245,9 @@ class PostValidatingEngine(PipelineEngine):
         if not torch.is_grad_enabled():
             super()._exec_schedule(pipe_schedule)
             return
+        if self._verification is not None and self._verification.is_due:
+            # Both of its runs start with weights that stand.
+            self.settle()
         announced = self._signatures is None and not self.dynamic_shape
         self._samples.drop()
         if self._ahead is not None:
@@ -273,9 +275,6 @@ class PostValidatingEngine(PipelineEngine):
         self._samples.again()
         self.total_loss = self.total_additional_losses = None
         return False
-
-    def _next_batch(self) -> Any:
-        return self._samples.take(super()._next_batch)
 
     def _exec_await_verdict(self) -> None:
         if self._ahead is None:

@@ -157,12 +157,12 @@ def cannot(self: Any) -> None:
     raise RuntimeError("no profiler here")
 
 
-def lines_of(run: Callable[[], Any]) -> tuple[Any, list[str]]:
+def lines_of(run: Callable[[], Any], word: str = "unknown") -> tuple[Any, list[str]]:
     lines: list[str] = []
     info, warning = logger.info, logger.warning
     logger.info = logger.warning = lambda line, *args, **kwargs: lines.append(line)
     try:
-        return run(), [line for line in lines if "unknown" in line]
+        return run(), [line for line in lines if word in line]
     finally:
         logger.info, logger.warning = info, warning
 

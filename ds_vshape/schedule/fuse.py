@@ -54,6 +54,13 @@ def unfused(schedule: Schedule) -> Schedule:
         tuple(part for work in order for part in _parts(work)) for order in schedule.orders))
 
 
+def with_whole_backwards(schedule: Schedule) -> Schedule:
+    """`schedule` with every B as BW and no W: the same order of everything else."""
+    return schedule.with_orders(tuple(
+        tuple(Pass(Kind.BW, work.stage, work.micro_batch) if work.kind is Kind.B else work
+              for work in order if work.kind is not Kind.W) for order in schedule.orders))
+
+
 def _parts(work: Pass) -> tuple[Pass, ...]:
     if work.kind is not Kind.BW:
         return (work,)
