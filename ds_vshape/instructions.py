@@ -45,9 +45,9 @@ from ds_vshape.schedule.passes import Kind, Pass
 __all__ = [
     "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict", "BackwardPass",
     "BufferId", "BufferOpInstruction", "CompareGradients", "Execute", "ForwardPass", "InputGradPass", "Instruction",
-    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads",
-    "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad", "SplitForwardPass",
-    "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
+    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
+    "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad",
+    "SplitForwardPass", "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
     "comparing", "evaluation_instructions", "pass_of", "passes_alone", "stepping_ahead", "training_instructions"
 ]
 
