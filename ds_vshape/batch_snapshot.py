@@ -38,6 +38,7 @@ class BatchSnapshot:
         self._gradients = [(parameter, place, *_kept_gradient(getattr(parameter, place)))
                            for parameter in engine.module.parameters() for place in _GRADIENTS
                            if hasattr(parameter, place)]
+        self._before = {id(gradient) for _, _, gradient, _ in self._gradients}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -58,9 +59,11 @@ class BatchSnapshot:
             vars(owner).update(numbers)
         self._passes.restore()
 
-    def fresh(self, gradient: Tensor) -> bool:
-        """Whether the batch has made this gradient, so that nothing is written into it when the batch is forgotten."""
-        return all(gradient is not before for _, _, before, _ in self._gradients)
+    def forgets(self, parameter: Any, gradient: Tensor) -> bool:
+        """Whether this gradient of the batch stays as it is when all is restored, since nobody writes there: the batch
+        has made it, and it lies in no memory of the optimizer's."""
+        made = id(gradient) not in self._before
+        return made and any(gradient is getattr(parameter, place, None) for place in _GRADIENTS)
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -32,7 +32,6 @@ from ds_vshape.batch_snapshot import BatchSnapshot
 from ds_vshape.comparison import Agreeing, compare, tolerance, usual_size
 from ds_vshape.config import KEY
 from ds_vshape.failures import Failure
-from ds_vshape.gradients import places_of
 from ds_vshape.observer import METERED_BATCH
 from ds_vshape.p2p import Withdrawn
 from ds_vshape.schedule.fuse import with_whole_backwards
@@ -87,7 +86,6 @@ class Verification:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._places = places_of(engine.optimizer)
         self._whole: _Whole | None = None
         self._found: dict[Parameter, Agreeing] = {}
         self._done = False
@@ -138,20 +136,21 @@ class Verification:
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
                 gradient = self._gradient(parameter)
-                shared = gradient is not None and (self._places == ("_hp_grad",) or not snapshot.fresh(gradient))
-                gradients[parameter] = gradient.clone() if gradient is not None and shared else gradient
+                own = gradient is None or snapshot.forgets(parameter, gradient)
+                gradients[parameter] = gradient if own else gradient.clone()
         known = [gradient for gradient in gradients.values() if gradient is not None]
         finite = all(bool(_values(gradient).isfinite().all()) for gradient in known)
         return _Whole(gradients, list(engine.fwd_outputs), False, None, usual_size(known), finite)
 
     def _gradient(self, parameter: Any) -> Tensor | None:
         """What the batch has added up for a parameter so far."""
-        places = (getattr(parameter, place, None) for place in self._places)
-        parts: list[Tensor] = [part for part in places if part is not None]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        # DeepSpeed moves what lies in the second place to the first when it reduces.
-        return parts[0] + parts[1].view_as(parts[0])
+        sums = self._engine._sums
+        total: Tensor | None = sums.total(parameter) if sums.holds(parameter) else parameter.grad
+        # Where sums have a place of their own, this has come since the last backward.
+        rest: Tensor | None = parameter.grad
+        if total is None or rest is None or total is rest:
+            return rest if total is None else total
+        return total + rest.view_as(total)
 
     def compare(self, stage: int) -> None:
         """Compare the gradients of `stage`, but for those of weights that other stages use too."""
