@@ -136,8 +136,9 @@ class Verification:
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
                 gradient = self._gradient(parameter)
-                own = gradient is None or snapshot.forgets(parameter, gradient)
-                gradients[parameter] = gradient if own else gradient.clone()
+                if gradient is not None and not snapshot.forgets(parameter, gradient):
+                    gradient = gradient.clone()
+                gradients[parameter] = gradient
         known = [gradient for gradient in gradients.values() if gradient is not None]
         finite = all(bool(_values(gradient).isfinite().all()) for gradient in known)
         return _Whole(gradients, list(engine.fwd_outputs), False, None, usual_size(known), finite)
