@@ -83,7 +83,8 @@ def test_what_needs_some_of_the_passes_starts_behind_the_last_of_them() -> None:
 
 
 def test_the_engine_knows_every_instruction_and_takes_its_arguments() -> None:
-    kinds = {type(instruction) for program in programs() for instruction in training_instructions(program)}
+    kinds = {type(instruction) for program in programs()
+             for instruction in instr.comparing(training_instructions(program))}
     assert kinds == set(PipelineEngine._INSTRUCTION_MAP)
 
 
