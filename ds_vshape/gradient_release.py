@@ -22,6 +22,11 @@ class ReleasedWeights:
         self._before: list[Tensor] = []
         self._micro_batches = 0
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether there are hooks of the script's own behind accumulations, which may step weights."""
+        return bool(self._hooked)
+
     def start(self, micro_batches: int) -> None:
         """A training batch of so many micro-batches starts."""
         if self._hooked is None:
