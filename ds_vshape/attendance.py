@@ -34,10 +34,11 @@ class Status:
 
 @dataclass(frozen=True)
 class Loss:
-    """Why the job can't go on; `rank` is None where that isn't one rank's affair."""
+    """Why the job can't go on: what has become of `rank`, which is None where that isn't one rank's affair."""
 
     rank: int | None
     why: str
+    fate: str = "is lost"
 
 
 class Attendance:
@@ -111,15 +112,15 @@ class Attendance:
                          for place, ranks in places.items())
         if failures:
             rank, failure = min(failures.items())
-            self._lose(rank, f"it has failed in {failure}{'; for it wait ' + told if told else ''}")
+            self._lose(rank, f"{failure}{'; for it wait ' + told if told else ''}", "has failed")
         elif self._left:
             self._lose(min(self._left), f"its script has ended, and for it wait {told}")
         else:
             self._lose(None, f"all ranks wait for each other: {told}")
 
-    def _lose(self, rank: int | None, why: str) -> None:
+    def _lose(self, rank: int | None, why: str, fate: str = "is lost") -> None:
         if self._loss is None:
-            self._loss = Loss(rank, why)
+            self._loss = Loss(rank, why, fate)
 
     def _forget(self, rank: int) -> None:
         self._absent.discard(rank)

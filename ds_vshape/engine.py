@@ -264,7 +264,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def _train_batch(self, data_iter: Any) -> Any:
         self._check_ranks_agree()
-        self._step = Step()
+        self._step, self._watch.failure = Step(), None
         failure: Failure | None = None
         loss: Any = None
         try:
@@ -516,6 +516,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             if is_ended_wait(error):
                 raise
             self._failure = self._agreement.failure(error, _name_of(instruction))
+            self._watch.failure = str(self._failure)
             self._sharers.check_all_failed(self._failure)
             # It may have been memory that lacked, and messages need some.
             self._held.clear()
@@ -814,6 +815,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         except Exception as error:
             if is_ended_wait(error):
                 raise
+            self._watch.failure = None
             self._forget_batch()
             raise
         if torch.is_grad_enabled():
@@ -852,6 +854,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             if is_ended_wait(error):
                 raise
             step.error = step.error or error
+            self._watch.failure = str(self._agreement.failure(error, "OptimizerStep"))
             self._force_grad_boundary = False
         if self.global_steps > before and not step.core_failed:
             step.reached = Reached.WHOLE

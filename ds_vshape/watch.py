@@ -221,7 +221,7 @@ class Watch:
             return f"no rank is lost, but none goes on: {loss.why}"
         name = self.names[loss.rank]
         where = ", ".join(filter(None, [name.rest, f"on {name.host}" if name.host else ""]))
-        return f"{name.short} is lost{f' ({where})' if where else ''}: {loss.why}"
+        return f"{name.short} {loss.fate}{f' ({where})' if where else ''}: {loss.why}"
 
     # -- what the heartbeat's thread does
 

@@ -81,8 +81,8 @@ def test_a_failure_that_others_wait_for() -> None:
         attendance.heard(1, 1.0, failed)
         attendance.heard(0, 1.0, Status(20.0, "OptimizerStep"))
         attendance.heard(2, 1.0, Status(waits, "OptimizerStep"))
-        expected = Loss(1, "it has failed in OptimizerStep on rank 1: ValueError: no; for it wait ranks 0, 2 in "
-                        "OptimizerStep")
+        expected = Loss(1, "OptimizerStep on rank 1: ValueError: no; for it wait ranks 0, 2 in OptimizerStep",
+                        "has failed")
         assert attendance.loss(1.0) == (expected if waits > 10.0 else None)
 
 

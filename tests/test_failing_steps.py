@@ -127,3 +127,21 @@ def test_a_step_that_is_validated_later_is_taken_back() -> None:
     for oracle, losses, told in run_ranks(2, train_validated_later, job):
         assert losses == oracle
         assert "no step today" in told and "while the batch before was validated" in told
+
+
+def train_into_a_wait(rank: int) -> str:
+    """What is raised where one rank fails before DeepSpeed's step asks the others for anything."""
+    engine = Job({"name": "v-half", "timeout_seconds": 4}, 2, 4, FP32_ZERO1).engine()
+    engine.train_batch(data(engine, 0))
+    if rank:
+        before_all_exchanges(engine)
+    return error_of(lambda: engine.train_batch(data(engine, 1)))
+
+
+def test_a_failure_for_which_others_wait_within_the_step() -> None:
+    """These can't go on, and say why."""
+    for told in run_ranks(2, train_into_a_wait, timeout=90):
+        assert told.startswith("PeerLost: pipeline rank ")
+        assert ": pipeline rank 1 has failed (replica 0, global rank 1, on " in told
+        assert "OptimizerStep on pipeline rank 1" in told and "ZeroDivisionError: no step today" in told
+        assert "; for it wait rank 0 in OptimizerStep" in told
