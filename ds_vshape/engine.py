@@ -42,7 +42,7 @@ from ds_vshape.instructions import BufferId
 from ds_vshape.loss_fn import convert_without
 from ds_vshape.micro_batch import (Intake, added, as_number, check_loss, check_reduction, detached, loss_of,
                                     own_copy, own_labels)
-from ds_vshape.monitoring import comparison_line, schedule_line
+from ds_vshape.monitoring import comparison_line, ends_line, schedule_line
 from ds_vshape.observer import METERED_BATCH, Observer
 from ds_vshape.p2p import Channels, PeerLost, Signatures
 from ds_vshape.payload import members
@@ -118,7 +118,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         if not (self.is_first_stage() or self.is_last_stage()):
             self.data_iterator = self.training_dataloader = None
         self._watch: Watch = self.module.preflight.watch
-        self._watch.progress = lambda: f"the last batch done is number {self.global_steps}"
+        self._watch.progress = self._progress
         self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
         self._signatures: Signatures | None = None
         self._messages: dict[tuple[Kind, BufferId], Message] = {}
@@ -396,6 +396,11 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         """The bytes that each pipeline rank needs; to be called on every rank, after two training batches. Activations
         are None where they couldn't be measured, which the log has said."""
         return self._observer.memory(self.schedule())
+
+    def _progress(self) -> str:
+        """What an error says of the training when ranks wait in vain; scripts of their own kind do so at once."""
+        return f"the last batch done is number {self.global_steps}" + ("" if self.global_steps else
+                                                                       ends_line(self.placement))
 
     def _doing(self, what: str) -> Callable[[], str]:
         """The name of the instruction that is executed in `what`; `what` where there is none."""
@@ -841,15 +846,15 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         if of_script is not None:
             of_script(self)
         elif self._reduction is None or not self._reduction.finish():
-            super()._exec_reduce_grads()
+            stock.PipelineEngine._INSTRUCTION_MAP[instr.ReduceGrads](self)
 
     def _exec_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As DeepSpeed's, or the script's; an error of it is kept until all ranks have come to the end of the batch."""
-        of_script = self._script.get(instr.OptimizerStep) or stock.PipelineEngine._exec_optimizer_step
+        execute = self._script.get(instr.OptimizerStep) or stock.PipelineEngine._INSTRUCTION_MAP[instr.OptimizerStep]
         step, before = self._step, self.global_steps
         try:
             with step.watching(core_of(self.optimizer)):
-                of_script(self, *args, **kwargs)
+                execute(self, *args, **kwargs)
         except Exception as error:
             if is_ended_wait(error):
                 raise

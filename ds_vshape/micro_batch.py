@@ -55,7 +55,7 @@ def own_copy(data: Any, device: torch.device, what: str) -> Payload:
 
 def own_labels(labels: Any, device: torch.device) -> Any:
     """As `own_copy`; of labels in another form (a dictionary, say) the tensors are copied where they are."""
-    if torch.is_tensor(labels) or isinstance(labels, (tuple, list)):
+    if torch.is_tensor(labels) or isinstance(labels, (tuple, list)) and labels:
         return own_copy(labels, device, "labels")
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), labels)
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
 
@@ -14,13 +15,18 @@ def schedule_line(schedule: Schedule) -> str:
     """What a schedule costs while all passes take equally long."""
     placement = schedule.placement
     timeline = simulate(schedule, Times.uniform(placement.stages))
-    last = placement.rank_of(placement.last_stage)
-    ends = "" if last == placement.ranks - 1 else (
-        f"; the first and the last stage are both on pipeline rank {last}: it alone loads inputs and labels, and "
-        "nothing is to be sent from the one's rank to the other's")
     return (f"pipeline_schedule {schedule.name}: {placement.ranks} ranks, {placement.stages} stages, "
             f"{schedule.micro_batches} micro-batches; with equal times bubble {timeline.bubble:.1%}, peak "
-            f"{max(peak_activations(schedule)):g} of 1F1B's {2 * placement.ranks} activations{ends}")
+            f"{max(peak_activations(schedule)):g} of 1F1B's {2 * placement.ranks} activations{ends_line(placement)}")
+
+
+def ends_line(placement: Placement) -> str:
+    """What a script has to know where both ends of the model are on one rank; nothing elsewhere."""
+    last = placement.rank_of(placement.last_stage)
+    if last == placement.ranks - 1:
+        return ""
+    return (f"; pipeline rank {last} holds the first and the last stage, and a script must send nothing from the one's "
+            "rank to the other's")
 
 
 def comparison_line(name: str, predicted: Timeline, measured: Timeline) -> str:

@@ -73,11 +73,11 @@ def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
 
 
 def add_to(optimizer: Any, module: nn.Module) -> None:
-    """Let an optimizer that was made from a script's own list of parameters have the stand-in, if there is one."""
-    stand_in = getattr(module, NAME, None)
-    if stand_in is not None and not any(
-            parameter is stand_in for group in optimizer.param_groups for parameter in group["params"]):
-        optimizer.param_groups[0]["params"].append(stand_in)
+    """Let an optimizer that the script has made have a stand-in too, where one is wanted."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    *_, last = with_stand_in(module, parameters)
+    if not any(last is parameter for parameter in parameters):
+        optimizer.param_groups[0]["params"].append(last)
 
 
 def keep_from_universal(module: Any) -> None:

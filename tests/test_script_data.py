@@ -30,6 +30,27 @@ FORMS: dict[str, Any] = {
 }
 
 
+def test_labels_of_nothing() -> None:
+    """What a loss function that needs none gets, as DeepSpeed gives it."""
+
+    def script(config: dict[str, Any]) -> Any:
+        seen: list[Any] = []
+
+        def loss_fn(logits: Tensor, labels: Any) -> Tensor:
+            seen.append(labels)
+            return logits.float().square().mean()
+
+        engine = engine_for(config, loss_fn=loss_fn)
+        found = [engine.train_batch(iter([(inputs, empty) for inputs, _ in samples(engine, batch)])).item()
+                 for batch, empty in enumerate(((), None, []))]
+        return found, seen if engine.is_last_stage() else []
+
+    results = variants(script, schedules=(UNTOUCHED, NO_KEY, "zb-h1", "v-half"))
+    for schedule, of_ranks in results.items():
+        assert [found for found, _ in of_ranks] == [found for found, _ in results[UNTOUCHED]], schedule
+        assert any([*map(bool, seen)] == [False] * 9 for _, seen in of_ranks), schedule
+
+
 def test_micro_batches_of_more_members() -> None:
     """The first two are taken, as DeepSpeed does; that is said once, by the rank that loads inputs."""
 

@@ -14,6 +14,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, cross_entropy, specs
 from scripted import BATCHES, NO_KEY, SCHEDULES, UNTOUCHED, ds_config, losses, samples, variants, weights
 from torch import nn
@@ -75,6 +76,25 @@ def test_an_optimizer_that_takes_the_place_of_another(precision: str) -> None:
 
     same(variants(script, ranks=4, schedules=(UNTOUCHED, "zb-h1", "v-half"), **PRECISIONS[precision],
                   zero_allow_untested_optimizer=True))
+
+
+@pytest.mark.parametrize("keys", [FP32_ZERO1, BF16_ZERO1_FP32], ids=["ZeRO-1", "BF16_Optimizer"])
+def test_an_optimizer_of_the_script_on_tensor_parallel_ranks_of_plain_layers(keys: dict[str, Any]) -> None:
+    """Made from all that the module has; what the second tensor parallel rank trains, the first one counts."""
+
+    def script(config: dict[str, Any]) -> Any:
+        topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)
+        module = deepspeed.pipe.PipelineModule(specs(6), topology=topology, loss_fn=cross_entropy, seed_layers=True,
+                                               partition_method="uniform")
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        return losses(deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0])
+
+    plain = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+    # DeepSpeed's own engine fails with BF16_Optimizer, on a norm of nothing.
+    oracle = UNTOUCHED if keys is FP32_ZERO1 else "1f1b"
+    results = variants(script, ranks=4, schedules=(oracle, "zb-h1", "v-half"), optimizer=None, **keys, **plain)
+    assert len(results[oracle][0]) == BATCHES and not isinstance(results[oracle][0], str)
+    assert results["zb-h1"] == results["v-half"] == results[oracle]
 
 
 # -- functions in the instruction map
@@ -146,6 +166,23 @@ def test_functions_at_the_end_of_a_batch(keys: dict[str, Any]) -> None:
     for schedule, of_ranks in results.items():
         assert of_ranks == results[UNTOUCHED], schedule
     assert results[UNTOUCHED][0][2] == ["ReduceTiedGrads", "ReduceGrads", "OptimizerStep"] * BATCHES
+
+
+def test_methods_that_no_instruction_map_names() -> None:
+    """In the place of DeepSpeed's own they change nothing, in DeepSpeed neither."""
+
+    def script(config: dict[str, Any]) -> Any:
+        names = ("_exec_reduce_grads", "_exec_optimizer_step", "_exec_reduce_tied_grads", "_exec_forward_pass")
+        before = {name: getattr(PipelineEngine, name) for name in names}
+        try:
+            for name in names:
+                setattr(PipelineEngine, name, touch)
+            return losses(engine_for(config))
+        finally:
+            for name, method in before.items():
+                setattr(PipelineEngine, name, method)
+
+    same(variants(script, **FP32_ZERO1))
 
 
 def test_reductions_left_out() -> None:

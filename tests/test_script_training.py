@@ -138,6 +138,23 @@ def test_targets_that_are_sent_from_the_first_to_the_last_stage() -> None:
     same(variants(script))
 
 
+def test_targets_that_nobody_receives() -> None:
+    """A script that doesn't look: its first rank waits for ever, and all ranks are told why."""
+
+    def script(config: dict[str, Any]) -> Any:
+        engine = engine_for(config)
+        ends = [engine.grid.pp_group[0], engine.grid.pp_group[-1]]
+        group = dist.new_group(ranks=ends)
+        if engine.is_first_stage() or engine.is_last_stage():
+            dist.broadcast(torch.zeros(2), src=ends[0], group=group)
+        return engine.train_batch(iter(tokens(0))).item()
+
+    waiting, told = variants(script, schedules=({"name": "v-half", "timeout_seconds": 3},)).popitem()[1]
+    assert waiting.startswith(("RuntimeError", "PeerLost")), waiting
+    assert told.startswith("PeerLost") and "rank 0 in its script" in told
+    assert "pipeline rank 0 holds the first and the last stage, and a script must send nothing from the one's" in told
+
+
 # -- settings
 
 
