@@ -178,7 +178,7 @@ def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_bat
     """A batch begins with parameters and optimizer in place; what it allocates at most beyond them is predicted. Where
     a stage has no W before the peak, its gradients are counted too early."""
     for ratio in predicted_against_allocated(job(schedule, ranks, micro_batches)):
-        assert 0.93 < ratio < 1.01
+        assert 0.91 < ratio < 1.01
 
 
 @pytest.mark.parametrize("schedule, ranks", [("1f1b", 2), ("v-half", 2), ("v-zb", 4)])
