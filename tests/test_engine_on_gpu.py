@@ -15,7 +15,7 @@ from pipelines import BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcom
 from ranks import run_ranks
 from simulated_gpu.communicator import Counts
 from simulated_gpu.device import DEVICE_OF_RANK
-from simulated_gpu.ranks import run_on_gpus
+from simulated_gpu.processes import run_on_gpus
 
 PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero1": BF16_ZERO1,
               "bf16-zero1-fp32": BF16_ZERO1_FP32}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from ranks import RanksFailed
 from simulated_gpu.device import DEVICE, DEVICE_OF_RANK
-from simulated_gpu.ranks import run_on_gpus
+from simulated_gpu.processes import run_on_gpus
 from torch import nn
 
 
