@@ -64,7 +64,7 @@ from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Timeline, Times
 from ds_vshape.scheduling import schedules_for
 from ds_vshape.script_functions import ScriptFunctions
-from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward
+from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward, SplitForward
 from ds_vshape.stand_in import add_to, give_gradient, keep_from_universal, with_stand_in
 from ds_vshape.step import Reached, Step, core_of
 from ds_vshape.trace import Tracer
@@ -611,7 +611,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._pass_on(buffer_id, self._forward(buffer_id))
 
     def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
-        with SplitBackward(self._held[buffer_id].store, self._operators):
+        with SplitForward(self._held[buffer_id].store, self._operators):
             outputs = self._forward(buffer_id)
         self._pass_on(buffer_id, outputs)
 

@@ -92,11 +92,15 @@ class InGrad:
         if parameter.grad is None:
             # DeepSpeed flattens gradients with view(-1).
             parameter.grad = gradient.contiguous()
-        else:
+        elif parameter.grad.layout is torch.strided:
             parameter.grad.add_(gradient)
+        else:
+            # Of an embedding with sparse gradients; autograd makes the sum dense too.
+            parameter.grad = gradient + parameter.grad
 
     def buffer(self, parameter: Parameter, /) -> Tensor | None:
-        return parameter.grad
+        so_far = parameter.grad
+        return so_far if so_far is not None and so_far.layout is torch.strided else None
 
     def total(self, parameter: Parameter, /) -> Tensor | None:
         return parameter.grad

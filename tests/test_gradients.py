@@ -158,6 +158,17 @@ def test_a_transposed_gradient_becomes_one_that_can_be_flattened() -> None:
     assert torch.equal(parameter.grad.view(-1), gradient.reshape(-1))
 
 
+def test_a_gradient_is_added_to_a_sparse_one() -> None:
+    """As of an embedding with sparse gradients whose weight is also that of a product."""
+    parameter = nn.Parameter(torch.zeros(4, 3))
+    nn.functional.embedding(torch.tensor([1, 1, 3]), parameter, sparse=True).sum().backward()
+    sparse = parameter.grad.to_dense()
+    assert InGrad().buffer(parameter) is None
+    InGrad().add(parameter, torch.ones(4, 3))
+    assert torch.equal(parameter.grad, sparse + 1)
+    assert InGrad().buffer(parameter) is parameter.grad
+
+
 # -- clipping
 
 

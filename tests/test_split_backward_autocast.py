@@ -177,14 +177,13 @@ def test_several_uses_are_summed_in_the_precision_of_autograd(function: Any, aro
     lambda linear, x: x * F.linear(linear.bias, linear.weight),
     lambda linear, x: x * F.linear(linear.weight, linear.weight, linear.bias),
 ], ids=["matmul", "a bias by a weight", "linear"])
-def test_a_weight_by_a_weight_is_left_to_autograd(function: Any) -> None:
+def test_a_weight_by_a_weight(function: Any) -> None:
     """The gradient of one of them would be an input gradient of the other's."""
     torch.manual_seed(3)
     module = Under(Uses(function))
     batches = [torch.randn(6, 6, requires_grad=True) for _ in range(3)]
     split = train_split(module, batches, MATRIX_OPERATORS)
     split.assert_equal(train_split(module, batches))
-    assert split.entries == 0
 
 
 def test_sums_in_another_precision_would_differ() -> None:

@@ -2,6 +2,7 @@
 
     store.py        what waits between B and W
     weights.py      which tensors take part
+    ownership.py    which tensors others may write to before W
     function.py     SplitFunction, an autograd Function in two halves; the base of user kernels and of the built-in ones
     accumulate.py   gradients added to a sum in place
     matrix.py       linear, matmul, mm, bmm, addmm, embedding
@@ -10,11 +11,11 @@
     casts.py        autocast's casts of the operands, made ahead of the operator
     autocast.py     W under the autocast that B found
     operators.py    the tables of operators, and why norms aren't in the default one
-    mode.py         SplitBackward, the mode that reroutes the operators of a table
+    mode.py         SplitForward and SplitBackward, the modes that reroute the operators of a table
 """
 
 from ds_vshape.split_backward.function import Operator, Operators, SplitFunction
-from ds_vshape.split_backward.mode import SplitBackward, active_store
+from ds_vshape.split_backward.mode import SplitBackward, SplitForward, active_store
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
 from ds_vshape.split_backward.store import Delivery, Entry, WeightGradientStore, WholeGradients
@@ -29,6 +30,7 @@ __all__ = [
     "Operator",
     "Operators",
     "SplitBackward",
+    "SplitForward",
     "SplitFunction",
     "WeightGradientStore",
     "WholeGradients",

@@ -24,23 +24,18 @@ import torch
 from torch import Tensor
 
 from ds_vshape.split_backward.function import apply_split_function
-from ds_vshape.split_backward.weights import CastWeight, is_deferrable, is_plain, transposed_weight
+from ds_vshape.split_backward.weights import Cast, is_deferrable, is_plain, is_transposed_weight
 
 # Devices whose rules are known here, with their dispatch keys.
 _DISPATCH_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
-# Where the arguments are that are multiplied: position and name.
-Operands = tuple[tuple[int, str], ...]
-_INPUT_AND_WEIGHT: Operands = ((0, "input"), (1, "weight"))
-_TWO_MATRICES: Operands = ((0, "input"), (1, "mat2"))
-
-_LOW_PRECISION: dict[Callable[..., Any], Operands] = {
-    torch.nn.functional.linear: _INPUT_AND_WEIGHT,
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _INPUT_AND_WEIGHT),
-    **dict.fromkeys((torch.matmul, Tensor.matmul), ((0, "input"), (1, "other"))),
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _TWO_MATRICES),
-    **dict.fromkeys((torch.addmm, Tensor.addmm), ((1, "mat1"), (2, "mat2"))),
-}
+_LOW_PRECISION: frozenset[Callable[..., Any]] = frozenset({
+    torch.nn.functional.linear,
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.matmul, Tensor.matmul),
+    *(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm),
+    *(torch.addmm, Tensor.addmm),
+})
 _WHERE_REGISTERED_32_BITS = {torch.nn.functional.layer_norm: "aten::layer_norm",
                              torch.nn.functional.rms_norm: "aten::rms_norm"}
 _AS_THEY_ARE: frozenset[Callable[..., Any]] = frozenset({torch.nn.functional.embedding, apply_split_function})
@@ -49,7 +44,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """The arguments of a call as autocast, which is on, hands them to the kernel; weights as CastWeight.
+    """The arguments of a call as autocast, which is on, hands them to the kernel.
 
     None where a weight can't be deferred anyway, or the rules for the function or the device aren't known here.
     """
@@ -71,10 +66,7 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         dtype = torch.float32
     else:
         return args, kwargs
-    operands = [args[place] if place < len(args) else kwargs.get(name)
-                for place, name in _LOW_PRECISION.get(function, _INPUT_AND_WEIGHT[:1])]
-    # A cast of a weight is outside the graph: as the input of another weight it would get a gradient that is lost.
-    if all(map(_is_weight, operands)) or not any(map(_is_weight, tensors)):
+    if not any(map(_is_weight, tensors)):
         return None
 
     def cast(value: Any) -> Any:
@@ -86,20 +78,21 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor) and (is_deferrable(value) or transposed_weight(value) is not None)
+    return isinstance(value, Tensor) and (is_deferrable(value) or is_transposed_weight(value))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """One cast, recorded by autograd unless it is of a weight whose gradient may be deferred."""
-    weight = transposed_weight(tensor)
-    if weight is not None:
-        return CastWeight.of(weight, tensor.detach().to(dtype).t()).t()
+    """One cast, recorded by autograd."""
+    if is_transposed_weight(tensor):
+        return Cast.mark(tensor.to(dtype), tensor._base, transposed=True)  # type: ignore[arg-type]
     is_cached = (dtype is torch.get_autocast_dtype(device) and tensor.dtype is torch.float32 and tensor.is_leaf
                  and tensor.requires_grad and not tensor._is_view() and torch.is_autocast_cache_enabled())
     casts = _casts(tensor.device, dtype) if is_cached else {}
     made = casts.get(tensor)
     if made is None:
-        made = CastWeight.of(tensor, tensor.detach().to(dtype)) if is_deferrable(tensor) else tensor.to(dtype)
+        made = tensor.to(dtype)
+        if is_deferrable(tensor):
+            Cast.mark(made, tensor)  # type: ignore[arg-type]
         casts[tensor] = made
     return made
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ds_vshape.split_backward.accumulate import add_batched_product, add_product, add_rows
 from ds_vshape.split_backward.function import Operators, SplitFunction
 from ds_vshape.split_backward.store import Buffers, WeightGradientStore
-from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias, transposed_weight
+from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias, is_transposed_weight
 
 
 # As they are now: DeepSpeed's flops profiler wraps the names in torch for a while, and has counted the call that led
 # here already.
 _mm, _addmm, _bmm = torch.mm, torch.addmm, torch.bmm
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _is_by_columns(matrix: Tensor) -> bool:
@@ -48,19 +48,21 @@ class Linear(SplitFunction):
 
     weight_arguments = (1, 2)
     saved_for_weight = (0,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         transposed = weight.t()
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         ctx.by_columns = _is_by_columns(transposed)
         return _mm(x, transposed) if bias is None else _addmm(bias, x, transposed)
 
     @staticmethod
     def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
         x, weight = ctx.saved_tensors
-        x_gradient = _left_gradient(gradient, weight.t(), _is_by_columns(x)) if ctx.needs_input_grad[0] else None
-        return x_gradient, None, None
+        return _left_gradient(gradient, weight.t(), _is_by_columns(x)), None, None
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,6 +83,7 @@ class AddBias(SplitFunction):
     """x (..., m), bias (m) -> x + bias, (..., m)."""
 
     weight_arguments = (1,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ class AddBias(SplitFunction):
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.sum(tuple(range(gradient.dim() - 1)))
+        # A sum over no dimensions would be one over all.
+        return gradient.sum(tuple(range(gradient.dim() - 1))) if gradient.dim() > 1 else gradient
 
 
 class MatMul(SplitFunction):
@@ -100,18 +104,20 @@ class MatMul(SplitFunction):
 
     weight_arguments = (1, 2)
     saved_for_weight = (0,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         ctx.by_columns = _is_by_columns(weight)
         return _mm(x, weight) if bias is None else _addmm(bias, x, weight)
 
     @staticmethod
     def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
         x, weight = ctx.saved_tensors
-        x_gradient = _left_gradient(gradient, weight, _is_by_columns(x)) if ctx.needs_input_grad[0] else None
-        return x_gradient, None, None
+        return _left_gradient(gradient, weight, _is_by_columns(x)), None, None
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,15 +134,31 @@ class MatMul(SplitFunction):
         return cls.backward_weight(ctx, gradient)
 
 
+class TransposedMatMul(MatMul):
+    """x (n, k), the transpose (k, m) of a weight, bias (m) or None -> x transpose + bias, (n, m).
+
+    The graph leads to the weight over its transpose; W computes the weight's own gradient, as of Linear.
+    """
+
+    @classmethod
+    def can_defer(cls, weight: Tensor) -> bool:
+        return is_transposed_weight(weight) or is_deferrable(weight)
+
+    @classmethod
+    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return Linear.accumulate_weight(ctx, buffers, gradient)
+
+
 class LeftMatMul(SplitFunction):
     """weight (n, k), x (k, m) -> weight x, (n, m)."""
 
     weight_arguments = (0,)
     saved_for_weight = (1,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, x)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, x)
         ctx.by_columns = _is_by_columns(weight)
         return _mm(weight, x)
 
@@ -161,10 +183,11 @@ class BatchMatMul(SplitFunction):
 
     weight_arguments = (1,)
     saved_for_weight = (0,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         return _bmm(x, weight)
 
     @staticmethod
@@ -188,6 +211,7 @@ class Embedding(SplitFunction):
 
     weight_arguments = (1,)
     saved_for_weight = (0,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
@@ -212,9 +236,18 @@ class Embedding(SplitFunction):
         return None if added else cls.backward_weight(ctx, gradient)
 
 
-def linear(store: WeightGradientStore, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """torch.nn.functional.linear for inputs (..., k) of two or more dimensions."""
-    if not (is_deferrable(weight) and weight.dim() == 2 and is_plain(input) and is_plain_bias(bias, weight.size(0))):
+def linear(
+    store: WeightGradientStore,
+    input: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *rest: Any,
+    **others: Any,
+) -> Any:
+    """torch.nn.functional.linear for inputs (..., k)."""
+    if rest or others or not (is_deferrable(weight) and weight.dim() == 2 and is_plain(input)):
+        return NotImplemented
+    if not is_plain_bias(bias, weight.size(0)):
         return NotImplemented
     if input.dim() == 2:
         return Linear.apply_split(store, input, weight, bias)
@@ -227,17 +260,16 @@ def linear(store: WeightGradientStore, input: Tensor, weight: Tensor, bias: Tens
     return AddBias.apply_split(store, product, bias) if bias.requires_grad else product + bias
 
 
-def matmul(store: WeightGradientStore, input: Tensor, other: Tensor) -> Any:
+def matmul(store: WeightGradientStore, input: Any = None, other: Any = None, *rest: Any, **others: Any) -> Any:
     """torch.matmul and the operator @ with one operand a weight: (..., k) @ (k, m), (n, k) @ (k, m), or batches."""
-    if not (is_plain(input) and is_plain(other)):
+    if rest or others or not (is_plain(input) and is_plain(other)):
         return NotImplemented
     if other.dim() == 2 and input.dim() >= 2:
-        found = _right_weight(other)
-        if found is not None:
-            function, weight = found
+        function = _by_weight(other)
+        if function is not None:
             if input.dim() == 2:
-                return function.apply_split(store, input, weight, None)
-            return _on_rows(store, function, input, weight, None, other.size(1))
+                return function.apply_split(store, input, other, None)
+            return _on_rows(store, function, input, other, None, other.size(1))
         if input.dim() == 2 and is_deferrable(input):
             return LeftMatMul.apply_split(store, input, other)
     elif other.dim() == 3 and input.dim() == 3 and input.size(0) == other.size(0) and is_deferrable(other):
@@ -245,60 +277,69 @@ def matmul(store: WeightGradientStore, input: Tensor, other: Tensor) -> Any:
     return NotImplemented
 
 
-def mm(store: WeightGradientStore, input: Tensor, mat2: Tensor, **others: Any) -> Any:
+def mm(store: WeightGradientStore, input: Any = None, mat2: Any = None, *rest: Any, **others: Any) -> Any:
     """torch.mm with one operand a weight."""
-    if others or input.dim() != 2 or mat2.dim() != 2:
+    if not (is_plain(input) and is_plain(mat2) and input.dim() == mat2.dim() == 2):
         return NotImplemented
-    return matmul(store, input, mat2)
+    return matmul(store, input, mat2, *rest, **others)
 
 
-def bmm(store: WeightGradientStore, input: Tensor, mat2: Tensor, **others: Any) -> Any:
+def bmm(store: WeightGradientStore, input: Any = None, mat2: Any = None, *rest: Any, **others: Any) -> Any:
     """torch.bmm with the right operand a weight."""
-    if others or input.dim() != 3 or mat2.dim() != 3:
+    if not (is_plain(input) and is_plain(mat2) and input.dim() == mat2.dim() == 3):
         return NotImplemented
-    return matmul(store, input, mat2)
+    return matmul(store, input, mat2, *rest, **others)
 
 
-def addmm(store: WeightGradientStore, input: Tensor, mat1: Tensor, mat2: Tensor, **others: Any) -> Any:
+def addmm(
+    store: WeightGradientStore,
+    input: Any = None,
+    mat1: Any = None,
+    mat2: Any = None,
+    *rest: Any,
+    **others: Any,
+) -> Any:
     """torch.addmm as a linear layer: input is the bias, mat1 the activations, mat2 the weight."""
-    if others or not (is_plain(mat1) and is_plain(mat2) and mat1.dim() == mat2.dim() == 2):
+    if rest or others or not (is_plain(mat1) and is_plain(mat2) and mat1.dim() == mat2.dim() == 2):
         return NotImplemented
-    found = _right_weight(mat2)
-    if found is None or not is_plain_bias(input, mat2.size(1)):
+    function = _by_weight(mat2)
+    if input is None or function is None or not is_plain_bias(input, mat2.size(1)):
         return NotImplemented
-    function, weight = found
-    return function.apply_split(store, mat1, weight, input)
+    return function.apply_split(store, mat1, mat2, input)
 
 
 def embedding(
     store: WeightGradientStore,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    input: Any = None,
+    weight: Any = None,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: Any = 2.0,
+    scale_grad_by_freq: Any = False,
+    sparse: Any = False,
+    *rest: Any,
+    **others: Any,
 ) -> Any:
     """torch.nn.functional.embedding with a dense, unscaled gradient."""
-    if max_norm is not None or scale_grad_by_freq or sparse or not (is_plain(input) and is_deferrable(weight)):
+    if rest or others or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    if not (is_plain(input) and is_deferrable(weight) and weight.dim() == 2):
         return NotImplemented
     rows = weight.size(0)
     if padding_idx is None:
         padding_idx = -1
-    elif -rows <= padding_idx < rows:
+    elif isinstance(padding_idx, int) and -rows <= padding_idx < rows:
         padding_idx %= rows
     else:
         return NotImplemented
     return Embedding.apply_split(store, input, weight, padding_idx)
 
 
-def _right_weight(matrix: Tensor) -> tuple[type[SplitFunction], Parameter] | None:
+def _by_weight(matrix: Tensor) -> type[MatMul] | None:
     """How to multiply by `matrix` from the right if it is a weight, or a weight's transpose as in x @ weight.t()."""
     if is_deferrable(matrix):
-        return MatMul, matrix
-    weight = transposed_weight(matrix)
-    return None if weight is None else (Linear, weight)
+        return MatMul
+    return TransposedMatMul if is_transposed_weight(matrix) else None
 
 
 def _on_rows(
@@ -310,10 +351,14 @@ def _on_rows(
     columns: int,
 ) -> Any:
     """`function` on x (..., k) flattened to (n, k), its value back at (..., columns)."""
-    if x.size(-1) == 0:
+    if x.dim() == 0 or x.size(-1) == 0:
         return NotImplemented
     product = function.apply_split(store, x.reshape(-1, x.size(-1)), weight, bias)
-    return product if product is NotImplemented else product.view(*x.shape[:-1], columns)
+    if product is NotImplemented:
+        return product
+    shape = (*x.shape[:-1], columns)
+    # As aten: without a bias the value counts as no view, which may be detached in place.
+    return product.view(shape) if bias is not None else _unsafe_view(product, shape)
 
 
 MATRIX_PRODUCTS: Operators = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ class LayerNorm(SplitFunction):
     """x (..., *shape), weight (*shape) or None, bias (*shape) or None, shape, eps -> x normalized, (..., *shape)."""
 
     weight_arguments = (1, 2)
+    saved_for_weight = (0, 1, 2)
+    differentiable_twice = True
 
     @staticmethod
     def forward(
@@ -25,6 +26,8 @@ class LayerNorm(SplitFunction):
         value, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.shape = shape
+        # For W, which asks only whether they are there: they may have changed by then.
+        ctx.weights = [None if tensor is None else tensor.detach() for tensor in (weight, bias)]
         return value
 
     @staticmethod
@@ -40,7 +43,8 @@ class LayerNorm(SplitFunction):
 
 
 def _layer_norm_backward(ctx: Any, gradient: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight, bias = ctx.saved_tensors
+    x, mean, rstd, *weights = ctx.saved_tensors
+    weight, bias = weights if mask[0] else ctx.weights
     backward = torch.ops.aten.native_layer_norm_backward.default
     gradients: tuple[Tensor | None, ...] = backward(gradient, x, ctx.shape, mean, rstd, weight, bias, mask)
     return gradients
@@ -54,10 +58,14 @@ class RmsNorm(SplitFunction):
     """
 
     weight_arguments = (1,)
+    saved_for_weight = (0,)
+    differentiable_twice = True
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shape: list[int], eps: float | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        # For W, whose gradient doesn't depend on it: it may have changed by then.
+        ctx.weight = weight.detach()
         ctx.shape, ctx.eps = shape, eps
         return torch.rms_norm(x, shape, weight, eps)
 
@@ -65,43 +73,62 @@ class RmsNorm(SplitFunction):
     def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        x, weight = (tensor.detach() for tensor in ctx.saved_tensors)
-        return _rms_norm_gradient(ctx, x.requires_grad_(), weight, x, gradient), None, None, None
+        x, weight = ctx.saved_tensors
+        return _rms_norm_gradient(ctx, x, weight, 0, gradient), None, None, None
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
-        x, weight = (tensor.detach() for tensor in ctx.saved_tensors)
-        return _rms_norm_gradient(ctx, x, weight.requires_grad_(), weight, gradient)
+        x, weight = ctx.saved_tensors
+        return _rms_norm_gradient(ctx, x, ctx.weight if weight is None else weight, 1, gradient)
 
 
-def _rms_norm_gradient(ctx: Any, x: Tensor, weight: Tensor, of: Tensor, gradient: Tensor) -> Tensor:
-    with torch.enable_grad():
-        value = torch.rms_norm(x, ctx.shape, weight, ctx.eps)
-    return torch.autograd.grad(value, of, gradient)[0]
+def _rms_norm_gradient(ctx: Any, x: Tensor, weight: Tensor, of: int, gradient: Tensor) -> Tensor:
+    """The gradient of x (`of` 0) or weight (1); with a history, under create_graph."""
+    twice = torch.is_grad_enabled()
+    operands = [x, weight]
+    if not twice:
+        operands = [tensor.detach() for tensor in operands]
+        operands[of].requires_grad_()
+    # A checkpoint that is running counts what is saved, and nothing is in the backward of an unsplit norm.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        value = torch.rms_norm(operands[0], ctx.shape, operands[1], ctx.eps)
+    return torch.autograd.grad(value, operands[of], gradient, create_graph=twice)[0]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def layer_norm(
     store: WeightGradientStore,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Any = None,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    eps: Any = 1e-5,
+    *rest: Any,
+    **others: Any,
 ) -> Any:
     """torch.nn.functional.layer_norm with a weight, a bias or both."""
-    if not all(tensor is None or is_plain(tensor) for tensor in (input, weight, bias)):
+    if rest or others or not isinstance(normalized_shape, (tuple, list)) or not is_plain(input):
+        return NotImplemented
+    if not all(tensor is None or is_plain(tensor) for tensor in (weight, bias)):
         return NotImplemented
     return LayerNorm.apply_split(store, input, weight, bias, list(normalized_shape), eps)
 
 
 def rms_norm(
     store: WeightGradientStore,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
+    input: Any = None,
+    normalized_shape: Any = None,
+    weight: Any = None,
+    eps: Any = None,
+    *rest: Any,
+    **others: Any,
 ) -> Any:
     """torch.nn.functional.rms_norm with a weight."""
+    if rest or others or not isinstance(normalized_shape, (tuple, list)):
+        return NotImplemented
     if weight is None or not (is_plain(input) and is_plain(weight)):
         return NotImplemented
     return RmsNorm.apply_split(store, input, weight, list(normalized_shape), eps)

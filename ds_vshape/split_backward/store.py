@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +55,22 @@ class Entry:
     output_gradients: tuple[Tensor | None, ...]
     targets: tuple[Target | None, ...]
     autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", self._current_versions())
+
+    def check_unmodified(self) -> None:
+        """RuntimeError if what is kept was written to since B (autograd itself guards only until B)."""
+        if self.versions != self._current_versions():
+            raise RuntimeError(
+                "one of the tensors needed for a weight gradient has been modified by an inplace operation between "
+                "its input-gradient pass (B) and its weight-gradient pass (W)"
+            )
+
+    def _current_versions(self) -> list[int]:
+        kept = (*self.context.saved_tensors, *self.output_gradients)
+        return [tensor._version for tensor in kept if tensor is not None]
 
     @property
     def weights(self) -> int:
@@ -70,7 +87,7 @@ class Entry:
     def weight_gradients(self, delivery: Delivery) -> tuple[Tensor | None, ...]:
         """The gradient of each target, in a memory layout that may be kept as `parameter.grad`; None where it has been
         added to the delivery's buffer."""
-        self.context.check_unmodified()
+        self.check_unmodified()
         buffers = tuple(None if target is None else delivery.buffer(parameter_of(target)) for target in self.targets)
         if self.autocast or is_autocast_enabled():
             with autocast_as(self.autocast):
@@ -122,6 +139,9 @@ class WeightGradientStore:
         self._uses: dict[Target, int] = {}
         self._partial_sums: dict[Target, Tensor] = {}
         self._weights_left = 0
+        # Whether a run of autograd may leave entries here: not one that a layer starts by itself (mode.py), nor one
+        # that comes after W.
+        self.deferring = True
         # What may be done while this micro-batch's B waits for other ranks (tensor_parallel.py).
         self.meanwhile: Callable[[], None] = _nothing
 
@@ -151,10 +171,20 @@ class WeightGradientStore:
         if isinstance(target, Cast) and not uses:
             self._add_use(target.parameter)
 
+    @contextmanager
+    def set_deferring(self, deferring: bool) -> Iterator[None]:
+        """Meanwhile, runs of autograd leave entries here, or compute everything at once."""
+        before, self.deferring = self.deferring, deferring
+        try:
+            yield
+        finally:
+            self.deferring = before
+
     def run(self, delivery: Delivery) -> None:
         """W: compute every gradient and hand it to `delivery`, freeing each entry as it's done."""
         while self._entries:
             self.run_next(delivery)
+        self.deferring = False
 
     def run_piece(self, piece: int, pieces: int, delivery: Delivery) -> None:
         """Piece `piece` (from 0, in turn) of W cut into `pieces`: about equal shares of the weights, entry by entry, so
@@ -165,6 +195,8 @@ class WeightGradientStore:
         while self._entries and (piece == pieces - 1 or self._weights_left - self._entries[0].weights / 2 >= rest):
             self._weights_left -= self._entries[0].weights
             self.run_next(delivery)
+        if piece == pieces - 1:
+            self.deferring = False
 
     def run_next(self, delivery: Delivery) -> None:
         """One entry of W; IndexError if none waits.

@@ -1,0 +1,112 @@
+"""Whether somebody else may write to a tensor that W will read, and copies for W where that is so.
+
+A gradient is often in several hands: those of the other branch of a residual, of a hook, of the caller of backward.
+Autograd reads it at once, and whoever changes it in place afterwards does no harm. W reads it later, so what is in
+other hands too is copied in B. References are counted: Python's own, those of the tensor (another node that waits for
+the same gradient) and those of its memory (a view of it). How many there are while nobody else has one is found out
+by a backward of this module's own, once.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of a tensor: references from Python, references to the tensor, and those to its memory; the first two of the tensor
+# that it is a view of, if it is one.
+_Counts = tuple[int, int, int, int, int]
+
+
+def is_shared(output_gradients: tuple[Tensor | None, ...], position: int) -> bool:
+    """Whether somebody else has the gradient at `position` of the tuple with which autograd called a backward."""
+    if output_gradients[position] is None:
+        return False
+    counts = _counts(output_gradients, position)
+    own, view, _ = _unshared()
+    return _exceed(counts, view if counts[4] else own)
+
+
+def saved_is_shared(saved_tensors: tuple[Tensor | None, ...], position: int) -> bool:
+    """Whether anything but its node has the tensor at `position` of a node's saved tensors; with a reference from the
+    tuple and one from the caller."""
+    return _exceed(_counts(saved_tensors, position), _unshared()[2])
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """`tensor`, without its history, in memory of its own and no larger than it was.
+
+    The strides stay as they are: the same calls of a library then give the same bits.
+    """
+    tensor = tensor.detach()
+    if tensor.is_contiguous():
+        return tensor.clone()
+    once = tensor
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride())):
+        if size > 1 and stride == 0:
+            once = once.narrow(dimension, 0, 1)
+    if _overlaps(once.shape, once.stride()):
+        return tensor.clone()
+    copy = torch.empty_strided(once.shape, once.stride(), dtype=once.dtype, device=once.device)
+    return copy.copy_(once).expand(tensor.shape)
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two indices may mean one place."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _counts(tensors: tuple[Tensor | None, ...], position: int) -> _Counts:
+    tensor: Any = tensors[position]
+    base = tensor._base
+    return (
+        sys.getrefcount(tensor),
+        tensor._use_count(),
+        torch._C._storage_Use_Count(tensor.untyped_storage()._cdata),
+        0 if base is None else sys.getrefcount(base),
+        0 if base is None else base._use_count(),
+    )
+
+
+def _exceed(counts: _Counts, unshared: _Counts) -> bool:
+    for count, least in zip(counts, unshared):
+        if count > least:
+            return True
+    return False
+
+
+class _Probe(torch.autograd.Function):
+    """Notes the counts of an output gradient and of a saved tensor that nobody else has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: list[_Counts]) -> Tensor:
+        ctx.save_for_backward(torch.ones(2))
+        ctx.found = found
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Any) -> Any:
+        saved = ctx.saved_tensors
+        tensor = saved[0]  # noqa: F841
+        ctx.found += [_counts(output_gradients, 0), _counts(saved, 0)]
+        return None, None
+
+
+@cache
+def _unshared() -> tuple[_Counts, _Counts, _Counts]:
+    """The counts of an output gradient, of one that is a view, and of a saved tensor."""
+    found: list[_Counts] = []
+    with torch.enable_grad(), torch._C.DisableTorchFunction():
+        for shape in ((2,), (2, 1)):
+            value: Any = _Probe.apply(torch.ones(2, requires_grad=True), found)  # type: ignore[no-untyped-call]
+            value = value * 1 if shape == (2,) else value.view(shape)
+            torch.autograd.backward(value * 3, torch.ones(shape))
+    return found[0], found[2], found[1]
