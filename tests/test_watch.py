@@ -107,11 +107,11 @@ def in_scheduler(engine: Any, strike: Callable[[], None], folder: str) -> None:
 
 
 def in_save(engine: Any, strike: Callable[[], None], folder: str) -> None:
-    engine.checkpoint_engine.save = lambda *_: strike()
+    engine.checkpoint_engine.save = lambda *_, **__: strike()
 
 
 def in_load(engine: Any, strike: Callable[[], None], folder: str) -> None:
-    engine.checkpoint_engine.load = lambda *_: strike()
+    engine.checkpoint_engine.load = lambda *_, **__: strike()
 
 
 def between(engine: Any, strike: Callable[[], None], folder: str) -> None:
@@ -157,7 +157,7 @@ def told_by(failure: str) -> dict[int, str]:
 
 def assert_named(place: str, victim: int, number: int, folder: Path) -> None:
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(RANKS, train, place, victim, number, str(folder), timeout=SECONDS + GRACE + 25)
+        run_ranks(RANKS, train, place, victim, number, str(folder), timeout=SECONDS + GRACE)
     told = told_by(str(failed.value))
     others = sorted({*range(RANKS)} - {victim})
     assert sorted(told) == others, str(failed.value)
