@@ -194,7 +194,7 @@ def test_every_phase(place: str, number: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["in_the_module", "SplitForwardPass", "OptimizerStep", "in_save"])
+@pytest.mark.parametrize("place", ["in_the_constructor", "SplitForwardPass", "OptimizerStep", "in_save"])
 def test_the_first_rank_stopped(place: str, tmp_path: Path) -> None:
     """The one that all the others tell that they are there."""
     assert_named(place, 0, signal.SIGSTOP, tmp_path)
