@@ -261,7 +261,8 @@ LEAVES: dict[str, dict[str, Any]] = {
 
 
 def _hooked(x: Tensor, hook: Any) -> Tensor:
-    if x.requires_grad:
+    # torch 2.13 itself crashes on views that were written to without gradients; asked for their node it doesn't.
+    if x.requires_grad and (x.is_leaf or x.grad_fn is not None):
         x.register_hook(hook)
     return x
 
