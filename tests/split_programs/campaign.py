@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ def campaign(examples: int, start: int) -> Tally:
               phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False)
     @given(programs)
     def many(program: Program) -> None:
+        if tally.programs % 1000 == 999:
+            print(f"seed {start}: {tally.programs + 1} programs, {time.monotonic() - began:.0f} s", file=sys.stderr)
         try:
             tally.run(program)
         except AssertionError as fault:
