@@ -66,9 +66,10 @@ class Run:
         self._dtype = getattr(torch, program.dtype)
         self.outcome = Outcome()
         self._pass: Pass = ("", 0, 0, 0)
-        weights = nn.ParameterDict()
-        self._stages = [Stage(program, number, weights, self._log) for number in range(len(program.stages))]
-        self._weights = weights
+        self._weights = nn.ParameterDict()
+        made = self._made if operators is None else None
+        self._stages = [Stage(program, number, self._weights, self._log, made)
+                        for number in range(len(program.stages))]
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._roots: dict[tuple[int, int], Any] = {}
         self._gradients: dict[tuple[int, int], Tensor | None] = {}
@@ -125,19 +126,19 @@ class Run:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Note for which weights autograd accumulates in this pass: how often, in a plain run."""
+        """Note for which weights autograd accumulates in this pass; hooks of a plain run count how often."""
         if self._operators is None:
-            handles = [parameter.register_post_accumulate_grad_hook(self._count)
-                       for parameter in self._weights.values() if parameter.requires_grad]
             yield
-            for handle in handles:
-                handle.remove()
             return
         before = {name: _state(parameter) for name, parameter in self._weights.items()}
         yield
         for name, parameter in self._weights.items():
             if _state(parameter) != before.get(name, (None, 0)):
                 self.outcome.autograds[name, self._pass] += 1
+
+    def _made(self, parameter: Tensor) -> None:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(self._count)
 
     def _count(self, parameter: Tensor) -> None:
         self.outcome.autograds[self._name(parameter), self._pass] += 1

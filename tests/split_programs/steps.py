@@ -20,12 +20,13 @@ SHAPES = {"matrix": (WIDTH, WIDTH), "wide": (2 * WIDTH, WIDTH), "vector": (WIDTH
 
 
 class Stage(nn.Module):
-    """The steps of one stage. `log` gets what its hooks see: a key for the hook and the pass, and a tensor."""
+    """The steps of one stage. `log` gets what its hooks see: a name of the hook, and a tensor. Weights are made when
+    they are first used, and told to `made`."""
 
     def __init__(self, program: Program, number: int, weights: nn.ParameterDict,
-                 log: Callable[[str, Any], None]) -> None:
+                 log: Callable[[str, Any], None], made: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
-        self.weights, self.log = weights, log
+        self.weights, self.log, self._made = weights, log, made
         self._prefix = "" if program.tied else f"{number}."
         self._dtype = getattr(torch, program.dtype)
         self.micro_batch = 0
@@ -67,6 +68,8 @@ class Stage(nn.Module):
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
             values = torch.randn(SHAPES[kind], generator=generator, dtype=torch.float64) / 2
             self.weights[name] = nn.Parameter(values.to(self._dtype), requires_grad=number != FROZEN)
+            if self._made is not None:
+                self._made(self.weights[name])
         found: nn.Parameter = self.weights[name]
         return found
 
