@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from split_programs.campaign import Tally, campaign
+from split_programs.campaign import Tally, campaign, prepare_process
 from split_programs.program import evaluate
 from split_programs.run import check
 
@@ -28,7 +27,7 @@ def main() -> int:
         print(f"equal; {outcome.entries} entries waited for W")
         return 0
     share = -(-given.programs // given.processes)
-    with ProcessPoolExecutor(given.processes, get_context("spawn"), _quiet) as pool:
+    with ProcessPoolExecutor(given.processes, get_context("spawn"), prepare_process) as pool:
         seeds = [given.seed + number for number in range(given.processes)]
         tally = sum(pool.map(campaign, [share] * given.processes, seeds), Tally())
     print(f"{tally.programs} programs in {tally.seconds:.0f} s; {tally.compared} with an oracle, {tally.deferring} of "
@@ -39,10 +38,6 @@ def main() -> int:
     if tally.fault:
         print(f"FAULT {tally.fault}")
     return 1 if tally.fault else 0
-
-
-def _quiet() -> None:
-    warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -44,6 +46,12 @@ class Tally:
         self.entries += outcome.entries
         self.deferring += outcome.entries > 0
         self.steps.update(step.kind for step in program.walk())
+
+
+def prepare_process() -> None:
+    """Warnings of torch about what programs do say nothing here; a crash says where it was."""
+    warnings.simplefilter("ignore")
+    faulthandler.enable()
 
 
 def campaign(examples: int, start: int) -> Tally:
