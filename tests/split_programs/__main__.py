@@ -1,4 +1,4 @@
-"""python -m split_programs [--programs N] [--seed S] [--processes P], or [--program 'Program(...)'] for one.
+"""python -m split_programs [--programs N] [--seed S] [--processes P] [--seconds T], or [--program 'Program(...)'] for one.
 
 With tests/ in PYTHONPATH. Says what ran; ends with 1 and a small program if the split isn't plain autograd's.
 """
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--programs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="when to end at the latest")
     parser.add_argument("--program", help="one program, as it was printed")
     given = parser.parse_args()
     if given.program:
@@ -29,7 +30,8 @@ def main() -> int:
     share = -(-given.programs // given.processes)
     with ProcessPoolExecutor(given.processes, get_context("spawn"), prepare_process) as pool:
         seeds = [given.seed + number for number in range(given.processes)]
-        tally = sum(pool.map(campaign, [share] * given.processes, seeds), Tally())
+        tally = sum(pool.map(campaign, [share] * given.processes, seeds, [given.seconds] * given.processes),
+                    Tally())
     print(f"{tally.programs} programs in {tally.seconds:.0f} s; {tally.compared} with an oracle, {tally.deferring} of "
           f"them deferred something: {tally.entries} entries")
     print("steps: " + ", ".join(f"{kind} {count}" for kind, count in tally.steps.most_common()))

@@ -54,8 +54,13 @@ def prepare_process() -> None:
     faulthandler.enable()
 
 
-def campaign(examples: int, start: int) -> Tally:
-    """`examples` programs from the random seed `start`; the first fault ends it, shrunk."""
+class _OutOfTime(KeyboardInterrupt):
+    """Which hypothesis lets through."""
+
+
+def campaign(examples: int, start: int, seconds: float = float("inf")) -> Tally:
+    """`examples` programs from the random seed `start`, or what can be run in `seconds`; the first fault ends it,
+    shrunk."""
     tally, began = Tally(), time.monotonic()
 
     @seed(start)
@@ -63,6 +68,8 @@ def campaign(examples: int, start: int) -> Tally:
               phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False)
     @given(programs)
     def many(program: Program) -> None:
+        if time.monotonic() - began > seconds and not tally.fault:
+            raise _OutOfTime
         if tally.programs % 1000 == 999:
             print(f"seed {start}: {tally.programs + 1} programs, {time.monotonic() - began:.0f} s", file=sys.stderr)
         try:
@@ -73,7 +80,7 @@ def campaign(examples: int, start: int) -> Tally:
 
     try:
         many()
-    except AssertionError:
+    except (AssertionError, _OutOfTime):
         pass
     tally.seconds = time.monotonic() - began
     return tally
