@@ -29,7 +29,7 @@ def main() -> int:
         print(f"equal; {outcome.entries} entries waited for W")
         return 0
     share = -(-given.programs // given.processes)
-    with ProcessPoolExecutor(given.processes, get_context("spawn"), prepare_process) as pool:
+    with ProcessPoolExecutor(given.processes, get_context("fork"), prepare_process) as pool:
         seeds = [given.seed + number for number in range(given.processes)]
         tally = sum(pool.map(campaign, [share] * given.processes, seeds, [given.seconds] * given.processes),
                     Tally())
