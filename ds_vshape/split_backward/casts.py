@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ds_vshape.split_backward.function import apply_split_function
 from ds_vshape.split_backward.weights import Cast, is_deferrable, is_plain, is_transposed_weight
@@ -67,6 +68,9 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     else:
         return args, kwargs
     if not any(map(_is_weight, tensors)):
+        return None
+    # The other uses of a parameter that can't be deferred get autocast's own cast, and so has this one to.
+    if any(type(tensor) is Parameter and tensor.requires_grad and not is_deferrable(tensor) for tensor in tensors):
         return None
 
     def cast(value: Any) -> Any:
