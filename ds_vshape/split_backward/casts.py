@@ -69,6 +69,9 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return args, kwargs
     if not any(map(_is_weight, tensors)):
         return None
+    # A weight by a weight: one of them is an input, whose gradient isn't deferred, and may be the other weight too.
+    if sum(tensor.dim() > 1 and _is_weight(tensor) for tensor in tensors) > 1:
+        return None
     # The other uses of a parameter that can't be deferred get autocast's own cast, and so has this one to.
     if any(type(tensor) is Parameter and tensor.requires_grad and not is_deferrable(tensor) for tensor in tensors):
         return None
