@@ -1,9 +1,8 @@
-"""What torch's allocators give out and take back while this thread works, told by torch's profiler.
+"""Records which memory torch's allocators give out and take back while this thread works, by torch's profiler.
 
-It listens to the allocators, and so sees all without being seen: no hook on saved tensors, no dispatch mode and no
-subclass is there that a layer could meet, and operators compute what they compute without it. Only one profiler runs in
-a thread at a time: where a script's own does, there is nothing to be seen here, and where a layer starts one, this one
-makes way.
+The profiler listens to the allocators, so layers don't notice it: there is no hook on saved tensors, no dispatch mode
+and no tensor subclass, and operators compute the same as without it. Only one profiler can run in a thread at a time:
+while the script's own runs, nothing can be recorded here, and where a layer starts one, this one stops for it.
 
 Of torch (autograd/profiler.py) this uses, besides `profile`: its names `_prepare_profiler` and `_enable_profiler`,
 which every profiler calls first, and the tree of events in its results.
@@ -30,7 +29,7 @@ class CannotWatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Change:
-    """Memory that was given out at an address, or was taken back there (a negative size)."""
+    """`size` bytes that were given out at an address, or were taken back there (a negative size), at `time` in ns."""
 
     time: int
     address: int
@@ -39,14 +38,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Watched:
-    """All changes in the order of time, and the start and end of each span, by its number."""
+    """All changes in the order of time, and the start and end (ns) of each span, by its number."""
 
     changes: list[Change]
     spans: dict[int, tuple[int, int]]
 
 
 class AllocationWatcher:
-    """Watches the memory of devices of one type."""
+    """Records the memory of devices of one type."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -57,7 +56,7 @@ class AllocationWatcher:
         self._interrupted = False
 
     def start(self) -> None:
-        """Start to watch; CannotWatch where another profiler runs."""
+        """Start to record; raises CannotWatch where another profiler runs."""
         if _profiler_enabled() or torch_profiler._is_profiler_enabled:
             raise CannotWatch("another profiler was running")
         self._interrupted, self._spans = False, 0
@@ -80,7 +79,7 @@ class AllocationWatcher:
 
     @contextmanager
     def span(self) -> Iterator[int]:
-        """Around what is to be found again in the result, by the number that this gives."""
+        """Mark what runs inside as a span; gives the number under which the result has it."""
         self._spans += 1
         if self._profiler is None:
             yield self._spans
@@ -89,14 +88,14 @@ class AllocationWatcher:
             yield self._spans
 
     def stop(self) -> Watched:
-        """Stop to watch; CannotWatch where this had to make way for another profiler."""
+        """Stop, and return what was recorded; raises CannotWatch where this had to stop for another profiler."""
         profiler = self._end()
         if self._interrupted or profiler is None:
             raise CannotWatch("a layer started a profiler of its own")
         return self._read(profiler.kineto_results.experimental_event_tree())
 
     def drop(self) -> None:
-        """Stop, if it runs; nobody wants to know."""
+        """Stop if it runs, and throw away what was recorded."""
         self._end()
 
     def _end(self) -> Any:
@@ -114,9 +113,9 @@ class AllocationWatcher:
         while left:
             event = left.pop()
             if event.tag == _EventType.Allocation:
-                of = event.extra_fields
-                if of.device.type == self._device_type:
-                    changes.append(Change(event.start_time_ns, of.ptr, of.alloc_size))
+                details = event.extra_fields
+                if details.device.type == self._device_type:
+                    changes.append(Change(event.start_time_ns, details.ptr, details.alloc_size))
             elif event.name.startswith(_MARK):
                 spans[int(event.name.removeprefix(_MARK))] = event.start_time_ns, event.end_time_ns
             left += event.children

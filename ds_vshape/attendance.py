@@ -1,13 +1,13 @@
-"""Which rank of a job is lost, by what the ranks tell of themselves every second or so.
+"""Decides which rank of a job is lost, from the status that every rank sends each second or so.
 
-A rank that works on something for hours goes on telling, and nobody ends for it. Lost is one
+A rank that works on something for hours keeps sending, and no other rank ends because of it. A rank is lost if
 
-    whose process ended                       told by its connection, at once
-    whose script ended in an error            told by itself
-    that tells nothing for `seconds`          its process is stopped, or its host is cut off
-    that hasn't come in `seconds`             nothing is known of it
+    its process has ended                     its connection tells so at once
+    its script has ended in an error          it tells so itself
+    it has sent nothing for `seconds`         its process is stopped, or its host is cut off
+    it hasn't come within `seconds`           nothing is known of it
 
-and the job is lost where no rank is, but all of them wait for each other.
+The job is lost as well if no single rank is, but all of them wait for each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Where a rank has failed, or is gone, the others have come to wait for it within the time that a pass takes.
+# Where a rank has failed or ended, others that have waited for so long (longer than a pass takes) wait for that rank.
 STUCK_SECONDS = 10.0
 
 
@@ -23,8 +23,8 @@ STUCK_SECONDS = 10.0
 class Status:
     """What a rank tells of itself.
 
-    `waits` is how many seconds its script has been in one exchange with other ranks, and 0 while it isn't in any;
-    `place` says in which; `failure` says what it has failed in, while the others don't know.
+    `waits` is how many seconds its script has been in one exchange with other ranks, 0 while it is in none; `place`
+    names that exchange; `failure` is an error of this rank that the others don't know of yet.
     """
 
     waits: float = 0.0
@@ -34,7 +34,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Loss:
-    """Why the job can't go on: what has become of `rank`, which is None where that isn't one rank's affair."""
+    """Why the job can't go on: what happened to `rank`, which is None where no single rank is the cause."""
 
     rank: int | None
     why: str
@@ -42,7 +42,7 @@ class Loss:
 
 
 class Attendance:
-    """The ranks of a job; every `now` counts the seconds from one moment."""
+    """The ranks of a job. Every argument `now` is in seconds since one fixed moment."""
 
     def __init__(self, ranks: Iterable[int], seconds: float) -> None:
         self.seconds = seconds
@@ -58,14 +58,14 @@ class Attendance:
         return not self._absent
 
     def heard(self, rank: int, now: float, status: Status | None = None) -> None:
-        """`rank` has told something."""
+        """`rank` has sent a message, with its `status` if it is one."""
         self._absent.discard(rank)
         self._heard[rank] = now
         if status is not None:
             self._status[rank] = status
 
     def left(self, rank: int, error: str) -> None:
-        """The script of `rank` has ended, with an `error` if there is a text."""
+        """The script of `rank` has ended: in an error, unless the text `error` is empty."""
         self._forget(rank)
         self._left.add(rank)
         if error:
@@ -78,11 +78,11 @@ class Attendance:
             self._lose(rank, "its process has ended")
 
     def silent(self, now: float, seconds: float) -> list[int]:
-        """The ranks that have told nothing for `seconds`, in order."""
+        """The ranks that have sent nothing for `seconds`, in order."""
         return sorted(rank for rank, last in self._heard.items() if now - last > seconds)
 
     def loss(self, now: float) -> Loss | None:
-        """The first loss, which stays the job's."""
+        """Why the job is lost, None if it isn't; the first reason that is found stays."""
         if self._loss is None:
             self._look(now)
         return self._loss

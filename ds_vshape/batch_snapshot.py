@@ -1,8 +1,8 @@
 """What a batch changes before its gradients are reduced, kept so that the batch can run again as if it hadn't run.
 
-Random states and buffers (rollback.py); plain state that layers keep besides (counters, tensors, generators of their
-own); numbers and flags of DeepSpeed's engine and optimizer; gradients, which are there seldom when a batch starts. What
-a layer keeps elsewhere, in globals or in objects of its own, stays as the batch has left it.
+It holds random states and buffers (rollback.py), plain attributes of modules besides (counters, tensors, generators of
+their own), numbers and flags of DeepSpeed's engine and optimizer, and gradients, of which there are seldom any when a
+batch starts. What a layer keeps elsewhere, in globals or in objects of its own, stays as the batch has left it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BatchSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """As if nothing of the batch had run."""
+        """Put everything back to what it was before the batch."""
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "zero_grad"):
             optimizer.zero_grad()
@@ -60,8 +60,8 @@ class BatchSnapshot:
         self._passes.restore()
 
     def forgets(self, parameter: Any, gradient: Tensor) -> bool:
-        """Whether this gradient of the batch stays as it is when all is restored, since nobody writes there: the batch
-        has made it, and it lies in no memory of the optimizer's."""
+        """Whether `restore` only drops this gradient and doesn't overwrite it: the batch has made it, and it isn't in
+        the optimizer's memory."""
         made = id(gradient) not in self._before
         return made and any(gradient is getattr(parameter, place, None) for place in _GRADIENTS)
 

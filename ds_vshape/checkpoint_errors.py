@@ -17,6 +17,7 @@ import torch
 from deepspeed.runtime.pipe.module import PipelineError
 
 _LONGEST = 600
+_REPLACE = "put a whole copy in its place, or load another checkpoint"
 # Enough for a block of a file system, so that a full one says so.
 _PROBE = b"\0" * (1 << 20)
 
@@ -32,7 +33,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def unreadable(path: str, error: Exception) -> CheckpointError:
-    """Why the file `path` couldn't be read, where reading it raised `error`."""
+    """The error that says why the file `path` couldn't be read, where reading it raised `error`."""
     if isinstance(error, FileNotFoundError):
         return missing(path)
     if isinstance(error, OSError) and error.filename is not None:
@@ -45,18 +46,18 @@ def unreadable(path: str, error: Exception) -> CheckpointError:
                            f"{in_one_line(error)}): {_REPLACE}")
 
 
-_REPLACE = "put a whole copy in its place, or load another checkpoint"
-
-
 def missing(path: str) -> CheckpointError:
-    """`path` isn't there."""
+    """The error for a file `path` that isn't there; it lists what its folder has."""
     folder = Path(path).parent
     present = f"its folder has {_few(sorted(os.listdir(folder)))}" if folder.is_dir() else f"{folder} is no folder"
     return CheckpointError(f"{path} is missing ({present}): {_REPLACE}")
 
 
 def replace_text(path: Path, text: str, draft: Path) -> None:
-    """Let the file `path` hold `text`, which is written into `draft` first, so that it's there whole or not at all."""
+    """Let the file `path` hold `text`, which is written into `draft` first, so that it's there whole or not at all.
+
+    Raises OSError that names `path`.
+    """
     try:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
@@ -73,7 +74,7 @@ def _few(names: list[str]) -> str:
 
 
 def unwritable(path: str, error: Exception, content: Any) -> Exception:
-    """Why the file `path` couldn't be written, where writing `content` raised `error`."""
+    """The error that says why the file `path` couldn't be written, where writing `content` raised `error`."""
     if isinstance(error, OSError):
         return error if error.filename is not None else type(error)(error.errno, error.strerror or str(error), path)
     if isinstance(error, RuntimeError):
@@ -93,7 +94,7 @@ def unwritable(path: str, error: Exception, content: Any) -> Exception:
 
 
 def _unpicklable(content: Any) -> str | None:
-    """What in a state that is saved can't be pickled."""
+    """The member of a state that can't be pickled, in words; None if all can."""
     for key, value in content.items() if isinstance(content, Mapping) else ():
         try:
             _WithoutTensors(_Nowhere()).dump(value)

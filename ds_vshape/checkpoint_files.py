@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint engines while a checkpoint is saved or loaded: their errors name the file.
+"""Wraps DeepSpeed's checkpoint engines while a checkpoint is saved or loaded, so that their errors name the file.
 
 A checkpoint engine (runtime/checkpoint_engine/) is what reads and writes files for DeepSpeed; users have their own.
 """
@@ -23,11 +23,11 @@ class _Wrapped:
 
 
 class Reading(_Wrapped):
-    """Raises CheckpointError for a file that can't be read, and knows which is in use."""
+    """Raises CheckpointError for a file that can't be read; `path` is the file that was read last."""
 
     def __init__(self, engine: Any, path: str) -> None:
         super().__init__(engine)
-        # The file, or the folder, that errors of what is done with its content are about.
+        # Errors of what is done with the content are about this file, or folder.
         self.path = path
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -42,10 +42,10 @@ class Reading(_Wrapped):
 
 
 class Writing(_Wrapped):
-    """Raises what was in the way of a file with the file's name.
+    """Raises errors that name the file which couldn't be written.
 
-    Where DeepSpeed has other ranks wait for this one later on, errors are kept instead, in `error`, and what follows
-    the first isn't tried.
+    Errors of methods after which DeepSpeed has other ranks wait for this one are kept in `error` instead, and nothing
+    is tried after the first.
     """
 
     error: Exception | None = None
@@ -57,7 +57,7 @@ class Writing(_Wrapped):
         try:
             return self.engine.save(state_dict, path)
         except Exception as error:
-            # The file may still be open there: the space of one that is removed would stay taken.
+            # Its frames may keep the file open, and the space of an open file isn't freed when it is removed.
             traceback.clear_frames(error.__traceback__)
             raise unwritable(path, error, state_dict) from error
 

@@ -1,9 +1,9 @@
 """How far two runs of one batch agree: their losses, and the gradients of their parameters.
 
-Equal to the last bit, or else to rounding. W may add a product to its sum where that lies, which is rounded once where
+They are equal to the last bit, or else to rounding. W may add a product to its sum where that lies, which is rounded once where
 a whole backward rounds twice, and the gradients of a weight that two stages share add up in another order; then the
 norm of the difference counts, as a share of the gradient's norm. A gradient that is zero but for rounding (the bias of
-keys in attention) has nothing but noise to be compared with, so a gradient counts for no smaller than a tenth of what
+keys in attention) has nothing but noise to be compared with, so no norm is taken for smaller than a tenth of what
 is usual on its rank.
 """
 
@@ -24,8 +24,8 @@ _SMALLEST = 0.1
 
 
 @dataclass(frozen=True)
-class Agreeing:
-    """How far two values agree: the norm of their difference, as a share of the second's norm; 0 is bit for bit."""
+class Difference:
+    """The norm of the difference of two values, as a share of the second's norm; 0 if they are equal bit for bit."""
 
     share: float
     tolerance: float
@@ -37,7 +37,7 @@ class Agreeing:
 
 
 def tolerance(dtype: torch.dtype, micro_batches: int) -> float:
-    """What rounding may change in sums over so many micro-batches, as a share."""
+    """What rounding may change in sums over `micro_batches`, as a share of their norm."""
     of_dtype = _TOLERANCES.get(dtype.to_real() if dtype.is_complex else dtype, max(_TOLERANCES.values()))
     return of_dtype * max(1.0, math.sqrt(micro_batches / _MICRO_BATCHES))
 
@@ -50,21 +50,22 @@ def usual_size(gradients: Iterable[Tensor | None]) -> float:
 
 
 @torch.no_grad()
-def compare(found: Tensor | None, expected: Tensor | None, allowed: float, usual: float = 0.0) -> Agreeing:
-    """How far `found` agrees with `expected`, where None is zero; `usual` is the usual size of such numbers."""
+def compare(found: Tensor | None, expected: Tensor | None, allowed: float, usual: float = 0.0) -> Difference:
+    """The difference of `found` from `expected`, where None is zero; `allowed` is its tolerance, and `usual` the usual
+    size of such numbers."""
     if found is None or expected is None:
         present = found if expected is None else expected
         if present is None:
-            return Agreeing(0.0, allowed)
+            return Difference(0.0, allowed)
         expected = torch.zeros_like(present) if expected is None else expected
         found = torch.zeros_like(present) if found is None else found
     found, expected = found.to_dense(), expected.to_dense()
     if torch.equal(found, expected):
-        return Agreeing(0.0, allowed)
+        return Difference(0.0, allowed)
     distance = _norm(_wide(found) - _wide(expected))
     size = max(_norm(expected), _SMALLEST * usual * math.sqrt(expected.numel()))
     share = distance / size if size else math.inf
-    return Agreeing(math.inf if math.isnan(share) else share, allowed)
+    return Difference(math.inf if math.isnan(share) else share, allowed)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ReleasedWeights:
-    """Of `module`; hooks are looked for once, before the first batch."""
+    """Finds weights of `module` that hooks of the script step; hooks are looked for once, before the first batch."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -28,7 +28,7 @@ class ReleasedWeights:
         return bool(self._hooked)
 
     def start(self, micro_batches: int) -> None:
-        """A training batch of so many micro-batches starts."""
+        """To be called when a training batch of `micro_batches` starts."""
         if self._hooked is None:
             self._hooked = [(name, parameter) for name, parameter in self._module.named_parameters()
                             if _has_hook_of_script(parameter)]
@@ -36,7 +36,7 @@ class ReleasedWeights:
         self._before = self._sums() if micro_batches > 1 else []
 
     def check(self) -> None:
-        """All passes of the batch are done; PipelineError if a weight has changed since its start."""
+        """To be called when all passes of the batch are done; PipelineError if a weight has changed since its start."""
         if not self._hooked or not self._before:
             return
         for (name, _), before, after in zip(self._hooked, self._before, self._sums(), strict=True):

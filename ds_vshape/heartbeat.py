@@ -5,11 +5,11 @@ Global rank 0 keeps the attendance (attendance.py); every other rank has a conne
     to rank 0      hello (the job's secret, rank, host); status, every second or so; left, where a script ends
     from rank 0    here (the hosts of all ranks, once they are there); silent, every second or so; left, and loss
 
-A rank that hears nothing of rank 0 knows itself what that means. Nothing that comes is executed, and nobody gets
-further than hello who isn't of the job.
+A rank that hears nothing from rank 0 decides by itself that rank 0 is lost. Nothing that is received is executed, and
+a connection without the job's secret gets no further than hello.
 
-Time counts only while this thread gets to run: a process that was stopped, or a host that was asleep, doesn't take
-the others for lost when it goes on.
+Time counts only while this thread gets to run: a process that was stopped, or a host that was asleep, doesn't consider
+the others lost when it continues.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from typing import Any
 from ds_vshape.attendance import Attendance, Loss, Status
 
 BEAT_SECONDS = 1.0
-# How often at least within the time after which a rank counts as lost.
+# The least number of signs of life within the time after which a rank counts as lost.
 _BEATS = 8
-# A rank that has missed so many is silent.
+# A rank from which so many signs are missing is silent.
 _MISSED = 3
 _CONNECT_SECONDS = 5.0
-# How long last words are waited with until they are read; a rank that is stopped doesn't.
+# How long a rank that leaves waits for its last message to be read: a stopped rank doesn't read it.
 _PARTING_SECONDS = 1.0
-# What is read at once; a line that is longer, and what nobody takes, is of no use.
+# Bytes that are read at once; the longest line that is accepted, which is also the most that may wait to be sent.
 _CHUNK, _LONGEST = 1 << 16, 1 << 20
 
 _threads: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
@@ -45,7 +45,7 @@ _threads: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
 
 @dataclass
 class _Line:
-    """A connection that takes and gives lines of JSON, and waits for neither."""
+    """A connection for lines of JSON, on which neither sending nor receiving blocks."""
 
     socket: socket.socket
     rank: int | None = None
@@ -59,13 +59,15 @@ class _Line:
         self.flush()
 
     def flush(self) -> None:
-        """Send of what is left as much as can be."""
+        """Send as much of what is left as the connection takes."""
         with suppress(BlockingIOError):
             while self.outgoing:
                 del self.outgoing[:self.socket.send(self.outgoing)]
 
     def receive(self) -> list[Any]:
-        """What has come; OSError if the connection is closed and all is read, and ValueError for what is none of ours.
+        """The messages that have come.
+
+        Raises OSError if the connection is closed and all is read, ValueError for bytes that are no lines of JSON.
         """
         with suppress(BlockingIOError):
             while chunk := self.socket.recv(_CHUNK):
@@ -87,7 +89,7 @@ class Address:
 
     @classmethod
     def read(cls, text: str) -> Address:
-        """The address that `text` is of."""
+        """The address whose `text` this is."""
         return cls(**json.loads(text))
 
     def text(self) -> str:
@@ -109,7 +111,7 @@ class Heartbeat(threading.Thread):
                  lost: Callable[[Loss], None]) -> None:
         super().__init__(name="ds_vshape heartbeat", daemon=True)
         self._rank, self._status, self._lost = rank, status, lost
-        # On rank 0 of all ranks, elsewhere of rank 0.
+        # Rank 0 watches over all ranks, the others over rank 0.
         self._attendance = Attendance(range(ranks) if rank == 0 else [0], seconds)
         self._hosts = {rank: socket.gethostname()}
         self._lines: list[_Line] = []
@@ -124,14 +126,14 @@ class Heartbeat(threading.Thread):
         self._found: Loss | None = None
         # All ranks have come, or the job is lost.
         self.settled = threading.Event()
-        # The ranks that haven't told anything lately.
+        # The ranks that haven't sent anything lately.
         self.silent: Sequence[int] = ()
         # By global rank, once all have come.
         self.hosts: Sequence[str] = ()
         _threads.add(self)
 
     def listen(self, names: Iterable[str]) -> Address:
-        """Let the others come to this rank, 0, at one of its `names`."""
+        """Accept connections on this rank, which is 0; returns its address with these `names`, for the others."""
         self._listener = socket.create_server(("", 0), family=socket.AF_INET, backlog=1024)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -139,14 +141,14 @@ class Heartbeat(threading.Thread):
         return Address(names, self._listener.getsockname()[1], self._secret)
 
     def connect(self, address: Address) -> None:
-        """Go to rank 0; OSError if none of its names leads there."""
+        """Connect to rank 0; OSError if none of its names leads there."""
         problems = []
         for name in address.names:
             try:
                 connection = socket.create_connection((name, address.port), _CONNECT_SECONDS)
                 connection.sendall(json.dumps({"hello": [address.secret, self._rank, self._hosts[self._rank]]}).encode()
                                    + b"\n")
-                # A process that is stopped has a system that answers.
+                # For a stopped process its system accepts the connection, but doesn't answer.
                 connection.settimeout(self.seconds)
                 if connection.recv(1) == b"\n":
                     break
@@ -168,12 +170,12 @@ class Heartbeat(threading.Thread):
         self._attendance.seconds = value
 
     def tell(self) -> None:
-        """Tell the status now."""
+        """Send the status now, from any thread."""
         with suppress(OSError):
             self._waking.send(b"x")
 
     def leave(self, error: str = "") -> None:
-        """End, and let the others know that this rank's script ends, and in which `error`."""
+        """End this thread, and tell the others that the script has ended: in an error, unless `error` is empty."""
         if self._leaving is None:
             self._leaving = error
             self.tell()
@@ -181,7 +183,7 @@ class Heartbeat(threading.Thread):
                 self.join(_CONNECT_SECONDS)
 
     def abandon(self) -> None:
-        """Close what a forked process has got of its parent's: while it is open, the parent seems to live."""
+        """Close the connections, as a forked process must: while its copies are open, its parent seems to be alive."""
         for line in self._lines:
             line.socket.close()
         if self._listener is not None:
@@ -298,9 +300,9 @@ class Heartbeat(threading.Thread):
             self.settled.set()
 
     def _part(self, message: Mapping[str, Any]) -> None:
-        """Say the last thing, and close all connections when the others have done so, who have read it by then.
+        """Send a last message, and close each connection when its other end is closed: by then the message is read.
 
-        A process that ends before, with something of theirs not read, may take its last words with it.
+        If a process ends before, while it has received something that it hasn't read, its last message may be lost.
         """
         self._say(message)
         parting = [line for line in self._lines if line.rank is not None]
@@ -320,7 +322,7 @@ class Heartbeat(threading.Thread):
                 elif key.fileobj is self._woken:
                     self._wake_up()
                 else:
-                    # A rank that comes now is told when this is over.
+                    # A rank that connects now is accepted when this is over.
                     time.sleep(0.01)
         for line in list(self._lines):
             self._drop(line)
@@ -337,7 +339,7 @@ class Heartbeat(threading.Thread):
                 try:
                     line.send(message)
                 except OSError:
-                    # What came before it was closed counts.
+                    # It is closed, which `_receive` finds after it has read what came before.
                     continue
 
 

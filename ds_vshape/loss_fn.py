@@ -1,8 +1,8 @@
-"""The weights of a loss function that is a module: a file of a checkpoint beside those of the layers.
+"""The weights of a loss function that is a module have a file of their own in a checkpoint.
 
 DeepSpeed's PipelineModule has them on every rank, trains them on the one that computes the loss, and saves and loads
-layers only. Its loading and its conversions look for `layer_*`, `mp_rank_*` and `*_optim_states.pt`, and pass this file
-over. An optimizer's file has the copies of its rank, so the conversion must be told which of them not to take: the
+layers only. Its loading and its conversions look for `layer_*`, `mp_rank_*` and `*_optim_states.pt`, and ignore this
+file. An optimizer's file has the copies of its rank, so the conversion must be told which of them not to take: the
 optimizer's _param_slice_mappings (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py) list what it takes.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 
 def loss_fn_path(folder: str, rank: str) -> str:
-    """The file; `rank` names a tensor parallel rank as layer files do, and is empty where there are none."""
+    """The file's path; `rank` names a tensor parallel rank as layer files do, and is empty where there are none."""
     return os.path.join(folder, "-".join(filter(None, ["loss_fn", rank, "model_states.pt"])))
 
 
@@ -37,7 +37,8 @@ def save_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, exclude_frozen
 
 
 def load_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, strict: bool) -> None:
-    """Read it again; a checkpoint of DeepSpeed's own has none, and the loss function stays as it is."""
+    """Load the state of `loss_fn` from `path`. A checkpoint of DeepSpeed's own has no such file: then it stays as it
+    is, with a warning."""
     if not _state(loss_fn):
         return
     if os.path.exists(path):
@@ -48,7 +49,7 @@ def load_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, strict: bool) 
 
 
 def convert_without(optimizer: Any, names: Iterable[str]) -> None:
-    """Let DeepSpeed's ds_to_universal.py pass over the parameters `names` in what `optimizer` saves."""
+    """Have DeepSpeed's ds_to_universal.py leave out the parameters `names` of what `optimizer` saves."""
     for group in getattr(optimizer, "_param_slice_mappings", ()):
         for name in names:
             group.pop(name, None)

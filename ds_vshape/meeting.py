@@ -1,4 +1,4 @@
-"""One piece of work of all ranks in which they wait for each other, and which counts on all of them or on none."""
+"""A piece of work in which all ranks wait for each other, and which succeeds on all of them or on none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class Meeting:
     """A context in which each rank does its part; an error in it on one rank is raised on all, as `Agreement.reach`
     does.
 
-    Ranks that have failed come to no point where the others wait for them, so that before each of those comes `meet`.
+    A rank that has failed never gets to a point where the others wait for it, so `meet` must be called before each
+    such point.
 
     Args:
         what: a noun that names the work, the same on every rank.
@@ -25,7 +26,7 @@ class Meeting:
         self._over = False
 
     def meet(self) -> None:
-        """Go on if no rank has failed so far; collective."""
+        """Return if no rank has failed so far, else raise as the context does; collective."""
         try:
             self._agreement.reach(None, self._what)
         except Exception:

@@ -1,4 +1,4 @@
-"""What errors call a rank: its place in the job, and where its process is."""
+"""How errors name a rank: its place in the job, and the host of its process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RankName:
 
     @property
     def rest(self) -> str:
-        """What `short` doesn't say, without the host; nothing where that says all."""
+        """What `short` doesn't say, without the host; empty where `short` says all."""
         return "" if self.pipeline_rank is None else f"{self._replica}, global rank {self.rank}"
 
     @property

@@ -1,4 +1,4 @@
-"""Memory that crosses a stage boundary belongs to what crosses: nobody else writes into it.
+"""What crosses a stage boundary has memory of its own: nothing else writes to it.
 
 In one process a result is used at once. Here it waits, for a link or for the next stage's turn, and meanwhile its stage
 runs other micro-batches; or the next stage, on the same rank, changes what it got in place. But a layer may pass on
@@ -7,14 +7,14 @@ passed through), or that two results share. Such results are copied:
 
     result                                                                          copied
     an operator's                                                                   no
-    a tensor that somebody has kept                                                 yes
+    a tensor that something else keeps                                              yes
     memory that others have too, and the result of no operator, written in place,
     or a part of a parameter or of another tensor that no operator made             yes
     memory of an earlier member of the same results                                 yes
 
-What has it besides may be what autograd saved for the backward; so the last line but one copies, without need, what an
-operator in place has made and saved (relu_). What is written behind these rules (from a kernel of the user's, say) is
-found by versions, if torch counts it.
+The other holder of the memory may be autograd, which saved it for the backward; so the last rule but one copies,
+without need, what an in-place operator has both made and saved (relu_). Writes that get past these rules (of a kernel
+of the user's, say) are found by tensors' versions, if torch counts them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Versions = tuple[int | None, ...]
 
 
 def _holders(tensor: Tensor) -> int:
-    """How many tensors, and others, stand on the memory of `tensor`; the count is one of itself and of this call."""
+    """The number of references to the memory of `tensor`, that of this call included."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
@@ -69,7 +69,7 @@ class _Result:
 def own(results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """`results` as leaves that require a gradient where they did, in memory of their own.
 
-    The list is emptied, and its caller must have no other reference to them: one that somebody else keeps is copied.
+    The list is emptied, and its caller must have no other reference to them: one that is kept elsewhere is copied.
     """
     taken = [None if result is None else _Result.of(result) for result in results]
     results.clear()

@@ -29,7 +29,7 @@ from torch.nn import Parameter
 
 from ds_vshape import instructions as instr
 from ds_vshape.batch_snapshot import BatchSnapshot
-from ds_vshape.comparison import Agreeing, compare, tolerance, usual_size
+from ds_vshape.comparison import Difference, compare, tolerance, usual_size
 from ds_vshape.config import KEY
 from ds_vshape.failures import Failure
 from ds_vshape.observer import METERED_BATCH
@@ -57,7 +57,7 @@ class _Whole:
 
     gradients: dict[Parameter, Tensor | None]
     losses: list[Any]
-    # On some rank; and the failure of this one.
+    # Whether some rank has failed, and the failure of this one.
     failed: bool
     failure: Failure | None
     usual: float
@@ -66,7 +66,8 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells the others, in numbers: flags, and how many of its gradients agree to what."""
+    """What a rank tells the others, in numbers: flags, how many gradients it has compared, how many are equal bit for
+    bit, and the largest share by which one differs."""
 
     batch_failed: bool
     whole_failed: bool
@@ -82,12 +83,12 @@ class _Report:
 
 
 class Verification:
-    """Of `engine`, a ds_vshape PipelineEngine, once."""
+    """Verifies one batch of `engine`, a ds_vshape PipelineEngine."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._whole: _Whole | None = None
-        self._found: dict[Parameter, Agreeing] = {}
+        self._found: dict[Parameter, Difference] = {}
         self._done = False
 
     @property
@@ -112,7 +113,7 @@ class Verification:
         instructions = instr.passes_alone(engine._program(with_whole_backwards(schedule)))
         snapshot = BatchSnapshot(engine)
         engine._samples.keep()
-        # Without what is around it: timers, traces and monitors know of one batch.
+        # Timers, traces and monitors must see one batch, so their wrappers are left out.
         around = engine._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = type(engine)._INSTRUCTION_MAP
         engine.fwd_outputs = []
@@ -133,7 +134,7 @@ class Verification:
         return True
 
     def _taken(self, snapshot: BatchSnapshot, failed: bool) -> _Whole:
-        """The run's losses and gradients, which are this one's from now on."""
+        """The losses and gradients of the run; gradients that `restore` would overwrite are copied."""
         engine = self._engine
         if failed:
             return _Whole({}, [], True, engine._failure, 0.0, True)
@@ -152,14 +153,14 @@ class Verification:
         """What the batch has added up for a parameter so far."""
         sums = self._engine._sums
         total: Tensor | None = sums.total(parameter) if sums.holds(parameter) else parameter.grad
-        # Where sums have a place of their own, this has come since the last backward.
+        # Where sums are kept in another place, `.grad` has what came since the last backward.
         rest: Tensor | None = parameter.grad
         if total is None or rest is None or total is rest:
             return rest if total is None else total
         return total + rest.view_as(total)
 
     def compare(self, stage: int) -> None:
-        """Compare the gradients of `stage`, but for those of weights that other stages use too."""
+        """Compare the gradients of `stage`, except of weights that other stages use too."""
         of_stages = {chunk.stage: set(chunk.parameters()) for chunk in self._engine.module.chunks}
         others = [weights for other, weights in of_stages.items() if other != stage]
         tied = {weight for weight, _ in self._engine.module.get_tied_weights_and_groups()}
@@ -177,7 +178,7 @@ class Verification:
                 self._found[parameter] = compare(self._gradient(parameter), expected, allowed, whole.usual)
 
     def _dtype(self, parameter: Parameter) -> torch.dtype:
-        """The coarsest that a gradient is rounded to."""
+        """The coarsest dtype to which a gradient is rounded."""
         engine = self._engine
         return engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else parameter.dtype
 

@@ -1,14 +1,14 @@
 """No rank waits for another one that is lost, whatever it waits in: DeepSpeed's collectives, torch's, or ours.
 
-A wait of torch.distributed knows of the connections of its own group alone, and of time. Neither tells which rank is
-lost: a neighbour that has ended because its own neighbour did looks the same, and one that works on something for long
-looks as one that is stopped. So these waits last as long as they need, and the ranks know from each other's signs of
-life (heartbeat.py) when to end them:
+A wait in torch.distributed ends early only if a connection of its own group breaks, or at its time limit. Neither tells
+which rank is lost: a neighbour that has ended because its own neighbour did looks the same, and one that works on
+something for long looks like one that is stopped. So these waits have no time limit, and the ranks know from each
+other's signs of life (heartbeat.py) when to end them:
 
-    [1] a rank is lost                  all ranks get to know which, in the same words
-    [2] their waits are made to end     over gloo: a wait that is in vain closes the connections of its whole group
-    [3] each raises PeerLost            from inside of a `phase`: all that a rank does together with others is in one
-    [4] a wait that doesn't end         (for torch's store, or on a GPU) is ended with the process, when all is said
+    [1] a rank is lost                  all ranks are told which, in the same words
+    [2] their waits are made to end     over gloo: a wait that times out closes the connections of its whole group
+    [3] each raises PeerLost            from inside a `phase`: whatever a rank does together with others is in one
+    [4] a wait that doesn't end         (for torch's store, or on a GPU) is ended with the process, after the message
 
 Where the script itself waits, outside of any phase, it gets torch's own error, and what has happened is printed.
 
@@ -47,22 +47,23 @@ from ds_vshape.p2p import PeerLost
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How long an error of torch's may be ahead of the news of what has caused it.
+# How long an error of torch's may come before the news of what has caused it.
 _NEWS_SECONDS = STUCK_SECONDS + 2.0
-# How long after the news a script may take to raise them, before they are printed; and a wait to end.
+# How long after the news the script may take to raise them before they are printed, and how long it may then wait for
+# other ranks before its process is ended.
 _RAISING_SECONDS, _ENDING_SECONDS = 0.5, 3.0
 _TAG = 2**31 - 5
 # The share of its time that a thread which waits may be found to compute.
 _BUSY = 0.05
-# In the texts of what torch raises as plain RuntimeErrors.
+# Words in the errors of waits that torch raises as plain RuntimeErrors.
 _OF_WAITS = ("gloo", "Application timeout caused pair closure", "Connection closed by peer", "NCCL")
-# Where waits for other ranks are, and where those for another thread which does that.
+# Modules that wait for other ranks, and modules that wait for a thread which does so.
 _WAITING_MODULES = ("torch.distributed", "ds_vshape.exchange", "ds_vshape.p2p")
 _HANDING_OVER = ("ds_vshape.engine", "ds_vshape.reduction", "ds_vshape.preflight", "ds_vshape.watch")
 
 
 def is_ended_wait(error: BaseException) -> bool:
-    """Whether an error that may be anybody's is torch.distributed's, or ours, of a rank that isn't there."""
+    """Whether `error` is one of torch.distributed's, or our PeerLost, about a rank that isn't there."""
     return isinstance(error, (PeerLost, dist.DistError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_WAITS))
 
@@ -86,7 +87,7 @@ class Watch:
         self._script = threading.get_ident()
         self._clock = time.pthread_getcpuclockid(self._script)
         self._idle_since = time.monotonic()
-        # When it was, what the script's thread had computed until then, and what it was in.
+        # The last look at the script's thread: when, its seconds of computing until then, and what it had started.
         self._looked: tuple[float, float, Any] = (self._idle_since, 0.0, None)
         self._loss: Loss | None = None
         self._raised = threading.Event()
@@ -108,7 +109,7 @@ class Watch:
         else:
             heartbeat.connect(self._looked_up(key, seconds))
             heartbeat.start()
-        # The interpreter ends in either of these ways.
+        # Processes that multiprocessing has started run finalizers at their end, but not what atexit has.
         Finalize(None, self.close, exitpriority=100)
         atexit.register(self.close)
         heartbeat.settled.wait()
@@ -151,7 +152,8 @@ class Watch:
             self._heartbeat.seconds = value
 
     def close(self) -> None:
-        """This rank's script ends, or needs the others no more: they don't take that for a loss."""
+        """Tell the others that this rank's script ends, or needs them no more, so that they don't consider it lost; and in
+        which error it ends, if in one."""
         if self.is_open and self._heartbeat is not None:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
             if error is not None and is_ended_wait(error) and self._news.wait(_NEWS_SECONDS):
@@ -187,7 +189,8 @@ class Watch:
 
     @contextmanager
     def failed(self, failure: object | None) -> Iterator[None]:
-        """While this rank tells the others what it has failed in, if it has: some may wait where they aren't told."""
+        """Let signs of life name this rank's failure, if there is one, while it tells the others: some of them may wait
+        elsewhere."""
         self.failure = None if failure is None else str(failure)
         try:
             yield
@@ -244,7 +247,7 @@ class Watch:
     def _in_exchange(self) -> bool:
         """Whether the script's thread, which is idle, waits for other ranks.
 
-        Of a thread that runs nobody should ask for frames: where it raises, memory gets corrupted (Python 3.11).
+        Frames must be asked for only while the thread is idle: while it raises, that corrupts memory (Python 3.11).
         """
         return _in_exchange(sys._current_frames().get(self._script))
 
@@ -266,10 +269,10 @@ class Watch:
         threading.Thread(target=self._end_what_waits, name="ds_vshape end", daemon=True).start()
 
     def _end_what_waits(self) -> None:
-        """Nothing that the script waits for from now on will come."""
+        """End the process as soon as its script waits for other ranks: what it waits for will never come."""
         while True:
             time.sleep(_RAISING_SECONDS)
-            # Of a device's own waits nothing can be seen.
+            # A wait of the device itself can't be seen from the host.
             on_device = bool(self._phases) and not get_accelerator().is_synchronized_device()
             if self._idle_for() >= _ENDING_SECONDS and (on_device or self._in_exchange()):
                 if not self._raised.is_set():
@@ -286,7 +289,7 @@ class Watch:
 
 
 def in_phase(method: Callable[P, T]) -> Callable[P, T]:
-    """Let all that `method` does be in a phase of its name; of an object that has a `_watch`."""
+    """Run `method`, of an object that has a `_watch`, in a phase of the method's name."""
     @wraps(method)
     def watched(*args: P.args, **kwargs: P.kwargs) -> T:
         watch: Watch = args[0]._watch  # type: ignore[attr-defined]
@@ -319,8 +322,8 @@ def watch_job(seconds: float) -> Watch:
 
 @contextmanager
 def groups_without_limit() -> Iterator[None]:
-    """Let waits last in the job's group, and in those over gloo that are made inside, as DeepSpeed does: where there is
-    a watch it ends them.
+    """Around what makes groups, as DeepSpeed does: if there is a watch, which ends waits, those over gloo and the job's
+    own get no time limit.
     """
     before = set(c10d._world.pg_map) - {dist.group.WORLD}
     yield
@@ -331,16 +334,17 @@ def groups_without_limit() -> Iterator[None]:
 
 
 def end_waits() -> None:
-    """End all waits of this process in its groups over gloo, with a RuntimeError; these are of no use then."""
+    """End all waits of this process in its groups over gloo, with a RuntimeError; the groups can't be used any more."""
     for group in list(c10d._world.pg_map):
         own, size = group.rank(), group.size()
         for peer in range(size):
-            # One wait that is in vain closes all connections of its group, but one on a closed connection doesn't.
-            if peer != own and _waited_in_vain(group, peer):
+            # A wait that times out closes all connections of its group; one on a closed connection fails at once.
+            if peer != own and _times_out(group, peer):
                 break
 
 
-def _waited_in_vain(group: Any, peer: int) -> bool:
+def _times_out(group: Any, peer: int) -> bool:
+    """Whether a short wait for `peer` times out, as it does on an open connection."""
     try:
         group.recv([torch.zeros(1)], peer, _TAG).wait(timedelta(milliseconds=1))
     except RuntimeError as error:

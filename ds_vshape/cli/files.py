@@ -1,4 +1,4 @@
-"""Files that the command line writes: what can't be written is refused before anything is planned."""
+"""Files that the command line writes; one that can't be written is refused before anything is planned."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_writable(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
 
 
 def _try(file: Path) -> bool:
-    """Whether `file` is one or can be made; OSError if it can't be written. What is no file is only looked at."""
+    """Whether `file` is or can become a regular one; OSError if it can't be written. Devices and pipes aren't opened."""
     try:
         mode = os.stat(file).st_mode
     except FileNotFoundError:
@@ -38,10 +38,10 @@ def _try(file: Path) -> bool:
 
 @contextmanager
 def writing(option: str, file: Path) -> Iterator[None]:
-    """A file that can't be written is the user's error."""
+    """Turn an error of writing `file` into a ValueError that names the option: it is the user's."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"{option} {file}: {error.strerror}") from None
-    except ValueError as error:  # a name that none can have
+    except ValueError as error:  # a name that no file can have
         raise ValueError(f"{option} {file}: {error}") from None
