@@ -9,8 +9,8 @@ half of its files, and one saved again under the same tag is lost from the first
     [3] TAG.ID.draft becomes TAG                                      between the two, TAG.replaced is what is loaded
     [4] "latest" names TAG, in one write; TAG.replaced goes
 
-An ID is of one save, so that two jobs that save into one TAG never write into one folder: the later one clears the
-earlier one's draft, or takes its place. Whatever else lies in TAG (a tokenizer's files) stays there.
+Each save has an ID of its own, so that two jobs that save under one TAG never write into one folder: the later one
+clears the earlier one's draft, or replaces it. Whatever else lies in TAG (a tokenizer's files) stays there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Draft:
             raise self._overtaken()
 
     def commit(self) -> None:
-        """It is whole now: put it in its place."""
+        """Put it in its place; to be called when all ranks have written their parts."""
         try:
             (self._folder / _MARK).unlink()
         except FileNotFoundError:
@@ -116,21 +116,21 @@ class Draft:
             self._remove(self._folder)
 
     def forget_replaced(self) -> None:
-        """Remove the checkpoint whose place it has taken, but for what isn't a checkpoint's own."""
+        """Remove the checkpoint that it replaces, after files that aren't a checkpoint's own have been moved."""
         with suppress(OSError):
-            for path in self._strangers():
+            for path in self._foreign_files():
                 if not os.path.lexists(self._place / path.name):
                     os.rename(path, self._place / path.name)
             self._remove(self._replaced)
 
-    def _strangers(self) -> Iterator[Path]:
+    def _foreign_files(self) -> Iterator[Path]:
         if self._replaced.is_dir() and not self._replaced.is_symlink():
             for path in list(self._replaced.iterdir()):
                 if not _OWN.fullmatch(path.name):
                     yield path
 
     def _remove(self, path: Path) -> None:
-        """Remove a file, a link or a folder; whoever writes into the folder finds it gone at once."""
+        """Remove a file, link or folder. A folder is renamed first, so that other writers find it gone at once."""
         if path.is_dir() and not path.is_symlink():
             gone_to = self._place.with_name(f"{self._place.name}.{new_id()}{DRAFT}")
             os.rename(path, gone_to)
@@ -166,13 +166,14 @@ def latest(parent: str, file: str = LATEST) -> str | None:
     return tag
 
 
-def whole(parent: str, tag: str) -> list[str]:
-    """Where the checkpoint `tag` may be: under its name, and under that of one which was being replaced."""
+def resolve_tag(parent: str, tag: str) -> list[str]:
+    """The folders in `parent` that hold a whole checkpoint `tag`: of its own name, or of one that was being replaced.
+    """
     return [name for name in (tag, f"{tag}{REPLACED}") if Path(parent, name).is_dir()]
 
 
-def gone(parent: str, tag: str, ranks: Sequence[int]) -> CheckpointError:
-    """There is no checkpoint `tag`, if not on the `ranks` alone."""
+def not_found(parent: str, tag: str, ranks: Sequence[int]) -> CheckpointError:
+    """The error for a checkpoint `tag` that isn't there: on the `ranks`, or on all if there are none."""
     where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
     return CheckpointError(f"there is no checkpoint {Path(parent, tag)}{where}; {_should_name(parent)}")
 

@@ -1,10 +1,10 @@
 """How far two runs of one batch agree: their losses, and the gradients of their parameters.
 
-They are equal to the last bit, or else to rounding. W may add a product to its sum where that lies, which is rounded once where
-a whole backward rounds twice, and the gradients of a weight that two stages share add up in another order; then the
-norm of the difference counts, as a share of the gradient's norm. A gradient that is zero but for rounding (the bias of
-keys in attention) has nothing but noise to be compared with, so no norm is taken for smaller than a tenth of what
-is usual on its rank.
+They are equal to the last bit, or else to rounding. W may add a product to its sum where that lies, which is rounded
+once where a whole backward rounds twice, and the gradients of a weight that two stages share add up in another order;
+then the norm of the difference counts, as a share of the gradient's norm. A gradient that is zero but for rounding (the
+bias of keys in attention) has nothing but noise to be compared with, so no norm is taken for smaller than a tenth of
+what is usual on its rank.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 KEY = "pipeline_schedule"
 ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
 _OPTION = "--deepspeed_config"
-# As long as torch waits in its collectives over gloo.
+# How long torch's collectives over gloo wait by default.
 TIMEOUT_SECONDS = 1800.0
 # Characters of a value in an error.
 _SHOWN = 300
@@ -87,7 +87,7 @@ class LayerCosts(BaseModel):
     costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
 
 
-# What is of the right form, and beyond a bound that the message names.
+# The type of a problem with a value of the right form that is beyond a bound, which its message names.
 _BEYOND = "beyond"
 
 
@@ -137,7 +137,7 @@ class TraceConfig(BaseModel):
     @field_validator("path")
     @classmethod
     def _a_folder(cls, path: str) -> str:
-        """With the user's home for ~."""
+        """The path with the user's home in place of ~."""
         folder = os.path.expanduser(path)
         if folder.startswith("~"):
             raise PydanticCustomError(_BEYOND, "there is no user with the home {path}", {"path": path})
@@ -178,9 +178,10 @@ class ScheduleConfig(BaseModel):
     `verify_gradients` runs one early batch a second time, with whole backwards, and ends the job where losses or
     gradients differ (ds_vshape/verification.py).
 
-    A rank that gives no sign of life for `timeout_seconds`, or hasn't come to its PipelineModule so much later than
-    others, is lost, and all ranks end. One whose process ended is known to be at once, and one that works on something
-    is waited for, however long that takes (ds_vshape/watch.py).
+    A rank that gives no sign of life for `timeout_seconds`, or comes to its PipelineModule later than others by more
+    than that, counts as lost, and all ranks end. So they do when all have waited for each other for that long. A rank
+    whose process has ended is noticed at once, and one that works on something is waited for, however long that takes
+    (ds_vshape/watch.py).
 
     `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
     (ds_vshape/module.py).

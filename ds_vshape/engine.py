@@ -73,7 +73,7 @@ from ds_vshape.verification import Verification
 from ds_vshape.wall_clock import timed
 from ds_vshape.watch import Watch, is_ended_wait
 
-# Messages that are on their way where a batch has failed.
+# What waits for messages that may be in progress when a batch fails.
 _MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActivation, instr.ReleaseGrad)
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
 _RECOMPUTED = 4
@@ -129,7 +129,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         self._step = Step()
         # Why ranks mustn't train on, if their states differ.
         self._difference: str | None = None
-        # The one that is executed.
+        # The instruction that is executed.
         self._instruction: instr.PipeInstruction | None = None
         self._held = Buffers(self.placement, self.stage_id)
         first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
@@ -211,7 +211,8 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return self._plans[self.micro_batches]
 
     def _train_schedule(self) -> BatchPlan:
-        """What the next training batch runs: on a device that loads its kernels meanwhile, first a cautious order."""
+        """The plan of the next training batch. A GPU loads its kernels in the first one, which therefore runs one
+        micro-batch after another (schedule/one_by_one.py)."""
         plan = self._plan()
         if self._signatures is None and not self.dynamic_shape and not get_accelerator().is_synchronized_device():
             return self._planned(one_by_one(plan.schedule))
@@ -398,12 +399,13 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return self._observer.memory(self.schedule())
 
     def _progress(self) -> str:
-        """What an error says of the training when ranks wait in vain; scripts of their own kind do so at once."""
+        """What the error for a lost rank says of the training; before the first step also where the ends of the model
+        are, since a script may wait for the wrong rank there."""
         return f"the last batch done is number {self.global_steps}" + ("" if self.global_steps else
                                                                        ends_line(self.placement))
 
     def _doing(self, what: str) -> Callable[[], str]:
-        """The name of the instruction that is executed in `what`; `what` where there is none."""
+        """Gives the name of the instruction that is executed at the time, or `what` where there is none."""
         return lambda: what if self._instruction is None else _name_of(self._instruction)
 
     def _log(self, line: str) -> None:
@@ -491,7 +493,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
                 else:
                     self._abandon(instruction)
         except Exception as error:
-            # An error of a connection is told by the place where it was.
+            # The error for a lost rank names the instruction.
             if not is_ended_wait(error):
                 attributes["_instruction"] = None
             raise
@@ -523,7 +525,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
             self._failure = self._agreement.failure(error, _name_of(instruction))
             self._watch.failure = str(self._failure)
             self._sharers.check_all_failed(self._failure)
-            # It may have been memory that lacked, and messages need some.
+            # Perhaps there was too little memory, and messages need some.
             self._held.clear()
             self._abandon(instruction)
 
@@ -778,10 +780,10 @@ class PipelineEngine(PlainAttributes, SavingEngine):
 
     def _exec_return_loss(self) -> None:
         if self._failure is not None and self.is_last_stage():
-            # Nobody will look at it, but the others wait for it.
+            # It isn't used, but the others wait for it.
             self.total_loss = torch.full((), torch.nan, device=self.device)
             self.total_additional_losses = self.module.get_additional_losses()
-        # On the way they are numbers; where they are computed they get back their shape in train_batch.
+        # They are sent as numbers; where they are computed, train_batch gives them their shape back.
         self.total_loss = as_number(self.total_loss)
         if self.total_additional_losses is not None:
             self.total_additional_losses = OrderedDict(

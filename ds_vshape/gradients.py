@@ -1,4 +1,4 @@
-"""Where the gradients of a batch add up; their sums over ranks, and the clipping, of all.
+"""Where the gradients of a batch add up, their sums over ranks, and their clipping.
 
 An ordinary backward leaves gradients in `.grad`, and each of DeepSpeed's optimizers picks them up from there at a
 moment of its own; a gradient that comes after that moment would be lost without a word. So W hands its gradients to
@@ -23,7 +23,7 @@ more exact than an unsplit backward's, so not equal to it bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, Protocol
 
@@ -175,15 +175,6 @@ class InHighPrecisionBuffers:
             if parameter.grad is not None:
                 self.add(parameter, parameter.grad)
                 parameter.grad = None
-
-
-def sums_so_far(parameters: Iterable[Any]) -> Iterator[Tensor]:
-    """What gradients of `parameters` have added up to in this batch, wherever any optimizer has them add up."""
-    for parameter in parameters:
-        for place in ("grad", "grad_accum", "_hp_grad"):
-            found = getattr(parameter, place, None)
-            if found is not None:
-                yield found
 
 
 def reduce_tied_gradients(module: Any, place: Place) -> None:

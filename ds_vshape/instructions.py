@@ -205,7 +205,7 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
     starts: dict[int, PipeInstruction] = {}
     for stage, place in _last_places(program, Kind.W, Kind.BW).items():
         starts[place] = StartReduceGrads(stage)
-    # Elsewhere too: whoever sends the loss is done with it only when all others wait for it.
+    # On other ranks too: the rank that sends the loss can go on only when all others wait for it.
     starts[max(_last_places(program, Kind.F).values())] = ReturnLoss()
     instructions: list[PipeInstruction] = []
     for place, step in enumerate(program):
@@ -234,7 +234,7 @@ def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruct
     """Training instructions whose step waits for no other pipeline rank.
 
     The verdict on the step before is awaited at the last moment at which it costs nothing to give the batch up: before
-    the first backward. By then all ranks of the pipeline have begun the batch, so nobody waits.
+    the first backward. By then all ranks of the pipeline have started the batch, so none waits.
     """
     passes, end = [*instructions[:-len(_END)]], instructions[-len(_END):]
     assert tuple(map(type, end)) == _END

@@ -26,7 +26,7 @@ from deepspeed.utils import logger
 from ds_vshape.checkpoint_errors import CheckpointError, in_one_line, missing
 from ds_vshape.checkpoint_files import Reading, Writing
 from ds_vshape.checkpoints import Layout, check_layout, save_layout
-from ds_vshape.commit import LATEST, LATEST_UNIVERSAL, Draft, gone, latest, name_latest, new_id, whole
+from ds_vshape.commit import LATEST, LATEST_UNIVERSAL, Draft, latest, name_latest, new_id, not_found, resolve_tag
 from ds_vshape.failures import Agreement
 from ds_vshape.meeting import Meeting
 from ds_vshape.p2p import PeerLost
@@ -120,7 +120,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
         self._agreement.reach(None if error is None else self._agreement.failure(error, _SAVE), _CHECKPOINT)
 
     def _write(self, save_dir: str, tag: str, *args: Any) -> Exception | None:
-        """DeepSpeed's save, which all ranks come through; what was in the way of this rank's part."""
+        """DeepSpeed's save, whose end all ranks reach; returns the error of this rank's part, or None."""
         writing = Writing(self.checkpoint_engine)
         self.checkpoint_engine, self._unsaved, self._written = writing, None, tag
         try:
@@ -202,10 +202,10 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
                     f"; on rank {rank} it names {other!r}" for rank, other in enumerate(every) if other is not None))
             return None
         places: list[list[str]] = [
-            facts["places"] for facts in self.module.preflight.gather({"places": whole(load_dir, first)})]
+            facts["places"] for facts in self.module.preflight.gather({"places": resolve_tag(load_dir, first)})]
         lacking = [rank for rank, found in enumerate(places) if not found]
         if lacking:
-            raise gone(load_dir, first, lacking if len(lacking) < len(places) else ())
+            raise not_found(load_dir, first, lacking if len(lacking) < len(places) else ())
         for place in places[0]:
             if all(place in found for found in places):
                 return place
@@ -248,7 +248,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
             raise absent from error
 
     def _missing_state(self, load_dir: str, tag: str) -> CheckpointError | None:
-        """DeepSpeed counts the files with the ranks' states, and doesn't say which it misses."""
+        """The error for a file of the ranks' states that isn't there: DeepSpeed only counts them."""
         for number in range(self.mp_world_size):
             path = self._get_ckpt_name(load_dir, tag, mp_placeholder=f"{number:02d}")
             if not os.path.exists(path):
@@ -274,7 +274,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
         module._synchronize_tied_weights()
 
     def _missing_layer(self) -> CheckpointError | None:
-        """DeepSpeed doesn't say which layer it finds no file of."""
+        """The error for a layer's file that isn't there, which DeepSpeed doesn't name."""
         folder = self._curr_ckpt_path
         for number, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict") and not self.module.ckpt_layer_path_list(folder, number):
@@ -315,7 +315,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
 
 @contextmanager
 def _without_ties(module: Any) -> Iterator[None]:
-    """While it lasts, `module` takes no weight to be tied to another rank's."""
+    """Meanwhile no weight of `module` counts as tied to another rank's."""
     ties, module.tied_comms = module.tied_comms, {}
     try:
         yield

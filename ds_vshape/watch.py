@@ -152,8 +152,8 @@ class Watch:
             self._heartbeat.seconds = value
 
     def close(self) -> None:
-        """Tell the others that this rank's script ends, or needs them no more, so that they don't consider it lost; and in
-        which error it ends, if in one."""
+        """Tell the others that this rank's script ends (and in which error, if in one) or needs them no more, so that
+        they don't consider it lost."""
         if self.is_open and self._heartbeat is not None:
             error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
             if error is not None and is_ended_wait(error) and self._news.wait(_NEWS_SECONDS):

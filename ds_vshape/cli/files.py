@@ -22,7 +22,7 @@ def check_writable(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
 
 
 def _try(file: Path) -> bool:
-    """Whether `file` is or can become a regular one; OSError if it can't be written. Devices and pipes aren't opened."""
+    """Whether `file` is or can become a regular one; OSError if it can't be written. Devices aren't opened."""
     try:
         mode = os.stat(file).st_mode
     except FileNotFoundError:
