@@ -399,3 +399,13 @@ def test_a_node_that_is_run_twice_defers_twice() -> None:
     mine, layers.a.weight.grad = layers.a.weight.grad, None
     layers.a(x).pow(2).sum().backward()
     assert torch.equal(mine, 2 * layers.a.weight.grad)
+
+
+def test_a_hook_of_a_norms_input_runs_once_under_create_graph() -> None:
+    weight, calls = nn.Parameter(torch.ones(4)), []
+    with SplitBackward(WeightGradientStore(), ALL_OPERATORS):
+        x = torch.randn(3, 4, requires_grad=True) * 2
+        x.register_hook(lambda gradient: calls.append(gradient.shape))
+        score = torch.nn.functional.rms_norm(x, (4,), weight).sum()
+        torch.autograd.grad(score, x, create_graph=True)
+    assert len(calls) == 1

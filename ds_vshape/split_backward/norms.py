@@ -54,7 +54,8 @@ class RmsNorm(SplitFunction):
     """x (..., *shape), weight (*shape), shape, eps or None -> x / root mean square * weight, (..., *shape).
 
     aten composes this norm from other operators on some devices and fuses it on others. Each half therefore runs the
-    norm again and lets autograd differentiate it: exact everywhere, for one more forward in B and in W.
+    norm again and lets autograd differentiate it, for one more forward in B and in W. Each gradient is exact; where
+    aten composes the norm and its input has other uses, their sum is equal to rounding: aten adds two parts one by one.
     """
 
     weight_arguments = (1,)
@@ -86,7 +87,10 @@ def _rms_norm_gradient(ctx: Any, x: Tensor, weight: Tensor, of: int, gradient: T
     """The gradient of x (`of` 0) or weight (1); with a history, under create_graph."""
     twice = torch.is_grad_enabled()
     operands = [x, weight]
-    if not twice:
+    if twice:
+        # Hooks of the tensor itself are for the gradient that it gets in the end.
+        operands[of] = operands[of].view_as(operands[of])
+    else:
         operands = [tensor.detach() for tensor in operands]
         operands[of].requires_grad_()
     # A checkpoint that is running counts what is saved, and nothing is in the backward of an unsplit norm.
