@@ -32,11 +32,11 @@ class Buffer:
     roots: tuple[GradientEdge | None, ...] = ()
     output_grads: tuple[Tensor | None, ...] = ()
     store: WeightGradientStore = field(default_factory=WeightGradientStore)
-    # Of inputs or output gradients that come from the same rank, when they were handed over.
+    # Of inputs or output gradients from the same rank, as they were when these were handed over.
     versions: Versions | None = None
 
     def take_input_grads(self) -> list[Tensor | None]:
-        """The gradients of the inputs, which the buffer lets go; it's the one reference to them."""
+        """The gradients of the inputs. The buffer drops both, and the list has the only references to the gradients."""
         assert self.inputs is not None
         grads = [None if t is None else t.grad for t in members(self.inputs)]
         for tensor in members(self.inputs):
@@ -83,7 +83,7 @@ class Buffers:
     def hand_over(self, content: Content, receiver: BufferId, results: list[Tensor | None], is_tuple: bool) -> None:
         """Give what a pass made to the neighbour stage: at once on this rank, else by `take`.
 
-        `results` is the one reference to it (see `own`), and is emptied.
+        `results` must have the only references to the tensors (see `own`), and is emptied.
         """
         tensors = own(results)
         if self._placement.rank_of(receiver.stage) != self._rank:

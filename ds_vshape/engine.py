@@ -635,7 +635,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return [outputs]
 
     def _pass_on(self, buffer_id: BufferId, outputs: list[Any]) -> None:
-        """Hand a stage's outputs over to the next one. The list is the only reference to them, and is emptied."""
+        """Hand a stage's outputs over to the next one. The list must have the only reference to them; it's emptied."""
         if outputs:
             self._held[buffer_id].roots = edges(outputs[0], self.device)
             is_tuple = isinstance(outputs[0], tuple)

@@ -31,7 +31,7 @@ class Exchange:
         return self.largest_of_each([own])[0]
 
     def largest_of_each(self, own: Sequence[int]) -> list[int]:
-        """Of each place the largest of all ranks' numbers, of which every rank has as many; collective."""
+        """For each place the largest of all ranks' numbers; every rank gives as many numbers. Collective."""
         numbers = torch.tensor(own)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
         return numbers.tolist()

@@ -58,7 +58,7 @@ class Failure:
 
     @property
     def told(self) -> str:
-        """The error without the place: it's the same where ranks meet one obstacle."""
+        """The error without the place: the same text on all ranks that fail for one reason."""
         return f"{type(self.error).__name__}: {self.error}"
 
 
@@ -171,8 +171,8 @@ class Agreement:
         """Return if no rank has failed; collective.
 
         Raises on every rank else: where it happened the error itself; elsewhere PipelineError with its text, or
-        StopIteration if nothing but the data's end is in the way. PeerLost if a rank doesn't come. The `consequence`,
-        the same on every rank, is told with it; None: no rank counts `what`.
+        StopIteration if the only reason is that the data have run out. PeerLost if a rank doesn't come. The
+        `consequence`, the same on every rank, is told with it; None: no rank counts `what`.
         """
         state = _State.DONE if failure is None else failure.state
         try:

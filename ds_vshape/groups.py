@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroupGloo
 
 GLOO = "gloo"
 _SHARED = "ds_vshape_gloo"
-# Longer than any job.
+# A time limit that is longer than any job.
 FOREVER = timedelta(days=365)
 
 # Those of this process's first group.
@@ -39,7 +39,7 @@ def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, se
 
 @contextmanager
 def _unbound() -> Iterator[None]:
-    """Around the making of groups, where DeepSpeed has bound the job's default group to a GPU (comm/torch.py).
+    """Make groups inside as if DeepSpeed hadn't bound the job's default group to a GPU (comm/torch.py).
 
     torch would look for that GPU in a group over gloo, and make each other group by a split of the default
     communicator, in which all ranks of the job meet and wait. Without it a communicator is made by its members alone,

@@ -68,14 +68,14 @@ class ActivationMeter:
             ...                                         a W, or a piece of it
         meter.stop()
 
-    Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. A B and a BW
-    of each stage, if it has both: where layers are recomputed a B keeps more the further it gets. Operators run slower
-    inside, so times are no times.
+    Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. Measure
+    a B and a BW of each stage, if it has both: where layers are recomputed a B keeps more the further it gets.
+    Operators run slower inside, so times that are measured meanwhile don't count.
 
     A forward leaves what is alive at the start of its backward: memory that it took, the stage's inputs, and labels
     that the graph saved; not `module`'s parameters and buffers, and not outputs unless the graph saved them too.
 
-    Nothing here raises into the passes, nor changes what they do: what can't be measured has `unknown` say why.
+    Nothing here raises into the passes or changes what they do. If something can't be measured, `unknown` says why.
     """
 
     def __init__(self, module: nn.Module, device_type: str) -> None:
@@ -90,7 +90,7 @@ class ActivationMeter:
         self._spans: list[_Span] = []
 
     def start(self) -> None:
-        """Before the first pass that is measured."""
+        """To be called before the first pass that is measured."""
         for found in (self.whole, self.kept, self._most, self._inputs):
             found.clear()
         self._spans.clear()
@@ -99,13 +99,13 @@ class ActivationMeter:
             self._watcher.start()
 
     def stop(self) -> None:
-        """After the last one."""
+        """To be called after the last pass that is measured."""
         with self._measuring():
             self._add_up(self._watcher.stop())
         self.drop()
 
     def drop(self) -> None:
-        """Measure no further: the batch has failed, or begins again."""
+        """Stop measuring: the batch has failed, or starts again."""
         self._watcher.drop()
         self._spans.clear()
 
@@ -153,7 +153,7 @@ class ActivationMeter:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """Around what is done for the measurement alone: an error ends it, and nothing else."""
+        """Around what is done for the measurement alone: an error ends the measurement and nothing else."""
         try:
             yield
         except Exception as error:
@@ -170,7 +170,7 @@ class ActivationMeter:
     def _add_up(self, watched: Watched) -> None:
         """Go through all that was allocated and freed."""
         changes = deque(watched.changes)
-        # By stage and micro-batch: what its F took and nobody has given back.
+        # By stage and micro-batch: memory that its F took and that hasn't been given back.
         left: dict[tuple[int, int], dict[int, int]] = {}
 
         def take_until(time: float, alive: dict[int, int]) -> int:
@@ -212,9 +212,10 @@ class ActivationMeter:
         for stage, whole in self.whole.items():
             kept = self.kept.get(stage, whole)
             backward = [self._most.get((kind, stage), 0) for kind in (Kind.B, Kind.BW)]
-            beside = (self._most.get((Kind.F, stage), 0) - whole, *((one or max(backward)) - whole for one in backward),
-                      self._most.get((Kind.W, stage), 0) - kept)
-            own[:-1, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in beside), self._inputs[stage]])
+            working = (self._most.get((Kind.F, stage), 0) - whole,
+                       *((one or max(backward)) - whole for one in backward),
+                       self._most.get((Kind.W, stage), 0) - kept)
+            own[:-1, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in working), self._inputs[stage]])
         own[-1] = self.unknown is not None
         own = own.to(device)
         dist.all_reduce(own, op=dist.ReduceOp.MAX)
@@ -224,13 +225,13 @@ class ActivationMeter:
 
 @dataclass(eq=False)
 class _Span:
-    """A pass that is measured: memory by its address."""
+    """A pass that is measured. Memory is a size in bytes by its address."""
 
     work: Pass
     number: int = 0
-    # When it starts, without what the forward left.
+    # What is alive when it starts, without what the forward left.
     alive: dict[int, int] = field(default_factory=dict)
-    # Parameters and buffers.
+    # Parameters and buffers, which don't count.
     apart: dict[int, int] = field(default_factory=dict)
     labels: list[tuple[StorageWeakRef, int, int]] = field(default_factory=list)
 

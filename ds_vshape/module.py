@@ -121,7 +121,7 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             if self.schedule_config is not None:
                 check_accepted(ds_config)
                 check_arguments(arguments, dist.get_world_size())
-                # It is on the first pipeline rank of the first pipeline.
+                # Traces are written by the first pipeline rank of the first pipeline.
                 if self.schedule_config.trace is not None and dist.get_rank() == 0:
                     check_folder(self.schedule_config.trace)
             self._precision = precision(ds_config)
@@ -420,12 +420,12 @@ class PipelineModule(PlainAttributes, stock.PipelineModule):  # type: ignore[mis
             super().compile(*args, **kwargs)
 
 
-# DeepSpeed's hook as it is here, to be told from a script's own.
+# Our override of DeepSpeed's hook, by which a script's own is recognized.
 _PARTITION_LAYERS = PipelineModule._partition_layers
 
 
 def _timeout(config: DsConfig | None) -> float:
-    """The config's, if it can be read; if not, that is for the preflight to tell."""
+    """The config's timeout_seconds; the default if the config can't be read, which the preflight reports."""
     try:
         section = find_section(config, sys.argv)
     except Exception:
@@ -434,7 +434,7 @@ def _timeout(config: DsConfig | None) -> float:
 
 
 def _topology(arguments: Mapping[str, Any]) -> Any:
-    """The one that a PipelineModule with these arguments has, which were checked."""
+    """The topology of a PipelineModule with these arguments, which have been checked."""
     stages = arguments.get("num_stages") or 1
     return arguments.get("topology") or PipeDataParallelTopology(num_pp=stages, num_dp=dist.get_world_size() // stages)
 

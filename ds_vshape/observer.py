@@ -1,7 +1,8 @@
 """What is seen of training batches while they run: times of passes, activations, and which weights were split.
 
 Every pass of every batch is timed. In one early batch activations are measured too, and it is left out of all times:
-the meter slows its operators down. What couldn't be measured stays unknown, and the batch is as any other.
+the meter slows its operators down. If activations can't be measured, their sizes stay unknown, and the batch
+runs like any other.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Observer:
             self._meter.stop()
 
     def abandon_batch(self) -> None:
-        """The batch ends, well or not: nothing of it is measured any further."""
+        """To be called when the batch ends, well or not: nothing of it is measured after that."""
         if self._metered:
             self._metered.clear()
             self._meter.drop()

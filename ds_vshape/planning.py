@@ -1,13 +1,13 @@
-"""The job's planner: a process beside the training of one rank, whose answer all ranks get in the same call.
+"""The job's planner: a process that runs while one rank trains, and whose answer all ranks get in the same call.
 
-A plan is worth something, but not a training. Whatever becomes of the process (it can't start, is killed or stopped,
-answers nonsense) all ranks are told in the same call, as PlannerFailed, and none waits longer than
+A failed plan must not end a training. Whatever happens to the process (it can't start, is killed or stopped, answers
+nonsense), all ranks are told in the same call, by PlannerFailed, and none waits longer than
 
     SILENT_SECONDS    without a sign of life from it (ds_vshape/schedule/worker.py), or
     LATE_SECONDS      after the time that it may plan for; it starts, compiles and ends in that.
 
-Of the time between two looks at it no more than a few seconds count: a job that was suspended as a whole is no late
-planner.
+Of the time between two looks at it no more than a few seconds count: where the whole job was suspended, the planner
+isn't late.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOTHING, _FAILURE, _ANSWER = "", "!", "="
 
 
 class PlannerFailed(RuntimeError):
-    """There is no answer, and will be none; the message says why."""
+    """There is no answer from the planner, and there will be none; the message says why."""
 
 
 class PlanningProcess:
@@ -59,10 +59,10 @@ class PlanningProcess:
                                                  stdout=self._answer, process_group=0,
                                                  env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
         except Exception as error:
-            # No memory, no files, no processes left: whatever it is, it is no reason to end a training.
+            # No memory, files or processes may be left: none of this is a reason to end the training.
             raise PlannerFailed(f"the planning process can't start: {type(error).__name__}: {error}") from error
-        # It doesn't outlive the training; where that is killed, it sees so itself. (Linux ends it with the thread that
-        # started it, too.)
+        # It doesn't outlive the training; if that is killed, it ends by itself (worker.py). Linux also ends it with
+        # the thread that started it.
         weakref.finalize(self, self._process.kill)
         self._looked = time.monotonic()
         self._sign, self._silent, self._taken = 0, 0.0, 0.0
@@ -117,16 +117,16 @@ class PlanningProcess:
         return text
 
     def stop(self) -> None:
-        """End it, whatever it is at."""
+        """End it, whatever it is doing."""
         self._process.kill()
-        # What hangs in the system itself is left to it.
+        # A process that hangs in a system call is left to the system.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         self._answer.close()
 
 
 def _file(name: str) -> IO[bytes]:
-    """A file without a name, in memory where the system has such: a folder for temporary files may be full or gone."""
+    """A file without a name, in memory if possible: a folder for temporary files may be full or missing."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create(f"ds_vshape {name}"), "w+b")
     return tempfile.TemporaryFile()
@@ -148,7 +148,7 @@ class Planner:
         self._failure: PlannerFailed | None = None
 
     def start(self, request: Request) -> None:
-        """Plan `request` from now on; a planning that is still at it is given up."""
+        """Start to plan `request`; a planning that still goes on is given up."""
         if not self._is_first:
             return
         if self._process is not None:

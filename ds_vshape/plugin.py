@@ -55,7 +55,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
 
 @contextmanager
 def _starting(model: Any) -> Iterator[None]:
-    """Around what ranks do together until they have an engine."""
+    """Around the construction of an engine, in which ranks wait for each other."""
     ours = isinstance(model, PipelineModule)
     with model.preflight.watch.phase(lambda: "initialize") if ours else nullcontext(), groups_without_limit():
         yield
@@ -69,12 +69,12 @@ def _agreed_section(whole: DsConfig | None, model: Any) -> ScheduleConfig | None
 
 
 def engines_for_our_models() -> None:
-    """Let the script's own subclasses of DeepSpeed's engine be ours too, for models of ours, from now on."""
+    """From now on make engines of the script's own subclasses of DeepSpeed's engine ours too, for models of ours."""
     StockPipelineEngine.__new__ = _new_engine
 
 
 def _new_engine(engine_class: type[StockPipelineEngine], *args: Any, **kwargs: Any) -> Any:
-    """In the place of object.__new__ for DeepSpeed's engine and its subclasses; their arguments may be any."""
+    """Replaces object.__new__ for DeepSpeed's engine and its subclasses, with whatever arguments these take."""
     if issubclass(engine_class, PipelineEngine):
         return object.__new__(engine_class)
     model = _model_of(*args, **kwargs)

@@ -40,7 +40,7 @@ from ds_vshape.watch import Watch
 
 # What a healthy channel takes is far less; with NCCL its communicator is made here.
 PROBE_SECONDS = 20.0
-# How often it is looked whether a rank is lost meanwhile.
+# Seconds between two looks whether a rank is lost meanwhile.
 _LOOK_SECONDS = 0.2
 # Where a rank writes to is its own affair.
 _OWN_AFFAIRS = {"output_path", "output_file", "path", "nvme_path", "job_name"}
@@ -58,7 +58,7 @@ class PreflightError(PipelineError):  # type: ignore[misc]
 
 
 class Preflight:
-    """The checks of one job, which is watched over. Creating it is collective, and so are its methods."""
+    """The checks of one job, over which `watch` watches. Creating it is collective, and so are its methods."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -118,7 +118,7 @@ class Preflight:
             prober.join(min(left, _LOOK_SECONDS))
             self.watch.check()
             if self.watch.silent:
-                # It is for the watch to say whether it is lost.
+                # Whether that rank is lost is for the watch to decide.
                 deadline = time.monotonic() + seconds
         return list(pending)
 
@@ -199,7 +199,7 @@ def _probe(ends: Sequence[End], pending: dict[End, None]) -> None:
                            dist.irecv(byte, end.source, group=end.group)))
     for end, _, work in posted:
         with suppress(RuntimeError):
-            # With a time NCCL's blocks the host as well, for this channel alone: others may never be done.
+            # With a time limit NCCL's wait blocks the host too, and for this channel alone: others may never be done.
             work.wait(FOREVER)
             del pending[end]
 

@@ -49,7 +49,7 @@ class StepSnapshot:
         self._last_lr = copy.copy(getattr(scheduler, "_last_lr", None))
 
     def stepped(self) -> None:
-        """The step was taken: what differs from now on, somebody else has changed."""
+        """To be called when the step is taken: what differs later on has been changed by something else."""
         self._after = _options(self._optimizer.optimizer)
 
     @torch.no_grad()
@@ -195,12 +195,12 @@ class Samples:
         self._again: deque[tuple[Any, RandomState | None]] = deque()
 
     def keep(self) -> None:
-        """A batch begins that may have to run again."""
+        """Keep the samples of the batch that starts, since it may have to run again."""
         self.drop()
         self._keeps = True
 
     def drop(self) -> None:
-        """It needn't."""
+        """Forget the samples: the batch needn't run again."""
         self._keeps = False
         self._kept.clear()
         self._again.clear()

@@ -157,7 +157,7 @@ class PlannedSchedules:
 
 @dataclass(frozen=True)
 class _FirstPlans:
-    """Plans for equal times, without which no batch can start."""
+    """Plans for equal times, which the first batch has to wait for."""
 
     config: ScheduleConfig
     placement: Placement
@@ -364,7 +364,7 @@ def _planned(answer: Answer, config: ScheduleConfig) -> Planned:
 def moved_by(now: Times, then: Times) -> float:
     """How far times have moved: the greatest change of a stage or a hop, as a share of that stage's time then.
 
-    Of a hop the stage is the faster of those that it joins, since a short hop may double and matter to nobody.
+    Of a hop the stage is the faster of those that it joins, since a short hop may double without any effect.
     """
     stages = [then.of_stage(stage) for stage in range(len(then.forward))]
     changes = [(abs(now.of_stage(stage) - before), before) for stage, before in enumerate(stages)]

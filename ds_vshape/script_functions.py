@@ -8,8 +8,8 @@ engine makes of them, put there before or after it was made:
     all others                                      an error: they work on buffers of one stage a rank, and on passes
                                                     that a split backward doesn't have
 
-A function in the map of our own engine's class, or of one engine, gets what our instructions have, and is its author's
-affair; but one for whole passes alone is an error where a schedule runs split ones. Methods that choose what a batch
+A function in the map of our own engine's class, or of one engine, gets what our instructions have, and its author must
+know them; but one for whole passes alone is an error where a schedule runs split ones. Methods that choose what a batch
 consists of are refused too.
 """
 
@@ -29,7 +29,7 @@ from ds_vshape.instructions import Execute, Instruction
 _AT_THE_END: tuple[Instruction, ...] = (instr.ReduceTiedGrads, instr.ReduceGrads, instr.OptimizerStep)
 _SPLIT: Mapping[Instruction, Instruction] = {instr.ForwardPass: instr.SplitForwardPass,
                                              instr.BackwardPass: instr.InputGradPass}
-# Methods that say what a batch consists of, where our engine does.
+# Methods that decide what a batch consists of, which our engine does itself.
 _OF_SCHEDULES = ("_exec_schedule", "_train_schedule", "_inference_schedule")
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 _WAY_OUT = "train without \"pipeline_schedule\" in the config, or without that function"
@@ -64,7 +64,7 @@ class ScriptFunctions:
         return instr.ReduceGrads in self._functions or _is_of_script(self._engine._INSTRUCTION_MAP[instr.ReduceGrads])
 
     def look(self, splits: bool) -> None:
-        """Find them.
+        """Find the script's functions; to be called before each batch.
 
         Args:
             splits: whether batches have split passes.
@@ -117,7 +117,7 @@ def _is_ours(owner: type) -> bool:
 
 
 def _is_of_script(function: Any) -> bool:
-    """Whether it, or what it's wrapped around, is neither DeepSpeed's nor ours: its code is in somebody else's file."""
+    """Whether it, or what it's wrapped around, is neither DeepSpeed's nor ours: its code is in another file."""
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is None or not (code.co_filename == stock.__file__ or code.co_filename.startswith(_PACKAGE)):

@@ -4,7 +4,7 @@ DeepSpeed builds each rank's layers in a process of its own. A module or a Param
 weight where both are on one rank, and two that drift apart where they aren't, so that what is trained depends on the
 placement. DeepSpeed says nothing of it; a plain model in one process has one weight always.
 
-What layers hold is looked for in the list that every rank gets, so that all ranks find the same: modules themselves,
+What layers hold is searched in the list that every rank gets, so that all ranks find the same: modules themselves,
 the arguments of LayerSpecs, and what functions close over.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
 
-# How deep arguments are looked into: a list of tuples of functions that close over a module, and no whole programs.
+# Levels of nesting that are searched: enough for a list of tuples of closures, too few to search a whole program.
 _DEPTH = 6
 _SHOWN = 4
 
@@ -39,7 +39,7 @@ class SharedWeights:
 
 
 def shared_weights(layers: Sequence[Any]) -> list[SharedWeights]:
-    """What layers of a PipelineModule share that is trained, but for what TiedLayerSpecs of one key do."""
+    """The trained weights that layers of a PipelineModule share, except through TiedLayerSpecs of one key."""
     holders: dict[nn.Parameter, list[int]] = {}
     names: dict[nn.Parameter, str] = {}
     for number, layer in enumerate(layers):
@@ -57,14 +57,14 @@ def shared_weights(layers: Sequence[Any]) -> list[SharedWeights]:
 
 
 def warning_of(shared: Iterable[SharedWeights]) -> str:
-    """One line on all of them."""
+    """The warning about all of them, in one line."""
     return (f"{'; '.join(map(str, shared))}, without a TiedLayerSpec: layers on one rank train one weight, and those "
             "on other ranks copies of it that drift apart, so that losses depend on which layers are together. Give "
             "layers that share a weight as TiedLayerSpec with one key")
 
 
 def _owner(layer: Any, number: int) -> Any:
-    """Layers that DeepSpeed ties have one owner."""
+    """The owner of the layer's weights: the key, which is one for all layers that DeepSpeed ties, or the layer."""
     return layer.key if isinstance(layer, TiedLayerSpec) else number
 
 

@@ -5,10 +5,10 @@ BF16_Optimizer on a norm of no gradients. A rank whose layers are all frozen cou
 parallel rank that has only weights which the first one counts; DeepSpeed's own engine can train neither. A parameter of
 one zero, which no layer uses, stands in, and its gradient is zero.
 
-In checkpoints: layer files don't have it. Tensor parallel ranks have it together, because DeepSpeed's universal
-conversion (checkpoint/ds_to_universal.py) joins the slices of each parameter over them. From a universal checkpoint
-nothing of it is loaded: one of DeepSpeed's own, or of another number of ranks, may have none. The method for that is
-DeepSpeed's private one, Parameter.load_hp_checkpoint_state (checkpoint/universal_checkpoint.py).
+Layer files of checkpoints don't contain it. Tensor parallel ranks all have one if one of them has, because DeepSpeed's
+universal conversion (checkpoint/ds_to_universal.py) joins the slices of each parameter over them. It isn't loaded from
+universal checkpoints, since one of DeepSpeed's own, or of another number of ranks, may have none; for this DeepSpeed's
+private method Parameter.load_hp_checkpoint_state (checkpoint/universal_checkpoint.py) is replaced.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
 
 
 def add_to(optimizer: Any, module: nn.Module) -> None:
-    """Let an optimizer that the script has made have a stand-in too, where one is wanted."""
+    """Add a stand-in to an optimizer that the script has made, where one is wanted."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     *_, last = with_stand_in(module, parameters)
     if not any(last is parameter for parameter in parameters):
@@ -81,7 +81,7 @@ def add_to(optimizer: Any, module: nn.Module) -> None:
 
 
 def keep_from_universal(module: Any) -> None:
-    """Let the stand-in, if there is one, be what it is when a universal checkpoint is loaded.
+    """Keep the stand-in, if there is one, as it is when a universal checkpoint is loaded.
 
     To be called when an optimizer has been made for it.
     """
@@ -91,7 +91,8 @@ def keep_from_universal(module: Any) -> None:
 
 
 def _stay_zero(stand_in: Any, folder: str, *ranks: Any, **of_experts: Any) -> Any:
-    """In place of DeepSpeed's: the optimizer states that other parameters have, of zeros; returns their step."""
+    """In place of DeepSpeed's method: gives the stand-in the optimizer states that other parameters have, as zeros, and
+    returns their step."""
     mapping, step = stand_in._hp_mapping, None
     mapping.optim_fragment = {}
     for path in _files_of_a_parameter(Path(folder).parent):

@@ -31,13 +31,14 @@ class Step:
 
     def __init__(self) -> None:
         self.reached = Reached.BEFORE
-        # What is to be told, and whether the optimizer at the core has raised that.
+        # The error to raise at the end of the batch, and whether the optimizer at the core has raised one.
         self.error: Exception | None = None
         self.core_failed = False
 
     @contextmanager
     def watching(self, optimizer: Any) -> Iterator[None]:
-        """Around DeepSpeed's step; `optimizer` is torch's at its core, or one like that."""
+        """Around DeepSpeed's step, in which `optimizer` (torch's at its core, or one like that) steps. Keeps its
+        error in `error`."""
         step = optimizer.step
 
         @wraps(step)
@@ -54,7 +55,7 @@ class Step:
         try:
             yield
         finally:
-            # It may have put another in its place itself.
+            # The step may have replaced the method itself.
             if vars(optimizer).get("step") is watched:
                 if own is None:
                     del optimizer.step

@@ -1,8 +1,8 @@
 """What loading a checkpoint changes, kept so that a load that fails leaves a rank as it was, to the last bit.
 
-Weights that are loaded in place are copied, to the host, which takes as much memory there as this rank's weights, and
-its part of the master weights, have; of the rest references do, since what is loaded takes its place. It fits all of
-DeepSpeed's optimizers, of which this knows:
+Weights that are loaded in place are copied to the host, which takes as much memory there as this rank's weights and its
+part of the master weights have. For the rest references are enough, since loading replaces it. This works for all of
+DeepSpeed's optimizers, of which it knows:
 
     param_groups, state, optimizer   torch's, or around one; its parameters are the master weights
     param._hp_mapping                where ZeRO and BF16_Optimizer keep a parameter's master weights and their state
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What has its own state in a checkpoint, besides the module and the optimizer.
+# What else has a state of its own in a checkpoint, besides the module and the optimizer.
 _SCHEDULERS = ("lr_scheduler", "random_ltd_scheduler")
 
 
@@ -46,7 +46,7 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it back; no other rank is asked."""
+        """Put everything back; not collective."""
         for undo in self._undo:
             undo()
         for tensor, kept in self._tensors:
@@ -127,7 +127,7 @@ def _scheduler(scheduler: Any) -> Callable[[], None]:
     state = copy.deepcopy(scheduler.state_dict())
 
     def undo() -> None:
-        # What it keeps in other objects; a scheduler that can't load raises it again.
+        # For what it keeps in other objects; a scheduler that can't load raises here again.
         with suppress(Exception):
             scheduler.load_state_dict(state)
         vars(scheduler).update(own)

@@ -1,6 +1,6 @@
 """Universal checkpoints: a folder for each parameter, with a file for its weight and for each part of its state.
 
-DeepSpeed (checkpoint/universal_checkpoint.py:load_hp_checkpoint_state) takes what files it finds: without fp32.pt a
+DeepSpeed (checkpoint/universal_checkpoint.py:load_hp_checkpoint_state) takes the files that it finds: without fp32.pt a
 parameter keeps the weight it had. It reads them by torch.load, whose errors don't name them.
 """
 
@@ -40,7 +40,7 @@ def check_universal(checkpoint: str, groups: list[list[str]]) -> None:
 
 
 def damaged(checkpoint: str, groups: list[list[str]]) -> CheckpointError | None:
-    """The first of the parameters' files that can't be read."""
+    """The error for the first of the parameters' files that can't be read; None if all can."""
     folder = Path(checkpoint, _FOLDER)
     for path in _paths(folder, groups):
         try:

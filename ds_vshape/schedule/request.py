@@ -1,7 +1,7 @@
-"""What a planner in a process of its own is asked and answers, as JSON.
+"""The request to a planner in a process of its own, and its answer, as JSON.
 
 Planning takes seconds of pure Python. In another process, which imports neither torch nor deepspeed, it doesn't hold up
-the training that goes on meanwhile. What comes back is looked at before anything is trained by it.
+the training that goes on meanwhile. The answer is checked before anything is trained by it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, acti
                                        schedule_to_json, times_from_json, times_to_json)
 from ds_vshape.schedule.timeline import Times, simulate
 
-# Of an answer without its schedule.
+# The most that an answer has besides its schedule.
 _REST_BYTES = 4096
 
 
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def most_bytes(self) -> int:
-        """No answer is longer."""
+        """The greatest length of an answer."""
         return most_bytes(self.ranks, self.micro_batches, Problem.max_pieces) + _REST_BYTES
 
 
@@ -62,7 +62,7 @@ _Finite = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 @final
 class Planned(TypedDict):
-    """The schedule, a bound that no makespan is below in the unit of the times, and how long planning took."""
+    """The schedule, a lower bound of all makespans in the unit of the times, and the seconds that planning took."""
 
     schedule: JsonSchedule
     lower_bound: _Finite
@@ -71,7 +71,7 @@ class Planned(TypedDict):
 
 @final
 class Refused(TypedDict):
-    """Why no schedule keeps to the limits."""
+    """The error that says why no schedule keeps to the limits."""
 
     error: Annotated[str, Field(strict=True)]
 

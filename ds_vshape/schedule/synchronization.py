@@ -57,14 +57,14 @@ def check_synchronization(programs: Sequence[Program],
 
 
 class _Operations:
-    """Sends and receives that were started, and the clocks at which messages came through."""
+    """Sends and receives that were started, and the clocks at which they completed."""
 
     def __init__(self, programs: Sequence[Program], communicator: Callable[[Channel], Hashable]) -> None:
         self.completed: dict[Message, Clock] = {}
         self._passes = [[step.work for step in program if isinstance(step, Run)] for program in programs]
         self._communicator = communicator
         self._started: dict[tuple[int, Message], Clock] = {}
-        # By rank and communicator: what was started and isn't through, and the clock of what came through last.
+        # By rank and communicator: what was started and isn't complete, and the clock of the last completion.
         self._queues: dict[tuple[int, Hashable], deque[Message]] = defaultdict(deque)
         self._last: dict[tuple[int, Hashable], Clock] = {}
 
@@ -82,10 +82,10 @@ class _Operations:
                 candidates += [self._queues[end][0] for end in ends if self._queues[end]]
 
     def _complete(self, message: Message, ends: tuple[tuple[int, Hashable], tuple[int, Hashable]]) -> None:
-        began = {end[0]: self._started.pop((end[0], message)) for end in ends}
+        starts = {end[0]: self._started.pop((end[0], message)) for end in ends}
         before = [self._last[end] for end in ends if end in self._last]
-        completion = np.maximum.reduce([*began.values(), *before])
-        for rank, clock in began.items():
+        completion = np.maximum.reduce([*starts.values(), *before])
+        for rank, clock in starts.items():
             if completion[rank] > clock[rank]:
                 blocked: Pass = self._passes[rank][clock[rank]]
                 raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "

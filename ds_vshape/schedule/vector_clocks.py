@@ -22,7 +22,7 @@ class VectorClocks:
         needed_at: the places of the passes that need a message, by rank and place: from which rank and place it comes.
         lengths: how many passes each rank has.
 
-    The messages must be free of circles: a ScheduleError is for the simulator to find (`timeline.simulate`).
+    The messages must not form a cycle, for which `timeline.simulate` raises ScheduleError.
     """
 
     def __init__(self, needed_at: Sequence[Mapping[int, tuple[int, int]]], lengths: Sequence[int]) -> None:

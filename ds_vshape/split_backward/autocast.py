@@ -1,4 +1,4 @@
-"""Whether autocast is on. A backward under it runs its products in low precision, and W has to do as B did."""
+"""The state of autocast. A backward under it computes products in low precision, and W must do so exactly if B did."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def enabled_autocast() -> Mapping[str, torch.dtype]:
 
 @contextmanager
 def autocast_as(devices: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """Autocast on for just these devices, without its cache."""
+    """Enable autocast for just these devices, with these dtypes and without its cache."""
     with ExitStack() as stack:
         for device in enabled_autocast().keys() - devices.keys():
             stack.enter_context(torch.autocast(device, enabled=False))

@@ -5,8 +5,8 @@ first half and the store gets what the second needs. The node itself can't be ke
 works on a HalfContext, which has the node's saved tensors and attributes and nothing that leads to other nodes.
 
 The graph holds the Parameters themselves, so that any other run of autograd over it finds what it asks for. The second
-half is deferred only in B, and only where this run of autograd would add to the parameter's `.grad` with nobody
-looking on (`_only_adds`). Autograd then gets None for the weight; DeepSpeed's hooks on the parameter run as they do in
+half is deferred only in B, and only where this run of autograd would do no more than add to the parameter's `.grad`
+(`_only_adds`). Autograd then gets None for the weight; DeepSpeed's hooks on the parameter run as they do in
 its own engine, and find nothing new.
 """
 
@@ -65,7 +65,7 @@ class HalfContext:
 
     def keep(self, positions: tuple[int, ...] | None, outgoing: Sequence[Tensor]) -> None:
         """Keep the saved tensors at `positions` (None: all of them), without a graph, and copies of what W reads and
-        others may write to: constants that somebody else holds too, and attributes that left with the gradients
+        others may write to: constants that are held elsewhere too, and attributes that left with the gradients
         `outgoing`.
 
         An activation isn't copied: writing to it between B and W is an error (`Entry.check_unmodified`).

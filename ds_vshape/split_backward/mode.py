@@ -83,7 +83,7 @@ class SplitForward(TorchFunctionMode):
         return NotImplemented if cast is None else operator(self.store, *cast[0], **cast[1])
 
     def _look_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`func` with this mode active inside; all at once where it is a backward that somebody runs in a backward."""
+        """`func` with this mode active inside; all at once where it is a backward that is run inside a backward."""
         nested = func is torch.autograd.backward and torch._C._current_graph_task_id() >= 0
         deferring = self.store.deferring and not (nested and not _recomputes(sys._getframe(2)))
         TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class SplitBackward(SplitForward):
     """B of a split: the backward that runs inside leaves weight gradients to `store`.
 
     A checkpoint's recomputation is recorded as in SplitForward, and its backward is part of B. Any other backward that
-    runs inside B (in a function of the user's own, say) computes everything at once: whoever runs it may look at
+    runs inside B (in a function of the user's own, say) computes everything at once: its caller may look at
     `.grad`.
     """
 

@@ -1,10 +1,9 @@
-"""Whether somebody else may write to a tensor that W will read, and copies for W where that is so.
+"""Whether anything else may write to a tensor that W will read, and copies for W where that is so.
 
-A gradient is often in several hands: those of the other branch of a residual, of a hook, of the caller of backward.
-Autograd reads it at once, and whoever changes it in place afterwards does no harm. W reads it later, so what is in
-other hands too is copied in B. References are counted: Python's own, those of the tensor (another node that waits for
-the same gradient) and those of its memory (a view of it). How many there are while nobody else has one is found out
-by a backward of this module's own, once.
+Others often hold a gradient too: the other branch of a residual, a hook, the caller of backward. Autograd reads it at
+once, so a change in place afterwards does no harm. W reads it later, so B copies what others hold. References are
+counted: Python's own, those of the tensor (another node that waits for the same gradient) and those of its memory (a
+view of it). How many there are while nothing else holds one is found out once, by a backward of this module's own.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _Counts = tuple[int, int, int, int, int]
 
 
 def is_shared(output_gradients: tuple[Tensor | None, ...], position: int) -> bool:
-    """Whether somebody else has the gradient at `position` of the tuple with which autograd called a backward."""
+    """Whether anything else holds the gradient at `position` of the tuple with which autograd called a backward."""
     if output_gradients[position] is None:
         return False
     counts = _counts(output_gradients, position)
@@ -84,7 +83,7 @@ def _exceed(counts: _Counts, unshared: _Counts) -> bool:
 
 
 class _Probe(torch.autograd.Function):
-    """Notes the counts of an output gradient and of a saved tensor that nobody else has."""
+    """Notes the counts of an output gradient and of a saved tensor that nothing else holds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: list[_Counts]) -> Tensor:

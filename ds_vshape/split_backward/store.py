@@ -32,7 +32,7 @@ class Delivery(Protocol):
 
     def buffer(self, parameter: Parameter, /) -> Tensor | None:
         """The sum so far, shaped as the parameter and of any dtype, for a gradient that is added to it in place right
-        now; None where there is no sum yet, or where nobody but `add` may touch it."""
+        now; None where there is no sum yet, or where only `add` may touch it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Entry:
 
     def _own(self, target: Target, gradient: Tensor) -> Tensor:
         """`gradient`, copied where autograd would copy it before it becomes `parameter.grad`: when it is of another
-        dtype, its memory is also somebody else's, or it is laid out unlike the parameter."""
+        dtype, its memory is also used elsewhere, or it is laid out unlike the parameter."""
         parameter = parameter_of(target)
         if gradient.shape != parameter.shape:
             raise RuntimeError(
@@ -129,8 +129,7 @@ class WeightGradientStore:
 
     The gradients of a parameter that the forward used several times are summed before they are delivered, in the
     order and the precision of autograd's own sums, so that accumulation over micro-batches adds the same numbers as an
-    unsplit backward.
-    What a function adds to a buffer of the delivery is delivered with that.
+    unsplit backward. What a function adds to a buffer of the delivery is delivered with that.
     """
 
     def __init__(self) -> None:

@@ -47,7 +47,7 @@ def is_deferrable(weight: Any) -> bool:
 
     It must be a trainable Parameter (a leaf that isn't one may be the stage's input) or a cast of one, not one of
     `never_defer`'s, and must carry no hook that expects autograd to produce its gradient. DeepSpeed's own hooks (ZeRO,
-    BF16_Optimizer) don't count: whoever delivers the gradient does their work.
+    BF16_Optimizer) don't count: the delivery of the gradient does their work.
     """
     if type(weight) is not Parameter:
         cast = _cast_of(weight)
@@ -58,7 +58,7 @@ def is_deferrable(weight: Any) -> bool:
 
 
 def _cast_of(weight: Any) -> Cast | None:
-    """What `weight` is a cast of; None where somebody wants to see the gradient of the cast itself."""
+    """What `weight` is a cast of; None where the gradient of the cast itself is asked for."""
     cast: Cast | None = getattr(weight, _CAST, None)
     return None if cast is None or weight._backward_hooks or weight.retains_grad else cast
 
@@ -82,7 +82,7 @@ def may_defer(weight: Parameter) -> None:
 
 
 def has_hooks(weight: Parameter) -> bool:
-    """Whether a hook of somebody other than DeepSpeed on the parameter wants to see its gradient."""
+    """Whether the parameter has a hook, other than DeepSpeed's, that sees its gradient."""
     if weight._backward_hooks:
         return True
     hooks = weight._post_accumulate_grad_hooks
@@ -90,7 +90,7 @@ def has_hooks(weight: Parameter) -> bool:
 
 
 def node_has_hooks(node: Any) -> bool:
-    """Whether a hook of somebody other than DeepSpeed on a node of the graph wants to see a gradient that goes there.
+    """Whether a node of the graph has a hook, other than DeepSpeed's, that sees a gradient which goes there.
 
     On the node that adds to a parameter's `.grad` such hooks are older than those on parameters (Apex, Horovod). Torch
     doesn't list a node's hooks; but registering one gives the dict in which all of them are.

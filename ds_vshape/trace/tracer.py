@@ -35,7 +35,7 @@ from ds_vshape.trace.recorder import Recorder
 
 
 def check_folder(config: TraceConfig) -> None:
-    """Make the folder of the traces; ConfigError if nothing can be written there. For the rank that writes."""
+    """Make the folder of the traces; ConfigError if nothing can be written there. Called on the rank that writes."""
     try:
         Path(config.path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.path) as file:
