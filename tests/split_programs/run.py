@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ds_vshape.gradients import InGrad
 from ds_vshape.split_backward import (ALL_OPERATORS, MATRIX_OPERATORS, Delivery, Operators, SplitBackward,
-                                      WeightGradientStore, WholeGradients)
+                                      SplitForward, WeightGradientStore, WholeGradients)
 from split_programs.program import BATCH, SEQUENCE, WIDTH, Pass, Program
 from split_programs.steps import Stage
 
@@ -90,8 +90,8 @@ class Run:
         self.outcome.weights = dict(self._weights.items())
         return self.outcome
 
-    def _mode(self, key: tuple[int, int]) -> AbstractContextManager[Any]:
-        return nullcontext() if self._operators is None else SplitBackward(self._stores[key], self._operators)
+    def _mode(self, kind: type[SplitForward], key: tuple[int, int]) -> AbstractContextManager[Any]:
+        return nullcontext() if self._operators is None else kind(self._stores[key], self._operators)
 
     def _forward(self, stage: int, micro_batch: int) -> None:
         key = stage, micro_batch
@@ -104,7 +104,7 @@ class Run:
         module = self._stages[stage]
         module.micro_batch = micro_batch
         torch.default_generator.manual_seed(100 * stage + micro_batch)
-        with self._mode(key), _autocast(self._program.around == "F"):
+        with self._mode(SplitForward, key), _autocast(self._program.around == "F"):
             output = module(leaf if self._program.leaf else leaf.clone())
         if stage + 1 == len(self._stages):
             self.outcome.outputs.append(output.detach().clone())
@@ -117,7 +117,7 @@ class Run:
         key = stage, micro_batch
         root, gradient = self._roots.pop(key), self._gradients.pop(key)
         if root is not None and gradient is not None:
-            with self._mode(key):
+            with self._mode(SplitBackward, key):
                 torch.autograd.backward([root], [gradient])
         found = self._inputs.pop(key).grad
         self.outcome.input_gradients[self._pass] = None if found is None else found.clone()
