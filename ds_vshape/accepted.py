@@ -1,4 +1,4 @@
-"""What the rest of a ds_config may say beside our section: precisions and ZeRO that train rightly in a pipeline.
+"""What the rest of a ds_config may say besides our section: precisions and ZeRO that train rightly in a pipeline.
 
     precision   ZeRO-0, sums in            ZeRO-1, sums in
     fp32        fp32                       fp32, bf16, fp16

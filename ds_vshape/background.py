@@ -1,8 +1,8 @@
-"""Runs what a rank has to do with other ranks beside its passes, one piece after another.
+"""Runs exchanges with other ranks concurrently with the passes, one after another.
 
-On a GPU collectives run beside the host anyway, so a stream of their own is enough; a CPU's block the thread that calls
-them, so that must be another one. The pieces run in the order in which they were started: ranks that start theirs in
-the same order meet in the same collectives.
+On a GPU collectives run concurrently with the host anyway, so a stream of their own is enough; a CPU's block the thread
+that calls them, so that must be another one. The pieces run in the order in which they were started: ranks that start
+theirs in the same order meet in the same collectives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Started(Protocol[T_co]):
 
 
 class Background(Protocol):
-    """Where work runs beside the passes."""
+    """Where work runs concurrently with the passes."""
 
     def start(self, work: Callable[[], T], uses: Iterable[Tensor] = ()) -> Started[T]:
         """Start `work`, which has no gradients to record; the tensors that it `uses` may be let go meanwhile."""

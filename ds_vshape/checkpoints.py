@@ -1,4 +1,4 @@
-"""The placement, saved beside a checkpoint, so that optimizer state never lands on the wrong layers.
+"""The placement, saved with a checkpoint, so that optimizer state never lands on the wrong layers.
 
 Layer files are named by global layer and fit every placement. Optimizer state is one flat tensor a rank in the order
 of that rank's parameters: loaded under another placement it has the right size, no error, and the wrong content.

@@ -161,7 +161,7 @@ class ScheduleConfig(BaseModel):
     (ds_vshape/split_backward/operators.py says what that costs).
 
     `times` "profile" measures the passes in the first batches, plans with them for at most `planning_seconds` while
-    training goes on, and plans again when a stage's time, or a hop's beside it, has moved by more than the share
+    training goes on, and plans again when a stage's time, or that of a hop next to it, has moved by more than the share
     `drift` of the stage's. "equal" takes all passes for equally long.
 
     `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,

@@ -12,6 +12,8 @@ import torch
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor, nn
 
+from ds_vshape.split_backward import any_of_script
+
 
 class ReleasedWeights:
     """Finds weights of `module` that hooks of the script step; hooks are looked for once, before the first batch."""
@@ -31,7 +33,7 @@ class ReleasedWeights:
         """To be called when a training batch of `micro_batches` starts."""
         if self._hooked is None:
             self._hooked = [(name, parameter) for name, parameter in self._module.named_parameters()
-                            if _has_hook_of_script(parameter)]
+                            if any_of_script((parameter._post_accumulate_grad_hooks or {}).values())]
         self._micro_batches = micro_batches
         self._before = self._sums() if micro_batches > 1 else []
 
@@ -48,9 +50,3 @@ class ReleasedWeights:
 
     def _sums(self) -> list[Tensor]:
         return [parameter.detach().sum(dtype=torch.float64) for _, parameter in self._hooked or ()]
-
-
-def _has_hook_of_script(parameter: nn.Parameter) -> bool:
-    # Not ZeRO's, nor BF16_Optimizer's.
-    hooks = parameter._post_accumulate_grad_hooks or {}
-    return any(not str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks.values())

@@ -9,13 +9,13 @@ the place where the optimizer accumulates them:
     DeepSpeedZeroOptimizer with an accumulation dtype of its own     parameter.grad_accum
     all others                                                       parameter.grad
 
-What others put into `.grad` meanwhile counts too, whenever they do: a backward that a layer or a loss function runs in
+What else is put into `.grad` counts too, at any time: a backward that a layer or a loss function runs in
 its forward, a loss with weights of its own, a script between two batches. With BF16_Optimizer that is all there ever is
 in `.grad`: DeepSpeed zeroes it when a backward reaches a stage's outputs, so here it is moved to the buffer before
 that, and after the backward.
 
-Weights that the optimizer doesn't hold get their gradients in `.grad`, by autograd in B, as under DeepSpeed: nobody
-else looks at them.
+Weights that the optimizer doesn't hold get their gradients in `.grad`, by autograd in B, as under DeepSpeed: nothing
+else reads them.
 
 Where a gradient is added to that place by the product that computes it, the sum is rounded once, not twice: a little
 more exact than an unsplit backward's, so not equal to it bit for bit.

@@ -1,5 +1,5 @@
 """The engine's instruction set: DeepSpeed's own (runtime/pipe/schedule.py), and what a split backward and
-asynchronous messages need beside them.
+asynchronous messages need besides them.
 
 DeepSpeed's instructions name a pipeline buffer by number. Here a buffer's id is its (stage, micro-batch), so an
 instruction says what it works on and a rank may hold any number of stages.

@@ -44,7 +44,7 @@ def _counted(members: int) -> str:
 
 
 def own_copy(data: Any, device: torch.device, what: str) -> Payload:
-    """`data` of the iterator as tensors that nobody else changes; PipelineError if it holds anything but tensors."""
+    """`data` of the iterator as tensors that nothing else changes; PipelineError if it holds anything but tensors."""
     if torch.is_tensor(data):
         return data.detach().clone().to(device)
     if not isinstance(data, (tuple, list)) or not data or not all(map(torch.is_tensor, data)):

@@ -180,7 +180,7 @@ class Channels:
         self._start_sends(message, header + [settled(tensor) for tensor in members(payload) if tensor is not None])
 
     def withdraw(self, message: Message) -> None:
-        """Send a message without content, so that nobody waits: none in an announced batch, else zeros."""
+        """Send a message without content, so that its receiver doesn't wait: none in an announced batch, else zeros."""
         if self._announced:
             self._start_sends(message, [self._header(_NOTHING)])
             return
@@ -195,7 +195,7 @@ class Channels:
                         f"micro-batch {message.micro_batch},")
 
     def post(self, message: Message) -> None:
-        """Offer a buffer for `message`; in an announced batch only take note of it, since nobody knows its size yet."""
+        """Offer a buffer for `message`; in an announced batch only take note of it, since its size isn't known yet."""
         transfer = self._receiving[message] = _Transfer()
         if self._announced:
             self._noted[message.channel].append(message)

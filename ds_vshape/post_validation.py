@@ -15,7 +15,7 @@ say ("Zero Bubble Pipeline Parallelism", section 4, of which this is a general f
 Ranks of other replicas are waited for all the same: they add up gradients together. A batch whose forward fails raises
 at its own end; if a backward fails later than that, the next batch raises it, on all ranks, and neither counts.
 
-Of DeepSpeed this uses, beside what rollback.py says: model_parallel_group of DeepSpeedZeroOptimizer, over which step()
+Of DeepSpeed this uses, besides what rollback.py says: model_parallel_group of DeepSpeedZeroOptimizer, over which step()
 asks other pipeline ranks and which is None where there are none.
 """
 
@@ -224,7 +224,7 @@ class PostValidatingEngine(PipelineEngine):
 
     @contextmanager
     def _without_other_stages(self, events: _HeldEvents) -> Iterator[None]:
-        """Around a step that asks nobody but other replicas, and tells nobody yet."""
+        """Around a step that exchanges only with other replicas, and isn't reported yet."""
         optimizer, scaler, monitor = self.optimizer, self.optimizer.loss_scaler, self.monitor
         group, optimizer.model_parallel_group = optimizer.model_parallel_group, None
         raises = scaler.dynamic and scaler.raise_error_at_min_scale

@@ -1,7 +1,8 @@
-"""The sum of gradients over data parallel ranks, begun for each stage as soon as its last weight gradient is there.
+"""The sum of gradients over data parallel ranks, started for each stage as soon as its last weight gradient is there.
 
-DeepSpeed's own (reduce_gradients of DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py) begins when all passes are
-done, and the links lie idle until then. Here its steps run for one stage after another, beside the passes that remain.
+DeepSpeed's own (reduce_gradients of DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py) starts when all passes are
+done, and the links lie idle until then. Here its steps run for one stage after another, concurrently with the passes
+that remain.
 """
 
 from __future__ import annotations

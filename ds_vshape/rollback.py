@@ -158,7 +158,7 @@ class RandomState:
         torch.set_rng_state(of_torch)
 
     def same_host(self, other: RandomState) -> bool:
-        """Whether nobody drew numbers on the host in between."""
+        """Whether no random numbers were drawn on the host in between."""
         return self._digest() == other._digest()
 
     def _digest(self) -> tuple[Any, ...]:
@@ -221,7 +221,7 @@ class Samples:
             before = RandomState()
             sample = _loaded(load)
             after = RandomState()
-            # Whoever gets it may change it.
+            # Its receiver may change it.
             self._kept.append((tree_map(_own, sample), None if after.same_host(before) else after))
         else:
             return load()

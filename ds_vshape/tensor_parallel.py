@@ -1,4 +1,4 @@
-"""The sum of an input gradient over tensor parallel ranks, beside a weight gradient that waits.
+"""The sum of an input gradient over tensor parallel ranks, concurrently with a weight gradient that waits.
 
 A column parallel layer has its whole input on every rank and a part of its outputs, so its input gradient is a sum
 over the ranks, and B waits for it. With a split backward there is other work to do meanwhile: weight gradients that

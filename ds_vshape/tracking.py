@@ -1,4 +1,4 @@
-"""What a pipeline reports to DeepSpeed's own monitors (wandb, TensorBoard, csv, Comet), beside loss and learning rate.
+"""What a pipeline reports to DeepSpeed's own monitors (wandb, TensorBoard, csv, Comet), besides loss and learning rate.
 
 Every `steps_per_print` batches, over samples as DeepSpeed does:
 

@@ -25,7 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from ds_vshape.checkpoint_errors import CheckpointError
 
 _FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-# What DeepSpeed puts beside the tensors.
+# What DeepSpeed saves besides the tensors.
 _OF_DEEPSPEED: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 # What users put into client_state: random states, options. The functions are those that make an array and a number.
 _OF_USERS: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, np.zeros(0).__reduce__()[0],

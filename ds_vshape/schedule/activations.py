@@ -56,9 +56,9 @@ def peaks(schedule: Schedule, activations: Activations) -> tuple[float, ...]:
 class Working:
     """What is alive only while a rank works, for each stage and in the unit of its activations.
 
-    `forward` is what F needs beside what it leaves, `backward` what B and `whole_backward` what BW needs beside what F
-    left, `weights` what W needs beside what B left; `message` is the activation that the stage receives, whose gradient
-    is as large.
+    `forward` is what F needs besides what it leaves, `backward` what B and `whole_backward` what BW needs besides what
+    F left, `weights` what W needs besides what B left; `message` is the activation that the stage receives, whose
+    gradient is as large.
     """
 
     forward: tuple[float, ...]

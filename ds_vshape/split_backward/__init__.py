@@ -19,7 +19,7 @@ from ds_vshape.split_backward.mode import SplitBackward, SplitForward, active_st
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
 from ds_vshape.split_backward.store import Delivery, Entry, WeightGradientStore, WholeGradients
-from ds_vshape.split_backward.weights import is_deferrable, may_defer, never_defer
+from ds_vshape.split_backward.weights import any_of_script, is_deferrable, may_defer, never_defer
 
 __all__ = [
     "ALL_OPERATORS",
@@ -35,6 +35,7 @@ __all__ = [
     "WeightGradientStore",
     "WholeGradients",
     "active_store",
+    "any_of_script",
     "is_deferrable",
     "may_defer",
     "never_defer",

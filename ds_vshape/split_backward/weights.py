@@ -86,7 +86,7 @@ def has_hooks(weight: Parameter) -> bool:
     if weight._backward_hooks:
         return True
     hooks = weight._post_accumulate_grad_hooks
-    return bool(hooks) and _any_but_deepspeeds(hooks.values())
+    return bool(hooks) and any_of_script(hooks.values())
 
 
 def node_has_hooks(node: Any) -> bool:
@@ -102,10 +102,11 @@ def node_has_hooks(node: Any) -> bool:
         for handle in handles:
             handle.remove()
     after, before = found
-    return bool(after and _any_but_deepspeeds(after.values()) or before and _any_but_deepspeeds(before.values()))
+    return bool(after and any_of_script(after.values()) or before and any_of_script(before.values()))
 
 
-def _any_but_deepspeeds(hooks: Iterable[Any]) -> bool:
+def any_of_script(hooks: Iterable[Any]) -> bool:
+    """Whether one of `hooks` isn't DeepSpeed's own, which are those of ZeRO and BF16_Optimizer."""
     for hook in hooks:
         if not str(getattr(hook, "__module__", "")).startswith("deepspeed."):
             return True

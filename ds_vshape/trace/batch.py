@@ -17,7 +17,7 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Timeline
 
-# What events are, beside those of the end of a batch, which go by their instruction's name.
+# What events are, besides those of the end of a batch, which go by their instruction's name.
 PASS, LOAD, WAIT, SEND, RELEASE = "pass", "load", "wait", "send", "release"
 
 
@@ -126,7 +126,7 @@ def deliveries(ranks: Sequence[RankTrace], placement: Placement) -> Iterator[Del
             if event.what == WAIT and event.work is not None:
                 message = message_into(event.work, placement)
                 assert message is not None
-                # Where nobody looked for the arrival itself, it is known from the wait for it.
+                # Where the arrival itself wasn't observed, it is known from the wait for it.
                 yield Delivery(message, sends[event.work], rank.arrivals.get(event.work, event.end), event)
 
 
