@@ -33,7 +33,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Loss:
+class JobLost:
     """Why the job can't go on: what happened to `rank`, which is None where no single rank is the cause."""
 
     rank: int | None
@@ -50,7 +50,7 @@ class Attendance:
         self._heard: dict[int, float] = {}
         self._status: dict[int, Status] = {}
         self._left: set[int] = set()
-        self._loss: Loss | None = None
+        self._loss: JobLost | None = None
 
     @property
     def complete(self) -> bool:
@@ -81,7 +81,7 @@ class Attendance:
         """The ranks that have sent nothing for `seconds`, in order."""
         return sorted(rank for rank, last in self._heard.items() if now - last > seconds)
 
-    def loss(self, now: float) -> Loss | None:
+    def loss(self, now: float) -> JobLost | None:
         """Why the job is lost, None if it isn't; the first reason that is found stays."""
         if self._loss is None:
             self._look(now)
@@ -112,15 +112,15 @@ class Attendance:
                          for place, ranks in places.items())
         if failures:
             rank, failure = min(failures.items())
-            self._lose(rank, f"{failure}{'; for it wait ' + told if told else ''}", "has failed")
+            self._lose(rank, f"{failure}{'; waiting for it: ' + told if told else ''}", "has failed")
         elif self._left:
-            self._lose(min(self._left), f"its script has ended, and for it wait {told}")
+            self._lose(min(self._left), f"its script has ended; waiting for it: {told}")
         else:
             self._lose(None, f"all ranks wait for each other: {told}")
 
     def _lose(self, rank: int | None, why: str, fate: str = "is lost") -> None:
         if self._loss is None:
-            self._loss = Loss(rank, why, fate)
+            self._loss = JobLost(rank, why, fate)
 
     def _forget(self, rank: int) -> None:
         self._absent.discard(rank)

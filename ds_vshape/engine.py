@@ -239,7 +239,7 @@ class PipelineEngine(PlainAttributes, SavingEngine):
     def _adopt(self, schedule: Schedule) -> None:
         """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
         in_bytes = isinstance(self.module.schedule_config.memory_limit, int)
-        knows_sizes = in_bytes and not self._observer.couldnt_measure
+        knows_sizes = in_bytes and not self._observer.sizes_stay_unknown
         self.use_schedule(with_few_pending(schedule) if self._recomputes and not knows_sizes else schedule)
 
     def _agree_on_sizes(self) -> None:

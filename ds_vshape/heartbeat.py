@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ds_vshape.attendance import Attendance, Loss, Status
+from ds_vshape.attendance import Attendance, JobLost, Status
 
 BEAT_SECONDS = 1.0
 # The least number of signs of life within the time after which a rank counts as lost.
@@ -108,7 +108,7 @@ class Heartbeat(threading.Thread):
     """
 
     def __init__(self, rank: int, ranks: int, seconds: float, status: Callable[[], Status],
-                 lost: Callable[[Loss], None]) -> None:
+                 lost: Callable[[JobLost], None]) -> None:
         super().__init__(name="ds_vshape heartbeat", daemon=True)
         self._rank, self._status, self._lost = rank, status, lost
         # Rank 0 watches over all ranks, the others over rank 0.
@@ -123,7 +123,7 @@ class Heartbeat(threading.Thread):
         woken.setblocking(False)
         self._selector.register(woken, selectors.EVENT_READ, None)
         self._leaving: str | None = None
-        self._found: Loss | None = None
+        self._found: JobLost | None = None
         # All ranks have come, or the job is lost.
         self.settled = threading.Event()
         # The ranks that haven't sent anything lately.
@@ -267,7 +267,7 @@ class Heartbeat(threading.Thread):
         elif "here" in message:
             self._all_here(message["here"])
         elif "loss" in message:
-            self._lose(Loss(**message["loss"]))
+            self._lose(JobLost(**message["loss"]))
 
     def _tell(self, now: float, interval: float) -> None:
         status = self._status()
@@ -292,7 +292,7 @@ class Heartbeat(threading.Thread):
         self.hosts = hosts
         self.settled.set()
 
-    def _lose(self, loss: Loss) -> None:
+    def _lose(self, loss: JobLost) -> None:
         if self._found is None:
             self._found = loss
             self._part({"loss": asdict(loss)})

@@ -161,7 +161,7 @@ class Observer:
         return None if self._sizes is None else self._sizes[0]
 
     @property
-    def couldnt_measure(self) -> bool:
+    def sizes_stay_unknown(self) -> bool:
         """Whether it's no longer too early for sizes, and they are unknown."""
         return self.batches > METERED_BATCH and self._sizes is None
 

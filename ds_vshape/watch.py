@@ -38,7 +38,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d as c10d
 
-from ds_vshape.attendance import STUCK_SECONDS, Loss, Status
+from ds_vshape.attendance import STUCK_SECONDS, JobLost, Status
 from ds_vshape.groups import FOREVER
 from ds_vshape.heartbeat import Address, Heartbeat
 from ds_vshape.names import RankName, rank_names
@@ -89,7 +89,7 @@ class Watch:
         self._idle_since = time.monotonic()
         # The last look at the script's thread: when, its seconds of computing until then, and what it had started.
         self._looked: tuple[float, float, Any] = (self._idle_since, 0.0, None)
-        self._loss: Loss | None = None
+        self._loss: JobLost | None = None
         self._raised = threading.Event()
         self._news = threading.Event()
         self._heartbeat: Heartbeat | None = None
@@ -123,7 +123,7 @@ class Watch:
         looking.start()
         looking.join(seconds)
         if not found:
-            self._loss = Loss(0, f"it hasn't come to its PipelineModule within {seconds:g} seconds")
+            self._loss = JobLost(0, f"it hasn't come to its PipelineModule within {seconds:g} seconds")
             self.check()
         return Address.read(found[0])
 
@@ -219,7 +219,7 @@ class Watch:
         self._raised.set()
         return lost
 
-    def _told(self, loss: Loss) -> str:
+    def _told(self, loss: JobLost) -> str:
         if loss.rank is None:
             return f"no rank is lost, but none goes on: {loss.why}"
         name = self.names[loss.rank]
@@ -256,7 +256,7 @@ class Watch:
             return self._phases[-1]()
         return "its script"
 
-    def _lost(self, loss: Loss) -> None:
+    def _lost(self, loss: JobLost) -> None:
         self._loss = loss
         self._news.set()
         if self._heartbeat is not None:

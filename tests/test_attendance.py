@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_vshape.attendance import Attendance, Loss, Status
+from ds_vshape.attendance import Attendance, JobLost, Status
 
 SECONDS = 100.0
 WORKING = Status()
@@ -31,7 +31,7 @@ def test_the_first_loss_is_the_jobs() -> None:
     attendance = all_here(0, 1, 2)
     attendance.gone(2)
     attendance.gone(1)
-    assert attendance.loss(1.0) == attendance.loss(1000.0) == Loss(2, "its process has ended")
+    assert attendance.loss(1.0) == attendance.loss(1000.0) == JobLost(2, "its process has ended")
 
 
 def test_a_silent_rank() -> None:
@@ -60,7 +60,7 @@ def test_a_script_that_ends_well_is_no_loss_and_one_that_fails_is() -> None:
     attendance.heard(2, 500.0, WORKING)
     assert attendance.loss(500.0) is None
     attendance.left(2, "ZeroDivisionError: division by zero")
-    assert attendance.loss(500.0) == Loss(2, "its script has ended in ZeroDivisionError: division by zero")
+    assert attendance.loss(500.0) == JobLost(2, "its script has ended in ZeroDivisionError: division by zero")
 
 
 @pytest.mark.parametrize(["waits", "stuck"], [((99.0, 300.0), False), ((100.0, 100.0), True), ((0.0, 300.0), False)])
@@ -70,7 +70,7 @@ def test_ranks_that_wait_for_each_other(waits: tuple[float, float], stuck: bool)
         attendance.heard(rank, 0.0, Status(seconds, f"place {rank}"))
     loss = attendance.loss(1.0)
     assert (loss is not None) is stuck
-    assert loss is None or loss == Loss(None, "all ranks wait for each other: rank 0 in place 0; rank 1 in place 1")
+    assert loss is None or loss == JobLost(None, "all ranks wait for each other: rank 0 in place 0; rank 1 in place 1")
 
 
 def test_a_failure_that_others_wait_for() -> None:
@@ -81,7 +81,7 @@ def test_a_failure_that_others_wait_for() -> None:
         attendance.heard(1, 1.0, failed)
         attendance.heard(0, 1.0, Status(20.0, "OptimizerStep"))
         attendance.heard(2, 1.0, Status(waits, "OptimizerStep"))
-        expected = Loss(1, "OptimizerStep on rank 1: ValueError: no; for it wait ranks 0, 2 in OptimizerStep",
+        expected = JobLost(1, "OptimizerStep on rank 1: ValueError: no; waiting for it: ranks 0, 2 in OptimizerStep",
                         "has failed")
         assert attendance.loss(1.0) == (expected if waits > 10.0 else None)
 
@@ -90,4 +90,4 @@ def test_a_script_that_has_ended_and_others_wait_for() -> None:
     attendance = all_here(0, 1)
     attendance.left(1, "")
     attendance.heard(0, 1.0, Status(11.0, "save_checkpoint"))
-    assert attendance.loss(1.0) == Loss(1, "its script has ended, and for it wait rank 0 in save_checkpoint")
+    assert attendance.loss(1.0) == JobLost(1, "its script has ended; waiting for it: rank 0 in save_checkpoint")

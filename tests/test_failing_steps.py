@@ -144,4 +144,4 @@ def test_a_failure_for_which_others_wait_within_the_step() -> None:
         assert told.startswith("PeerLost: pipeline rank ")
         assert ": pipeline rank 1 has failed (replica 0, global rank 1, on " in told
         assert "OptimizerStep on pipeline rank 1" in told and "ZeroDivisionError: no step today" in told
-        assert "; for it wait rank 0 in OptimizerStep" in told
+        assert "; waiting for it: rank 0 in OptimizerStep" in told
