@@ -56,7 +56,7 @@ Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0, le=MOST_BYTES)]
 
 
 def _from_to(low: float, high: float, unit: str) -> WrapValidator:
-    """One error for a number that isn't from `low` to `high`, or is none."""
+    """One error for a value that isn't a number from `low` to `high`."""
     legal = f"must be from {low:g} to {high:,.10g} {unit}"
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:

@@ -40,13 +40,13 @@ from ds_vshape.split_backward import Delivery, WholeGradients, may_defer, never_
 
 
 class Place(Delivery, Protocol):
-    """Where the gradients of a batch add up."""
+    """Where an optimizer has the gradients of a batch add up."""
 
     def holds(self, parameter: Parameter, /) -> bool:
         """Whether the optimizer has `parameter`; the gradients of all others stay in `.grad`."""
 
     def take_in(self) -> None:
-        """Move what lies in `.grad` to this place, if it's another."""
+        """Move what is in `.grad` to this place, if that is another one."""
 
     def total(self, parameter: Parameter, /) -> Tensor | None:
         """The sum so far, as the optimizer has it; None where there is none yet."""

@@ -285,7 +285,7 @@ def parameter_bytes(module: nn.Module) -> int:
 def gradient_bytes(module: nn.Module, optimizer: Any) -> int:
     """What a batch accumulates: each parameter's gradient, or what the optimizer has for it."""
     if isinstance(optimizer, BF16_Optimizer):
-        # A gradient lies in `.grad` within a backward only.
+        # `.grad` holds gradients only within a backward.
         return Storages(optimizer.fp32_groups_gradients_flat).nbytes()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)

@@ -54,7 +54,7 @@ class PlanningProcess:
                 # Found wherever this process found the package, installed or not.
                 paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
                 # A process group of its own: if it is stopped before it can ask to end with this process, the system
-                # ends it, as it does with stopped groups that nobody is left to continue.
+                # ends it, as it does with stopped groups whose parents have ended.
                 self._process = subprocess.Popen([sys.executable, *WORKER, str(os.getpid())], stdin=question,
                                                  stdout=self._answer, process_group=0,
                                                  env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})

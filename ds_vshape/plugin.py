@@ -62,7 +62,7 @@ def _starting(model: Any) -> Iterator[None]:
 
 
 def _agreed_section(whole: DsConfig | None, model: Any) -> ScheduleConfig | None:
-    """The config's section, which `model` can be trained by; collective for a model of ours."""
+    """The config's section; collective for a model of ours. ConfigError if `model` was built for another one."""
     if isinstance(model, PipelineModule):
         model.preflight.compare(lambda: config_facts(*_read(whole, model)))
     return _read(whole, model)[1]

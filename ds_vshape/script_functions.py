@@ -85,7 +85,7 @@ class ScriptFunctions:
 
     def _found(self, maps: list[tuple[type, dict[Instruction, Execute]]]) -> dict[Instruction, Execute]:
         found: dict[Instruction, Execute] = {}
-        # What is in a map of ours is run from there.
+        # Functions in our own maps are run from there.
         for owner, functions in reversed([(owner, functions) for owner, functions in maps if not _is_ours(owner)]):
             of_script = {kind: function for kind, function in functions.items() if _is_of_script(function)}
             refused = sorted(kind.__name__ for kind in _of_passes(of_script))
