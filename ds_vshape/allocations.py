@@ -1,35 +1,36 @@
-"""Records which memory torch's allocators give out and take back while this thread works, by torch's profiler.
+"""What operators take and what is given back while passes run, as a dispatch mode sees it.
 
-The profiler listens to the allocators, so layers don't notice it: there is no hook on saved tensors, no dispatch mode
-and no tensor subclass, and operators compute the same as without it. Only one profiler can run in a thread at a time:
-while the script's own runs, nothing can be recorded here, and where a layer starts one, this one stops for it.
+The mode looks at results after their operator is done, and at what is still alive: layers compute what they compute
+without it. Higher-order operators (torch.cond) and torch.func transforms pass through. It is active in passes alone:
+torch hands a thread's modes, and a profiler, on to the threads of gloo, which would meet them at any time.
 
-Of torch (autograd/profiler.py) this uses, besides `profile`: its names `_prepare_profiler` and `_enable_profiler`,
-which every profiler calls first, and the tree of events in its results.
+Memory that an operator takes and gives back within itself isn't seen, nor what compiled code takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch._C._autograd import _profiler_enabled
-from torch._C._profiler import _EventType, _RecordFunctionFast
-from torch.autograd import profiler as torch_profiler
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-_MARK = "ds_vshape span "
-_STARTS = ("_prepare_profiler", "_enable_profiler")
+# Others have no memory of their own (FakeTensor), or keep it in tensors that are seen by themselves.
+_PLAIN_TYPES = (Tensor, Parameter)
 
 
 class CannotWatch(RuntimeError):
-    """Why allocations can't be watched."""
+    """Why memory can't be watched."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """`size` bytes that were given out at an address, or were taken back there (a negative size), at `time` in ns."""
+    """Memory that was taken at an address, or was given back there (a negative size)."""
 
     time: int
     address: int
@@ -38,85 +39,110 @@ class Change:
 
 @dataclass(frozen=True)
 class Watched:
-    """All changes in the order of time, and the start and end (ns) of each span, by its number."""
+    """All changes in the order of time, and the start and end of each span, by its number."""
 
     changes: list[Change]
     spans: dict[int, tuple[int, int]]
 
 
 class AllocationWatcher:
-    """Records the memory of devices of one type."""
+    """Watches the memory of devices of one type. Time is counted in what was seen."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
-        self._profiler: Any = None
-        self._spans = 0
-        # What every other profiler in this process would call first, while this one runs.
-        self._starts: dict[str, Callable[..., Any]] = {}
-        self._interrupted = False
+        self._watched: Watched | None = None
+        # What was taken and is still there, by its storage: address and bytes.
+        self._alive: dict[StorageWeakRef, tuple[int, int]] = {}
+        self._spans = self._time = 0
+        self._failure: Exception | None = None
 
     def start(self) -> None:
-        """Start to record; raises CannotWatch where another profiler runs."""
-        if _profiler_enabled() or torch_profiler._is_profiler_enabled:
-            raise CannotWatch("another profiler was running")
-        self._interrupted, self._spans = False, 0
-        self._profiler = torch_profiler.profile(use_cpu=True, profile_memory=True, use_kineto=True)
-        self._profiler.__enter__()
-        self._starts = {name: getattr(torch_profiler, name) for name in _STARTS}
-        for name, start in self._starts.items():
-            setattr(torch_profiler, name, self._making_way(name, start))
-
-    def _making_way(self, name: str, start: Callable[..., Any]) -> Callable[..., Any]:
-        def stop_and_start(*args: Any, **kwargs: Any) -> Any:
-            if self._profiler is not None:
-                self.drop()
-                self._interrupted = True
-                # A profiler that calls nothing but the second has said already that it runs.
-                torch_profiler._set_is_profiler_enabled(name == "_enable_profiler")
-            return start(*args, **kwargs)
-
-        return stop_and_start
+        """Start to watch what happens in spans."""
+        self.drop()
+        self._watched, self._failure = Watched([], {}), None
+        self._spans = self._time = 0
 
     @contextmanager
     def span(self) -> Iterator[int]:
-        """Mark what runs inside as a span; gives the number under which the result has it."""
+        """Around what is watched, to be found again in the result by the number that this gives."""
         self._spans += 1
-        if self._profiler is None:
-            yield self._spans
+        number = self._spans
+        if self._watched is None:
+            yield number
             return
-        with _RecordFunctionFast(f"{_MARK}{self._spans}"):
-            yield self._spans
+        self._prune()
+        start = self._tick()
+        with _Look(self):
+            yield number
+        self._prune()
+        if self._watched is not None:
+            self._watched.spans[number] = start, self._tick()
 
     def stop(self) -> Watched:
-        """Stop, and return what was recorded; raises CannotWatch where this had to stop for another profiler."""
-        profiler = self._end()
-        if self._interrupted or profiler is None:
-            raise CannotWatch("a layer started a profiler of its own")
-        return self._read(profiler.kineto_results.experimental_event_tree())
+        """Stop to watch; CannotWatch where something couldn't be seen."""
+        watched, failure = self._watched, self._failure
+        self.drop()
+        if watched is None or failure is not None:
+            raise CannotWatch(f"{type(failure).__name__}: {failure}" if failure is not None else "it was given up")
+        return watched
 
     def drop(self) -> None:
-        """Stop if it runs, and throw away what was recorded."""
-        self._end()
+        """Stop, if it runs; nobody wants to know."""
+        self._watched = None
+        self._alive.clear()
 
-    def _end(self) -> Any:
-        profiler, self._profiler = self._profiler, None
-        if profiler is not None:
-            for name, start in self._starts.items():
-                setattr(torch_profiler, name, start)
-            profiler.__exit__(None, None, None)
-        return profiler
+    def look(self, given: Iterable[Any], results: Iterable[Any]) -> None:
+        """An operator was `given` tensors and has come to `results`; raises nothing."""
+        try:
+            self._prune()
+            before = {StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                      for tensor in self._on_device(given)}
+            for tensor in self._on_device(results):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                if reference not in before and reference not in self._alive and storage.nbytes():
+                    self._alive[reference] = storage.data_ptr(), storage.nbytes()
+                    self._note(*self._alive[reference])
+        except Exception as error:
+            self._failure = self._failure or error
 
-    def _read(self, roots: list[Any]) -> Watched:
-        changes: list[Change] = []
-        spans: dict[int, tuple[int, int]] = {}
-        left = list(roots)
-        while left:
-            event = left.pop()
-            if event.tag == _EventType.Allocation:
-                details = event.extra_fields
-                if details.device.type == self._device_type:
-                    changes.append(Change(event.start_time_ns, details.ptr, details.alloc_size))
-            elif event.name.startswith(_MARK):
-                spans[int(event.name.removeprefix(_MARK))] = event.start_time_ns, event.end_time_ns
-            left += event.children
-        return Watched(sorted(changes, key=lambda change: change.time), spans)
+    def _on_device(self, tensors: Iterable[Any]) -> Iterator[Tensor]:
+        return (tensor for tensor in tensors if type(tensor) in _PLAIN_TYPES and tensor.is_cpu == (
+            self._device_type == "cpu") and not tensor.is_meta and not tensor.is_sparse and not tensor.is_mkldnn)
+
+    def _prune(self) -> None:
+        for reference in [reference for reference in self._alive
+                          if reference.expired()]:  # type: ignore[no-untyped-call]
+            address, size = self._alive.pop(reference)
+            self._note(address, -size)
+
+    def _note(self, address: int, size: int) -> None:
+        if self._watched is not None:
+            self._watched.changes.append(Change(self._tick(), address, size))
+
+    def _tick(self) -> int:
+        self._time += 1
+        return self._time
+
+
+class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets the watcher look at each operator."""
+
+    # Else torch refuses torch.cond and its like while a mode is active.
+    supports_higher_order_operators = True
+
+    def __init__(self, watcher: AllocationWatcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watcher = watcher
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled layers stay compiled: torch would run them eagerly for this mode, and a checkpoint of one, which is
+        compiled when it's recomputed, would then find other tensors than were saved."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._watcher.look(tree_leaves((args, kwargs)), tree_leaves(result))
+        return result

@@ -96,6 +96,8 @@ class ActivationMeter:
         self._spans.clear()
         self.unknown = None
         with self._measuring():
+            if any(getattr(module, "_compiled_call_impl", None) for module in self._module.modules()):
+                raise CannotWatch("what compiled layers take isn't seen")
             self._watcher.start()
 
     def stop(self) -> None:

@@ -23,8 +23,6 @@ pytestmark = pytest.mark.slow
 
 H, BATCH, SEQUENCE = 64, 3, 40
 BSH = BATCH * SEQUENCE * H * 4
-# The most that a checkpoint puts aside of them, on the host.
-RANDOM_STATES = 2 * 5056
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
@@ -93,6 +91,5 @@ def test_peaks_are_lower() -> None:
         assert least < SHARES[schedule] * most, schedule
         if schedule.startswith("v-"):
             before, after = kept[0][0], recomputed[0][0]
-            assert before.whole[1:-1] == (2 * BLOCK_WHOLE,) * 6
-            assert after.whole[1:-1] == pytest.approx((2 * UNIT,) * 6, abs=2 * RANDOM_STATES)
+            assert before.whole[1:-1] == (2 * BLOCK_WHOLE,) * 6 and after.whole[1:-1] == (2 * UNIT,) * 6
             assert after.kept == before.kept
