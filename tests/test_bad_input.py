@@ -337,7 +337,7 @@ def on_other_ranks(engine: Any) -> Any:
 LOAD, FORWARD, LAST, CROSSING = "LoadMicroBatch, micro-batch ", "ForwardPass of stage ", "LAST", "SendActivation of "
 IN_PAIRS = "must be a pair (inputs, labels)"
 OF_TENSORS = "must be a tensor or a tuple of tensors"
-DENSE = "only dense tensors and tuples of them can cross to the next stage"
+DENSE = "only dense tensors on cpu and tuples of them can cross to another stage"
 # What the data become, what is told, and in which instruction.
 SPOILT: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "no iterator": (no_data, "there is no data: this rank needs an iterator", LOAD + "0"),
@@ -388,12 +388,11 @@ SPOILT: dict[str, tuple[Callable[[Any], Any], str, str]] = {
                        "the loss is a dict: must be a tensor of one number", LAST),
     "an output that is a dictionary": (output(lambda x: {"x": x}), f"a stage's output holds dict: {DENSE}", FORWARD),
     "an output of nothing": (output(lambda x: ()), "a stage's output is an empty tuple: nothing would cross", FORWARD),
-    "an output that holds a number": (output(lambda x: (x, 3)), f"a stage's output holds int: {DENSE}", FORWARD),
+    "an output that holds a number": (output(lambda x: (x, 3)), f"a stage's output holds int (member 1 of 2): {DENSE}",
+                                      FORWARD),
     "an output that is a list": (output(lambda x: [x]), f"a stage's output holds list: {DENSE}", FORWARD),
     "a sparse output": (output(lambda x: x.to_sparse()), f"a stage's output holds a sparse_coo tensor: {DENSE}",
                         FORWARD),
-    "an output of a type that can't be sent": (output(lambda x: x.to(torch.float8_e4m3fn)),
-                                               f"a stage's output holds torch.float8_e4m3fn: {DENSE}", FORWARD),
 }
 
 
@@ -491,7 +490,9 @@ def test_calls_that_an_engine_refuses() -> None:
     first, second = run_ranks(2, call_all)
     for told in (first, second):
         assert "must provide optimizer during init in order to use backward" in told.pop("no optimizer")
-    assert first == second
+    # A note says on which rank it was.
+    assert {name: text.split("; in the ")[0] for name, text in first.items()} == {
+        name: text.split("; in the ")[0] for name, text in second.items()}
     for name, (_, message) in CALLS.items():
         assert first[name].startswith(message), name
 
