@@ -10,6 +10,7 @@ passed through), or that two results share. Such results are copied:
     a tensor that something else keeps                                              yes
     memory that others have too, and the result of no operator, written in place,
     or a part of a parameter or of another tensor that no operator made             yes
+    memory that isn't torch's own (of a numpy array), and the result of no operator  yes
     memory of an earlier member of the same results                                 yes
 
 The other holder of the memory may be autograd, which saved it for the backward; so the last rule but one copies,
@@ -61,7 +62,8 @@ class _Result:
         """The numbers, copied if anybody else may write them, or has them: `others` are memory of other members."""
         memory = self.numbers.untyped_storage()._cdata
         shared = (self.original() is not None or memory in others
-                  or self.may_be_kept and (type(self.numbers) not in _PLAIN or _holders(self.numbers) > _ALONE))
+                  or self.may_be_kept and (type(self.numbers) not in _PLAIN or _holders(self.numbers) > _ALONE
+                                           or not self.numbers.untyped_storage().resizable()))
         others.add(memory)
         return (self.numbers.clone() if shared else self.numbers).requires_grad_(self.requires_grad)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
@@ -31,6 +32,7 @@ from ds_vshape.schedule.placement import linear
 
 X = torch.randn(4, 4, requires_grad=True)
 WEIGHT, STATIC = nn.Parameter(torch.randn(4, 4)), torch.zeros(4, 4)
+ARRAY = numpy.zeros(4)
 LINEAR = nn.Linear(4, 4)
 KEPT: list[Tensor] = []
 
@@ -66,6 +68,7 @@ ORDINARY: dict[str, Callable[[], Tensor]] = {
 SHARED: dict[str, Callable[[], Tensor]] = {
     "weight": lambda: WEIGHT, "row of a weight": lambda: WEIGHT[0],
     "expanded weight": lambda: WEIGHT[None].expand(3, 4, 4), "detached weight": lambda: WEIGHT.detach(),
+    "a numpy array": lambda: torch.from_numpy(ARRAY), "part of one": lambda: torch.from_numpy(ARRAY)[1:],
     "buffer": lambda: STATIC, "part of a buffer": lambda: STATIC[1:],
     "detached buffer": lambda: STATIC.detach(), "in a buffer, with gradient": in_static_memory,
     "a function's own memory": lambda: OutOfStaticMemory.apply(X), "kept": lambda: kept(LINEAR(X)),

@@ -409,3 +409,18 @@ def test_a_hook_of_a_norms_input_runs_once_under_create_graph() -> None:
         score = torch.nn.functional.rms_norm(x, (4,), weight).sum()
         torch.autograd.grad(score, x, create_graph=True)
     assert len(calls) == 1
+
+
+def test_a_weight_whose_data_is_another_tensor_after_its_use() -> None:
+    """Weights that are rounded for a product, and are as they were after it."""
+    def stage(layers: Layers, x: Tensor) -> Tensor:
+        exact = [layer.weight.data for layer in (layers.a, layers.b)]
+        for layer in (layers.a, layers.b):
+            layer.weight.data = layer.weight.data.sign()
+        value = layers.b(torch.tanh(layers.a(x)))
+        layers.a.weight.data, layers.b.weight.data = exact
+        return value
+    expected, found = train(stage, split=False), train(stage, split=True)
+    for one, two in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one, two)
+    assert found[2] == 2 * MICRO_BATCHES

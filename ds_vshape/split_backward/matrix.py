@@ -53,7 +53,12 @@ class Linear(SplitFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         transposed = weight.t()
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x, weight)
+            # A view keeps its memory when `weight.data` is set to another, as the one that aten saves does.
+            ctx.transposed = transposed
+        else:
+            ctx.save_for_backward(x, None)
         ctx.by_columns = _is_by_columns(transposed)
         return _mm(x, transposed) if bias is None else _addmm(bias, x, transposed)
 
@@ -62,7 +67,10 @@ class Linear(SplitFunction):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         x, weight = ctx.saved_tensors
-        return _left_gradient(gradient, weight.t(), _is_by_columns(x)), None, None
+        is_same = weight.data_ptr() == ctx.transposed.data_ptr()
+        transposed = weight.t() if is_same else ctx.transposed
+        del ctx.transposed
+        return _left_gradient(gradient, transposed, _is_by_columns(x)), None, None
 
     @staticmethod
     def backward_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
