@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ["README.md", "launch/README.md", "launch/cluster/README.md", "configs/README.md", "bench/README.md"]
-_PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mkdir", "echo"}
+FILES = ["README.md", "launch/README.md", "launch/cluster/README.md", "configs/README.md", "bench/README.md",
+         "tests/split_programs/README.md"]
+_PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mkdir", "echo", "env"}
 # How code blocks begin that aren't commands: JSON, Python, what programs say, and the map of the checkout.
-_NO_COMMANDS = ("{", '"', "import ds_vshape", "PreflightError:", "train.py: error:", "launch/    ")
+_NO_COMMANDS = ("{", '"', "import ds_vshape", "PreflightError:", "train.py: error:", "launch/    ",
+                "program.py   ")
 
 TINY = "model=tiny batches=2"
 LITTLE = "--ranks 2 --layers 2 --micro-batches 8 --ms 1 1 1 --rounds 1"
@@ -66,6 +68,7 @@ CHANGES = [
            "--rounds 1 --hidden 64 --length 16 --samples 1 --device cpu"),
     Change("bench/accumulation.py", "measurements take minutes, and GPUs aren't there",
            "--rounds 1 --sizes 64x64 --tokens 64 --device cpu"),
+    Change("split_programs", "20,000 programs take minutes", "--programs 20"),
     Change("bench/scale.py paper", "large models take minutes to simulate",
            "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"),
     Change("bench/scale.py host", "measurements take minutes", "--ranks 2 --micro-batches 8"),
