@@ -6,6 +6,7 @@ The oracle is the same computation without the mode: an unsplit backward on the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +85,8 @@ def test_a_sum_of_more_bits_than_the_products(case: Case) -> None:
             total += parameter.grad
     for parameter in module.parameters():
         parameter.grad_accum = None  # type: ignore[attr-defined]
-    backward(module, batches, InGradAccum(torch.float32))
+    optimizer: Any = SimpleNamespace(gradient_accumulation_dtype=torch.float32, bit16_groups=[[*module.parameters()]])
+    backward(module, batches, InGradAccum(optimizer))
     for found, wanted in zip(gradients(module, "grad_accum"), expected, strict=True):
         assert found.dtype == torch.float32
         assert distance(found, wanted) < TOLERANCES[torch.bfloat16]

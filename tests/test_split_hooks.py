@@ -56,6 +56,31 @@ def on_node(pair: Pair, x: Tensor, registered: list[Any]) -> Tensor:
     return pair.b(torch.tanh(pair.a(x)))
 
 
+def halved(gradients: Any, _: Any) -> Any:
+    return tuple(None if gradient is None else gradient * 0.5 for gradient in gradients)
+
+
+def on_product(pair: Pair, x: Tensor) -> Tensor:
+    y = pair.a(x.flatten(0, 1))
+    if y.requires_grad:
+        y.grad_fn.register_hook(halved)
+    return pair.b(torch.tanh(y))
+
+
+def legacy(pair: Pair, x: Tensor) -> Tensor:
+    pair.a.register_backward_hook(lambda _, gradients, outputs: halved(gradients, outputs))
+    return pair.b(torch.tanh(pair.a(x.flatten(0, 1))))
+
+
+@pytest.mark.parametrize("forward", [on_product, legacy])
+def test_a_hook_on_a_products_node_changes_the_weights_gradients_too(forward: Callable[..., Tensor]) -> None:
+    expected, _ = step(forward, split=False)
+    found, entries = step(forward, split=True)
+    assert entries == 1, "the other product's gradients are deferred"
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def before_node(pair: Pair, x: Tensor, registered: list[Any]) -> Tensor:
     node = get_gradient_edge(pair.a.bias).node
     registered += [node, node.register_prehook(lambda gradients: (gradients[0] * 2,))]

@@ -24,7 +24,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ds_vshape.split_backward.autocast import enabled_autocast
 from ds_vshape.split_backward.ownership import is_shared, own_copy, saved_is_shared
 from ds_vshape.split_backward.store import Buffers, Entry, WeightGradientStore
-from ds_vshape.split_backward.weights import Target, has_hooks, is_deferrable, node_has_hooks, parameter_of, target_of
+from ds_vshape.split_backward.weights import (Target, has_hooks, has_post_hooks, is_deferrable, node_has_hooks,
+                                              parameter_of, target_of)
 
 # What stands in for a torch function: takes the store and then the same arguments; NotImplemented leaves the call to
 # autograd.
@@ -211,7 +212,7 @@ def split_function(store: WeightGradientStore, function: type[SplitFunction], *a
 
 def _is_plain_backward(node: Any, deferral: Deferral, output_gradients: tuple[Any, ...]) -> bool:
     """Whether all that comes of the weight gradients in this run of autograd is that they add up in `.grad`, later."""
-    if not deferral.store.deferring:
+    if not deferral.store.deferring or has_post_hooks(node):
         return False
     for gradient in output_gradients:
         if gradient is not None and not (type(gradient) is Tensor and gradient.layout is torch.strided):

@@ -105,6 +105,15 @@ def node_has_hooks(node: Any) -> bool:
     return bool(after and any_of_script(after.values()) or before and any_of_script(before.values()))
 
 
+def has_post_hooks(node: Any) -> bool:
+    """Whether a hook on a node of an operator may change what comes out of it, the weights' gradients among it."""
+    handle = node.register_hook(_nothing)
+    hooks = handle.hooks_dict_ref()
+    found = len(hooks) > 1
+    handle.remove()
+    return found
+
+
 def any_of_script(hooks: Iterable[Any]) -> bool:
     """Whether one of `hooks` isn't DeepSpeed's own, which are those of ZeRO and BF16_Optimizer."""
     for hook in hooks:
