@@ -180,6 +180,9 @@ class Residence(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload):
+            # Of another dispatch mode, which passes on what torch's own C++ has asked for.
+            return func(*args, **kwargs)
         asked = kwargs.get("device")
         if asked is not None and torch.device(asked).index != DEVICE.index:
             # From here on nobody can tell whether the host was asked for, or is the tensor's own device.
