@@ -249,11 +249,11 @@ def count_work(rank: int, job: Job) -> tuple[int, int]:
     engine.train_batch(data(engine, 0))
     late: list[Any] = []
     sent: list[Any] = []
-    run_next, start_send = WeightGradientStore.run_next, Channels._start_send
+    run_next, start_sends = WeightGradientStore.run_next, Channels._start_sends
     WeightGradientStore.run_next = lambda *of: (late.append(of), run_next(*of))[1]  # type: ignore[method-assign]
-    Channels._start_send = lambda *of: (sent.append(of), start_send(*of))[1]  # type: ignore[method-assign]
+    Channels._start_sends = lambda *of: (sent.append(of), start_sends(*of))[1]  # type: ignore[method-assign]
     engine.train_batch(data(engine, 1))
-    return len(late), sum(channel.content is Content.GRADIENT for _, _, channel, _ in sent)
+    return len(late), sum(len(tensors) for _, message, tensors in sent if message.channel.content is Content.GRADIENT)
 
 
 def test_nothing_is_done_for_what_is_not_trained() -> None:
