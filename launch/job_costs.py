@@ -41,17 +41,20 @@ def bytes_of(job: Job) -> Bytes:
         dtype        ZeRO   sums              weight   gradient   optimizer
         fp32         0      -                 4        4          two moments
         fp32         1      fp32              4        4          weight and moments, shared
-        bf16         0      bf16              2        2 + 2      fp32 weight and moments, shared
+        bf16         0      bf16              2        2          fp32 weight and moments, shared
+        bf16         1      fp32              2        4          fp32 weight and moments, shared
         bf16, fp16   1      same              2        2          fp32 weight and moments, shared
-        any          1      another dtype     its own  its own + that of the sums    the same, shared
+        others       1      another dtype     its own  its own + that of the sums    the same, shared
+
+    BF16_Optimizer, in the second and third row, has a gradient in `.grad` within a backward only.
     """
     size = {"fp32": 4, "bf16": 2, "fp16": 2}
     own, zero = size[job.precision.dtype], job.parallel.zero
     if job.precision.dtype == "fp32" and not zero:
         return Bytes(own, own, own, 8, shared=False)
-    sums = size[job.precision.sums or job.precision.dtype]
-    apart = not zero or (job.precision.sums or job.precision.dtype) != job.precision.dtype
-    return Bytes(own, own, own + sums if apart else own, 12)
+    kind = job.precision.sums or job.precision.dtype
+    in_sums_alone = kind == job.precision.dtype or (job.precision.dtype, kind) == ("bf16", "fp32")
+    return Bytes(own, own, size[kind] if in_sums_alone else own + size[kind], 12)
 
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
