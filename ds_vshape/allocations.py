@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
@@ -107,8 +108,8 @@ class AllocationWatcher:
             self._failure = self._failure or error
 
     def _on_device(self, tensors: Iterable[Any]) -> Iterator[Tensor]:
-        return (tensor for tensor in tensors if type(tensor) in _PLAIN_TYPES and tensor.is_cpu == (
-            self._device_type == "cpu") and not tensor.is_meta and not tensor.is_sparse and not tensor.is_mkldnn)
+        return (tensor for tensor in tensors if type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided
+                and tensor.device.type == self._device_type)
 
     def _prune(self) -> None:
         for reference in [reference for reference in self._alive
