@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from itertools import pairwise
+from itertools import combinations, pairwise
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -143,22 +144,21 @@ def measured(rank: int, schedule: str, ranks: int) -> tuple[Any, list[int]]:
 
 def test_a_heavy_head_is_measured_and_balanced() -> None:
     """14 blocks of 6 ms and a loss of 26 ms on 4 ranks: two layers a stage are 38 ms on rank 0 and 24 on the others.
-    Balanced, the three others share the blocks: 30 ms at most."""
+    Balanced, the three others share the blocks: 30 ms at most. Against all partitions."""
     ranks = 4
     results = run_ranks(ranks, measured, "v-half", ranks)
     times, parts = results[0]
     assert all(other == (times, parts) for other in results), "every rank has rank 0's times"
+    # No sleep ends early; how late one ends is the machine's affair, so the partition is held to what was measured.
     for forward, backward in list(zip(times.forward, times.backward))[1:-1]:
-        # No sleep ends early; on a busy machine it ends late.
-        assert 0.002 <= forward < 0.012 and 0.004 <= backward < 0.014
-    assert 0.026 <= times.costs[-1] < 0.05
+        assert forward >= 0.002 and backward >= 0.004
+    assert times.costs[-1] >= 0.026
     placement = placement_of("v-half", ranks)
-    uniform = max(rank_loads(times.costs, range(0, 17, 2), placement))
-    balanced = max(rank_loads(times.costs, parts, placement))
-    print(f"most loaded rank: {uniform * 1e3:.1f} ms uniform, {balanced * 1e3:.1f} ms balanced")
-    assert balanced <= 0.87 * uniform
+    everywhere = ((0, *inner, 16) for inner in combinations(range(1, 16), placement.stages - 1))
+    least = min(max(rank_loads(times.costs, bounds, placement)) for bounds in everywhere)
+    assert max(rank_loads(times.costs, parts, placement)) <= 1.05 * least
     blocks = [sum(1 <= layer <= 14 for layer in range(start, stop)) for start, stop in pairwise(parts)]
-    assert blocks[0] + blocks[-1] <= 1
+    assert blocks[0] + blocks[-1] < min(map(add, blocks[1:4], blocks[-2:-5:-1])), "the head's rank has the fewest"
 
 
 class Wide(nn.Linear):
