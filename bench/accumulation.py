@@ -13,6 +13,7 @@ products.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ds_vshape.kernels import product_into_wider_sum
+from ds_vshape.kernels import add_product_in_blas
 from stopwatch import add_device_option, in_turn, ratio, set_up, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,20 +51,17 @@ def wide_product_then_sum(sums: Tensor, left: Tensor, right: Tensor) -> None:
     sums.add_(torch.mm(left, right, out_dtype=sums.dtype))
 
 
-def wide_in_place(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    torch.addmm(sums, left, right, out_dtype=sums.dtype, out=sums)
-
-
 def ways(sums: Tensor, left: Tensor, right: Tensor) -> dict[str, Add]:
     """The ways that these tensors can be added in, by name; the first is what the others are compared with."""
     found: dict[str, Add] = {"product, then sum": product_then_sum}
     if sums.dtype == left.dtype:
         found["in place"] = in_place
     elif sums.is_cuda:
-        found |= {"wide product, then sum": wide_product_then_sum, "BLAS in place": wide_in_place}
-        kernel = product_into_wider_sum(sums, left, right)
-        if kernel is not None:
-            found["Triton in place"] = kernel
+        found |= {"wide product, then sum": wide_product_then_sum, "BLAS in place": add_product_in_blas}
+        if importlib.util.find_spec("triton") is not None:
+            from ds_vshape.kernels.product import add_product
+
+            found["Triton in place"] = add_product
     return found
 
 
@@ -81,7 +79,7 @@ def main() -> None:
     set_up(options.device)
     dtype, of_sums = DTYPES[options.dtype], DTYPES[options.sums or options.dtype]
     if options.device == "cpu" and dtype != of_sums:
-        print("the Triton kernel can't run here: it needs a GPU")
+        print("BLAS and the Triton kernel can't add into wider sums here: they need a GPU")
     types = f"{options.dtype} into {options.sums or options.dtype}"
     title = f"{options.micro_batches} micro-batches of {types} on {options.device}, {options.rounds} rounds"
     table = Table(title=title)

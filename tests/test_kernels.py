@@ -1,4 +1,5 @@
-"""Triton kernels against their torch oracles: in triton's interpreter, compiled, and on a GPU where one is."""
+"""Products of 16 bits into sums of 32: the Triton kernel against torch in triton's interpreter, compiled, and on a GPU
+where one is; which call is taken; and that nothing is chosen by timing."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_vshape.kernels import product, product_into_wider_sum
-from ds_vshape.kernels.product import TILINGS, add_product_in_torch, launch
+from ds_vshape.kernels import add_product_in_blas, product, product_into_wider_sum
+from ds_vshape.kernels.product import TILINGS, Tiling, add_product_in_torch, launch, tiling
 
 WIDTHS = [torch.bfloat16, torch.float16]
 # Rows, columns and depth: within one tile, of several whole ones, of several with a rest, and of odd strides.
@@ -74,30 +76,55 @@ def test_a_product_added_to_a_sum(size: tuple[int, int, int], dtype: torch.dtype
     for of_left, of_right in itertools.product(LAYOUTS, LAYOUTS):
         def add(sums: Tensor, left: Tensor, right: Tensor) -> None:
             # The interpreter multiplies the bit patterns of bfloat16; these numbers are the same in float32.
-            launch(interpreted_product.with_even, sums, left, right, ROWS=32, COLUMNS=64, DEPTH=64, GROUP=2,
-                   MULTIPLIED_AS=tl.float32)
+            launch(interpreted_product.with_even, Tiling(32, 64, 64, 2, 2, 4), sums, left, right, tl.float32)
 
         check(add, torch.randn(rows, columns), of_left(rows, depth, dtype), of_right(depth, columns, dtype))
 
 
-@pytest.mark.parametrize("tiling", TILINGS, ids=str)
-def test_every_tiling_covers_every_tile_once(tiling: tuple[int, ...], interpreted_product: ModuleType):
+@pytest.mark.parametrize("cut", TILINGS, ids=str)
+def test_every_tiling_covers_every_tile_once(cut: Tiling, interpreted_product: ModuleType):
     """3 by 5 tiles, so that the last group has fewer rows of tiles than the others."""
     torch.manual_seed(0)
-    rows, columns, depth, _, *_ = tiling
-    constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "MULTIPLIED_AS": tl.float32}
-    sums = torch.randn(3 * rows - 1, 5 * columns - 1)
+    sums = torch.randn(3 * cut.rows - 1, 5 * cut.columns - 1)
     left, right = by_columns(sums.size(0), 9, torch.bfloat16), by_rows(9, sums.size(1), torch.bfloat16)
-    for group in (2, tiling[3]):
-        check(lambda *given: launch(interpreted_product.with_even, *given, GROUP=group, **constants), sums, left, right)
+    for group in (2, cut.group):
+        check(lambda *given: launch(interpreted_product.with_even, cut._replace(group=group), *given, tl.float32),
+              sums, left, right)
+
+
+# Sums: the weights of transformers with hidden 4096 and 5120, a head, and ones too small to keep a GPU busy.
+@pytest.mark.parametrize("rows, columns, tile", [
+    (4096, 4096, (128, 256)), (20480, 5120, (128, 256)), (5120, 20480, (128, 256)), (128256, 4096, (128, 256)),
+    (1024, 4096, (128, 256)), (1024, 2048, (128, 128)), (1024, 1024, (64, 128)), (1024, 512, (64, 64)),
+    (512, 512, (32, 64)), (1, 1, (32, 64))])
+def test_sizes_alone_choose_the_tiling(rows: int, columns: int, tile: tuple[int, int],
+                                       interpreted_product: ModuleType):
+    """Nothing is tried out, in this process or in another one: one launch for each product, of the same tiles."""
+    assert tiling(rows, columns)[:2] == tile and tiling(rows, columns) in TILINGS
+    launched = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *arguments, **options: launched.append((grid, options))
+
+    sums = torch.empty((rows, columns), device="meta")
+    left, right = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((rows, 64), (64, columns)))
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(product, "with_even", Counted())
+            product.add_product(sums, left, right)
+    (grid, options), again = launched
+    assert again == (grid, options)
+    assert grid == (triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]),)
+    assert (options["ROWS"], options["COLUMNS"]) == tile
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("tiling", TILINGS, ids=str)
-def test_every_tiling_compiles(tiling: tuple[int, ...], capability: int):
+@pytest.mark.parametrize("cut", TILINGS, ids=str)
+def test_every_tiling_compiles(cut: Tiling, capability: int):
     """For GPUs of that capability, within their shared memory, and with their tensor cores."""
-    rows, columns, depth, group, warps, stages = tiling
+    rows, columns, depth, group, warps, stages = cut
     # As W calls it for a linear layer: both operands by columns of the tokens.
     constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "MULTIPLIED_AS": tl.bfloat16,
                  "EVEN": True, "left_row": 1, "right_column": 1, "sums_column": 1}
@@ -117,27 +144,59 @@ def test_every_tiling_compiles(tiling: tuple[int, ...], capability: int):
 @pytest.mark.parametrize("left, right, sums", [((4, 3), (2, 5), (4, 5)), ((4, 3), (3, 5), (5, 4))])
 def test_sizes_that_do_not_agree(left: tuple[int, int], right: tuple[int, int], sums: tuple[int, int]):
     with pytest.raises(ValueError, match=r"left \(4, 3\)"):
-        launch(None, torch.zeros(sums), torch.zeros(left), torch.zeros(right))
+        launch(None, TILINGS[0], torch.zeros(sums), torch.zeros(left), torch.zeros(right), tl.float32)
 
 
 @pytest.mark.parametrize("left, right, sums", [((4, 0), (0, 5), (4, 5)), ((0, 3), (3, 5), (0, 5))])
 def test_nothing_to_add(left: tuple[int, int], right: tuple[int, int], sums: tuple[int, int]):
-    launch(None, torch.zeros(sums), torch.zeros(left), torch.zeros(right))
+    launch(None, TILINGS[0], torch.zeros(sums), torch.zeros(left), torch.zeros(right), tl.float32)
 
 
-def like(device: str, dtype: torch.dtype) -> SimpleNamespace:
-    return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
+def like(device: str, dtype: torch.dtype, matrix: Tensor) -> SimpleNamespace:
+    return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=matrix.shape, stride=matrix.stride)
 
 
-def test_who_has_a_kernel():
-    bf16, fp16, fp32 = (torch.zeros(1, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
-    sums = like("cuda", torch.float32)
-    assert product_into_wider_sum(sums, bf16, bf16) is product.add_product
-    assert product_into_wider_sum(sums, fp16, fp16) is product.add_product
+def test_who_has_a_call():
+    one = torch.zeros(1, 1)
+    bf16, fp16, fp32 = (torch.zeros(1, 1, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
+    sums = like("cuda", torch.float32, one)
+    assert product_into_wider_sum(sums, bf16, bf16) is add_product_in_blas
+    assert product_into_wider_sum(sums, fp16, fp16) is add_product_in_blas
     assert product_into_wider_sum(sums, bf16, fp16) is None
     assert product_into_wider_sum(sums, fp32, fp32) is None
-    assert product_into_wider_sum(like("cuda", torch.float64), bf16, bf16) is None
+    assert product_into_wider_sum(like("cuda", torch.float64, one), bf16, bf16) is None
     assert product_into_wider_sum(fp32, bf16, bf16) is None
+
+
+def test_what_blas_would_copy_is_for_the_kernel():
+    sums = like("cuda", torch.float32, torch.zeros(4, 6))
+    plain = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(8, 6, dtype=torch.bfloat16)
+    by_columns = torch.zeros(8, 4, dtype=torch.bfloat16).t()
+    within_another = torch.zeros(4, 9, dtype=torch.bfloat16)[:, :8]
+    every_other_column = torch.zeros(4, 16, dtype=torch.bfloat16)[:, ::2]
+    expanded = torch.zeros(1, 1, dtype=torch.bfloat16).expand(4, 8)
+    for left in (plain[0], by_columns, within_another):
+        assert product_into_wider_sum(sums, left, plain[1]) is add_product_in_blas
+    for left in (every_other_column, expanded):
+        assert product_into_wider_sum(sums, left, plain[1]) is product.add_product
+
+
+def test_torch_has_the_call_of_blas():
+    """Only a GPU has its numbers; here it shows that there is one call, which reads and writes the sums themselves."""
+    calls: list[tuple[object, tuple[object, ...], dict[str, object]]] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append((func, args, kwargs))
+            return func(*args, **kwargs)
+
+    sums = torch.zeros(4, 6, device="meta")
+    left, right = (torch.zeros(size, device="meta", dtype=torch.bfloat16) for size in ((4, 8), (8, 6)))
+    with Calls():
+        add_product_in_blas(sums, left, right)
+    (func, args, kwargs), = calls
+    assert func is torch.ops.aten.addmm.dtype_out
+    assert args[0] is kwargs["out"] is sums and args[1] is left and args[2] is right
 
 
 if torch.cuda.is_available():
@@ -148,5 +207,6 @@ if torch.cuda.is_available():
         torch.manual_seed(0)
         rows, columns, depth = size
         for of_left, of_right in itertools.product(LAYOUTS, LAYOUTS):
-            check(product.add_product, torch.randn(rows, columns, device="cuda"),
-                  of_left(rows, depth, dtype).cuda(), of_right(depth, columns, dtype).cuda())
+            for add in (product.add_product, add_product_in_blas):
+                check(add, torch.randn(rows, columns, device="cuda"), of_left(rows, depth, dtype).cuda(),
+                      of_right(depth, columns, dtype).cuda())

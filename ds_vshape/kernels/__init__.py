@@ -1,7 +1,11 @@
-"""Triton kernels, for what torch has no single call for. Each stands beside the torch calls that it replaces, and isn't
-needed: without triton, or away from a GPU, those run.
+"""A product of 16-bit matrices added to a 32-bit sum on a GPU, in one call and without a matrix for the product.
 
-    product.py    a product of 16-bit matrices added to a 32-bit sum
+    add_product_in_blas   cuBLAS, for what it takes as it lies in memory: the default
+    product.py            a Triton kernel for all else; without triton, the caller multiplies and then adds
+
+cuBLAS is tuned for each GPU, and chooses by sizes and types, not by timing; so does the kernel. A repeated run, and one
+that goes on from a checkpoint, therefore have the same sums bit for bit. `bench/accumulation.py` and `bench/gpu.py`
+measure both.
 """
 
 from __future__ import annotations
@@ -16,13 +20,24 @@ AddProduct = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def product_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> AddProduct | None:
-    """The kernel for sums (n, m) += left (n, k) @ right (k, m) with 32-bit `sums` and both others of one 16-bit type;
-    None where these tensors, or this machine, have none."""
+    """What adds sums (n, m) += left (n, k) @ right (k, m) with 32-bit `sums` and both others of one 16-bit type; None
+    where these tensors, or this machine, have no such call. Types and strides alone decide."""
     if not (sums.is_cuda and sums.dtype is torch.float32):
         return None
     if left.dtype is not right.dtype or left.dtype not in (torch.bfloat16, torch.float16):
         return None
-    return _compiled()
+    return add_product_in_blas if all(map(_is_taken_by_blas, (sums, left, right))) else _compiled()
+
+
+def add_product_in_blas(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums (n, m) += left (n, k) @ right (k, m), on a GPU; 32 bits, and 16 of one type."""
+    torch.addmm(sums, left, right, out_dtype=sums.dtype, out=sums)
+
+
+def _is_taken_by_blas(matrix: Tensor) -> bool:
+    """Whether BLAS reads `matrix` as it lies in memory (prepare_matrix_for_cublas in ATen/native/cuda/Blas.cpp)."""
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    return row == 1 and column >= max(1, rows) or column == 1 and row >= max(1, columns)
 
 
 @cache

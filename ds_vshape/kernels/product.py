@@ -1,32 +1,53 @@
 """sums += left @ right in one kernel, for operands of 16 bits and sums of 32.
 
-BLAS calls of torch want one type for all three, so that such a product costs a matrix of 16 bits, rounded, and then a
-pass that reads it and reads and writes the sums. Here a tile of the product stays in registers, at 32 bits, until it
-is added.
+A tile of the product stays in registers, at 32 bits, until it is added. Operands may lie in memory in any way: BLAS
+would first copy what is adjacent neither by rows nor by columns.
 
 Importing this needs triton.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# What is tried once for each size: a tile of the sums, the depth of one step, tiles in a group, warps, steps ahead.
+
+class Tiling(NamedTuple):
+    """How a product is cut up: a tile of the sums, the depth of one step, rows of tiles in a group, warps, and how many
+    steps loads run ahead."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+# From the one that reads least to the one that keeps most of a device busy.
 TILINGS = [
-    (128, 256, 64, 8, 8, 3),
-    (256, 128, 64, 8, 8, 3),
-    (128, 128, 64, 8, 8, 3),
-    (128, 128, 64, 8, 4, 4),
-    (128, 128, 32, 8, 4, 5),
-    (64, 128, 64, 8, 4, 4),
-    (64, 64, 64, 8, 4, 4),
-    (32, 64, 64, 8, 2, 4),
+    Tiling(128, 256, 64, 8, 8, 3),
+    Tiling(128, 128, 64, 8, 8, 3),
+    Tiling(64, 128, 64, 8, 4, 4),
+    Tiling(64, 64, 64, 8, 4, 4),
+    Tiling(32, 64, 64, 8, 2, 4),
 ]
+# Tiles that keep a large device busy: it has somewhat more than a hundred multiprocessors.
+_ENOUGH = 128
+
+
+def tiling(rows: int, columns: int) -> Tiling:
+    """The tiling for sums (rows, columns): the largest tiles of which there are enough, or else the smallest.
+
+    Sizes alone decide, so that a sum comes out bit for bit the same in each run. What was fastest in a trial could be
+    another one after a restart, and with it the order in which a sum is added up.
+    """
+    enough = (one for one in TILINGS if triton.cdiv(rows, one.rows) * triton.cdiv(columns, one.columns) >= _ENOUGH)
+    return next(enough, TILINGS[-1])
 
 
 # In which type the tiles are multiplied: their own.
@@ -76,36 +97,28 @@ def product_kernel(sums, left, right, rows, columns, depth,  # type: ignore[no-u
 
 
 with_even = triton.heuristics({"EVEN": lambda arguments: arguments["depth"] % arguments["DEPTH"] == 0})(product_kernel)
-_tuned = triton.autotune(
-    [triton.Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group}, num_warps=warps,
-                   num_stages=stages)
-     for rows, columns, depth, group, warps, stages in TILINGS],
-    key=["rows", "columns", "depth", "left_row", "right_column"],
-    restore_value=["sums"],
-)(with_even)
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """sums (n, m) += left (n, k) @ right (k, m); 32 bits, and 16 of one type; any strides.
 
-    Tries its tilings at the first call of each size. Oracle: `add_product_in_torch`.
+    Oracle: `add_product_in_torch`.
     """
-    launch(_tuned, sums, left, right, MULTIPLIED_AS=_TYPES[left.dtype])
+    launch(with_even, tiling(*sums.shape), sums, left, right, _TYPES[left.dtype])
 
 
-def launch(kernel: Any, sums: Tensor, left: Tensor, right: Tensor, **constants: Any) -> None:
-    """Run `kernel`, product_kernel or a wrapper of it, on all tiles; `constants` are those it doesn't choose."""
+def launch(kernel: Any, cut: Tiling, sums: Tensor, left: Tensor, right: Tensor, multiplied_as: Any) -> None:
+    """Run `kernel`, with_even or a copy of it, on all tiles, which are multiplied in triton's type `multiplied_as`."""
     (rows, depth), columns = left.shape, right.size(1)
     if sums.shape != (rows, columns) or right.size(0) != depth:
         raise ValueError(f"sums {tuple(sums.shape)} += left {tuple(left.shape)} @ right {tuple(right.shape)}: "
                          "sizes don't agree")
     if not sums.numel() or not depth:
         return
-
-    def grid(chosen: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(rows, chosen["ROWS"]) * triton.cdiv(columns, chosen["COLUMNS"]),)
-
-    kernel[grid](sums, left, right, rows, columns, depth, *sums.stride(), *left.stride(), *right.stride(), **constants)
+    grid = (triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)
+    kernel[grid](sums, left, right, rows, columns, depth, *sums.stride(), *left.stride(), *right.stride(),
+                 ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth, GROUP=cut.group, MULTIPLIED_AS=multiplied_as,
+                 num_warps=cut.warps, num_stages=cut.stages)
 
 
 def add_product_in_torch(sums: Tensor, left: Tensor, right: Tensor) -> None:

@@ -2,7 +2,7 @@
 without a second pass over the sum.
 
 Each function answers whether it has added. It has not, and nothing was computed, where there is no sum yet or no
-single call for its types: 16 bits into 32 on a CPU, say, or on a GPU without triton.
+single call for its types: 16 bits into 32 on a CPU, say.
 """
 
 from __future__ import annotations
