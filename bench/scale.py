@@ -6,7 +6,8 @@
     python bench/scale.py host                      # what a plan costs at start, and Python in a batch
     python bench/scale.py host --measure            # with the cost of an instruction measured on 2 ranks here
 
-`paper` and `grid` run ds_vshape's simulator with the costs of launch/gpt_cost.py: nothing in them is measured but the
+`paper` and `grid` run ds_vshape's simulator with the costs of
+ds_vshape/layouts/gpt_costs.py: nothing in them is measured but the
 efficiency, which the paper's own F passes show. `host` measures all that it prints.
 """
 
@@ -26,14 +27,14 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from gpt_cost import Machine, Shape, Training
-from prediction import Wanted, predict
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ds_vshape.layouts.gpt_costs import Shape, Speeds, Training
+from ds_vshape.layouts.prediction import Wanted, predict
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import limits_at
@@ -80,9 +81,9 @@ def _wanted(name: str, training: Training, time_limit: float) -> Wanted:
 
 def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
     """The simulated batch of `training` by schedule `name`; LimitError where an adaptive one can't keep its limit."""
-    machine, placement = training.machine, placement_of(name.partition("@")[0], training.ranks)
-    found = predict(_wanted(name, training, time_limit), training, training.times(placement, machine.between))
-    near = simulate(found.schedule, training.times(placement, machine.inside)).makespan
+    speeds, placement = training.speeds, placement_of(name.partition("@")[0], training.ranks)
+    found = predict(_wanted(name, training, time_limit), training, training.times(placement, speeds.between))
+    near = simulate(found.schedule, training.times(placement, speeds.inside)).makespan
     return Step(name, found.fullest, found.seconds, near + found.seconds - found.timeline.makespan, found.bubble,
                 found.mfu)
 
@@ -136,7 +137,7 @@ def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
     written = []
     for name, each in product(options.models, options.micro_batches_per_rank):
         shape = SHAPES[name]
-        training = Training(shape, machine_of(options), options.length, options.samples, each * shape.gpus, shape.gpus,
+        training = Training(shape, speeds_of(options), options.length, options.samples, each * shape.gpus, shape.gpus,
                             recompute=options.recompute)
         steps = []
         for schedule in tqdm(options.schedules, desc=f"{name} m={training.micro_batches}", disable=None):
@@ -151,7 +152,7 @@ def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every schedule in its best layout, beside the paper's MFU where it tells one."""
-    start = Training(SHAPES[options.model], machine_of(options), options.length, 1, 1, 1, recompute=options.recompute)
+    start = Training(SHAPES[options.model], speeds_of(options), options.length, 1, 1, 1, recompute=options.recompute)
     candidates = list(layouts(start, options.batch, options.samples))
     theirs = paper_mfu(start, options.batch)
     table = Table(title=f"{options.model}, sequence {options.length}, batch {options.batch}: best of "
@@ -283,11 +284,11 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**asdict(plan), "instruction_seconds": cost} for plan in found]
 
 
-def machine_of(options: argparse.Namespace) -> Machine:
-    """The machine of the options."""
+def speeds_of(options: argparse.Namespace) -> Speeds:
+    """What GPUs and messages reach, by the options."""
     microseconds = 1e-6 * options.latency_us
-    return Machine(options.teraflops * 1e12, tuple(options.efficiency), (options.inside_gb * 1e9, microseconds),
-                   (options.between_gb * 1e9, microseconds))
+    return Speeds(options.teraflops * 1e12, tuple(options.efficiency), (options.inside_gb * 1e9, microseconds),
+                  (options.between_gb * 1e9, microseconds))
 
 
 def parser() -> argparse.ArgumentParser:

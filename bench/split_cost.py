@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if "cuda" in sys.argv else "cpu")
 
 import torch
-from gpt import Block, GPTConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from ds_vshape.gradients import InGrad, InGradAccum
-from ds_vshape.split_backward import Delivery, SplitBackward, WeightGradientStore, WholeGradients
 from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatch
+
+from ds_vshape.gradients import InGrad, InGradAccum
+from ds_vshape.models.gpt import Block, GPTConfig
+from ds_vshape.split_backward import Delivery, SplitBackward, WeightGradientStore, WholeGradients
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

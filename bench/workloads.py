@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
-from gpt import VOCABULARY, Block, GPTConfig, Positions
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layers import SleepingLinear, SleepingPaths
+
+from ds_vshape.models.gpt import VOCABULARY, Block, GPTConfig, Positions
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
-from layers import SleepingLinear, SleepingPaths
 
 Batch = list[tuple[Tensor, Tensor]]
 

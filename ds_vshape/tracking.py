@@ -147,7 +147,7 @@ def _times(predicted: Timeline, measured: Timeline) -> dict[str, float]:
 
 def _draw(schedule: Schedule, predicted: Timeline, file: Path) -> None:
     """As `ds-vshape plan --png` does, in seconds; ImportError without matplotlib."""
-    from ds_vshape.cli.pictures import Panel, save
+    from ds_vshape.schedule.pictures import Panel, save
     placement = schedule.placement
     title = f"{schedule.name}: {placement.ranks} ranks, {schedule.micro_batches} micro-batches"
     figures = f"predicted makespan {predicted.makespan:.4g} s, bubble {predicted.bubble:.1%}"

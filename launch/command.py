@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from job import Job
+from ds_vshape.layouts.job import Job
 
 _RANK_SCRIPT = Path(__file__).resolve().with_name("train_rank.py")
 
@@ -32,3 +33,8 @@ def environment(job: Job) -> dict[str, str]:
     if job.machine.accelerator != "cpu":
         return {}
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def command_line(job: Job, words: Sequence[str]) -> str:
+    """Command and environment as a line for a shell."""
+    return shlex.join([*(f"{key}={value}" for key, value in environment(job).items()), *command(job, words)])

@@ -18,9 +18,6 @@ import deepspeed
 import torch
 import torch.distributed
 from deepspeed.utils import logger
-from gpt import seed_layer
-from hugging_face_layers import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
-from hugging_face_weights import check_output, load_weights, save_model
 from result import Result
 from text import load_corpus, micro_batches
 from torch import Tensor
@@ -28,6 +25,9 @@ from train_rank import TRAINING_SEED, VALIDATION_SEED, start_distributed, train
 from transformers import AutoConfig, AutoTokenizer
 
 import ds_vshape
+from ds_vshape.models.gpt import seed_layer
+from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face_weights import check_output, load_weights, save_model
 
 BYTES = 256
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hugging_face_layers import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_vshape.models.hugging_face import FAMILIES
 
 TOKENS = 256
 

@@ -25,19 +25,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import hydra
-from command import command, environment
-from composed import CONFIGS, Composed, compose_jobs
-from dry_run import show
+from command import command, command_line, environment
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from job import Job
-from job_rules import read_job
 from omegaconf import DictConfig, OmegaConf
 from result import Result
 from rich.console import Console
 from rich.table import Table
 
 from ds_vshape.config import ConfigError
+from ds_vshape.layouts.composition import CONFIGS, Composed, compose_jobs
+from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.job_costs import predict_job
+from ds_vshape.layouts.report import print_job
+from ds_vshape.layouts.rules import read_job
 
 _DRY_RUN = "--dry-run"
 _CLUSTER_SCRIPT = Path(__file__).resolve().with_name("cluster") / "deepspeed.sh"
@@ -53,7 +54,7 @@ class Done:
 
 
 def check_hosts(job: Job) -> None:
-    """Raises ConfigError where hosts are needed that nobody has named; to look at the job they aren't."""
+    """Raises ConfigError where hosts are needed and none are named; a dry run doesn't need them."""
     if len(job.hosts) > 1 and job.hostfile is None:
         raise ConfigError(f"hostfile = null: {job.ranks} ranks need {len(job.hosts)} hosts of machine.slots = "
                           f"{job.machine.slots}; name them in a hostfile")
@@ -132,7 +133,9 @@ def main() -> int:
             return start_all(words)
         console = Console(width=None if sys.stdout.isatty() else 200)
         for composed in jobs:
-            show(composed, console)
+            print_job(composed.job, predict_job(composed.job), console)
+            line = command_line(composed.job, composed.words)
+            console.print(line, soft_wrap=True, highlight=False, markup=False)  # whatever the width, to be copied
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -23,19 +23,19 @@ import deepspeed
 import torch
 import torch.distributed
 from clock import OwnEngineClock
-from composed import compose_job
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from gpt import GPTConfig, gpt_layers, loss_fn, seed_layer
-from gpt_parallel import parallel_gpt_layers, tensor_group
-from job import Job
-from job_costs import bounds_of, training_of
 from result import Result
 from text import load_corpus, micro_batches
 from tqdm import tqdm
 
 import ds_vshape
 from ds_vshape.config import ConfigError
+from ds_vshape.layouts.composition import compose_job
+from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.job_costs import bounds_of, training_of
+from ds_vshape.models.gpt import GPTConfig, gpt_layers, loss_fn, seed_layer
+from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
 
 TRAINING_SEED = 1
 VALIDATION_SEED = 2

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import train
-from composed import CONFIGS, compose_config, compose_job, compose_jobs
-from job_rules import legal_keys
 from omegaconf import OmegaConf
 from scale import SHAPES
 
 from ds_vshape.accepted import check_accepted
+from ds_vshape.cli import main
 from ds_vshape.config import KEY, ConfigError, load_ds_config, read_section
+from ds_vshape.layouts.composition import CONFIGS, compose_config, compose_job, compose_jobs
+from ds_vshape.layouts.job_costs import predict_job
+from ds_vshape.layouts.rules import legal_keys
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
 
 ROOT = CONFIGS.parent
@@ -178,7 +182,7 @@ def test_one_wrong_job_of_a_sweep_stops_all_of_it() -> None:
 
 
 def test_precisions_are_refused_as_the_engine_refuses_them() -> None:
-    """job_rules has the rules of ds_vshape/accepted.py without its imports."""
+    """ds_vshape/layouts/rules.py has the rules of ds_vshape/accepted.py without its imports."""
     kinds = ["fp32", "bf16", "fp16"]
     for dtype, sums, zero in product(kinds, ["null", *kinds], [0, 1]):
         words = [f"precision.dtype={dtype}", f"precision.sums={sums}", f"parallel.zero={zero}", "machine=a100"]
@@ -252,12 +256,58 @@ def test_a_dry_run_of_a_sweep_shows_every_job(monkeypatch: pytest.MonkeyPatch,
         f"--no_local_rank launch/train_rank.py schedule={name}" for name in ("1f1b", "v-zb")]
 
 
-def test_a_dry_run_needs_no_torch() -> None:
+@pytest.mark.parametrize("program", [
+    "sys.argv = ['train.py', '--dry-run']; import train; sys.exit(train.main())",
+    "sys.argv = ['ds_vshape', 'dry-run']; runpy.run_module('ds_vshape', run_name='__main__')",
+    "sys.argv = ['ds_vshape', 'layouts', 'search.ranks=1']; runpy.run_module('ds_vshape', run_name='__main__')"])
+def test_a_prediction_needs_no_torch(program: str) -> None:
     """So no GPU and no process group either: in a Python that can't import it."""
-    code = ("import sys; sys.modules['torch'] = sys.modules['deepspeed'] = None; sys.argv = ['train.py', '--dry-run']; "
-            "import train; sys.exit(train.main())")
+    code = f"import runpy, sys; sys.modules['torch'] = sys.modules['deepspeed'] = None; {program}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "launch", capture_output=True, text=True)
-    assert done.returncode == 0 and "predicted step" in done.stdout, done.stderr
+    assert done.returncode in (0, 1) and "predicted" in done.stdout, done.stderr
+
+
+# -- what `ds-vshape dry-run` says
+
+
+def test_a_dry_run_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written is what is printed: of each job of a sweep, its ranks and the step that was predicted for it."""
+    file = tmp_path / "jobs.json"
+    words = ["parallel=three_d", "machine=a100", "precision=bf16", "schedule=1f1b,v-half"]
+    assert main(["dry-run", "--multirun", "--json", str(file), *words]) == 0
+    output = capsys.readouterr().out
+    one_f_one_b, v_half = json.loads(file.read_text())
+    job = compose_job([*words[:-1], "schedule=v-half"])
+    prediction = predict_job(job)
+    assert one_f_one_b["schedule"] == "1f1b" and v_half["schedule"] == "v-half"
+    assert v_half["ds_config"] == json.loads(json.dumps(job.ds_config()))
+    assert [v_half[key] for key in ("stages", "tensor", "data", "micro_batch", "micro_batches")] == [2, 2, 2, 2, 8]
+    assert [(rank["ranks"], rank["hosts"], rank["stages"], rank["layers"]) for rank in v_half["ranks"]] == [
+        ([0, 1, 2, 3], ["host 0"], [0, 3], [[0, 6], [14, 20]]), ([4, 5, 6, 7], ["host 0"], [1, 2], [[6, 10], [10, 14]])]
+    for rank, memory in zip(v_half["ranks"], prediction.memory, strict=True):
+        assert rank["memory"] == {**asdict(memory), "total": memory.total}
+    assert v_half["metrics"] == {
+        "step_s": prediction.seconds, "makespan": prediction.timeline.makespan, "bubble": prediction.bubble,
+        "samples_per_second": prediction.samples_per_second, "mfu": prediction.mfu, "fullest": prediction.fullest,
+        "fits": True}
+    for each in (one_f_one_b, v_half):
+        assert f"predicted step: {each['metrics']['step_s']:.4g} s" in output
+        assert all(f"{rank['busy']:.1%}" in output for rank in each["ranks"])
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "jobs.json"
+    assert main(["dry-run", "machine.memory=0.001", "--json", str(file)]) == 0
+    job, = json.loads(file.read_text())
+    assert not job["metrics"]["fits"] and "It doesn't fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["parallel.pip=3"], ["--multirun", "parallel.pipe=4,16"], ["schedule=v-haf"],
+                                       ["--configs", "/nowhere"], ["--json", "/nowhere/jobs.json"]])
+def test_a_dry_run_of_wrong_input_is_one_error(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(["dry-run", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("ds-vshape: error: ")
 
 
 def test_the_files_of_other_programs_are_legal() -> None:

@@ -14,14 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hugging_face_weights
 import pytest
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from finetune import arguments, finetune, tokens_of
-from hugging_face_layers import (CHECKPOINTABLE_LAYERS, FAMILIES, PARTITION_METHOD, AttentionArguments, DecoderLayer,
-                                 next_token_loss, pipeline_layers)
-from hugging_face_weights import INDEX, check_output, load_weights, named_weights, save_model
 from pipelines import BF16_ZERO1, Job
 from ranks import RanksFailed, run_ranks
 from safetensors import safe_open
@@ -32,6 +28,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ds_vshape
+from ds_vshape.models import hugging_face_weights
+from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, FAMILIES, PARTITION_METHOD, AttentionArguments,
+                                            DecoderLayer, next_token_loss, pipeline_layers)
+from ds_vshape.models.hugging_face_weights import INDEX, check_output, load_weights, named_weights, save_model
 from ds_vshape.split_backward import WholeGradients
 
 pytestmark = pytest.mark.slow
@@ -421,13 +421,13 @@ def test_models_that_cannot_be_cut_are_refused(config: Any, message: str) -> Non
         pipeline_layers(config)
 
 
-@pytest.mark.parametrize("package, module", [("transformers", "hugging_face_layers"),
+@pytest.mark.parametrize("package, module", [("transformers", "hugging_face"),
                                              ("safetensors", "hugging_face_weights")])
 def test_a_missing_package_names_the_extra(package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, f"ds_vshape.models.{module}")
     with pytest.raises(ImportError, match=r"pip install 'ds-vshape\[models\]'"):
-        importlib.import_module(module)
+        importlib.import_module(f"ds_vshape.models.{module}")
 
 
 # -- the program

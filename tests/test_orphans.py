@@ -25,7 +25,7 @@ Kill = Callable[[Path, str], None]
 # Trains until it is ended.
 SCRIPT = f"""
 import os, sys
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent / "launch")!r}]
+sys.path.insert(0, {str(TESTS)!r})
 import ranks
 import deepspeed
 from pipelines import Job, data

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from ds_vshape.cli import main
-from ds_vshape.cli.pictures import COLOURS, Panel, save
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.drawing import bubbles
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.pictures import COLOURS, Panel, save
 from ds_vshape.schedule.placement import linear
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate

@@ -6,12 +6,12 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
-from composed import compose_job
-from job import Job
-from job_costs import bounds_of, host_of, place_of, predict_job, training_of
 from ranks import run_ranks
 from train_rank import batches_of, build_engine
 
+from ds_vshape.layouts.composition import compose_job
+from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.job_costs import bounds_of, host_of, place_of, predict_job, training_of
 from ds_vshape.rank_memory import RankMemory
 
 SHAPE = ["model=tiny", "model.layers=6", "model.hidden=96", "model.heads=4", "model.length=96", "parallel.pipe=2",
@@ -67,7 +67,7 @@ def test_the_step_is_work_and_bubble(words: list[str]) -> None:
     """Of equal blocks and nothing else: F, B and W of all micro-batches, over the share of time that isn't bubble."""
     job = compose_job([*words, "machine=a100", "precision=bf16_sums", "parallel.zero=1"])
     predicted, training = predict_job(job), training_of(job)
-    times = training.times(job.placement, training.machine.inside)
+    times = training.times(job.placement, training.speeds.inside)
     work = job.micro_batches * sum(map(times.of_stage, range(job.placement.stages))) / job.parallel.pipe
     assert predicted.timeline.makespan == pytest.approx(work / (1 - predicted.bubble))
     assert predicted.seconds == predicted.timeline.makespan + training.reduction(job.placement)

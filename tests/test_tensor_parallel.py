@@ -10,8 +10,6 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from gpt import GPTConfig, gpt_layers
-from gpt_parallel import ParallelBlock, parallel_gpt_layers, tensor_group
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, Job, Outcome, PlainTraining,
                        cross_entropy, data, train)
 from ranks import RanksFailed, run_ranks
@@ -19,6 +17,8 @@ from ranks import RanksFailed, run_ranks
 import ds_vshape
 import ds_vshape.tensor_parallel
 from ds_vshape import failures
+from ds_vshape.models.gpt import GPTConfig, gpt_layers
+from ds_vshape.models.gpt_parallel import ParallelBlock, parallel_gpt_layers, tensor_group
 from ds_vshape.p2p import PeerLost
 from ds_vshape.split_backward import WeightGradientStore, WholeGradients
 

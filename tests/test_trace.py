@@ -439,7 +439,7 @@ def test_a_browser_zooms_pans_and_tells(run: Run, page: Path, tmp_path: Path) ->
 
 
 def test_colours_are_those_of_the_pictures(page: Path) -> None:
-    from ds_vshape.cli.pictures import COLOURS
+    from ds_vshape.schedule.pictures import COLOURS
     text = page.read_text()
     for kind in Kind:
         for chunk, (colour, _) in enumerate(COLOURS[kind]):

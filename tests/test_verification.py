@@ -14,7 +14,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
-from gpt import gpt_layers
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block,
                        Dropping, Job, micro_batch, tied_specs, train)
 from ranks import run_ranks
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ds_vshape.comparison import compare, tolerance
+from ds_vshape.models.gpt import gpt_layers
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.fuse import with_whole_backwards
 from ds_vshape.schedule.lowering import lower

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from ds_vshape.cli import plan
+from ds_vshape.cli import jobs, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ds-vshape", description="V-shape pipeline schedules for DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan.add_parser(commands)
+    jobs.add_parsers(commands)
     parsed = parser.parse_args(arguments)
     try:
         status = int(parsed.run(parsed))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def check_writable(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
@@ -45,3 +47,9 @@ def writing(option: str, file: Path) -> Iterator[None]:
         raise ValueError(f"{option} {file}: {error.strerror}") from None
     except ValueError as error:  # a name that no file can have
         raise ValueError(f"{option} {file}: {error}") from None
+
+
+def write_json(option: str, file: Path, content: Any) -> None:
+    """Write `content` to the file that `option` names; ValueError if that fails."""
+    with writing(option, file):
+        file.write_text(json.dumps(content) + "\n", encoding="utf-8")

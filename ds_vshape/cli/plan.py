@@ -8,19 +8,14 @@ from options or from a ds_config.json.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from ds_vshape.cli import curve, report
-from ds_vshape.cli.files import check_writable, writing
+from ds_vshape.cli.extras import check_installed
+from ds_vshape.cli.files import check_writable, write_json, writing
 from ds_vshape.cli.outcome import Outcome, plan_one
+from ds_vshape.cli.progress import progress_bar
 from ds_vshape.cli.request import Limit, Request, add_options
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
@@ -60,13 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         _check_size(request)
     outcomes = []
     for name in request.schedules:
-        with _progress(f"planning {name}") as progress:
+        with progress_bar(f"planning {name}") as progress:
             outcomes.append(plan_one(name, request, request.memory_limit, progress))
     first, limit = outcomes[0], request.memory_limit
     if arguments.compare is None and limit is not None and first.schedule.name != ADAPTIVE:
         limit.check(first.schedule)
     if arguments.json is not None:
-        _write_json("--json", arguments.json,
+        write_json("--json", arguments.json,
                     first.to_json() if arguments.compare is None else [outcome.to_json() for outcome in outcomes])
     if pictures:
         _draw(outcomes, request, pictures)
@@ -79,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _draw(outcomes: Sequence[Outcome], request: Request, files: Mapping[str, Path]) -> None:
     """One picture with a panel for each outcome, in each of `files` (by kind)."""
-    from ds_vshape.cli import pictures
+    from ds_vshape.schedule import pictures
 
     full = peak_of_1f1b(request.stages, request.micro_batches)
     limit = None if request.memory_limit is None else request.memory_limit.count(request.stages, request.micro_batches)
@@ -96,7 +91,7 @@ def _trace_curve(request: Request, file: Path, limits: Sequence[Limit] | None, r
     kind = file.suffix.removeprefix(".")
     if kind in _PICTURES:
         _need_matplotlib()
-    with _progress("planning at each limit") as progress:
+    with progress_bar("planning at each limit") as progress:
         traced = curve.trace(request, limits, reference, progress)
     if kind in _PICTURES:
         from ds_vshape.cli import curve_picture
@@ -104,7 +99,7 @@ def _trace_curve(request: Request, file: Path, limits: Sequence[Limit] | None, r
         with writing("--curve", file):
             curve_picture.save(traced, file, kind)
     else:
-        _write_json("--curve", file, traced.to_json())
+        write_json("--curve", file, traced.to_json())
     report.console().print(curve.table(traced))
 
 
@@ -116,8 +111,7 @@ def _curve_file(text: str) -> Path:
 
 def _need_matplotlib() -> None:
     """Raise ValueError before any planning if what draws isn't there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("SVG and PNG are drawn by matplotlib, which is not installed: pip install 'ds-vshape[plots]'")
+    check_installed("matplotlib", "SVG and PNG are drawn by matplotlib", "plots")
 
 
 def _check_size(request: Request) -> None:
@@ -127,19 +121,3 @@ def _check_size(request: Request) -> None:
     if passes > _MOST_PASSES or rows > _MOST_ROWS:
         raise ValueError(f"a picture of {rows} rows with about {passes} passes: must be at most {_MOST_ROWS} rows and "
                          f"{_MOST_PASSES} passes; --json has room for all")
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error if that is a terminal; to be called with the share that is done."""
-    with tqdm(total=1.0, desc=text, leave=False, disable=None, file=sys.stderr,
-              bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}") as bar:
-        def show(done: float) -> None:
-            bar.update(max(0.0, min(done, 1.0) - bar.n))
-
-        yield show
-
-
-def _write_json(option: str, file: Path, content: Any) -> None:
-    with writing(option, file):
-        file.write_text(json.dumps(content) + "\n", encoding="utf-8")

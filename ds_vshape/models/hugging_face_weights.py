@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hugging_face_layers import Part
 from torch import nn
 from torch.nn import Parameter
+
+from ds_vshape.models.hugging_face import Part
 
 try:
     from safetensors import safe_open

@@ -60,7 +60,8 @@ class Positions(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.embedding(torch.arange(hidden.shape[1], device=hidden.device))
+        positions: Tensor = self.embedding(torch.arange(hidden.shape[1], device=hidden.device))
+        return hidden + positions
 
 
 class Block(nn.Module):
@@ -85,7 +86,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self._attention(self.attention_norm(hidden))
-        return hidden + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden))))
+        mlp: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden))))
+        return hidden + mlp
 
     def _attention(self, hidden: Tensor) -> Tensor:
         batch, length, _ = hidden.shape
@@ -94,7 +96,8 @@ class Block(nn.Module):
                              .view(batch, length, 3, self.heads, -1)
                              .permute(2, 0, 3, 1, 4))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        output: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return output
 
 
 def gpt_layers(config: GPTConfig) -> list[LayerSpec]:

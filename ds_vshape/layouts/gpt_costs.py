@@ -14,13 +14,13 @@ kernels do); W is products alone. 34 t h is the sum of "Reducing Activation Reco
 output gradients (18 t h) of a block's four products. A block that is recomputed leaves its input, 2 t h, and runs F
 again in B. Values of 4 bytes take twice the bytes of the table, whose values have 2.
 
-The table is Megatron's, whose dropout masks and loss take part of it; in gpt.py (measured) F leaves 32 t h of a block,
-8 t of the embedding, and 4 t h + 2 t V of the head.
+The table is Megatron's, whose dropout masks and loss take part of it; in ds_vshape/models/gpt.py (measured) F
+leaves 32 t h of a block, 8 t of the embedding, and 4 t h + 2 t V of the head.
 
 With n tensor parallel ranks all of it is divided by n, and two all-reduces of the block's output are added to F and to
-B. Without sequence parallel, as in gpt_parallel.py, every rank has embedding and head whole, and of a block the inputs
-of both norms and what goes into and comes out of its share, 8 t h of both kinds of bytes. Nothing overlaps with those
-all-reduces, nor with the reduction between data parallel ranks.
+B. Without sequence parallel, as in ds_vshape/models/gpt_parallel.py, every rank has embedding and head whole, and of a
+block the inputs of both norms and what goes into and comes out of its share, 8 t h of both kinds of bytes. Nothing
+overlaps with those all-reduces, nor with the reduction between data parallel ranks.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Devices of `flops` a second at most, of which passes reach `efficiency` (F, B, W).
+class Speeds:
+    """What devices and messages reach: `flops` a second at most, of which passes reach `efficiency` (F, B, W).
 
-    Bytes a second and seconds of latency of a message inside a node and between nodes.
+    A message inside a node and one between nodes: bytes a second and seconds of latency.
     """
 
     flops: float
@@ -115,7 +115,7 @@ class Training:
     """
 
     shape: Shape
-    machine: Machine
+    speeds: Speeds
     length: int
     samples: int
     micro_batches: int
@@ -154,7 +154,7 @@ class Training:
         return [self.layers[each * stage:each * (stage + 1)] for stage in range(placement.stages)]
 
     def times(self, placement: Placement, message: tuple[float, float]) -> Times:
-        """Seconds of the passes of each stage; hops by `message`, the machine's `inside` or `between`."""
+        """Seconds of the passes of each stage; hops by `message`, `speeds.inside` or `speeds.between`."""
         rows = [[sum(seconds) for seconds in zip(*map(self._times_of, stage))] for stage in self.stages(placement)]
         forward, input_grad, weight_grad = zip(*rows)
         bandwidth, latency = message
@@ -177,12 +177,12 @@ class Training:
         each has the whole optimizer, the sums."""
         share = (self.data - 1) / self.data
         handed_out = self.bytes.weight if self.bytes.shared else self.bytes.gradient
-        return share * (self.bytes.gradient + handed_out) * max(self._parameters(placement)) / self.machine.between[0]
+        return share * (self.bytes.gradient + handed_out) * max(self._parameters(placement)) / self.speeds.between[0]
 
     def mfu(self, seconds: float) -> float:
         """The share of the GPUs' FLOPs that the model needs; recomputation counts as none, attention in full."""
         needed = 3 * sum(layer.products + layer.attention for layer in self.layers) * self.micro_batches
-        return needed / (seconds * self.ranks * self.tensor * self.machine.flops)
+        return needed / (seconds * self.ranks * self.tensor * self.speeds.flops)
 
     def _parameters(self, placement: Placement) -> list[float]:
         stages = self.stages(placement)
@@ -213,10 +213,10 @@ class Training:
                        kept=everywhere + (layer.kept - everywhere) / self.tensor)
 
     def _times_of(self, layer: Layer) -> tuple[float, float, float]:
-        f, b, w = (self.machine.flops * share for share in self.machine.efficiency)
+        f, b, w = (self.speeds.flops * share for share in self.speeds.efficiency)
         reductions = 0.0
         if self.tensor > 1 and layer.attention:
-            bandwidth, latency = self.machine.inside
+            bandwidth, latency = self.speeds.inside
             reductions = 2 * (latency + 2 * (self.tensor - 1) / self.tensor * self._output / bandwidth)
         share = self._share(layer)
         forward = (share.products + share.attention) / f + reductions

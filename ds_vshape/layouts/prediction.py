@@ -1,4 +1,4 @@
-"""A batch before it runs: the schedule simulated with the costs of gpt_cost.py, and what every rank needs of memory."""
+"""A batch before it runs: the schedule, simulated with the costs of gpt_costs.py, and the memory of each rank."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gpt_cost import Training
-
+from ds_vshape.layouts.gpt_costs import Training
 from ds_vshape.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.choose import Limits, schedule_for

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.pipe import TiedLayerSpec
-from gpt import Embedding, GPTConfig, gpt_layers, loss_fn, seed_layer
 from torch import Tensor, nn
+
+from ds_vshape.models.gpt import Embedding, GPTConfig, gpt_layers, loss_fn, seed_layer
 
 CONFIG = GPTConfig(layers=3, hidden=24, heads=3, length=10)
 

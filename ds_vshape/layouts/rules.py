@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from job import OWN_ENGINE, Job
 from pydantic import BaseModel, ValidationError
 
 from ds_vshape.config import KEY, ConfigError, ScheduleConfig, TraceConfig, nearest
 from ds_vshape.demands import check_demands
+from ds_vshape.layouts.job import OWN_ENGINE, Job
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import schedule_for
@@ -94,7 +94,7 @@ def _check_model(job: Job) -> None:
         raise ConfigError(f"model.layers = {model.layers}: schedule {job.schedule['name']} on parallel.pipe = {pipe} "
                           f"has {stages} stages, each of which needs a block, the embedding or the head; legal: "
                           f"model.layers from {stages - 2} on, or parallel.pipe up to {most}")
-    if job.section and job.section.partition is not None:
+    if job.section and isinstance(job.section.partition, tuple):
         _check_bounds(job.section.partition, stages, model.layers + 4)
 
 

@@ -1,6 +1,6 @@
 """What the main job is told: the sections of configs/, what is legal in each, and the numbers that follow from them.
 
-A mapping becomes a job by job_rules.read_job, which refuses what doesn't go together.
+A mapping becomes a job by rules.read_job, which refuses what doesn't go together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """A GPT of launch/gpt.py: `layers` blocks, for sequences of `length` bytes."""
+    """A GPT of ds_vshape/models/gpt.py: `layers` blocks, for sequences of `length` bytes."""
 
     layers: Count
     hidden: Count

@@ -1,4 +1,4 @@
-"""The GPT of launch/gpt.py with each block on several tensor parallel ranks, by DeepSpeed's own layers.
+"""The GPT of gpt.py with each block on several tensor parallel ranks, by DeepSpeed's own layers.
 
     rows x columns of a weight     whole             on each of t ranks
     query_key_value                3 hidden x hidden   3 hidden / t x hidden: all of some heads
@@ -20,10 +20,10 @@ from deepspeed.module_inject import set_autotp_mode
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, SubParamLinearLayer
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from gpt import Block, GPTConfig, gpt_layers
 from torch import Tensor
 from torch.nn import functional
 
+from ds_vshape.models.gpt import Block, GPTConfig, gpt_layers
 from ds_vshape.tensor_parallel import sum_gradient
 
 
@@ -38,11 +38,11 @@ class _Column:
         return functional.linear(sum_gradient(x, self.mp_group), self.weight, self.bias)
 
 
-class ColumnLinear(_Column, LinearLayer):
+class ColumnLinear(_Column, LinearLayer):  # type: ignore[misc]
     """Rows of a weight."""
 
 
-class SubParamColumnLinear(_Column, SubParamLinearLayer):
+class SubParamColumnLinear(_Column, SubParamLinearLayer):  # type: ignore[misc]
     """Rows of each of several weights that lie one after another."""
 
 

@@ -6,22 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
-from gpt_cost import GPT_PY, Bytes, Machine, Shape, Training
-from job import Job
-from prediction import Prediction, Wanted, predict
-
+from ds_vshape.layouts.gpt_costs import GPT_PY, Bytes, Shape, Speeds, Training
+from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.prediction import Prediction, Wanted, predict
 from ds_vshape.schedule.timeline import Times
 
-# Layers of launch/gpt.py before the first block and after the last one; the cost model has one for each two.
+# Layers of ds_vshape/models/gpt.py before the first block and after the last one; the cost model has one for each two.
 ENDS = 2
 
 
 def training_of(job: Job) -> Training:
     """What the cost model takes; stages are balanced by it unless the config has bounds."""
-    model, machine = job.model, _machine_of(job)
+    model = job.model
     shape = Shape("", model.layers, model.heads, model.hidden, job.ranks, model.vocabulary)
-    training = Training(shape, machine, model.length, job.data.micro_batch, job.micro_batches, job.parallel.pipe,
-                        job.parallel.tensor, job.replicas, bytes=bytes_of(job), code=GPT_PY)
+    training = Training(shape, _speeds_of(job), model.length, job.data.micro_batch, job.micro_batches,
+                        job.parallel.pipe, job.parallel.tensor, job.replicas, bytes=bytes_of(job), code=GPT_PY)
     if job.section and isinstance(job.section.partition, tuple):
         first, *inner, last = job.section.partition
         return replace(training, bounds=(first, *(bound - 1 for bound in inner), last - ENDS))
@@ -29,7 +28,7 @@ def training_of(job: Job) -> Training:
 
 
 def bounds_of(training: Training) -> list[int]:
-    """PipelineModule's partition: the first of launch/gpt.py's layers on each stage, and their number."""
+    """PipelineModule's partition: the first of ds_vshape/models/gpt.py's layers on each stage, and their number."""
     assert training.bounds is not None
     first, *inner, last = training.bounds
     return [first, *(bound + 1 for bound in inner), last + ENDS]
@@ -82,8 +81,8 @@ def host_of(job: Job, rank: int) -> str:
 
 def _times(job: Job, training: Training) -> Times:
     """Each hop as its two ranks stand: the slowest replica's counts."""
-    placement, machine = job.placement, training.machine
-    inside, between = (training.times(placement, message) for message in (machine.inside, machine.between))
+    placement, speeds = job.placement, training.speeds
+    inside, between = (training.times(placement, message) for message in (speeds.inside, speeds.between))
 
     def crosses_hosts(here: int, there: int) -> bool:
         return any(host_of(job, place_of(job, here, data, tensor)) != host_of(job, place_of(job, there, data, tensor))
@@ -94,10 +93,10 @@ def _times(job: Job, training: Training) -> Times:
                                       for stage, (here, there) in enumerate(pairwise(ranks))))
 
 
-def _machine_of(job: Job) -> Machine:
+def _speeds_of(job: Job) -> Speeds:
     machine = job.machine
     inside, between = ((bandwidth * 1e9, microseconds * 1e-6)
                        for bandwidth, microseconds in (machine.inside, machine.between))
     # Nothing is reduced between hosts where there is one.
-    return Machine(machine.teraflops[job.precision.dtype] * 1e12, machine.efficiency, inside,
+    return Speeds(machine.teraflops[job.precision.dtype] * 1e12, machine.efficiency, inside,
                    between if len(job.hosts) > 1 else inside)

@@ -1,0 +1,73 @@
+"""`ds-vshape layouts` and `ds-vshape dry-run`: what jobs would do, by prediction, before anything is launched."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ds_vshape.cli.extras import check_installed
+from ds_vshape.cli.files import check_writable, write_json
+from ds_vshape.cli.progress import progress_bar
+from ds_vshape.cli.report import console
+
+_DRY_RUN = """Shows what a job would do: each pipeline rank with its global ranks, hosts, layers and bytes, and the
+predicted step. Words choose a file of a group (schedule=v-half) or set a key (parallel.pipe=4)."""
+_LAYOUTS = """Ranks layouts, micro-batch sizes and schedules for a number of devices by the predicted step; what doesn't
+fit into memory is left out. The section search says what to try (search.ranks=24 search.batch=96); other words are
+those of dry-run."""
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `layouts` and `dry-run` to the command line."""
+    layouts = commands.add_parser("layouts", help="rank the layouts of a number of devices", description=_LAYOUTS)
+    layouts.set_defaults(run=run_layouts)
+    dry_run = commands.add_parser("dry-run", help="show what a job would do", description=_DRY_RUN)
+    dry_run.add_argument("--multirun", action="store_true",
+                         help="a job for each combination of values (parallel.pipe=2,4)")
+    dry_run.set_defaults(run=run_dry)
+    for parser in (layouts, dry_run):
+        parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="what differs from the configs")
+        parser.add_argument("--configs", type=Path, metavar="FOLDER",
+                            help="where train.yaml, layouts.yaml and their groups are (default: the checkout's)")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there as well")
+
+
+def run_layouts(arguments: argparse.Namespace) -> int:
+    """Search, print the table, and write the file asked for; 1 if nothing fits. Raises ValueError on bad input."""
+    _check(arguments)
+    from ds_vshape.layouts.composition import CONFIGS, compose_search
+    from ds_vshape.layouts.search import rank_layouts
+
+    search, config, schedules = compose_search(arguments.words, arguments.configs or CONFIGS)
+    with progress_bar("predicting") as progress:
+        ranking = rank_layouts(search, config, schedules, progress)
+    if arguments.json is not None:
+        write_json("--json", arguments.json, ranking.to_json())
+    out = console()
+    out.print(ranking.table())
+    out.print(f"{ranking.tried} combinations: {ranking.impossible} impossible, {ranking.too_large} above "
+              f"{ranking.memory:g} GiB, {len(ranking.found)} ranked.", highlight=False)
+    return 0 if ranking.found else 1
+
+
+def run_dry(arguments: argparse.Namespace) -> int:
+    """Predict and print each job, and write the file asked for. Raises ValueError on bad input."""
+    _check(arguments)
+    from ds_vshape.layouts.composition import CONFIGS, compose_jobs
+    from ds_vshape.layouts.job_costs import predict_job
+    from ds_vshape.layouts.report import job_to_json, print_job
+
+    jobs = [composed.job for composed in compose_jobs(arguments.words, arguments.multirun,
+                                                      arguments.configs or CONFIGS)]
+    predicted = [(job, predict_job(job)) for job in jobs]
+    if arguments.json is not None:
+        write_json("--json", arguments.json, [job_to_json(job, prediction) for job, prediction in predicted])
+    for job, prediction in predicted:
+        print_job(job, prediction, console())
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_installed("hydra", "jobs are composed by hydra", "launch")
+    if arguments.json is not None:
+        check_writable({"--json": arguments.json}, [])

@@ -1,0 +1,142 @@
+"""Jobs from words like "schedule=v-half parallel.pipe=4": hydra composes them from a folder of configs.
+
+The folder has train.yaml for a job, layouts.yaml for a search, and a folder for each group that they choose from. hydra
+comes with the extra `launch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ds_vshape.config import ConfigError, nearest
+from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.rules import legal_keys, read_job, section_of, unknown_key
+from ds_vshape.layouts.search import Search
+
+# Those of the checkout.
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Keys below these belong to hydra and to DeepSpeed, which check them.
+_OPEN = ("hydra", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A job, and the words that make it."""
+
+    words: tuple[str, ...]
+    job: Job
+
+
+def compose_job(words: Sequence[str], configs: Path = CONFIGS) -> Job:
+    """The one job of `words`; ConfigError for words that can't be used."""
+    check_keys(words, legal_keys())
+    return read_job(compose_config("train", words, configs))
+
+
+def compose_jobs(words: Sequence[str], multirun: bool, configs: Path = CONFIGS) -> list[Composed]:
+    """The job of `words`; with `multirun`, or where the chosen bench asks for a sweep, one for each combination of all
+    values. ConfigError if any of them can't run.
+    """
+    check_keys(words, legal_keys())
+    single = [word.input_line or "" for word in _parsed(words) if not word.is_sweep_override()]
+    hydras = _hydra_section(single, configs)
+    if not multirun and hydras.mode != RunMode.MULTIRUN:
+        return [Composed(tuple(words), compose_job(words, configs))]
+    overrides = _parsed([*(f"{key}={value}" for key, value in (hydras.sweeper.params or {}).items()), *words])
+    found = []
+    for each in chain.from_iterable(BasicSweeper.split_arguments(overrides, None)):
+        try:
+            found.append(Composed(tuple(each), compose_job(each, configs)))
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in the job {' '.join(each)})") from None
+    return found
+
+
+def compose_search(words: Sequence[str],
+                   configs: Path = CONFIGS) -> tuple[Search, dict[str, Any], list[dict[str, Any]]]:
+    """What to search, the job's config, and the section of each schedule to try; ConfigError for words that can't be
+    used.
+    """
+    check_keys(words, [*legal_keys(), "search", *(f"search.{key}" for key in Search.model_fields)])
+    config = compose_config("layouts", words, configs)
+    search = section_of(Search, config.pop("search"), "search")
+    return search, config, [_schedule(name, config["schedule"], configs) for name in search.schedules]
+
+
+def compose_config(name: str, words: Sequence[str], configs: Path = CONFIGS) -> dict[str, Any]:
+    """`name`.yaml in `configs` with `words`, as plain values; ConfigError for what hydra refuses."""
+    with _refusals(), _folder(configs):
+        config: Any = OmegaConf.to_container(compose(name, list(words)), resolve=True, throw_on_missing=True)
+        return dict(config)
+
+
+def check_keys(words: Sequence[str], legal: Sequence[str]) -> None:
+    """Raises ConfigError for a word whose key is neither in `legal` nor hydra's nor DeepSpeed's."""
+    for override in _parsed(words):
+        key = override.key_or_group
+        if key not in (*legal, "bench") and key.partition(".")[0].partition("/")[0] not in _OPEN:
+            raise unknown_key(key, override.get_value_element_as_str(), legal)
+
+
+def _schedule(name: str, given: dict[str, Any], configs: Path) -> dict[str, Any]:
+    """The schedule's file, with the keys that the command line sets for all schedules."""
+    file = configs / "schedule" / f"{name}.yaml"
+    if not file.exists():
+        legal = sorted(path.stem for path in file.parent.glob("*.yaml"))
+        raise ConfigError(f"search.schedules = {name!r}: {nearest(name, legal)}")
+    chosen: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return {**chosen, **{key: value for key, value in given.items() if value is not None and key != "name"}}
+
+
+def _hydra_section(words: Sequence[str], configs: Path) -> Any:
+    """hydra's own settings, as the words change them."""
+    with _refusals(), _folder(configs):
+        return compose("train", list(words), return_hydra_config=True).hydra
+
+
+def _parsed(words: Sequence[str]) -> list[Override]:
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(list(words))
+        return parsed
+    except HydraException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}: words must be like schedule=v-half or "
+                          "parallel.pipe=4") from None
+
+
+@contextmanager
+def _folder(configs: Path) -> Iterator[None]:
+    """hydra composes from `configs`; ConfigError if there is no job's config."""
+    if not (configs / "train.yaml").is_file():
+        raise ConfigError(f"{configs} has no train.yaml: must be a folder of configs, such as configs/ of the "
+                          "ds_vshape checkout")
+    with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
+        yield
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what hydra refuses into a ConfigError of one line."""
+    try:
+        yield
+    except MissingConfigException as error:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        legal = f"{group} = {choice!r}: {nearest(choice, error.options)}" if error.options else str(error)
+        raise ConfigError(legal) from None
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is missing: the chosen config has no value for it") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from None

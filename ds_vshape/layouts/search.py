@@ -1,0 +1,144 @@
+"""The best layout, micro-batch size and schedule for a model on some devices, by prediction.
+
+Every way to share the devices among pipeline, tensor and data parallel ranks is tried with every micro-batch size and
+every schedule, as the paper does by experiment ("Pipeline Parallelism with Controllable Memory", grid search). What
+rules.py refuses is left out, and so is what needs more memory than there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Any
+
+from pydantic import Field, StrictStr
+from rich.table import Table
+
+from ds_vshape.layouts.job import Count, Job, Positive, Section
+from ds_vshape.layouts.job_costs import predict_job
+from ds_vshape.layouts.prediction import Prediction
+from ds_vshape.layouts.report import GIB
+from ds_vshape.layouts.rules import read_job
+
+Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
+class Search(Section):
+    """What to search: `ranks` devices that every layout must use, `batch` sequences that every layout must train in a
+    step, and the sizes and schedules to try; None for all that divide. `memory` is GiB of a device, None for the
+    machine's; `show` is a number of rows.
+    """
+
+    ranks: Count
+    batch: Count
+    pipe: Sizes | None
+    tensor: Sizes | None
+    data: Sizes | None
+    micro_batch: Sizes
+    schedules: Annotated[tuple[StrictStr, ...], Field(min_length=1)]
+    memory: Positive | None
+    show: Count
+
+
+@dataclass(frozen=True)
+class Found:
+    """A job that can run, and what it would do."""
+
+    job: Job
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The layouts that fit into `memory` GiB, the fastest first; and how many combinations were impossible, and how
+    many too large.
+    """
+
+    search: Search
+    memory: float
+    found: tuple[Found, ...]
+    impossible: int
+    too_large: int
+
+    @property
+    def tried(self) -> int:
+        """All combinations."""
+        return len(self.found) + self.impossible + self.too_large
+
+    def table(self) -> Table:
+        """The first `search.show`, each compared with the fastest 1F1B."""
+        base = next((each.prediction.seconds for each in self.found if each.job.schedule_name == "1f1b"), None)
+        shown = Table(title=f"{self.search.ranks} devices, {self.search.batch} sequences a step, within "
+                            f"{self.memory:g} GiB: predicted", title_justify="left")
+        for column in ("", "schedule", "pipeline", "tensor", "data", "micro-batch", "micro-batches", "GiB", "step s",
+                       "bubble", "MFU", "over the best 1F1B"):
+            shown.add_column(column, justify="left" if column == "schedule" else "right")
+        for place, each in enumerate(self.found[:self.search.show], 1):
+            job, prediction = each.job, each.prediction
+            shown.add_row(str(place), job.schedule["name"], str(job.parallel.pipe), str(job.parallel.tensor),
+                          str(job.replicas), str(job.data.micro_batch), str(job.micro_batches),
+                          f"{prediction.fullest / GIB:.1f}", f"{prediction.seconds:.3f}", f"{prediction.bubble:.1%}",
+                          f"{prediction.mfu:.1%}", f"{base / prediction.seconds:.3f}" if base else "-")
+        return shown
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was found as plain values: times in seconds, memory in bytes; "stages" counts pipeline ranks."""
+        return {
+            "ranks": self.search.ranks,
+            "batch": self.search.batch,
+            "memory_gib": self.memory,
+            "impossible": self.impossible,
+            "too_large": self.too_large,
+            "layouts": [{"schedule": each.job.schedule["name"],
+                         "stages": each.job.parallel.pipe,
+                         "tensor": each.job.parallel.tensor,
+                         "data": each.job.replicas,
+                         "micro_batch": each.job.data.micro_batch,
+                         "micro_batches": each.job.micro_batches,
+                         "metrics": {"step_s": each.prediction.seconds, "bubble": each.prediction.bubble,
+                                     "samples_per_second": each.prediction.samples_per_second,
+                                     "mfu": each.prediction.mfu, "fullest": each.prediction.fullest}}
+                        for each in self.found],
+        }
+
+
+def candidates(search: Search, config: dict[str, Any],
+               schedules: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`config` with every layout that uses all ranks, every micro-batch size and every one of `schedules`."""
+    divisors = [size for size in range(1, search.ranks + 1) if search.ranks % size == 0]
+    slots = config["machine"]["slots"] or search.ranks
+    tensors = search.tensor or [size for size in divisors if slots % size == 0]
+    for pipe, tensor, data in product(search.pipe or divisors, tensors, search.data or divisors):
+        if pipe * tensor * data != search.ranks:
+            continue
+        for micro_batch, schedule in product(search.micro_batch, schedules):
+            yield {**config, "schedule": schedule,
+                   "parallel": {**config["parallel"], "pipe": pipe, "tensor": tensor, "data": data, "ranks": None},
+                   "data": {**config["data"], "micro_batch": micro_batch, "micro_batches": None,
+                            "batch": search.batch}}
+
+
+def rank_layouts(search: Search, config: dict[str, Any], schedules: Sequence[dict[str, Any]],
+                 progress: Callable[[float], None] = lambda fraction: None) -> Ranking:
+    """All layouts of `config`, a job's config whose layout and batch `search` replaces.
+
+    `schedules` are "pipeline_schedule" sections; `progress` is told the share that is done.
+    """
+    memory = search.memory or config["machine"]["memory"]
+    found, impossible, too_large = [], 0, 0
+    every = list(candidates(search, config, schedules))
+    for place, candidate in enumerate(every):
+        progress(place / len(every))
+        try:
+            job = read_job(candidate)
+            prediction = predict_job(job)
+        except ValueError:
+            impossible += 1
+            continue
+        if prediction.fullest > memory * GIB:
+            too_large += 1
+        else:
+            found.append(Found(job, prediction))
+    ranked = sorted(found, key=lambda each: each.prediction.seconds)
+    return Ranking(search, memory, tuple(ranked), impossible, too_large)
