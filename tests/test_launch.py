@@ -96,3 +96,13 @@ def files_of_the_checkout() -> set[Path]:
     """Without what Python itself keeps, and what other tests write at the same time."""
     kept = {"__pycache__", ".git", ".pytest_cache", ".hypothesis", ".mypy_cache"}
     return {path for path in ROOT.rglob("*") if not kept & set(path.relative_to(ROOT).parts)}
+
+
+def test_what_hosts_must_know_is_given_to_all_of_them() -> None:
+    given = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "NCCL_DEBUG": "INFO",
+             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+             "NCCL_SOCKET_IFNAME": "eth0", "PATH": os.environ["PATH"], "VIRTUAL_ENV": sys.prefix}
+    own = {"CUDA_VISIBLE_DEVICES": "1", "DS_ENV_FILE": "here", "PATHS": "none"}
+    told = subprocess.run(["bash", "-c", "source launch/cluster/environment.sh && variables"], cwd=ROOT, text=True,
+                          env={**given, **own}, capture_output=True, check=True).stdout
+    assert sorted(told.split()) == sorted(given)

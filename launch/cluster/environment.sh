@@ -16,8 +16,10 @@ host_names() {
 #
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   the network interface between the hosts (ip -brief address shows them).
 #                                            gloo takes the address that the host's own name stands for, often 127.0.1.1.
+#   CUDA_MODULE_LOADING, CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_CUDA_ALLOC_CONF (PYTORCH_ALLOC_CONF)
+#                                            not all of CUDA_: CUDA_VISIBLE_DEVICES is each host's own.
 variables() {
-    compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CUDA_HOME|OMP_NUM_THREADS|XDG_CACHE_HOME|DS_|GLOO_|NCCL_|TORCH_|HF_|WANDB_)' |
+    compgen -e | grep -E '^((PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CUDA_HOME|CUDA_MODULE_LOADING|CUDA_DEVICE_MAX_CONNECTIONS|PYTORCH_(CUDA_)?ALLOC_CONF|OMP_NUM_THREADS|XDG_CACHE_HOME)$|DS_|GLOO_|NCCL_|TORCH_|HF_|WANDB_)' |
         grep -vx 'DS_ENV_FILE'
 }
 
