@@ -38,7 +38,8 @@ from ds_vshape.layouts.prediction import Wanted, predict
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import limits_at
-from ds_vshape.schedule.lowering import Run, channels, lower
+from ds_vshape.schedule.communicators import communicators
+from ds_vshape.schedule.lowering import Run, lower
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
 from ds_vshape.schedule.timeline import Times, simulate
 
@@ -220,7 +221,7 @@ def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
     seconds = [end - start for start, end in zip(moments, moments[1:])]
     return PlanCost(name, ranks, micro_batches, *seconds,
                     1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), len(longest),
-                    sum(isinstance(step, Run) for step in longest), len(channels(schedule.placement)))
+                    sum(isinstance(step, Run) for step in longest), len(communicators(schedule.placement)))
 
 
 def instruction_seconds(rank: int, workload: Any, batches: int) -> float:

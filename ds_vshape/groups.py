@@ -1,8 +1,8 @@
 """Makes this package's process groups; those over gloo share one thread.
 
 torch gives each gloo group a device of its own, whose thread wakes a hundred times a second whether there is anything
-to do or not. A rank has a group for each channel and a few more: with a dozen, these threads take 2% of a core, and
-sweep the caches of whatever computes meanwhile. Groups on one device behave alike otherwise.
+to do or not. A rank has a group for each neighbour and direction and a few more: with a dozen, these threads take 2% of
+a core, and sweep the caches of whatever computes meanwhile. Groups on one device behave alike otherwise.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.distributed import ProcessGroupGloo
+
+from ds_vshape.schedule.communicators import MAX_CTAS
 
 GLOO = "gloo"
 _SHARED = "ds_vshape_gloo"
@@ -24,8 +28,10 @@ FOREVER = timedelta(days=365)
 _devices: list[Any] = []
 
 
-def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, seconds: float | None = None) -> Any:
-    """A process group of the global `ranks` (None: all) over `backend` (None: the job's own).
+def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, seconds: float | None = None,
+              options: Any = None) -> Any:
+    """A process group of the global `ranks` (None: all) over `backend` (None: the job's own), with the `options` of
+    that backend, which no other group may have.
 
     What is done in it may take `seconds`; None: as long as it needs, since a watch ends it where a rank is lost
     (watch.py). Collective over the job, in the same order on every rank.
@@ -33,8 +39,27 @@ def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, se
     timeout = FOREVER if seconds is None else timedelta(seconds=seconds)
     if (backend or dist.get_backend()) == GLOO:
         backend = _SHARED
+    if options is not None:
+        options._timeout = timeout
     with _unbound():
-        return dist.new_group(ranks, timeout=timeout, backend=backend)
+        return dist.new_group(ranks, timeout=timeout, backend=backend, pg_options=options)
+
+
+def light_options() -> Any:
+    """Options for a group over the job's own backend in which one rank sends to another: where that is NCCL, new ones
+    with few CTAs and a stream of high priority; else None.
+
+    A receive that waits for its message holds a streaming multiprocessor for each of its CTAs, which the passes need.
+    """
+    # By what NCCL's options have, which are RCCL's too.
+    world: Any = dist.group.WORLD
+    options: Any = world._get_backend(torch.device(get_accelerator().device_name())).options
+    if not hasattr(getattr(options, "config", None), "max_ctas"):
+        return None
+    light = type(options)()
+    light.config.max_ctas = MAX_CTAS
+    light.is_high_priority_stream = True
+    return light
 
 
 @contextmanager

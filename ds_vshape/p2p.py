@@ -1,11 +1,12 @@
-"""Messages between pipeline ranks, asynchronous on a communicator for each channel.
+"""Messages between pipeline ranks, asynchronous on a communicator for each direction between two ranks.
 
 DeepSpeed's p2p.py sends and receives on one communicator and blocks in both; around a V, where neighbours send to
-each other in both directions, that hangs or serializes. Here every channel (source, target, content) has a process
-group of its own, so no message ever stands behind one of another kind, and the order on a channel is the sender's.
+each other in both directions, that hangs or serializes. Here each direction has a process group of its own, on which
+the order is the sender's: schedule/communicators.py says why that is enough.
 
 A message is the tensors of one stage boundary. Their signature (shapes, dtypes, which want or have a gradient) goes
-ahead of each message in an announced batch; in the batches after it the receiver knows it already.
+ahead of each message in an announced batch; in the batches after it the receiver knows it already. An announced message
+is received once all that came before it in its direction are.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
-from ds_vshape.groups import new_group
+from ds_vshape.groups import light_options, new_group
 from ds_vshape.ownership import Versions, check_unwritten, versions
 from ds_vshape.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
+from ds_vshape.schedule.communicators import Communicator, communicator_of
 from ds_vshape.schedule.lowering import Channel, Content, Message
 
 
@@ -95,9 +97,9 @@ def _losing(peer: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class End:
-    """This rank's end of a channel between the global ranks `source` and `target`."""
+    """This rank's end of a pipeline's `communicator`, between the global ranks `source` and `target`."""
 
-    channel: Channel
+    communicator: Communicator
     source: int
     target: int
     group: Any
@@ -125,30 +127,30 @@ class Channels:
         self._device = device
         own, = (ranks for ranks in pipelines if dist.get_rank() in ranks)
         self._global_ranks = tuple(own)
-        self._groups: dict[Channel, Any] = {}
+        self._groups: dict[Communicator, Any] = {}
         for ranks in pipelines:
-            for channel in channels:
+            for communicator in dict.fromkeys(map(communicator_of, channels)):
                 # All ranks make all groups, since torch names a group by counting; it costs a stranger nothing.
-                group = new_group([ranks[channel.source], ranks[channel.target]])
-                if ranks is own and own.index(dist.get_rank()) in (channel.source, channel.target):
-                    self._groups[channel] = group
+                group = new_group([ranks[place] for place in communicator], options=light_options())
+                if ranks is own and own.index(dist.get_rank()) in communicator:
+                    self._groups[communicator] = group
         # With the places of source and target in the group. Past dist.isend and dist.irecv, which find these out and
         # check their arguments anew for each message, and take longer for that than the rest of sending does.
         self._ends = {channel: (group, dist.get_group_rank(group, own[channel.source]),
                                 dist.get_group_rank(group, own[channel.target]))
-                      for channel, group in self._groups.items()}
+                      for channel in channels if (group := self._groups.get(communicator_of(channel))) is not None}
         self._sending: dict[Message, _Transfer] = {}
         self._receiving: dict[Message, _Transfer] = {}
         # Messages of an announced batch whose header isn't read yet, in the order in which they come.
-        self._noted: dict[Channel, deque[Message]] = defaultdict(deque)
+        self._noted: dict[Communicator, deque[Message]] = defaultdict(deque)
         self._signatures: Signatures = {}
         self._announced = True
 
     def ends(self) -> Iterator[End]:
-        """This rank's ends of all its channels."""
-        for channel, group in self._groups.items():
-            source, target = self._global_ranks[channel.source], self._global_ranks[channel.target]
-            yield End(channel, source, target, group, self._device)
+        """This rank's ends of all its communicators."""
+        for communicator, group in self._groups.items():
+            source, target = (self._global_ranks[place] for place in communicator)
+            yield End(communicator, source, target, group, self._device)
 
     def begin_batch(self, signatures: Signatures | None) -> None:
         """Start a batch with the `signatures` of an earlier one, or None to announce each message."""
@@ -198,7 +200,7 @@ class Channels:
         """Offer a buffer for `message`; in an announced batch only take note of it, since its size isn't known yet."""
         transfer = self._receiving[message] = _Transfer()
         if self._announced:
-            self._noted[message.channel].append(message)
+            self._noted[communicator_of(message.channel)].append(message)
         else:
             transfer.signature = self._signatures[message.channel.content, message.stage]
             self._start_receives(message, transfer)
@@ -211,7 +213,7 @@ class Channels:
         """
         transfer = self._receiving[message]
         while not transfer.is_posted:
-            self._start_next(message.channel)
+            self._start_next(communicator_of(message.channel))
         del self._receiving[message]
         transfer.wait(message.channel.source)
         assert transfer.signature is not None
@@ -260,10 +262,11 @@ class Channels:
             for _ in range(rounds):
                 start = time.perf_counter()
                 for channel in (there, back):
+                    group, source, target = self._ends[channel]
                     if rank == channel.source:
-                        dist.send(sample, self._global_ranks[channel.target], group=self._groups[channel])
+                        group.send([sample], target, 0).wait()
                     else:
-                        dist.recv(sample, self._global_ranks[channel.source], group=self._groups[channel])
+                        group.recv([sample], source, 0).wait()
                 get_accelerator().synchronize()
                 trips.append(time.perf_counter() - start)
             # The receiver's first trip counts its wait for the sender.
@@ -283,22 +286,24 @@ class Channels:
         group, _, target = self._ends[message.channel]
         _start(transfer, group.send, tensors, target, message.channel.target)
 
-    def _start_next(self, channel: Channel) -> None:
-        """Read the header of the next message on `channel`, unless that is done, then offer buffers for the rest."""
-        noted = self._noted[channel]
+    def _start_next(self, communicator: Communicator) -> None:
+        """Read the header of the next message on `communicator`, unless that is done, then offer buffers for the rest.
+        """
+        noted = self._noted[communicator]
         message = noted[0]
         transfer = self._receiving[message]
         if transfer.signature is None:
-            transfer.signature = self._read_header(channel)
+            transfer.signature = self._read_header(message.channel)
             if transfer.signature != _NOTHING:
-                self._signatures[channel.content, message.stage] = transfer.signature
+                self._signatures[message.channel.content, message.stage] = transfer.signature
         self._start_receives(message, transfer)
         noted.popleft()
 
     def _read_header(self, channel: Channel) -> Signature:
         header = torch.empty(HEADER_SIZE, dtype=torch.int64, device=self._device)
+        group, source, _ = self._ends[channel]
         with _losing(channel.source):
-            dist.recv(header, self._global_ranks[channel.source], group=self._groups[channel])
+            group.recv([header], source, 0).wait()
         try:
             return Signature.decode(header.tolist())
         except ValueError as error:

@@ -88,10 +88,10 @@ class Preflight:
         return [json.loads(text) for text in self._exchange.texts(json.dumps(facts))]
 
     def probe(self, ends: Iterable[End], seconds: float = PROBE_SECONDS) -> None:
-        """Return if a byte got through each channel of the job within `seconds`, once all ranks are here.
+        """Return if a byte got through each communicator of messages within `seconds`, once all ranks are here.
 
         Args:
-            ends: this rank's ends of the channels.
+            ends: this rank's ends of them.
 
         Raises PreflightError on every rank else, which names the pairs that don't hear each other.
         """
@@ -106,9 +106,9 @@ class Preflight:
                                  "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?")
 
     def _unanswered(self, ends: Iterable[End], seconds: float) -> list[End]:
-        """The ends of channels through which no byte got within `seconds`."""
+        """The ends of communicators through which no byte got within `seconds`."""
         # One order for all ranks, in which pairs that share no rank come first: NCCL makes communicators one by one.
-        ordered = sorted(ends, key=lambda end: (min(end.channel.source, end.channel.target) % 2, end.channel))
+        ordered = sorted(ends, key=lambda end: (min(end.communicator) % 2, end.communicator))
         pending = dict.fromkeys(ordered)
         # NCCL may block where a message is posted, so that is for a thread which can be left behind.
         prober = threading.Thread(target=_probe, args=(ordered, pending), daemon=True)

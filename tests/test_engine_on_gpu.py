@@ -17,6 +17,8 @@ from simulated_gpu.communicator import Counts
 from simulated_gpu.device import DEVICE_OF_RANK
 from simulated_gpu.processes import run_on_gpus
 
+from ds_vshape.schedule.communicators import MAX_CTAS, communicators_of_rank
+
 PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero1": BF16_ZERO1,
               "bf16-zero1-fp32": BF16_ZERO1_FP32}
 BATCHES = range(4)
@@ -72,3 +74,21 @@ def test_the_host_waits_for_the_device_in_deepspeeds_step_alone() -> None:
             # The second is measured.
             for of_batch in of_batches[2:]:
                 assert sorted(where.split()[1] for _, where in of_batch) == waits, of_batch
+
+
+def communicators_of_messages(rank: int, job: Job) -> tuple[int, list[tuple[int, bool]]]:
+    engine = job.engine()
+    engine.train_batch(data(engine, 0))
+    light = [(options.config.max_ctas, options.is_high_priority_stream) for options in Counts.options
+             if options.config.max_ctas == MAX_CTAS]
+    return communicators_of_rank(engine.placement, engine.stage_id), light
+
+
+@pytest.mark.parametrize(["schedule", "pipelines"], [("v-half", 1), ("1f1b", 2)])
+def test_messages_have_one_light_communicator_for_each_direction(schedule: str, pipelines: int) -> None:
+    ranks = 4 // pipelines
+    found = run_on_gpus(4, communicators_of_messages, Job(schedule, ranks, 4))
+    of_pipeline = [2 if place in (0, ranks - 1) else 4 for place in range(ranks)]
+    assert sorted(expected for expected, _ in found) == sorted(of_pipeline * pipelines)
+    for expected, light in found:
+        assert light == [(MAX_CTAS, True)] * expected

@@ -163,6 +163,32 @@ def test_messages_are_used_in_another_order_than_they_come(order: list[int]) -> 
     assert run_ranks(2, body) == [[True] * 3] * 2
 
 
+def test_both_kinds_of_messages_of_one_direction_are_used_in_any_order() -> None:
+    def body(rank: int) -> list[str]:
+        # As between the arms of a V: rank 0 sends activations down one of them and gradients down the other.
+        kinds = [Channel(0, 1, content) for content in Content]
+        messages = [Message(kinds[number % 2], 1 + number % 3, number) for number in range(6)]
+        ends, signatures, wrong = Channels(kinds, [[0, 1]], CPU), None, []
+        for batch in range(3):
+            ends.begin_batch(signatures)
+            if rank == 0:
+                for number, message in enumerate(messages):
+                    ends.send(message, torch.full((1 + number % 3, 7), 10.0 * batch + number))
+                for message in messages:
+                    ends.release(message)
+            else:
+                for message in messages:
+                    ends.post(message)
+                for number in (3, 5, 0, 4, 1, 2):
+                    got = ends.receive(messages[number])
+                    if not torch.equal(got, torch.full((1 + number % 3, 7), 10.0 * batch + number)):
+                        wrong.append(f"{messages[number]} in batch {batch}")
+            signatures = ends.end_batch()
+        return wrong
+
+    assert run_ranks(2, body) == [[], []]
+
+
 def test_pipelines_side_by_side_keep_their_messages_apart() -> None:
     def body(rank: int) -> list[bool]:
         pipelines = [[0, 2], [1, 3]]

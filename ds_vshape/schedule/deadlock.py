@@ -5,13 +5,13 @@ Two rules of the libraries below us can turn a plausible program into one that h
     rendezvous   a send completes only once its receive is started (gloo, and NCCL beyond its buffers)
     in order     on one communicator a rank's operations complete in the order of their start (NCCL)
 
-and one of our own runtime: while shapes are announced, a receive isn't started when it is posted, but when it is
-waited for.
+and one of our own runtime: while shapes are announced, a receive isn't started when it is posted, but when it, or one
+that was posted after it on its communicator, is waited for.
 
 `check` looks in four steps:
 
     [1] each program alone     a pass has its input, and runs once; what is started is waited for, and nothing else
-    [2] each channel           both ends see the same messages in the same sequence, each once
+    [2] each communicator      both ends see the same messages in the same sequence, each once
     [3] all programs together  they run to their end, without times: an operation completes as soon as both rules let it
     [4] what is passed on      a message is made before it is sent and taken after it has come; a micro-batch is loaded
                                once, before it is needed
@@ -29,6 +29,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
+from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Load, Message, PostReceive, Program, Run,
                                          Send, Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
@@ -48,18 +49,18 @@ class Receives(enum.Enum):
 
 
 def check(programs: Sequence[Program], placement: Placement,
-          communicator: Callable[[Channel], Hashable] = lambda channel: channel) -> None:
+          communicator: Callable[[Channel], Hashable] = communicator_of) -> None:
     """Raise DeadlockError unless `programs` run to their end and every pass finds its input.
 
-    `communicator` tells which channels share one; the runtime gives each channel its own.
+    `communicator` tells which channels share one, as they do at runtime unless it is given.
     """
     for rank, program in enumerate(programs):
         _check_alone(rank, program, placement)
-    lines = _check_channels(programs, communicator)
+    lines = _check_communicators(programs, communicator)
     actions = [[_Action(step, lines[step.message.channel]) for step in program
                 if isinstance(step, (Send, PostReceive, AwaitSend, AwaitReceive))] for program in programs]
     for receives in Receives:
-        for line in lines.values():
+        for line in set(lines.values()):
             line.reset()
         _run_together(actions, receives)
     # Programs may be made without the data.
@@ -122,11 +123,12 @@ def _is_done(need: Pass, done: set[Pass]) -> bool:
     return need in done or (need.kind is Kind.B and Pass(Kind.BW, need.stage, need.micro_batch) in done)
 
 
-# -- [2] each channel
+# -- [2] each communicator
 
 
 class _Line:
-    """A channel in the run of [3]: how many of its messages are sent, have a receive, and are through.
+    """One direction of a communicator in the run of [3]: how many of its messages are sent, have a receive, and are
+    through.
 
     `queues` are those of the communicator at either end: lines of started operations, in the order of their start.
     """
@@ -145,38 +147,43 @@ class _Line:
             queue.clear()
 
 
-def _check_channels(programs: Sequence[Program], communicator: Callable[[Channel], Hashable]) -> dict[Channel, _Line]:
-    sent: dict[Channel, list[Message]] = defaultdict(list)
-    posted: dict[Channel, list[Message]] = defaultdict(list)
+def _check_communicators(programs: Sequence[Program],
+                         communicator: Callable[[Channel], Hashable]) -> dict[Channel, _Line]:
+    sent: dict[tuple[int, int, Hashable], list[Message]] = defaultdict(list)
+    posted: dict[tuple[int, int, Hashable], list[Message]] = defaultdict(list)
+    places: dict[Channel, tuple[int, int, Hashable]] = {}
     for program in programs:
         for step in program:
-            if isinstance(step, Send):
-                sent[step.message.channel].append(step.message)
-            elif isinstance(step, PostReceive):
-                posted[step.message.channel].append(step.message)
+            if isinstance(step, (Send, PostReceive)):
+                channel = step.message.channel
+                place = places.get(channel)
+                if place is None:
+                    place = places[channel] = channel.source, channel.target, communicator(channel)
+                (sent if isinstance(step, Send) else posted)[place].append(step.message)
     queues: dict[tuple[int, Hashable], deque[_Line]] = defaultdict(deque)
     lines = {}
-    for channel in sorted(sent.keys() | posted.keys()):
-        for number, (out, into) in enumerate(zip_longest(sent[channel], posted[channel])):
+    for source, target, shared in sorted(sent.keys() | posted.keys(), key=lambda place: place[:2]):
+        place = source, target, shared
+        for number, (out, into) in enumerate(zip_longest(sent[place], posted[place])):
             if out is None or into is None:
-                raise DeadlockError(f"channel {channel}: {out or into} is {'received' if out is None else 'sent'} by "
-                                    f"one end alone; {len(sent[channel])} messages are sent and "
-                                    f"{len(posted[channel])} received")
+                raise DeadlockError(f"messages {source}->{target}: {out or into} is "
+                                    f"{'received' if out is None else 'sent'} by one end alone; {len(sent[place])} "
+                                    f"messages are sent and {len(posted[place])} received")
             if out != into:
-                raise DeadlockError(f"channel {channel}: message {number} is sent as {out} and received as {into}")
-        twice = [message for message, times in Counter(sent[channel]).items() if times > 1]
+                raise DeadlockError(f"messages {source}->{target}: number {number} is sent as {out} and received as "
+                                    f"{into}")
+        twice = [message for message, times in Counter(sent[place]).items() if times > 1]
         if twice:
-            raise DeadlockError(f"channel {channel}: {twice[0]} is sent twice")
-        shared = communicator(channel)
-        lines[channel] = _Line(sent[channel], (queues[channel.source, shared], queues[channel.target, shared]))
-    return lines
+            raise DeadlockError(f"messages {source}->{target}: {twice[0]} is sent twice")
+        lines[place] = _Line(sent[place], (queues[source, shared], queues[target, shared]))
+    return {channel: lines[place] for channel, place in places.items()}
 
 
 # -- [3] all programs together
 
 
 class _Action:
-    """A step of communication, with its channel's line and the message's number on it."""
+    """A step of communication, with its message's line and the number on it."""
 
     __slots__ = ("kind", "line", "number", "step")
 
@@ -217,7 +224,7 @@ def _act(action: _Action, receives: Receives) -> bool:
             _start(line, 1)
         return True
     if kind is AwaitReceive:
-        # The runtime starts what stands before the message on its channel, too.
+        # The runtime starts what was posted before the message on its communicator, too.
         while line.received <= action.number:
             line.received += 1
             _start(line, 1)

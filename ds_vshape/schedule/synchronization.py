@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.deadlock import DeadlockError
 from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send
 from ds_vshape.schedule.passes import Pass
@@ -24,7 +25,7 @@ from ds_vshape.schedule.vector_clocks import Clock
 
 
 def check_synchronization(programs: Sequence[Program],
-                          communicator: Callable[[Channel], Hashable] = lambda channel: channel) -> None:
+                          communicator: Callable[[Channel], Hashable] = communicator_of) -> None:
     """Raise DeadlockError unless every rank may synchronize its device in any single one of its passes.
 
     Receives start when they are posted. (While shapes are announced they start when they are waited for, and other
@@ -32,7 +33,7 @@ def check_synchronization(programs: Sequence[Program],
 
     Args:
         programs: those of all ranks, which `deadlock.check` has accepted with the same `communicator`.
-        communicator: which channels share one; the runtime gives each channel its own.
+        communicator: which channels share one, as they do at runtime unless it is given.
     """
     operations = _Operations(programs, communicator)
     clocks = [np.zeros(len(programs), np.int32) for _ in programs]

@@ -11,6 +11,7 @@
     bound device       under a default group with a device, new_group() splits the default communicator: all ranks of
                        the job must come, members or not
     types              no 16-bit integers, no complex numbers, no memory of the host
+    options            of one group alone, as torch writes the group's name into them
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +50,25 @@ class Counts:
 
     communicators = 0
     splits = 0
+    # The options of those that are made.
+    options: list[Options] = []
+
+
+@dataclass
+class Config:
+    """NCCL's own."""
+
+    max_ctas: int = 32
+
+
+class Options:
+    """Those of ProcessGroupNCCL which are used here."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.is_high_priority_stream = False
+        self._timeout = timedelta(minutes=10)
+        self.is_taken = False
 
 
 class Work(dist.Work):
@@ -82,9 +103,9 @@ class Communicator(dist.ProcessGroup):
 
     supports_splitting = True
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
         super().__init__(rank, size)
-        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        self._store, self._rank, self._size, self.options = store, rank, size, options
         self._gloo: ProcessGroupGloo | None = None
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._name = ""
@@ -108,17 +129,17 @@ class Communicator(dist.ProcessGroup):
         return self._name
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+        self._set_default_timeout(timeout)
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+        self.options._timeout = timeout
 
     def perform_nocolor_split(self, device: Any) -> None:
         """Take part in a split of this communicator without being a member of what comes out; the host waits."""
         Counts.splits += 1
         self._connect()
         assert self._gloo is not None
-        self._gloo.barrier().wait(self._timeout)
+        self._gloo.barrier().wait(self.options._timeout)
 
     def eager_connect_single_device(self, device: Any) -> None:
         """Make the communicator at once, by a split of the default one."""
@@ -132,6 +153,7 @@ class Communicator(dist.ProcessGroup):
             return
         self._gloo = ProcessGroupGloo(self._store, self._rank, self._size, timeout=timedelta(days=1))
         Counts.communicators += 1
+        Counts.options.append(self.options)
         threading.Thread(target=self._run, daemon=True, name=SIMULATION).start()
 
     # -- operations
@@ -163,7 +185,7 @@ class Communicator(dist.ProcessGroup):
         before, done = stream.mark(), threading.Event()
         number = id(done)
         DEVICE_OF_RANK.outstanding[number] = done
-        _watchdog.watch(f"{name} of {self._name or 'a group'}", done, self._timeout)
+        _watchdog.watch(f"{name} of {self._name or 'a group'}", done, self.options._timeout)
 
         def run() -> None:
             stream.run_to(before)
@@ -287,14 +309,17 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().view(torch.uint8) if tensor.dim() else tensor.detach().view(1).view(torch.uint8)
 
 
-def _make(store: Any, rank: int, size: int, timeout: timedelta) -> Communicator:
-    return Communicator(store, rank, size, timeout)
+def _make(group: Any, options: Options | None) -> Communicator:
+    options = options or Options()
+    assert not options.is_taken, "these options are another group's"
+    options.is_taken, options._timeout = True, group.timeout
+    return Communicator(group.store, group.group_rank, group.group_size, options)
 
 
 def register() -> None:
     """Let torch know the backend."""
     if BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(BACKEND, _make, devices=["cpu", "cuda"])
+        dist.Backend.register_backend(BACKEND, _make, extended_api=True, devices=["cpu", "cuda"])
 
 
 __all__ = ["BACKEND", "BOUND_DEVICE", "Communicator", "Counts", "Work", "register"]

@@ -1,0 +1,45 @@
+"""Which channels share a communicator: all from one rank to another, in one direction.
+
+On a communicator NCCL runs a rank's operations one after another, in the order of their start. So channels can share
+one if both of their ends start the same messages in the same order, and none of these waits for a later one.
+
+    one direction     they can, whatever the schedule: sends start in the order in which a rank makes messages, and the
+                      receiver posts in that order (lowering.py). What stands before a message was sent before it.
+    both directions   they can't: each rank posts a receive before it sends, and would wait for the other's send.
+
+The checkers (deadlock.py, synchronization.py) run all programs with these communicators; so every batch that is trained
+has been shown to run on them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ds_vshape.schedule.lowering import Channel, channels
+from ds_vshape.schedule.placement import Placement
+
+
+# The most blocks (CTAs, each on one streaming multiprocessor) that a communicator of messages gets from NCCL.
+MAX_CTAS = 4
+
+
+class Communicator(NamedTuple):
+    """That of all messages from the pipeline rank `source` to `target`."""
+
+    source: int
+    target: int
+
+
+def communicator_of(channel: Channel) -> Communicator:
+    """The one that `channel` uses."""
+    return Communicator(channel.source, channel.target)
+
+
+def communicators(placement: Placement) -> list[Communicator]:
+    """All of a pipeline, in an order that is the same on all ranks."""
+    return sorted(set(map(communicator_of, channels(placement))))
+
+
+def communicators_of_rank(placement: Placement, rank: int) -> int:
+    """How many of them pipeline rank `rank` belongs to."""
+    return sum(rank in communicator for communicator in communicators(placement))
