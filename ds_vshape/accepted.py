@@ -1,4 +1,5 @@
-"""What the rest of a ds_config may say besides our section: precisions and ZeRO that train rightly in a pipeline.
+"""What the rest of a ds_config may say besides our section: precisions and ZeRO that train rightly in a pipeline, and
+on a GPU nothing that waits for it in the middle of a batch.
 
     precision   ZeRO-0, sums in            ZeRO-1, sums in
     fp32        fp32                       fp32, bf16, fp16
@@ -16,9 +17,12 @@ from typing import Any
 
 from deepspeed.runtime.config import DtypeEnum
 
-from ds_vshape.config import KEY, ConfigError
+from ds_vshape.config import KEY, ConfigError, shown
 
 _SUMS = ("fp32", "bf16", "fp16")
+# What makes DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
+_WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
+_BLOCKING = "CUDA_LAUNCH_BLOCKING"
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -42,6 +46,24 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
     if stage == 0 and sums not in (None, precision):
         raise ConfigError(f"data_types.grad_accum_dtype = {sums!r} with {precision} and zero_optimization.stage = 0: "
                           f"must be {precision!r}, or zero_optimization.stage 1")
+
+
+def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Raises ConfigError, with the key, its value and what is legal, for what would make the host wait for the device
+    in each pass. Receives are posted before the passes of others that they need, so on two ranks that wait at once
+    neither pass would ever start.
+
+    `overlap_comm` isn't among it: DeepSpeed switches it off for pipelines. Its timers record events, which are read
+    when the batch is done.
+    """
+    why = "must be {} on a GPU, where it would wait within a pass for messages that other ranks have yet to send"
+    for section, key in _WAITING:
+        value = _section(ds_config, section).get(key, False)
+        if value:
+            raise ConfigError(f"{section}.{key} = {shown(value)}: {why.format('false')}")
+    value = environment.get(_BLOCKING, "0")
+    if value not in ("", "0"):
+        raise ConfigError(f"{_BLOCKING} = {shown(value)} in the environment: {why.format('0, or unset,')}")
 
 
 def check_post_validation(ds_config: Mapping[str, Any]) -> None:

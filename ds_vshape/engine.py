@@ -211,10 +211,13 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         return self._plans[self.micro_batches]
 
     def _train_schedule(self) -> BatchPlan:
-        """The plan of the next training batch. A GPU loads its kernels in the first one, which therefore runs one
-        micro-batch after another (schedule/one_by_one.py)."""
+        """The plan of the next training batch. On a GPU one in which the host waits for the device in many passes runs
+        one micro-batch after another (schedule/one_by_one.py): the first, where kernels are loaded, and the one that
+        DeepSpeed's flops profiler measures. There a wait on another rank, of the allocator say, would be one too many.
+        """
         plan = self._plan()
-        if self._signatures is None and not self.dynamic_shape and not get_accelerator().is_synchronized_device():
+        loads_kernels = self._signatures is None and not self.dynamic_shape
+        if (loads_kernels or self.is_flops_profiled()) and not get_accelerator().is_synchronized_device():
             return self._planned(one_by_one(plan.schedule))
         return plan
 
@@ -353,14 +356,17 @@ class PipelineEngine(PlainAttributes, SavingEngine):
         """Whether each forward is profiled by itself (DeepSpeedEngine's hooks): here a batch is, in `train_batch`."""
         return False if self._constructed else bool(super().flops_profiler_enabled())
 
+    def is_flops_profiled(self) -> bool:
+        """Whether the next training batch is the one that DeepSpeed's flops profiler measures, on all ranks."""
+        return hasattr(self, "flops_profiler") and self.global_steps == self.flops_profiler_profile_step()
+
     @contextmanager
     def _flops_profile(self) -> Iterator[None]:
         """Around a training batch: profile what global rank 0 computes forward, recomputation included, in its step."""
-        profiler = getattr(self, "flops_profiler", None)
-        step = self.global_steps
-        if profiler is None or self.global_rank or step != self.flops_profiler_profile_step():
+        if self.global_rank or not self.is_flops_profiled():
             yield
             return
+        profiler, step = self.flops_profiler, self.global_steps
         if self.wall_clock_breakdown():
             # It would divide by timers that the end of the batch has set back.
             profiler.ds_engine = None

@@ -8,15 +8,17 @@ ours, then DeepSpeed's. For that DeepSpeed's class gets a __new__; it has none o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
-from ds_vshape.accepted import check_accepted, check_post_validation
+from ds_vshape.accepted import check_accepted, check_asynchronous, check_post_validation
 from ds_vshape.config import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
                               read_section)
 from ds_vshape.engine import PipelineEngine
@@ -123,6 +125,8 @@ def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], Schedu
             raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}{of}; build it as a "
                               "ds_vshape.PipelineModule")
         check_accepted(ds_config)
+        if not get_accelerator().is_synchronized_device():
+            check_asynchronous(ds_config, os.environ)
         if section.optimizer_post_validation:
             check_post_validation(ds_config)
     if section != built_for:

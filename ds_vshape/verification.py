@@ -95,8 +95,7 @@ class Verification:
     def is_due(self) -> bool:
         """Whether the next training batch is to be verified, the same on every rank."""
         engine = self._engine
-        profiled = hasattr(engine, "flops_profiler") and engine.global_steps == engine.flops_profiler_profile_step()
-        return not self._done and engine._observer.batches >= VERIFIED_BATCH and not profiled
+        return not self._done and engine._observer.batches >= VERIFIED_BATCH and not engine.is_flops_profiled()
 
     def run_whole(self, schedule: Schedule) -> bool:
         """Run a batch with whole backwards and put all back; False if `schedule` splits none."""

@@ -262,6 +262,9 @@ class Communicator(dist.ProcessGroup):
 
         return self._start("reduce_scatter", [given, output], operation)
 
+    # torch's newer names.
+    all_gather_single, reduce_scatter_single = _allgather_base, _reduce_scatter_base
+
     def barrier(self, opts: Any = None) -> Work:
         work = self._start("barrier", [], lambda gloo: _waited(gloo.barrier()))
         # The host waits in torch's too.

@@ -204,8 +204,8 @@ class Residence(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.data_ptr):
             if func is not Tensor.data_ptr:
                 _wait_for(args[0])
-        elif func is Tensor.record_stream or func is Tensor.pin_memory:
-            return None if func is Tensor.record_stream else args[0]
+        elif func is Tensor.pin_memory:
+            return args[0]
         return func(*args, **kwargs)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm.comm
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
 from ranks import run_ranks
@@ -45,6 +46,8 @@ def _on_gpu(rank: int, store: str, watchdog_seconds: float, bound: bool, body: C
     deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed(BACKEND, verbose=False)
     threading.Thread.run = _run_on_gpu  # type: ignore[method-assign]
+    # Memory isn't given out again before all that uses it has run. (torch refuses a stream that isn't its own.)
+    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
     with Residence(), Deferral():
         result = body(rank, *args)
         DEVICE_OF_RANK.synchronize()
