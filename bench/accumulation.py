@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from stopwatch import add_device_option, in_turn, ratio, set_up, stopwatch
 from torch import Tensor
 
-from ds_vshape.kernels import add_product_in_blas
-from stopwatch import add_device_option, in_turn, ratio, set_up, stopwatch
+from ds_vshape.split_backward.kernels import add_product_in_blas
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Add = Callable[[Tensor, Tensor, Tensor], Any]
@@ -59,7 +59,7 @@ def ways(sums: Tensor, left: Tensor, right: Tensor) -> dict[str, Add]:
     elif sums.is_cuda:
         found |= {"wide product, then sum": wide_product_then_sum, "BLAS in place": add_product_in_blas}
         if importlib.util.find_spec("triton") is not None:
-            from ds_vshape.kernels.product import add_product
+            from ds_vshape.split_backward.kernels.product import add_product
 
             found["Triton in place"] = add_product
     return found

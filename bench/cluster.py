@@ -23,16 +23,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
-from run import Result, compare_losses, measure, summarize
-
 import deepspeed
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
-
 from contenders import contender_name
 from hosts import INTERFACE, missing, two_hosts
+from rich.console import Console
+from rich.table import Table
+from run import Result, compare_losses, measure, summarize
 from workloads import Sleeping
 
 RANKS_A_HOST = 2

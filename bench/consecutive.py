@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import torch.distributed as dist
+from contenders import engine_of
 from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
-
-from contenders import engine_of
 from workloads import Sleeping
 
 # The optimizer is ZeRO-1's in all of them; DeepSpeed clips by default.

@@ -8,11 +8,11 @@ from typing import Any
 
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from torch_pipeline import TORCH_SCHEDULES, TorchPipeline
+from workloads import Workload
 
 import ds_vshape
 from ds_vshape.schedule.named import SCHEDULES
-from torch_pipeline import TORCH_SCHEDULES, TorchPipeline
-from workloads import Workload
 
 LEARNING_RATE = 0.1
 

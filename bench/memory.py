@@ -25,12 +25,11 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import torch
 import torch.distributed as dist
+from contenders import engine_of
 from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-
-from contenders import engine_of
 from workloads import Gpt
 
 DEFAULT_CONTENDERS = ["torch zbvzerobubble", "1f1b", "v-zb", "v-half", "v-min", "adaptive@0.9", "adaptive@0.75",

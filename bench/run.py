@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import torch.distributed as dist
+from contenders import ADAPTIVE, CONTENDERS, contender_name, engine_of
 from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
+from workloads import Gpt, Sleeping, Workload
 
-from contenders import ADAPTIVE, CONTENDERS, contender_name, engine_of
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import peak_activations
-from workloads import Gpt, Sleeping, Workload
 
 # Batches of a turn that are counted.
 _IN_TURN = 3

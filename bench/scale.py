@@ -254,7 +254,6 @@ def instruction_seconds(rank: int, workload: Any, batches: int) -> float:
 def measured_instruction(ranks: int, batches: int) -> float:
     """The mean over ranks of `instruction_seconds`, with one layer a stage."""
     from ranks import run_ranks
-
     from workloads import Sleeping
 
     workload = Sleeping(ranks, 2 * ranks, 16 * ranks, (0.0, 0.0, 0.0))

@@ -28,14 +28,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if "cuda" in sys.argv else "cpu")
 import torch
 from rich.console import Console
 from rich.table import Table
+from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatch
-
-from ds_vshape.gradients import InGrad, InGradAccum
 from ds_vshape.models.gpt import Block, GPTConfig
-from ds_vshape.split_backward import Delivery, SplitBackward, WeightGradientStore, WholeGradients
+from ds_vshape.runtime.gradients import InGrad, InGradAccum
+from ds_vshape.split_backward import GradientAccumulator, SplitBackward, WeightGradientStore, WholeGradients
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,7 +69,7 @@ class Case:
         x = torch.randn(self.samples, self.length, self.hidden, device=self.device)
         return x.to(DTYPES[self.dtype]).requires_grad_()
 
-    def delivery(self) -> Delivery:
+    def delivery(self) -> GradientAccumulator:
         return InGrad() if self.sums == self.dtype else InGradAccum(DTYPES[self.sums])
 
 

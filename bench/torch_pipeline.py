@@ -16,7 +16,6 @@ from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor, nn
 from torch.distributed.pipelining import (PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B,
                                           ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble)
-
 from workloads import Workload
 
 BASE_SEED = 1234

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
+from layers import SleepingLinear, SleepingPaths
 from torch import Tensor, nn
 from torch.nn import functional
-
-from layers import SleepingLinear, SleepingPaths
 
 from ds_vshape.models.gpt import VOCABULARY, Block, GPTConfig, Positions
 from ds_vshape.schedule.schedule import Schedule

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_vshape.module.pipeline_module import PipelineModule
     from ds_vshape.plugin import initialize
-    from ds_vshape.module import PipelineModule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["PipelineModule", "initialize"]
 
-_HOMES = {"PipelineModule": "ds_vshape.module", "initialize": "ds_vshape.plugin"}
+_HOMES = {"PipelineModule": "ds_vshape.plugin", "initialize": "ds_vshape.plugin"}
 
 
 def __getattr__(name: str) -> Any:

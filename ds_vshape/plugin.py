@@ -18,16 +18,17 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
-from ds_vshape.accepted import check_accepted, check_asynchronous, check_post_validation
-from ds_vshape.config import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
-                              read_section)
-from ds_vshape.engine import PipelineEngine
-from ds_vshape.module import PipelineModule
-from ds_vshape.post_validation import PostValidatingEngine
-from ds_vshape.preflight import config_facts
-from ds_vshape.versions import check_versions
-from ds_vshape.watch import groups_without_limit
+from ds_vshape.config.compatibility import check_accepted, check_asynchronous, check_post_validation
+from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
+                                      read_section)
+from ds_vshape.config.versions import check_versions
+from ds_vshape.engine.engine import PipelineEngine
+from ds_vshape.engine.post_validation import PostValidatingEngine
+from ds_vshape.health.preflight import config_facts
+from ds_vshape.health.watch import groups_without_limit
+from ds_vshape.module.pipeline_module import PipelineModule, before_building
 
+__all__ = ["PipelineModule", "engines_for_our_models", "initialize"]
 
 # Before anything is put in its place.
 _stock_initialize = deepspeed.initialize
@@ -43,8 +44,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
 
     Raises:
         ConfigError: on every rank, for a section that can't be used, a precision or ZeRO that can't be trained with
-            (ds_vshape/accepted.py), or a model that was built for another schedule.
-        PreflightError: on every rank, if ranks differ, or don't hear each other (ds_vshape/preflight.py).
+            (ds_vshape/config/compatibility.py), or a model that was built for another schedule.
+        PreflightError: on every rank, if ranks differ, or don't hear each other (ds_vshape/health/preflight.py).
     """
     whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
     with _starting(model):
@@ -73,6 +74,9 @@ def _agreed_section(whole: DsConfig | None, model: Any) -> ScheduleConfig | None
 def engines_for_our_models() -> None:
     """From now on make engines of the script's own subclasses of DeepSpeed's engine ours too, for models of ours."""
     StockPipelineEngine.__new__ = _new_engine
+
+
+before_building.append(engines_for_our_models)
 
 
 def _new_engine(engine_class: type[StockPipelineEngine], *args: Any, **kwargs: Any) -> Any:

@@ -29,8 +29,7 @@ def substitute() -> None:
     import deepspeed.runtime.pipe
     import deepspeed.runtime.pipe.module
 
-    from ds_vshape.module import PipelineModule
-    from ds_vshape.plugin import engines_for_our_models, initialize
+    from ds_vshape.plugin import PipelineModule, engines_for_our_models, initialize
 
     for home in (deepspeed, deepspeed.pipe, deepspeed.runtime.pipe, deepspeed.runtime.pipe.module):
         home.PipelineModule = PipelineModule

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule as own
 
-from ds_vshape.profiling import PassRecorder, report
+from ds_vshape.measure.profiling import PassRecorder, report
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
 
@@ -51,7 +51,7 @@ class OwnEngineClock:
         return timed
 
     def pipeline_report(self) -> dict[str, Any]:
-        """As ds_vshape.engine's: the last training batch in numbers; all ranks of the pipeline must call it."""
+        """As ds_vshape.engine.engine's: the last training batch in numbers; all ranks of the pipeline must call it."""
         stages, stage = self._engine.num_stages, self._engine.stage_id
         schedule = build("1f1b", stages, self._engine.micro_batches)
         order = tuple(span.work for span in self._recorder.spans())

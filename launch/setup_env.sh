@@ -24,7 +24,7 @@ setup_env() {
         echo "setup: Python 3.11 or newer is needed; $venv has $("$venv/bin/python" --version)" >&2
         return 1
     }
-    stamp=$(cd "$root" && { cat setup.cfg pyproject.toml "${BASH_SOURCE[0]}"; pwd; } | sha256sum | cut -d' ' -f1)
+    stamp=$(cd "$root" && { cat setup.cfg pyproject.toml ds_vshape/__init__.py "${BASH_SOURCE[0]}"; pwd; } | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$venv/.ds_vshape_stamp" 2> /dev/null)" != "$stamp" ]; then
         echo "setup: installing into $venv (some minutes the first time)" >&2
         # torch comes first and alone: whatever depends on it must find it there and not choose a build of its own.

@@ -33,7 +33,7 @@ from result import Result
 from rich.console import Console
 from rich.table import Table
 
-from ds_vshape.config import ConfigError
+from ds_vshape.config.section import ConfigError
 from ds_vshape.layouts.composition import CONFIGS, Composed, compose_jobs
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import predict_job

@@ -30,7 +30,7 @@ from text import load_corpus, micro_batches
 from tqdm import tqdm
 
 import ds_vshape
-from ds_vshape.config import ConfigError
+from ds_vshape.config.section import ConfigError
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bounds_of, training_of

@@ -20,7 +20,7 @@ from pipelines import micro_batch
 from ranks import run_ranks
 
 from ds_vshape import run
-from ds_vshape.config import ENVIRONMENT_VARIABLE
+from ds_vshape.config.section import ENVIRONMENT_VARIABLE
 
 UNTOUCHED, NO_KEY = "DeepSpeed", "no key"
 SCHEDULES = ("zb-h1", "v-half", "v-zb")

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.adaptive import Problem, plan
+from ds_vshape.schedule.adaptive import Problem
 from ds_vshape.schedule.adaptive import cache as plan_cache
+from ds_vshape.schedule.adaptive import plan
 from ds_vshape.schedule.adaptive import planner as planner_module
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v

@@ -45,9 +45,9 @@ def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: 
     assert simulate(schedule, problem.times).makespan == pytest.approx(run.makespan)
     assert max(peak_activations(schedule)) <= problem.limits[0]
     # Strictly in the order found, nothing can be earlier, and nothing is later than the list scheduler had it.
-    squeezed = scheduler.squeeze(run.orders, run.policy)
+    squeezed = scheduler.left_shift(run.orders, run.policy)
     assert squeezed is not None and squeezed.makespan == pytest.approx(run.makespan)
-    # Starts as wishes, with no eagerness, give the same again.
+    # Starts as target starts, with no eagerness, give the same again.
     again = scheduler.run(Policy(run.starts, 0.0, scheduler.least_reserves, 0.0))
     assert again is not None and again.makespan == pytest.approx(run.makespan)
     assert scheduler.run(run.policy, run.makespan * 0.99) is None
@@ -68,11 +68,11 @@ def test_orders_that_wait_for_each_other_or_exceed_the_limit_are_none() -> None:
     scheduler = ListScheduler(counted(2, 1, (1, 1, 1, 0), 2))
     right = [[0, 1, 3, 5, 2, 4], [0, 1, 3, 5, 2, 4]]
     policy = Policy(np.zeros((2, 6, 1, 1)), 0.0, np.zeros(2))
-    assert scheduler.squeeze(np.array(right), policy) is not None
-    assert scheduler.squeeze(np.array([[0, 2, 1, 3, 5, 4], right[1]]), policy) is None
+    assert scheduler.left_shift(np.array(right), policy) is not None
+    assert scheduler.left_shift(np.array([[0, 2, 1, 3, 5, 4], right[1]]), policy) is None
     two, policy = ListScheduler(counted(1, 2, (1, 1, 1, 0), 2)), Policy(np.zeros((1, 6, 2, 1)), 0.0, np.zeros(1))
-    assert two.squeeze(np.array([[0, 1, 3, 5, 2, 4] * 2]), policy) is not None
-    assert two.squeeze(np.array([[0, 0, 1, 3, 5, 2, 4, 1, 3, 5, 2, 4]]), policy) is None
+    assert two.left_shift(np.array([[0, 1, 3, 5, 2, 4] * 2]), policy) is not None
+    assert two.left_shift(np.array([[0, 0, 1, 3, 5, 2, 4, 1, 3, 5, 2, 4]]), policy) is None
 
 
 def annealed(scheduler: ListScheduler, run: Run, tries: int, temperature: float, goal: float = 0.0) -> Run:
@@ -80,14 +80,14 @@ def annealed(scheduler: ListScheduler, run: Run, tries: int, temperature: float,
     orders = run.orders.copy()
     best = orders.copy()
     makespan = anneal(scheduler.layouts(run.policy.pieces), orders, best, run.makespan, tries, temperature, goal, 1)
-    found = scheduler.squeeze(best, run.policy)
+    found = scheduler.left_shift(best, run.policy)
     assert found is not None and found.makespan == pytest.approx(makespan) and makespan <= run.makespan
     schedule = scheduler.schedule(found)
     assert simulate(schedule, scheduler.problem.times).makespan == pytest.approx(makespan)
     assert all(peak <= limit for peak, limit in
                zip(peaks(schedule, scheduler.problem.activations), scheduler.limits, strict=True))
     # Where it went on from is a batch within the limits as well.
-    assert scheduler.squeeze(orders, run.policy) is not None
+    assert scheduler.left_shift(orders, run.policy) is not None
     return found
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
 from ranks import run_ranks
 
-from ds_vshape.failures import Agreement
-from ds_vshape.names import rank_names
+from ds_vshape.health.failures import Agreement
+from ds_vshape.health.names import rank_names
 
 
 def agree(rank: int, failing: list[set[int]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_vshape.attendance import Attendance, JobLost, Status
+from ds_vshape.health.attendance import Attendance, JobLost, Status
 
 SECONDS = 100.0
 WORKING = Status()

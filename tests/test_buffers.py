@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from ds_vshape.buffers import Buffer, edges, enter, leaves
+from ds_vshape.runtime.buffers import Buffer, edges, enter, leaves
 
 
 @pytest.mark.parametrize("count", [1, 2])

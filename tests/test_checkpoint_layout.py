@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_vshape.checkpoints import CheckpointError, Layout, check_layout, save_layout
+from ds_vshape.checkpoint.layout import CheckpointError, Layout, check_layout, save_layout
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v
 
 

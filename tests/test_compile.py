@@ -16,7 +16,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ds_vshape.config import ConfigError
+from ds_vshape.config.section import ConfigError
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ds_vshape.config import (ENVIRONMENT_VARIABLE, ConfigError, ScheduleConfig, find_section, load_ds_config,
-                              read_section)
+from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, ConfigError, ScheduleConfig, find_section, load_ds_config,
+                                      read_section)
 
 
 @pytest.mark.parametrize("section, expected", [

@@ -16,9 +16,9 @@ import train
 from omegaconf import OmegaConf
 from scale import SHAPES
 
-from ds_vshape.accepted import check_accepted
 from ds_vshape.cli import main
-from ds_vshape.config import KEY, ConfigError, load_ds_config, read_section
+from ds_vshape.config.compatibility import check_accepted
+from ds_vshape.config.section import KEY, ConfigError, load_ds_config, read_section
 from ds_vshape.layouts.composition import CONFIGS, compose_config, compose_job, compose_jobs
 from ds_vshape.layouts.job_costs import predict_job
 from ds_vshape.layouts.rules import legal_keys
@@ -182,7 +182,7 @@ def test_one_wrong_job_of_a_sweep_stops_all_of_it() -> None:
 
 
 def test_precisions_are_refused_as_the_engine_refuses_them() -> None:
-    """ds_vshape/layouts/rules.py has the rules of ds_vshape/accepted.py without its imports."""
+    """ds_vshape/layouts/rules.py has the rules of ds_vshape/config/compatibility.py without its imports."""
     kinds = ["fp32", "bf16", "fp16"]
     for dtype, sums, zero in product(kinds, ["null", *kinds], [0, 1]):
         words = [f"precision.dtype={dtype}", f"precision.sums={sums}", f"parallel.zero={zero}", "machine=a100"]

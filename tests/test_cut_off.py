@@ -72,7 +72,7 @@ def test_every_rank_ends_when_a_host_is_cut_off(tmp_path: Path) -> None:
     # A rank that ended is seen by those on its host, whose own wait may have begun a moment after its.
     assert took < 2 * SECONDS + 10, took
     for rank, path in enumerate(logs):
-        told, = re.findall(r"ds_vshape.p2p.PeerLost: (.*)$", path.read_text(), flags=re.MULTILINE)[-1:]
+        told, = re.findall(r"ds_vshape.comm.channels.PeerLost: (.*)$", path.read_text(), flags=re.MULTILINE)[-1:]
         assert re.match(rf"pipeline rank {rank} on host-[ab] waits in \w+( of stage \d, micro-batch \d)?: ", told)
         assert f"global rank {0 if rank == 2 else 2}, on " in told and "no sign of life" in told
         assert re.search(r"the last batch done is number \d+$", told)

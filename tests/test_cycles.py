@@ -42,8 +42,8 @@ def annealed(problem: Problem, start: Cycle, seed: int = 0, passes: int = 100) -
 def makespan(problem: Problem, cycle: Cycle, micro_batches: int) -> float:
     """Of a batch that repeats `cycle`, checked, and within the limits."""
     scheduler = ListScheduler(replace(problem, micro_batches=micro_batches))
-    wishes = np.zeros((problem.ranks, 6, micro_batches, cycle.pieces))
-    run = scheduler.squeeze(cycle.of_batch(micro_batches), Policy(wishes, 0.0, scheduler.least_reserves))
+    target_starts = np.zeros((problem.ranks, 6, micro_batches, cycle.pieces))
+    run = scheduler.left_shift(cycle.of_batch(micro_batches), Policy(target_starts, 0.0, scheduler.least_reserves))
     assert run is not None
     schedule = scheduler.schedule(run)
     check(schedule)
@@ -121,7 +121,7 @@ def test_a_batch_made_longer_repeats_its_middle(name: str, times: tuple[int, int
                         if schedule.name == name]
         assert orders is not None
         batch = scheduler.problem.micro_batches
-        run = scheduler.squeeze(orders, Policy(np.zeros((4, 6, batch, 1)), 0.0, scheduler.least_reserves))
+        run = scheduler.left_shift(orders, Policy(np.zeros((4, 6, batch, 1)), 0.0, scheduler.least_reserves))
         assert run is not None
         check(scheduler.schedule(run))
         return run

@@ -14,8 +14,8 @@ from pipelines import (BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Block, Dro
 from ranks import run_ranks
 from torch import Tensor
 
-from ds_vshape import p2p
-from ds_vshape.payload import TensorSignature
+from ds_vshape.comm import channels
+from ds_vshape.comm.payload import TensorSignature
 
 BATCHES = range(4)
 # One before any message was announced, and one after.
@@ -107,7 +107,7 @@ def no_memory_for_a_message(engine: Any, batch: int) -> Iterator[Any]:
 def message_cannot_start(engine: Any, batch: int) -> Iterator[Any]:
     """On one rank, of a message of two tensors the second."""
     if engine.stage_id == 1:
-        failing_once(p2p, "settled", RuntimeError("no message today"), call=2)
+        failing_once(channels, "settled", RuntimeError("no message today"), call=2)
     return data(engine, batch)
 
 

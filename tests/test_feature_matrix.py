@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ds_vshape.module.dummy_parameter import NAME
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
-from ds_vshape.stand_in import NAME
 
 pytestmark = pytest.mark.slow
 

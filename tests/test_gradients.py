@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape.gradients import InGrad, clip_gradients, delivery_into, leave_to_backward, place_of
+from ds_vshape.runtime.gradients import InGrad, clip_gradients, delivery_into, leave_to_backward, place_of
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore, is_deferrable
 
 MICRO_BATCHES = 4

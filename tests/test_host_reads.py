@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_vshape import instructions as instr
+from ds_vshape.runtime import instructions as instr
 
 # What hands a value, or a shape that depends on values, to the host.
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive", "_unique2"}

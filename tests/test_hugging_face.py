@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import ds_vshape
 from ds_vshape.models import hugging_face_weights
 from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, FAMILIES, PARTITION_METHOD, AttentionArguments,
-                                            DecoderLayer, next_token_loss, pipeline_layers)
+                                           DecoderLayer, next_token_loss, pipeline_layers)
 from ds_vshape.models.hugging_face_weights import INDEX, check_output, load_weights, named_weights, save_model
 from ds_vshape.split_backward import WholeGradients
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from deepspeed.runtime.pipe import schedule as stock
 
-from ds_vshape import instructions as instr
-from ds_vshape.engine import PipelineEngine
-from ds_vshape.instructions import BufferId, evaluation_instructions, training_instructions
+from ds_vshape.engine.engine import PipelineEngine
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.instructions import BufferId, evaluation_instructions, training_instructions
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
                                          Run, Send, Step, lower)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_vshape.kernels import add_product_in_blas, product, product_into_wider_sum
-from ds_vshape.kernels.product import TILINGS, Tiling, add_product_in_torch, launch, tiling
+from ds_vshape.split_backward.kernels import add_product_in_blas, product, product_into_wider_sum
+from ds_vshape.split_backward.kernels.product import TILINGS, Tiling, add_product_in_torch, launch, tiling
 
 WIDTHS = [torch.bfloat16, torch.float16]
 # Rows, columns and depth: within one tile, of several whole ones, of several with a rest, and of odd strides.

@@ -21,7 +21,7 @@ from pipelines import BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcom
 from ranks import RanksFailed, run_ranks
 from torch import nn
 
-from ds_vshape import saving
+from ds_vshape.checkpoint import checkpointing
 
 SAVED, TRIED, LAST = 2, 4, 6  # batches done when the checkpoint is saved, when loading it fails, and at the end
 SCHEDULER = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}}}
@@ -422,8 +422,8 @@ def load_with_latest_renamed(rank: int, folder: str) -> int:
     for tag in ("first", "second"):
         train(engine, range(1))
         engine.save_checkpoint(folder, tag)
-    read = saving.latest
-    saving.latest = lambda *args: "first" if rank == 0 else read(*args)
+    read = checkpointing.latest
+    checkpointing.latest = lambda *args: "first" if rank == 0 else read(*args)
     engine.load_checkpoint(folder)
     return int(engine.global_steps)
 

@@ -49,7 +49,7 @@ def test_the_others_end_and_say_why(schedule: str, number: int) -> None:
     others = [log for rank, log in logs.items() if rank != lost]
     assert len(others) == 3
     for log in others:
-        told, = re.findall(r"^ds_vshape.p2p.PeerLost: (.*)$", log, flags=re.MULTILINE)[-1:]
+        told, = re.findall(r"^ds_vshape.comm.channels.PeerLost: (.*)$", log, flags=re.MULTILINE)[-1:]
         assert re.search(r"pipeline rank \d on \S+ waits in \w+( of stage \d, micro-batch \d)?: ", told)
         why = "its process has ended" if number == signal.SIGKILL else "it has given no sign of life for"
         assert f": pipeline rank {lost} is lost (replica 0, global rank {lost}, on " in told and why in told

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive,
-                                         Program, Run, Send, Step, channels, lower, message_into)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
+                                         Run, Send, Step, channels, lower, message_into)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v

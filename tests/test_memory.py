@@ -18,9 +18,9 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from ds_vshape import instructions as instr
-from ds_vshape.memory import ActivationMeter
-from ds_vshape.rank_memory import RankMemory
+from ds_vshape.measure.memory import ActivationMeter
+from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.passes import B, F
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 

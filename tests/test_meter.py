@@ -19,13 +19,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ds_vshape import observer
-from ds_vshape.config import ScheduleConfig
-from ds_vshape.exchange import Exchange
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.config.section import ScheduleConfig
+from ds_vshape.engine.scheduling import MeasuredSchedules
+from ds_vshape.measure import observer
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
-from ds_vshape.scheduling import MeasuredSchedules
 
 BATCHES = 3
 SCHEDULES = ["v-half", "v-zb", "zb-h1"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ds_vshape
-from ds_vshape.p2p import Channels
+from ds_vshape.comm.channels import Channels
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.split_backward import WeightGradientStore
 

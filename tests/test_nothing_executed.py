@@ -21,7 +21,7 @@ from pipelines import BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, data
 from ranks import run_ranks
 from torch.distributed import distributed_c10d
 
-from ds_vshape.checkpoints import CheckpointError
+from ds_vshape.checkpoint.layout import CheckpointError
 
 JOB = Job("v-half", 2, 2, FP32_ZERO1)
 FILES = ("mp_rank_*", "layer_*", "zero_pp_rank_*")

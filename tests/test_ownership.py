@@ -23,10 +23,10 @@ from pipelines import (BF16_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Block, Jo
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape import ownership, p2p
-from ds_vshape.buffers import Buffers
-from ds_vshape.instructions import BufferId
-from ds_vshape.ownership import own
+from ds_vshape.comm import channels, ownership
+from ds_vshape.comm.ownership import own
+from ds_vshape.runtime.buffers import Buffers
+from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import linear
 
@@ -207,7 +207,7 @@ class Later:
     """The work of a message that is going to start."""
 
     def __init__(self) -> None:
-        self.transfer, self.started = p2p._Transfer(), threading.Event()
+        self.transfer, self.started = channels._Transfer(), threading.Event()
 
     def wait(self) -> None:
         self.started.wait()
@@ -218,10 +218,10 @@ class Slow:
     """Links that take their time: what is sent is read from memory a while after the send has started, in order."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._start = seconds, p2p._start
+        self._seconds, self._start = seconds, channels._start
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
-        p2p._start = self
+        channels._start = self
 
     def __call__(self, transfer: Any, start: Any, tensors: Any, place: int, peer: int) -> None:
         if start.__name__ == "recv":

@@ -16,10 +16,10 @@ from deepspeed.runtime.pipe.module import PipelineError
 from ranks import RanksFailed, run_ranks
 from torch import Tensor
 
-from ds_vshape import p2p, payload
-from ds_vshape.exchange import Exchange
-from ds_vshape.p2p import Channels, PeerLost, Signatures, is_connection_error
-from ds_vshape.payload import Payload, Signature, TensorSignature
+from ds_vshape.comm import channels, payload
+from ds_vshape.comm.channels import Channels, PeerLost, Signatures, is_connection_error
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.comm.payload import Payload, Signature, TensorSignature
 from ds_vshape.schedule.lowering import Channel, Content, Message
 
 CPU = torch.device("cpu")
@@ -415,7 +415,7 @@ def test_what_fails_while_a_message_starts_leaves_both_ends_in_step() -> None:
         for batch in range(2):
             ends.begin_batch(signatures)
             if rank == 0:
-                with fails_once(p2p, "settled", 2):
+                with fails_once(channels, "settled", 2):
                     fails("send")
                 ends.send(forward(0), (torch.full((3,), float(batch)), torch.arange(4)))
                 ends.release(forward(0))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe.module import PipelineError
 
-from ds_vshape.payload import HEADER_SIZE, Signature, carried, check_payload, settled
+from ds_vshape.comm.payload import HEADER_SIZE, Signature, carried, check_payload, settled
 
 CPU = torch.device("cpu")
 PAIRS = torch.complex(torch.arange(6.0).view(2, 3), -torch.ones(2, 3))

@@ -18,8 +18,8 @@ import pytest
 from pipelines import Job, data, train
 from ranks import RanksFailed, run_ranks
 
-from ds_vshape import planning
-from ds_vshape.planning import PlannerFailed, PlanningProcess
+from ds_vshape.engine import planning
+from ds_vshape.engine.planning import PlannerFailed, PlanningProcess
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v
@@ -127,7 +127,7 @@ def raising(error: Exception) -> Callable[..., Any]:
     ("subprocess.Popen", MemoryError()),
     ("os.memfd_create", OSError(24, "Too many open files"))])
 def test_a_planner_that_cannot_start(where: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"ds_vshape.planning.{where}", raising(error))
+    monkeypatch.setattr(f"ds_vshape.engine.planning.{where}", raising(error))
     with pytest.raises(PlannerFailed, match=f"can't start: {type(error).__name__}"):
         PlanningProcess(REQUEST)
 

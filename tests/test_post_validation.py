@@ -13,21 +13,20 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
-from pipelines import (BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data,
-                       tied_specs)
+from pipelines import BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data, tied_specs
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ds_vshape.accepted import check_post_validation
-from ds_vshape.config import ConfigError
-from ds_vshape.instructions import (AgreeOnForwards, AwaitVerdict, StepAhead, TellForwards, pass_of, stepping_ahead,
-                                    training_instructions)
+from ds_vshape.config.compatibility import check_post_validation
+from ds_vshape.config.section import ConfigError
+from ds_vshape.engine.verdict import Limits, StepReport, Verdict, judge
+from ds_vshape.runtime.instructions import (AgreeOnForwards, AwaitVerdict, StepAhead, TellForwards, pass_of,
+                                            stepping_ahead, training_instructions)
 from ds_vshape.schedule.lowering import lower
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.timeline import Times
-from ds_vshape.verdict import Limits, StepReport, Verdict, judge
 
 BATCHES = range(6)
 FP16: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2, "hysteresis": 1},

@@ -17,9 +17,9 @@ from pipelines import (VOCABULARY, WIDTH, Block, FrozenBlock, FrozenEmbedding, J
 from ranks import run_ranks
 from torch import nn
 
-from ds_vshape.accepted import check_accepted
-from ds_vshape.config import ConfigError
-from ds_vshape.stand_in import NAME
+from ds_vshape.config.compatibility import check_accepted
+from ds_vshape.config.section import ConfigError
+from ds_vshape.module.dummy_parameter import NAME
 
 # Of each precision: ZeRO, the accumulation dtype, immediate updates (a key of bf16's). Each has an optimizer or a place
 # for its gradients that the others haven't.

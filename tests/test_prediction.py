@@ -12,7 +12,7 @@ from train_rank import batches_of, build_engine
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bounds_of, host_of, place_of, predict_job, training_of
-from ds_vshape.rank_memory import RankMemory
+from ds_vshape.measure.rank_memory import RankMemory
 
 SHAPE = ["model=tiny", "model.layers=6", "model.hidden=96", "model.heads=4", "model.length=96", "parallel.pipe=2",
          "data.micro_batches=4"]

@@ -16,8 +16,8 @@ from pipelines import Job, cross_entropy, data, specs
 from ranks import run_ranks
 
 import ds_vshape
-from ds_vshape import scheduling
-from ds_vshape.preflight import Preflight, PreflightError, config_facts, versions
+from ds_vshape.engine import scheduling
+from ds_vshape.health.preflight import Preflight, PreflightError, config_facts, versions
 from ds_vshape.schedule.named import build
 
 RANKS = 4

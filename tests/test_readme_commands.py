@@ -53,8 +53,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("bin", "lib", "pyvenv.cfg"):
         (environment / name).symlink_to(Path(sys.prefix) / name)
     # launch/setup_env.sh installs nothing where its stamp is the one it would leave.
-    stamp = subprocess.run(["bash", "-c", "{ cat setup.cfg pyproject.toml launch/setup_env.sh; pwd; } | sha256sum"],
-                           cwd=folder, capture_output=True, text=True, check=True).stdout.split()[0]
+    files = "setup.cfg pyproject.toml ds_vshape/__init__.py launch/setup_env.sh"
+    stamp = subprocess.run(["bash", "-c", f"{{ cat {files}; pwd; }} | sha256sum"], cwd=folder, capture_output=True,
+                           text=True, check=True).stdout.split()[0]
     (environment / ".ds_vshape_stamp").write_text(stamp + "\n")
     return folder
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
-from ranks import run_ranks
 from pipelines import FP32, Job
+from ranks import run_ranks
 from test_memory import BLOCK_WHOLE, UNIT, allocated, job, tokens
 from test_split_backward import Block, Storages, linear_nodes
 from test_split_backward_autograd import CHECKPOINTS
 from torch import Tensor
 
-from ds_vshape.rank_memory import RankMemory
+from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore, WholeGradients
 

@@ -14,7 +14,7 @@ from test_adaptive import assert_plan_is_right, counted, problems
 from ds_vshape.schedule.activations import peaks
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.blocks import Block
-from ds_vshape.schedule.adaptive.cool_down import hurried
+from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, Run
 from ds_vshape.schedule.adaptive.regular import regular_orders
 from ds_vshape.schedule.schedule import check
@@ -25,7 +25,7 @@ def runs(problem: Problem, most: int = 8) -> list[Run]:
     """The regular blocks' runs; each is within the limits."""
     scheduler = ListScheduler(problem)
     policy = Policy(np.zeros((problem.ranks, 6, problem.micro_batches, 1)), 0.0, scheduler.least_reserves)
-    found = [scheduler.squeeze(orders, policy) for orders in regular_orders(scheduler, most)]
+    found = [scheduler.left_shift(orders, policy) for orders in regular_orders(scheduler, most)]
     assert all(run is not None for run in found)
     return [run for run in found if run is not None]
 
@@ -71,7 +71,7 @@ def test_haste_is_never_slower(problem: Problem, seed: int) -> None:
     scheduler = ListScheduler(problem)
     run = scheduler.run(Block.random(problem.max_pieces, Random(seed)).policy(scheduler))
     assert run is not None
-    fast = hurried(run, scheduler)
+    fast = reschedule_cooldown(run, scheduler)
     assert fast.makespan <= run.makespan
     schedule = scheduler.schedule(fast)
     check(schedule)
@@ -84,4 +84,4 @@ def test_haste_saves_most_of_a_ramp() -> None:
     """Of what the best regular run is above the lower bound, 1818."""
     problem = counted(8, 32, (10, 9, 7, 3), 16)
     run = min(runs(problem), key=lambda run: run.makespan)
-    assert run.makespan == 1868 and hurried(run, ListScheduler(problem)).makespan == 1825
+    assert run.makespan == 1868 and reschedule_cooldown(run, ListScheduler(problem)).makespan == 1825

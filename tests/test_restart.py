@@ -15,7 +15,7 @@ from deepspeed.pipe import LayerSpec
 from pipelines import BF16_ZERO1_FP32, FP32_ZERO1, Fatal, Job, Outcome, merged, specs, train
 from ranks import RanksFailed, run_ranks
 
-from ds_vshape import saving
+from ds_vshape.checkpoint import checkpointing
 
 FIRST, SECOND, LAST = 2, 4, 6  # batches done when a checkpoint is saved, and at the end
 
@@ -44,7 +44,7 @@ def die_before_a_file(engine: Any) -> None:
 
 
 def die_when_all_is_written(engine: Any) -> None:
-    saving.Draft.commit = die  # type: ignore[method-assign]
+    checkpointing.Draft.commit = die  # type: ignore[method-assign]
 
 
 def die_between_two_names(engine: Any) -> None:
@@ -61,7 +61,7 @@ def die_between_two_names(engine: Any) -> None:
 
 
 def die_before_latest(engine: Any) -> None:
-    saving.name_latest = die
+    checkpointing.name_latest = die
 
 
 def die_within_latest(engine: Any) -> None:
@@ -69,7 +69,7 @@ def die_within_latest(engine: Any) -> None:
 
 
 def die_while_the_old_one_goes(engine: Any) -> None:
-    saving.Draft.forget_replaced = die  # type: ignore[method-assign]
+    checkpointing.Draft.forget_replaced = die  # type: ignore[method-assign]
 
 
 def save_and_die(rank: int, job: Job, folder: str, tag: str | None, victim: int, arm: Callable[[Any], None]) -> None:
@@ -147,7 +147,7 @@ def test_a_kill_in_mid_batch(tmp_path: Path) -> None:
     logs = dict(zip(*[iter(re.split(r"^rank (\d):\n", str(failed.value), flags=re.MULTILINE)[1:])] * 2))
     assert sorted(logs) == ["0", "1", "2", "3"]
     for rank in ("1", "2", "3"):
-        told, = re.findall(r"^ds_vshape.p2p.PeerLost: (.*)$", logs[rank], flags=re.MULTILINE)[-1:]
+        told, = re.findall(r"^ds_vshape.comm.channels.PeerLost: (.*)$", logs[rank], flags=re.MULTILINE)[-1:]
         assert re.match(r"pipeline rank \d on \S+ waits in \w+( of stage \d, micro-batch \d)?: ", told)
         assert ": pipeline rank 0 is lost (replica 0, global rank 0, on " in told
         assert told.endswith(f"the last batch done is number {SECOND}")

@@ -84,7 +84,7 @@ def test_a_script_that_knows_only_deepspeed(tmp_path: Path) -> None:
         folder.mkdir()
         run_ranks(2, body, write_job(folder, **keys))
         results[name] = outcomes(folder)
-    stock, ours = "deepspeed.runtime.pipe.engine", "ds_vshape.engine"
+    stock, ours = "deepspeed.runtime.pipe.engine", "ds_vshape.engine.engine"
     losses = results["plain"][0][0]
     for name, engine in (("plain", stock), ("no key", stock), ("v-half", ours)):
         assert results[name] == [[losses, engine, 8, rank, 6] for rank in range(2)]

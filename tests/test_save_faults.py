@@ -19,8 +19,8 @@ from deepspeed.runtime import engine as ds_engine
 from pipelines import BF16_ZERO1, FP32, FP32_ZERO1, Job, Outcome, train
 from ranks import run_ranks
 
-from ds_vshape import commit
-from ds_vshape.commit import Draft, new_id
+from ds_vshape.checkpoint import commit
+from ds_vshape.checkpoint.commit import Draft, new_id
 
 SAVED, TRIED, LAST = 2, 4, 6  # batches done when a checkpoint is saved, when saving one fails, and at the end
 TAG = "step"

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 import scale
 from scale import SHAPES, best_layout, layouts, parser, plan_cost, speeds_of, step
 

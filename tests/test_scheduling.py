@@ -18,9 +18,9 @@ from ranks import RanksFailed, run_ranks
 from torch.nn import functional
 
 import ds_vshape
-from ds_vshape import planning, scheduling
-from ds_vshape.config import ConfigError
-from ds_vshape.profiling import mean_times
+from ds_vshape.config.section import ConfigError
+from ds_vshape.engine import planning, scheduling
+from ds_vshape.measure.profiling import mean_times
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import TIMED, build

@@ -14,7 +14,7 @@ from scripted import NO_KEY, SCHEDULES, UNTOUCHED, Lines, losses, variants
 from torch import nn
 from torch.nn import functional
 
-from ds_vshape.shared import shared_weights, warning_of
+from ds_vshape.module.shared_weights import shared_weights, warning_of
 
 V_SCHEDULES = [schedule for schedule in SCHEDULES if schedule.startswith("v-")]
 

@@ -12,7 +12,7 @@ from deepspeed.runtime.activation_checkpointing import checkpointing as ds_check
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_vshape.segment import Segment
+from ds_vshape.module.segment import Segment
 
 CHECKPOINTS: dict[str, Callable[..., Any]] = {
     "deepspeed": ds_checkpointing.checkpoint, "deepspeed, not reentrant": ds_checkpointing.non_reentrant_checkpoint,

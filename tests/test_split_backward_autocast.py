@@ -19,13 +19,14 @@ from deepspeed.pipe import LayerSpec
 from pipelines import (BATCHES, BF16_ZERO0, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Job, Outcome, merged, specs,
                        train)
 from ranks import run_ranks
-from test_split_backward import CASES, Case, Tied, upstream
+from test_split_backward import CASES, Case, Tied
 from test_split_backward import train as train_split
+from test_split_backward import upstream
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_vshape.gradients import InGrad
-from ds_vshape.split_backward import (MATRIX_OPERATORS, Delivery, Entry, SplitBackward, SplitFunction,
+from ds_vshape.runtime.gradients import InGrad
+from ds_vshape.split_backward import (MATRIX_OPERATORS, Entry, GradientAccumulator, SplitBackward, SplitFunction,
                                       WeightGradientStore, WholeGradients)
 from ds_vshape.split_backward.matrix import Linear
 
@@ -337,7 +338,7 @@ def test_sums_in_place_are_no_further_from_exact_sums() -> None:
     batches = [torch.randint(0, 13, (2, 5)) for _ in range(8)]
     exact = {parameter: torch.zeros(parameter.shape, dtype=torch.float64) for parameter in module.parameters()}
 
-    def gradients(delivery: Delivery | None) -> list[Tensor | None]:
+    def gradients(delivery: GradientAccumulator | None) -> list[Tensor | None]:
         module.zero_grad()
         for place, batch in enumerate(batches):
             store = WeightGradientStore()

@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcome, specs,
                        tied_specs, train)
 from ranks import run_ranks
+from test_split_backward import CASES, DTYPES, Case, Operation, Tied, upstream
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_vshape.gradients import InGrad, InGradAccum
+from ds_vshape.runtime.gradients import InGrad, InGradAccum
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.split_backward import (MATRIX_OPERATORS, Delivery, SplitBackward, SplitFunction, WeightGradientStore,
-                                      WholeGradients, accumulate, matrix)
-from test_split_backward import CASES, DTYPES, Case, Operation, Tied, upstream
+from ds_vshape.split_backward import (MATRIX_OPERATORS, GradientAccumulator, SplitBackward, SplitFunction,
+                                      WeightGradientStore, WholeGradients, accumulate, matrix)
 
 # How far a sum may be from autograd's, of the sum: some roundings. A gradient left out or taken twice is far beyond.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 FUSED_CASES = [case for case in CASES if case.covered and case.operators is MATRIX_OPERATORS]
 
 
-def backward(module: nn.Module, batches: list[Tensor], delivery: Delivery | None) -> list[Tensor]:
+def backward(module: nn.Module, batches: list[Tensor], delivery: GradientAccumulator | None) -> list[Tensor]:
     """The outputs after a backward of each batch, split if there is a delivery."""
     outputs = []
     for place, batch in enumerate(batches):

@@ -15,11 +15,11 @@ from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1
 from ranks import RanksFailed, run_ranks
 
 import ds_vshape
-import ds_vshape.tensor_parallel
-from ds_vshape import failures
+import ds_vshape.split_backward.tensor_parallel
+from ds_vshape.comm.channels import PeerLost
+from ds_vshape.health import failures
 from ds_vshape.models.gpt import GPTConfig, gpt_layers
 from ds_vshape.models.gpt_parallel import ParallelBlock, parallel_gpt_layers, tensor_group
-from ds_vshape.p2p import PeerLost
 from ds_vshape.split_backward import WeightGradientStore, WholeGradients
 
 PIPE, DATA, TENSOR = 2, 2, 2
@@ -209,7 +209,7 @@ class Works:
             return SimpleNamespace(wait=wait)
 
         engine._deliver = WholeGradients(add)
-        ds_vshape.tensor_parallel.dist.all_reduce = started
+        ds_vshape.split_backward.tensor_parallel.dist.all_reduce = started
 
 
 def train_beside(rank: int, overlapping: bool) -> tuple[Outcome, int, int]:

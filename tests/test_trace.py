@@ -28,14 +28,14 @@ from pipelines import Job, data
 from ranks import run_ranks
 from torch import Tensor
 
-from ds_vshape.config import ConfigError, ScheduleConfig, TraceConfig, read_section
+from ds_vshape.config.section import ConfigError, ScheduleConfig, TraceConfig, read_section
+from ds_vshape.measure.trace.batch import Clock, Delivery, Event, RankTrace
+from ds_vshape.measure.trace.clocks import clocks, refined
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.lowering import Channel, Content, Message, channels, message_into
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline
-from ds_vshape.trace.batch import Clock, Delivery, Event, RankTrace
-from ds_vshape.trace.clocks import clocks, refined
 
 RANKS, MICRO_BATCHES, WIDTH = 4, 6, 16
 TRACED = (3, 4)
@@ -284,7 +284,7 @@ def on_the_side(rank: int, folder: str) -> dict[str, Any]:
         failing.train_batch(watched(failing, seen, iter(list(data(failing, 1))[:1])))
     restored = failing._INSTRUCTION_MAP is type(failing)._INSTRUCTION_MAP
     again = float(failing.train_batch(data(failing, 1)))
-    return {"replica": off.grid.get_data_parallel_rank(), "followers": off._followers, "plain": plain, "losses": losses,
+    return {"replica": off.grid.get_data_parallel_rank(), "callbacks": off._callbacks, "plain": plain, "losses": losses,
             "error": repr(caught.value), "recorded": seen, "restored": restored, "again": again, "said": said}
 
 
@@ -296,7 +296,7 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]]
 
 def test_nothing_is_installed_without_the_key(side: tuple[list[dict[str, Any]], Path]) -> None:
     for rank in side[0]:
-        assert rank["followers"] == []
+        assert rank["callbacks"] == []
         assert all(rank["plain"])
 
 

@@ -15,7 +15,7 @@ from pipelines import LENGTH, SAMPLES, Job, data
 from ranks import run_ranks
 from wandb_log import history
 
-from ds_vshape.rank_memory import RankMemory
+from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline
 

@@ -19,7 +19,7 @@ from pipelines import (BASE_SEED, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, 
 from ranks import run_ranks
 
 import ds_vshape
-from ds_vshape.stand_in import NAME
+from ds_vshape.module.dummy_parameter import NAME
 
 BEFORE, AFTER = range(3), range(3, 6)
 LAYERS = tuple(specs(7))

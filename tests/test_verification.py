@@ -22,7 +22,7 @@ from test_tensor_parallel import MODEL, parallel_engine
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ds_vshape.comparison import compare, tolerance
+from ds_vshape.engine.comparison import compare, tolerance
 from ds_vshape.models.gpt import gpt_layers
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.fuse import with_whole_backwards

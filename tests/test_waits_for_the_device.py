@@ -15,7 +15,7 @@ from simulated_gpu.device import DEVICE_OF_RANK
 from simulated_gpu.processes import run_on_gpus
 from torch import Tensor
 
-from ds_vshape.accepted import check_asynchronous
+from ds_vshape.config.compatibility import check_asynchronous
 
 CHECKPOINTING = {"activation_checkpointing": {"synchronize_checkpoint_boundary": True}}
 COMMS_LOGGER = {"comms_logger": {"enabled": True, "verbose": False}}

@@ -19,8 +19,8 @@ from deepspeed.runtime.pipe import engine as stock
 from pipelines import FP32_ZERO1, Block, Job, data, specs
 from ranks import RanksFailed, run_ranks
 
-from ds_vshape import instructions as instr
-from ds_vshape.preflight import Preflight
+from ds_vshape.health.preflight import Preflight
+from ds_vshape.runtime import instructions as instr
 
 RANKS, SECONDS = 3, 5
 # The batch in which, or before which, the rank is lost.
@@ -151,7 +151,8 @@ def told_by(failure: str) -> dict[int, str]:
     """The last words of each rank."""
     parts = re.split(r"^rank (\d+)(?::| was still)", failure, flags=re.MULTILINE)[1:]
     logs = zip(map(int, parts[::2]), parts[1::2], strict=True)
-    words = {rank: re.findall(r"^ds_vshape.p2p.PeerLost: (.*)$", log, flags=re.MULTILINE) for rank, log in logs}
+    words = {rank: re.findall(r"^ds_vshape.comm.channels.PeerLost: (.*)$", log, flags=re.MULTILINE)
+             for rank, log in logs}
     return {rank: said[-1] for rank, said in words.items() if said}
 
 

@@ -1,4 +1,16 @@
-"""The command line: one module for each subcommand, none of which imports torch or deepspeed."""
+"""The command line, none of which imports torch or deepspeed.
+
+    plan.py            `ds-vshape plan`
+    request.py         what to plan: options where there are any, a ds_config.json elsewhere
+    outcome.py         one planned schedule with its figures
+    report.py          what the planner prints
+    curve.py           bubble against memory limit
+    curve_picture.py   that curve as a picture
+    jobs.py            `ds-vshape layouts` and `ds-vshape dry-run`
+    progress.py        progress of what takes seconds
+    extras.py          packages that only some commands need
+    files.py           the files that are written
+"""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.cli.request import Limit, Request
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.bounds import lower_bound
-from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.chunk_times import ChunkTimes
+from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.metrics import measure
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
 from ds_vshape.schedule.placement import v

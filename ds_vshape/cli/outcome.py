@@ -9,8 +9,8 @@ from typing import Any
 from ds_vshape.cli.request import Limit, Request
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.choose import Choice, schedule_for
-from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.chunk_times import ChunkTimes
+from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.metrics import Metrics, measure
 from ds_vshape.schedule.named import ADAPTIVE, placement_of
 from ds_vshape.schedule.schedule import Schedule

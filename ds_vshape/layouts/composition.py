@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ds_vshape.config import ConfigError, nearest
+from ds_vshape.config.section import ConfigError, nearest
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.rules import legal_keys, read_job, section_of, unknown_key
 from ds_vshape.layouts.search import Search

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from ds_vshape.config import KEY, ConfigError, ScheduleConfig, read_section
+from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, read_section
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 

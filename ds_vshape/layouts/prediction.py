@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ds_vshape.layouts.gpt_costs import Training
-from ds_vshape.rank_memory import RankMemory
+from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.choose import Limits, schedule_for
 from ds_vshape.schedule.memory_limit import check_memory_limit, peak_of_1f1b
@@ -92,7 +92,7 @@ def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
 
 def _schedule(wanted: Wanted, training: Training, times: Times, activations: Activations,
               progress: Callable[[float], None]) -> Schedule:
-    """As the engine finds it (ds_vshape/scheduling.py): activations are counted unless the limit is in bytes."""
+    """As the engine finds it (ds_vshape/engine/scheduling.py): activations are counted unless the limit is in bytes."""
     ranks, micro_batches = training.ranks, training.micro_batches
     if wanted.name != ADAPTIVE and not wanted.measured:
         schedule = _named(wanted.name, ranks, micro_batches)

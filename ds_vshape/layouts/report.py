@@ -13,7 +13,7 @@ from rich.table import Table
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bounds_of, host_of, place_of
 from ds_vshape.layouts.prediction import Prediction
-from ds_vshape.rank_memory import readable
+from ds_vshape.measure.rank_memory import readable
 
 GIB = 1024 ** 3
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ds_vshape.config import KEY, ConfigError, ScheduleConfig, TraceConfig, nearest
-from ds_vshape.demands import check_demands
+from ds_vshape.config.demands import check_demands
+from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, TraceConfig, nearest
 from ds_vshape.layouts.job import OWN_ENGINE, Job
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import LimitError
@@ -125,7 +125,7 @@ def _check_batch(job: Job) -> None:
 
 
 def _check_precision(job: Job) -> None:
-    """As ds_vshape/accepted.py, which needs torch."""
+    """As ds_vshape/config/compatibility.py, which needs torch."""
     dtype, sums = job.precision.dtype, job.precision.sums
     if job.parallel.zero == 0 and dtype == "fp16":
         raise ConfigError("parallel.zero = 0 with precision.dtype = 'fp16': must be 1, because DeepSpeed scales no "

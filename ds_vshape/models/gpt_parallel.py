@@ -6,7 +6,8 @@
     mlp_in                         4 hidden x hidden   4 hidden / t x hidden
     mlp_out                        hidden x 4 hidden   hidden x 4 hidden / t, then an all-reduce
 
-The sum of a block's input gradients runs beside a weight gradient that waits (ds_vshape/tensor_parallel.py).
+The sum of a block's input gradients runs concurrently with a deferred weight gradient
+(ds_vshape/split_backward/tensor_parallel.py).
 Embedding, positions, norms and head are whole on every rank. A rank builds each block whole from the layer's seed and
 keeps its share, so that the model is the same one on any number of ranks.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds_vshape.models.gpt import Block, GPTConfig, gpt_layers
-from ds_vshape.tensor_parallel import sum_gradient
+from ds_vshape.split_backward.tensor_parallel import sum_gradient
 
 
 class _Column:

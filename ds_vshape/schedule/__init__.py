@@ -1,0 +1,45 @@
+"""Schedules: who runs which pass when, as pure logic without torch.
+
+What a schedule is:
+    passes.py            F, B, W and the whole backward of a stage and a micro-batch
+    placement.py         which rank holds which stage
+    schedule.py          a placement, and each rank's passes in order
+    serial.py            schedules, times and sizes as JSON
+
+Schedules by name:
+    named.py             their table
+    gpipe.py             all forwards, then all backwards
+    one_f_one_b.py       1F1B, plain and interleaved
+    zero_bubble.py       zero-bubble schedules of one stage a rank
+    building_block.py    a block, repeated and tightened (the paper, section 3)
+    v_shape.py           V-Min, V-Half, V-ZB
+    forward_only.py      evaluation
+    one_by_one.py        one micro-batch after another
+    fuse.py              whole backwards where the split gains nothing
+    pending.py           fewer weight gradients that wait at once
+    adaptive/            schedules made for measured times under a memory limit
+
+What it costs:
+    timeline.py          the simulator
+    bounds.py            how fast any schedule could be
+    activations.py       the memory of activations
+    memory_curve.py      that memory over time
+    memory_limit.py      whether it stays within a limit
+    chunk_times.py       times by chunks and links
+    metrics.py           all figures in one place
+    balance.py           where to cut the layers
+    choose.py            which schedule a name stands for, once times are known
+
+How it runs:
+    lowering.py          each rank's program, communication included
+    deadlock.py          the checker of such programs
+    vector_clocks.py     what each pass depends on, through all ranks
+    synchronization.py   a synchronized device can't hang them
+    communicators.py     which channels share a communicator
+    request.py           a request to a planner in a process of its own
+    worker.py            that process
+
+How it looks:
+    drawing.py           as text
+    pictures.py          as the papers' figures
+"""

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from ds_vshape.schedule.lowering import Channel, channels
 from ds_vshape.schedule.placement import Placement
 
-
 # The most blocks (CTAs, each on one streaming multiprocessor) that a communicator of messages gets from NCCL.
 MAX_CTAS = 4
 

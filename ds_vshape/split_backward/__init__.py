@@ -12,20 +12,22 @@
     autocast.py     W under the autocast that B found
     operators.py    the tables of operators, and why norms aren't in the default one
     mode.py         SplitForward and SplitBackward, the modes that reroute the operators of a table
+    tensor_parallel.py   the sum of an input gradient over tensor parallel ranks, concurrently with W
+    kernels/        Triton kernels
 """
 
 from ds_vshape.split_backward.function import Operator, Operators, SplitFunction
 from ds_vshape.split_backward.mode import SplitBackward, SplitForward, active_store
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 from ds_vshape.split_backward.operators import ALL_OPERATORS, MATRIX_OPERATORS
-from ds_vshape.split_backward.store import Delivery, Entry, WeightGradientStore, WholeGradients
+from ds_vshape.split_backward.store import Entry, GradientAccumulator, WeightGradientStore, WholeGradients
 from ds_vshape.split_backward.weights import any_of_script, is_deferrable, may_defer, never_defer
 
 __all__ = [
     "ALL_OPERATORS",
     "MATRIX_OPERATORS",
     "NORM_OPERATORS",
-    "Delivery",
+    "GradientAccumulator",
     "Entry",
     "Operator",
     "Operators",

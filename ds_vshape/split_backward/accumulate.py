@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_vshape.kernels import product_into_wider_sum
+from ds_vshape.split_backward.kernels import product_into_wider_sum
 
 
 def add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> bool:

@@ -21,7 +21,6 @@ from ds_vshape.split_backward.function import Operators, SplitFunction
 from ds_vshape.split_backward.store import Buffers, WeightGradientStore
 from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias, is_transposed_weight
 
-
 # As they are now: DeepSpeed's flops profiler wraps the names in torch for a while, and has counted the call that led
 # here already.
 _mm, _addmm, _bmm = torch.mm, torch.addmm, torch.bmm

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Buffers = tuple[Tensor | None, ...]
 
 
-class Delivery(Protocol):
+class GradientAccumulator(Protocol):
     """Where the gradients of a batch add up, for each parameter."""
 
     def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
@@ -84,7 +84,7 @@ class Entry:
                 if isinstance(tensor, Tensor):
                     yield tensor
 
-    def weight_gradients(self, delivery: Delivery) -> tuple[Tensor | None, ...]:
+    def weight_gradients(self, delivery: GradientAccumulator) -> tuple[Tensor | None, ...]:
         """The gradient of each target, in a memory layout that may be kept as `parameter.grad`; None where it has been
         added to the delivery's buffer."""
         self.check_unmodified()
@@ -179,13 +179,13 @@ class WeightGradientStore:
         finally:
             self.deferring = before
 
-    def run(self, delivery: Delivery) -> None:
+    def run(self, delivery: GradientAccumulator) -> None:
         """W: compute every gradient and hand it to `delivery`, freeing each entry as it's done."""
         while self._entries:
             self.run_next(delivery)
         self.deferring = False
 
-    def run_piece(self, piece: int, pieces: int, delivery: Delivery) -> None:
+    def run_piece(self, piece: int, pieces: int, delivery: GradientAccumulator) -> None:
         """Piece `piece` (from 0, in turn) of W cut into `pieces`: about equal shares of the weights, entry by entry, so
         that a stage of like layers is cut between layers. The sums are those of `run`."""
         if piece == 0:
@@ -197,7 +197,7 @@ class WeightGradientStore:
         if piece == pieces - 1:
             self.deferring = False
 
-    def run_next(self, delivery: Delivery) -> None:
+    def run_next(self, delivery: GradientAccumulator) -> None:
         """One entry of W; IndexError if none waits.
 
         `delivery.add` is called at the last of a parameter's uses, with the sum of all that found no buffer.
@@ -209,11 +209,11 @@ class WeightGradientStore:
                 if target is not None:
                     self._finish_use(target, gradient, delivery)
 
-    def _take(self, delivery: Delivery) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
+    def _take(self, delivery: GradientAccumulator) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
         entry = self._entries.popleft()
         return entry.targets, entry.weight_gradients(delivery)
 
-    def _finish_use(self, target: Target, gradient: Tensor | None, delivery: Delivery) -> None:
+    def _finish_use(self, target: Target, gradient: Tensor | None, delivery: GradientAccumulator) -> None:
         total = self._partial_sums.pop(target, None)
         if total is None:
             total = gradient

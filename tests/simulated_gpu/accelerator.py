@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from simulated_gpu.communicator import BACKEND
 from simulated_gpu import device
+from simulated_gpu.communicator import BACKEND
 from simulated_gpu.device import DEVICE, DEVICE_OF_RANK
 
 

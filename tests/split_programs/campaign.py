@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-
 from split_programs.program import Program
 from split_programs.run import Invalid, check
 from split_programs.strategies import programs

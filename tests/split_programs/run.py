@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from split_programs.program import BATCH, SEQUENCE, WIDTH, Pass, Program
+from split_programs.steps import Stage
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ds_vshape.gradients import InGrad
-from ds_vshape.split_backward import (ALL_OPERATORS, MATRIX_OPERATORS, Delivery, Operators, SplitBackward,
+from ds_vshape.runtime.gradients import InGrad
+from ds_vshape.split_backward import (ALL_OPERATORS, MATRIX_OPERATORS, GradientAccumulator, Operators, SplitBackward,
                                       SplitForward, WeightGradientStore, WholeGradients)
-from split_programs.program import BATCH, SEQUENCE, WIDTH, Pass, Program
-from split_programs.steps import Stage
 
 # How far a gradient may be off where orders differ, of the length of the gradient and one.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
@@ -154,7 +154,7 @@ class _Recorded:
     """`InGrad`, with a note of what it was given."""
 
     def __init__(self, fused: bool, name: Any, delivered: set[str]) -> None:
-        self._place: Delivery = InGrad() if fused else WholeGradients(InGrad().add)
+        self._place: GradientAccumulator = InGrad() if fused else WholeGradients(InGrad().add)
         self._name, self._delivered = name, delivered
 
     def add(self, parameter: nn.Parameter, gradient: Tensor, /) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from split_programs.program import BATCH, FROZEN, ROWS, WIDTH, Program, Step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_vshape.split_backward import SplitFunction
-from split_programs.program import BATCH, FROZEN, ROWS, WIDTH, Program, Step
 
 VOCABULARY = 5
 SHAPES = {"matrix": (WIDTH, WIDTH), "wide": (2 * WIDTH, WIDTH), "vector": (WIDTH,), "table": (VOCABULARY, WIDTH),

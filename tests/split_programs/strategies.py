@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-
 from split_programs.program import Program, Step
 from split_programs.steps import HOLDERS, LEAVES
 

@@ -1,7 +1,7 @@
 """The loop of annealing: a pass of a critical path moves, and what comes after it is timed again.
 
 Most of an order stays as it is, so only what follows the first change is timed; and where the rest of the batch is
-known to be too long, not even that. `squeeze` times orders as a whole.
+known to be too long, not even that. `left_shift` times orders as a whole.
 """
 
 from __future__ import annotations
@@ -397,7 +397,7 @@ def _replay_all(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Ti
 
 
 @jit
-def squeeze(layout: Layout, orders: Ints) -> Floats:
+def left_shift(layout: Layout, orders: Ints) -> Floats:
     """When passes start [rank, place], as early as `orders` allow; empty if ranks wait for each other."""
     ranks, length = orders.shape
     numbers = _numbers(orders, np.zeros(6, np.int64))

@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, W0, ListScheduler, Policy, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, W0, ListScheduler, Policy, TargetStarts
 from ds_vshape.schedule.adaptive.problem import Problem
 
 # 0 waits for the most urgent pass however long that takes; with the greatest, no rank waits while it has work.
@@ -146,7 +146,7 @@ def place(stage: int, ranks: int) -> tuple[int, int]:
     return (stage, 0) if stage < ranks else (2 * ranks - 1 - stage, 1)
 
 
-def repeat(offsets: NDArray[np.float64], interval: float, micro_batches: int, pieces: int = 1) -> Wishes:
+def repeat(offsets: NDArray[np.float64], interval: float, micro_batches: int, pieces: int = 1) -> TargetStarts:
     """The block's starts [rank, stream] for all micro-batches, W in `pieces` that all wish the same."""
     lines = offsets[:, :, None] + interval * np.arange(micro_batches)
     return np.repeat(lines[..., None], pieces, axis=-1)

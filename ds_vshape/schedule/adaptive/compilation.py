@@ -22,7 +22,7 @@ from ds_vshape.schedule.timeline import Times
 
 def is_done() -> bool:
     """Whether all loops are there, in this process or on disk."""
-    return not COMPILED or all(map(_is_compiled, (filling.fill, annealing.squeeze, annealing.anneal,
+    return not COMPILED or all(map(_is_compiled, (filling.fill, annealing.left_shift, annealing.anneal,
                                                cycle_annealing.anneal_cycle)))
 
 
@@ -42,7 +42,7 @@ def compile_loops() -> None:
     scheduler = ListScheduler(Problem(2, 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
     run = scheduler.run(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
     assert run is not None
-    scheduler.squeeze(run.orders, run.policy)
+    scheduler.left_shift(run.orders, run.policy)
     annealing.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)
     period, leads = np.array([[F0, F1, B1, B0, W1, W0]] * 2), np.zeros((2, 6), np.int64)
     cycle_annealing.anneal_cycle(scheduler.layouts(1), 1, period, leads, period.copy(), leads.copy(), 1.0, 1, 1.0, 0.0,

@@ -12,18 +12,18 @@ from ds_vshape.schedule.adaptive.list_scheduler import B0, W0, ListScheduler, Ru
 from ds_vshape.schedule.adaptive.problem import SLACK
 
 
-def hurried(run: Run, scheduler: ListScheduler) -> Run:
+def reschedule_cooldown(run: Run, scheduler: ListScheduler) -> Run:
     """`run` with its cool-down in haste, or as it is if that is better."""
     if scheduler.fused:
         return run
     firsts = [int(np.flatnonzero(order < B0)[-1]) + 1 for order in run.orders]
     backwards_first = [np.concatenate([order[:first], (tail := order[first:])[tail < W0], tail[tail >= W0]])
                        for order, first in zip(run.orders, firsts)]
-    fastest = scheduler.squeeze(np.array(backwards_first), run.policy)
+    fastest = scheduler.left_shift(np.array(backwards_first), run.policy)
     if fastest is None:
         return run
     filled = [_filled(rank, first, fastest, scheduler) for rank, first in enumerate(firsts)]
-    improved = scheduler.squeeze(np.array(filled), run.policy)
+    improved = scheduler.left_shift(np.array(filled), run.policy)
     return improved if improved is not None and improved.makespan < run.makespan else run
 
 

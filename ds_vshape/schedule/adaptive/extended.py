@@ -2,7 +2,7 @@
 
 With more micro-batches than fill the pipeline, warm-up and cool-down stay the same and a pattern of one or a few
 micro-batches repeats between them. Searching with fewer micro-batches is faster, and finds the same ramps. What repeats
-is taken over as it is (`lengthened`), or as wishes for the list scheduler (`extended`).
+is taken over as it is (`lengthened`), or as target starts for the list scheduler (`extended`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, Run, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, Run, TargetStarts
 from ds_vshape.schedule.adaptive.problem import Problem
 
 # Patterns of so many micro-batches all fit into that many.
@@ -30,7 +30,7 @@ def fewer_micro_batches(problem: Problem) -> Problem | None:
     return replace(problem, micro_batches=problem.micro_batches - left_out) if left_out > 0 else None
 
 
-def extended(run: Run, micro_batches: int) -> Iterator[Wishes]:
+def extended(run: Run, micro_batches: int) -> Iterator[TargetStarts]:
     """Starts for so many micro-batches that repeat a part of `run`, which has fewer."""
     fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
@@ -39,7 +39,7 @@ def extended(run: Run, micro_batches: int) -> Iterator[Wishes]:
                 yield _repeated(run.starts, at, period, micro_batches - fewer)
 
 
-def _repeated(starts: Wishes, at: int, period: int, more: int) -> Wishes:
+def _repeated(starts: TargetStarts, at: int, period: int, more: int) -> TargetStarts:
     """`starts` with the `period` micro-batches before number `at` repeated until there are `more`."""
     interval = starts[0, B0, at, 0] - starts[0, B0, at - period, 0]
     number = np.arange(more)

@@ -11,11 +11,11 @@ _NEVER = float("inf")
 
 
 @jit
-def fill(layout: Layout, wishes: Floats, patience: float, eagerness: float, first_room: Floats, cutoff: float,
+def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: float, first_room: Floats, cutoff: float,
          starts: Floats, orders: Ints) -> tuple[float, float]:
     """Run a policy; the makespan, and the sum of the starts of all F and B. Both are infinite above `cutoff`.
 
-    `wishes` and `starts` are [rank, stream, micro-batch, piece], where F and B have piece 0 alone; `orders` are
+    `target_starts` and `starts` are [rank, stream, micro-batch, piece], where F and B have piece 0 alone; `orders` are
     streams [rank, place]. `first_room` is how full a rank may be after a forward of chunk 0.
     """
     batch, pieces, ranks = layout.batch, layout.pieces, len(layout.limits)
@@ -47,7 +47,7 @@ def fill(layout: Layout, wishes: Floats, patience: float, eagerness: float, firs
             if stream == 0 and alive[rank, 0] + taken[rank, 0] > first_room[rank]:
                 continue
             start = arrivals[rank, stream, number]
-            urgency = wishes[rank, stream, number, 0] + patience * max(0.0, start - now)
+            urgency = target_starts[rank, stream, number, 0] + patience * max(0.0, start - now)
             if urgency < best:
                 best, pick, at = urgency, stream, start
         if not layout.fused:
@@ -56,7 +56,7 @@ def fill(layout: Layout, wishes: Floats, patience: float, eagerness: float, firs
             for stream in range(4, 6):
                 number = counts[rank, stream]
                 if number < counts[rank, stream - 2] * pieces:
-                    urgency = wishes[rank, stream, number // pieces, number % pieces]
+                    urgency = target_starts[rank, stream, number // pieces, number % pieces]
                     fits = layout.durations[rank, stream] <= wait and urgency < filler
                     if urgency < best or fits:
                         best, pick, at = urgency, stream, now

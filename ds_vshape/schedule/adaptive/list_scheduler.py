@@ -1,8 +1,8 @@
 """A list scheduler that knows times and memory: from a rule of priority to the orders of all ranks.
 
 Every rank, whenever it is free, looks at the next pass of each of its six streams (F, B, W of two chunks; a stream goes
-in micro-batch order) and runs the most urgent one: that which wishes to start first. Where a pass will be ready soon,
-for its input is on the way, waiting for it may be better than running a less urgent one.
+in micro-batch order) and runs the most urgent one: that with the earliest target start. Where a pass will be ready
+soon, since its input is on the way, waiting for it may be better than running a less urgent one.
 
 Memory never blocks the batch: a forward starts only within the rank's limit, and forwards of the first chunk leave
 room for one of the second (`reserve` or more), so the oldest micro-batch can always reach the last stage; from there on
@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.annealing import squeeze
+from ds_vshape.schedule.adaptive.annealing import left_shift
 from ds_vshape.schedule.adaptive.filling import fill
 from ds_vshape.schedule.adaptive.layout import Layout
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
@@ -31,20 +31,20 @@ from ds_vshape.schedule.schedule import Order, Schedule
 F0, F1, B0, B1, W0, W1 = range(6)
 KINDS = (Kind.F, Kind.F, Kind.B, Kind.B, Kind.W, Kind.W)
 # [rank, stream, micro-batch, piece of W]; F and B have piece 0 alone, what stands at the others means nothing.
-Wishes: TypeAlias = NDArray[np.float64]
+TargetStarts: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Policy:
     """Who comes first.
 
-    `wishes` say when each pass would ideally start. `patience`: a pass that becomes ready d from now competes as if its
-    ideal start were `patience * d` later. `reserves[r]` is the memory of rank r that forwards of chunk 0 leave free.
-    `eagerness`: how long before its ideal start a pass may run; with 0, and with wishes that are the starts of some
-    schedule, that schedule comes out again.
+    `target_starts` say when each pass would ideally start. `patience`: a pass that becomes ready d from now competes as
+    if its target start were `patience * d` later. `reserves[r]` is the memory of rank r that forwards of chunk 0 leave
+    free. `eagerness`: how long before its target start a pass may run; with 0, and the starts of some schedule as
+    target starts, that schedule comes out again.
     """
 
-    wishes: Wishes
+    target_starts: TargetStarts
     patience: float
     reserves: NDArray[np.float64]
     eagerness: float = float("inf")
@@ -52,21 +52,21 @@ class Policy:
     @property
     def pieces(self) -> int:
         """In how many W runs."""
-        return int(self.wishes.shape[-1])
+        return int(self.target_starts.shape[-1])
 
 
 @dataclass(frozen=True)
 class Run:
     """What came of a policy: each rank's streams in order [rank, place], and when the passes started.
 
-    `starts` has the form of a policy's wishes; `waiting` is the sum of the starts of all F and B, by which runs of
-    equal makespan are told apart.
+    `starts` has the form of a policy's target starts; `waiting` is the sum of the starts of all F and B, which tells
+    runs of equal makespan apart.
     """
 
     makespan: float
     waiting: float
     orders: NDArray[np.int64]
-    starts: Wishes
+    starts: TargetStarts
     policy: Policy
 
 
@@ -129,18 +129,18 @@ class ListScheduler:
     def run(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """What `policy` comes to; None if the makespan would be above `cutoff`."""
         layout = self.layouts(policy.pieces)
-        starts = np.zeros(policy.wishes.shape)
+        starts = np.zeros(policy.target_starts.shape)
         orders = np.zeros((self.problem.ranks, layout.batch * (4 if self.fused else 4 + 2 * policy.pieces)), np.int64)
-        makespan, waiting = fill(layout, np.ascontiguousarray(policy.wishes), policy.patience, policy.eagerness,
+        makespan, waiting = fill(layout, np.ascontiguousarray(policy.target_starts), policy.patience, policy.eagerness,
                                  layout.limits - policy.reserves, cutoff, starts, orders)
         return Run(makespan, waiting, orders, starts, policy) if makespan < float("inf") else None
 
-    def squeeze(self, orders: NDArray[np.int64], policy: Policy) -> Run | None:
+    def left_shift(self, orders: NDArray[np.int64], policy: Policy) -> Run | None:
         """Every pass as early as `orders` allow; None if they wait for each other or exceed a limit."""
         layout = self.layouts(policy.pieces)
         changes = np.concatenate([layout.taken, -layout.freed, -layout.kept], axis=1)
-        starts = np.zeros(policy.wishes.shape)
-        begun = squeeze(layout, orders)
+        starts = np.zeros(policy.target_starts.shape)
+        begun = left_shift(layout, orders)
         if not len(begun):
             return None
         for rank, order in enumerate(orders):

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
-from ds_vshape.schedule.adaptive.cool_down import hurried
+from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches, lengthened
-from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, Wishes
+from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, TargetStarts
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
@@ -130,7 +130,7 @@ class Search:
                 self._try_block(block)
 
     def imitate(self, schedule: Schedule) -> None:
-        """Keep `schedule`, and try its starts as wishes."""
+        """Keep `schedule`, and try its starts as target starts."""
         orders = self.scheduler.orders_of(schedule)
         run = self._run_of(orders) if orders is not None else None
         if run is None or any(work.kind is Kind.BW for _, work in schedule.passes()):
@@ -210,7 +210,7 @@ class Search:
         found = [self.scheduler.run(block.policy(self.scheduler)) for population in self.populations.values()
                  for _, block in population]
         runs = {run.makespan: run for run in (*found, *self.repeated, *self.bests.values()) if run is not None}
-        racers = [hurried(runs[makespan], self.scheduler) for makespan in sorted(runs)[:_RACERS]]
+        racers = [reschedule_cooldown(runs[makespan], self.scheduler) for makespan in sorted(runs)[:_RACERS]]
         heats = max(1, ceil(log2(len(racers))))
         length = self.left() * _RACE / heats
         while len(racers) > 1 and not self.done:
@@ -281,24 +281,28 @@ class Search:
                     self._keep(found)
 
     def _extend(self, run: Run) -> None:
-        """Try what `run`, of fewer micro-batches, repeats, with its starts as wishes."""
+        """Try what `run`, of fewer micro-batches, repeats, with its starts as target starts."""
         for starts in extended(run, self.problem.micro_batches):
-            for policy in self._wishing(starts, (0.1, 0.5, 2.0), (0.0, 1.0)):
+            for policy in self._targeting(starts, (0.1, 0.5, 2.0), (0.0, 1.0)):
                 like = None if self.done else self._try_policy(policy)
                 if like is not None:
-                    self._keep(hurried(like, self.scheduler))
+                    self._keep(reschedule_cooldown(like, self.scheduler))
 
     def _imitate(self, run: Run, until: float) -> list[Run]:
-        """`run`, and runs that have its starts as wishes, while more than `until` of the time is left; all kept."""
+        """`run`, and runs with its starts as target starts, while more than `until` of the time is left; all kept."""
         runs = [run]
-        for policy in self._wishing(run.starts, (0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
+        for policy in self._targeting(run.starts, (0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
             if self.left() > until:
                 like = self._try_policy(policy)
                 runs += [like] if like is not None else []
         return runs
 
-    def _wishing(self, starts: Wishes, eagernesses: Iterable[float], patiences: Iterable[float]) -> Iterator[Policy]:
-        """Policies that wish for `starts`, from the least eager on; eagerness in units of the slowest rank's work."""
+    def _targeting(self, starts: TargetStarts, eagernesses: Iterable[float],
+                   patiences: Iterable[float]) -> Iterator[Policy]:
+        """Policies with the target starts `starts`, from the least eager on.
+
+        Eagerness is in units of the slowest rank's work.
+        """
         for eagerness, patience in product(eagernesses, patiences):
             yield Policy(starts, patience, self.scheduler.least_reserves, eagerness * self.scheduler.work)
 
@@ -306,8 +310,8 @@ class Search:
         """The run of `orders`, its cool-down in haste; None if they exceed a limit."""
         policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, pieces)), 0.0,
                         self.scheduler.least_reserves)
-        run = self.scheduler.squeeze(orders, policy)
-        return hurried(run, self.scheduler) if run is not None else None
+        run = self.scheduler.left_shift(orders, policy)
+        return reschedule_cooldown(run, self.scheduler) if run is not None else None
 
     def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
         """Run `policy`, and keep it if it's good."""
@@ -366,13 +370,13 @@ class Search:
             temperature = self.scheduler.work * hot * (_COLD / hot) ** ((began - left) / length)
             best = anneal(layout, orders, best_orders, best, tries, temperature, self.goal, self.random.getrandbits(31))
             left = self.left()
-        improved = self.scheduler.squeeze(best_orders, run.policy) or run
+        improved = self.scheduler.left_shift(best_orders, run.policy) or run
         self._keep(improved)
         return improved
 
 
 def _finer(run: Run) -> Run:
     """The same with each piece of W cut into two."""
-    wishes, starts = (np.repeat(values, 2, axis=-1) for values in (run.policy.wishes, run.starts))
+    target_starts, starts = (np.repeat(values, 2, axis=-1) for values in (run.policy.target_starts, run.starts))
     orders = np.array([np.repeat(row, np.where(row >= W0, 2, 1)) for row in run.orders])
-    return replace(run, orders=orders, starts=starts, policy=replace(run.policy, wishes=wishes))
+    return replace(run, orders=orders, starts=starts, policy=replace(run.policy, target_starts=target_starts))

@@ -1,0 +1,324 @@
+"""Checkpoints: whole or not at all, the same on all ranks, for one placement, and nothing in them is executed.
+
+DeepSpeed (save_checkpoint and load_checkpoint in runtime/engine.py) has ranks wait for each other in between: where
+folders are made and when all is written; where tied weights are synchronized and where a universal checkpoint's
+weights are gathered. A rank that fails before leaves the others there. So errors are kept until all ranks have come,
+and before anything is waited for all of them agree to go on.
+
+Of DeepSpeedEngine's private parts this overrides _save_checkpoint, _save_moe_checkpoint, _save_zero_checkpoint,
+_copy_recovery_script, _load_checkpoint, _load_zero_checkpoint and _get_all_zero_checkpoints, and it puts another
+checkpoint_engine in its place for a while.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pickle import UnpicklingError
+from typing import Any
+
+from deepspeed.runtime.pipe import engine as stock
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
+
+from ds_vshape.checkpoint.commit import (LATEST, LATEST_UNIVERSAL, Draft, latest, name_latest, new_id, not_found,
+                                         resolve_tag)
+from ds_vshape.checkpoint.errors import CheckpointError, in_one_line, missing
+from ds_vshape.checkpoint.files import Reading, Writing
+from ds_vshape.checkpoint.layout import Layout, check_layout, save_layout
+from ds_vshape.checkpoint.tags import check_tag
+from ds_vshape.checkpoint.training_state import TrainingState
+from ds_vshape.checkpoint.universal import check_universal, damaged, parameter_groups
+from ds_vshape.checkpoint.weights_only import weights_only
+from ds_vshape.comm.channels import PeerLost
+from ds_vshape.health.failures import Agreement
+from ds_vshape.health.meeting import Meeting
+from ds_vshape.health.watch import Watch, in_phase
+
+_CHECKPOINT = "checkpoint"
+# What DeepSpeed copies into the save_dir for a checkpoint with ZeRO.
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+_SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
+
+
+class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
+    """DeepSpeed's engine with checkpoints of ours; files and their contents are DeepSpeed's."""
+
+    _agreement: Agreement
+    _watch: Watch
+    checkpoint_engine: Any
+    # Why this rank couldn't write its part of the checkpoint that is being saved.
+    _unsaved: Exception | None = None
+    # The tag under which it's written.
+    _written: str
+    # While a checkpoint is loaded.
+    _loading: Meeting | None = None
+    _reading: Reading
+
+    @in_phase
+    def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
+                        save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
+        """Save the training's state, as DeepSpeed's `save_checkpoint`; to be called on every rank.
+
+        Whenever a rank dies or fails, the checkpoint before stays what is loaded. An error on one rank is raised on all
+        (where it happened the error itself, elsewhere PipelineError with its text), and training can go on. Raises
+        CheckpointError for a tag that can't name a folder, and PreflightError if ranks call it with other arguments.
+        """
+        client_state = {} if client_state is None else client_state
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        # Hosts may keep their own folders under other names.
+        place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
+        self.module.preflight.compare(lambda: {
+            "save_dir": place and str(place), "tag": tag, "save_latest": bool(save_latest),
+            "exclude_frozen_parameters": bool(exclude_frozen_parameters)})
+        if not save_dir:
+            return bool(super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters))
+        check_tag(tag, (LATEST, LATEST_UNIVERSAL) if save_latest else ())
+        if self.checkpoint_engine.is_decoupled():
+            # It writes in the background, and has its own way to say when all is there.
+            self._on_keepers(partial(self._keep_layout, save_dir, tag))
+            self._reach(self._write(save_dir, tag, client_state, save_latest, exclude_frozen_parameters))
+            return True
+        draft = Draft(str(save_dir), tag, self.module.preflight.gather({"id": new_id()})[0]["id"])
+        try:
+            self._on_keepers(draft.start)
+            self._on_keepers(partial(self._keep_layout, save_dir, draft.name))
+            error = self._write(save_dir, draft.name, client_state, False, exclude_frozen_parameters)
+            self._on_keepers(draft.check)
+            self._reach(error)
+            self._on_keepers(draft.commit)
+            if save_latest:
+                self._agreement.run(partial(self._name_latest, str(save_dir), tag), _SAVE)
+        except PeerLost:
+            raise
+        except Exception:
+            if self._keeps_folders():
+                draft.discard()
+            raise
+        if self._keeps_folders():
+            draft.forget_replaced()
+        return True
+
+    def _keeps_folders(self) -> bool:
+        return bool((self.local_rank if self.use_node_local_storage() else self.global_rank) == 0)
+
+    def _on_keepers(self, work: Callable[[], None]) -> None:
+        """Do `work` on the ranks that keep the folders; collective, and an error is raised on all ranks."""
+        self._agreement.run(work if self._keeps_folders() else lambda: None, _SAVE)
+
+    def _keep_layout(self, save_dir: str, tag: str) -> None:
+        folder = os.path.join(save_dir, tag)
+        os.makedirs(folder, exist_ok=True)
+        save_layout(folder, Layout.of(self.module), self.global_rank)
+
+    def _name_latest(self, save_dir: str, tag: str) -> None:
+        if self.global_rank == 0:
+            name_latest(save_dir, tag)
+
+    def _reach(self, error: Exception | None) -> None:
+        self._agreement.reach(None if error is None else self._agreement.failure(error, _SAVE), _CHECKPOINT)
+
+    def _write(self, save_dir: str, tag: str, *args: Any) -> Exception | None:
+        """DeepSpeed's save, whose end all ranks reach; returns the error of this rank's part, or None."""
+        writing = Writing(self.checkpoint_engine)
+        self.checkpoint_engine, self._unsaved, self._written = writing, None, tag
+        try:
+            super().save_checkpoint(save_dir, tag, *args)
+        except Exception as error:
+            self._unsaved = self._unsaved or error
+        finally:
+            self.checkpoint_engine = writing.engine
+        return writing.error or self._unsaved
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt_to_save(partial(super()._save_checkpoint, *args, **kwargs))
+
+    def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt_to_save(partial(super()._save_moe_checkpoint, *args, **kwargs))
+
+    def _save_zero_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt_to_save(partial(super()._save_zero_checkpoint, *args, **kwargs))
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        # Copied in place, one that is there already would be cut where the disk is full.
+        folder = os.path.join(save_path, self._written)
+        super()._copy_recovery_script(folder)
+        for script in _SCRIPTS:
+            os.replace(os.path.join(folder, script), os.path.join(save_path, script))
+
+    def _attempt_to_save(self, save: Callable[[], None]) -> None:
+        """The others wait for this rank at the end of their part, so an error of it is kept until then."""
+        try:
+            save()
+        except Exception as error:
+            self._unsaved = self._unsaved or error
+
+    @in_phase
+    def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
+                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+                        load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:
+        """Load a training's state, as DeepSpeed's `load_checkpoint`; to be called on every rank.
+
+        All ranks load the checkpoint that rank 0 finds. An error on one rank is raised on all, as CheckpointError, and
+        the training's state is then what it was before on all of them. Among the errors are files that are missing, cut
+        or of another model, optimizer states of another placement, and files that hold what could be executed.
+        """
+        options = {"load_module_strict": load_module_strict, "load_optimizer_states": load_optimizer_states,
+                   "load_lr_scheduler_states": load_lr_scheduler_states, "load_module_only": load_module_only}
+        try:
+            found = self._find_checkpoint(load_dir, tag, options)
+            if found is None:
+                logger.warning(f"there is no file {os.path.join(load_dir, LATEST)}, so no checkpoint is loaded: save "
+                               "one, or name it by its tag")
+                return None, None
+            # What all ranks see before one reads, and still see when all have read, is one checkpoint.
+            folder = os.path.join(load_dir, found)
+            self._reading = Reading(self.checkpoint_engine, folder)
+            with Meeting(self._agreement, _LOAD, self._explained):
+                kept, seen = TrainingState(self), os.stat(folder).st_ino
+            try:
+                return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn}, seen)
+            except BaseException:
+                kept.restore()
+                raise
+        except (CheckpointError, PeerLost):
+            raise
+        except PipelineError as error:
+            # Scripts that catch an error must catch it on all ranks.
+            raise CheckpointError(str(error)) from error
+
+    def _find_checkpoint(self, load_dir: str, tag: Any, options: dict[str, Any]) -> str | None:
+        """The tag under which all ranks find the checkpoint to load; None if none is asked for and there is none."""
+        file = LATEST_UNIVERSAL if self.load_universal_checkpoint() else LATEST
+        asked = None if tag is None else str(tag)
+        self.module.preflight.compare(lambda: {"tag": asked, **{name: bool(on) for name, on in options.items()}})
+        named = self._agreement.run(lambda: latest(load_dir, file) if asked is None else asked, _LOAD)
+        every = [facts["tag"] for facts in self.module.preflight.gather({"tag": named})]
+        first: str | None = every[0]
+        if first is None:
+            if self.load_universal_checkpoint() or any(every):
+                raise CheckpointError(f"rank 0 finds no file {os.path.join(load_dir, file)}" + "".join(
+                    f"; on rank {rank} it names {other!r}" for rank, other in enumerate(every) if other is not None))
+            return None
+        places: list[list[str]] = [
+            facts["places"] for facts in self.module.preflight.gather({"places": resolve_tag(load_dir, first)})]
+        lacking = [rank for rank, found in enumerate(places) if not found]
+        if lacking:
+            raise not_found(load_dir, first, lacking if len(lacking) < len(places) else ())
+        for place in places[0]:
+            if all(place in found for found in places):
+                return place
+        raise CheckpointError(f"not all ranks find the checkpoint {first!r} under one name: " + "; ".join(
+            f"{' and '.join(found)} on rank {rank}" for rank, found in enumerate(places)))
+
+    def _load(self, load_dir: str, tag: str, options: dict[str, Any], seen: int) -> tuple[Any, Any]:
+        folder = self._reading.path
+        self.checkpoint_engine = self._reading
+        self._loading = Meeting(self._agreement, _LOAD, self._explained)
+        try:
+            with self._loading, weights_only():
+                path, client_state = super().load_checkpoint(load_dir, tag, **options)
+                if not os.path.isdir(folder) or os.stat(folder).st_ino != seen:
+                    raise CheckpointError(f"{folder} was replaced while it was loaded: load it again when no job saves")
+            # Where ranks have folders of their own, one may be older.
+            steps = client_state.get("global_steps", self.global_steps)
+            self.module.preflight.compare(lambda: {f"global_steps of {tag}": steps})
+        finally:
+            self.checkpoint_engine, self._loading = self._reading.engine, None
+        return path, client_state
+
+    def _explained(self, error: Exception) -> Exception:
+        """What is raised for an error while a checkpoint is loaded."""
+        if isinstance(error, CheckpointError):
+            return error
+        return CheckpointError(f"{self._reading.path} can't be loaded: {in_one_line(error)}")
+
+    def _load_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True,
+                         load_module_only: bool = False, **kwargs: Any) -> Any:
+        if load_optimizer_states and not load_module_only and not self.load_universal_checkpoint():
+            check_layout(os.path.join(load_dir, tag), Layout.of(self.module))
+        try:
+            return super()._load_checkpoint(load_dir, tag, load_optimizer_states=load_optimizer_states,
+                                            load_module_only=load_module_only, **kwargs)
+        except AssertionError as error:
+            absent = self._missing_state(load_dir, tag)
+            if absent is None:
+                raise
+            raise absent from error
+
+    def _missing_state(self, load_dir: str, tag: str) -> CheckpointError | None:
+        """The error for a file of the ranks' states that isn't there: DeepSpeed only counts them."""
+        for number in range(self.mp_world_size):
+            path = self._get_ckpt_name(load_dir, tag, mp_placeholder=f"{number:02d}")
+            if not os.path.exists(path):
+                return missing(path)
+        return None
+
+    def load_module_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeed's; ranks agree before they synchronize tied weights."""
+        if self._loading is None:
+            super().load_module_state_dict(*args, **kwargs)
+            return
+        module, state_file = self.module, self._reading.path
+        with _without_ties(module):
+            try:
+                super().load_module_state_dict(*args, **kwargs)
+            except AssertionError as error:
+                absent = self._missing_layer()
+                if absent is None:
+                    raise
+                raise absent from error
+        self._reading.path = state_file
+        self._meet()
+        module._synchronize_tied_weights()
+
+    def _missing_layer(self) -> CheckpointError | None:
+        """The error for a layer's file that isn't there, which DeepSpeed doesn't name."""
+        folder = self._curr_ckpt_path
+        for number, layer in enumerate(self.module.forward_funcs):
+            if hasattr(layer, "load_state_dict") and not self.module.ckpt_layer_path_list(folder, number):
+                return missing(self.module.ckpt_layer_path(folder, number))
+        return None
+
+    def _get_all_zero_checkpoints(self, load_dir: str, tag: str) -> Any:
+        states = super()._get_all_zero_checkpoints(load_dir, tag)
+        # The optimizer may exchange them with other replicas, where parameters were aligned otherwise.
+        self._meet()
+        return states
+
+    def _load_zero_checkpoint(self, load_dir: str, tag: str, **kwargs: Any) -> Any:
+        if self.load_universal_checkpoint():
+            loaded = self._load_universal(load_dir, tag, **kwargs)
+        else:
+            loaded = super()._load_zero_checkpoint(load_dir, tag, **kwargs)
+        # The weights of a universal checkpoint are gathered from other replicas.
+        self._meet()
+        return loaded
+
+    def _load_universal(self, load_dir: str, tag: str, **kwargs: Any) -> Any:
+        self._reading.path = folder = os.path.join(load_dir, tag)
+        groups = parameter_groups(self.optimizer, self.param_names)
+        check_universal(folder, groups)
+        try:
+            return super()._load_zero_checkpoint(load_dir, tag, **kwargs)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            culprit = damaged(folder, groups)
+            if culprit is None:
+                raise
+            raise culprit from error
+
+    def _meet(self) -> None:
+        if self._loading is not None:
+            self._loading.meet()
+
+
+@contextmanager
+def _without_ties(module: Any) -> Iterator[None]:
+    """Meanwhile no weight of `module` counts as tied to another rank's."""
+    ties, module.tied_comms = module.tied_comms, {}
+    try:
+        yield
+    finally:
+        module.tied_comms = ties

@@ -1,0 +1,81 @@
+"""Wraps DeepSpeed's checkpoint engines while a checkpoint is saved or loaded, so that their errors name the file.
+
+A checkpoint engine (runtime/checkpoint_engine/) is what reads and writes files for DeepSpeed; users have their own.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from ds_vshape.checkpoint.errors import CheckpointError, unreadable, unwritable
+from ds_vshape.checkpoint.weights_only import refusal
+
+
+class _Wrapped:
+    """A checkpoint engine of which some methods are replaced."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+class Reading(_Wrapped):
+    """Raises CheckpointError for a file that can't be read; `path` is the file that was read last."""
+
+    def __init__(self, engine: Any, path: str) -> None:
+        super().__init__(engine)
+        # Errors of what is done with the content are about this file, or folder.
+        self.path = path
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """As the engine's."""
+        self.path = path
+        try:
+            return self.engine.load(path, *args, **kwargs)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise refusal(path, error) or unreadable(path, error) from error
+
+
+class Writing(_Wrapped):
+    """Raises errors that name the file which couldn't be written.
+
+    Errors of methods after which DeepSpeed has other ranks wait for this one are kept in `error` instead, and nothing
+    is tried after the first.
+    """
+
+    error: Exception | None = None
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        """As the engine's."""
+        if self.error is not None:
+            raise self.error
+        try:
+            return self.engine.save(state_dict, path)
+        except Exception as error:
+            # Its frames may keep the file open, and the space of an open file isn't freed when it is removed.
+            traceback.clear_frames(error.__traceback__)
+            raise unwritable(path, error, state_dict) from error
+
+    def makedirs(self, *args: Any, **kwargs: Any) -> None:
+        """As the engine's; an error is kept."""
+        self._keep("makedirs", args, kwargs)
+
+    def create(self, info: Any) -> None:
+        """As the engine's; an error is kept."""
+        self._keep("create", (info,), {})
+
+    def commit(self, info: Any) -> None:
+        """As the engine's; an error is kept."""
+        self._keep("commit", (info,), {})
+
+    def _keep(self, method: str, args: Any, kwargs: Any) -> None:
+        if self.error is None:
+            try:
+                getattr(self.engine, method)(*args, **kwargs)
+            except Exception as error:
+                self.error = error

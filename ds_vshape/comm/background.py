@@ -1,0 +1,89 @@
+"""Runs exchanges with other ranks concurrently with the passes, one after another.
+
+On a GPU collectives run concurrently with the host anyway, so a stream of their own is enough; a CPU's block the thread
+that calls them, so that must be another one. The pieces run in the order in which they were started: ranks that start
+theirs in the same order meet in the same collectives.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Handle(Protocol[T_co]):
+    """Work that was started."""
+
+    def result(self, timeout: float | None = None) -> T_co:
+        """What it gave, once it's done (on a GPU: for what the current stream does next); raises what it raised, and
+        TimeoutError where a CPU isn't done within `timeout` seconds."""
+
+
+class Background(Protocol):
+    """Where work runs concurrently with the passes."""
+
+    def start(self, work: Callable[[], T], uses: Iterable[Tensor] = ()) -> Handle[T]:
+        """Start `work`, which has no gradients to record; the tensors that it `uses` may be let go meanwhile."""
+
+
+class Thread:
+    """A thread of its own. It dies with the process, even while it waits for a rank that is lost."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="ds_vshape background", daemon=True).start()
+
+    def start(self, work: Callable[[], T], uses: Iterable[Tensor] = ()) -> Handle[T]:
+        future: Future[T] = Future()
+        self._waiting.put((future, work))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, work = self._waiting.get()
+            try:
+                with torch.no_grad():
+                    result = work()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del future, work
+
+
+class Stream:
+    """A stream of the device."""
+
+    def __init__(self) -> None:
+        self._stream = get_accelerator().Stream()
+
+    def start(self, work: Callable[[], T], uses: Iterable[Tensor] = ()) -> Handle[T]:
+        self._stream.wait_stream(get_accelerator().current_stream())
+        for tensor in uses:
+            tensor.record_stream(self._stream)
+        with get_accelerator().stream(self._stream), torch.no_grad():
+            return _OnStream(work(), self._stream)
+
+
+class _OnStream(Handle[T]):
+    def __init__(self, value: T, stream: Any) -> None:
+        self._value, self._stream = value, stream
+
+    def result(self, timeout: float | None = None) -> T:
+        get_accelerator().current_stream().wait_stream(self._stream)
+        return self._value
+
+
+def background() -> Background:
+    """The one for this process's accelerator."""
+    return Thread() if get_accelerator().is_synchronized_device() else Stream()

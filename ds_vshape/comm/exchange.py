@@ -1,0 +1,85 @@
+"""Short texts and numbers between all ranks of the job: what they have, and what went wrong.
+
+Texts travel as bytes in tensors: nothing that comes from another rank is executed, as unpickling would. They go over
+gloo whatever the job's backend is, so that no GPU is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_vshape.comm.groups import GLOO, new_group
+
+
+class Exchange:
+    """All ranks of the job, or those of the global `ranks`, as a group of its own. Creating it is collective over the
+    job.
+
+    Methods raise RuntimeError where a rank is lost, or doesn't come within `seconds`, where there is such a limit.
+    """
+
+    def __init__(self, ranks: Sequence[int] | None = None, seconds: float | None = None) -> None:
+        self._group = new_group(ranks, GLOO, seconds)
+
+    def largest(self, own: int) -> int:
+        """The largest of all ranks' numbers; collective."""
+        return self.largest_of_each([own])[0]
+
+    def largest_of_each(self, own: Sequence[int]) -> list[int]:
+        """For each place the largest of all ranks' numbers; every rank gives as many numbers. Collective."""
+        numbers = torch.tensor(own)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        return numbers.tolist()
+
+    def start_numbers(self, own: Sequence[float]) -> Numbers:
+        """Start to tell all ranks this rank's numbers, of which every rank has as many; doesn't wait. Collective."""
+        sent = torch.tensor(own, dtype=torch.float64)
+        boxes = [torch.empty_like(sent) for _ in range(dist.get_world_size(self._group))]
+        return Numbers(boxes, dist.all_gather(boxes, sent, group=self._group, async_op=True))
+
+    def texts(self, own: str) -> list[str]:
+        """Every rank's text, in rank order; collective."""
+        encoded = own.encode()
+        longest = self.largest(len(encoded))
+        if not longest:
+            return [""] * dist.get_world_size(self._group)
+        boxes = [_box(b"", longest) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(boxes, _box(encoded, longest), group=self._group)
+        return [_unboxed(box) for box in boxes]
+
+    def text_of_first(self, own: str) -> str:
+        """The text that the first rank of the group gives, on all of them; collective."""
+        source = dist.get_process_group_ranks(self._group)[0]
+        encoded = own.encode(errors="replace") if dist.get_rank() == source else b""
+        size = torch.tensor([len(encoded)])
+        dist.broadcast(size, source, group=self._group)
+        if not int(size):
+            return ""
+        box = _box(encoded, int(size))
+        dist.broadcast(box, source, group=self._group)
+        return bytes(box.tolist()).decode()
+
+
+class Numbers:
+    """What all ranks are telling each other."""
+
+    def __init__(self, boxes: list[Tensor], work: Any) -> None:
+        self._boxes, self._work = boxes, work
+
+    def result(self) -> list[list[float]]:
+        """Every rank's numbers, in rank order, once they are all there."""
+        self._work.wait()
+        return [box.tolist() for box in self._boxes]
+
+
+def _box(text: bytes, size: int) -> Tensor:
+    return torch.frombuffer(bytearray(text[:size].ljust(size, b"\0")), dtype=torch.uint8)
+
+
+def _unboxed(box: Tensor) -> str:
+    return bytes(box.tolist()).rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,12 @@
+"""What a job's configuration says, read and checked before any rank waits for another one.
+
+    section.py         the "pipeline_schedule" section of ds_config.json, and where it is looked for
+    demands.py         which demands of that section go together
+    compatibility.py   what the rest of a ds_config may say besides the section
+    arguments.py       the arguments of a PipelineModule
+    versions.py        the tested versions of DeepSpeed and torch
+"""
+
+from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig
+
+__all__ = ["ConfigError", "KEY", "ScheduleConfig"]

@@ -1,0 +1,128 @@
+"""What the rest of a ds_config may say besides our section: precisions and ZeRO that train rightly in a pipeline, and
+on a GPU nothing that waits for it in the middle of a batch.
+
+    precision   ZeRO-0, sums in            ZeRO-1, sums in
+    fp32        fp32                       fp32, bf16, fp16
+    bf16        bf16                       bf16, fp32, fp16
+    fp16        refused                    fp16, fp32, bf16
+
+Sums: "data_types": {"grad_accum_dtype": ...}, the precision's own without it. DeepSpeed says no to some of the rest
+without naming a key (_do_optimizer_sanity_check in runtime/engine.py), and trains wrongly by some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.runtime.config import DtypeEnum
+
+from ds_vshape.config.section import KEY, ConfigError, shown
+
+_SUMS = ("fp32", "bf16", "fp16")
+# What makes DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
+_WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
+_BLOCKING = "CUDA_LAUNCH_BLOCKING"
+_COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def check_accepted(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the key, its value and what is legal, for what no schedule of ours can train."""
+    for key in _COUNTS:
+        count = ds_config.get(key)
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ConfigError(f"{key} = {count!r}: must be a whole number from 1 on")
+    stage = _zero_stage(ds_config)
+    if _section(ds_config, "compile").get("deepcompile", False):
+        # Its passes reduce gradients over replicas in each micro-batch's compiled backward.
+        raise ConfigError("compile.deepcompile = true: must be false with pipeline parallelism; engine.compile() "
+                          "without it compiles each layer")
+    precision = _precision(ds_config)
+    sums = _sums(ds_config)
+    if stage == 0 and precision == "fp16":
+        # FP16_UnfusedOptimizer divides by a loss scale that DeepSpeedEngine.backward never multiplied with.
+        raise ConfigError("zero_optimization.stage = 0 with fp16: must be 1, because DeepSpeed's optimizer without "
+                          "ZeRO unscales gradients of a loss that was never scaled")
+    if stage == 0 and sums not in (None, precision):
+        raise ConfigError(f"data_types.grad_accum_dtype = {sums!r} with {precision} and zero_optimization.stage = 0: "
+                          f"must be {precision!r}, or zero_optimization.stage 1")
+
+
+def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Raises ConfigError, with the key, its value and what is legal, for what would make the host wait for the device
+    in each pass. Receives are posted before the passes of others that they need, so on two ranks that wait at once
+    neither pass would ever start.
+
+    `overlap_comm` isn't among it: DeepSpeed switches it off for pipelines. Its timers record events, which are read
+    when the batch is done.
+    """
+    why = "must be {} on a GPU, where it would wait within a pass for messages that other ranks have yet to send"
+    for section, key in _WAITING:
+        value = _section(ds_config, section).get(key, False)
+        if value:
+            raise ConfigError(f"{section}.{key} = {shown(value)}: {why.format('false')}")
+    value = environment.get(_BLOCKING, "0")
+    if value not in ("", "0"):
+        raise ConfigError(f"{_BLOCKING} = {shown(value)} in the environment: {why.format('0, or unset,')}")
+
+
+def check_post_validation(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError, with the key, its value and what is legal, where no DeepSpeedZeroOptimizer on the device
+    steps, whose step alone can be taken back (ds_vshape/engine/rollback.py)."""
+    key = f"{KEY}.optimizer_post_validation = true"
+    if _zero_stage(ds_config) != 1:
+        raise ConfigError(f"{key} with zero_optimization.stage = 0: must be 1, or the key false")
+    if _precision(ds_config) == "bf16" and _sums(ds_config) == "fp32":
+        raise ConfigError(f"{key} with bf16 and data_types.grad_accum_dtype = 'fp32': must be 'bf16', or the key false")
+    zero = ds_config["zero_optimization"]
+    offload = None if isinstance(zero, bool) else zero.get("offload_optimizer")
+    if offload and offload.get("device", "none") != "none":
+        raise ConfigError(f"{key} with zero_optimization.offload_optimizer.device = {offload['device']!r}: must be "
+                          "'none', or the key false")
+    autocast = _section(ds_config, "torch_autocast")
+    if autocast.get("enabled", False) and _dtype_name(autocast.get("dtype")) == "fp16":
+        raise ConfigError(f"{key} with torch_autocast.dtype = {autocast['dtype']!r}: must be 'bfloat16', or the key "
+                          "false")
+
+
+def _section(ds_config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = ds_config.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{key} = {section!r}: must be an object")
+    return section
+
+
+def _zero_stage(ds_config: Mapping[str, Any]) -> int:
+    # DeepSpeed's old form.
+    if isinstance(ds_config.get("zero_optimization"), bool):
+        return int(ds_config["zero_optimization"])
+    stage = _section(ds_config, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1):
+        raise ConfigError(f"zero_optimization.stage = {stage!r}: must be 0 or 1 with pipeline parallelism")
+    return int(stage)
+
+
+def _precision(ds_config: Mapping[str, Any]) -> str:
+    bf16, fp16 = (_section(ds_config, key).get("enabled", False) for key in ("bf16", "fp16"))
+    if bf16 and fp16:
+        raise ConfigError("bf16.enabled and fp16.enabled = true: must be one of them")
+    return "bf16" if bf16 else "fp16" if fp16 else "fp32"
+
+
+def _sums(ds_config: Mapping[str, Any]) -> str | None:
+    """The accumulation dtype by the first of DeepSpeed's names for it."""
+    asked = _section(ds_config, "data_types").get("grad_accum_dtype")
+    if asked is None:
+        return None
+    name = _dtype_name(asked)
+    if name not in _SUMS:
+        raise ConfigError(f"data_types.grad_accum_dtype = {asked!r}: must be {', '.join(map(repr, _SUMS))}")
+    return name
+
+
+def _dtype_name(asked: Any) -> str | None:
+    """The name that DeepSpeed calls a dtype by, of any of its names."""
+    name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
+    return name

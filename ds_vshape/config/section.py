@@ -1,0 +1,329 @@
+"""The "pipeline_schedule" section of ds_config.json, and where it is looked for.
+
+    "pipeline_schedule": "v-half"
+    "pipeline_schedule": {"name": "adaptive", "memory_limit": 0.6, "times": "profile"}
+    "pipeline_schedule": {"name": "v-half", "partition": [0, 3, 5, 8, 10]}
+
+DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would train without us and say nothing;
+`read_section` therefore refuses keys that look like ours. Which schedule names exist isn't known here: that is for
+`ds_vshape.schedule.named`.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Annotated, Any, Literal, LiteralString
+
+import hjson
+from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
+                      TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
+from pydantic_core import PydanticCustomError
+
+KEY = "pipeline_schedule"
+ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
+_OPTION = "--deepspeed_config"
+# How long torch's collectives over gloo wait by default.
+TIMEOUT_SECONDS = 1800.0
+# Characters of a value in an error.
+_SHOWN = 300
+# DeepSpeed's own keys that are spelt somewhat like ours.
+_DEEPSPEED_KEYS = {"pipeline", "scheduler"}
+
+DsConfig = str | Mapping[str, Any]
+_BYTES = TypeAdapter(ByteSize)
+
+
+def _text(value: Any) -> str:
+    """Only a text is a number of bytes: a number is a fraction."""
+    if not isinstance(value, str):
+        raise ValueError("no text")
+    return value
+
+
+class ConfigError(ValueError):
+    """A config that can't be used; the message names the key, the value and what would be legal."""
+
+
+# Strict, or true would be 1.0.
+Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
+# Of one rank: beyond any machine's.
+MOST_BYTES = 2**50
+Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0, le=MOST_BYTES)]
+
+
+def _from_to(low: float, high: float, unit: str) -> WrapValidator:
+    """One error for a value that isn't a number from `low` to `high`."""
+    legal = f"must be from {low:g} to {high:,.10g} {unit}"
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            number = validate(value)
+        except ValidationError as error:
+            told = {"told": error.errors()[0]["msg"], "legal": legal}
+            raise PydanticCustomError("range", "{told}; {legal}", told) from None
+        if not low <= number <= high:
+            raise PydanticCustomError("range", "{legal}", {"legal": legal})
+        return number
+
+    return WrapValidator(check)
+
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+# Shorter ones would end good batches, and longer ones overflow in what waits.
+Timeout = Annotated[_Positive, _from_to(1, 7 * 86400, "seconds")]
+PlanningTime = Annotated[_Positive, _from_to(0.001, 86400, "seconds")]
+Share = Annotated[_Positive, _from_to(0.001, 1000, "of a stage's time")]
+
+
+class LayerCosts(BaseModel):
+    """What each layer costs: one number, or its F, B and W."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
+
+
+# The type of a problem with a value of the right form that is beyond a bound, which its message names.
+_BEYOND = "beyond"
+
+
+def _one_problem(key: LiteralString, legal: LiteralString) -> WrapValidator:
+    """One error for the whole value of `key`, instead of one for each part or kind that isn't right."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            bounds = [problem["msg"] for problem in error.errors() if problem["type"] == _BEYOND]
+            raise PydanticCustomError(key, "{legal}", {"legal": ": ".join([legal, *bounds])}) from None
+
+    return WrapValidator(check)
+
+
+MOST_LAYERS = 10**6
+_Layer = Annotated[int, Field(strict=True, ge=0, le=MOST_LAYERS)]
+Partition = Annotated[
+    str | tuple[_Layer, ...] | LayerCosts,
+    _one_problem("partition", "must be a method's name, a list of the first layer of each stage with the end (from 0 "
+                 'to 1000000), or {"costs": [a number, or F, B and W, for each layer]}')]
+
+# All of a trace's batches are kept until its end, and its files are written anew after each.
+MOST_TRACED, LAST_TRACED = 1000, 10**9
+
+
+class TraceConfig(BaseModel):
+    """Which training batches are traced, the first to the last one (DeepSpeed's steps, from 1), and where to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batches: tuple[StrictInt, StrictInt]
+    path: str = Field(default="traces", min_length=1)
+
+    @field_validator("batches")
+    @classmethod
+    def _in_order(cls, batches: tuple[int, int]) -> tuple[int, int]:
+        first, last = batches
+        if not 1 <= first <= last:
+            raise ValueError("out of order")
+        if last > LAST_TRACED or last - first >= MOST_TRACED:
+            raise PydanticCustomError(_BEYOND, "at most {most} batches, up to number {last}",
+                                      {"most": MOST_TRACED, "last": LAST_TRACED})
+        return batches
+
+    @field_validator("path")
+    @classmethod
+    def _a_folder(cls, path: str) -> str:
+        """The path with the user's home in place of ~."""
+        folder = os.path.expanduser(path)
+        if folder.startswith("~"):
+            raise PydanticCustomError(_BEYOND, "there is no user with the home {path}", {"path": path})
+        if "\0" not in folder:
+            return folder
+        raise PydanticCustomError(_BEYOND, "no file can have this name")
+
+
+Trace = Annotated[
+    TraceConfig,
+    _one_problem("trace", 'must be {"batches": [first, last], "path": a folder}, where batches count from 1 and the '
+                 "last may be the first")]
+
+
+class ScheduleConfig(BaseModel):
+    """What the user asked for.
+
+    `memory_limit` is the highest peak of activations that a rank may have: a fraction of 1F1B's peak on the same
+    number of ranks, or bytes ("6GiB"); None is no limit. `deferred` says which weight gradients a split backward leaves
+    to W: those of matrix products, convolutions and embeddings, or those of norms too
+    (ds_vshape/split_backward/operators.py says what that costs).
+
+    `times` "profile" measures the passes in the first batches, plans with them for at most `planning_seconds` while
+    training goes on, and plans again when a stage's time, or that of a hop next to it, has moved by more than the share
+    `drift` of the stage's. "equal" takes all passes for equally long.
+
+    `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,
+    without a tensor of its own; sums are then equal to DeepSpeed's to rounding, and without it bit for bit.
+
+    `trace` writes timelines of some batches (ds_vshape/trace).
+
+    `detect_anomaly` looks for NaN and infinity in every stage's outputs and in the loss, and ends the batch with the
+    stage and the micro-batch where the first came up.
+
+    `optimizer_post_validation` steps without asking other pipeline ranks, and has the step validated while the next
+    batch begins (ds_vshape/engine/post_validation.py).
+
+    `verify_gradients` runs one early batch a second time, with whole backwards, and ends the job where losses or
+    gradients differ (ds_vshape/engine/verification.py).
+
+    A rank that gives no sign of life for `timeout_seconds`, or comes to its PipelineModule later than others by more
+    than that, counts as lost, and all ranks end. So they do when all have waited for each other for that long. A rank
+    whose process has ended is noticed at once, and one that works on something is waited for, however long that takes
+    (ds_vshape/health/watch.py).
+
+    `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
+    (ds_vshape/module/pipeline_module.py).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, max_length=100)
+    memory_limit: Fraction | Bytes | None = None
+    deferred: Literal["matrices", "all"] = "matrices"
+    gradient_accumulation_fusion: StrictBool = True
+    partition: Partition | None = None
+    times: Literal["equal", "profile"] = "equal"
+    planning_seconds: PlanningTime = 10.0
+    detect_anomaly: StrictBool = False
+    optimizer_post_validation: StrictBool = False
+    verify_gradients: StrictBool = False
+    timeout_seconds: Timeout = TIMEOUT_SECONDS
+    trace: Trace | None = None
+    drift: Share = 0.2
+
+
+def nearest(word: str, legal: Sequence[str]) -> str:
+    """A hint for error messages: the legal word that looks most like `word`, and all of them."""
+    close = difflib.get_close_matches(word, legal, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Legal: {', '.join(legal)}"
+
+
+def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
+    """The section of a whole ds_config, or None where it has none.
+
+    Raises ConfigError for a misspelt key (at the top or in the section) and for a value out of range.
+    """
+    for key in ds_config:
+        if isinstance(key, str) and key != KEY and key not in _DEEPSPEED_KEYS and _resembles(key):
+            raise ConfigError(f"unknown key {key!r} in the DeepSpeed config: did you mean {KEY!r}?")
+    section = ds_config.get(KEY)
+    if section is None:
+        return None
+    if isinstance(section, str):
+        section = {"name": section}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{KEY} = {shown(section)}: must be a schedule's name or a section like "
+                          "{\"name\": \"v-half\"}")
+    try:
+        return ScheduleConfig.model_validate(dict(section))
+    except ValidationError as error:
+        # A field of two kinds has a problem for each of them.
+        raise ConfigError("; ".join(dict.fromkeys(map(_explain, error.errors())))) from None
+
+
+def _resembles(key: str) -> bool:
+    canonical = key.lower().replace("-", "_").replace(" ", "_")
+    return difflib.SequenceMatcher(None, canonical, KEY).ratio() > 0.85
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join([KEY, *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        hint = nearest(str(problem["loc"][-1])[:_SHOWN], _fields())
+        return f"unknown key {shown(path)[1:-1]} = {shown(problem['input'])}: {hint}"
+    if problem["type"] == "missing":
+        return f"{path} is missing: the section needs a schedule's name"
+    if problem["loc"][0] == "memory_limit":
+        most = ", at most 1PiB" if _are_bytes(problem["input"]) else ""
+        return (f"{KEY}.memory_limit = {shown(problem['input'])}: must be a number above 0 and at most 2, a fraction "
+                f"of 1F1B's peak activations, or bytes like \"6GiB\"{most}")
+    return f"{path} = {shown(problem['input'])}: {problem['msg']}"
+
+
+def _are_bytes(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and _BYTES.validate_python(value) > 0
+    except (ValidationError, OverflowError):
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value for an error: its Python form, cut where it is very long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # numbers of thousands of digits, lists that hold themselves
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _fields() -> list[str]:
+    return list(ScheduleConfig.model_fields)
+
+
+def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
+    """A ds_config as a mapping; `config` may be all that `deepspeed.initialize` takes: a dictionary, the path of a
+    (H)JSON file, or such a text in URL-safe base64.
+    """
+    if isinstance(config, Mapping):
+        return config
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(f"DeepSpeed config {shown(config)}: must be a dictionary, a file's path or base64 text")
+    config = os.fspath(config)
+    if os.path.isfile(config):
+        try:
+            with open(config, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"DeepSpeed config {config!r} can't be read: {error}") from None
+    else:
+        try:
+            # Without `validate`, what is no base64 is skipped, and the path of a missing file may pass for a text.
+            text = base64.b64decode(config, altchars="-_", validate=True).decode("utf-8")
+        except ValueError:
+            raise ConfigError(f"DeepSpeed config {shown(config)}: no such file, and no base64 text either") from None
+    try:
+        loaded = hjson.loads(text)
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and a thousand levels
+        raise ConfigError(f"DeepSpeed config {shown(config)} is no JSON: {error}") from None
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"DeepSpeed config {shown(config)} holds a {type(loaded).__name__}: must be an object")
+    return loaded
+
+
+def find_section(config: DsConfig | None, arguments: Sequence[str]) -> ScheduleConfig | None:
+    """The section from the first config that is there: `config` itself, the file that the environment variable
+    DS_VSHAPE_CONFIG names, the file after --deepspeed_config in `arguments`; None if there is none of them.
+    """
+    found = find_ds_config(config, arguments)
+    return None if found is None else read_section(found)
+
+
+def find_ds_config(config: DsConfig | None, arguments: Sequence[str]) -> Mapping[str, Any] | None:
+    """The ds_config from the first of these that is there; None if there is none of them."""
+    if config is None:
+        config = os.environ.get(ENVIRONMENT_VARIABLE) or _from_arguments(arguments)
+    return None if config is None else load_ds_config(config)
+
+
+def _from_arguments(arguments: Sequence[str]) -> str | None:
+    """The option's value; where it is given again, the last one counts, as with argparse."""
+    found = None
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == _OPTION:
+            found = following
+        elif argument.startswith(_OPTION + "="):
+            found = argument.removeprefix(_OPTION + "=")
+    return found or None

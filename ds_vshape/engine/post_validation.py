@@ -1,0 +1,335 @@
+"""`"optimizer_post_validation": true`: a step isn't held up by other pipeline ranks, and is validated afterwards.
+
+DeepSpeed's step asks all ranks for overflows and for the norm of all gradients, and all of them wait for the last: the
+bubbles between batches are back that a schedule has removed. But nearly always the answer is that nothing overflowed
+and nothing is to be clipped. So each rank steps at once on that assumption, and tells the others what its own gradients
+say ("Zero Bubble Pipeline Parallelism", section 4, of which this is a general form: any optimizer, bf16 too).
+
+    [1] the end of batch n      its forwards were done everywhere, which is long known; reduce, snapshot, step
+    [2] the start of batch n+1  forwards with the new weights
+    [3] before its backwards    the verdict: the step stands, and the snapshot goes; or
+    [4]                         batch n+1 is given up as one that failed (failures.py), the step is taken back and done
+                                again by DeepSpeed with all ranks, and batch n+1 runs again, with the same data and
+                                the same random numbers
+
+Ranks of other replicas are waited for all the same: they add up gradients together. A batch whose forward fails raises
+at its own end; if a backward fails later than that, the next batch raises it, on all ranks, and neither counts.
+
+Of DeepSpeed this uses, besides what rollback.py says: model_parallel_group of DeepSpeedZeroOptimizer, over which step()
+asks other pipeline ranks and which is None where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.config.section import KEY, ConfigError
+from ds_vshape.engine.engine import BatchPlan, PipelineEngine
+from ds_vshape.engine.rollback import PassesSnapshot, StepSnapshot, change, snapshot_bytes
+from ds_vshape.engine.verdict import Limits, StepReport, Verdict, judge
+from ds_vshape.health.failures import Failure, PendingStatus
+from ds_vshape.health.step import Reached, Step
+from ds_vshape.module.tied import joined
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.schedule.schedule import Schedule
+
+
+class _GivenUp(Exception):
+    """This batch began with weights that weren't right."""
+
+
+class _HeldEvents:
+    """Takes what a step tells the monitors until it's known to stand."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.events: list[Any] = []
+
+    def write_events(self, events: list[Any]) -> None:
+        self.events.append(events)
+
+
+@dataclass
+class _Ahead:
+    """A step that isn't validated yet: what takes it back, and what all ranks are saying of it."""
+
+    snapshot: StepSnapshot
+    telling: PendingStatus
+    limits: Limits
+    failure: Failure | None
+    forwards_before: int
+    events: list[Any]
+
+
+class PostValidatingEngine(PipelineEngine):
+    """A PipelineEngine whose step is validated while the next batch begins.
+
+    Between batches the last step may not be validated yet. `settle` does it, and so do evaluating, saving, loading,
+    changing the batch size and the module's state_dict(); all of these are to be called on every rank.
+    `get_global_grad_norm` gives the right norm in any case.
+    """
+
+    monitor: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.optimizer, DeepSpeedZeroOptimizer) or self.optimizer.cpu_offload:
+            raise ConfigError(f"{KEY}.optimizer_post_validation = true: must be false with a "
+                              f"{type(self.optimizer).__name__} or one that is offloaded")
+        self._ahead: _Ahead | None = None
+        self._passes: PassesSnapshot | None = None
+        self._forwards: PendingStatus | None = None
+        self._steps_before = 0
+        self._reducing = self._reducing_ranks()
+        self.module.register_state_dict_pre_hook(lambda *_: self.settle())
+
+    def _reducing_ranks(self) -> Exchange | None:
+        """This rank with those that it reduces gradients with, if there are any; collective."""
+        topology = self.grid.topology()
+        alone = [{rank} for rank in range(self.placement.ranks)]
+        found = None
+        for pipeline_ranks in joined([*alone, *self.module.tied_ranks()]):
+            ranks = sorted(rank for place in pipeline_ranks for rank in topology.get_axis_list("pipe", place))
+            if len(ranks) > 1:
+                exchange = Exchange(ranks)
+                found = exchange if self.global_rank in ranks else found
+        return found
+
+    def settle(self) -> None:
+        """Wait for the verdict on the last step, and take the step back and do it again if it wasn't right.
+
+        To be called on every rank. Raises what the last batch's backward raised, if it has failed on some rank after
+        `train_batch` returned there.
+        """
+        try:
+            self._settle()
+        except Exception as error:
+            error.add_note("while the batch before was validated")
+            raise
+
+    def _settle(self) -> None:
+        if self._ahead is None:
+            return
+        ahead, self._ahead = self._ahead, None
+        verdict, norm = self._judged(ahead)
+        if verdict is Verdict.STANDS:
+            self._accept(ahead, norm)
+        else:
+            self._take_back(ahead, verdict)
+
+    def rollback_bytes(self) -> int:
+        buffers: int = sum(buffer.nbytes for buffer in self.module.buffers())
+        return snapshot_bytes(self.optimizer) + buffers
+
+    # -- [1] [4] the step
+
+    def _judged(self, ahead: _Ahead) -> tuple[Verdict, float]:
+        reports = [StepReport.of(numbers) for numbers in ahead.telling.result()]
+        return judge(reports, self.dp_world_size, ahead.limits)
+
+    def _accept(self, ahead: _Ahead, norm: float) -> None:
+        self._set_norm(norm)
+        for events in ahead.events:
+            try:
+                self.monitor.write_events(events)
+            except Exception as error:
+                self._failure = self._failure or self._agreement.failure(error, "monitor")
+
+    def _set_norm(self, norm: float) -> None:
+        if self.optimizer.compute_grad_norm:
+            self.optimizer._global_grad_norm = torch.tensor(norm, device=self.device)
+            self._global_grad_norm = self.optimizer._global_grad_norm
+
+    def _take_back(self, ahead: _Ahead, verdict: Verdict) -> None:
+        changes = ahead.snapshot.changes()
+        ahead.snapshot.restore()
+        if verdict is Verdict.REDO:
+            ahead.snapshot.restore_gradients()
+            self._step = Step()
+            self._execute(instr.OptimizerStep())
+            change(self, changes)
+            super()._agree_on_step(None)
+            return
+        change(self, changes)
+        self._forwards_before = ahead.forwards_before
+        # Those of a failed batch may be incomplete.
+        self._signatures = None
+        self._failure = ahead.failure
+        self._exec_agree_on_batch()
+
+    def _exec_step_ahead(self) -> None:
+        failure, self._failure = self._failure, None
+        failed = failure is not None
+        if self._reducing is not None:
+            failed = bool(self._reducing.largest(failed))
+        if failed:
+            # The loss is that of all forwards.
+            loss, self._returning_loss = self._returning_loss, None
+            self._forget_batch()
+            self._returning_loss = loss
+        else:
+            self._prepare_reduction()
+            self._execute(instr.ReduceTiedGrads())
+            self._execute(instr.ReduceGrads())
+        limits = Limits(self.optimizer.clip_grad, self.optimizer.loss_scale)
+        snapshot = StepSnapshot(self)
+        self._steps_before = self.global_steps
+        events = _HeldEvents(self.monitor.enabled)
+        if failed:
+            report = StepReport(True, False, 0.0)
+            self._count_step()
+        else:
+            with self._without_other_stages(events):
+                self._execute(instr.OptimizerStep())
+            failure = self._failed_step()
+            report = self._report(limits.scale) if failure is None else StepReport(True, False, 0.0)
+        snapshot.stepped()
+        telling = self._agreement.start_status(report.numbers())
+        self._ahead = _Ahead(snapshot, telling, limits, failure, self._forwards_before, events.events)
+
+    def _failed_step(self) -> Failure | None:
+        """Why this rank's step has failed, if it has: then it's taken back, as that of a batch which has failed."""
+        error, self._step.error = self._step.error, None
+        if error is None:
+            return None
+        if self.global_steps == self._steps_before:
+            self._count_step()
+        return self._agreement.failure(error, "OptimizerStep")
+
+    def _count_step(self) -> None:
+        """Ranks must not differ in the number of their steps."""
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _agree_on_step(self, failure: Failure | None) -> None:
+        # Nobody is waited for; what comes after the step is told with the next batch, as the step is.
+        if failure is not None and self._step.reached is not Reached.WHOLE:
+            raise failure.error
+        self._failure = self._failure or failure
+
+    def _report(self, scale: float) -> StepReport:
+        """What this rank says of the step that it has taken with loss scale `scale`."""
+        if self.optimizer.overflow:
+            return StepReport(False, True, 0.0)
+        norm = self.optimizer._global_grad_norm
+        return StepReport(False, False, 0.0 if norm is None else float(norm) * scale)
+
+    @contextmanager
+    def _without_other_stages(self, events: _HeldEvents) -> Iterator[None]:
+        """Around a step that exchanges only with other replicas, and isn't reported yet."""
+        optimizer, scaler, monitor = self.optimizer, self.optimizer.loss_scaler, self.monitor
+        group, optimizer.model_parallel_group = optimizer.model_parallel_group, None
+        raises = scaler.dynamic and scaler.raise_error_at_min_scale
+        if raises:
+            # That, too, is for all ranks to find out together.
+            scaler.raise_error_at_min_scale = False
+        self.monitor = events
+        try:
+            yield
+        finally:
+            optimizer.model_parallel_group, self.monitor = group, monitor
+            if raises:
+                scaler.raise_error_at_min_scale = True
+
+    # -- [2] [3] [4] the next batch
+
+    def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
+        if not torch.is_grad_enabled():
+            super()._exec_schedule(pipe_schedule)
+            return
+        if self._verification is not None and self._verification.is_due:
+            # Both of its runs start with weights that stand.
+            self.settle()
+        announced = self._signatures is None and not self.dynamic_shape
+        self._samples.drop()
+        if self._ahead is not None:
+            self._passes = PassesSnapshot(self.module)
+            self._samples.keep()
+        if not self._run_through(pipe_schedule):
+            self._run_through(pipe_schedule)
+        if announced:
+            # Only where it was done everywhere do all ranks know the shapes of all messages.
+            self._settle()
+
+    def _run_through(self, plan: BatchPlan) -> bool:
+        """Run the batch; False if the step before it wasn't right, and all is ready to run it again."""
+        try:
+            super()._exec_schedule(plan)
+            return True
+        except _GivenUp:
+            self._forget_batch()
+        ds_checkpointing.reset()
+        self._failure = None
+        assert self._passes is not None
+        self._passes.restore()
+        self._passes = None
+        self.settle()
+        self._samples.again()
+        self.total_loss = self.total_additional_losses = None
+        return False
+
+    def _exec_await_verdict(self) -> None:
+        if self._ahead is None:
+            return
+        verdict, norm = self._judged(self._ahead)
+        if verdict is not Verdict.STANDS:
+            self._failure = Failure(_GivenUp(), "step before")
+            return
+        self._accept(self._ahead, norm)
+        self._ahead = self._passes = None
+        self._samples.drop()
+
+    def _exec_tell_forwards(self) -> None:
+        self._forwards = self._agreement.start_status([float(self._failure is not None)])
+
+    def _exec_agree_on_forwards(self) -> None:
+        assert self._forwards is not None
+        forwards, self._forwards = self._forwards, None
+        failed = max(forwards.result())
+        if self._ahead is not None:
+            raise _GivenUp
+        if failed != [0.0]:
+            self._exec_agree_on_batch()
+
+    _INSTRUCTION_MAP = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        instr.AwaitVerdict: _exec_await_verdict,
+        instr.TellForwards: _exec_tell_forwards,
+        instr.AgreeOnForwards: _exec_agree_on_forwards,
+        instr.StepAhead: _exec_step_ahead,
+    }
+
+    def _training_instructions(self, schedule: Schedule) -> list[instr.PipeInstruction]:
+        return instr.stepping_ahead(super()._training_instructions(schedule))
+
+    # -- what needs a step that stands
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().eval_batch(*args, **kwargs)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().load_checkpoint(*args, **kwargs)
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        self.settle()
+        super().set_train_batch_size(train_batch_size)
+
+    def get_global_grad_norm(self) -> Any:
+        """The norm of all gradients of the last step, as DeepSpeed's, to rounding; infinite after an overflow."""
+        if self._ahead is None or not self.optimizer.compute_grad_norm:
+            return super().get_global_grad_norm()
+        return torch.tensor(self._judged(self._ahead)[1], device=self.device)

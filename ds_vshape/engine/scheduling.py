@@ -1,0 +1,372 @@
+"""Which schedule trains the next batch: one for equal times, or one that knows the real ones.
+
+    NamedSchedules      a schedule of the table
+    PlannedSchedules    the planner's, for equal times
+    MeasuredSchedules   the planner's, for times that this job measured; it goes through four phases
+
+        warm up     batches that aren't timed
+        measure     some batches on a schedule made for equal times: F, B and W of every stage, then the hops
+        plan        the planner works; training goes on, and all ranks ask it together after each batch
+        settled     the new schedule runs; now and then a stage's time is compared with the plan's: if it has moved,
+                    back to measuring
+
+All ranks go through the phases together, so every exchange here is a collective over the whole job.
+"""
+
+from __future__ import annotations
+
+import enum
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Protocol
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
+
+from ds_vshape.comm.channels import PeerLost
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.config.demands import check_demands
+from ds_vshape.config.section import KEY, ScheduleConfig
+from ds_vshape.engine.planning import Planner, PlannerFailed
+from ds_vshape.measure.profiling import PassRecorder, seconds_taken
+from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.adaptive import cache
+from ds_vshape.schedule.fuse import unfused
+from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, fraction_of_1f1b, peak_of_1f1b
+from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.request import Answer, Planned, Request
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Span, Times, simulate
+
+# The first allocates and exchanges shapes, in the second the engine measures activations.
+WARM_UP_BATCHES = 2
+MEASURED_BATCHES = 3
+BATCHES_BETWEEN_CHECKS = 50
+
+
+@dataclass
+class StageSamples:
+    """Seconds of this rank's passes, by kind and stage, over some batches."""
+
+    seconds: dict[tuple[Kind, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, spans: tuple[Span, ...]) -> None:
+        """Take in a batch."""
+        for key, seconds in seconds_taken(spans).items():
+            self.seconds[key] += seconds
+
+    def medians(self, stages: int) -> list[list[float]]:
+        """F, B and W of each stage; 0 for stages of other ranks. Where B and W ran as one they share its time."""
+        table = []
+        for stage in range(stages):
+            row = {kind: statistics.median(samples) for (kind, of), samples in self.seconds.items() if of == stage}
+            half = row.get(Kind.BW, 0.0) / 2
+            table.append([row.get(Kind.F, 0.0), row.get(Kind.B, half), row.get(Kind.W, half)])
+        return table
+
+
+def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placement, exchange: Exchange) -> Times:
+    """The times that all ranks plan with (collective over `exchange`).
+
+    Of each pass the mean over the job's pipelines, of each hop the slowest pipeline's: `hops` are those that this rank
+    measured, 0 for all other boundaries.
+    """
+    stages = placement.stages
+    own = [seconds for row in samples.medians(stages) for seconds in row]
+    try:
+        every = exchange.start_numbers([*own, *hops]).result()
+    except RuntimeError as error:
+        raise PeerLost(f"not all ranks told their times: {str(error).partition(chr(10))[0]}") from error
+    pipelines = len(every) // placement.ranks
+    means = [sum(seconds) / pipelines for seconds in zip(*(numbers[:3 * stages] for numbers in every))]
+    slowest = map(max, zip(*(numbers[3 * stages:] for numbers in every)))
+    return Times(tuple(means[0::3]), tuple(means[1::3]), tuple(means[2::3]), tuple(slowest))
+
+
+class Schedules(Protocol):
+    """Where the engine gets its schedules from; called on all ranks together."""
+
+    def first(self, micro_batches: int) -> Schedule:
+        """What to train by when a batch has `micro_batches` for the first time."""
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        """Take note of a training batch of `schedule`; another one to train by from now on, or None."""
+
+    @property
+    def times(self) -> Times | None:
+        """The times that the present schedule was planned for, if they were measured."""
+
+
+def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
+                  measured_activations: Callable[[], Activations | None]) -> Schedules:
+    """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
+
+    Collective over the job, as all that the source does.
+    """
+    check_demands(config)
+    if config.times != "profile" and config.name != ADAPTIVE:
+        return NamedSchedules(config, placement)
+    exchange = Exchange()
+    if config.times == "profile":
+        return MeasuredSchedules(config, placement, measure_hops, measured_activations, exchange)
+    return PlannedSchedules(config, placement, exchange)
+
+
+@dataclass(frozen=True)
+class NamedSchedules:
+    """One schedule of the table."""
+
+    config: ScheduleConfig
+    placement: Placement
+
+    def first(self, micro_batches: int) -> Schedule:
+        schedule = build(self.config.name, self.placement.ranks, micro_batches)
+        check_memory_limit(schedule, self.config.memory_limit)
+        return schedule
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        return None
+
+    @property
+    def times(self) -> Times | None:
+        return None
+
+
+class PlannedSchedules:
+    """The planner's schedule for equal times; training waits for it."""
+
+    def __init__(self, config: ScheduleConfig, placement: Placement, exchange: Exchange) -> None:
+        self._first_plans = _FirstPlans(config, placement, _planner(config, exchange))
+
+    def first(self, micro_batches: int) -> Schedule:
+        return self._first_plans.wait(micro_batches)
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        return None
+
+    @property
+    def times(self) -> Times | None:
+        return None
+
+
+@dataclass(frozen=True)
+class _FirstPlans:
+    """Plans for equal times, which the first batch has to wait for."""
+
+    config: ScheduleConfig
+    placement: Placement
+    planner: Planner
+
+    def wait(self, micro_batches: int) -> Schedule:
+        """The planner's schedule (collective); where the planner fails, the table's fastest within the limit.
+
+        Raises PipelineError on every rank if there is neither.
+        """
+        times = Times.uniform(self.placement.stages)
+        self.planner.start(request_for(self.config, self.placement, micro_batches, times))
+        try:
+            return _planned(self.planner.wait(), self.config)["schedule"]
+        except PlannerFailed as failure:
+            named = _named_within(self.config, self.placement.ranks, micro_batches)
+            if named is None:
+                raise PipelineError(f"{_asked(self.config)}: {failure}. No schedule of the table keeps to the limit, "
+                                    "so there is none to train by without a plan") from failure
+            if dist.get_rank() == 0:
+                logger.error(f"{_asked(self.config)}: {failure}. Training goes by {named.name}, the fastest schedule "
+                             "of the table within the limit")
+            return named
+
+
+class _Phase(enum.Enum):
+    WARM_UP = enum.auto()
+    MEASURE = enum.auto()
+    PLAN = enum.auto()
+    SETTLED = enum.auto()
+
+
+class MeasuredSchedules:
+    """The planner's schedule for this job's own times.
+
+    Args:
+        config: name, memory limit, planning time, drift.
+        placement: of the model's stages.
+        measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
+        measured_activations: the sizes of all stages in bytes after the warm-up, the same on all ranks of the job; None
+            where they couldn't be measured.
+        exchange: of all ranks of the job.
+    """
+
+    def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
+                 measured_activations: Callable[[], Activations | None], exchange: Exchange) -> None:
+        self._config, self._placement, self._exchange = config, placement, exchange
+        self._measure_hops, self._measured_activations = measure_hops, measured_activations
+        self._planner = _planner(config, exchange)
+        self._micro_batches = 0
+        self._times: Times | None = None
+        self._enter(_Phase.WARM_UP)
+
+    def first(self, micro_batches: int) -> Schedule:
+        self._micro_batches = micro_batches
+        safe = self._safe_schedule()
+        if self._times is None:
+            self._enter(_Phase.WARM_UP)
+        else:
+            self._plan(self._times)
+        return safe
+
+    def _safe_schedule(self) -> Schedule:
+        """A schedule for equal times within the memory limit, in which every B and W can be timed."""
+        safe = _named_within(self._config, self._placement.ranks, self._micro_batches)
+        if safe is None:
+            safe = _FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches)
+        return unfused(safe)
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        if schedule.micro_batches != self._micro_batches:
+            self.first(schedule.micro_batches)
+            return None
+        self._batches += 1
+        if self._phase is _Phase.PLAN:
+            return self._take_plan()
+        if self._phase is _Phase.WARM_UP:
+            if self._batches == WARM_UP_BATCHES:
+                self._enter(_Phase.MEASURE)
+        elif self._phase is _Phase.MEASURE:
+            self._samples.add(record.spans())
+            if self._batches == MEASURED_BATCHES:
+                self._plan(self._agreed_times())
+        else:
+            return self._watch(record)
+        return None
+
+    @property
+    def times(self) -> Times | None:
+        return self._times if self._phase is _Phase.SETTLED else None
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase, self._batches, self._samples = phase, 0, StageSamples()
+
+    def _plan(self, times: Times) -> None:
+        self._times = times
+        request = request_for(self._config, self._placement, self._micro_batches, times)
+        if isinstance(self._config.memory_limit, int):
+            request = self._within_bytes(request, self._config.memory_limit)
+        self._planner.start(request)
+        self._enter(_Phase.PLAN)
+
+    def _within_bytes(self, request: Request, limit: int) -> Request:
+        """`request` with a limit in bytes; where sizes are unknown, with the memory of the schedule that has run till
+        now, which keeps least."""
+        activations = self._measured_activations()
+        if activations is not None:
+            return replace(request, activations=activations, limits=(float(limit),) * self._placement.ranks)
+        if dist.get_rank() == 0:
+            logger.warning(f"{KEY}.memory_limit = {limit} bytes can't be planned for, because the sizes of activations "
+                           "are unknown; planning for the memory of the schedule of the table that keeps least")
+        return replace(request, limits=peaks(self._safe_schedule(), request.activations))
+
+    def _take_plan(self) -> Schedule | None:
+        try:
+            answer = self._planner.poll()
+        except PlannerFailed as failure:
+            # Training goes on as it is: a plan is worth something, but not the batches done.
+            if dist.get_rank() == 0:
+                logger.error(f"{KEY} {self._config.name} stays as it is: {failure}")
+            self._enter(_Phase.SETTLED)
+            return None
+        if answer is None:
+            return None
+        found = _planned(answer, self._config)
+        schedule = found["schedule"]
+        if dist.get_rank() == 0:
+            assert self._times is not None
+            timeline = simulate(schedule, self._times)
+            logger.info(f"{KEY} {schedule.name}: planned in {found['planning_s']:.1f} s beside "
+                        f"{self._batches} batches; makespan {timeline.makespan:.4f} s with the measured times, bubble "
+                        f"{timeline.bubble:.1%}, no schedule is below {found['lower_bound']:.4f} s")
+        self._enter(_Phase.SETTLED)
+        return schedule
+
+    def _watch(self, record: PassRecorder) -> Schedule | None:
+        """Compare the latest batches with the times of the plan every so often; if they moved, measure again."""
+        if self._batches > BATCHES_BETWEEN_CHECKS - MEASURED_BATCHES:
+            self._samples.add(record.spans())
+        if self._batches < BATCHES_BETWEEN_CHECKS:
+            return None
+        assert self._times is not None
+        times = self._agreed_times()
+        moved = moved_by(times, self._times)
+        if moved <= self._config.drift:
+            self._enter(_Phase.SETTLED)
+            return None
+        if dist.get_rank() == 0:
+            logger.info(f"pipeline_schedule {self._config.name}: times have moved by {moved:.0%} since the plan "
+                        "was made; measuring and planning again")
+        # The present schedule may run B and W as one, which can't tell their times.
+        self._enter(_Phase.MEASURE)
+        return self._safe_schedule()
+
+    def _agreed_times(self) -> Times:
+        return agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange)
+
+
+def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int, times: Times) -> Request:
+    """The planner's request, with activations counted as the paper does: a limit is a fraction of 1F1B's count."""
+    activations = Activations.counted(placement)
+    limit = config.memory_limit
+    peak = peak_of_1f1b(placement.ranks, micro_batches)
+    limits = None
+    if isinstance(limit, float):
+        check_possible(limit, placement.ranks, micro_batches)
+        limits = (limit * peak,) * placement.ranks
+    folder = cache.folder()
+    return Request(config.name, placement.ranks, micro_batches, times, activations, limits, config.planning_seconds,
+                   None if folder is None else str(folder))
+
+
+def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
+    """The schedule of the table that `config` asks for, or for an adaptive one the fastest within its limit."""
+    if config.name != ADAPTIVE:
+        schedule = build(config.name, ranks, micro_batches)
+        check_memory_limit(schedule, config.memory_limit)
+        return schedule
+    schedules = [build(name, ranks, micro_batches) for name in TIMED]
+    # A limit in bytes says nothing before sizes are known: then the one that keeps least.
+    limit = 1.0 if config.memory_limit is None else config.memory_limit
+    if isinstance(limit, int):
+        return min(schedules, key=fraction_of_1f1b)
+    fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
+    equal = Times.uniform(2 * ranks)
+    return min(fitting, key=lambda schedule: simulate(schedule, equal).makespan, default=None)
+
+
+def _planner(config: ScheduleConfig, exchange: Exchange) -> Planner:
+    return Planner(exchange, dist.get_rank() == 0, config.timeout_seconds)
+
+
+def _asked(config: ScheduleConfig) -> str:
+    return f"{KEY} = {config.model_dump(exclude_defaults=True)}"
+
+
+def _planned(answer: Answer, config: ScheduleConfig) -> Planned:
+    """The plan in an answer; PipelineError if the limits of `config` can't be met."""
+    if "schedule" in answer:
+        return answer
+    raise PipelineError(f"{_asked(config)}: {answer['error']}")
+
+
+def moved_by(now: Times, then: Times) -> float:
+    """How far times have moved: the greatest change of a stage or a hop, as a share of that stage's time then.
+
+    Of a hop the stage is the faster of those that it joins, since a short hop may double without any effect.
+    """
+    stages = [then.of_stage(stage) for stage in range(len(then.forward))]
+    changes = [(abs(now.of_stage(stage) - before), before) for stage, before in enumerate(stages)]
+    changes += [(abs(hop - before), min(joined)) for hop, before, joined in zip(now.hops, then.hops, pairwise(stages))]
+    return max(change / whole if whole else float(change > 0) for change, whole in changes)

@@ -1,0 +1,253 @@
+"""`"verify_gradients": true`: whether the split backward gives this model the gradients of a whole one.
+
+A split backward is right for any layer that autograd is right for, as long as the layer keeps some rules that a whole
+backward doesn't ask for: what B leaves to W mustn't be overwritten, and both halves of a SplitFunction must be right.
+So one early batch runs twice, from the same state, with the same data and the same random numbers:
+
+    [1] with whole backwards        in the schedule's order, each B a BW and no W; nothing is split, reduced or stepped
+    [2] all is put back             batch_snapshot.py
+    [3] as scheduled                the batch itself, as without the key
+    [4] before a reduction          gradients of the stage are compared, and at the end all others and the losses
+    [5] all ranks agree             they go on, with one line in the log; or the job ends on all of them
+
+It is the third batch. In the first, layers make caches and shapes are announced; in the second, activations are
+measured, and a copy of all gradients would be among them. Where gradients aren't finite (a loss scale that is still too
+high), or DeepSpeed's profiler counts the batch, it is a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.pipe.module import PipelineError
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_vshape.comm.channels import Withdrawn
+from ds_vshape.config.section import KEY
+from ds_vshape.engine.batch_snapshot import BatchSnapshot
+from ds_vshape.engine.comparison import Difference, compare, tolerance, usual_size
+from ds_vshape.health.failures import Failure
+from ds_vshape.measure.observer import METERED_BATCH
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.schedule.fuse import with_whole_backwards
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.schedule import Schedule
+
+# Good training batches before it.
+VERIFIED_BATCH = METERED_BATCH + 1
+_SHOWN = 5
+_ADVICE = ("Look at the highest stage first, since lower ones get its gradients: for memory that a layer writes again "
+           "while a weight gradient needs it, a backward hook that changes a gradient in place, a wrong "
+           "backward_weight of a SplitFunction, a backward that depends on when it runs. \"1f1b-v\" and \"1f1b\" train "
+           "with whole backwards")
+
+
+class VerificationError(PipelineError):  # type: ignore[misc]
+    """Losses or gradients aren't those of whole backwards."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What the run with whole backwards has given on this rank."""
+
+    gradients: dict[Parameter, Tensor | None]
+    losses: list[Any]
+    # Whether some rank has failed, and the failure of this one.
+    failed: bool
+    failure: Failure | None
+    usual: float
+    finite: bool
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells the others, in numbers: flags, how many gradients it has compared, how many are equal bit for
+    bit, and the largest share by which one differs."""
+
+    batch_failed: bool
+    whole_failed: bool
+    infinite: bool
+    differs: bool
+    gradients: int
+    exact: int
+    worst: float
+
+    def numbers(self) -> list[float]:
+        """As a list."""
+        return [float(value) for value in vars(self).values()]
+
+
+class Verification:
+    """Verifies one batch of `engine`, a ds_vshape PipelineEngine."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._whole: _Whole | None = None
+        self._found: dict[Parameter, Difference] = {}
+        self._done = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next training batch is to be verified, the same on every rank."""
+        engine = self._engine
+        return not self._done and engine._observer.batches >= VERIFIED_BATCH and not engine.is_flops_profiled()
+
+    def run_whole(self, schedule: Schedule) -> bool:
+        """Run a batch with whole backwards and put all back; False if `schedule` splits none."""
+        engine = self._engine
+        if not any(work.kind is Kind.W for _, work in schedule.passes()):
+            self._done = True
+            engine._log(f"{KEY}.verify_gradients: {schedule.name} splits no backward, so there is nothing to verify")
+            return False
+        if any(hooked for hooked, in engine._agreement.start_status([float(engine._released.has_hooks)]).result()):
+            self._done = True
+            engine._log(f"{KEY}.verify_gradients: hooks of the script's own run where gradients add up, and what they "
+                        "do can't be put back, so nothing is verified")
+            return False
+        instructions = instr.passes_alone(engine._program(with_whole_backwards(schedule)))
+        snapshot = BatchSnapshot(engine)
+        engine._samples.keep()
+        # Timers, traces and monitors must see one batch, so their wrappers are left out.
+        around = engine._INSTRUCTION_MAP
+        engine._INSTRUCTION_MAP = type(engine)._INSTRUCTION_MAP
+        engine.fwd_outputs = []
+        engine._channels.begin_batch(engine._signatures if not engine.dynamic_shape else None)
+        engine._active_stage = None
+        try:
+            engine._run(instructions, [None] * len(instructions))
+        finally:
+            engine._INSTRUCTION_MAP = around
+        failed = engine._agreement.start_status([float(engine._failure is not None)]).result()
+        self._whole = self._taken(snapshot, [1.0] in failed)
+        engine._failure = None
+        engine._held.clear()
+        engine._channels.end_batch()
+        ds_checkpointing.reset()
+        snapshot.restore()
+        engine._samples.again()
+        return True
+
+    def _taken(self, snapshot: BatchSnapshot, failed: bool) -> _Whole:
+        """The losses and gradients of the run; gradients that `restore` would overwrite are copied."""
+        engine = self._engine
+        if failed:
+            return _Whole({}, [], True, engine._failure, 0.0, True)
+        gradients = {}
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                gradient = self._gradient(parameter)
+                if gradient is not None and not snapshot.forgets(parameter, gradient):
+                    gradient = gradient.clone()
+                gradients[parameter] = gradient
+        known = [gradient for gradient in gradients.values() if gradient is not None]
+        finite = all(bool(_values(gradient).isfinite().all()) for gradient in known)
+        return _Whole(gradients, list(engine.fwd_outputs), False, None, usual_size(known), finite)
+
+    def _gradient(self, parameter: Any) -> Tensor | None:
+        """What the batch has added up for a parameter so far."""
+        sums = self._engine._sums
+        total: Tensor | None = sums.total(parameter) if sums.holds(parameter) else parameter.grad
+        # Where sums are kept in another place, `.grad` has what came since the last backward.
+        rest: Tensor | None = parameter.grad
+        if total is None or rest is None or total is rest:
+            return rest if total is None else total
+        return total + rest.view_as(total)
+
+    def compare(self, stage: int) -> None:
+        """Compare the gradients of `stage`, except of weights that other stages use too."""
+        of_stages = {chunk.stage: set(chunk.parameters()) for chunk in self._engine.module.chunks}
+        others = [weights for other, weights in of_stages.items() if other != stage]
+        tied = {weight for weight, _ in self._engine.module.get_tied_weights_and_groups()}
+        self._compare(of_stages[stage].difference(tied, *others))
+
+    @torch.no_grad()
+    def _compare(self, parameters: Iterable[Parameter]) -> None:
+        whole, engine = self._whole, self._engine
+        if whole is None or engine._failure is not None:
+            return
+        for parameter in parameters:
+            if parameter in whole.gradients:
+                allowed = tolerance(self._dtype(parameter), engine.micro_batches)
+                expected = whole.gradients.pop(parameter)
+                self._found[parameter] = compare(self._gradient(parameter), expected, allowed, whole.usual)
+
+    def _dtype(self, parameter: Parameter) -> torch.dtype:
+        """The coarsest dtype to which a gradient is rounded."""
+        engine = self._engine
+        return engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else parameter.dtype
+
+    def agree(self) -> None:
+        """Compare the rest, and tell all ranks what was found (collective). Raises on all of them where one has found a
+        difference; where the batch has failed, it's left to the batch to say so."""
+        engine, whole = self._engine, self._whole
+        if whole is None:
+            return
+        self._compare(list(whole.gradients))
+        report, difference = self._report(whole)
+        self._whole, self._found = None, {}
+        told = [_Report(*numbers) for numbers in engine._agreement.start_status(report.numbers()).result()]
+        if any(rank.batch_failed for rank in told):
+            return
+        if any(rank.whole_failed for rank in told) or not any(rank.infinite for rank in told) and (
+                any(rank.differs for rank in told)):
+            if difference is not None:
+                engine._failure = engine._agreement.failure(VerificationError(difference), f"{KEY}.verify_gradients")
+            engine._exec_agree_on_batch()
+        self._done = not any(rank.infinite for rank in told)
+        if self._done:
+            engine._log(self._line(told))
+
+    def _report(self, whole: _Whole) -> tuple[_Report, str | None]:
+        """What this rank tells the others, and in words what differs."""
+        failed = self._engine._failure is not None
+        if failed or whole.failed:
+            own = whole.failure is not None and not isinstance(whole.failure.error, Withdrawn)
+            text = f"the batch runs as scheduled, and fails with whole backwards: {whole.failure}" if own else None
+            return _Report(failed, whole.failed, False, False, 0, 0, 0.0), text
+        texts = [*self._losses_in_words(whole.losses), *self._gradients_in_words()]
+        shares = [found.share for found in self._found.values()]
+        report = _Report(False, False, not whole.finite, bool(texts), len(shares), shares.count(0.0),
+                         max(shares, default=0.0))
+        return report, f"{'; '.join(texts)}. {_ADVICE}" if texts else None
+
+    def _losses_in_words(self, whole: Sequence[Any]) -> Iterator[str]:
+        pairs = list(zip(self._engine.fwd_outputs, whole, strict=True))
+        differing = [pair for pair in pairs if not compare(*pair, tolerance(pair[0].dtype, 1)).is_close]
+        if differing:
+            found, expected = map(float, differing[0])
+            yield (f"{len(differing)} of {len(pairs)} losses differ, the first is {found:.6g} as scheduled and "
+                   f"{expected:.6g} with whole backwards: forwards depend on state that isn't put back between the "
+                   "two, which is anything but buffers and plain attributes of modules")
+
+    def _gradients_in_words(self) -> Iterator[str]:
+        engine = self._engine
+        differing = sorted(((found.share, parameter) for parameter, found in self._found.items() if not found.is_close),
+                           key=lambda pair: pair[0], reverse=True)
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        for share, parameter in differing[:_SHOWN]:
+            stages = [str(chunk.stage) for chunk in engine.module.chunks if parameter in set(chunk.parameters())]
+            path = names[parameter].split(".")[:-1]
+            layer = engine.module.get_submodule(".".join(path[:2] if path[:1] == ["tied_modules"] else path[:1]))
+            yield (f"the gradient of {names[parameter]} ({type(layer).__name__}, stage {' and '.join(stages)}) differs "
+                   f"from that of whole backwards by {share:.2g} of its norm (tolerance "
+                   f"{self._found[parameter].tolerance:.2g})")
+        if len(differing) > _SHOWN:
+            yield f"{len(differing) - _SHOWN} more of {len(self._found)} gradients differ"
+
+    def _line(self, told: Sequence[_Report]) -> str:
+        engine = self._engine
+        gradients, exact = round(sum(rank.gradients for rank in told)), round(sum(rank.exact for rank in told))
+        rest = "" if exact == gradients else (
+            f" for {exact} of them, and to within {max(rank.worst for rank in told):.2g} of their norm for the others")
+        return (f"{KEY}.verify_gradients: in training batch {engine._observer.batches + 1} the losses of "
+                f"{engine.micro_batches} micro-batches and {gradients} gradients on {len(told)} ranks are those of "
+                f"whole backwards, bit for bit{rest}")
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor

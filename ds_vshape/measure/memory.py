@@ -1,0 +1,308 @@
+"""How many bytes each rank needs: measured where they are, predicted where a schedule decides."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched
+from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.schedule.activations import Activations, Working, peaks, working_peaks
+from ds_vshape.schedule.lowering import lower
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times
+from ds_vshape.split_backward import WeightGradientStore
+
+
+class Storages:
+    """Memory that tensors stand on, each piece counted once however many tensors share it; kept alive by none of it."""
+
+    def __init__(self, tensors: Iterable[Any] = ()) -> None:
+        self._bytes: dict[StorageWeakRef, int] = {}
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        """Take in the memory of `tensors`; what is no tensor is passed over, and what has no plain storage too."""
+        for tensor in _strided(tensors):
+            ref, _, size = _reference(tensor)
+            self._bytes[ref] = size
+
+    def __sub__(self, other: Storages) -> Storages:
+        rest = Storages()
+        rest._bytes = {ref: size for ref, size in self._bytes.items() if ref not in other._bytes}
+        return rest
+
+    def nbytes(self) -> int:
+        """The bytes of all that is alive."""
+        alive: list[int] = [size for ref, size in self._bytes.items() if not _expired(ref)]
+        return sum(alive)
+
+
+def _expired(ref: StorageWeakRef) -> bool:
+    return bool(ref.expired())  # type: ignore[no-untyped-call]
+
+
+class ActivationMeter:
+    """Sizes of the activations of this rank's stages, and what its passes need besides them, in bytes for one
+    micro-batch.
+
+        meter.start()
+        with meter.forward(work, inputs, labels):
+            outputs = ...                               an F
+        with meter.backward(work):
+            ...                                         the B or BW of the same stage and micro-batch
+        meter.after_backward(work, store)               if it was a B
+        with meter.weights(work, store):
+            ...                                         a W, or a piece of it
+        meter.stop()
+
+    Measure a micro-batch other than the first: a module may make caches in its first forward, which stay. Measure
+    a B and a BW of each stage, if it has both: where layers are recomputed a B keeps more the further it gets.
+    Operators run slower inside, so times that are measured meanwhile don't count.
+
+    A forward leaves what is alive at the start of its backward: memory that it took, the stage's inputs, and labels
+    that the graph saved; not `module`'s parameters and buffers, and not outputs unless the graph saved them too.
+
+    Nothing here raises into the passes or changes what they do. If something can't be measured, `unknown` says why.
+    """
+
+    def __init__(self, module: nn.Module, device_type: str) -> None:
+        self.whole: dict[int, int] = {}
+        self.kept: dict[int, int] = {}
+        self.unknown: str | None = None
+        # The most that was alive in each kind of pass, of what `whole` and `kept` count in part; and the inputs.
+        self._most: dict[tuple[Kind, int], int] = {}
+        self._inputs: dict[int, int] = {}
+        self._module = module
+        self._watcher = AllocationWatcher(device_type)
+        self._spans: list[_Span] = []
+
+    def start(self) -> None:
+        """To be called before the first pass that is measured."""
+        for found in (self.whole, self.kept, self._most, self._inputs):
+            found.clear()
+        self._spans.clear()
+        self.unknown = None
+        with self._measuring():
+            if any(getattr(module, "_compiled_call_impl", None) for module in self._module.modules()):
+                raise CannotWatch("what compiled layers take isn't seen")
+            self._watcher.start()
+
+    def stop(self) -> None:
+        """To be called after the last pass that is measured."""
+        with self._measuring():
+            self._add_up(self._watcher.stop())
+        self.drop()
+
+    def drop(self) -> None:
+        """Stop measuring: the batch has failed, or starts again."""
+        self._watcher.drop()
+        self._spans.clear()
+
+    @contextmanager
+    def forward(self, work: Pass, inputs: Any, labels: Any = None) -> Iterator[None]:
+        """Around an F; `inputs` and `labels` are a tensor or nested ones."""
+        span = _Span(work)
+        with self._measuring():
+            span.alive = _addresses(tree_leaves(inputs))
+            self._inputs[work.stage] = sum(span.alive.values())
+            span.labels = [*map(_reference, _strided(tree_leaves(labels)))]
+            if not span.alive:
+                raise CannotWatch(f"micro-batch {work.micro_batch} of stage {work.stage} was empty")
+        with self._watched(span):
+            yield
+        with self._measuring():
+            span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
+
+    @contextmanager
+    def backward(self, work: Pass) -> Iterator[None]:
+        """Around the B or BW of what was measured in F."""
+        span = _Span(work)
+        with self._measuring():
+            forward = next(span for span in self._spans if span.work == Pass(Kind.F, work.stage, work.micro_batch))
+            span.apart = forward.apart
+            saved = {address: size for ref, address, size in forward.labels if not _expired(ref)}
+            span.alive = {**forward.alive, **saved}
+        with self._watched(span):
+            yield
+
+    def after_backward(self, work: Pass, store: WeightGradientStore) -> None:
+        """When B has ended; `store` is what it leaves to W."""
+        with self._measuring():
+            self.kept[work.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
+
+    @contextmanager
+    def weights(self, work: Pass, store: WeightGradientStore) -> Iterator[None]:
+        """Around W, which empties `store`."""
+        span = _Span(work)
+        with self._measuring():
+            span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
+            span.alive = _addresses(store.tensors())
+        with self._watched(span):
+            yield
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Around what is done for the measurement alone: an error ends the measurement and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            if self.unknown is None:
+                self.unknown = str(error) if isinstance(error, CannotWatch) else f"{type(error).__name__}: {error}"
+            self.drop()
+
+    @contextmanager
+    def _watched(self, span: _Span) -> Iterator[None]:
+        with self._watcher.span() as span.number:
+            yield
+        self._spans.append(span)
+
+    def _add_up(self, watched: Watched) -> None:
+        """Go through all that was allocated and freed."""
+        changes = deque(watched.changes)
+        # By stage and micro-batch: memory that its F took and that hasn't been given back.
+        left: dict[tuple[int, int], dict[int, int]] = {}
+
+        def take_until(time: float, alive: dict[int, int]) -> int:
+            """The most that is alive until `time`, of `alive` and what comes to it."""
+            most = now = sum(alive.values())
+            while changes and changes[0].time <= time:
+                change = changes.popleft()
+                if change.size > 0:
+                    alive[change.address] = change.size
+                    now += change.size
+                    most = max(most, now)
+                else:
+                    now -= alive.pop(change.address, 0)
+                    for of_forward in left.values():
+                        of_forward.pop(change.address, None)
+            return most
+
+        for span in self._spans:
+            start, end = watched.spans[span.number]
+            take_until(start, {})
+            work, buffer = span.work, (span.work.stage, span.work.micro_batch)
+            alive = _without({**span.alive, **left.pop(buffer, {})}, span.apart)
+            if work.kind.gives_input_gradient:
+                self.whole[work.stage] = sum(alive.values())
+            before = set(alive)
+            kind = work.kind, work.stage
+            self._most[kind] = max(take_until(end, alive), self._most.get(kind, 0))
+            if work.kind is Kind.F:
+                left[buffer] = _without({address: alive[address] for address in alive.keys() - before}, span.apart)
+
+    def gather(self, placement: Placement, device: torch.device) -> tuple[Activations, Working] | None:
+        """The sizes of all stages, the largest of all replicas, on every rank of the job (collective); None where they
+        are unknown to one of them.
+
+        A stage whose B wasn't measured counts as one that keeps all until W, and its B as its BW, or the other way
+        round.
+        """
+        own = torch.zeros(8, placement.stages, dtype=torch.int64)
+        for stage, whole in self.whole.items():
+            kept = self.kept.get(stage, whole)
+            backward = [self._most.get((kind, stage), 0) for kind in (Kind.B, Kind.BW)]
+            working = (self._most.get((Kind.F, stage), 0) - whole,
+                       *((one or max(backward)) - whole for one in backward),
+                       self._most.get((Kind.W, stage), 0) - kept)
+            own[:-1, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in working), self._inputs[stage]])
+        own[-1] = self.unknown is not None
+        own = own.to(device)
+        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        *rows, unknown = [tuple(map(float, of_stages)) for of_stages in own.tolist()]
+        return None if any(unknown) or 0 in rows[0] else (Activations(*rows[:2]), Working(*rows[2:]))
+
+
+@dataclass(eq=False)
+class _Span:
+    """A pass that is measured. Memory is a size in bytes by its address."""
+
+    work: Pass
+    number: int = 0
+    # What is alive when it starts, without what the forward left.
+    alive: dict[int, int] = field(default_factory=dict)
+    # Parameters and buffers, which don't count.
+    apart: dict[int, int] = field(default_factory=dict)
+    labels: list[tuple[StorageWeakRef, int, int]] = field(default_factory=list)
+
+
+def _without(memory: dict[int, int], apart: dict[int, int]) -> dict[int, int]:
+    return {address: size for address, size in memory.items() if address not in apart}
+
+
+def _strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided)
+
+
+def _addresses(tensors: Iterable[Any]) -> dict[int, int]:
+    """The memory of tensors, each piece once."""
+    storages = (tensor.untyped_storage() for tensor in _strided(tensors))
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:
+    storage = tensor.untyped_storage()
+    return StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()  # type: ignore[no-untyped-call]
+
+
+def predict_memory(engine: Any, schedule: Schedule,
+                   sizes: tuple[Activations, Working] | None) -> tuple[RankMemory, ...]:
+    """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective); nothing is
+    said of activations where their `sizes` are unknown.
+
+    To be called after the first step: torch's optimizers make their moments in it.
+    """
+    own = torch.tensor([parameter_bytes(engine.module), gradient_bytes(engine.module, engine.optimizer),
+                        optimizer_bytes(engine.module, engine.optimizer), engine.rollback_bytes()],
+                       device=engine.device)
+    every = [torch.empty_like(own) for _ in schedule.orders]
+    dist.all_gather(every, own, group=engine.grid.get_pipe_parallel_group())
+    states = torch.stack(every).tolist()
+    activations: list[tuple[int, int] | tuple[None, None]] = [(None, None) for _ in states]
+    if sizes is not None:
+        programs = lower(schedule, Times.uniform(schedule.placement.stages))
+        found = zip(peaks(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
+        activations = [(round(peak), round(highest - peak)) for peak, highest in found]
+    return tuple(RankMemory(parameters, gradients, optimizer, peak, working, rollback)
+                 for (parameters, gradients, optimizer, rollback), (peak, working) in zip(states, activations))
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Parameters and buffers, and the flat memory that DeepSpeed's optimizers put them into."""
+    return _model(module).nbytes()
+
+
+def gradient_bytes(module: nn.Module, optimizer: Any) -> int:
+    """What a batch accumulates: each parameter's gradient, or what the optimizer has for it."""
+    if isinstance(optimizer, BF16_Optimizer):
+        # `.grad` holds gradients only within a backward.
+        return Storages(optimizer.fp32_groups_gradients_flat).nbytes()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    if getattr(optimizer, "use_grad_accum_attribute", False):
+        gradients += sum(parameter.numel() for parameter in trained) * optimizer.gradient_accumulation_dtype.itemsize
+    return gradients
+
+
+def optimizer_bytes(module: nn.Module, optimizer: Any) -> int:
+    """What the torch optimizer inside `optimizer` has: the weights that it steps, where they aren't the module's own,
+    and its state."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    stepped = [parameter for group in inner.param_groups for parameter in group["params"]]
+    return (Storages([*stepped, *tree_leaves([*inner.state.values()])]) - _model(module)).nbytes()
+
+
+def _model(module: nn.Module) -> Storages:
+    return Storages([*module.parameters(), *module.buffers()])

@@ -1,0 +1,195 @@
+"""What is seen of training batches while they run: times of passes, activations, and which weights were split.
+
+Every pass of every batch is timed. In one early batch activations are measured too, and it is left out of all times:
+the meter slows its operators down. If activations can't be measured, their sizes stay unknown, and the batch
+runs like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
+from torch.nn import Parameter
+
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.measure.log_lines import split_line
+from ds_vshape.measure.memory import ActivationMeter, predict_memory
+from ds_vshape.measure.profiling import PassRecorder, gather_timeline, mean_times, report
+from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.runtime.buffers import Buffers
+from ds_vshape.runtime.instructions import BufferId
+from ds_vshape.schedule.activations import Activations, Working
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
+from ds_vshape.split_backward import WeightGradientStore
+
+# The training batch in which activations are measured, counted from 0. Not the first, in which modules make caches
+# that stay.
+METERED_BATCH = 1
+
+
+class Observer:
+    """Watches the batches of `engine` on this rank; reports are collective over its pipeline."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._recorder = PassRecorder()
+        # The passes that are yet to be measured in this batch; none in all batches but one.
+        self._metered: set[Pass] = set()
+        self._last: tuple[Schedule, PassRecorder] | None = None
+        self._meter = ActivationMeter(engine.module, engine.device.type)
+        self._meter_runs = False
+        # None where they are unknown; `batches` says whether it's too early.
+        self._sizes: tuple[Activations, Working] | None = None
+        # Parameters whose gradients came from W; None once they are reported.
+        self._in_split: set[Parameter] | None = set()
+        # Of this rank's trained parameters: how many numbers got their gradients from W, of how many.
+        self.split = (0, 0)
+        self.batches = 0
+
+    # -- while a batch runs
+
+    def begin_batch(self, schedule: Schedule, training: bool) -> None:
+        """A batch begins, of training or evaluation."""
+        self._recorder = PassRecorder()
+        measured = training and self.batches == METERED_BATCH
+        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else set()
+        if measured:
+            self._meter.drop()
+            self._meter_runs = False
+
+    @contextmanager
+    def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
+        """Around a pass."""
+        start = self._recorder.start(work)
+        if work in self._metered:
+            with self._metering(work, buffers):
+                yield
+        else:
+            yield
+        self._recorder.end(work, start)
+
+    @contextmanager
+    def _metering(self, work: Pass, buffers: Buffers) -> Iterator[None]:
+        """Around a pass that is measured."""
+        if not self._meter_runs:
+            self._meter.start()
+            self._meter_runs = True
+        buffer = buffers[BufferId(work.stage, work.micro_batch)]
+        if work.kind is Kind.W:
+            with self._meter.weights(work, buffer.store):
+                yield
+        elif work.kind is Kind.F:
+            with self._meter.forward(work, buffer.inputs, buffer.labels):
+                yield
+        else:
+            store = buffer.store
+            with self._meter.backward(work):
+                yield
+            if work.kind is Kind.B:
+                self._meter.after_backward(work, store)
+        self._metered.remove(work)
+        if not self._metered:
+            self._meter.stop()
+
+    def abandon_batch(self) -> None:
+        """To be called when the batch ends, well or not: nothing of it is measured after that."""
+        if self._metered:
+            self._metered.clear()
+            self._meter.drop()
+
+    def weights_split(self, store: WeightGradientStore) -> None:
+        """W is going to give the gradients of `store`."""
+        if self._in_split is not None:
+            self._in_split.update(store.parameters())
+
+    def end_batch(self, schedule: Schedule) -> None:
+        """A training batch has ended well."""
+        self._last = schedule, self._recorder
+        self.batches += 1
+        if self._in_split is not None:
+            self._report_split(schedule, self._in_split)
+            self._in_split = None
+
+    def _report_split(self, schedule: Schedule, split: set[Parameter]) -> None:
+        """Say once which parameters have their gradients in B, and how much of the model that is."""
+        engine = self._engine
+        trained = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+        self.split = sum(parameter.numel() for parameter in split), trained
+        splits = any(work.kind is Kind.W for work in schedule.orders[engine.stage_id])
+        if splits and not engine.grid.data_parallel_id:
+            logger.info(split_line(engine.stage_id, engine.module, split))
+
+    # -- after it
+
+    def last_batch(self) -> tuple[Schedule, PassRecorder]:
+        """The last training batch; PipelineError if there is none yet."""
+        if self._last is None:
+            raise PipelineError("no batch was trained yet")
+        return self._last
+
+    def timelines(self, planned: Times | None) -> tuple[Timeline, Timeline]:
+        """The last training batch as predicted and as measured, in seconds.
+
+        The prediction takes the `planned` times, or else the batch's own mean times.
+        """
+        schedule, record = self.last_batch()
+        measured = gather_timeline(record.spans(), schedule.orders, self._group, self._engine.device)
+        times = planned or mean_times(measured, schedule.placement.stages)
+        return simulate(schedule, times), measured
+
+    def agree_on_sizes(self) -> str | None:
+        """Tell all ranks of the job the measured sizes (collective); why they are unknown, if they are."""
+        engine = self._engine
+        self._sizes = self._meter.gather(engine.placement, engine.device)
+        if self._sizes is not None:
+            return None
+        own = self._meter.unknown
+        told = Exchange().texts(
+            "" if own is None else f"pipeline rank {engine.stage_id}: {own}")
+        return "; ".join(dict.fromkeys(text for text in told if text)) or "no pass was measured"
+
+    def activations(self) -> Activations | None:
+        """The measured sizes of all stages, in bytes for one micro-batch, None where they are unknown; PipelineError if
+        it's too early."""
+        self._check_measured()
+        return None if self._sizes is None else self._sizes[0]
+
+    @property
+    def sizes_stay_unknown(self) -> bool:
+        """Whether it's no longer too early for sizes, and they are unknown."""
+        return self.batches > METERED_BATCH and self._sizes is None
+
+    def _check_measured(self) -> None:
+        if self.batches <= METERED_BATCH:
+            raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
+
+    def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
+        """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline)."""
+        self._check_measured()
+        return predict_memory(self._engine, schedule, self._sizes)
+
+    def report(self) -> dict[str, Any]:
+        """The last training batch in numbers (:func:`ds_vshape.measure.profiling.report`)."""
+        schedule, record = self.last_batch()
+        return report(record, schedule, self._group, self._engine.device)
+
+    @property
+    def _group(self) -> Any:
+        return self._engine.grid.get_pipe_parallel_group()
+
+
+def _to_measure(order: Sequence[Pass]) -> set[Pass]:
+    """All passes of a micro-batch of each stage whose backward is a B, and of one whose is a BW, if it has both. The
+    second one, if there is one: after the first, allocators and caches are warm."""
+    found: dict[tuple[Kind, int], list[BufferId]] = {}
+    for work in order:
+        if work.kind.gives_input_gradient:
+            found.setdefault((work.kind, work.stage), []).append(BufferId(work.stage, work.micro_batch))
+    buffers = {alike[:2][-1] for alike in found.values()}
+    return {work for work in order if BufferId(work.stage, work.micro_batch) in buffers}

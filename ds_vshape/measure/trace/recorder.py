@@ -1,0 +1,118 @@
+"""Records what a rank does in one batch, around every instruction.
+
+Its functions stand in the engine's instruction map during a traced batch and at no other time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from ds_vshape.comm.channels import Channels
+from ds_vshape.measure.profiling import DeviceClock, HostClock
+from ds_vshape.measure.trace.arrivals import Arrivals
+from ds_vshape.measure.trace.batch import LOAD, PASS, RELEASE, SEND, WAIT, Event, RankTrace
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.instructions import Execute, Instruction
+from ds_vshape.schedule.lowering import Message, message_into
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import Placement
+
+# What an instruction's event is; that of a message is about the pass that it goes into.
+_MESSAGES: Mapping[Instruction, str] = {
+    instr.WaitActivation: WAIT,
+    instr.WaitGrad: WAIT,
+    instr.SendActivation: SEND,
+    instr.SendGrad: SEND,
+    instr.ReleaseActivation: RELEASE,
+    instr.ReleaseGrad: RELEASE,
+}
+_POSTS = (instr.RecvActivation, instr.RecvGrad)
+_ENDS: Mapping[Instruction, str] = {
+    instr.ReturnLoss: "start to return the loss",
+    instr.StartReduceGrads: "start to reduce gradients",
+    instr.AgreeOnBatch: "agree on the batch",
+    instr.ReduceTiedGrads: "reduce tied gradients",
+    instr.ReduceGrads: "reduce gradients",
+    instr.OptimizerStep: "optimizer step",
+    instr.AwaitVerdict: "await the verdict on the step",
+    instr.TellForwards: "start to tell of the forwards",
+    instr.AgreeOnForwards: "agree on the forwards",
+    instr.StepAhead: "step ahead",
+}
+
+
+class Recorder:
+    """One batch on this rank.
+
+    On a device that runs behind the host, times are the device's, on the host's clock; messages arrive there when
+    their receiver's stream has them.
+    """
+
+    def __init__(self, placement: Placement, channels: Channels) -> None:
+        self._placement, self._channels = placement, channels
+        synchronized = get_accelerator().is_synchronized_device()
+        self._clock = HostClock() if synchronized else DeviceClock()
+        self._arrivals = Arrivals() if synchronized else None
+        self._marks: list[tuple[Instruction, dict[str, Any], Any, Any]] = []
+        get_accelerator().synchronize()
+        self._began, self._began_on_host = self._clock.now(), time.perf_counter()
+
+    def recorded(self, instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
+        """An instruction map (of functions that take the engine first) whose functions are recorded."""
+        found = {kind: self._recorded(kind, execute) for kind, execute in instructions.items() if kind not in _POSTS}
+        return found | {kind: self._watched(kind, instructions[kind]) for kind in _POSTS}
+
+    def _recorded(self, kind: Instruction, execute: Execute) -> Execute:
+        @wraps(execute)
+        def run(engine: Any, **arguments: Any) -> None:
+            start = self._clock.now()
+            execute(engine, **arguments)
+            self._marks.append((kind, arguments, start, self._clock.now()))
+
+        return run
+
+    def _watched(self, kind: Instruction, execute: Execute) -> Execute:
+        @wraps(execute)
+        def run(engine: Any, buffer_id: instr.BufferId) -> None:
+            execute(engine, buffer_id=buffer_id)
+            if self._arrivals is not None:
+                message = self._message(Pass(instr.MESSAGE_KINDS[kind], *buffer_id))
+                self._arrivals.watch(message, self._channels.works_into(message))
+
+        return run
+
+    def _message(self, work: Pass) -> Message:
+        message = message_into(work, self._placement)
+        assert message is not None
+        return message
+
+    def close(self) -> None:
+        """The batch has ended, well or not."""
+        if self._arrivals is not None:
+            self._arrivals.close()
+
+    def trace(self) -> RankTrace:
+        """What happened, on this host's clock (time.perf_counter), after a batch that ended well."""
+        events = tuple(Event(*_of(kind, arguments), self._seconds(start), self._seconds(end))
+                       for kind, arguments, start, end in self._marks)
+        seen = {} if self._arrivals is None else self._arrivals.seen()
+        return RankTrace(events, {message.taker: time for message, time in seen.items()})
+
+    def _seconds(self, mark: Any) -> float:
+        return self._began_on_host + self._clock.seconds(self._began, mark)
+
+
+def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]:
+    """What an instruction's event is, and the pass that it's about."""
+    if kind in _ENDS:
+        return _ENDS[kind], None
+    if kind in _MESSAGES:
+        return _MESSAGES[kind], Pass(instr.MESSAGE_KINDS[kind], *arguments["buffer_id"])
+    if kind is instr.LoadMicroBatch:
+        return LOAD, Pass(Kind.F, *arguments["buffer_id"])
+    return PASS, instr.pass_of(kind(**arguments))

@@ -1,0 +1,15 @@
+"""The model as a pipeline module: its layers, cut into stages, several of them on a rank.
+
+    pipeline_module.py   PipelineModule, which builds as many chunks on a rank as the schedule's placement puts there
+    segment.py           layers that run together between two activation checkpoints
+    tied.py              layers that share weights, wherever they stand
+    shared_weights.py    weights that several layers hold without a TiedLayerSpec
+    loss_fn.py           the weights of a loss function that is a module
+    layer_times.py       how long each layer takes, measured before the model is cut
+    dummy_parameter.py   what a rank trains that has no gradient of its own
+    fast_setattr.py      attributes that change with each pass
+"""
+
+from ds_vshape.module.pipeline_module import PipelineModule
+
+__all__ = ["PipelineModule"]

@@ -1,0 +1,120 @@
+"""What a rank trains that has no gradient of its own to count.
+
+Torch's optimizers refuse an empty list of parameters, ZeRO fails on one that holds frozen parameters alone, and
+BF16_Optimizer on a norm of no gradients. A rank whose layers are all frozen couldn't be trained, nor a second tensor
+parallel rank that has only weights which the first one counts; DeepSpeed's own engine can train neither. A parameter of
+one zero, which no layer uses, stands in, and its gradient is zero.
+
+Layer files of checkpoints don't contain it. Tensor parallel ranks all have one if one of them has, because DeepSpeed's
+universal conversion (checkpoint/ds_to_universal.py) joins the slices of each parameter over them. It isn't loaded from
+universal checkpoints, since one of DeepSpeed's own, or of another number of ranks, may have none; for this DeepSpeed's
+private method Parameter.load_hp_checkpoint_state (checkpoint/universal_checkpoint.py) is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.constants import FP32_WEIGHT_KEY
+from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
+from torch import nn
+
+from ds_vshape.split_backward import GradientAccumulator
+
+# Its name in the module; layer files hold layers only, so that it is in none of them.
+NAME = "stand_in"
+
+
+def with_stand_in(module: Any, parameters: Iterable[Any] | None) -> list[Any]:
+    """What deepspeed.initialize may take for `parameters` (a list, one of groups, or None for all of the module's).
+
+    They come back as they are where one of them is trained and counts in the gradients' norm on each of the ranks that
+    share this one's layers, else with a stand-in, which the module then has too. Collective with tensor parallel ranks.
+    """
+    given = [{**entry, "params": _listed(entry["params"])} if isinstance(entry, dict) else entry
+             for entry in (module.parameters() if parameters is None else parameters)]
+    everything = [parameter for entry in given
+                  for parameter in (entry["params"] if isinstance(entry, dict) else [entry])]
+    trained = [parameter for parameter in everything if parameter.requires_grad]
+    stand_in = getattr(module, NAME, None)
+    if _is_wanted(module, trained) and stand_in is None:
+        stand_in = _registered(module)
+    if stand_in is None or any(parameter is stand_in for parameter in everything):
+        return given
+    kept = given if trained else given[:1]
+    if kept and isinstance(kept[0], dict):
+        return [{**kept[0], "params": [*(kept[0]["params"] if trained else ()), stand_in]}, *kept[1:]]
+    return [*(kept if trained else ()), stand_in]
+
+
+def _registered(module: nn.Module) -> nn.Parameter:
+    """A new stand-in, which `module` has from now on."""
+    like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
+    stand_in: Any = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    # It counts on every rank.
+    stand_in.ds_pipe_replicated, stand_in.tensor_model_parallel = False, True
+    module.register_parameter(NAME, stand_in)
+    return stand_in  # type: ignore[no-any-return]
+
+
+def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
+    """Whether a rank that shares this one's layers trains nothing that it counts."""
+    first = bwc_tensor_model_parallel_rank(module.mpu()) == 0
+    wanted = not any(not p.ds_pipe_replicated and (first or is_model_parallel_parameter(p)) for p in trained)
+    groups = module.topology().get_axis_comm_lists("model")
+    if not groups:
+        return wanted
+    of_ranks = [told["wanted"] for told in module.preflight.gather({"wanted": wanted})]
+    return any(of_ranks[rank] for ranks in groups if module.global_rank in ranks for rank in ranks)
+
+
+def add_to(optimizer: Any, module: nn.Module) -> None:
+    """Add a stand-in to an optimizer that the script has made, where one is wanted."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    *_, last = with_stand_in(module, parameters)
+    if not any(last is parameter for parameter in parameters):
+        optimizer.param_groups[0]["params"].append(last)
+
+
+def keep_from_universal(module: Any) -> None:
+    """Keep the stand-in, if there is one, as it is when a universal checkpoint is loaded.
+
+    To be called when an optimizer has been made for it.
+    """
+    stand_in: Any = getattr(module, NAME, None)
+    if stand_in is not None and hasattr(stand_in, "load_hp_checkpoint_state"):
+        stand_in.load_hp_checkpoint_state = partial(_stay_zero, stand_in)
+
+
+def _stay_zero(stand_in: Any, folder: str, *ranks: Any, **of_experts: Any) -> Any:
+    """In place of DeepSpeed's method: gives the stand-in the optimizer states that other parameters have, as zeros, and
+    returns their step."""
+    mapping, step = stand_in._hp_mapping, None
+    mapping.optim_fragment = {}
+    for path in _files_of_a_parameter(Path(folder).parent):
+        if path.stem == "step":
+            step = torch.load(path, weights_only=True)
+        elif path.stem != FP32_WEIGHT_KEY:
+            mapping.optim_fragment[path.stem] = torch.zeros_like(mapping.get_hp_fragment())
+    return step
+
+
+def _files_of_a_parameter(folder: Path) -> list[Path]:
+    return next((sorted(path.parent.glob("*.pt")) for path in sorted(folder.rglob(f"{FP32_WEIGHT_KEY}.pt"))
+                 if path.parent.name != NAME), [])
+
+
+def _listed(parameters: Any) -> list[Any]:
+    """A group's parameters, which may be one tensor."""
+    return [parameters] if torch.is_tensor(parameters) else list(parameters)
+
+
+def give_gradient(module: nn.Module, delivery: GradientAccumulator) -> None:
+    """The stand-in's gradient of a batch, if there is a stand-in."""
+    stand_in = getattr(module, NAME, None)
+    if stand_in is not None:
+        delivery.add(stand_in, torch.zeros_like(stand_in))

@@ -1,0 +1,190 @@
+"""How long each layer takes, measured before the model is cut into stages.
+
+One rank runs an example micro-batch through the layers, of which it holds one at a time, and tells all others the times
+of forward and backward. A model too large for one device is measured with the memory of its largest layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+from ds_vshape.comm.payload import Payload, members
+from ds_vshape.measure.profiling import DeviceClock, HostClock
+from ds_vshape.runtime.buffers import enter, leaves
+from ds_vshape.schedule.balance import PartitionError
+
+WARM_UPS, REPEATS = 2, 5
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of each layer for one micro-batch: the forward, and the backward with B and W together."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """What each layer adds to the work of its rank."""
+        return tuple(map(sum, zip(self.forward, self.backward)))
+
+
+@dataclass(frozen=True)
+class LayerProfiler:
+    """The layers of a PipelineModule, not built yet, and what it takes to run them.
+
+    `example` is a micro-batch as train_batch's iterator gives it: (inputs, labels), each a tensor or a tuple of
+    tensors. With labels other than None and a `loss_fn` the loss counts to the last layer. `seed(layer)` is called
+    before a layer is built. Floating point parameters are cast to `dtype` if there is one.
+    """
+
+    layers: Sequence[Any]
+    example: Any
+    loss_fn: Callable[..., Any] | None
+    seed: Callable[[int], None]
+    device: str
+    dtype: torch.dtype | None
+
+    def agree(self, measures: bool) -> LayerTimes:
+        """The times that rank 0 has measured, on every rank (collective over all).
+
+        `measures` says whether this rank runs the layers: rank 0 does, and all ranks with which its layers talk.
+        Raises PartitionError on every rank if rank 0 can't run the layers.
+        """
+        times = torch.zeros(2, len(self.layers), dtype=torch.float64)
+        failure = ""
+        if measures:
+            try:
+                times = torch.tensor(list(zip(*self._measure())), dtype=torch.float64)
+            except Exception as error:
+                failure = str(error) if isinstance(error, PartitionError) else f"{type(error).__name__}: {error}"
+        said = _broadcast_text(failure, self.device) or failure
+        if said:
+            raise PartitionError(f"the partition 'profile' can't be measured: {said}")
+        times = times.to(self.device)
+        dist.broadcast(times, src=0)
+        forward, backward = times.tolist()
+        return LayerTimes(tuple(forward), tuple(backward))
+
+    def _measure(self) -> list[tuple[float, float]]:
+        if not isinstance(self.example, (tuple, list)) or len(self.example) != 2:
+            raise PartitionError("it needs an example: PipelineModule(..., example=(inputs, labels)), a micro-batch as "
+                                 "train_batch's iterator gives it")
+        inputs, labels = (_on(self.device, part) for part in self.example)
+        times = []
+        with _random_state_kept(), torch.enable_grad():
+            for layer, spec in enumerate(self.layers):
+                self.seed(layer)
+                last = layer == len(self.layers) - 1
+                try:
+                    module = self._build(spec)
+                    call = module
+                    if last and self.loss_fn is not None and labels is not None:
+                        call = partial(_with_loss, module, self.loss_fn, labels)
+                    times.append(self._time(call, inputs))
+                    inputs = leaves(module(enter(_copied(inputs))))
+                except Exception as error:
+                    name = getattr(spec, "typename", type(spec)).__name__
+                    raise PartitionError(f"layer {layer} ({name}): {type(error).__name__}: {error}") from error
+        return times
+
+    def _build(self, spec: Any) -> Callable[[Any], Any]:
+        """The layer as the stock module builds it; a module that the user has built is copied."""
+        if isinstance(spec, LayerSpec):
+            module = spec.build()
+        elif isinstance(spec, nn.Module):
+            module = copy.deepcopy(spec)
+        else:
+            return spec  # type: ignore[no-any-return]
+        module = module.to(device=self.device)
+        if self.dtype is not None:
+            module = module.to(dtype=self.dtype)
+        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
+            return partial(spec.forward_fn, module)
+        return module  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _time(call: Callable[[Any], Any], inputs: Payload) -> tuple[float, float]:
+        """Median seconds of forward and backward."""
+        clock = HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
+        marks = []
+        for _ in range(WARM_UPS + REPEATS):
+            entered = enter(_copied(inputs))
+            start = clock.now()
+            outputs = call(entered)
+            middle = clock.now()
+            roots = [output for output in members(outputs) if torch.is_tensor(output) and output.requires_grad]
+            grads = [torch.ones_like(root) for root in roots]
+            resumed = clock.now()
+            if roots:
+                torch.autograd.backward(roots, grads)
+            marks.append((start, middle, resumed, clock.now()))
+            del entered, outputs, roots, grads
+        forward, backward = zip(*((clock.seconds(a, b), clock.seconds(c, d)) for a, b, c, d in marks[WARM_UPS:]))
+        return median(forward), median(backward)
+
+
+def precision(ds_config: Any) -> torch.dtype | None:
+    """The dtype to which DeepSpeed's engine will cast the parameters; None if it leaves them."""
+    if any((ds_config.get(key) or {}).get("enabled") is True for key in ("bf16", "bfloat16")):
+        return torch.bfloat16
+    return torch.float16 if (ds_config.get("fp16") or {}).get("enabled") is True else None
+
+
+def _with_loss(module: Callable[[Any], Any], loss_fn: Callable[..., Any], labels: Any, inputs: Any) -> Any:
+    return loss_fn(module(inputs), labels)
+
+
+def _on(device: str, data: Any) -> Any:
+    if isinstance(data, (tuple, list)):
+        return tuple(_on(device, part) for part in data)
+    return data.to(device) if torch.is_tensor(data) else data
+
+
+def _copied(payload: Payload) -> Payload:
+    """Leaves with memory of their own, which the layer may change."""
+    copies = tuple(None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in members(payload))
+    return copies if isinstance(payload, tuple) else copies[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave all random generators as they were: the model must start from the weights it has without a profile."""
+    accelerator = get_accelerator()
+    python, numpy, host, device = (random.getstate(), np.random.get_state(), torch.get_rng_state(),
+                                   accelerator.get_rng_state())
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(host)
+        accelerator.set_rng_state(device)
+
+
+def _broadcast_text(text: str, device: str) -> str:
+    """Rank 0's `text` (collective)."""
+    data = text.encode()
+    length = torch.tensor([len(data)], device=device)
+    dist.broadcast(length, src=0)
+    if not int(length):
+        return ""
+    # Ranks other than 0 hold a text of another length, or none.
+    own = data if dist.get_rank() == 0 else bytes(int(length))
+    letters: Tensor = torch.tensor(list(own), dtype=torch.uint8, device=device)
+    dist.broadcast(letters, src=0)
+    return bytes(letters.tolist()).decode(errors="replace")

@@ -1,0 +1,449 @@
+"""A PipelineModule that builds as many chunks on a rank as the schedule's placement puts there.
+
+DeepSpeed's module (runtime/pipe/module.py) builds one run of layers a rank. With the V placement a rank holds two
+runs that don't touch, each with its own bounds, layer names and checkpoint files:
+
+    layers    0 1 | 2 3 | 4 5 | 6 7 | 8 9 | 10 11 | 12 13 | 14 15
+    stages     0     1     2     3     4      5       6       7
+    ranks      0     1     2     3     3      2       1       0
+
+One chunk at a time is active: it is what forward(), saving and loading see. The layers keep DeepSpeed's global names
+and seeds, so weights and layer files don't depend on the placement.
+
+Scripts subclass the module and override DeepSpeed's hooks, `_partition_layers` among them, which know one stage a rank.
+Of DeepSpeed's private parts this uses those hooks, `_layer_specs`, `_num_layers`, `_topo`, `_grid`, and `parts`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import module as stock
+from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from deepspeed.runtime.utils import set_random_seed
+from deepspeed.utils import logger
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from ds_vshape.config.arguments import bound, check_arguments, check_method
+from ds_vshape.config.compatibility import check_accepted
+from ds_vshape.config.section import (KEY, TIMEOUT_SECONDS, DsConfig, LayerCosts, Partition, ScheduleConfig,
+                                      find_ds_config, find_section, read_section)
+from ds_vshape.config.versions import check_versions
+from ds_vshape.health.preflight import Facts, Preflight, config_facts, module_facts, versions
+from ds_vshape.health.watch import groups_without_limit, watch_job
+from ds_vshape.measure.trace.tracer import check_folder
+from ds_vshape.module.fast_setattr import FastSetattr
+from ds_vshape.module.layer_times import LayerProfiler, LayerTimes, precision
+from ds_vshape.module.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
+from ds_vshape.module.segment import Segment, parameters_of
+from ds_vshape.module.shared_weights import shared_weights, warning_of
+from ds_vshape.module.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
+from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
+from ds_vshape.schedule.named import placement_of
+from ds_vshape.schedule.placement import Placement, linear
+
+# What two measurements of one layer may differ by.
+_NOISE = 0.02
+_PARTITION: TypeAdapter[Partition] = TypeAdapter(Partition)
+
+# What is called before a module with a schedule is built: plugin.py makes the engines for it, and imports this module.
+before_building: list[Callable[[], None]] = []
+
+
+@dataclass
+class Chunk:
+    """One stage of this rank: its layers [start, stop) of the whole model, and their functions."""
+
+    stage: int
+    start: int
+    stop: int
+    funcs: list[Any] = field(default_factory=list)
+    checkpointable: list[bool] = field(default_factory=list)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of its layers; one that layers share may come more than once."""
+        return parameters_of(self.funcs)
+
+
+class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
+    """DeepSpeed's PipelineModule, placed as the "pipeline_schedule" of the config demands.
+
+    Args:
+        layers, num_stages, and all others: as in deepspeed.pipe.PipelineModule; `num_stages` counts pipeline ranks.
+            Partition methods work over stages, of which the V and the interleaved placement have two a rank.
+        partition_method: one of DeepSpeed's methods, or one of those below, which balance the work of ranks instead of
+            stages (ds_vshape/schedule/balance.py). The config's "partition" counts instead, where it has one.
+                [0, 3, 5, 8, 10]     bounds: the first layer of each stage, and the number of layers
+                {"costs": [..]}      what each layer costs: a number, or its (F, B, W)
+                "profile"            each layer's forward and backward are measured, on rank 0, with `example`
+        example: for "profile", a micro-batch as train_batch's iterator gives it, (inputs, labels), on rank 0 at least.
+        config: the ds_config (dictionary, path or base64 text). Without it the environment variable DS_VSHAPE_CONFIG
+            or the command line's --deepspeed_config names it. Without any, or without the key in it, this is
+            DeepSpeed's own module.
+
+    Raises:
+        ConfigError: for a "pipeline_schedule" that can't be used.
+        PipelineError: for fewer layers than stages, arguments that the job's ranks can't build
+            (ds_vshape/config/arguments.py) and tied layers that aren't alike (ds_vshape/module/tied.py).
+        PreflightError: on every rank, if ranks differ in their versions, config or arguments, or some can't build
+            their layers.
+        PartitionError: on every rank, for a partition that doesn't fit, and for a profile that can't be measured.
+    """
+
+    num_stages: int
+    tied_comms: dict[str, Any]
+    _ties: dict[str, Tie]
+    _tied_sources: dict[str, int]
+
+    def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
+                 example: Any = None, **kwargs: Any) -> None:
+        self.schedule_config: ScheduleConfig | None
+        self.chunks: list[Chunk] = []
+        # What the layers were measured to take, if the partition asked for it.
+        self.layer_times: LayerTimes | None = None
+
+        if isinstance(layers, Iterable) and not isinstance(layers, (Sequence, nn.Module)):
+            layers = list(layers)
+
+        def read() -> Facts:
+            check_versions()
+            ds_config = find_ds_config(config, sys.argv) or {}
+            arguments = bound(layers, num_stages, *args, **kwargs)
+            self.schedule_config = read_section(ds_config)
+            if self.schedule_config is not None:
+                check_accepted(ds_config)
+                check_arguments(arguments, dist.get_world_size())
+                # Traces are written by the first pipeline rank of the first pipeline.
+                if self.schedule_config.trace is not None and dist.get_rank() == 0:
+                    check_folder(self.schedule_config.trace)
+            self._precision = precision(ds_config)
+            return {**versions(), **config_facts(ds_config, self.schedule_config), **module_facts(arguments)}
+
+        watch = watch_job(_timeout(config))
+        with watch.phase(lambda: "PipelineModule"), groups_without_limit():
+            self.preflight = Preflight(watch)
+            self.preflight.compare(read)
+            if self.schedule_config is not None:
+                for prepare in before_building:
+                    prepare()
+                watch.place(_topology(bound(layers, num_stages, *args, **kwargs)))
+            self._example = example
+            super().__init__(layers, num_stages, *args, **kwargs)
+            self._example = None
+        if self.schedule_config is None:
+            watch.close()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Which stages are on which pipeline rank."""
+        ranks = self._topo.get_dim("pipe")
+        return placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
+
+    def _partition_layers(self, method: Any = "uniform") -> None:
+        if self.schedule_config is None:
+            self._divide(read_partition(method))
+            return
+        stages, ranks = self.placement.stages, self.placement.ranks
+        if self._num_layers < stages:
+            raise PipelineError(f"{self._num_layers} layers can't fill {stages} stages: {self.schedule_config.name} on "
+                                f"{ranks} pipeline ranks needs at least {stages} layers")
+        of_config = self.schedule_config.partition
+        partition = read_partition(method) if of_config is None else of_config
+        if isinstance(partition, str):
+            check_method(partition)
+        self._divide(partition)
+
+    def _divide(self, partition: Partition) -> None:
+        """Set the stages' bounds by `partition`."""
+        if isinstance(partition, str) and partition.lower() != "profile":
+            # DeepSpeed's methods divide the layers into `num_stages` parts.
+            ranks, self.num_stages = self.num_stages, self.placement.stages
+            super()._partition_layers(partition)
+            self.num_stages = ranks
+            # Some of them give NumPy's integers, which DeepSpeed's own seeding then refuses.
+            self.parts: list[int] = [int(bound) for bound in self.parts]
+        else:
+            self.parts = list(self._bounds(partition))
+            self._announce_partition()
+        self._set_bounds(*self.parts[self.stage_id:self.stage_id + 2])
+
+    def _adopt_partition(self) -> None:
+        """Take over what a subclass's `_partition_layers` has set; collective.
+
+        Raises PartitionError where that can't be the bounds of the placement's stages.
+        """
+        assert self.schedule_config is not None
+        if type(self)._partition_layers is _PARTITION_LAYERS:
+            return
+        stages, name = self.placement.stages, f"{type(self).__name__}._partition_layers"
+        if self.schedule_config.partition is not None:
+            self._divide(self.schedule_config.partition)
+        elif stages == self.placement.ranks:
+            # What a rank builds in DeepSpeed are its local bounds, whatever `parts` says.
+            self.parts = self._chain_of_local_bounds(name)
+        elif len(getattr(self, "parts", ())) != stages + 1:
+            raise PartitionError(
+                f"{name} divides the layers into one run for each pipeline rank, but {self.schedule_config.name} has "
+                f"{stages} stages on {self.placement.ranks} ranks: give their bounds in the config, as \"partition\": "
+                f"[0, ..., {self._num_layers}] with {stages + 1} numbers in the section \"{KEY}\"")
+        self.parts = list(check_bounds(tuple(map(int, self.parts)), stages, self._num_layers))
+
+    def _chain_of_local_bounds(self, name: str) -> list[int]:
+        """The stages' bounds, of what each rank is to build; collective."""
+        stop = self._num_layers if self._local_stop is None else self._local_stop
+        own = {"stage": self.stage_id, "bounds": [int(self._local_start), int(stop)]}
+        of_stages: dict[int, list[int]] = {}
+        for told in self.preflight.gather(own):
+            if of_stages.setdefault(told["stage"], told["bounds"]) != told["bounds"]:
+                raise PartitionError(f"{name}: ranks of stage {told['stage']} have the layers "
+                                     f"{of_stages[told['stage']]} and {told['bounds']}")
+        bounds = [of_stages[stage] for stage in sorted(of_stages)]
+        if any(before[1] != after[0] for before, after in pairwise(bounds)):
+            raise PartitionError(f"{name}: the stages' layers {bounds} leave a gap or overlap")
+        return [bounds[0][0], *(stop for _, stop in bounds)]
+
+    def _bounds(self, partition: Partition) -> Sequence[int]:
+        """The stages' bounds by one of our own methods."""
+        if isinstance(partition, tuple):
+            return check_bounds(partition, self.placement.stages, self._num_layers)
+        if isinstance(partition, LayerCosts):
+            costs = check_costs(partition.costs, self._num_layers)
+            bounds = balance(costs, self.placement)
+        else:
+            self.layer_times = self._measure_layers()
+            costs = self.layer_times.costs
+            bounds = balance(costs, self.placement, _NOISE)
+        if self.global_rank == 0:
+            shares = ", ".join(f"{load / math.fsum(costs):.1%}" for load in rank_loads(costs, bounds, self.placement))
+            logger.info(f"partition: shares of the work on pipeline ranks 0 to {self.placement.ranks - 1}: {shares}")
+        return bounds
+
+    def _measure_layers(self) -> LayerTimes:
+        where = self._topo.get_coord(self.global_rank)
+        # Tensor parallel layers talk with their like, so all of these run them.
+        measures = where.pipe == 0 and where.data == 0
+        device = get_accelerator().device_name(self.local_rank)
+        return LayerProfiler(self._layer_specs, self._example, self.loss_fn, self._seed_layer, device,
+                             self._precision).agree(measures)
+
+    def _seed_layer(self, layer: int) -> None:
+        if self.seed_layers:
+            (self.seed_fn or set_random_seed)(self.base_seed + layer)
+
+    def _enter_layer(self, forwards: int, layer: int) -> None:
+        """What DeepSpeed does before each layer of the module's forward number `forwards`."""
+        self.curr_layer = layer
+        if self.seed_layers:
+            (self.seed_fn or set_random_seed)(self.base_seed * (forwards + 1) + layer)
+
+    def _announce_partition(self) -> None:
+        if self.global_rank == 0:
+            for stage, (start, stop) in enumerate(pairwise(self.parts)):
+                logger.info(f"partition: stage {stage} on pipeline rank {self.placement.rank_of(stage)} has layers "
+                            f"{start} to {stop - 1}")
+
+    def _build(self) -> None:
+        if self.schedule_config is None:
+            super()._build()
+            self.chunks = [Chunk(self.stage_id, self._local_start, self._local_stop, self.forward_funcs)]
+            return
+        self._adopt_partition()
+        shared = shared_weights(self._layer_specs)
+        if shared and self.placement.ranks > 1:
+            logger.warning(warning_of(shared))
+        # A layer that can't be built on one rank is told on all.
+        self.preflight.compare(self._build_chunks)
+
+    def _build_chunks(self) -> Facts:
+        self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1])
+                       for stage in self.placement.chunks[self.stage_id]]
+        for chunk in self.chunks:
+            self._set_bounds(chunk.start, chunk.stop)
+            self.forward_funcs = chunk.funcs
+            super()._build()
+        self._activate(self.chunks[0])
+        parameter: Any
+        for parameter in self.idle_weights().values():
+            parameter.ds_pipe_replicated = True
+        for key, tie in find_ties(self._layer_specs).items():
+            check_one_module(key, [(layer, self._layer_specs[layer]) for layer in tie.layers
+                                   if self.stage_owner(layer) == self.stage_id])
+        for key, names in self.tied_weight_attrs.items():
+            check_has(self.tied_modules[key], key, names)
+        return {"bounds of the stages": self.parts}
+
+    def forward(self, forward_input: Any) -> Any:
+        """The outputs of the active chunk, as DeepSpeed's forward, for inputs (a tensor or a tuple) of its first layer.
+
+        Segments of `activation_checkpoint_interval` layers are checkpointed, where DeepSpeed says they can be.
+        """
+        if self.schedule_config is None:
+            return super().forward(forward_input)
+        self.micro_offset += 1
+        before_layer = partial(self._enter_layer, self.micro_offset)
+        interval = self.activation_checkpoint_interval or len(self.forward_funcs)
+        checkpointed = self.is_checkpointable_results if self.activation_checkpoint_interval else (False,)
+        outputs = forward_input
+        for start, again in zip(range(0, len(self.forward_funcs), interval), checkpointed, strict=True):
+            segment = Segment(self.forward_funcs[start:start + interval], self._local_start + start, before_layer)
+            outputs = segment.run_checkpointed(self.activation_checkpoint_func, outputs) if again else (
+                segment.run(outputs))
+        return outputs
+
+    def activate_stage(self, stage: int) -> None:
+        """Let forward() run `stage`, which this rank must hold."""
+        self._activate(self.chunks[self.placement.chunks[self.stage_id].index(stage)])
+
+    def _activate(self, chunk: Chunk) -> None:
+        # Past nn.Module.__setattr__: stages take turns at each pass, and it takes longer than all else here.
+        self.__dict__.update(forward_funcs=chunk.funcs, is_checkpointable_results=chunk.checkpointable,
+                             _local_start=chunk.start, _local_stop=chunk.stop)
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """The pipeline rank that holds layer `layer_idx`."""
+        if self.schedule_config is None:
+            return super().stage_owner(layer_idx)  # type: ignore[no-any-return]
+        assert 0 <= layer_idx < self._num_layers
+        return self.placement.rank_of(bisect_right(self.parts, layer_idx) - 1)
+
+    def tied_ranks(self) -> list[set[int]]:
+        """The pipeline ranks that share a weight, for each of the tied keys."""
+        return [{self.stage_owner(layer) for layer in tie.layers} for tie in self._ties.values()]
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        self._ties = find_ties(self._layer_specs) if self.schedule_config else {}
+        if self.schedule_config is None:
+            return super()._index_tied_modules()  # type: ignore[no-any-return]
+        if self._ties:
+            check_shapes(self.preflight.gather(shapes_of(self.tied_modules, self.tied_weight_attrs)))
+        # The layers from whose ranks the others get their weights.
+        self._tied_sources = {key: tie.first for key, tie in self._ties.items()}
+        # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.
+        comms = {key: comm for key, comm in super()._index_tied_modules().items() if len(comm["ranks"]) > 1}
+        for key, tie in self._ties.items():
+            if key in self.tied_modules and len(tie.layers) > 1:
+                self._keep_apart(key, tie)
+        return comms
+
+    def _keep_apart(self, key: str, tie: Tie) -> None:
+        """A tied module's parameters that aren't tied are each rank's own, and count in the gradients' norm."""
+        module = self.tied_modules[key]
+        tied = [self._recursive_getattr(module, name) for name in self.tied_weight_attrs[key]]
+        apart = {name: parameter for name, parameter in module.named_parameters()
+                 if parameter.requires_grad and not any(parameter is weight for weight in tied)}
+        for parameter in apart.values():
+            parameter.ds_pipe_replicated = False
+        if apart and self.stage_owner(tie.first) == self.stage_id and self._grid.data_parallel_id == 0:
+            logger.info(f"tied layers {key!r} ({', '.join(map(str, tie.layers))}): tied_weight_attr doesn't name "
+                        f"{', '.join(apart)}, which layers on one rank share and others don't")
+
+    def _synchronize_tied_weights(self) -> None:
+        if not self._ties:
+            super()._synchronize_tied_weights()
+            return
+        for key, comm in self.tied_comms.items():
+            ranks = sorted({self.stage_owner(layer) for layer in self._ties[key].layers})
+            source = comm["ranks"][ranks.index(self.stage_owner(self._tied_sources[key]))]
+            for name in comm["weight_attr"]:
+                dist.broadcast(self._recursive_getattr(comm["module"], name), src=source, group=comm["group"])
+
+    def _activate_files(self, chunk: Chunk) -> None:
+        """Let `chunk` be saved and loaded: DeepSpeed has a file for each of the active layers that is a module."""
+        self._activate(chunk)
+        self.forward_funcs = list(chunk.funcs)
+        for key, tie in self._ties.items():
+            if chunk.start <= tie.filed < chunk.stop:
+                self.forward_funcs[tie.filed - chunk.start] = self.tied_modules[key]
+
+    def _precompute_checkpointable_values(self) -> None:
+        for chunk in self.chunks:
+            self._activate(chunk)
+            # The stock method keeps one rank's values for one interval; each chunk needs its own.
+            self.is_checkpointable_results_interval = None
+            super()._precompute_checkpointable_values()
+            chunk.checkpointable = self.is_checkpointable_results
+        self._activate(self.chunks[0])
+
+    @property
+    def _computes_loss(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return self.placement.last_stage in self.placement.chunks[self.stage_id]
+
+    def idle_weights(self) -> dict[str, nn.Parameter]:
+        """Weights, by name, that this rank has a copy of and never trains: those of a loss function that is a module,
+        where another rank computes the loss."""
+        if not self.schedule_config or self._computes_loss or not isinstance(self.loss_fn, nn.Module):
+            return {}
+        used = {parameter for chunk in self.chunks for parameter in chunk.parameters()}
+        return {f"loss_fn.{name}": parameter for name, parameter in self.loss_fn.named_parameters()
+                if parameter not in used}
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+        for chunk in self.chunks:
+            self._activate_files(chunk)
+            super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
+        self._activate(self.chunks[0])
+        if self.schedule_config and self._computes_loss and self._grid.data_parallel_id == 0:
+            save_loss_fn(self.loss_fn, self._loss_fn_path(save_dir), checkpoint_engine, exclude_frozen_params)
+
+    def _loss_fn_path(self, folder: str) -> str:
+        return loss_fn_path(folder, self._grid._topo.get_rank_repr(rank=self.global_rank))
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
+        """As DeepSpeed's; PipelineError where it saved no file of a tied module (see tied.py)."""
+        self._tied_sources = {key: tie.filed for key, tie in self._ties.items()}
+        for chunk in self.chunks:
+            self._activate_files(chunk)
+            for key, tie in self._ties.items():
+                number = tie.filed - chunk.start
+                here = tie.plain is None and 0 <= number < len(chunk.funcs)
+                if here and not self.ckpt_layer_path_list(load_dir, number):
+                    raise PipelineError(f"{load_dir} has no weights of the tied layers {key!r} (layer {tie.filed}): "
+                                        "DeepSpeed saves none where all of them have a forward_fn")
+            super().load_state_dir(load_dir, checkpoint_engine, strict)
+        self._activate(self.chunks[0])
+        if self.schedule_config and self._computes_loss:
+            load_loss_fn(self.loss_fn, self._loss_fn_path(load_dir), checkpoint_engine, strict)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        for chunk in self.chunks:
+            self._activate(chunk)
+            super().compile(*args, **kwargs)
+
+
+# Our override of DeepSpeed's hook, by which a script's own is recognized.
+_PARTITION_LAYERS = PipelineModule._partition_layers
+
+
+def _timeout(config: DsConfig | None) -> float:
+    """The config's timeout_seconds; the default if the config can't be read, which the preflight reports."""
+    try:
+        section = find_section(config, sys.argv)
+    except Exception:
+        section = None
+    return TIMEOUT_SECONDS if section is None else section.timeout_seconds
+
+
+def _topology(arguments: Mapping[str, Any]) -> Any:
+    """The topology of a PipelineModule with these arguments, which have been checked."""
+    stages = arguments.get("num_stages") or 1
+    return arguments.get("topology") or PipeDataParallelTopology(num_pp=stages, num_dp=dist.get_world_size() // stages)
+
+
+def read_partition(method: Any) -> Partition:
+    """PipelineModule's `partition_method`; PartitionError for what the config would refuse as "partition"."""
+    try:
+        return _PARTITION.validate_python(method)
+    except ValidationError as error:
+        raise PartitionError(f"partition_method = {method!r}: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,12 @@
+"""What a rank does in a batch, instruction by instruction.
+
+    instructions.py       the instruction set
+    micro_batch.py        what a micro-batch brings in, and the losses that come out of it
+    buffers.py            what a stage holds of a micro-batch from its forward to the end of its backward
+    gradients.py          where gradients add up, and their clipping
+    reduction.py          their sum over data parallel ranks, started stage by stage
+    gradient_release.py   weights that a script's own hooks step in the middle of a batch
+    script_functions.py   functions that a script has put in the place of DeepSpeed's
+    wall_clock.py         DeepSpeed's named timers, around the instructions
+    anomaly.py            the first NaN or infinity ends the batch
+"""

@@ -1,0 +1,43 @@
+"""`"detect_anomaly": true`: a batch ends where the first NaN or infinity comes up, and the error says where that is.
+
+Each forward's outputs are looked at, which waits for a GPU to compute them: for finding an error, not for training.
+Gradients aren't looked at: with fp16 they overflow now and then, and the loss scaler answers that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
+
+import torch
+
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.instructions import Execute, Instruction
+
+_FORWARDS = (instr.ForwardPass, instr.SplitForwardPass)
+
+
+def checked(instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
+    """An instruction map (of functions that take the engine first) whose forwards raise FloatingPointError in training
+    for outputs, or a loss, that aren't finite."""
+    return {kind: _checked(execute) if kind in _FORWARDS else execute for kind, execute in instructions.items()}
+
+
+def _checked(execute: Execute) -> Execute:
+    @wraps(execute)
+    def run(engine: Any, buffer_id: instr.BufferId) -> None:
+        execute(engine, buffer_id)
+        if not torch.is_grad_enabled():
+            return
+        outputs = engine._held.outputs(buffer_id)
+        members = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        for number, tensor in enumerate(members):
+            if torch.is_tensor(tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                what = "loss" if buffer_id.stage == engine.placement.last_stage else "output"
+                of_many = f" {number}" if len(members) > 1 else ""
+                count = int((~torch.isfinite(tensor)).sum())
+                raise FloatingPointError(f"{count} of {tensor.numel()} numbers of the {what}{of_many} of stage "
+                                         f"{buffer_id.stage} are NaN or infinite")
+
+    return run

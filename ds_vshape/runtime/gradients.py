@@ -1,0 +1,215 @@
+"""Where the gradients of a batch add up, their sums over ranks, and their clipping.
+
+An ordinary backward leaves gradients in `.grad`, and each of DeepSpeed's optimizers picks them up from there at a
+moment of its own; a gradient that comes after that moment would be lost without a word. So W hands its gradients to
+the place where the optimizer accumulates them:
+
+    optimizer                                                        place
+    BF16_Optimizer (runtime/bf16_optimizer.py)                       its buffer of high precision
+    DeepSpeedZeroOptimizer with an accumulation dtype of its own     parameter.grad_accum
+    all others                                                       parameter.grad
+
+What else is put into `.grad` counts too, at any time: a backward that a layer or a loss function runs in
+its forward, a loss with weights of its own, a script between two batches. With BF16_Optimizer that is all there ever is
+in `.grad`: DeepSpeed zeroes it when a backward reaches a stage's outputs, so here it is moved to the buffer before
+that, and after the backward.
+
+Weights that the optimizer doesn't hold get their gradients in `.grad`, by autograd in B, as under DeepSpeed: nothing
+else reads them.
+
+Where a gradient is added to that place by the product that computes it, the sum is rounded once, not twice: a little
+more exact than an unsplit backward's, so not equal to it bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_vshape.split_backward import GradientAccumulator, WholeGradients, may_defer, never_defer
+
+
+class Place(GradientAccumulator, Protocol):
+    """Where an optimizer has the gradients of a batch add up."""
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        """Whether the optimizer has `parameter`; the gradients of all others stay in `.grad`."""
+
+    def take_in(self) -> None:
+        """Move what is in `.grad` to this place, if that is another one."""
+
+    def total(self, parameter: Parameter, /) -> Tensor | None:
+        """The sum so far, as the optimizer has it; None where there is none yet."""
+
+
+def place_of(optimizer: Any) -> Place:
+    """Where `optimizer`, one of DeepSpeed's or torch's, has gradients add up."""
+    if isinstance(optimizer, BF16_Optimizer):
+        return InHighPrecisionBuffers(optimizer)
+    if getattr(optimizer, "use_grad_accum_attribute", False):
+        return InGradAccum(optimizer)
+    held = getattr(optimizer, "bit16_groups", None)
+    return InGrad(None if held is None else chain.from_iterable(held))
+
+
+def delivery_into(place: Place, fusion: bool = False) -> GradientAccumulator:
+    """How a late weight gradient gets there; to be used in the order of the micro-batches. With `fusion` a product may
+    be added to the sum where it lies.
+    """
+    return place if fusion else WholeGradients(place.add)
+
+
+def leave_to_backward(parameters: Iterable[Parameter], place: Place) -> None:
+    """Let B compute the gradients of those that the optimizer doesn't hold, so that nothing is kept for them until W.
+    """
+    for parameter in parameters:
+        if place.holds(parameter):
+            may_defer(parameter)
+        else:
+            never_defer(parameter)
+
+
+class InGrad:
+    """`parameter.grad`, where autograd adds too."""
+
+    def __init__(self, held: Iterable[Parameter] | None = None) -> None:
+        self._held = None if held is None else set(held)
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        return self._held is None or parameter in self._held
+
+    def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
+        if parameter.grad is None:
+            # DeepSpeed flattens gradients with view(-1).
+            parameter.grad = gradient.contiguous()
+        elif parameter.grad.layout is torch.strided:
+            parameter.grad.add_(gradient)
+        else:
+            # Of an embedding with sparse gradients; autograd makes the sum dense too.
+            parameter.grad = gradient + parameter.grad
+
+    def buffer(self, parameter: Parameter, /) -> Tensor | None:
+        so_far = parameter.grad
+        return so_far if so_far is not None and so_far.layout is torch.strided else None
+
+    def total(self, parameter: Parameter, /) -> Tensor | None:
+        return parameter.grad
+
+    def take_in(self) -> None:
+        pass
+
+
+class InGradAccum:
+    """`parameter.grad_accum`, of a dtype of its own. DeepSpeed moves there what autograd accumulates."""
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self._optimizer = optimizer
+        self._dtype: torch.dtype = optimizer.gradient_accumulation_dtype
+        self._held = set(chain.from_iterable(optimizer.bit16_groups))
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        return parameter in self._held
+
+    def add(self, parameter: Any, gradient: Tensor, /) -> None:
+        if parameter.grad_accum is None:
+            parameter.grad_accum = gradient.to(self._dtype)
+        else:
+            # Where the sums are narrower DeepSpeed rounds each gradient first; else the sum itself widens it.
+            widens = torch.promote_types(gradient.dtype, self._dtype) is self._dtype
+            rounded = gradient if widens else gradient.to(self._dtype)
+            parameter.grad_accum.add_(rounded.view(parameter.grad_accum.shape))
+
+    def buffer(self, parameter: Any, /) -> Tensor | None:
+        so_far: Tensor | None = parameter.grad_accum
+        return None if so_far is None else so_far.view(parameter.shape)
+
+    def total(self, parameter: Any, /) -> Tensor | None:
+        return parameter.grad_accum  # type: ignore[no-any-return]
+
+    def take_in(self) -> None:
+        self._optimizer.fill_grad_accum_attribute()
+
+
+class InHighPrecisionBuffers:
+    """BF16_Optimizer's accumulation buffers, by parameter."""
+
+    def __init__(self, optimizer: BF16_Optimizer) -> None:
+        self._optimizer = optimizer
+        self._places = {
+            parameter: (group, index)
+            for group, parameters in enumerate(optimizer.bf16_groups)
+            for index, parameter in enumerate(parameters)
+        }
+
+    def holds(self, parameter: Parameter, /) -> bool:
+        return parameter in self._places
+
+    @torch.no_grad()
+    def add(self, parameter: Any, gradient: Tensor, /) -> None:
+        self.buffer(parameter).add_(gradient)
+
+    def buffer(self, parameter: Any, /) -> Tensor:
+        group, index = self._places[parameter]
+        flat: Tensor = self._optimizer.fp32_groups_gradients[group][index]
+        parameter._hp_grad = flat
+        self._optimizer.fp32_groups_has_gradients[group][index] = True
+        return flat.view(parameter.shape)
+
+    def total(self, parameter: Any, /) -> Tensor | None:
+        group, index = self._places[parameter]
+        has_gradient = self._optimizer.fp32_groups_has_gradients[group][index]
+        return self._optimizer.fp32_groups_gradients[group][index] if has_gradient else None
+
+    def take_in(self) -> None:
+        for parameter in self._places:
+            if parameter.grad is not None:
+                self.add(parameter, parameter.grad)
+                parameter.grad = None
+
+
+def reduce_tied_gradients(module: Any, place: Place) -> None:
+    """Add up the gradients of tied weights over the pipeline ranks that hold them (collective).
+
+    DeepSpeed's own (_exec_reduce_tied_grads in runtime/pipe/engine.py) looks for them in `.grad`, which is empty where
+    they accumulate in `grad_accum`: each rank would then train its copy of the weight by its own gradient alone.
+    """
+    for weight, group in module.get_tied_weights_and_groups():
+        if not weight.requires_grad or not place.holds(weight):
+            continue
+        if place.total(weight) is None:
+            # Not used by the layers of this rank, but perhaps by those of another one: all must take part.
+            place.add(weight, torch.zeros_like(weight, requires_grad=False))
+        dist.all_reduce(place.total(weight), group=group)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> float:
+    """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before.
+
+    For a plain torch optimizer in fp32. DeepSpeed's own (clip_grad_norm_ in runtime/utils.py) counts only what the
+    first pipeline rank holds. Here every parameter counts once: a tied one on its first rank, one that tensor
+    parallel ranks share on the first of them. Collective over the pipeline and tensor parallel ranks.
+    """
+    with_grad = [p for p in parameters if p.grad is not None]
+    first_tensor_rank = bwc_tensor_model_parallel_rank(mpu) == 0
+    counted = [p.grad.float().norm() for p in with_grad
+               if not p.ds_pipe_replicated and (first_tensor_rank or is_model_parallel_parameter(p))]
+    group = mpu.get_model_parallel_group()
+    nothing = torch.zeros((), device=get_accelerator().current_device_name())
+    square = torch.stack(counted).square().sum() if counted else nothing
+    dist.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in with_grad:
+        parameter.grad.mul_(scale)
+    return float(norm)

@@ -1,0 +1,281 @@
+"""The engine's instruction set: DeepSpeed's own (runtime/pipe/schedule.py), and what a split backward and
+asynchronous messages need besides them.
+
+DeepSpeed's instructions name a pipeline buffer by number. Here a buffer's id is its (stage, micro-batch), so an
+instruction says what it works on and a rank may hold any number of stages.
+
+    LoadMicroBatch                          inputs, labels = next(data)
+    ForwardPass, SplitForwardPass           output = stage(input)
+    BackwardPass                            both halves of the backward at once
+    InputGradPass, WeightGradPass           one half each
+    RecvActivation, RecvGrad                offer a buffer; don't wait
+    WaitActivation, WaitGrad                wait until it is filled
+    SendActivation, SendGrad                start to send; don't wait
+    ReleaseActivation, ReleaseGrad          wait until it has left
+    ReturnLoss                              start to tell all ranks the batch's loss; doesn't wait
+    StartReduceGrads                        start to add up a stage's gradients over the replicas; doesn't wait
+    AgreeOnBatch                            all ranks have done their passes, or all raise
+    ReduceTiedGrads, ReduceGrads, OptimizerStep
+
+Where steps are validated afterwards (ds_vshape/engine/post_validation.py):
+
+    AwaitVerdict                            the step before this batch was right, or this batch is interrupted
+    TellForwards, AgreeOnForwards           all ranks have done their forwards, or all raise
+    StepAhead                               reduce and step, before other pipeline ranks have done their passes
+
+In the batch in which gradients are verified (ds_vshape/engine/verification.py):
+
+    CompareGradients                        those of a stage, before they are reduced
+    AgreeOnGradients                        all ranks have found the same gradients with whole backwards, or all raise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch,
+                                             OptimizerStep, PipeInstruction, RecvActivation, RecvGrad, ReduceGrads,
+                                             ReduceTiedGrads, SendActivation, SendGrad)
+
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run,
+                                         Send, Step)
+from ds_vshape.schedule.passes import Kind, Pass
+
+__all__ = [
+    "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict", "BackwardPass",
+    "BufferId", "BufferOpInstruction", "CompareGradients", "Execute", "ForwardPass", "InputGradPass", "Instruction",
+    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
+    "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad",
+    "SplitForwardPass", "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
+    "comparing", "evaluation_instructions", "pass_of", "passes_alone", "stepping_ahead", "training_instructions"
+]
+
+# The two sides of an engine's instruction map; what executes one takes the engine first, then its arguments.
+Instruction = type[PipeInstruction]
+Execute = Callable[..., None]
+
+
+class BufferId(NamedTuple):
+    """A pipeline buffer: what one stage holds of one micro-batch."""
+
+    stage: int
+    micro_batch: int
+
+
+class SplitForwardPass(BufferOpInstruction):  # type: ignore[misc]
+    """Compute a forward pass whose backward will come in two halves.
+
+    Roughly:
+
+    .. code-block:: python
+
+        with SplitBackward(buffers['store'][buffer_id]):
+            buffers['outputs'][buffer_id] = forward(buffers['inputs'][buffer_id])
+    """
+
+
+class InputGradPass(BufferOpInstruction):  # type: ignore[misc]
+    """Compute the gradient of a stage's input, and keep what its weight gradients need.
+
+    Roughly:
+
+    .. code-block:: python
+
+        outputs = buffers['outputs'][buffer_id]
+        torch.autograd.backward(outputs, buffers['gradients'][buffer_id])
+        gradients = buffers['inputs'][buffer_id].grad
+    """
+
+
+class WeightGradPass(BufferOpInstruction):  # type: ignore[misc]
+    """Compute and accumulate the weight gradients that an :class:`InputGradPass` left, or a piece of them.
+
+    Roughly:
+
+    .. code-block:: python
+
+        for x, grad_output, weight in piece_of(buffers['store'][buffer_id], piece, pieces):
+            weight.grad += grad_output.T @ x
+    """
+
+    def __init__(self, buffer_id: BufferId, piece: int = 0, pieces: int = 1) -> None:
+        super().__init__(buffer_id, piece=piece, pieces=pieces)
+
+
+class WaitActivation(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the activations of a :class:`RecvActivation` are there."""
+
+
+class WaitGrad(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the gradients of a :class:`RecvGrad` are there."""
+
+
+class ReleaseActivation(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the activations of a :class:`SendActivation` have left, and give back their memory."""
+
+
+class ReleaseGrad(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the gradients of a :class:`SendGrad` have left, and give back their memory."""
+
+
+class ReturnLoss(PipeInstruction):  # type: ignore[misc]
+    """Start to bring the batch's loss to all ranks: where it is computed as soon as it's whole, elsewhere earlier."""
+
+
+class StartReduceGrads(PipeInstruction):  # type: ignore[misc]
+    """Start to add up the gradients of a stage over its replicas: its last weight gradient is there."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage)
+
+
+class AgreeOnBatch(PipeInstruction):  # type: ignore[misc]
+    """Wait until all ranks of the job have done their passes; raise on all of them if one has failed."""
+
+
+class AwaitVerdict(PipeInstruction):  # type: ignore[misc]
+    """Wait for what all ranks say of the step before this batch; if it must be done again, give this batch up."""
+
+
+class TellForwards(PipeInstruction):  # type: ignore[misc]
+    """Start to tell all ranks whether this rank's forwards were done; doesn't wait."""
+
+
+class AgreeOnForwards(PipeInstruction):  # type: ignore[misc]
+    """Wait until all ranks of the job have done their forwards; raise on all of them if one has failed."""
+
+
+class StepAhead(PipeInstruction):  # type: ignore[misc]
+    """Reduce gradients and step as if all ranks' gradients were good, and start to find out whether they are."""
+
+
+class CompareGradients(PipeInstruction):  # type: ignore[misc]
+    """Compare the gradients of a stage, which are whole and not reduced yet, with those of whole backwards."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage)
+
+
+class AgreeOnGradients(PipeInstruction):  # type: ignore[misc]
+    """Compare what isn't compared yet; raise on all ranks if one of them has found a difference."""
+
+
+_PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
+    (Kind.F, False): ForwardPass,
+    (Kind.F, True): SplitForwardPass,
+    (Kind.BW, False): BackwardPass,
+    (Kind.B, True): InputGradPass,
+    (Kind.W, True): WeightGradPass,
+}
+_MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
+    (PostReceive, Content.ACTIVATION): RecvActivation,
+    (PostReceive, Content.GRADIENT): RecvGrad,
+    (AwaitReceive, Content.ACTIVATION): WaitActivation,
+    (AwaitReceive, Content.GRADIENT): WaitGrad,
+    (Send, Content.ACTIVATION): SendActivation,
+    (Send, Content.GRADIENT): SendGrad,
+    (AwaitSend, Content.ACTIVATION): ReleaseActivation,
+    (AwaitSend, Content.GRADIENT): ReleaseGrad,
+}
+
+
+# Of the instructions on messages: the kind of pass that the message goes into.
+MESSAGE_KINDS = {instruction: content.kind for (_, content), instruction in _MESSAGES.items()}
+_KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()}
+
+
+def pass_of(instruction: PipeInstruction) -> Pass | None:
+    """The pass that an instruction runs, if it runs one."""
+    kind = _KINDS.get(type(instruction))
+    if kind is None:
+        return None
+    buffer_id, *piece = instruction.kwargs.values()
+    return Pass(kind, *buffer_id, *piece)
+
+
+_END = (AgreeOnBatch, ReduceTiedGrads, ReduceGrads, OptimizerStep)
+
+
+def training_instructions(program: Program) -> list[PipeInstruction]:
+    """A rank's program as instructions, with the end of a batch: gradients are reduced, then the optimizer steps.
+
+    What of that needs only some of the passes starts behind the last of these.
+    """
+    starts: dict[int, PipeInstruction] = {}
+    for stage, place in _last_places(program, Kind.W, Kind.BW).items():
+        starts[place] = StartReduceGrads(stage)
+    # On other ranks too: the rank that sends the loss can go on only when all others wait for it.
+    starts[max(_last_places(program, Kind.F).values())] = ReturnLoss()
+    instructions: list[PipeInstruction] = []
+    for place, step in enumerate(program):
+        instructions.append(_instruction(step))
+        if place in starts:
+            instructions.append(starts[place])
+    return [*instructions, *(instruction() for instruction in _END)]
+
+
+def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
+    """By stage, where its last pass of these kinds stands, with what other ranks wait for after it."""
+    places: dict[int, int] = {}
+    running: int | None = None
+    for place, step in enumerate(program):
+        if isinstance(step, Run) and step.work.kind in kinds:
+            places[step.work.stage] = place
+            running = step.work.stage
+        elif isinstance(step, Send) and running is not None:
+            places[running] = place
+        else:
+            running = None
+    return places
+
+
+def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
+    """Training instructions whose step waits for no other pipeline rank.
+
+    The verdict on the step before is awaited at the last moment at which it costs nothing to give the batch up: before
+    the first backward. By then all ranks of the pipeline have started the batch, so none waits.
+    """
+    passes, end = [*instructions[:-len(_END)]], instructions[-len(_END):]
+    assert tuple(map(type, end)) == _END
+    kinds = [_KINDS.get(type(instruction)) for instruction in passes]
+    first_backward = next(place for place, kind in enumerate(kinds) if kind in (Kind.B, Kind.BW))
+    # Behind the last forward, and what other ranks wait for after it.
+    told = next(place for place, instruction in enumerate(passes) if isinstance(instruction, ReturnLoss))
+    added: list[tuple[int, PipeInstruction]] = [(first_backward, AwaitVerdict()), (told, TellForwards())]
+    for place, instruction in sorted(added, key=lambda entry: entry[0], reverse=True):
+        passes.insert(place, instruction)
+    return [*passes, AgreeOnForwards(), StepAhead()]
+
+
+def comparing(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
+    """Training instructions that compare gradients too: of each stage before they may be reduced, and at the end."""
+    found: list[PipeInstruction] = []
+    for instruction in instructions:
+        if isinstance(instruction, StartReduceGrads):
+            found.append(CompareGradients(**instruction.kwargs))
+        elif isinstance(instruction, (AgreeOnBatch, AgreeOnForwards)):
+            found.append(AgreeOnGradients())
+        found.append(instruction)
+    return found
+
+
+def passes_alone(program: Program) -> list[PipeInstruction]:
+    """A rank's program as instructions, without the end of a batch: nothing is reduced, nor told to other ranks."""
+    return [_instruction(step) for step in program]
+
+
+def evaluation_instructions(program: Program) -> list[PipeInstruction]:
+    """A rank's program as instructions, with the end of an evaluation: all ranks know that all is well."""
+    return [*passes_alone(program), AgreeOnBatch()]
+
+
+def _instruction(step: Step) -> PipeInstruction:
+    if isinstance(step, Load):
+        return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
+    if isinstance(step, Run):
+        work, buffer_id = step.work, BufferId(step.work.stage, step.work.micro_batch)
+        piece = {"piece": work.piece, "pieces": work.pieces} if work.kind is Kind.W else {}
+        return _PASSES[work.kind, step.split](buffer_id=buffer_id, **piece)
+    message: Message = step.message
+    return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))

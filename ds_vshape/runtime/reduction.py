@@ -1,0 +1,103 @@
+"""The sum of gradients over data parallel ranks, started for each stage as soon as its last weight gradient is there.
+
+DeepSpeed's own (reduce_gradients of DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py) starts when all passes are
+done, and the links lie idle until then. Here its steps run for one stage after another, concurrently with the passes
+that remain.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch.nn import Parameter
+
+from ds_vshape.comm.background import Background, Handle
+from ds_vshape.split_backward import GradientAccumulator
+
+
+class EarlyReduction:
+    """Of the gradients that `optimizer` holds for the stages of this rank.
+
+    Every replica must reduce the same parameters in the same order, even one that has failed in the batch. So a stage
+    is reduced early once a batch has shown which of its parameters get gradients; the others, and those of several
+    stages, follow at the end.
+    """
+
+    def __init__(self, module: Any, optimizer: DeepSpeedZeroOptimizer, background: Background,
+                 delivery: GradientAccumulator) -> None:
+        self._optimizer, self._background, self._delivery = optimizer, background, delivery
+        self._groups = {parameter: group for group, parameters in enumerate(optimizer.bit16_groups)
+                        for parameter in parameters}
+        self._of_stage = {chunk.stage: dict.fromkeys(chunk.parameters()) for chunk in module.chunks}
+        uses = Counter(chain.from_iterable(self._of_stage.values()))
+        tied = {weight for weight, _ in module.get_tied_weights_and_groups()}
+        self._late = tied | {parameter for parameter, stages in uses.items() if stages > 1}
+        self._with_gradients: set[Parameter] | None = None
+        self._started: list[Handle[None]] = []
+        self._reduced: set[Parameter] = set()
+
+    def start(self, stage: int) -> None:
+        """All gradients of `stage` are there; on every replica at the same place of its program."""
+        if self._with_gradients is None:
+            return
+        parameters = [parameter for parameter in self._of_stage[stage]
+                      if parameter in self._with_gradients and parameter not in self._late]
+        if not parameters:
+            return
+        self._optimizer.setup_buckets()
+        gradients = [self._gradient(parameter) for parameter in parameters]
+        self._reduced.update(parameters)
+        self._started.append(self._background.start(lambda: self._reduce(parameters), gradients))
+
+    def finish(self) -> bool:
+        """Reduce what is left, if any stage was reduced early; if not, all is left to DeepSpeed (False)."""
+        left = [parameter for parameter in self._groups
+                if self._optimizer.get_gradient_for_reduction(parameter) is not None]
+        early = bool(self._started)
+        if self._with_gradients is None:
+            self._with_gradients = set(left)
+        self._await_started()
+        if early:
+            self._reduce([parameter for parameter in left if parameter not in self._reduced])
+            self._optimizer.set_gradient_accumulation_boundary(True)
+            self._optimizer.overlapping_partition_gradients_reduce_epilogue()
+        self._reduced.clear()
+        return early
+
+    def forget(self) -> None:
+        """The batch doesn't count: wait for what was started, and leave nothing of it."""
+        self._await_started()
+        self._reduced.clear()
+        optimizer = self._optimizer
+        for number in range(len(optimizer.params_already_reduced)):
+            optimizer.params_already_reduced[number] = False
+        optimizer._release_ipg_buffers()
+        optimizer.averaged_gradients.clear()
+
+    def _gradient(self, parameter: Any) -> torch.Tensor:
+        """The gradient; of a batch that has failed here, or doesn't use the parameter, zeros."""
+        if self._optimizer.get_gradient_for_reduction(parameter) is None:
+            self._delivery.add(parameter, torch.zeros_like(parameter, requires_grad=False))
+        return self._optimizer.get_gradient_for_reduction(parameter)  # type: ignore[no-any-return]
+
+    def _await_started(self) -> None:
+        early, self._started = self._started, []
+        for started in early:
+            started.result()
+
+    def _reduce(self, parameters: list[Parameter]) -> None:
+        for parameter in parameters:
+            self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(parameter, self._groups[parameter])
+        self._optimizer.reduce_ipg_grads()
+
+
+def reduction_for(engine: Any, background: Background, delivery: GradientAccumulator) -> EarlyReduction | None:
+    """For `engine`, if its optimizer is one that this knows, and there are replicas; else all is left to DeepSpeed."""
+    optimizer = engine.optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.partition_gradients or engine.dp_world_size == 1:
+        return None
+    return EarlyReduction(engine.module, optimizer, background, delivery)

@@ -1,0 +1,126 @@
+"""Functions that a script has put in the place of DeepSpeed's own.
+
+DeepSpeed's engine looks up in PipelineEngine._INSTRUCTION_MAP (runtime/pipe/engine.py) which function executes an
+instruction, so scripts put their own in there: into that of DeepSpeed's class, or of a subclass of their own. What our
+engine makes of them, put there before or after it was made:
+
+    ReduceTiedGrads, ReduceGrads, OptimizerStep     run where ours would
+    all others                                      an error: they work on buffers of one stage a rank, and on passes
+                                                    that a split backward doesn't have
+
+A function in the map of our own engine's class, or of one engine, gets what our instructions have, and its author must
+know them; but one for whole passes alone is an error where a schedule runs split ones. Methods that choose what a batch
+consists of are refused too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.pipe import engine as stock
+from deepspeed.runtime.pipe.module import PipelineError
+
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.instructions import Execute, Instruction
+
+_AT_THE_END: tuple[Instruction, ...] = (instr.ReduceTiedGrads, instr.ReduceGrads, instr.OptimizerStep)
+_SPLIT: Mapping[Instruction, Instruction] = {instr.ForwardPass: instr.SplitForwardPass,
+                                             instr.BackwardPass: instr.InputGradPass}
+# Methods that decide what a batch consists of, which our engine does itself.
+_OF_SCHEDULES = ("_exec_schedule", "_train_schedule", "_inference_schedule")
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_WAY_OUT = "train without \"pipeline_schedule\" in the config, or without that function"
+
+
+class ScriptFunctions:
+    """What a script has put in the place of functions of `engine`, a ds_vshape PipelineEngine.
+
+    It may change between batches, so it's looked for before each. Raises PipelineError for methods that are refused.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._seen: list[tuple[type, dict[Instruction, Execute]]] = []
+        self._functions: dict[Instruction, Execute] = {}
+        # Timers and the like may have been put around these, for this engine alone.
+        self._at_start = _of_passes(type(engine)._INSTRUCTION_MAP)
+        self._check_methods()
+
+    @property
+    def names(self) -> list[str]:
+        """The instructions that a function of the script executes."""
+        return sorted(instruction.__name__ for instruction in self._functions)
+
+    def get(self, instruction: Instruction) -> Execute | None:
+        """The script's function for an instruction at the end of a batch, if it has one."""
+        return self._functions.get(instruction)
+
+    @property
+    def reduce(self) -> bool:
+        """Whether gradients are reduced by a function of the script, at the end of the batch."""
+        return instr.ReduceGrads in self._functions or _is_of_script(self._engine._INSTRUCTION_MAP[instr.ReduceGrads])
+
+    def look(self, splits: bool) -> None:
+        """Find the script's functions; to be called before each batch.
+
+        Args:
+            splits: whether batches have split passes.
+
+        Raises PipelineError for what can't be honoured.
+        """
+        maps = [(owner, vars(owner)["_INSTRUCTION_MAP"]) for owner in type(self._engine).__mro__
+                if "_INSTRUCTION_MAP" in vars(owner)]
+        if maps != self._seen:
+            self._functions = self._found(maps)
+            self._seen = [(owner, dict(functions)) for owner, functions in maps]
+        self._check_methods()
+        own = self._engine._INSTRUCTION_MAP
+        for whole, part in _SPLIT.items():
+            if splits and _is_of_script(own[whole]) and not _is_of_script(own[part]):
+                raise PipelineError(f"the script has a function of its own for {whole.__name__}, but this schedule "
+                                    f"splits the backward and runs {part.__name__}: {_WAY_OUT}")
+
+    def _found(self, maps: list[tuple[type, dict[Instruction, Execute]]]) -> dict[Instruction, Execute]:
+        found: dict[Instruction, Execute] = {}
+        # Functions in our own maps are run from there.
+        for owner, functions in reversed([(owner, functions) for owner, functions in maps if not _is_ours(owner)]):
+            of_script = {kind: function for kind, function in functions.items() if _is_of_script(function)}
+            refused = sorted(kind.__name__ for kind in _of_passes(of_script))
+            if refused:
+                raise PipelineError(f"{owner.__name__}._INSTRUCTION_MAP has functions of the script's own for "
+                                    f"{', '.join(refused)}, which no schedule of ds_vshape runs: {_WAY_OUT}")
+            found |= of_script
+        if "_INSTRUCTION_MAP" in vars(self._engine) and _of_passes(type(self._engine)._INSTRUCTION_MAP) != (
+                self._at_start):
+            raise PipelineError(f"{type(self._engine).__name__}._INSTRUCTION_MAP has changed, but this engine has a "
+                                "map of its own by now: put the functions into that one")
+        return found
+
+    def _check_methods(self) -> None:
+        for owner in (self._engine, *type(self._engine).__mro__):
+            for name in _OF_SCHEDULES:
+                if name in vars(owner) and _is_of_script(vars(owner)[name]):
+                    raise PipelineError(f"the script has a {name} of its own, but what a batch consists of is the "
+                                        f"schedule's: {_WAY_OUT}")
+
+
+def _of_passes(functions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
+    """Without those at the end of a batch."""
+    return {kind: function for kind, function in functions.items() if kind not in _AT_THE_END}
+
+
+def _is_ours(owner: type) -> bool:
+    return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_of_script(function: Any) -> bool:
+    """Whether it, or what it's wrapped around, is neither DeepSpeed's nor ours: its code is in another file."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not (code.co_filename == stock.__file__ or code.co_filename.startswith(_PACKAGE)):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

@@ -1,0 +1,49 @@
+"""A product of 16-bit matrices added to a 32-bit sum on a GPU, in one call and without a matrix for the product.
+
+    add_product_in_blas   cuBLAS, for what it takes as it lies in memory: the default
+    product.py            a Triton kernel for all else; without triton, the caller multiplies and then adds
+
+cuBLAS is tuned for each GPU, and chooses by sizes and types, not by timing; so does the kernel. A repeated run, and one
+that goes on from a checkpoint, therefore have the same sums bit for bit. `bench/accumulation.py` and `bench/gpu.py`
+measure both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+AddProduct = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def product_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> AddProduct | None:
+    """What adds sums (n, m) += left (n, k) @ right (k, m) with 32-bit `sums` and both others of one 16-bit type; None
+    where these tensors, or this machine, have no such call. Types and strides alone decide."""
+    if not (sums.is_cuda and sums.dtype is torch.float32):
+        return None
+    if left.dtype is not right.dtype or left.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return add_product_in_blas if all(map(_is_taken_by_blas, (sums, left, right))) else _compiled()
+
+
+def add_product_in_blas(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums (n, m) += left (n, k) @ right (k, m), on a GPU; 32 bits, and 16 of one type."""
+    torch.addmm(sums, left, right, out_dtype=sums.dtype, out=sums)
+
+
+def _is_taken_by_blas(matrix: Tensor) -> bool:
+    """Whether BLAS reads `matrix` as it lies in memory (prepare_matrix_for_cublas in ATen/native/cuda/Blas.cpp)."""
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    return row == 1 and column >= max(1, rows) or column == 1 and row >= max(1, columns)
+
+
+@cache
+def _compiled() -> AddProduct | None:
+    try:
+        from ds_vshape.split_backward.kernels.product import add_product
+    except ImportError:  # The extra "kernels" isn't installed.
+        return None
+    return add_product
