@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.layouts.gpt_costs import Shape, Speeds, Training
-from ds_vshape.layouts.prediction import Wanted, predict
+from ds_vshape.layouts.prediction import predict
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import limits_at
@@ -71,19 +72,19 @@ class Step:
     mfu: float
 
 
-def _wanted(name: str, training: Training, time_limit: float) -> Wanted:
+def _config(name: str, training: Training, time_limit: float) -> ScheduleConfig:
     """Schedule `name`, or for adaptive@x the plan for these times within x of 1F1B's bytes of activations."""
     if not name.startswith(ADAPTIVE):
-        return Wanted(name)
+        return ScheduleConfig(name=name)
     activations = training.activations(placement_of(ADAPTIVE, training.ranks))
     limit = limits_at(float(name.partition("@")[2]), training.ranks, training.micro_batches, activations)[0]
-    return Wanted(ADAPTIVE, ceil(limit), measured=True, planning_seconds=time_limit)
+    return ScheduleConfig(name=ADAPTIVE, memory_limit=f"{ceil(limit)}B", times="profile", planning_seconds=time_limit)
 
 
 def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
     """The simulated batch of `training` by schedule `name`; LimitError where an adaptive one can't keep its limit."""
     speeds, placement = training.speeds, placement_of(name.partition("@")[0], training.ranks)
-    found = predict(_wanted(name, training, time_limit), training, training.times(placement, speeds.between))
+    found = predict(_config(name, training, time_limit), training, training.times(placement, speeds.between))
     near = simulate(found.schedule, training.times(placement, speeds.inside)).makespan
     return Step(name, found.fullest, found.seconds, near + found.seconds - found.timeline.makespan, found.bubble,
                 found.mfu)

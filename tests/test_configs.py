@@ -143,7 +143,8 @@ REFUSED = {
     "schedule.memory_limit=0.5": "schedule.memory_limit = 0.5: v-half needs 0.75 of 1F1B's peak",
     "schedule.memory_limit=3.5": "schedule.memory_limit = 3.5: must be a number above 0 and at most 2",
     "schedule.memory_limit=6GiB": "schedule.memory_limit = 6442450944 bytes: only an adaptive schedule",
-    "schedule=adaptive schedule.memory_limit=0.1": "schedule.memory_limit = 0.1: in chunks' activations, a limit of 0.",
+    "schedule=adaptive schedule.memory_limit=0.1": "schedule.memory_limit = 0.1: the least possible peak on 4 "
+                                                  "ranks with 8 micro-batches is 0.25 of 1F1B's",
     "schedule=zb-h1 schedule.times=profile": "schedule.times = 'profile': zb-h1 has the same order for all times",
     "schedule=deepspeed schedule.times=equal": "schedule.times = 'equal': DeepSpeed's own engine has none",
     "schedule.partition=[0,3,20]": "schedule.partition = [0, 3, 20]: must be 9 rising numbers from 0 to 20",

@@ -1,7 +1,7 @@
-"""The command line, none of which imports torch or deepspeed.
+"""The command line; nothing here imports torch or deepspeed.
 
     plan.py            `ds-vshape plan`
-    request.py         what to plan: options where there are any, a ds_config.json elsewhere
+    options.py         what to plan: options where there are any, a ds_config.json elsewhere
     outcome.py         one planned schedule with its figures
     report.py          what the planner prints
     curve.py           bubble against memory limit

@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ds_vshape.cli.options import Limit, PlanOptions
 from ds_vshape.cli.outcome import Outcome, plan_one
-from ds_vshape.cli.request import Limit, Request
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.chunk_times import ChunkTimes
@@ -82,33 +82,33 @@ class _Scale:
                      1 - self.work / makespan)
 
 
-def trace(request: Request, limits: Sequence[Limit] | None, reference: Path | None,
+def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path | None,
           progress: Callable[[float], None]) -> Curve:
     """Plan at each limit (by default from a quarter of 1F1B's peak to all of it) and collect the other points.
 
     Limits that no schedule meets are listed, not planned. A plan for less memory counts where one for more is slower.
     Raises ValueError if `reference` can't be read or knows nothing of this batch.
     """
-    scale = _Scale(request.stages, request.micro_batches, request.times)
+    scale = _Scale(options.stages, options.micro_batches, options.times)
     others = tuple(_reference_points(reference, scale)) if reference is not None else ()
-    counts = _counts(request, limits)
-    times = request.times.on(v(request.stages))
+    counts = _counts(options, limits)
+    times = options.times.on(v(options.stages))
     adaptive: list[Point] = []
     bound: list[Point] = []
     too_small: list[float] = []
     best: Outcome | None = None
     for place, count in enumerate(counts):
         try:
-            found = plan_one(ADAPTIVE, request, Limit(count, is_count=True), _part(progress, place, len(counts)))
+            found = plan_one(ADAPTIVE, options, Limit(count, is_count=True), _part(progress, place, len(counts)))
         except LimitError:
             too_small.append(count)
             continue
         if best is None or found.metrics.makespan < best.metrics.makespan:
             best = found
         adaptive.append(scale.point(ADAPTIVE, count, best.metrics.makespan))
-        bound.append(scale.point("lower bound", count, lower_bound(v(request.stages), request.micro_batches, times,
+        bound.append(scale.point("lower bound", count, lower_bound(v(options.stages), options.micro_batches, times,
                                                                    count)))
-    return Curve(request.stages, request.micro_batches, request.times, tuple(_named_points(scale)), tuple(adaptive),
+    return Curve(options.stages, options.micro_batches, options.times, tuple(_named_points(scale)), tuple(adaptive),
                  tuple(bound), others, tuple(too_small))
 
 
@@ -117,9 +117,9 @@ def _part(progress: Callable[[float], None], place: int, parts: int) -> Callable
     return lambda done: progress((place + done) / parts)
 
 
-def _counts(request: Request, limits: Sequence[Limit] | None) -> list[float]:
+def _counts(options: PlanOptions, limits: Sequence[Limit] | None) -> list[float]:
     """The limits in chunk activations, ascending."""
-    ranks, micro_batches = request.stages, request.micro_batches
+    ranks, micro_batches = options.stages, options.micro_batches
     if limits is not None:
         return sorted({limit.count(ranks, micro_batches) for limit in limits})
     most = peak_of_1f1b(ranks, micro_batches)

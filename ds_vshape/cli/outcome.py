@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_vshape.cli.request import Limit, Request
-from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.choose import Choice, schedule_for
+from ds_vshape.cli.options import Limit, PlanOptions
+from ds_vshape.schedule.choose import Choice
 from ds_vshape.schedule.chunk_times import ChunkTimes
-from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.metrics import Metrics, measure
 from ds_vshape.schedule.named import ADAPTIVE, placement_of
+from ds_vshape.schedule.request import Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.serial import pass_to_json
 from ds_vshape.schedule.timeline import Timeline
@@ -69,15 +68,10 @@ class Outcome:
         }
 
 
-def plan_one(name: str, request: Request, limit: Limit | None, progress: Callable[[float], None]) -> Outcome:
-    """Plan the schedule `name` as `request` says; `limit` holds for adaptive, whose default is 1F1B's peak."""
-    ranks, micro_batches = request.stages, request.micro_batches
-    placement = placement_of(name, ranks)
-    limits = None
-    if name == ADAPTIVE:
-        count = peak_of_1f1b(ranks, micro_batches) if limit is None else limit.count(ranks, micro_batches)
-        limits = (float(count),) * ranks
-    choice = schedule_for(name, ranks, micro_batches, request.times.on(placement),
-                          Activations.counted(placement), limits, time_limit=request.time_limit, progress=progress,
-                          cache=request.cache)
-    return Outcome.of(choice, request.times)
+def plan_one(name: str, options: PlanOptions, limit: Limit | None, progress: Callable[[float], None]) -> Outcome:
+    """Plan the schedule `name` as `options` say; `limit` holds for adaptive, whose default is 1F1B's peak."""
+    ranks, micro_batches = options.stages, options.micro_batches
+    count = None if limit is None or name != ADAPTIVE else limit.count(ranks, micro_batches)
+    request = Request.within(count, name, ranks, micro_batches, options.times.on(placement_of(name, ranks)),
+                             time_limit=options.time_limit, cache=options.cache)
+    return Outcome.of(request.choose(progress), options.times)

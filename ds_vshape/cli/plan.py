@@ -14,9 +14,9 @@ from pathlib import Path
 from ds_vshape.cli import curve, report
 from ds_vshape.cli.extras import check_installed
 from ds_vshape.cli.files import check_writable, write_json, writing
+from ds_vshape.cli.options import Limit, PlanOptions, add_options
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.cli.progress import progress_bar
-from ds_vshape.cli.request import Limit, Request, add_options
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
@@ -42,29 +42,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, check the memory limit, print, and write the files asked for. Raises ValueError on bad input."""
-    request = Request.from_arguments(arguments)
+    options = PlanOptions.from_arguments(arguments)
     outputs = {f"--{kind}": file for kind in ("json", *_PICTURES, "curve") if (file := getattr(arguments, kind))}
     inputs = (arguments.config, arguments.config_option, arguments.reference)
     check_writable(outputs, [file for file in inputs if file is not None])
     if arguments.curve is not None:
-        _trace_curve(request, arguments.curve, arguments.limits, arguments.reference)
+        _trace_curve(options, arguments.curve, arguments.limits, arguments.reference)
         return 0
     pictures = {kind: file for kind in _PICTURES if (file := getattr(arguments, kind)) is not None}
     if pictures:
         _need_matplotlib()
-        _check_size(request)
+        _check_size(options)
     outcomes = []
-    for name in request.schedules:
+    for name in options.schedules:
         with progress_bar(f"planning {name}") as progress:
-            outcomes.append(plan_one(name, request, request.memory_limit, progress))
-    first, limit = outcomes[0], request.memory_limit
+            outcomes.append(plan_one(name, options, options.memory_limit, progress))
+    first, limit = outcomes[0], options.memory_limit
     if arguments.compare is None and limit is not None and first.schedule.name != ADAPTIVE:
         limit.check(first.schedule)
     if arguments.json is not None:
         write_json("--json", arguments.json,
                     first.to_json() if arguments.compare is None else [outcome.to_json() for outcome in outcomes])
     if pictures:
-        _draw(outcomes, request, pictures)
+        _draw(outcomes, options, pictures)
     if arguments.compare is None:
         report.print_outcome(first)
     else:
@@ -72,27 +72,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(outcomes: Sequence[Outcome], request: Request, files: Mapping[str, Path]) -> None:
+def _draw(outcomes: Sequence[Outcome], options: PlanOptions, files: Mapping[str, Path]) -> None:
     """One picture with a panel for each outcome, in each of `files` (by kind)."""
     from ds_vshape.schedule import pictures
 
-    full = peak_of_1f1b(request.stages, request.micro_batches)
-    limit = None if request.memory_limit is None else request.memory_limit.count(request.stages, request.micro_batches)
+    full = peak_of_1f1b(options.stages, options.micro_batches)
+    limit = None if options.memory_limit is None else options.memory_limit.count(options.stages, options.micro_batches)
     panels = [pictures.Panel(outcome.title, outcome.figures, outcome.schedule.placement, outcome.timeline,
                              Activations.counted(outcome.schedule.placement), limit, full) for outcome in outcomes]
-    label = f"time ({request.times}; of one of 2p chunks)"
+    label = f"time ({options.times}; of one of 2p chunks)"
     for kind, file in files.items():
         with writing(f"--{kind}", file):
             pictures.save(panels, file, kind, label)
 
 
-def _trace_curve(request: Request, file: Path, limits: Sequence[Limit] | None, reference: Path | None) -> None:
+def _trace_curve(options: PlanOptions, file: Path, limits: Sequence[Limit] | None, reference: Path | None) -> None:
     """Plan at each limit, write `file` and print the points."""
     kind = file.suffix.removeprefix(".")
     if kind in _PICTURES:
         _need_matplotlib()
     with progress_bar("planning at each limit") as progress:
-        traced = curve.trace(request, limits, reference, progress)
+        traced = curve.trace(options, limits, reference, progress)
     if kind in _PICTURES:
         from ds_vshape.cli import curve_picture
 
@@ -114,10 +114,10 @@ def _need_matplotlib() -> None:
     check_installed("matplotlib", "SVG and PNG are drawn by matplotlib", "plots")
 
 
-def _check_size(request: Request) -> None:
+def _check_size(options: PlanOptions) -> None:
     """Raise ValueError before any planning for a picture that would take minutes, or be higher than any may be."""
-    passes = 6 * request.stages * request.micro_batches * len(request.schedules)
-    rows = request.stages * len(request.schedules)
+    passes = 6 * options.stages * options.micro_batches * len(options.schedules)
+    rows = options.stages * len(options.schedules)
     if passes > _MOST_PASSES or rows > _MOST_ROWS:
         raise ValueError(f"a picture of {rows} rows with about {passes} passes: must be at most {_MOST_ROWS} rows and "
                          f"{_MOST_PASSES} passes; --json has room for all")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ds_vshape.cli.options import Limit
 from ds_vshape.cli.outcome import Outcome
-from ds_vshape.cli.request import Limit
 from ds_vshape.schedule import drawing
 
 _COLOURS = {"F": "cyan", "B": "green", "W": "yellow", "BW": "magenta"}

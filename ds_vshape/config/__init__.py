@@ -2,6 +2,7 @@
 
     section.py         the "pipeline_schedule" section of ds_config.json, and where it is looked for
     demands.py         which demands of that section go together
+    to_schedule.py     the schedule of the table that the section names, or the request to the planner
     compatibility.py   what the rest of a ds_config may say besides the section
     arguments.py       the arguments of a PipelineModule
     versions.py        the tested versions of DeepSpeed and torch

@@ -31,13 +31,12 @@ from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.demands import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
+from ds_vshape.config.to_schedule import is_planned, request_for, table_schedule
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.fuse import unfused
-from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, fraction_of_1f1b, peak_of_1f1b
-from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.request import Answer, Planned, Request
@@ -110,7 +109,7 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Ca
     Collective over the job, as all that the source does.
     """
     check_demands(config)
-    if config.times != "profile" and config.name != ADAPTIVE:
+    if not is_planned(config):
         return NamedSchedules(config, placement)
     exchange = Exchange()
     if config.times == "profile":
@@ -126,8 +125,8 @@ class NamedSchedules:
     placement: Placement
 
     def first(self, micro_batches: int) -> Schedule:
-        schedule = build(self.config.name, self.placement.ranks, micro_batches)
-        check_memory_limit(schedule, self.config.memory_limit)
+        schedule = table_schedule(self.config, self.placement.ranks, micro_batches)
+        assert schedule is not None  # only an adaptive one may have none
         return schedule
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
@@ -169,11 +168,11 @@ class _FirstPlans:
         Raises PipelineError on every rank if there is neither.
         """
         times = Times.uniform(self.placement.stages)
-        self.planner.start(request_for(self.config, self.placement, micro_batches, times))
+        self.planner.start(request_for(self.config, self.placement.ranks, micro_batches, times, cache=cache.folder()))
         try:
             return _planned(self.planner.wait(), self.config)["schedule"]
         except PlannerFailed as failure:
-            named = _named_within(self.config, self.placement.ranks, micro_batches)
+            named = table_schedule(self.config, self.placement.ranks, micro_batches)
             if named is None:
                 raise PipelineError(f"{_asked(self.config)}: {failure}. No schedule of the table keeps to the limit, "
                                     "so there is none to train by without a plan") from failure
@@ -222,7 +221,7 @@ class MeasuredSchedules:
 
     def _safe_schedule(self) -> Schedule:
         """A schedule for equal times within the memory limit, in which every B and W can be timed."""
-        safe = _named_within(self._config, self._placement.ranks, self._micro_batches)
+        safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
         if safe is None:
             safe = _FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches)
         return unfused(safe)
@@ -254,21 +253,20 @@ class MeasuredSchedules:
 
     def _plan(self, times: Times) -> None:
         self._times = times
-        request = request_for(self._config, self._placement, self._micro_batches, times)
-        if isinstance(self._config.memory_limit, int):
-            request = self._within_bytes(request, self._config.memory_limit)
-        self._planner.start(request)
+        in_bytes = isinstance(self._config.memory_limit, int)
+        sizes = self._measured_activations() if in_bytes else None
+        request = request_for(self._config, self._placement.ranks, self._micro_batches, times, sizes, cache.folder())
+        self._planner.start(self._within_least(request) if in_bytes and sizes is None else request)
         self._enter(_Phase.PLAN)
 
-    def _within_bytes(self, request: Request, limit: int) -> Request:
-        """`request` with a limit in bytes; where sizes are unknown, with the memory of the schedule that has run till
-        now, which keeps least."""
-        activations = self._measured_activations()
-        if activations is not None:
-            return replace(request, activations=activations, limits=(float(limit),) * self._placement.ranks)
+    def _within_least(self, request: Request) -> Request:
+        """`request` with the memory of the schedule that has run till now, which keeps least: for a limit in bytes
+        where sizes are unknown.
+        """
         if dist.get_rank() == 0:
-            logger.warning(f"{KEY}.memory_limit = {limit} bytes can't be planned for, because the sizes of activations "
-                           "are unknown; planning for the memory of the schedule of the table that keeps least")
+            logger.warning(f"{KEY}.memory_limit = {self._config.memory_limit} bytes can't be planned for, because the "
+                           "sizes of activations are unknown; planning for the memory of the schedule of the table "
+                           "that keeps least")
         return replace(request, limits=peaks(self._safe_schedule(), request.activations))
 
     def _take_plan(self) -> Schedule | None:
@@ -314,36 +312,6 @@ class MeasuredSchedules:
 
     def _agreed_times(self) -> Times:
         return agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange)
-
-
-def request_for(config: ScheduleConfig, placement: Placement, micro_batches: int, times: Times) -> Request:
-    """The planner's request, with activations counted as the paper does: a limit is a fraction of 1F1B's count."""
-    activations = Activations.counted(placement)
-    limit = config.memory_limit
-    peak = peak_of_1f1b(placement.ranks, micro_batches)
-    limits = None
-    if isinstance(limit, float):
-        check_possible(limit, placement.ranks, micro_batches)
-        limits = (limit * peak,) * placement.ranks
-    folder = cache.folder()
-    return Request(config.name, placement.ranks, micro_batches, times, activations, limits, config.planning_seconds,
-                   None if folder is None else str(folder))
-
-
-def _named_within(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
-    """The schedule of the table that `config` asks for, or for an adaptive one the fastest within its limit."""
-    if config.name != ADAPTIVE:
-        schedule = build(config.name, ranks, micro_batches)
-        check_memory_limit(schedule, config.memory_limit)
-        return schedule
-    schedules = [build(name, ranks, micro_batches) for name in TIMED]
-    # A limit in bytes says nothing before sizes are known: then the one that keeps least.
-    limit = 1.0 if config.memory_limit is None else config.memory_limit
-    if isinstance(limit, int):
-        return min(schedules, key=fraction_of_1f1b)
-    fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
-    equal = Times.uniform(2 * ranks)
-    return min(fitting, key=lambda schedule: simulate(schedule, equal).makespan, default=None)
 
 
 def _planner(config: ScheduleConfig, exchange: Exchange) -> Planner:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
+from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.layouts.gpt_costs import GPT_PY, Bytes, Shape, Speeds, Training
 from ds_vshape.layouts.job import Job
-from ds_vshape.layouts.prediction import Prediction, Wanted, predict
+from ds_vshape.layouts.prediction import Prediction, predict
 from ds_vshape.schedule.timeline import Times
 
 # Layers of ds_vshape/models/gpt.py before the first block and after the last one; the cost model has one for each two.
@@ -58,11 +59,9 @@ def bytes_of(job: Job) -> Bytes:
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
     """The batch of `job`; ValueErrors as of prediction.predict."""
-    section, training = job.section, training_of(job)
-    wanted = Wanted(job.schedule_name) if section is None else Wanted(
-        section.name, section.memory_limit, section.times == "profile", section.planning_seconds,
-        section.optimizer_post_validation)
-    return predict(wanted, training, _times(job, training), progress)
+    training = training_of(job)
+    config = job.section or ScheduleConfig(name=job.schedule_name)
+    return predict(config, training, _times(job, training), progress)
 
 
 def place_of(job: Job, pipe: int, data: int, tensor: int) -> int:

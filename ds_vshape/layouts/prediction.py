@@ -6,31 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ds_vshape.config.section import ScheduleConfig
+from ds_vshape.config.to_schedule import is_planned, request_for
 from ds_vshape.layouts.gpt_costs import Training
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peaks
-from ds_vshape.schedule.choose import Limits, schedule_for
-from ds_vshape.schedule.memory_limit import check_memory_limit, peak_of_1f1b
+from ds_vshape.schedule.memory_limit import check_memory_limit
 from ds_vshape.schedule.named import ADAPTIVE, build, placement_of
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A schedule by its name, as the "pipeline_schedule" section has it.
-
-    `memory_limit` is a fraction of 1F1B's peak of activations, or bytes; `measured` means that the job will plan for
-    its own times. Of those that don't, an adaptive one is planned for equal times. `rolls_back` means that the job will
-    keep what a step changes until that is validated.
-    """
-
-    name: str
-    memory_limit: float | int | None = None
-    measured: bool = False
-    planning_seconds: float = 10.0
-    rolls_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,47 +51,39 @@ class Prediction:
         return training.samples * training.micro_batches * training.data / self.seconds
 
 
-def predict(wanted: Wanted, training: Training, times: Times,
+def predict(config: ScheduleConfig, training: Training, times: Times,
             progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
-    """The batch of `training` where its stages, as the schedule wants them, take `times`.
+    """The batch of `training` by the schedule of `config`, whose stages take `times`.
 
     Raises LimitError and MemoryLimitError (both ValueErrors) for a limit that can't be kept, and ValueError for an
     unknown name.
     """
-    placement = placement_of(wanted.name, training.ranks)
+    placement = placement_of(config.name, training.ranks)
     activations = training.activations(placement)
-    schedule = _schedule(wanted, training, times, activations, progress)
+    schedule = _schedule(config, training, times, activations, progress)
     timeline = simulate(schedule, times)
     memory = tuple(RankMemory(round(weights), round(gradients), round(optimizer), round(peak),
-                              rollback=round(optimizer) if wanted.rolls_back else 0)
+                              rollback=round(optimizer) if config.optimizer_post_validation else 0)
                    for (weights, gradients, optimizer), peak
                    in zip(training.state(placement), peaks(schedule, activations), strict=True))
     return Prediction(training, schedule, timeline, timeline.makespan + training.reduction(placement), memory)
 
 
-# A grid asks for the same ones again and again.
+# A search asks for the same ones again and again.
 @lru_cache(maxsize=256)
 def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
     return build(name, ranks, micro_batches)
 
 
-def _schedule(wanted: Wanted, training: Training, times: Times, activations: Activations,
+def _schedule(config: ScheduleConfig, training: Training, times: Times, activations: Activations,
               progress: Callable[[float], None]) -> Schedule:
-    """As the engine finds it (ds_vshape/engine/scheduling.py): activations are counted unless the limit is in bytes."""
+    """The one that the job will train by, once its times are measured if `config` says so."""
     ranks, micro_batches = training.ranks, training.micro_batches
-    if wanted.name != ADAPTIVE and not wanted.measured:
-        schedule = _named(wanted.name, ranks, micro_batches)
+    if is_planned(config):
+        planned_for = times if config.times == "profile" else Times.uniform(len(times.forward))
+        schedule = request_for(config, ranks, micro_batches, planned_for, activations).choose(progress).schedule
     else:
-        limits: Limits | None = None
-        if isinstance(wanted.memory_limit, int):
-            limits = (float(wanted.memory_limit),) * ranks
-        else:
-            activations = Activations.counted(placement_of(wanted.name, ranks))
-            if wanted.memory_limit is not None:
-                limits = (wanted.memory_limit * peak_of_1f1b(ranks, micro_batches),) * ranks
-        schedule = schedule_for(wanted.name, ranks, micro_batches,
-                                times if wanted.measured else Times.uniform(2 * ranks), activations, limits,
-                                time_limit=wanted.planning_seconds, progress=progress).schedule
-    if wanted.name != ADAPTIVE:
-        check_memory_limit(schedule, wanted.memory_limit)
+        schedule = _named(config.name, ranks, micro_batches)
+    if config.name != ADAPTIVE:
+        check_memory_limit(schedule, config.memory_limit)
     return with_few_pending(schedule) if training.recompute else schedule

@@ -13,13 +13,10 @@ from pydantic import BaseModel, ValidationError
 
 from ds_vshape.config.demands import check_demands
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, TraceConfig, nearest
+from ds_vshape.config.to_schedule import table_schedule
 from ds_vshape.layouts.job import OWN_ENGINE, Job
-from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.adaptive import LimitError
-from ds_vshape.schedule.choose import schedule_for
-from ds_vshape.schedule.memory_limit import MemoryLimitError, check_memory_limit, peak_of_1f1b
-from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
-from ds_vshape.schedule.timeline import Times
+from ds_vshape.schedule.memory_limit import MemoryLimitError, check_possible
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -153,16 +150,11 @@ def _check_memory_limit(job: Job) -> None:
         return  # how many bytes activations take is measured in training
     try:
         if section.name == ADAPTIVE:
-            # Without any time to look for a good order it only finds out whether there is one.
-            limit = section.memory_limit * peak_of_1f1b(pipe, micro_batches)
-            schedule_for(ADAPTIVE, pipe, micro_batches, Times.uniform(2 * pipe), Activations.counted(job.placement),
-                         (limit,) * pipe, time_limit=0)
+            check_possible(section.memory_limit, pipe, micro_batches)
         else:
-            check_memory_limit(build(section.name, pipe, micro_batches), section.memory_limit)
+            table_schedule(section, pipe, micro_batches)
     except MemoryLimitError as error:
         raise ConfigError(f"schedule.{error}") from None
-    except LimitError as error:
-        raise ConfigError(f"schedule.memory_limit = {section.memory_limit}: in chunks' activations, {error}") from None
 
 
 def legal_keys() -> list[str]:

@@ -1,4 +1,4 @@
-"""Holds a schedule against the peak of activations that the user allows."""
+"""The peak of activations that the user allows, and whether a schedule keeps to it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ class MemoryLimitError(ValueError):
 def peak_of_1f1b(ranks: int, micro_batches: int) -> int:
     """1F1B's peak in activations of 1/(2p) of the model: rank 0 keeps p micro-batches, if there are that many."""
     return 2 * min(ranks, micro_batches)
+
+
+def count_of(fraction: float, ranks: int, micro_batches: int) -> float:
+    """A `fraction` of 1F1B's peak in activations of 1/(2p) of the model."""
+    return fraction * peak_of_1f1b(ranks, micro_batches)
 
 
 def fraction_of_1f1b(schedule: Schedule) -> float:

@@ -6,7 +6,7 @@ the training that goes on meanwhile. The answer is checked before anything is tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from ds_vshape.schedule.activations import Activations, peaks
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
-from ds_vshape.schedule.choose import schedule_for
+from ds_vshape.schedule.choose import Choice, schedule_for
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes, read_json,
@@ -39,6 +39,22 @@ class Request:
     limits: tuple[float, ...] | None
     time_limit: float
     cache: str | None
+
+    @classmethod
+    def within(cls, limit: float | None, name: str, ranks: int, micro_batches: int, times: Times,
+               activations: Activations | None = None, *, time_limit: float, cache: Path | None = None) -> Request:
+        """A request with the same `limit` for every rank, in the unit of `activations`; without `activations` they are
+        counted as the paper does.
+        """
+        counted = activations or Activations.counted(placement_of(name, ranks))
+        return cls(name, ranks, micro_batches, times, counted, None if limit is None else (limit,) * ranks, time_limit,
+                   None if cache is None else str(cache))
+
+    def choose(self, progress: Callable[[float], None] = lambda fraction: None) -> Choice:
+        """Plan in this process; ValueErrors as of `choose.schedule_for`."""
+        return schedule_for(self.name, self.ranks, self.micro_batches, self.times, self.activations, self.limits,
+                            time_limit=self.time_limit, progress=progress,
+                            cache=None if self.cache is None else Path(self.cache))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain values."""
@@ -82,10 +98,8 @@ _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 
 def answer(request: Request) -> dict[str, Any]:
     """The planned schedule, or the error that says why limits can't be met, as plain values."""
-    cache = None if request.cache is None else Path(request.cache)
     try:
-        plan = schedule_for(request.name, request.ranks, request.micro_batches, request.times, request.activations,
-                            limits=request.limits, time_limit=request.time_limit, cache=cache)
+        plan = request.choose()
     except LimitError as error:
         return {"error": str(error)}
     return {"schedule": schedule_to_json(plan.schedule), "lower_bound": plan.lower_bound, "planning_s": plan.planning_s}

@@ -13,7 +13,7 @@ from typing import Any
 from ds_vshape.config.section import load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
-from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, peak_of_1f1b
+from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, count_of
 from ds_vshape.schedule.named import ADAPTIVE, MOST_RANKS, SCHEDULES, most_micro_batches, placement_of
 from ds_vshape.schedule.schedule import Schedule
 
@@ -51,7 +51,7 @@ class Limit:
 
     def count(self, ranks: int, micro_batches: int) -> float:
         """The limit in chunk activations."""
-        return self.value if self.is_count else self.value * peak_of_1f1b(ranks, micro_batches)
+        return self.value if self.is_count else count_of(self.value, ranks, micro_batches)
 
     def check(self, schedule: Schedule) -> None:
         """Raise MemoryLimitError if `schedule` peaks above the limit."""
@@ -59,7 +59,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanOptions:
     """What to plan: schedules by name, or none for the curve; `times` as the user knows them."""
 
     schedules: tuple[str, ...]
@@ -71,7 +71,7 @@ class Request:
     cache: Path | None
 
     @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace) -> Request:
+    def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
         """Put options and file together; ValueError where both are silent, or where they disagree."""
         _check_modes(arguments)
         given = {key: getattr(arguments, key) for key in ("schedule", "stages", "micro_batches", "memory_limit")}
@@ -108,7 +108,7 @@ class Request:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that a request is made of."""
+    """The options that say what to plan."""
     parser.add_argument("config", nargs="?", type=Path, metavar="DS_CONFIG",
                         help="a ds_config.json; the options below fill what it lacks")
     parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")
@@ -121,7 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "12:10:10:14,20,10,0.5 for P = 2")
     parser.add_argument("--memory-limit", type=Limit.parse, metavar="X",
                         help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
-                             "activations (6u); adaptive plans for it, other schedules are held against it")
+                             "activations (6u); adaptive plans for it, other schedules must keep to it")
     parser.add_argument("--time-limit", type=_seconds, default=10.0, metavar="SECONDS",
                         help="planning for given times ends with the best so far (default: 10)")
     parser.add_argument("--no-cache", action="store_true",
@@ -217,7 +217,7 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no number")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number")
     return value
 
 

@@ -1,0 +1,65 @@
+"""From the "pipeline_schedule" section to a schedule: the same for training and for predictions of it.
+
+A schedule of the table is built from its name. The planner makes an adaptive one, and one of a level of memory that is
+to fit the job's own times. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ds_vshape.config.section import ScheduleConfig
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
+from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
+from ds_vshape.schedule.request import Request
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times, simulate
+
+
+def is_planned(config: ScheduleConfig) -> bool:
+    """Whether the planner makes the schedule."""
+    return config.name == ADAPTIVE or config.times == "profile"
+
+
+def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: Times,
+                sizes: Activations | None = None, cache: Path | None = None) -> Request:
+    """The planner's request for a batch whose passes take `times`.
+
+    Args:
+        sizes: bytes of each stage's activations. Only a limit in bytes needs them, and is left out without them; else
+            activations are counted as the paper does.
+        cache: the folder of known plans.
+
+    Raises:
+        MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
+    """
+    limit: float | None = None
+    if not isinstance(config.memory_limit, int):
+        sizes = None
+        if config.memory_limit is not None:
+            check_possible(config.memory_limit, ranks, micro_batches)
+            limit = count_of(config.memory_limit, ranks, micro_batches)
+    elif sizes is not None:
+        limit = float(config.memory_limit)
+    return Request.within(limit, config.name, ranks, micro_batches, times, sizes,
+                          time_limit=config.planning_seconds, cache=cache)
+
+
+def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
+    """The schedule of the table that `config` names; for an adaptive one the fastest within its limit, None if there is
+    none, and for a limit in bytes, which says nothing before sizes are known, the one that keeps least.
+
+    Raises MemoryLimitError if the schedule that is named peaks above the limit.
+    """
+    if config.name != ADAPTIVE:
+        schedule = build(config.name, ranks, micro_batches)
+        check_memory_limit(schedule, config.memory_limit)
+        return schedule
+    schedules = [build(name, ranks, micro_batches) for name in TIMED]
+    limit = 1.0 if config.memory_limit is None else config.memory_limit
+    if isinstance(limit, int):
+        return min(schedules, key=fraction_of_1f1b)
+    fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
+    equal = Times.uniform(2 * ranks)
+    return min(fitting, key=lambda schedule: simulate(schedule, equal).makespan, default=None)
