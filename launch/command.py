@@ -13,9 +13,9 @@ _RANK_SCRIPT = Path(__file__).resolve().with_name("train_rank.py")
 
 
 def command(job: Job, words: Sequence[str]) -> list[str]:
-    """What starts all ranks of `job`, which `words` make, from the present folder.
+    """The command that starts all ranks of `job` from the present folder; `words` make the job.
 
-    HOSTFILE stands in it where hosts are needed and not named.
+    It has the placeholder HOSTFILE where hosts are needed and not named.
     """
     here = Path.cwd()
     script = _RANK_SCRIPT.relative_to(here) if _RANK_SCRIPT.is_relative_to(here) else _RANK_SCRIPT
@@ -23,13 +23,13 @@ def command(job: Job, words: Sequence[str]) -> list[str]:
         where = ["--hostfile", os.devnull, "--num_gpus", str(job.ranks)]
     else:
         where = ["--hostfile", job.hostfile or "HOSTFILE"]
-    # Ranks know their place by LOCAL_RANK; the launcher would add an option that is no word for hydra.
+    # The launcher would add the option --local_rank, which hydra can't parse; LOCAL_RANK is enough.
     return ["deepspeed", *where, "--master_port", str(job.port), "--no_local_rank", str(script),
-            *(word for word in words if not word.startswith("hostfile="))]  # which is on this host alone
+            *(word for word in words if not word.startswith("hostfile="))]  # a file of this host alone
 
 
 def environment(job: Job) -> dict[str, str]:
-    """What the command needs to be set: on CPUs one thread a rank, unless the caller has said otherwise."""
+    """The environment variables of the command: on CPUs one thread a rank, unless the caller has set another number."""
     if job.machine.accelerator != "cpu":
         return {}
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

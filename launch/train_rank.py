@@ -47,7 +47,7 @@ def start_distributed() -> None:
     """Joins the ranks of the `deepspeed` launcher."""
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start; gloo does without.
-        # It asks this table, so that an empty one also saves the search for compilers.
+        # It looks operators up in this table; an empty one also saves its search for compilers.
         deepspeed.ops.__compatible_ops__ = {}
     # DeepSpeed broadcasts tied weights with gradients enabled, of which torch warns on every rank.
     warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
@@ -55,7 +55,7 @@ def start_distributed() -> None:
 
 
 def job_of(words: list[str]) -> Job:
-    """The job of the command line; SystemExit with what is wrong, for as many ranks as there are too."""
+    """The job of the command line; SystemExit if it is wrong, or if another number of ranks has been started."""
     try:
         # DeepSpeed's launcher adds the option unless it is told --no_local_rank; LOCAL_RANK says the same.
         job = compose_job([word for word in words if not word.startswith("--local_rank=")])

@@ -1,4 +1,4 @@
-"""Real ranks on this machine, for tests and measurements: forked from a parent that has imported torch and deepspeed.
+"""Ranks as processes on this machine, forked from a parent that has imported torch and deepspeed.
 
 Imports and first calls take a cold process seconds; a fork takes milliseconds. Ranks talk over gloo, as on a cluster
 without GPUs.
@@ -33,7 +33,7 @@ deepspeed.ops.__compatible_ops__ = {}
 
 
 class RanksFailed(AssertionError):
-    """Some ranks raised or hung; the message holds what each said."""
+    """Some ranks raised or hung; the message holds the output of each."""
 
 
 def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -68,7 +68,7 @@ def _fork(rank: int, world: int, folder: Path, body: Callable[..., Any], args: t
         return pid
     status = 1
     try:
-        # DeepSpeed collects garbage often; what came with the fork is none, and looking at it would copy its pages.
+        # DeepSpeed collects garbage often; the parent's objects aren't, and reading them copies pages.
         gc.freeze()
         log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)

@@ -113,7 +113,7 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
 
 
 def _part(progress: Callable[[float], None], place: int, parts: int) -> Callable[[float], None]:
-    """Progress of one of `parts` equal parts, told as that of the whole."""
+    """Turns the progress of one of `parts` equal parts into that of the whole."""
     return lambda done: progress((place + done) / parts)
 
 

@@ -154,7 +154,7 @@ def _check_modes(arguments: argparse.Namespace) -> None:
 
 
 def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any]:
-    """What a ds_config says about the schedule, by the options' names; "auto" counts as not said.
+    """What a ds_config says about the schedule, by the options' names; "auto" counts as missing.
 
     A limit in bytes is refused unless the caller `has_limit` in other words.
     """

@@ -1,4 +1,4 @@
-"""What the main job is told: the sections of configs/, what is legal in each, and the numbers that follow from them.
+"""A job's config: its sections, what is legal in each, and the numbers that follow from them.
 
 A mapping becomes a job by rules.read_job, which refuses what doesn't go together.
 """
@@ -127,8 +127,12 @@ class Job(Section):
     @cached_property
     def section(self) -> ScheduleConfig | None:
         """None for DeepSpeed's own engine."""
-        said = {key: value for key, value in self.schedule.items() if value is not None}
-        return None if said.get("name") == OWN_ENGINE else read_section({KEY: said})
+        return None if self.schedule.get("name") == OWN_ENGINE else read_section({KEY: self._given})
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The schedule's keys that have a value."""
+        return {key: value for key, value in self.schedule.items() if value is not None}
 
     @property
     def schedule_name(self) -> str:
@@ -174,10 +178,9 @@ class Job(Section):
 
     def ds_config(self) -> dict[str, Any]:
         """What deepspeed.initialize gets."""
-        said = {key: value for key, value in self.schedule.items() if value is not None}
         optimizer = self.optimizer.model_dump(exclude={"clipping"})
         return {
-            **({} if self.section is None else {KEY: said}),
+            **({} if self.section is None else {KEY: self._given}),
             "train_micro_batch_size_per_gpu": self.data.micro_batch,
             "gradient_accumulation_steps": self.micro_batches,
             # torch's own AdamW: DeepSpeed's would be compiled first.
@@ -197,9 +200,9 @@ def read_hostfile(path: Path) -> Iterator[Host]:
     except OSError as error:
         raise ConfigError(f"hostfile = {str(path)!r}: {error.strerror}") from None
     for line in lines:
-        said = line.partition("#")[0].strip()
-        if said:
-            parts = re.fullmatch(r"(\S+)\s+slots\s*=\s*([1-9]\d*)", said)
+        entry = line.partition("#")[0].strip()
+        if entry:
+            parts = re.fullmatch(r"(\S+)\s+slots\s*=\s*([1-9]\d*)", entry)
             if parts is None:
-                raise ConfigError(f"hostfile = {str(path)!r}: the line {said!r} must be like 'worker-0 slots=4'")
+                raise ConfigError(f"hostfile = {str(path)!r}: the line {entry!r} must be like 'worker-0 slots=4'")
             yield Host(parts[1], int(parts[2]))

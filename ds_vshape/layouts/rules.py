@@ -170,11 +170,11 @@ def legal_keys() -> list[str]:
 
 
 def unknown_key(key: str, value: Any, legal: Sequence[str]) -> ConfigError:
-    """What is said of a key that isn't in `legal`: what its section has."""
+    """The error for a key that isn't in `legal`; it names the keys of its section."""
     section, _, name = key.rpartition(".")
-    beside = [each.rpartition(".")[2] for each in legal if each.rpartition(".")[0] == section]
+    siblings = [each.rpartition(".")[2] for each in legal if each.rpartition(".")[0] == section]
     return ConfigError(f"unknown key {key} = {value!r}: "
-                       f"{nearest(name, beside or [each for each in legal if '.' not in each])}")
+                       f"{nearest(name, siblings or [each for each in legal if '.' not in each])}")
 
 
 def _explain(problem: Any, kind: type[BaseModel], name: str) -> str:

@@ -123,7 +123,7 @@ def rank_layouts(search: Search, config: dict[str, Any], schedules: Sequence[dic
                  progress: Callable[[float], None] = lambda fraction: None) -> Ranking:
     """All layouts of `config`, a job's config whose layout and batch `search` replaces.
 
-    `schedules` are "pipeline_schedule" sections; `progress` is told the share that is done.
+    `schedules` are "pipeline_schedule" sections; `progress` is called with the share that is done.
     """
     memory = search.memory or config["machine"]["memory"]
     found, impossible, too_large = [], 0, 0

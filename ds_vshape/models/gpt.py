@@ -65,7 +65,7 @@ class Positions(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention and an MLP, each after a norm and beside a residual connection."""
+    """Causal self-attention and an MLP, each after a norm, with residual connections."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers: pip install 'ds-vshape[models]'") from error
 
-# DeepSpeed's partition method: decoder layers are counted, and what stands around them goes along.
+# DeepSpeed's partition method: stages get equal numbers of decoder layers; other layers go to the stage of a neighbour.
 PARTITION_METHOD = "type:DecoderLayer"
 # Which layers activation checkpointing may run again. Not the embedding: a reentrant checkpoint gives no gradients to
 # a layer whose inputs are integers.
@@ -155,11 +155,11 @@ class Positions(Part):
 
 
 class AttentionArguments:
-    """What every decoder layer gets beside the hidden states.
+    """The arguments of every decoder layer besides the hidden states.
 
-    The layers of a stage run one after the other on one micro-batch, so what was made last is kept: for all layers of
-    the stage, and for all micro-batches where there is no mask. It is no part of the module tree: there DeepSpeed would
-    cast the frequencies of the rotary embedding to bf16, which transformers keeps in fp32.
+    The layers of a stage run one after the other on one micro-batch, so the latest arguments are cached: for all layers
+    of the stage, and for all micro-batches where there is no mask. This isn't a module: DeepSpeed would cast the
+    frequencies of the rotary embedding to bf16, which transformers keeps in fp32.
     """
 
     def __init__(self, family: Family, config: Any) -> None:

@@ -2,7 +2,7 @@
 
 Each rank reads the tensors of its own layers and nothing else, and writes its own file:
 
-    config.json, tokenizer files      as they came, with the dtype of the weights
+    config.json, tokenizer files      copied from the source, with the dtype of the weights
     model-00001-of-00004.safetensors  the layers of pipeline rank 0
     ...
     model.safetensors.index.json      which file holds which tensor
@@ -35,7 +35,7 @@ except ImportError as error:
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Beside the weights, what belongs to the tokenizer and to generation.
+# Copied besides the weights: the files of the tokenizer and of generation.
 _COPIED = {".json", ".jinja", ".model", ".txt"}
 _NOT_COPIED = {INDEX, "config.json"}
 # Constants that old checkpoints hold and that transformers computes: GPT-2's causal masks, rotary frequencies.
@@ -64,7 +64,7 @@ class Checkpoint:
         return frozenset(self._file_of)
 
     def find(self, name: str) -> str | None:
-        """What the tensor is called here: some checkpoints hold the base model, whose names lack its own."""
+        """The name of the tensor in this folder: a checkpoint of the base model lacks the prefix."""
         candidates = (name, name.partition(".")[2])
         return next((candidate for candidate in candidates if candidate in self._file_of), None)
 
@@ -117,7 +117,7 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
 
 
 def check_output(folder: Path) -> None:
-    """FileExistsError if `folder` holds weights already: old files beside new ones would be a mixture of models."""
+    """FileExistsError if `folder` holds weights already: old and new files together would mix two models."""
     if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
         raise FileExistsError(f"{folder} holds a model already: must be a new folder")
 
