@@ -204,6 +204,24 @@ def penalty(layers: Layers, x: Tensor) -> Tensor:
     return network(layers, x) + gradient.pow(2).mean()
 
 
+def penalty_on_offloaded_tensors(layers: Layers, x: Tensor) -> Tensor:
+    """What hooks of saved tensors give back has other memory, and autograd's graph all the same."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        return penalty(layers, x)
+
+
+def penalty_with_rounded_weights(layers: Layers, x: Tensor) -> Tensor:
+    """Weights that are rounded for a product, and are as they were before its gradient is taken."""
+    exact = [layer.weight.data for layer in (layers.a, layers.b)]
+    x = x * 1
+    for layer in (layers.a, layers.b):
+        layer.weight.data = layer.weight.data.sign()
+    score = network(layers, x)
+    layers.a.weight.data, layers.b.weight.data = exact
+    gradient, = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return score + gradient.pow(2).sum()
+
+
 def forces(layers: Layers, x: Tensor) -> Tensor:
     """Minus the derivative of an energy, by the stage's own input."""
     x = x * 1
@@ -314,7 +332,8 @@ STAGES: dict[str, Stage] = {
     for stage in (
         adversarial, on_the_same_graph, by_backward_to_inputs, jacobian, batched_jacobian, vjp, implicit, adaptive,
         of_a_transpose, a_transpose_whose_gradient_is_kept, of_some_weights, inner_step, to_named_weights, penalty,
-        forces, third_order, embedded_penalty, local_loss_in_a_checkpoint, twice_in_one_backward, frozen_meanwhile,
+        penalty_on_offloaded_tensors, penalty_with_rounded_weights, forces, third_order, embedded_penalty,
+        local_loss_in_a_checkpoint, twice_in_one_backward, frozen_meanwhile,
         parametrized,
     )
 } | {

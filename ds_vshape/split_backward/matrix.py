@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ds_vshape.split_backward.accumulate import add_batched_product, add_product, add_rows
 from ds_vshape.split_backward.function import Operators, SplitFunction
@@ -42,6 +43,18 @@ def _right_gradient(gradient: Tensor, left: Tensor, by_columns: bool) -> Tensor:
     return gradient.t().mm(left).t() if by_columns else left.t().mm(gradient)
 
 
+class _OfEarlierMemory(torch.autograd.Function):
+    """The values of `earlier`, with the graph of `weight`, whose `.data` has been set to another tensor meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, earlier: Tensor) -> Tensor:
+        return earlier.view_as(earlier)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class Linear(SplitFunction):
     """x (n, k), weight (m, k), bias (m) or None -> x weight^T + bias, (n, m)."""
 
@@ -66,8 +79,10 @@ class Linear(SplitFunction):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         x, weight = ctx.saved_tensors
-        is_same = weight.data_ptr() == ctx.transposed.data_ptr()
-        transposed = weight.t() if is_same else ctx.transposed
+        transposed = weight.t()
+        # What hooks of saved tensors have unpacked isn't the Parameter, and needs no look.
+        if isinstance(weight, Parameter) and weight.data_ptr() != ctx.transposed.data_ptr():
+            transposed = _OfEarlierMemory.apply(transposed, ctx.transposed)  # type: ignore[no-untyped-call]
         del ctx.transposed
         return _left_gradient(gradient, transposed, _is_by_columns(x)), None, None
 
