@@ -12,9 +12,8 @@ from ds_vshape.schedule.choose import schedule_for
 from ds_vshape.schedule.communicators import communicator_of, communicators, communicators_of_rank
 from ds_vshape.schedule.deadlock import DeadlockError, check
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import PostReceive, channels, lower
+from ds_vshape.schedule.lowering import PostReceive, channels, lower, lower_announced
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
-from ds_vshape.schedule.one_by_one import one_by_one
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times
@@ -33,8 +32,7 @@ def test_every_named_schedule(name: str) -> None:
         uniform = Times.uniform(schedule.placement.stages)
         assert_runs(schedule, uniform)
         assert_runs(forward_only(schedule.placement, micro_batches), uniform)
-        # The first batch; its receives start late, where another rule holds for synchronizations.
-        check(lower(one_by_one(schedule), uniform), schedule.placement, of_the_direction)
+        check(lower_announced(schedule, uniform), schedule.placement, of_the_direction)
 
 
 def adaptive(pick: random.Random) -> tuple[Schedule, Times]:

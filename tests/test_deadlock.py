@@ -16,7 +16,7 @@ from programs import (COMMUNICATORS, Communicator, Programs, lowered, of_all, of
 from ds_vshape.schedule.deadlock import DeadlockError, check
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
-                                         Run, Send, Step, lower)
+                                         Run, Send, ShareLoss, Step, lower)
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, linear
@@ -393,6 +393,8 @@ class Machine:
             if step.message in started[self.line(channel)]:
                 raise Broken("twice")
             started[self.line(channel)].append(step.message)
+        elif isinstance(step, ShareLoss):
+            pass
         else:
             return self.wait(rank, step)
         return True

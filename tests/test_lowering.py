@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
-                                         Run, Send, Step, channels, lower, message_into)
+                                         Run, Send, ShareLoss, Step, channels, lower, message_into)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v
@@ -228,6 +228,7 @@ PROGRAMS = {
         release activation 1.0
         await gradient 0.0
         BW0.0
+        share the loss
         release activation 1.1
         await gradient 0.1
         BW0.1
@@ -242,6 +243,7 @@ PROGRAMS = {
         await activation 1.1
         load 1
         F1.1
+        share the loss
         BW1.1
         send gradient 0.1
         release gradient 0.0
@@ -265,6 +267,7 @@ PROGRAMS = {
         post gradient 0.0
         await activation 3.1
         F3.1
+        share the loss
         release gradient 2.0
         B3.1
         send gradient 2.1
@@ -294,6 +297,7 @@ PROGRAMS = {
         post gradient 2.1
         await gradient 2.0
         B2.0
+        share the loss
         release activation 3.1
         B1.0
         send gradient 0.0
@@ -330,5 +334,7 @@ def written(step: Step) -> str:
         return f"load {step.micro_batch}"
     if isinstance(step, Run):
         return str(step.work)
+    if isinstance(step, ShareLoss):
+        return "share the loss"
     verb = {Send: "send", AwaitSend: "release", PostReceive: "post", AwaitReceive: "await"}[type(step)]
     return f"{verb} {step.message.channel.content} {step.message.stage}.{step.message.micro_batch}"

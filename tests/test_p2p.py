@@ -455,8 +455,7 @@ def test_numbers_in_place_of_a_header_are_an_error() -> None:
         ends = pair()
         ends.begin_batch(None)
         if rank == 0:
-            group, _, target = ends._ends[THERE]
-            group.send([torch.full((payload.HEADER_SIZE,), 7)], target, 0).wait()
+            ends._headers.send([torch.full((payload.HEADER_SIZE,), 7)], 1, 0).wait()
             return ""
         ends.post(forward(0))
         with pytest.raises(PeerLost) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Set
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,11 +15,11 @@ from programs import COMMUNICATORS, Communicator, Programs, lowered, of_the_dire
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.deadlock import DeadlockError
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, Step, lower
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, ShareLoss,
+                                         Step, lower, lower_announced)
 from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.one_by_one import one_by_one
 from ds_vshape.schedule.passes import Kind
-from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times, simulate
 
@@ -117,40 +118,47 @@ def early_posts(programs: Programs, pick: random.Random) -> Programs:
     return tuple(result)
 
 
-def hangs(programs: Programs, communicator: Communicator, synchronized: Set[tuple[int, int]]) -> bool:
-    """Whether the programs get stuck if these steps, by rank and number, wait for all that their rank has started."""
+def hangs(programs: Programs, communicator: Communicator, synchronized: Set[tuple[int, int]],
+          announced: bool = False) -> bool:
+    """Whether the programs get stuck if these steps, by rank and number, wait for all that their rank has started; with
+    `announced` a post waits until its message is sent."""
     places, through = [0] * len(programs), set()
-    started: list[list[Message]] = [[] for _ in programs]
+    started: list[list[Any]] = [[] for _ in programs]
+
+    def can_pass(rank: int, step: Step) -> bool:
+        if isinstance(step, (AwaitSend, AwaitReceive)):
+            return step.message in through
+        if isinstance(step, PostReceive) and announced:
+            return step.message in started[step.message.channel.source]
+        return (rank, places[rank]) not in synchronized or through.issuperset(started[rank])
+
     moved = True
     while moved:
         moved = False
         for one, program in enumerate(programs):
-            while places[one] < len(program) and can_pass(program, places[one], started[one], through,
-                                                          (one, places[one]) in synchronized):
+            while places[one] < len(program) and can_pass(one, program[places[one]]):
                 step = program[places[one]]
                 if isinstance(step, (Send, PostReceive)):
                     started[one].append(step.message)
+                elif isinstance(step, ShareLoss):
+                    started[one].append(step)
                 places[one] += 1
                 moved = True
-        for message in {message for messages in started for message in messages} - through:
-            ends = message.channel.source, message.channel.target
-            if all(message in started[end] and is_next(message, started[end], through, communicator) for end in ends):
-                through.add(message)
+        for operation in {operation for operations in started for operation in operations} - through:
+            if (all(operation in operations for operations in started) if isinstance(operation, ShareLoss) else
+                    all(is_next(operation, started[end], through, communicator) for end in operation.channel[:2])):
+                through.add(operation)
                 moved = True
     return any(place < len(program) for place, program in zip(places, programs))
 
 
-def can_pass(program: Program, place: int, started: list[Message], through: set[Message], synchronizes: bool) -> bool:
-    step = program[place]
-    if isinstance(step, (AwaitSend, AwaitReceive)):
-        return step.message in through
-    return not synchronizes or through.issuperset(started)
-
-
-def is_next(message: Message, started: list[Message], through: set[Message], communicator: Communicator) -> bool:
+def is_next(message: Message, started: list[Any], through: set[Any], communicator: Communicator) -> bool:
+    if message not in started:
+        return False
     before: dict[object, list[Message]] = defaultdict(list)
     for other in started[:started.index(message)]:
-        before[communicator(other.channel)].append(other)
+        if isinstance(other, Message):
+            before[communicator(other.channel)].append(other)
     return through.issuperset(before[communicator(message.channel)])
 
 
@@ -160,30 +168,66 @@ def test_large_programs() -> None:
         check_synchronization(lower(schedule, Times.uniform(schedule.placement.stages)))
 
 
-# -- the first batch
+# -- while messages are announced
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_one_micro_batch_after_another_bears_a_synchronization_in_every_pass(name: str) -> None:
-    for ranks, micro_batches in ((1, 2), (2, 3), (3, 2), (4, 5)):
+def test_no_synchronizations_hang_a_batch_in_which_messages_are_announced(name: str) -> None:
+    """Not even if every pass of every rank synchronizes its device: training and evaluation."""
+    for ranks, micro_batches in ((1, 2), (2, 3), (3, 2), (4, 5), (4, 8)):
         schedule = build(name, ranks, micro_batches)
-        cautious = one_by_one(schedule)
-        check(cautious)
-        assert [sorted(order) for order in cautious.orders] == [sorted(order) for order in schedule.orders]
-        for stage in range(schedule.placement.stages):
-            for kind in Kind:
-                # Sums over the micro-batches are taken in the same order.
-                assert in_order(cautious, stage, kind) == sorted(in_order(schedule, stage, kind))
-        programs = lower(cautious, Times.uniform(schedule.placement.stages))
-        deadlock.check(programs, schedule.placement)
-        everywhere = {(rank, number) for rank, program in enumerate(programs) for number, step in enumerate(program)
-                      if isinstance(step, Run)}
-        # Its receives start when they are waited for: their shapes aren't known before.
-        assert not hangs(late(programs), own, everywhere)
+        for one in (schedule, forward_only(schedule.placement, micro_batches)):
+            assert_bears_all(one, Times.uniform(schedule.placement.stages))
 
 
-def in_order(schedule: Schedule, stage: int, kind: Kind) -> list[tuple[int, int]]:
-    return [(work.micro_batch, work.piece) for _, work in schedule.passes() if (work.stage, work.kind) == (stage, kind)]
+@settings(max_examples=60, deadline=None)
+@given(any_orders(), st.floats(0, 5))
+def test_nor_in_any_other_order(schedule: Schedule, hop: float) -> None:
+    assert_bears_all(schedule, Times.uniform(schedule.placement.stages, hop=hop))
+
+
+def assert_bears_all(schedule: Schedule, times: Times) -> None:
+    programs = lower_announced(schedule, times)
+    deadlock.check(programs, schedule.placement)
+    check_synchronization(programs)
+    everywhere = passes(programs)
+    pick = random.Random(len(everywhere))
+    for synchronized in (set(), everywhere, {step for step in everywhere if pick.random() < 0.5}):
+        assert not hangs(programs, of_the_direction, synchronized, announced=True)
+
+
+def test_receives_that_start_when_they_are_waited_for_hang_a_v_whose_kernels_are_loaded_in_it() -> None:
+    # Each stage's first F, B and W waits until the device is idle, and so does the first W that adds to a sum.
+    for name in ("v-min", "v-half", "v-zb", "1f1b-v"):
+        programs, _ = lowered(name, 4, 8)
+        assert hangs(late(programs), of_the_direction, first_uses(programs)), name
+
+
+def test_a_loss_that_is_shared_after_the_own_last_forward_can_hang() -> None:
+    for name in ("zb-h2", "interleaved-1f1b"):
+        schedule = build(name, 4, 8)
+        programs = lower_announced(schedule, Times.uniform(schedule.placement.stages))
+        early = tuple(shared_after_the_last_forward(program) for program in programs)
+        assert hangs(early, of_the_direction, passes(early), announced=True), name
+
+
+def test_a_loss_that_is_shared_too_early_is_found() -> None:
+    programs, _ = lowered("1f1b", 2, 3)
+    early = (ShareLoss(), *(step for step in programs[0] if not isinstance(step, ShareLoss))), programs[1]
+    with pytest.raises(DeadlockError, match="rank 0 can't synchronize its device in F0.0: it would wait there for the "
+                                            "batch's loss, which waits for that pass"):
+        check_synchronization(early)
+
+
+def shared_after_the_last_forward(program: Program) -> Program:
+    steps = [step for step in program if not isinstance(step, ShareLoss)]
+    last = max(place for place, step in enumerate(steps) if isinstance(step, Run) and step.work.kind is Kind.F)
+    return (*steps[:last + 1], ShareLoss(), *steps[last + 1:])
+
+
+def passes(programs: Programs) -> set[tuple[int, int]]:
+    return {(rank, number) for rank, program in enumerate(programs) for number, step in enumerate(program)
+            if isinstance(step, Run)}
 
 
 def late(programs: Programs) -> Programs:
@@ -191,17 +235,6 @@ def late(programs: Programs) -> Programs:
     return tuple(tuple(step for one in program if not isinstance(one, PostReceive)
                        for step in ((PostReceive(one.message), one) if isinstance(one, AwaitReceive) else (one,)))
                  for program in programs)
-
-
-def test_the_first_batch_of_a_v_hangs_where_kernels_are_loaded_in_it() -> None:
-    # Each stage's first F, B and W waits until the device is idle, and so does the first W that adds to a sum.
-    for name in ("v-min", "v-half", "v-zb", "1f1b-v"):
-        programs, _ = lowered(name, 4, 8)
-        assert hangs(late(programs), own, first_uses(programs)), name
-    for name in SCHEDULES:
-        schedule = one_by_one(build(name, 4, 8))
-        programs = lower(schedule, Times.uniform(schedule.placement.stages))
-        assert not hangs(late(programs), own, first_uses(programs)), name
 
 
 def first_uses(programs: Programs) -> set[tuple[int, int]]:

@@ -105,7 +105,7 @@ def losses_and_waits(rank: int, job: Job) -> tuple[list[float], list[list[str]],
                                       pytest.param("1f1b", marks=pytest.mark.slow)])
 def test_the_flops_profiler(schedule: str) -> None:
     """It waits for the device before and after each module of the first rank, so that nothing may wait on another rank
-    meanwhile; but something does. That batch runs one micro-batch after another, and training is what it is else."""
+    meanwhile; but something does. In that batch messages are announced, and training is what it is else."""
     layers = tuple(specs(3, Waiting))
     profiled = {"flops_profiler": {"enabled": True, "profile_step": PROFILED, "detailed": False}}
     (losses, waits, output), (others, _, _) = run_on_gpus(

@@ -5,8 +5,9 @@ each other in both directions, that hangs or serializes. Here each direction has
 the order is the sender's: schedule/communicators.py says why that is enough.
 
 A message is the tensors of one stage boundary. Their signature (shapes, dtypes, which want or have a gradient) goes
-ahead of each message in an announced batch; in the batches after it the receiver knows it already. An announced message
-is received once all that came before it in its direction are.
+ahead of each message in an announced batch; in the batches after it the receiver knows it already. It is for the host,
+and goes over gloo whatever the job's backend is: from a GPU the host would have to wait for all that the GPU does. An
+announced message is received once all that came before it in its direction are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
-from ds_vshape.comm.groups import light_options, new_group
+from ds_vshape.comm.groups import GLOO, light_options, new_group
 from ds_vshape.comm.ownership import Versions, check_unwritten, versions
 from ds_vshape.comm.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
 from ds_vshape.schedule.communicators import Communicator, communicator_of
@@ -67,6 +68,8 @@ class _Transfer:
 
     works: list[Any] = field(default_factory=list)
     tensors: list[Tensor | None] = field(default_factory=list)
+    # What is sent ahead of them, in an announced batch.
+    header: Tensor | None = None
     # Of a message to be received: known once its header is read, in an announced batch.
     signature: Signature | None = None
     # Whether buffers for all of its tensors are offered.
@@ -129,6 +132,9 @@ class Channels:
         self._global_ranks = tuple(own)
         self._groups: dict[Communicator, Any] = {}
         for ranks in pipelines:
+            headers = new_group(ranks, GLOO)
+            if ranks is own:
+                self._headers = headers
             for communicator in dict.fromkeys(map(communicator_of, channels)):
                 # All ranks make all groups, since torch names a group by counting; it costs a stranger nothing.
                 group = new_group([ranks[place] for place in communicator], options=light_options())
@@ -168,10 +174,10 @@ class Channels:
         if self._announced:
             check_payload(payload, self._device, f"the {message.channel.content} for stage {message.stage}")
             signature = Signature.of(payload)
-            header = [self._header(signature)]
+            header = signature.encode()
             self._signatures[key] = signature
         elif self._signatures[key].describes(payload):
-            header = []
+            header = None
         else:
             raise PipelineError(
                 f"the {message.channel.content} for stage {message.stage} changed: [{self._signatures[key]}] in an "
@@ -179,12 +185,12 @@ class Channels:
                 "dynamic_shape=True in the PipelineModule, or call engine.reset_activation_shape() on every rank "
                 "before the batch")
         # All that can fail but the connection comes before the first tensor goes: the receiver takes in all or none.
-        self._start_sends(message, header + [settled(tensor) for tensor in members(payload) if tensor is not None])
+        self._start_sends(message, [settled(tensor) for tensor in members(payload) if tensor is not None], header)
 
     def withdraw(self, message: Message) -> None:
         """Send a message without content, so that its receiver doesn't wait: none in an announced batch, else zeros."""
         if self._announced:
-            self._start_sends(message, [self._header(_NOTHING)])
+            self._start_sends(message, [], _NOTHING.encode())
             return
         described = self._signatures[message.channel.content, message.stage].tensors
         self._start_sends(message, [one.empty(self._device).zero_() for one in described if one is not None])
@@ -197,13 +203,21 @@ class Channels:
                         f"micro-batch {message.micro_batch},")
 
     def post(self, message: Message) -> None:
-        """Offer a buffer for `message`; in an announced batch only take note of it, since its size isn't known yet."""
-        transfer = self._receiving[message] = _Transfer()
-        if self._announced:
-            self._noted[communicator_of(message.channel)].append(message)
-        else:
+        """Offer a buffer for `message`.
+
+        In an announced batch its size isn't known before it is sent. On a GPU this waits until then: the host runs
+        ahead, and the sender may need the buffer to go on. On a CPU, where the wait would cost time, `receive` does.
+        """
+        if not self._announced:
+            transfer = self._receiving[message] = _Transfer()
             transfer.signature = self._signatures[message.channel.content, message.stage]
             self._start_receives(message, transfer)
+        elif get_accelerator().is_synchronized_device():
+            self._receiving[message] = _Transfer()
+            self._noted[communicator_of(message.channel)].append(message)
+        else:
+            # It may be there already, if there was no memory at first.
+            self._start_announced(message, self._receiving.setdefault(message, _Transfer()))
 
     def receive(self, message: Message) -> Payload:
         """Wait for `message`; its tensors are leaves that require a gradient where the sender's did.
@@ -213,7 +227,9 @@ class Channels:
         """
         transfer = self._receiving[message]
         while not transfer.is_posted:
-            self._start_next(communicator_of(message.channel))
+            noted = self._noted[communicator_of(message.channel)]
+            self._start_announced(noted[0], self._receiving[noted[0]])
+            noted.popleft()
         del self._receiving[message]
         transfer.wait(message.channel.source)
         assert transfer.signature is not None
@@ -274,36 +290,28 @@ class Channels:
                 hops[place] = statistics.median(trips) / 2
         return hops
 
-    def _header(self, signature: Signature) -> Tensor:
-        numbers = signature.encode()
-        header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
-        header[:len(numbers)] = torch.tensor(numbers)
-        return header.to(self._device)
-
-    def _start_sends(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        """Start to send `tensors`, which lie as they travel."""
+    def _start_sends(self, message: Message, tensors: Sequence[Tensor], header: Sequence[int] | None = None) -> None:
+        """Start to send `tensors`, which lie as they travel, behind the `header` if there is one."""
         transfer = self._sending[message] = _Transfer(tensors=list(tensors), versions=versions(tensors))
         group, _, target = self._ends[message.channel]
+        if header is not None:
+            transfer.header = torch.tensor([*header, *[0] * (HEADER_SIZE - len(header))])
+            with _losing(message.channel.target):
+                transfer.works.append(self._headers.send([transfer.header], message.channel.target, 0))
         _start(transfer, group.send, tensors, target, message.channel.target)
 
-    def _start_next(self, communicator: Communicator) -> None:
-        """Read the header of the next message on `communicator`, unless that is done, then offer buffers for the rest.
-        """
-        noted = self._noted[communicator]
-        message = noted[0]
-        transfer = self._receiving[message]
+    def _start_announced(self, message: Message, transfer: _Transfer) -> None:
+        """Read the header of `message`, the next in its direction, unless that is done, and offer buffers."""
         if transfer.signature is None:
             transfer.signature = self._read_header(message.channel)
             if transfer.signature != _NOTHING:
                 self._signatures[message.channel.content, message.stage] = transfer.signature
         self._start_receives(message, transfer)
-        noted.popleft()
 
     def _read_header(self, channel: Channel) -> Signature:
-        header = torch.empty(HEADER_SIZE, dtype=torch.int64, device=self._device)
-        group, source, _ = self._ends[channel]
+        header = torch.empty(HEADER_SIZE, dtype=torch.int64)
         with _losing(channel.source):
-            group.recv([header], source, 0).wait()
+            self._headers.recv([header], channel.source, 0).wait()
         try:
             return Signature.decode(header.tolist())
         except ValueError as error:

@@ -21,7 +21,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
@@ -64,8 +63,7 @@ from ds_vshape.runtime.script_functions import ScriptFunctions
 from ds_vshape.runtime.wall_clock import timed
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, message_into
-from ds_vshape.schedule.one_by_one import one_by_one
+from ds_vshape.schedule.lowering import Content, Message, Program, channels, lower, lower_announced, message_into
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import Placement
@@ -79,6 +77,9 @@ _MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActi
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
 _RECOMPUTED = 4
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
+
+
+Lowering = Callable[[Schedule, Times], tuple[Program, ...]]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class PipelineEngine(FastSetattr, SavingEngine):
         self._samples = Samples()
         self._verification = Verification(self) if self.module.schedule_config.verify_gradients else None
         self._plans: dict[int, BatchPlan] = {}
+        # Those of `_plans` for batches in which messages are announced, as far as there were any.
+        self._announced_plans: dict[int, BatchPlan] = {}
         self._swapped = False
         # Whether forwards leave less than backwards do.
         self._recomputes = self.module.activation_checkpoint_interval > 0
@@ -212,15 +215,19 @@ class PipelineEngine(FastSetattr, SavingEngine):
         return self._plans[self.micro_batches]
 
     def _train_schedule(self) -> BatchPlan:
-        """The plan of the next training batch. On a GPU one in which the host waits for the device in many passes runs
-        one micro-batch after another (schedule/one_by_one.py): the first, where kernels are loaded, and the one that
-        DeepSpeed's flops profiler measures. There a wait on another rank, of the allocator say, would be one too many.
-        """
+        """The plan of the next training batch."""
         plan = self._plan()
-        loads_kernels = self._signatures is None and not self.dynamic_shape
-        if (loads_kernels or self.is_flops_profiled()) and not get_accelerator().is_synchronized_device():
-            return self._planned(one_by_one(plan.schedule))
-        return plan
+        if not self._announces:
+            return plan
+        if self.micro_batches not in self._announced_plans:
+            self._announced_plans[self.micro_batches] = self._planned(plan.schedule)
+        return self._announced_plans[self.micro_batches]
+
+    @property
+    def _announces(self) -> bool:
+        """Whether messages are announced in the next training batch. In one that DeepSpeed's flops profiler measures,
+        too, the host waits for a GPU in many passes, which only announced batches bear."""
+        return self._signatures is None or bool(self.dynamic_shape) or self.is_flops_profiled()
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Train by `schedule` from the next batch of as many micro-batches on; to be called on every rank.
@@ -232,13 +239,14 @@ class PipelineEngine(FastSetattr, SavingEngine):
             raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
                                 f"{self.placement.chunks}")
         check(schedule)
-        self._plans[schedule.micro_batches] = self._planned(schedule)
+        self._plans[schedule.micro_batches] = self._planned(schedule, lower)
+        self._announced_plans.pop(schedule.micro_batches, None)
 
-    def _planned(self, schedule: Schedule) -> BatchPlan:
-        return BatchPlan(schedule, self._training_instructions(schedule))
+    def _planned(self, schedule: Schedule, lowering: Lowering = lower_announced) -> BatchPlan:
+        return BatchPlan(schedule, self._training_instructions(self._program(schedule, lowering)))
 
-    def _training_instructions(self, schedule: Schedule) -> list[instr.PipeInstruction]:
-        return instr.training_instructions(self._program(schedule))
+    def _training_instructions(self, program: Program) -> list[instr.PipeInstruction]:
+        return instr.training_instructions(program)
 
     def _adopt(self, schedule: Schedule) -> None:
         """Use a schedule of the config's, with fewer weight gradients that wait where those are most of the memory."""
@@ -446,10 +454,10 @@ class PipelineEngine(FastSetattr, SavingEngine):
             raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
         check_micro_batches(micro_batches, self.placement.ranks, "num_micro_batches")
         schedule = forward_only(self.placement, micro_batches)
-        return BatchPlan(schedule, instr.evaluation_instructions(self._program(schedule)))
+        return BatchPlan(schedule, instr.evaluation_instructions(self._program(schedule, lower_announced)))
 
-    def _program(self, schedule: Schedule) -> Program:
-        programs = lower(schedule, Times.uniform(self.placement.stages))
+    def _program(self, schedule: Schedule, lowering: Lowering) -> Program:
+        programs = lowering(schedule, Times.uniform(self.placement.stages))
         deadlock.check(programs, self.placement)
         check_synchronization(programs)
         return programs[self.stage_id]
@@ -465,7 +473,7 @@ class PipelineEngine(FastSetattr, SavingEngine):
         if training and self._verification is not None and self._verification.is_due:
             pipe_schedule = self._verified(pipe_schedule)
         self.fwd_outputs: list[Any] = []
-        self._channels.begin_batch(self._signatures if training and not self.dynamic_shape else None)
+        self._channels.begin_batch(self._signatures if training and not self._announces else None)
         self._active_stage = None
         self._observer.begin_batch(pipe_schedule.schedule, training)
         if training:

@@ -39,7 +39,7 @@ from ds_vshape.health.failures import Failure, PendingStatus
 from ds_vshape.health.step import Reached, Step
 from ds_vshape.module.tied import joined
 from ds_vshape.runtime import instructions as instr
-from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.lowering import Program
 
 
 class _GivenUp(Exception):
@@ -307,8 +307,8 @@ class PostValidatingEngine(PipelineEngine):
         instr.StepAhead: _exec_step_ahead,
     }
 
-    def _training_instructions(self, schedule: Schedule) -> list[instr.PipeInstruction]:
-        return instr.stepping_ahead(super()._training_instructions(schedule))
+    def _training_instructions(self, program: Program) -> list[instr.PipeInstruction]:
+        return instr.stepping_ahead(super()._training_instructions(program))
 
     # -- what needs a step that stands
 

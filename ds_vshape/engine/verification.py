@@ -35,6 +35,7 @@ from ds_vshape.health.failures import Failure
 from ds_vshape.measure.observer import METERED_BATCH
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.fuse import with_whole_backwards
+from ds_vshape.schedule.lowering import lower, lower_announced
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
 
@@ -109,14 +110,15 @@ class Verification:
             engine._log(f"{KEY}.verify_gradients: hooks of the script's own run where gradients add up, and what they "
                         "do can't be put back, so nothing is verified")
             return False
-        instructions = instr.passes_alone(engine._program(with_whole_backwards(schedule)))
+        lowering = lower_announced if engine._announces else lower
+        instructions = instr.passes_alone(engine._program(with_whole_backwards(schedule), lowering))
         snapshot = BatchSnapshot(engine)
         engine._samples.keep()
         # Timers, traces and monitors must see one batch, so their wrappers are left out.
         around = engine._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = type(engine)._INSTRUCTION_MAP
         engine.fwd_outputs = []
-        engine._channels.begin_batch(engine._signatures if not engine.dynamic_shape else None)
+        engine._channels.begin_batch(None if engine._announces else engine._signatures)
         engine._active_stage = None
         try:
             engine._run(instructions, [None] * len(instructions))

@@ -39,7 +39,7 @@ from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, 
                                              ReduceTiedGrads, SendActivation, SendGrad)
 
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run,
-                                         Send, Step)
+                                         Send, ShareLoss, Step)
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
@@ -205,11 +205,9 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
     starts: dict[int, PipeInstruction] = {}
     for stage, place in _last_places(program, Kind.W, Kind.BW).items():
         starts[place] = StartReduceGrads(stage)
-    # On other ranks too: the rank that sends the loss can go on only when all others wait for it.
-    starts[max(_last_places(program, Kind.F).values())] = ReturnLoss()
     instructions: list[PipeInstruction] = []
     for place, step in enumerate(program):
-        instructions.append(_instruction(step))
+        instructions.append(ReturnLoss() if isinstance(step, ShareLoss) else _instruction(step))
         if place in starts:
             instructions.append(starts[place])
     return [*instructions, *(instruction() for instruction in _END)]
@@ -262,7 +260,7 @@ def comparing(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
 
 def passes_alone(program: Program) -> list[PipeInstruction]:
     """A rank's program as instructions, without the end of a batch: nothing is reduced, nor told to other ranks."""
-    return [_instruction(step) for step in program]
+    return [_instruction(step) for step in program if not isinstance(step, ShareLoss)]
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:
@@ -271,6 +269,7 @@ def evaluation_instructions(program: Program) -> list[PipeInstruction]:
 
 
 def _instruction(step: Step) -> PipeInstruction:
+    assert not isinstance(step, ShareLoss)
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
     if isinstance(step, Run):

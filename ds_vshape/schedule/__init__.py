@@ -14,7 +14,6 @@ Schedules by name:
     building_block.py    a block, repeated and tightened (the paper, section 3)
     v_shape.py           V-Min, V-Half, V-ZB
     forward_only.py      evaluation
-    one_by_one.py        one micro-batch after another
     fuse.py              whole backwards where the split gains nothing
     pending.py           fewer weight gradients that wait at once
     adaptive/            schedules made for measured times under a memory limit

@@ -11,6 +11,8 @@ one simulated order of the whole pipeline, so both ends of a channel see its mes
                 but within bounds that a synchronization of the device demands
     await       right before the pass that needs it
     release     the send is waited for when its receiver has long used it, so that its memory is given back
+    share       the loss goes to all ranks; each takes part when the last micro-batch's loss has been computed, so that
+                no pass of a rank whose device is synchronized keeps the others from it
 
 A rank that synchronizes its device inside a pass (an allocator that is short of memory does, and so does the first
 launch of a kernel) waits for all messages that it has posted. It gets them only if none of them depends on that pass:
@@ -19,13 +21,19 @@ launch of a kernel) waits for all messages that it has posted. It gets them only
                     of the receiver waits for a message that waits for it
     not too late    before the first own pass that depends on a pass which the sender starts after it has sent; else a
                     synchronization of the sender waits for a post that waits for it
+
+Where messages are announced nobody knows their sizes before they are made, and a post waits on the host until its
+message is sent. It stands before the first pass that starts when the message has been sent (`lower_announced`). So a
+pass waits only for what was started before it, even if all passes of all ranks synchronize their devices: for the
+posts of what its rank has sent, which stand after passes that started before this one; for makers of what its rank has
+posted, which ended before it.
 """
 
 from __future__ import annotations
 
 import bisect
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,11 +145,23 @@ class AwaitSend:
     message: Message
 
 
-Step = Load | Run | PostReceive | AwaitReceive | Send | AwaitSend
+@dataclass(frozen=True)
+class ShareLoss:
+    """Start to tell all ranks the loss of the batch; doesn't wait."""
+
+
+Step = Load | Run | PostReceive | AwaitReceive | Send | AwaitSend | ShareLoss
 Program = tuple[Step, ...]
 
 # Start or end of a pass: by the given times, then by equal ones.
 _Moment = tuple[float, float]
+
+
+class _Moments(NamedTuple):
+    """Of all passes, by rank and place in its order."""
+
+    starts: list[list[_Moment]]
+    ends: list[list[_Moment]]
 
 
 def channels(placement: Placement) -> list[Channel]:
@@ -179,34 +199,70 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
     `times` decide only how early a receive is posted and how late a send is released: whatever they are, the
     programs are right. All ranks must lower with the same ones. Raises ScheduleError if the schedule can't run.
     """
-    starts, ends = _moments(schedule, times)
-    before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
-    after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
-    posts: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
-    transfers = sorted(_transfers(schedule), key=lambda transfer: transfer.made_at)
+    moments = _moments(schedule, times)
+    transfers = list(_transfers(schedule))
     clocks = _clocks(schedule, transfers)
-    # In the order of making, and so are the posts of a channel: their places don't fall while starts rise.
-    for message, made_at, needed_at in transfers:
+
+    def ahead(transfer: _Transfer) -> int:
+        message, made_at, needed_at = transfer
         source, target = message.channel.source, message.channel.target
-        after[source][made_at].append(Send(message))
-        running = bisect.bisect_right(starts[target], starts[source][made_at]) - 1
+        running = bisect.bisect_right(moments.starts[target], moments.starts[source][made_at]) - 1
         earliest = clocks.last_before(source, made_at, target) + 1
         latest = min(needed_at, bisect.bisect_right(clocks.column(target, source), made_at))
-        posts[target][min(max(running - 1, earliest), latest)].append(PostReceive(message))
+        return min(max(running - 1, earliest), latest)
+
+    return _programs(schedule, moments, transfers, ahead)
+
+
+def lower_announced(schedule: Schedule, times: Times) -> tuple[Program, ...]:
+    """The programs of all ranks for a batch in which messages are announced: as `lower`'s, but with the posts where
+    they wait for nothing that comes later."""
+    moments = _moments(schedule, times)
+
+    def once_sent(transfer: _Transfer) -> int:
+        channel = transfer.message.channel
+        return bisect.bisect_left(moments.starts[channel.target], moments.ends[channel.source][transfer.made_at])
+
+    return _programs(schedule, moments, list(_transfers(schedule)), once_sent)
+
+
+def _programs(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transfer],
+              posted_at: Callable[[_Transfer], int]) -> tuple[Program, ...]:
+    """The programs; `posted_at` gives the place of the pass of the receiver before which it posts."""
+    starts, ends = moments
+    before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
+    after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
+    # What meets another rank's step, with when that comes. The posts of a channel are in the order of its sends.
+    meeting: list[list[list[tuple[_Moment, Step]]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
+    for transfer in sorted(transfers, key=lambda one: one.made_at):
+        message, made_at, needed_at = transfer
+        source, target = message.channel.source, message.channel.target
+        after[source][made_at].append(Send(message))
+        meeting[target][posted_at(transfer)].append((ends[source][made_at], PostReceive(message)))
         before[target][needed_at].append(AwaitReceive(message))
         before[source][bisect.bisect_left(starts[source], ends[target][needed_at])].append(AwaitSend(message))
+    of_loss = schedule.placement.rank_of(schedule.placement.last_stage)
+    known_at = max(place for place, work in enumerate(schedule.orders[of_loss])
+                   if work.kind is Kind.F and work.stage == schedule.placement.last_stage)
+    for rank, started in enumerate(starts):
+        place = known_at + 1 if rank == of_loss else bisect.bisect_left(started, ends[of_loss][known_at])
+        meeting[rank][place].append((ends[of_loss][known_at], ShareLoss()))
     split = {(work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.W}
+
+    def met(rank: int, place: int) -> list[Step]:
+        return [step for _, step in sorted(meeting[rank][place], key=lambda entry: entry[0])]
+
     programs = []
     for rank, order in enumerate(schedule.orders):
         steps: list[Step] = []
         for place, work in enumerate(order):
-            steps += posts[rank][place]
+            steps += met(rank, place)
             steps += before[rank][place]
             if work.kind is Kind.F and _loads(work, schedule.placement):
                 steps.append(Load(work.micro_batch))
             steps.append(Run(work, split=(work.stage, work.micro_batch) in split))
             steps += after[rank][place]
-        programs.append(tuple(steps + before[rank][len(order)]))
+        programs.append(tuple([*steps, *met(rank, len(order)), *before[rank][len(order)]]))
     return tuple(programs)
 
 
@@ -217,7 +273,7 @@ def _clocks(schedule: Schedule, transfers: Sequence[_Transfer]) -> VectorClocks:
     return VectorClocks(needed_at, [len(order) for order in schedule.orders])
 
 
-def _moments(schedule: Schedule, times: Times) -> tuple[list[list[_Moment]], list[list[_Moment]]]:
+def _moments(schedule: Schedule, times: Times) -> _Moments:
     """When each pass starts and ends, by rank and place: a pass that needs another starts after that one's start.
 
     Passes that take no time would otherwise share a moment with what they need, and two ranks could each wait first
@@ -228,7 +284,7 @@ def _moments(schedule: Schedule, times: Times) -> tuple[list[list[_Moment]], lis
     timed = ties if times == equal else simulate(schedule, times).ranks
     starts = [[(span.start, tie.start) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
     ends = [[(span.end, tie.end) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
-    return starts, ends
+    return _Moments(starts, ends)
 
 
 def _transfers(schedule: Schedule) -> Iterator[_Transfer]:

@@ -13,13 +13,14 @@ before it completes. One run says it for all passes, since what an operation wai
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
 from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.deadlock import DeadlockError
-from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send,
+                                         ShareLoss)
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.vector_clocks import Clock
 
@@ -28,8 +29,8 @@ def check_synchronization(programs: Sequence[Program],
                           communicator: Callable[[Channel], Hashable] = communicator_of) -> None:
     """Raise DeadlockError unless every rank may synchronize its device in any single one of its passes.
 
-    Receives start when they are posted. (While shapes are announced they start when they are waited for, and other
-    rules hold.) Several ranks that synchronize at once may still wait for one another.
+    Receives start when they are posted. Several ranks that synchronize at once may still wait for one another, other
+    than in the programs of batches in which shapes are announced (`lower_announced`).
 
     Args:
         programs: those of all ranks, which `deadlock.check` has accepted with the same `communicator`.
@@ -48,6 +49,8 @@ def check_synchronization(programs: Sequence[Program],
                     clock[rank] += 1
                 elif isinstance(step, (Send, PostReceive)):
                     operations.start(rank, step.message, clock.copy())
+                elif isinstance(step, ShareLoss):
+                    operations.share(rank, clock.copy())
                 elif isinstance(step, (AwaitSend, AwaitReceive)):
                     completion = operations.completed.get(step.message)
                     if completion is None:
@@ -64,6 +67,7 @@ class _Operations:
         self.completed: dict[Message, Clock] = {}
         self._passes = [[step.work for step in program if isinstance(step, Run)] for program in programs]
         self._communicator = communicator
+        self._sharing: dict[int, Clock] = {}
         self._started: dict[tuple[int, Message], Clock] = {}
         # By rank and communicator: what was started and isn't complete, and the clock of the last completion.
         self._queues: dict[tuple[int, Hashable], deque[Message]] = defaultdict(deque)
@@ -86,12 +90,22 @@ class _Operations:
         starts = {end[0]: self._started.pop((end[0], message)) for end in ends}
         before = [self._last[end] for end in ends if end in self._last]
         completion = np.maximum.reduce([*starts.values(), *before])
-        for rank, clock in starts.items():
-            if completion[rank] > clock[rank]:
-                blocked: Pass = self._passes[rank][clock[rank]]
-                raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
-                                    f"{message}, which waits for that pass")
+        self._check(starts, completion, message)
         for end in ends:
             self._queues[end].popleft()
             self._last[end] = completion
         self.completed[message] = completion
+
+    def share(self, rank: int, clock: Clock) -> None:
+        """Start `rank`'s part in sharing the loss, which completes once all ranks have."""
+        self._sharing[rank] = clock
+        if len(self._sharing) == len(self._passes):
+            self._check(self._sharing, np.maximum.reduce(list(self._sharing.values())), "the batch's loss")
+
+    def _check(self, starts: Mapping[int, Clock], completion: Clock, what: object) -> None:
+        """Raise DeadlockError if an operation, started by each rank at its clock, waits for a pass after that."""
+        for rank, clock in starts.items():
+            if completion[rank] > clock[rank]:
+                blocked: Pass = self._passes[rank][clock[rank]]
+                raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
+                                    f"{what}, which waits for that pass")
