@@ -22,7 +22,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed
-from clock import OwnEngineClock
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from result import Result
@@ -34,6 +33,7 @@ from ds_vshape.config.section import ConfigError
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bounds_of, training_of
+from ds_vshape.measure.own_engine import OwnEngineClock
 from ds_vshape.models.gpt import GPTConfig, gpt_layers, loss_fn, seed_layer
 from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
 

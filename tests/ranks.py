@@ -68,7 +68,7 @@ def _fork(rank: int, world: int, folder: Path, body: Callable[..., Any], args: t
         return pid
     status = 1
     try:
-        # DeepSpeed collects garbage often; the parent's objects aren't, and reading them copies pages.
+        # DeepSpeed collects garbage often. What the parent made isn't garbage, and reading it would copy its pages.
         gc.freeze()
         log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)

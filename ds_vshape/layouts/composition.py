@@ -121,8 +121,8 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 def _folder(configs: Path) -> Iterator[None]:
     """hydra composes from `configs`; ConfigError if there is no job's config."""
     if not (configs / "train.yaml").is_file():
-        raise ConfigError(f"{configs} has no train.yaml: must be a folder of configs, such as configs/ of the "
-                          "ds_vshape checkout")
+        raise ConfigError(f"--configs {configs}: has no train.yaml; must be a folder of configs, such as configs/ of "
+                          "the ds_vshape checkout")
     with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
         yield
 

@@ -1,6 +1,6 @@
-"""Measures DeepSpeed's own engine, which doesn't measure itself, the way ds_vshape's engine does.
+"""Measures DeepSpeed's own engine, which doesn't measure itself, as ds_vshape's engine does.
 
-It offers that engine's `pipeline_report`, so that a run without the key can stand in the same table.
+It gives that engine a `pipeline_report`, so that a run without the key can be compared with runs with it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OwnEngineClock:
         return timed
 
     def pipeline_report(self) -> dict[str, Any]:
-        """As ds_vshape.engine.engine's: the last training batch in numbers; all ranks of the pipeline must call it."""
+        """As ds_vshape's engine gives it: the last training batch in numbers (collective over the pipeline)."""
         stages, stage = self._engine.num_stages, self._engine.stage_id
         schedule = build("1f1b", stages, self._engine.micro_batches)
         order = tuple(span.work for span in self._recorder.spans())
