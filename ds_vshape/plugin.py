@@ -37,15 +37,16 @@ _stock_initialize = deepspeed.initialize
 def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None,
                *positional: Any, config: DsConfig | None = None, config_params: DsConfig | None = None,
                **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """deepspeed.initialize, with the same arguments and the same return: engine, optimizer, dataloader, lr_scheduler.
+    """deepspeed.initialize, with the same arguments and the same return values: engine, optimizer, dataloader,
+    lr_scheduler.
 
-    With "pipeline_schedule" in the config the engine is ours, and `model` must be a :class:`ds_vshape.PipelineModule`
-    built with the same schedule. Without it the engine is DeepSpeed's own.
+    With "pipeline_schedule" in the config, `model` must be a :class:`ds_vshape.PipelineModule` built with the same
+    section, and the engine trains by that schedule. Without it the engine is DeepSpeed's own.
 
     Raises:
-        ConfigError: on every rank, for a section that can't be used, a precision or ZeRO that can't be trained with
-            (ds_vshape/config/compatibility.py), or a model that was built for another schedule.
-        PreflightError: on every rank, if ranks differ, or don't hear each other (ds_vshape/health/preflight.py).
+        ConfigError: on every rank, for an illegal section, for a precision, ZeRO stage or other key that no schedule
+            supports (ds_vshape/config/compatibility.py), and for a model that was built with another section.
+        PreflightError: on every rank, if ranks differ or can't reach each other (ds_vshape/health/preflight.py).
     """
     whole = config if config is not None else config_params if config_params is not None else _of_arguments(args)
     with _starting(model):

@@ -1,4 +1,7 @@
-"""Every command in the code blocks of the READMEs, and what of it a test changes, with the reason."""
+"""Every command in the code blocks of the READMEs and the pages, and what of it a test changes, with the reason.
+
+Code blocks are fenced and name their language; the lines of those in bash are commands.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ["README.md", "launch/README.md", "launch/cluster/README.md", "configs/README.md", "bench/README.md",
-         "tests/split_programs/README.md"]
+_FOLDERS = ("launch", "configs", "bench", "ds_vshape", "tests")
+FILES = ["README.md", "CONTRIBUTING.md",
+         *sorted(str(path.relative_to(ROOT)) for folder in _FOLDERS for path in (ROOT / folder).rglob("*.md"))]
 _PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mkdir", "echo", "env"}
-# How code blocks begin that aren't commands: JSON, Python, what programs say, and the map of the checkout.
-_NO_COMMANDS = ("{", '"', "import ds_vshape", "PreflightError:", "train.py: error:", "launch/    ",
-                "program.py   ")
+_LANGUAGES = {"bash", "json", "python", "text"}
 
 TINY = "model=tiny batches=2"
 LITTLE = "--ranks 2 --layers 2 --micro-batches 8 --ms 1 1 1 --rounds 1"
@@ -35,7 +37,19 @@ CHANGES = [
     Change("^pip install", "what is to be installed is there: pip looks whether it could",
            "--dry-run --quiet --no-deps --no-build-isolation --disable-pip-version-check"),
     Change("^bash launch/quickstart.sh", "40 batches of 4 runs take minutes", replace=(("bash", "BATCHES=1 bash"),)),
-    Change("^bash tests/run.sh", "all tests would contain this one", "tests/test_passes.py"),
+    Change("^bash tests/run.sh -m slow", "all slow tests would contain this one", "tests/test_passes.py",
+           (("-m slow", "-m 'not slow'"),)),
+    Change("^bash tests/run.sh$", "all tests would contain this one", "tests/test_passes.py"),
+    Change("^bash tests/run.sh -k lowering", "collecting all tests takes long", "--co -q tests/test_lowering.py"),
+    Change("^bash tests/run.sh.* tests/test_schedules.py", "these tests run by themselves too", "--co -q"),
+    Change("^bash tests/run.sh.* tests/test_engine_equivalence.py", "these tests run by themselves too", "--co -q"),
+    Change("^bash tests/run.sh.* tests/test_instructions.py", "these tests run by themselves too", "--co -q"),
+    Change("^bash .ci/run", "all tests would contain this one", replace=(("bash", "bash -n"),)),
+    Change("^python -m mypy", "all types take a minute", "ds_vshape/schedule/passes.py"),
+    Change("--svg ds_vshape/docs/", "the figure stays as it is; test_readme.py makes it again",
+           replace=(("ds_vshape/docs/", ""),)),
+    Change("^python tests/api_page.py", "the page stays as it is; test_api_page.py makes it again", "> api.md",
+           (("--write", ""),)),
     Change("^deepspeed .*--module ds_vshape.run", "the script of tests/test_run.py wants two pipeline ranks",
            "--out out", (("--num_gpus 4", "--num_gpus 2 --master_port PORT"),)),
     Change(r"launch/cluster/deepspeed.sh --module", "the script of tests/test_run.py", "--out out"),
@@ -75,32 +89,44 @@ CHANGES = [
 ]
 
 
-def blocks(text: str) -> Iterator[list[str]]:
-    """The indented code blocks of a Markdown text, without the indentation; their blank lines are left out."""
+def blocks(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The language of each fenced code block of a Markdown text, and its lines, blank ones left out; the language of a
+    block that is only indented, or names none, is "".
+    """
+    language: str | None = None
     block: list[str] = []
-    for line in [*text.splitlines(), "end"]:
-        if line.startswith("    "):
-            block.append(line.strip())
-        elif line and block:
-            yield block
-            block = []
+    indent = before = ""
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            if language is None:
+                indent, language = line.split("```")
+            else:
+                yield language, block
+                language, block = None, []
+        elif language is not None:
+            block += [line.removeprefix(indent)] if line.strip() else []
+        elif line.startswith("    ") and not before:
+            yield "", [line.strip()]
+        before = line.strip()
 
 
 def commands(file: str) -> list[str]:
     """The commands of a README in their order, each in one line.
 
     Raises:
-        ValueError: for a block that is neither commands nor known to be something else.
+        ValueError: for a block that names no known language, and for a command of an unknown program.
     """
     found: list[str] = []
-    for block in blocks((ROOT / file).read_text()):
-        if block[0].startswith(_NO_COMMANDS):
+    for language, block in blocks((ROOT / file).read_text()):
+        if language not in _LANGUAGES:
+            raise ValueError(f"{file}: the code block {block[:1]} must be fenced, with one of {sorted(_LANGUAGES)}")
+        if language != "bash":
             continue
         whole = "\n".join(block).replace("\\\n", " ").splitlines()
         for line in whole:
             words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
             if not words or words[0] not in _PROGRAMS:
-                raise ValueError(f"{file}: {line!r} begins with no program that is known here: {sorted(_PROGRAMS)}")
+                raise ValueError(f"{file}: {line!r} starts with no program that is known here: {sorted(_PROGRAMS)}")
         found += [re.sub(r"\s+#.*", "", re.sub(r"\s+", " ", line)) for line in whole]
     return found
 

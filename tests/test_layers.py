@@ -110,3 +110,8 @@ def test_a_folder_says_what_it_holds(folder: str) -> None:
     missing = [path.name for path in (PACKAGE / folder).glob("*.py") if path.name not in ("__init__.py",)
                and path.name not in text]
     assert not missing
+
+
+def test_the_architecture_page_has_these_layers() -> None:
+    picture = (PACKAGE / "docs" / "architecture.md").read_text().split("```text\n")[1].split("```")[0]
+    assert tuple(tuple(line[:26].split()) for line in picture.splitlines()) == LAYERS

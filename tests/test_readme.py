@@ -1,20 +1,30 @@
-"""What the README says of the tests: they exist."""
+"""What the README and the pages say: the tests and files they name exist, the code they show is valid, and the figure
+is what its command draws."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-README = (TESTS.parent / "README.md").read_text()
-SECTION = "## What works, beside DeepSpeed's own engines"
+import pytest
+import yaml
+from readme_commands import FILES, ROOT, blocks, commands
+
+import ds_vshape
+from ds_vshape.cli import main
+from ds_vshape.config.section import read_section
+
+TESTS = ROOT / "tests"
+DOCS = ROOT / "ds_vshape" / "docs"
+MOST_LINES = 150
 
 
-def table() -> list[list[str]]:
-    """The cells of each row of the section's table, without its head and its headings."""
-    section = README.split(SECTION)[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()
+def table(page: str) -> list[list[str]]:
+    """The cells of each row of the table in a page of ds_vshape/docs, without its head and its headings."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (DOCS / page).read_text().splitlines()
             if line.startswith("|")]
     return [row for row in rows[2:] if not row[0].startswith("**")]
 
@@ -25,7 +35,7 @@ def names_in(file: str) -> set[str]:
 
 
 def test_each_feature_names_tests_that_exist() -> None:
-    rows = table()
+    rows = table("features.md")
     assert len(rows) > 40
     for row in rows:
         feature, first, second, ours = row
@@ -38,9 +48,7 @@ def test_each_feature_names_tests_that_exist() -> None:
 
 
 def test_each_idiom_of_scripts_names_tests_that_exist() -> None:
-    page = (TESTS.parent / "ds_vshape/docs/scripts.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    rows = [row for row in rows[2:] if not row[0].startswith("**")]
+    rows = table("scripts.md")
     assert len(rows) > 20
     for idiom, outcome, tests in rows:
         named = re.findall(r"`(test_\w+\.py)::(\w+)`", tests)
@@ -49,6 +57,51 @@ def test_each_idiom_of_scripts_names_tests_that_exist() -> None:
             assert test in names_in(file), f"{idiom}: there is no {file}::{test}"
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:launch|bench|configs|tests)/[\w./]+)`", README):
-        assert (TESTS.parent / name).exists(), name
+@pytest.mark.parametrize("file", FILES)
+def test_files_that_a_page_names_exist(file: str) -> None:
+    text = (ROOT / file).read_text()
+    for name in re.findall(r"`((?:launch|bench|configs|tests|ds_vshape)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / file).parent.joinpath(link).exists(), link
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_code_on_a_page_is_valid(file: str) -> None:
+    """JSON can be read, and its section is accepted; Python compiles."""
+    for language, block in blocks((ROOT / file).read_text()):
+        if language == "json":
+            read_section(json.loads("\n".join(block)))
+        elif language == "python":
+            compile("\n".join(block), file, "exec")
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= MOST_LINES
+    for page in DOCS.glob("*.md"):
+        assert f"](ds_vshape/docs/{page.name})" in readme, page.name
+
+
+def test_the_way_of_a_batch_is_short() -> None:
+    numbers = re.findall(r"^(\d+)\. `ds_vshape/", (DOCS / "architecture.md").read_text(), re.M)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and len(numbers) <= 25
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == ds_vshape.__version__
+    titles = [reference["title"] for reference in citation["references"]]
+    assert titles == ["Pipeline Parallelism with Controllable Memory", "Zero Bubble Pipeline Parallelism"]
+
+
+def test_the_figure_is_what_its_command_draws(tmp_path: Path) -> None:
+    """If this fails after a change of schedules or pictures, run the command, and look at the figure."""
+    command, = (each for file in FILES for each in commands(file) if "ds_vshape/docs/schedules.svg" in each)
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "ds_vshape"]
+    figure = tmp_path / "schedules.svg"
+    assert main([str(figure) if word.endswith(".svg") else word for word in words[3:]]) == 0
+    assert figure.read_text() == (DOCS / "schedules.svg").read_text(), command

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from readme_commands import CHANGES, FILES, ROOT, change_for, changed, commands
+from readme_commands import CHANGES, FILES, ROOT, blocks, change_for, changed, commands
 from test_cluster import AS_ROOT, Cluster, cluster  # noqa: F401  (a fixture)
 from test_launch import free_port
 from test_run import write_job
@@ -61,14 +61,22 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_block_is_known_and_every_change_is_used() -> None:
-    """Nothing is passed over: blocks that are no commands are named, and so is what is changed in commands."""
+    """Nothing is passed over: each block names its language, and every change of a command is still needed."""
     found = [command for file in FILES for command in commands(file)]
     assert len(found) > 45
-    assert {file for file in FILES if commands(file)} == set(FILES)
     used = [change_for(command) for command in found]
     assert [change.pattern for change in CHANGES if change not in used] == []
-    assert {str(path.relative_to(ROOT)) for folder in ("launch", "configs", "bench", "tests", "ds_vshape")
-            for path in (ROOT / folder).rglob("README.md")} | {"README.md"} == set(FILES)
+
+
+@pytest.mark.parametrize("text, found", [
+    ("```bash\npip install x\n```", [("bash", ["pip install x"])]),
+    ("1. so:\n\n   ```json\n   {\n     }\n\n   ```\n\n2. on", [("json", ["{", "  }"])]),
+    ("text\n\n    pip install x\n", [("", ["pip install x"])]),
+    ("```\npip\n```", [("", ["pip"])]),
+    ("- a list\n    that goes on", []),
+])
+def test_blocks_have_languages(text: str, found: list[tuple[str, list[str]]]) -> None:
+    assert list(blocks(text)) == found
 
 
 @pytest.mark.slow

@@ -116,12 +116,15 @@ MOST_TRACED, LAST_TRACED = 1000, 10**9
 
 
 class TraceConfig(BaseModel):
-    """Which training batches are traced, the first to the last one (DeepSpeed's steps, from 1), and where to."""
+    """Which training batches are traced, and where the files are written."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batches: tuple[StrictInt, StrictInt]
+    """The first and the last traced batch, by DeepSpeed's steps, which count from 1."""
+
     path: str = Field(default="traces", min_length=1)
+    """The folder of the files. `~` is expanded."""
 
     @field_validator("batches")
     @classmethod
@@ -153,55 +156,55 @@ Trace = Annotated[
 
 
 class ScheduleConfig(BaseModel):
-    """What the user asked for.
-
-    `memory_limit` is the highest peak of activations that a rank may have: a fraction of 1F1B's peak on the same
-    number of ranks, or bytes ("6GiB"); None is no limit. `deferred` says which weight gradients a split backward leaves
-    to W: those of matrix products, convolutions and embeddings, or those of norms too
-    (ds_vshape/split_backward/operators.py says what that costs).
-
-    `times` "profile" measures the passes in the first batches, plans with them for at most `planning_seconds` while
-    training goes on, and plans again when a stage's time, or that of a hop next to it, has moved by more than the share
-    `drift` of the stage's. "equal" takes all passes for equally long.
-
-    `gradient_accumulation_fusion` lets W add a weight gradient to its sum over the micro-batches where that lies,
-    without a tensor of its own; sums are then equal to DeepSpeed's to rounding, and without it bit for bit.
-
-    `trace` writes timelines of some batches (ds_vshape/trace).
-
-    `detect_anomaly` looks for NaN and infinity in every stage's outputs and in the loss, and ends the batch with the
-    stage and the micro-batch where the first came up.
-
-    `optimizer_post_validation` steps without asking other pipeline ranks, and has the step validated while the next
-    batch begins (ds_vshape/engine/post_validation.py).
-
-    `verify_gradients` runs one early batch a second time, with whole backwards, and ends the job where losses or
-    gradients differ (ds_vshape/engine/verification.py).
-
-    A rank that gives no sign of life for `timeout_seconds`, or comes to its PipelineModule later than others by more
-    than that, counts as lost, and all ranks end. So they do when all have waited for each other for that long. A rank
-    whose process has ended is noticed at once, and one that works on something is waited for, however long that takes
-    (ds_vshape/health/watch.py).
-
-    `partition` counts instead of PipelineModule's `partition_method`, and takes what that takes
-    (ds_vshape/module/pipeline_module.py).
-    """
+    """The "pipeline_schedule" section of ds_config.json. A name alone stands for a section with that name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=100)
+    """The schedule; `adaptive` plans one for the memory limit, and for measured times with `"times": "profile"`."""
+
     memory_limit: Fraction | Bytes | None = None
+    """The highest peak of activations that a rank may have: a fraction of 1F1B's peak on as many ranks, or bytes.
+    Bytes need an adaptive schedule with `"times": "profile"`."""
+
     deferred: Literal["matrices", "all"] = "matrices"
+    """The weight gradients that a split backward leaves to W: those of matrix products, convolutions and embeddings,
+    or also those of norms, which costs more memory than it saves time."""
+
     gradient_accumulation_fusion: StrictBool = True
+    """W adds each weight gradient to its sum over the micro-batches in place, without a tensor of its own. Sums are
+    then equal to DeepSpeed's up to rounding; without it they are equal bit for bit."""
+
     partition: Partition | None = None
+    """How the layers are divided into stages; overrides the module's `partition_method`, and takes the same values."""
+
     times: Literal["equal", "profile"] = "equal"
+    """Plan for passes that all take equally long, or for the times that are measured in the first batches."""
+
     planning_seconds: PlanningTime = 10.0
+    """The longest time that planning takes. With `"times": "profile"` training continues meanwhile."""
+
     detect_anomaly: StrictBool = False
+    """End a batch at the first NaN or infinity in a stage's output or in the loss; the error names the stage and the
+    micro-batch."""
+
     optimizer_post_validation: StrictBool = False
+    """Step without waiting for other pipeline ranks, and validate the step during the start of the next batch."""
+
     verify_gradients: StrictBool = False
+    """Run one early batch a second time with whole backwards, and end the job if losses or gradients differ."""
+
     timeout_seconds: Timeout = TIMEOUT_SECONDS
+    """A rank counts as lost, and all ranks end, if it gives no sign of life for so long, or builds its PipelineModule
+    later than others by so much; all ranks also end if they have waited for each other for so long. A rank whose
+    process has ended is noticed at once, and one that is busy is waited for, however long that takes."""
+
     trace: Trace | None = None
+    """Batches of which timelines are written."""
+
     drift: Share = 0.2
+    """With `"times": "profile"`: measure and plan again when the time of a stage, or of a hop next to it, has changed
+    by more than this share of the stage's time."""
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:

@@ -111,10 +111,14 @@ def mean_times(timeline: Timeline, stages: int) -> Times:
 
 
 def report(recorder: PassRecorder, schedule: Schedule, group: Any, device: torch.device) -> dict[str, Any]:
-    """A measured batch of `schedule` in numbers, the same on every rank of the pipeline's `group` (collective).
+    """A measured batch of `schedule` in numbers; collective over the pipeline's `group`.
 
-    "schedule" (its name), "predicted_bubble" (simulated with the passes' mean measured times), "measured_bubble",
-    "makespan" (seconds) and "peak_activations" (of each rank, in 1/(2p) of the model for one micro-batch).
+    Returns:
+        "schedule": its name
+        "predicted_bubble": the share of idle time in a simulation with the mean measured time of each pass
+        "measured_bubble": the measured share of idle time
+        "makespan": seconds from the first pass to the end of the last one
+        "peak_activations": of each rank, in activations of 1/(2p) of the model for one micro-batch
     """
     timeline = gather_timeline(recorder.spans(), schedule.orders, group, device)
     ranks, stages = schedule.placement.ranks, schedule.placement.stages

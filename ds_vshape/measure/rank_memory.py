@@ -1,15 +1,4 @@
-"""The bytes that a rank needs, by what they are for.
-
-    parameters     those of both chunks, flat buffers and their padding included
-    gradients      as they are accumulated over a batch
-    optimizer      this rank's shard: weights of high precision and moments
-    activations    the peak under a schedule, of the sizes that one micro-batch of each stage has
-    working        what the peak is higher by for what passes need only while they run, and for messages on their way
-    rollback       with optimizer_post_validation: what a step changes, until the next batch's first backward
-
-Activations and working are None where they couldn't be measured. Not counted: DeepSpeed's buckets during the reduction
-of gradients.
-"""
+"""The bytes that a rank needs, by purpose."""
 
 from __future__ import annotations
 
@@ -18,18 +7,29 @@ from dataclasses import asdict, astuple, dataclass
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one pipeline rank."""
+    """Bytes on one pipeline rank. DeepSpeed's buckets during the reduction of gradients aren't counted."""
 
     parameters: int
+    """Those of all chunks, with flat buffers and their padding."""
+
     gradients: int
+    """The sums over the micro-batches of a batch."""
+
     optimizer: int
+    """This rank's shard: high-precision weights and moments."""
+
     activations_peak: int | None
+    """The peak under the schedule, from the measured sizes of one micro-batch of each stage; None if unknown."""
+
     working: int | None = 0
+    """What the peak of allocated memory is above all others: temporary memory of passes, and messages in transit."""
+
     rollback: int = 0
+    """With `optimizer_post_validation`: what a step changes, until the first backward of the next batch."""
 
     @property
     def total(self) -> int:
-        """The sum of what is known, as if the peaks of all came at once: at the last micro-batches they nearly do."""
+        """The sum of what is known, as if all peaks coincided: at the last micro-batches they nearly do."""
         return sum(size for size in astuple(self) if size is not None)
 
     def __str__(self) -> str:

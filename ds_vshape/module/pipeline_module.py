@@ -77,28 +77,32 @@ class Chunk:
 
 
 class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
-    """DeepSpeed's PipelineModule, placed as the "pipeline_schedule" of the config demands.
+    """DeepSpeed's PipelineModule, with its layers placed as the "pipeline_schedule" of the config requires.
+
+    Without a config, or without the key in it, this is DeepSpeed's own module.
 
     Args:
-        layers, num_stages, and all others: as in deepspeed.pipe.PipelineModule; `num_stages` counts pipeline ranks.
-            Partition methods work over stages, of which the V and the interleaved placement have two a rank.
-        partition_method: one of DeepSpeed's methods, or one of those below, which balance the work of ranks instead of
-            stages (ds_vshape/schedule/balance.py). The config's "partition" counts instead, where it has one.
-                [0, 3, 5, 8, 10]     bounds: the first layer of each stage, and the number of layers
-                {"costs": [..]}      what each layer costs: a number, or its (F, B, W)
-                "profile"            each layer's forward and backward are measured, on rank 0, with `example`
-        example: for "profile", a micro-batch as train_batch's iterator gives it, (inputs, labels), on rank 0 at least.
-        config: the ds_config (dictionary, path or base64 text). Without it the environment variable DS_VSHAPE_CONFIG
-            or the command line's --deepspeed_config names it. Without any, or without the key in it, this is
-            DeepSpeed's own module.
+        layers, num_stages, and all others: as in deepspeed.pipe.PipelineModule. `num_stages` counts pipeline ranks;
+            DeepSpeed's partition methods divide the layers into stages, and some schedules have two stages on each
+            rank.
+        partition_method: one of DeepSpeed's methods, or a value that balances the work of ranks instead of stages:
+            bounds like [0, 3, 5, 8, 10] (the first layer of each stage, and the number of layers);
+            {"costs": [...]} with the cost of each layer, a number or its (F, B, W); or "profile", which times each
+            layer's forward and backward on rank 0. The config's "partition" overrides it.
+        example: for "profile", a micro-batch as train_batch's iterator returns it, (inputs, labels); only rank 0 needs
+            it.
+        config: the ds_config, as a dictionary, a path or base64 text. By default it is read from the file that the
+            environment variable DS_VSHAPE_CONFIG names, else from the file after --deepspeed_config on the command
+            line.
 
     Raises:
-        ConfigError: for a "pipeline_schedule" that can't be used.
-        PipelineError: for fewer layers than stages, arguments that the job's ranks can't build
-            (ds_vshape/config/arguments.py) and tied layers that aren't alike (ds_vshape/module/tied.py).
-        PreflightError: on every rank, if ranks differ in their versions, config or arguments, or some can't build
-            their layers.
-        PartitionError: on every rank, for a partition that doesn't fit, and for a profile that can't be measured.
+        ConfigError: for an illegal "pipeline_schedule".
+        PipelineError: for fewer layers than stages, for arguments from which the job's ranks can't build a module
+            (ds_vshape/config/arguments.py), and for tied layers that differ (ds_vshape/module/tied.py).
+        PreflightError: on every rank, if ranks differ in their versions, config or arguments, or if some of them can't
+            build their layers.
+        PartitionError: on every rank, for a partition that doesn't fit the layers, and for a profile that can't be
+            measured.
     """
 
     num_stages: int

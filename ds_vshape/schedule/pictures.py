@@ -80,10 +80,10 @@ class Panel:
 
 def save(panels: Sequence[Panel], file: Path, kind: str, time_label: str = "time") -> None:
     """Write `panels` below each other, all on one scale of time, to `file`; `kind` is "svg" or "png"."""
-    # Text stays text in an SVG, and the same schedule gives the same file.
+    # Text stays text in an SVG, and the same schedule gives the same file: without date, version and random ids.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ds_vshape", "font.family": "sans-serif"}):
         figure = _figure(panels, time_label)
-        figure.savefig(file, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(file, format=kind, dpi=_DPI, metadata={"Date": None, "Creator": None} if kind == "svg" else None)
 
 
 def _figure(panels: Sequence[Panel], time_label: str) -> Figure:
