@@ -1,7 +1,7 @@
 """Traces the batches that the config names: records them, brings them together, writes the files.
 
-    batches_10-12.trace.json    for ui.perfetto.dev and chrome://tracing    (ds_vshape/trace/chrome.py)
-    batches_10-12.html          a page of its own                           (ds_vshape/trace/page.py)
+    batches_10-12.trace.json    for ui.perfetto.dev and chrome://tracing    (ds_vshape/measure/trace/chrome.py)
+    batches_10-12.html          a page of its own                           (ds_vshape/measure/trace/page.py)
 
 The first pipeline alone is traced (data and tensor parallel rank 0); its rank 0 writes. Files are there after the first
 traced batch already, and grow with each.
