@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -26,8 +27,6 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if "cuda" in sys.argv else "cpu")
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
@@ -69,8 +68,13 @@ class Case:
         x = torch.randn(self.samples, self.length, self.hidden, device=self.device)
         return x.to(DTYPES[self.dtype]).requires_grad_()
 
-    def delivery(self) -> GradientAccumulator:
-        return InGrad() if self.sums == self.dtype else InGradAccum(DTYPES[self.sums])
+    def delivery(self, module: nn.Module) -> GradientAccumulator:
+        if self.sums == self.dtype:
+            return InGrad()
+        # What it asks DeepSpeed's optimizer for.
+        optimizer: Any = SimpleNamespace(gradient_accumulation_dtype=DTYPES[self.sums],
+                                         bit16_groups=[list(module.parameters())])
+        return InGradAccum(optimizer)
 
 
 class Contender:
@@ -79,7 +83,8 @@ class Contender:
     names: tuple[str, ...]
 
     def __init__(self, case: Case) -> None:
-        self.module, self.x, self.delivery = case.module(), case.input(), case.delivery()
+        self.module, self.x = case.module(), case.input()
+        self.delivery = case.delivery(self.module)
         self.gradient = torch.randn_like(self.module(self.x))
         self._apart = case.sums != case.dtype
         for parameter in self.module.parameters():
@@ -193,6 +198,10 @@ def rows(case: Case, seconds: dict[str, list[list[float]]]) -> list[list[str]]:
 
 
 def main() -> None:
+    # Not at the top, so that bench/gpu.py needs nothing but torch and deepspeed.
+    from rich.console import Console
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", choices=("block", "embedding", "head"), default="block")
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 _FOLDERS = ("launch", "configs", "bench", "ds_vshape", "tests")
 FILES = ["README.md", "CONTRIBUTING.md",
          *sorted(str(path.relative_to(ROOT)) for folder in _FOLDERS for path in (ROOT / folder).rglob("*.md"))]
-_PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mkdir", "echo", "env"}
+_PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mkdir", "echo", "env", "tar"}
 _LANGUAGES = {"bash", "json", "python", "text"}
 
 TINY = "model=tiny batches=2"
@@ -82,6 +82,10 @@ CHANGES = [
            "--rounds 1 --hidden 64 --length 16 --samples 1 --device cpu"),
     Change("bench/accumulation.py", "measurements take minutes, and GPUs aren't there",
            "--rounds 1 --sizes 64x64 --tokens 64 --device cpu"),
+    Change("bench/gpu.py --only", "GPUs aren't there", "--device cpu --ranks 2", (("on 8", "on 2"),)),
+    Change("bench/gpu.py --device cpu", "test_gpu_steps.py runs all steps, which take minutes", "--only links"),
+    Change("bench/gpu.py", "measurements take minutes, and GPUs aren't there",
+           "--device cpu --ranks 1 --only products"),
     Change("split_programs", "20,000 programs take minutes", "--programs 20"),
     Change("bench/scale.py paper", "large models take minutes to simulate",
            "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"),
