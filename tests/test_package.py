@@ -107,6 +107,22 @@ def test_the_schedule_layer_is_pure():
     assert {name for file, name in foreign if file in reads} <= {"numpy", "pydantic", "typing_extensions"}
 
 
+def test_launch_holds_short_programs_and_no_library():
+    """Programs are for copying: each fits on a few screens, and neither the package nor bench/ needs any of them."""
+    programs = sorted((ROOT / "launch").glob("*.py"))
+    assert {file.name: length for file in programs if (length := len(file.read_text().splitlines())) >= 150} == {}
+    stems = {file.stem for file in programs}
+    users = [file for folder in ("ds_vshape", "bench") for file in (ROOT / folder).rglob("*.py")]
+    assert [(file.name, name) for file in users for name in imported_names(file) if name in stems] == []
+
+
+def test_every_folder_is_installed():
+    """setup.cfg finds packages, which are folders with an __init__.py."""
+    folders = {file.parent for file in (ROOT / "ds_vshape").rglob("*.py")}
+    assert ROOT / "ds_vshape" / "models" in folders
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 def imported_names(file: Path) -> list[str]:
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text())):
