@@ -26,11 +26,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
+from ds_vshape.comm.device_waits import DeviceWaits
 from ds_vshape.comm.groups import GLOO, light_options, new_group
 from ds_vshape.comm.ownership import Versions, check_unwritten, versions
 from ds_vshape.comm.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
 from ds_vshape.schedule.communicators import Communicator, communicator_of
-from ds_vshape.schedule.lowering import Channel, Content, Message
+from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Channel, Content, Message
 
 
 class Withdrawn(Exception):
@@ -58,6 +59,7 @@ def is_connection_error(error: BaseException) -> bool:
 # What goes out instead of a message in an announced batch.
 _NOTHING = Signature((), True)
 
+_Await = AwaitReceive | AwaitSend
 # By kind of content and receiving stage.
 Signatures = dict[tuple[Content, int], Signature]
 
@@ -151,6 +153,10 @@ class Channels:
         self._noted: dict[Communicator, deque[Message]] = defaultdict(deque)
         self._signatures: Signatures = {}
         self._announced = True
+        # Of a device that runs behind the host.
+        self._device_waits: DeviceWaits[_Await] | None = None
+        if not get_accelerator().is_synchronized_device():
+            self._device_waits = DeviceWaits()
 
     def ends(self) -> Iterator[End]:
         """This rank's ends of all its communicators."""
@@ -198,7 +204,7 @@ class Channels:
     def release(self, message: Message) -> None:
         """Wait until `message` has left; PipelineError if its tensors have changed meanwhile."""
         transfer = self._sending.pop(message)
-        transfer.wait(message.channel.target)
+        self._wait(AwaitSend, message, transfer)
         check_unwritten(transfer.tensors, transfer.versions, f"{message.channel.content} for stage {message.stage}, "
                         f"micro-batch {message.micro_batch},")
 
@@ -231,7 +237,7 @@ class Channels:
             self._start_announced(noted[0], self._receiving[noted[0]])
             noted.popleft()
         del self._receiving[message]
-        transfer.wait(message.channel.source)
+        self._wait(AwaitReceive, message, transfer)
         assert transfer.signature is not None
         if transfer.signature == _NOTHING:
             raise Withdrawn(f"{message.channel.content} for stage {message.stage}, micro-batch {message.micro_batch}")
@@ -245,6 +251,11 @@ class Channels:
         assert first is not None
         return first
 
+    def awaited_by_device(self) -> _Await | None:
+        """The first wait that a device which runs behind the host hasn't got past; None if there is none. In any thread.
+        """
+        return self._device_waits.first() if self._device_waits is not None else None
+
     def works_into(self, message: Message) -> list[Any]:
         """What `receive` is going to wait for, once `message` is posted; others may be put in its place."""
         return self._receiving[message].works
@@ -252,7 +263,7 @@ class Channels:
     def discard(self, message: Message) -> None:
         """Take `message` in or let it leave, if that isn't done yet, and forget it."""
         if message in self._sending:
-            self._sending.pop(message).wait(message.channel.target)
+            self._wait(AwaitSend, message, self._sending.pop(message))
         if message in self._receiving:
             with suppress(Withdrawn):
                 self.receive(message)
@@ -289,6 +300,11 @@ class Channels:
             if rank == there.source:
                 hops[place] = statistics.median(trips) / 2
         return hops
+
+    def _wait(self, kind: type[_Await], message: Message, transfer: _Transfer) -> None:
+        transfer.wait(message.channel.source if kind is AwaitReceive else message.channel.target)
+        if self._device_waits is not None:
+            self._device_waits.put(kind(message))
 
     def _start_sends(self, message: Message, tensors: Sequence[Tensor], header: Sequence[int] | None = None) -> None:
         """Start to send `tensors`, which lie as they travel, behind the `header` if there is one."""

@@ -8,7 +8,7 @@ a core, and sweep the caches of whatever computes meanwhile. Groups on one devic
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -52,14 +52,34 @@ def light_options() -> Any:
     A receive that waits for its message holds a streaming multiprocessor for each of its CTAs, which the passes need.
     """
     # By what NCCL's options have, which are RCCL's too.
-    world: Any = dist.group.WORLD
-    options: Any = world._get_backend(torch.device(get_accelerator().device_name())).options
+    options = _options(dist.group.WORLD)
     if not hasattr(getattr(options, "config", None), "max_ctas"):
         return None
     light = type(options)()
     light.config.max_ctas = MAX_CTAS
     light.is_high_priority_stream = True
     return light
+
+
+def allow_at_least(group: Any, seconds: float) -> None:
+    """Let each operation of `group` take `seconds`, if its limit is a shorter one.
+
+    NCCL counts from the moment at which the host starts an operation, whatever the device has to do before it.
+    """
+    options, least = _options(group), timedelta(seconds=seconds)
+    if options is not None and options._timeout < least:
+        _backend(group)._set_default_timeout(least)
+
+
+def _backend(group: Any) -> Any:
+    return group._get_backend(torch.device(get_accelerator().device_name()))
+
+
+def _options(group: Any) -> Any:
+    """The options of `group`; None if its backend has none."""
+    with suppress(RuntimeError):
+        return _backend(group).options
+    return None
 
 
 @contextmanager

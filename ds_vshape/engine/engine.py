@@ -420,8 +420,14 @@ class PipelineEngine(FastSetattr, SavingEngine):
                                                                        ends_line(self.placement))
 
     def _doing(self, what: str) -> Callable[[], str]:
-        """Gives the name of the instruction that is executed at the time, or `what` where there is none."""
-        return lambda: what if self._instruction is None else _name_of(self._instruction)
+        """Gives the name of the instruction in which this rank is at the time (its device, where that runs behind the
+        host), or `what` where there is none."""
+        def name() -> str:
+            awaited = self._channels.awaited_by_device()
+            instruction = self._instruction if awaited is None else instr.instruction_of(awaited)
+            return what if instruction is None else _name_of(instruction)
+
+        return name
 
     def _log(self, line: str) -> None:
         if self.global_rank == 0:

@@ -10,6 +10,10 @@ other's signs of life (heartbeat.py) when to end them:
     [3] each raises PeerLost            from inside a `phase`: whatever a rank does together with others is in one
     [4] a wait that doesn't end         (for torch's store, or on a GPU) is ended with the process, after the message
 
+On a GPU waits are the device's, and the host runs on until it needs a number from there. It waits for that in a loop,
+which looks like computing; so what counts then is that it gets no further. NCCL has a watchdog of its own, which ends
+the process without these words: its groups are given a limit that is far longer than that for signs of life.
+
 Where the script itself waits, outside of any phase, it gets torch's own error, and what has happened is printed.
 
 Of torch this uses ProcessGroup.recv and _get_sequence_number_for_group, and of torch.distributed.distributed_c10d
@@ -39,7 +43,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d as c10d
 
 from ds_vshape.comm.channels import PeerLost
-from ds_vshape.comm.groups import FOREVER
+from ds_vshape.comm.groups import FOREVER, allow_at_least
 from ds_vshape.health.attendance import STUCK_SECONDS, JobLost, Status
 from ds_vshape.health.heartbeat import Address, Heartbeat
 from ds_vshape.health.names import RankName, rank_names
@@ -52,6 +56,10 @@ _NEWS_SECONDS = STUCK_SECONDS + 2.0
 # How long after the news the script may take to raise them before they are printed, and how long it may then wait for
 # other ranks before its process is ended.
 _RAISING_SECONDS, _ENDING_SECONDS = 0.5, 3.0
+# On a device that runs behind the host: how long the script may get no further in a phase after the news.
+_ENDING_ON_DEVICE_SECONDS = 10.0
+# By how much longer than the ranks for signs of life an operation over NCCL may take.
+_NCCL_LATER = 10
 _TAG = 2**31 - 5
 # The share of its time that a thread which waits may be found to compute.
 _BUSY = 0.05
@@ -86,8 +94,9 @@ class Watch:
         self.progress: Callable[[], str] = lambda: ""
         self._script = threading.get_ident()
         self._clock = time.pthread_getcpuclockid(self._script)
-        self._idle_since = time.monotonic()
-        # The last look at the script's thread: when, its seconds of computing until then, and what it had started.
+        # Since when the script's thread has neither computed nor got further, and since when it has got no further.
+        self._idle_since = self._same_since = time.monotonic()
+        # The last look at it: when, its seconds of computing until then, and where it was.
         self._looked: tuple[float, float, Any] = (self._idle_since, 0.0, None)
         self._loss: JobLost | None = None
         self._raised = threading.Event()
@@ -237,8 +246,11 @@ class Watch:
 
     def _idle_for(self) -> float:
         """The seconds that the script's thread has neither computed anything nor started an exchange."""
-        now, busy, token = time.monotonic(), time.clock_gettime(self._clock), (_operations(), len(self._phases))
+        now, busy = time.monotonic(), time.clock_gettime(self._clock)
+        token = _operations(), len(self._phases), self._place()
         before, busy_before, token_before = self._looked
+        if token != token_before:
+            self._same_since = now
         if token != token_before or busy - busy_before > _BUSY * (now - before):
             self._idle_since = now
         self._looked = now, busy, token
@@ -261,7 +273,8 @@ class Watch:
         self._news.set()
         if self._heartbeat is not None:
             self._heartbeat.settled.set()
-        if not self._phases:
+        if not self._phases or not get_accelerator().is_synchronized_device():
+            # NCCL may find out as well, and ends the process without a word.
             self._print()
         end_waits()
         if not self._raised.wait(_RAISING_SECONDS):
@@ -272,9 +285,11 @@ class Watch:
         """End the process as soon as its script waits for other ranks: what it waits for will never come."""
         while True:
             time.sleep(_RAISING_SECONDS)
-            # A wait of the device itself can't be seen from the host.
+            idle = self._idle_for()
+            # A wait for the device can't be told from computing.
             on_device = bool(self._phases) and not get_accelerator().is_synchronized_device()
-            if self._idle_for() >= _ENDING_SECONDS and (on_device or self._in_exchange()):
+            same = time.monotonic() - self._same_since
+            if (idle >= _ENDING_SECONDS and self._in_exchange()) or (on_device and same >= _ENDING_ON_DEVICE_SECONDS):
                 if not self._raised.is_set():
                     self._print()
                 print("ds_vshape: this process waits for what won't come, and is ended", file=sys.stderr, flush=True)
@@ -323,7 +338,7 @@ def watch_job(seconds: float) -> Watch:
 @contextmanager
 def groups_without_limit() -> Iterator[None]:
     """Around what makes groups, as DeepSpeed does: if there is a watch, which ends waits, those over gloo and the job's
-    own get no time limit.
+    own get no time limit, and others at least one that is far longer than that for signs of life.
     """
     before = set(c10d._world.pg_map) - {dist.group.WORLD}
     yield
@@ -331,6 +346,8 @@ def groups_without_limit() -> Iterator[None]:
         for group in set(c10d._world.pg_map) - before:
             if "gloo" in str(dist.get_backend(group)):
                 c10d._set_pg_timeout(FOREVER, group)
+            else:
+                allow_at_least(group, _NCCL_LATER * _watch.seconds)
 
 
 def end_waits() -> None:

@@ -48,7 +48,8 @@ __all__ = [
     "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
     "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad",
     "SplitForwardPass", "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
-    "comparing", "evaluation_instructions", "pass_of", "passes_alone", "stepping_ahead", "training_instructions"
+    "comparing", "evaluation_instructions", "instruction_of", "pass_of", "passes_alone", "stepping_ahead",
+    "training_instructions"
 ]
 
 # The two sides of an engine's instruction map; what executes one takes the engine first, then its arguments.
@@ -207,7 +208,7 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
         starts[place] = StartReduceGrads(stage)
     instructions: list[PipeInstruction] = []
     for place, step in enumerate(program):
-        instructions.append(ReturnLoss() if isinstance(step, ShareLoss) else _instruction(step))
+        instructions.append(ReturnLoss() if isinstance(step, ShareLoss) else instruction_of(step))
         if place in starts:
             instructions.append(starts[place])
     return [*instructions, *(instruction() for instruction in _END)]
@@ -260,7 +261,7 @@ def comparing(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
 
 def passes_alone(program: Program) -> list[PipeInstruction]:
     """A rank's program as instructions, without the end of a batch: nothing is reduced, nor told to other ranks."""
-    return [_instruction(step) for step in program if not isinstance(step, ShareLoss)]
+    return [instruction_of(step) for step in program if not isinstance(step, ShareLoss)]
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:
@@ -268,7 +269,8 @@ def evaluation_instructions(program: Program) -> list[PipeInstruction]:
     return [*passes_alone(program), AgreeOnBatch()]
 
 
-def _instruction(step: Step) -> PipeInstruction:
+def instruction_of(step: Step) -> PipeInstruction:
+    """What executes a step of a program on one micro-batch."""
     assert not isinstance(step, ShareLoss)
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))

@@ -81,7 +81,7 @@ class Work(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Let the current stream wait; with a `timeout` the host does."""
         if timeout is None or timeout == timedelta(0):
-            DEVICE_OF_RANK.current.put(self._done.wait)
+            DEVICE_OF_RANK.current.put(lambda: DEVICE_OF_RANK.wait(self._done))
             return True
         DEVICE_OF_RANK.note_synchronization(f"{self._name}.wait(timeout)")
         if not self._done.wait(timeout.total_seconds()):

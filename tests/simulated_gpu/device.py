@@ -61,7 +61,7 @@ class Stream:
         """Run all before `marker`, in this thread unless another one is at it."""
         while not marker.done.is_set():
             # Whoever has it may be waiting for something that stands behind the marker.
-            if not self._running.acquire(timeout=_PATIENCE):
+            if not self._running.acquire(timeout=0 if DEVICE_OF_RANK.host_spins else _PATIENCE):
                 continue
             try:
                 if not marker.done.is_set():
@@ -156,6 +156,8 @@ class Device:
         self.synchronizations: list[tuple[str, str]] = []
         # With it the first launch of each kernel waits until the device is idle, as loading a module does.
         self.loads_lazily = False
+        # With it a host that waits for the device computes meanwhile, as CUDA's does unless told otherwise.
+        self.host_spins = False
         self._loaded: set[Any] = set()
         self._memory: set[StorageWeakRef] = set()
         self._streams: list[Stream] = [self.default]
@@ -221,7 +223,13 @@ class Device:
         for stream in list(self._streams):
             stream.run_to(stream.mark())
         for done in list(self.outstanding.values()):
-            done.wait()
+            self.wait(done)
+
+    def wait(self, done: threading.Event) -> None:
+        """Wait for an operation of a communicator."""
+        while self.host_spins and not done.is_set():
+            continue
+        done.wait()
 
 
 DEVICE_OF_RANK = Device()

@@ -1,0 +1,41 @@
+"""Where a device that runs behind its host stands: which message it waits for.
+
+On such a device a wait for a message is a wait of the stream. The host goes on, up to the end of the batch or to the
+first number that it wants from the device, and neither says which message doesn't come.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+from deepspeed.accelerator import get_accelerator
+
+T = TypeVar("T")
+
+
+class DeviceWaits(Generic[T]):
+    """The waits that were put on the current stream, each with what it is for."""
+
+    def __init__(self) -> None:
+        self._waits: deque[tuple[T, Any]] = deque()
+
+    def put(self, what: T) -> None:
+        """The stream has just been told to wait for `what`."""
+        event = get_accelerator().Event()
+        event.record()
+        self._waits.append((what, event))
+        while self._waits and _is_past(self._waits[0][1]):
+            self._waits.popleft()
+
+    def first(self) -> T | None:
+        """The first that the device hasn't got past, in any thread; None if there is none."""
+        return next((what for what, event in list(self._waits) if not _is_past(event)), None)
+
+
+def _is_past(event: Any) -> bool:
+    try:
+        return bool(event.query())
+    except RuntimeError:
+        # The device is broken, and gets no further.
+        return False
