@@ -9,7 +9,7 @@ from programs import lowered, of_the_direction, own
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.choose import schedule_for
-from ds_vshape.schedule.communicators import communicator_of, communicators, communicators_of_rank
+from ds_vshape.schedule.communicators import communicator_of, communicators, communicators_of_ranks
 from ds_vshape.schedule.deadlock import DeadlockError, check
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import PostReceive, channels, lower, lower_announced
@@ -73,5 +73,5 @@ def test_each_channel_has_one(name: str) -> None:
 
 def test_eight_ranks_and_sixty_four_pipelines() -> None:
     placement = build("v-half", 8, 16).placement
-    assert [communicators_of_rank(placement, rank) for rank in range(8)] == [2, 4, 4, 4, 4, 4, 4, 2]
+    assert communicators_of_ranks(placement) == [2, 4, 4, 4, 4, 4, 4, 2]
     assert 64 * len(communicators(placement)) == 896

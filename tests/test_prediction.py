@@ -13,6 +13,7 @@ from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bounds_of, host_of, place_of, predict_job, training_of
 from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 
 SHAPE = ["model=tiny", "model.layers=6", "model.hidden=96", "model.heads=4", "model.length=96", "parallel.pipe=2",
          "data.micro_batches=4"]
@@ -98,3 +99,13 @@ def test_places() -> None:
         where: Any = topology.get_coord(rank)
         assert place_of(job, where.pipe, where.data, where.model) == rank
         assert host_of(job, rank) == f"host {rank // 4}"
+
+
+def test_communicators_of_messages_are_counted_on_gpus() -> None:
+    """Eight ranks in each of 64 pipelines, without making any."""
+    words = ["model=9.6b", "parallel.pipe=8", "parallel.data=64", "data.micro_batches=16", "schedule=v-half",
+             "parallel.zero=1", "precision=bf16"]
+    on_gpus = predict_job(compose_job([*words, "machine=a100"])).memory
+    inner, outer = 4 * COMMUNICATOR_BYTES, 2 * COMMUNICATOR_BYTES
+    assert [memory.communicators for memory in on_gpus] == [outer, *[inner] * 6, outer]
+    assert on_gpus[1].total == sum(astuple(on_gpus[1]))

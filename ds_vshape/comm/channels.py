@@ -252,8 +252,7 @@ class Channels:
         return first
 
     def awaited_by_device(self) -> _Await | None:
-        """The first wait that a device which runs behind the host hasn't got past; None if there is none. In any thread.
-        """
+        """The first wait that a device which runs behind the host hasn't got past, if any. In any thread."""
         return self._device_waits.first() if self._device_waits is not None else None
 
     def works_into(self, message: Message) -> list[Any]:

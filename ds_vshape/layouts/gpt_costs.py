@@ -39,7 +39,7 @@ from ds_vshape.schedule.timeline import Times
 @dataclass(frozen=True)
 class Bytes:
     """Of an activation's value; of a parameter's weight, of its gradient with all sums of it, and of what the optimizer
-    keeps for it, of which data parallel ranks hold a part each if it is `shared`.
+    keeps for it, of which data parallel ranks hold a part each if it is `shared`; and of a communicator of messages.
 
     The default is bf16 with sums in fp32 and ZeRO-1: fp32 weights and two moments are the optimizer's.
     """
@@ -49,6 +49,7 @@ class Bytes:
     gradient: int = 4
     optimizer: int = 12
     shared: bool = True
+    communicator: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.layouts.gpt_costs import GPT_PY, Bytes, Shape, Speeds, Training
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.prediction import Prediction, predict
+from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 from ds_vshape.schedule.timeline import Times
 
 # Layers of ds_vshape/models/gpt.py before the first block and after the last one; the cost model has one for each two.
@@ -47,14 +48,18 @@ def bytes_of(job: Job) -> Bytes:
         others       1      another dtype     its own  its own + that of the sums    the same, shared
 
     BF16_Optimizer, in the second and third row, has a gradient in `.grad` within a backward only.
+
+    Messages have communicators in the memory of GPUs, but for those of DeepSpeed's own engine.
     """
+    communicator = COMMUNICATOR_BYTES if job.section is not None and job.machine.accelerator == "cuda" else 0
     size = {"fp32": 4, "bf16": 2, "fp16": 2}
     own, zero = size[job.precision.dtype], job.parallel.zero
     if job.precision.dtype == "fp32" and not zero:
-        return Bytes(own, own, own, 8, shared=False)
+        return Bytes(own, own, own, 8, False, communicator)
     kind = job.precision.sums or job.precision.dtype
     in_sums_alone = kind == job.precision.dtype or (job.precision.dtype, kind) == ("bf16", "fp32")
-    return Bytes(own, own, size[kind] if in_sums_alone else own + size[kind], 12)
+    return Bytes(own, own, size[kind] if in_sums_alone else own + size[kind], 12,
+                 communicator=communicator)
 
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:

@@ -11,6 +11,7 @@ from ds_vshape.config.to_schedule import is_planned, request_for
 from ds_vshape.layouts.gpt_costs import Training
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.communicators import communicators_of_ranks
 from ds_vshape.schedule.memory_limit import check_memory_limit
 from ds_vshape.schedule.named import ADAPTIVE, build, placement_of
 from ds_vshape.schedule.pending import with_few_pending
@@ -63,9 +64,11 @@ def predict(config: ScheduleConfig, training: Training, times: Times,
     schedule = _schedule(config, training, times, activations, progress)
     timeline = simulate(schedule, times)
     memory = tuple(RankMemory(round(weights), round(gradients), round(optimizer), round(peak),
-                              rollback=round(optimizer) if config.optimizer_post_validation else 0)
-                   for (weights, gradients, optimizer), peak
-                   in zip(training.state(placement), peaks(schedule, activations), strict=True))
+                              rollback=round(optimizer) if config.optimizer_post_validation else 0,
+                              communicators=training.bytes.communicator * communicators)
+                   for (weights, gradients, optimizer), peak, communicators
+                   in zip(training.state(placement), peaks(schedule, activations), communicators_of_ranks(placement),
+                          strict=True))
     return Prediction(training, schedule, timeline, timeline.makespan + training.reduction(placement), memory)
 
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from ds_vshape.comm.groups import light_options
 from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, Working, peaks, working_peaks
+from ds_vshape.schedule.communicators import communicator_bytes
 from ds_vshape.schedule.lowering import lower
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
@@ -275,8 +277,11 @@ def predict_memory(engine: Any, schedule: Schedule,
         programs = lower(schedule, Times.uniform(schedule.placement.stages))
         found = zip(peaks(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
         activations = [(round(peak), round(highest - peak)) for peak, highest in found]
-    return tuple(RankMemory(parameters, gradients, optimizer, peak, working, rollback)
-                 for (parameters, gradients, optimizer, rollback), (peak, working) in zip(states, activations))
+    # Over gloo they have no memory of the device.
+    communicators = communicator_bytes(schedule.placement) if light_options() is not None else [0 for _ in states]
+    return tuple(RankMemory(parameters, gradients, optimizer, peak, working, rollback, of_communicators)
+                 for (parameters, gradients, optimizer, rollback), (peak, working), of_communicators
+                 in zip(states, activations, communicators, strict=True))
 
 
 def parameter_bytes(module: nn.Module) -> int:

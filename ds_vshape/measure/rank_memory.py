@@ -27,6 +27,10 @@ class RankMemory:
     rollback: int = 0
     """With `optimizer_post_validation`: what a step changes, until the first backward of the next batch."""
 
+    communicators: int = 0
+    """Over NCCL: those of messages between pipeline ranks, by the estimate of schedule/communicators.py. DeepSpeed's own
+    aren't counted."""
+
     @property
     def total(self) -> int:
         """The sum of what is known, as if all peaks coincided: at the last micro-batches they nearly do."""
@@ -34,7 +38,7 @@ class RankMemory:
 
     def __str__(self) -> str:
         parts = (f"{name} {'unknown' if size is None else readable(size)}"
-                 for name, size in asdict(self).items() if size != 0 or name != "rollback")
+                 for name, size in asdict(self).items() if size != 0 or name not in ("rollback", "communicators"))
         at_least = "at least " if self.activations_peak is None else ""
         return f"{at_least}{readable(self.total)}: {', '.join(parts).replace('_', ' ')}"
 

@@ -20,6 +20,10 @@ from ds_vshape.schedule.placement import Placement
 
 # The most blocks (CTAs, each on one streaming multiprocessor) that a communicator of messages gets from NCCL.
 MAX_CTAS = 4
+# An estimate of what each takes on a GPU, not measured here: tens of MB. NCCL's maintainers say that it grows with the
+# number of NCCL's channels, one for each CTA (github.com/NVIDIA/nccl/issues/864), and its manual that a buffer between
+# two GPUs has 4 MiB (NCCL_BUFFSIZE). Each channel is taken to have one, and as much again for other protocols.
+COMMUNICATOR_BYTES = MAX_CTAS * 2 * 4 * 1024**2
 
 
 class Communicator(NamedTuple):
@@ -39,6 +43,12 @@ def communicators(placement: Placement) -> list[Communicator]:
     return sorted(set(map(communicator_of, channels(placement))))
 
 
-def communicators_of_rank(placement: Placement, rank: int) -> int:
-    """How many of them pipeline rank `rank` belongs to."""
-    return sum(rank in communicator for communicator in communicators(placement))
+def communicators_of_ranks(placement: Placement) -> list[int]:
+    """How many of them each pipeline rank belongs to."""
+    every = communicators(placement)
+    return [sum(rank in communicator for communicator in every) for rank in range(placement.ranks)]
+
+
+def communicator_bytes(placement: Placement) -> list[int]:
+    """What they take on each pipeline rank's GPU."""
+    return [COMMUNICATOR_BYTES * count for count in communicators_of_ranks(placement)]
