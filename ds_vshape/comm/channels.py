@@ -1,6 +1,6 @@
 """Messages between pipeline ranks, asynchronous on a communicator for each direction between two ranks.
 
-DeepSpeed's channels.py sends and receives on one communicator and blocks in both; around a V, where neighbours send to
+DeepSpeed's p2p.py sends and receives on one communicator and blocks in both; around a V, where neighbours send to
 each other in both directions, that hangs or serializes. Here each direction has a process group of its own, on which
 the order is the sender's: schedule/communicators.py says why that is enough.
 
