@@ -22,16 +22,12 @@ from simulated_gpu.communicator import Counts
 from simulated_gpu.processes import run_on_gpus
 from torch import Tensor
 
-<<<<<<< HEAD
 import ds_vshape
 from ds_vshape.models.gpt import GPTConfig
 from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
 from ds_vshape.runtime import instructions as instr
-from ds_vshape.schedule.communicators import MAX_CTAS, communicators_of_rank
-from ds_vshape.schedule.named import SCHEDULES
-=======
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES, MAX_CTAS, communicators_of_ranks
->>>>>>> 3d54fa2 (Communicators of messages are counted in the memory report and the dry run)
+from ds_vshape.schedule.named import SCHEDULES
 
 BATCHES = range(4)
 PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero0": BF16_ZERO0, "bf16-zero1": BF16_ZERO1,
@@ -191,12 +187,8 @@ def test_tensor_parallel() -> None:
 
 def communicators_of_messages(rank: int, job: Job) -> tuple[int, list[tuple[int, bool]]]:
     engine = job.engine()
-<<<<<<< HEAD
-    engine.train_batch(Case(job).data(engine, 0))
-=======
     for batch in range(2):
-        engine.train_batch(data(engine, batch))
->>>>>>> 3d54fa2 (Communicators of messages are counted in the memory report and the dry run)
+        engine.train_batch(Case(job).data(engine, batch))
     light = [(options.config.max_ctas, options.is_high_priority_stream) for options in Counts.options
              if options.config.max_ctas == MAX_CTAS]
     assert engine.memory_report()[engine.stage_id].communicators == COMMUNICATOR_BYTES * len(light)
