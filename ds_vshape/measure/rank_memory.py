@@ -28,8 +28,7 @@ class RankMemory:
     """With `optimizer_post_validation`: what a step changes, until the first backward of the next batch."""
 
     communicators: int = 0
-    """Over NCCL: those of messages between pipeline ranks, by the estimate of schedule/communicators.py. DeepSpeed's own
-    aren't counted."""
+    """Over NCCL: those of messages between pipeline ranks, estimated (schedule/communicators.py); not DeepSpeed's own."""
 
     @property
     def total(self) -> int:
