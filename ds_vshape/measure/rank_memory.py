@@ -28,7 +28,7 @@ class RankMemory:
     """With `optimizer_post_validation`: what a step changes, until the first backward of the next batch."""
 
     communicators: int = 0
-    """Over NCCL: those of messages between pipeline ranks, estimated (schedule/communicators.py); not DeepSpeed's own."""
+    """Over NCCL: those of messages between pipeline ranks, estimated in schedule/communicators.py; not DeepSpeed's."""
 
     @property
     def total(self) -> int:
