@@ -7,12 +7,19 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu
+import gpu_kernels
+import gpu_training
 import pytest
-from gpu_report import of_killed, of_links, of_products, of_split, of_training
+import torch
+from gpu_report import of_killed, of_links, of_machine, of_products, of_split, of_training
+
+from ds_vshape.split_backward.kernels import product
 
 # What a user has who has installed torch and deepspeed, and no more, doesn't have.
 NOT_NEEDED = ["rich", "hydra", "matplotlib", "numba", "ortools", "transformers", "wandb", "pytest", "hypothesis"]
@@ -120,6 +127,51 @@ def test_what_measurements_show() -> None:
     links = [{"large_bytes": 10**9, "seconds": {"0 to 1, small": small, "0 to 1, large": 0.1}}
              for small in (1e-5, 2e-5)]
     assert of_links(links) == "a message takes 20 to 20 us, 10.0 to 10.0 GB/s"
+
+
+# -- what runs on a GPU alone, with stand-ins for what only a GPU answers
+
+
+def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0,
+                                 multi_processor_count=132)
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_properties", properties)):
+        assert callable(getattr(torch.cuda, name))
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    told = of_machine([json.loads(json.dumps(gpu_kernels.machine("cuda")))])
+    assert told.startswith("2 x NVIDIA H100 (80 GiB); torch ") and "NCCL 2.27.5" in told
+
+
+def test_every_way_to_add_a_product_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **options: launched.append((options["ROWS"], options["COLUMNS"]))
+
+    monkeypatch.setattr(product, "with_even", Kernel())
+    sums, left, right = (torch.empty(size, device="meta", dtype=dtype) for size, dtype in (
+        ((4096, 4096), torch.float32), ((4096, 64), torch.bfloat16), ((64, 4096), torch.bfloat16)))
+    for name, add in gpu_kernels._ways("cuda").items():
+        if name != "product, then sum":
+            add(sums, left, right)
+    assert launched == [(128, 256), *((tiling.rows, tiling.columns) for tiling in product.TILINGS)]
+
+
+def test_waits_are_counted_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    class Engine:
+        def train_batch(self, data: Any) -> None:
+            for _ in data:
+                warnings.warn("called a synchronizing CUDA operation (function warn)", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    line = Engine.train_batch.__code__.co_firstlineno + 2
+    assert gpu_training._waits(Engine(), [1, 2, 3]) == {f"test_gpu_steps.py:{line}": 3}
+    assert modes == ["warn", "default"]
 
 
 @pytest.mark.slow

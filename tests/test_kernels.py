@@ -12,7 +12,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from deepspeed.profiling.flops_profiler import FlopsProfiler
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -181,22 +182,35 @@ def test_what_blas_would_copy_is_for_the_kernel():
         assert product_into_wider_sum(sums, left, plain[1]) is product.add_product
 
 
-def test_torch_has_the_call_of_blas():
-    """Only a GPU has its numbers; here it shows that there is one call, which reads and writes the sums themselves."""
-    calls: list[tuple[object, tuple[object, ...], dict[str, object]]] = []
+class Calls(TorchDispatchMode):
+    """Notes operators instead of running them."""
 
-    class Calls(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            calls.append((func, args, kwargs))
-            return func(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[object, tuple[object, ...], dict[str, object]]] = []
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.made.append((func, args, kwargs))
+        return kwargs["out"]
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_the_call_of_blas(profiled: bool):
+    """Only a GPU has its numbers; here it shows that there is one call, which reads and writes the sums themselves. In
+    a batch of DeepSpeed's flops profiler torch.addmm is another function, which doesn't know it."""
     sums = torch.zeros(4, 6, device="meta")
     left, right = (torch.zeros(size, device="meta", dtype=torch.bfloat16) for size in ((4, 8), (8, 6)))
-    with Calls():
-        add_product_in_blas(sums, left, right)
-    (func, args, kwargs), = calls
+    profiler = FlopsProfiler(nn.Linear(2, 2))
+    if profiled:
+        profiler.start_profile()
+    try:
+        with Calls() as calls:
+            add_product_in_blas(sums, left, right)
+    finally:
+        profiler.end_profile()
+    (func, args, kwargs), = calls.made
     assert func is torch.ops.aten.addmm.dtype_out
-    assert args[0] is kwargs["out"] is sums and args[1] is left and args[2] is right
+    assert args[0] is kwargs["out"] is sums and args[1] is left and args[2] is right and args[3] is torch.float32
 
 
 if torch.cuda.is_available():
