@@ -28,8 +28,8 @@ def operators(rank: int) -> None:
     x = torch.arange(4.0).to(DEVICE)
     y = x * 2
     assert all(number != number for number in peek(y)), "it hasn't run yet"
-    assert not DEVICE_OF_RANK.synchronizations
-    assert y.tolist() == [0, 2, 4, 6] and len(DEVICE_OF_RANK.synchronizations) == 1
+    assert [why for why, _ in DEVICE_OF_RANK.synchronizations] == ["from the host"]
+    assert y.tolist() == [0, 2, 4, 6] and len(DEVICE_OF_RANK.synchronizations) == 2
     y.add_(1)
     assert peek(y) == [0, 2, 4, 6]
     assert float(y.sum()) == 16
@@ -46,6 +46,26 @@ def operators(rank: int) -> None:
 
 def test_operators_run_when_they_are_needed() -> None:
     run_on_gpus(1, operators)
+
+
+def copies(rank: int) -> None:
+    usual, pinned = torch.ones(3), torch.ones(3, pin_memory=True)
+    assert pinned.is_pinned() and not usual.is_pinned() and usual.pin_memory().is_pinned()
+    found = [tensor.to(DEVICE, non_blocking=True) for tensor in (usual, pinned)]
+    assert not DEVICE_OF_RANK.synchronizations
+    # The GPU reads page-locked memory when its turn has come, and gets a copy of any other at once.
+    for tensor in (usual, pinned):
+        tensor.fill_(2)
+    assert [tensor.tolist() for tensor in found] == [[1, 1, 1], [2, 2, 2]]
+    before = len(DEVICE_OF_RANK.synchronizations)
+    torch.ones(3, device=DEVICE), torch.full((), 3.0, device=DEVICE)
+    assert len(DEVICE_OF_RANK.synchronizations) == before
+    usual.to(DEVICE), torch.tensor(3.0, device=DEVICE)
+    assert [why for why, _ in DEVICE_OF_RANK.synchronizations[before:]] == ["from the host"] * 2
+
+
+def test_copies_from_the_host_wait_unless_they_are_told_not_to() -> None:
+    run_on_gpus(1, copies)
 
 
 def messages(rank: int) -> Any:

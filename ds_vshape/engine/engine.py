@@ -21,6 +21,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
@@ -809,7 +810,20 @@ class PipelineEngine(FastSetattr, SavingEngine):
         if self.total_additional_losses is not None:
             self.total_additional_losses = OrderedDict(
                 (name, as_number(loss)) for name, loss in self.total_additional_losses.items())
-        self._returning_loss = self._background.start(super()._aggregate_total_loss)
+        aggregate = super()._aggregate_total_loss if self.is_last_stage() else self._receive_total_loss
+        self._returning_loss = self._background.start(aggregate)
+
+    def _receive_total_loss(self) -> Tensor:
+        """What DeepSpeed's `_aggregate_total_loss` does on ranks without the loss; that one copies numbers of the host
+        to the device, and waits for it."""
+        names = list(self.module.get_additional_losses() or ())
+        losses = torch.zeros(2 + len(names), dtype=torch.float32, device=self.device)
+        dist.broadcast(losses, self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
+        loss: Tensor
+        self.dp_group_loss, loss, *additional = (one.clone() for one in losses)
+        if names:
+            self.agg_additional_losses = OrderedDict(zip(names, additional, strict=True))
+        return loss
 
     def _aggregate_total_loss(self) -> Tensor:
         """The batch's loss, which is on its way since `ReturnLoss`."""

@@ -16,7 +16,7 @@ Ranks of other replicas are waited for all the same: they add up gradients toget
 at its own end; if a backward fails later than that, the next batch raises it, on all ranks, and neither counts.
 
 Of DeepSpeed this uses, besides what rollback.py says: model_parallel_group of DeepSpeedZeroOptimizer, over which step()
-asks other pipeline ranks and which is None where there are none.
+asks other pipeline ranks and which is None where there are none; and scaled_global_norm(), which gives step() the norm.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ConfigError
@@ -88,6 +89,8 @@ class PostValidatingEngine(PipelineEngine):
         self._passes: PassesSnapshot | None = None
         self._forwards: PendingStatus | None = None
         self._steps_before = 0
+        # Of this rank's gradients in the last step, loss scale included.
+        self._norm = 0.0
         self._reducing = self._reducing_ranks()
         self.module.register_state_dict_pre_hook(lambda *_: self.settle())
 
@@ -145,7 +148,7 @@ class PostValidatingEngine(PipelineEngine):
 
     def _set_norm(self, norm: float) -> None:
         if self.optimizer.compute_grad_norm:
-            self.optimizer._global_grad_norm = torch.tensor(norm, device=self.device)
+            self.optimizer._global_grad_norm = self._on_device(norm)
             self._global_grad_norm = self.optimizer._global_grad_norm
 
     def _take_back(self, ahead: _Ahead, verdict: Verdict) -> None:
@@ -190,7 +193,7 @@ class PostValidatingEngine(PipelineEngine):
             with self._without_other_stages(events):
                 self._execute(instr.OptimizerStep())
             failure = self._failed_step()
-            report = self._report(limits.scale) if failure is None else StepReport(True, False, 0.0)
+            report = self._report() if failure is None else StepReport(True, False, 0.0)
         snapshot.stepped()
         telling = self._agreement.start_status(report.numbers())
         self._ahead = _Ahead(snapshot, telling, limits, failure, self._forwards_before, events.events)
@@ -215,18 +218,26 @@ class PostValidatingEngine(PipelineEngine):
             raise failure.error
         self._failure = self._failure or failure
 
-    def _report(self, scale: float) -> StepReport:
-        """What this rank says of the step that it has taken with loss scale `scale`."""
+    def _report(self) -> StepReport:
+        """What this rank says of the step that it has taken."""
         if self.optimizer.overflow:
             return StepReport(False, True, 0.0)
-        norm = self.optimizer._global_grad_norm
-        return StepReport(False, False, 0.0 if norm is None else float(norm) * scale)
+        return StepReport(False, False, self._norm)
 
     @contextmanager
     def _without_other_stages(self, events: _HeldEvents) -> Iterator[None]:
         """Around a step that exchanges only with other replicas, and isn't reported yet."""
         optimizer, scaler, monitor = self.optimizer, self.optimizer.loss_scaler, self.monitor
         group, optimizer.model_parallel_group = optimizer.model_parallel_group, None
+        norm_of_all = optimizer.scaled_global_norm
+
+        def read(*args: Any, **kwargs: Any) -> Any:
+            # Here, where DeepSpeed waits for it as well: later the host would wait for the whole step.
+            norm = norm_of_all(*args, **kwargs)
+            self._norm = float(norm)
+            return norm
+
+        self._norm, optimizer.scaled_global_norm = 0.0, read
         raises = scaler.dynamic and scaler.raise_error_at_min_scale
         if raises:
             # That, too, is for all ranks to find out together.
@@ -235,6 +246,7 @@ class PostValidatingEngine(PipelineEngine):
         try:
             yield
         finally:
+            del optimizer.scaled_global_norm
             optimizer.model_parallel_group, self.monitor = group, monitor
             if raises:
                 scaler.raise_error_at_min_scale = True
@@ -332,4 +344,8 @@ class PostValidatingEngine(PipelineEngine):
         """The norm of all gradients of the last step, as DeepSpeed's, to rounding; infinite after an overflow."""
         if self._ahead is None or not self.optimizer.compute_grad_norm:
             return super().get_global_grad_norm()
-        return torch.tensor(self._judged(self._ahead)[1], device=self.device)
+        return self._on_device(self._judged(self._ahead)[1])
+
+    def _on_device(self, number: float) -> Tensor:
+        # Filled there: for a copy from the host's memory the host would wait.
+        return torch.full((), number, dtype=torch.float32, device=self.device)

@@ -193,8 +193,9 @@ def reduce_tied_gradients(module: Any, place: Place) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> float:
-    """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before.
+def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> Tensor:
+    """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before, one
+    number on the device, for which the host doesn't wait.
 
     For a plain torch optimizer in fp32. DeepSpeed's own (clip_grad_norm_ in runtime/utils.py) counts only what the
     first pipeline rank holds. Here every parameter counts once: a tied one on its first rank, one that tensor
@@ -212,4 +213,4 @@ def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> floa
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in with_grad:
         parameter.grad.mul_(scale)
-    return float(norm)
+    return norm

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 from torch import Tensor
@@ -46,11 +47,21 @@ def _counted(members: int) -> str:
 def own_copy(data: Any, device: torch.device, what: str) -> Payload:
     """`data` of the iterator as tensors that nothing else changes; PipelineError if it holds anything but tensors."""
     if torch.is_tensor(data):
-        return data.detach().clone().to(device)
+        return _copied(data, device)
     if not isinstance(data, (tuple, list)) or not data or not all(map(torch.is_tensor, data)):
         given = "empty" if isinstance(data, (tuple, list)) and not data else type(data).__name__
         raise PipelineError(f"the {what} of a micro-batch are {given}: must be a tensor or a tuple of tensors")
-    return tuple(tensor.detach().clone().to(device) for tensor in data)
+    return tuple(_copied(tensor, device) for tensor in data)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, for which the host doesn't wait: to a GPU it goes through page-locked memory, which nothing
+    else changes before the GPU has read it."""
+    tensor = tensor.detach()
+    from_host = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    if not from_host or get_accelerator().is_synchronized_device():
+        return tensor.clone().to(device)
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
 def own_labels(labels: Any, device: torch.device) -> Any:

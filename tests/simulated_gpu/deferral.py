@@ -2,8 +2,9 @@
 
     views, new memory         at once: no numbers are read
     numbers for the host      item(), tolist(), .cpu(), shapes that depend on numbers: the host waits; it is noted
+    numbers of the host       .to(device), tensor(..., device): the host waits, which is noted. With non_blocking it
+                              doesn't, and page-locked memory is read late, other memory at once
     random numbers            at once, after all before: a real device gets the generator's state with the launch
-    numbers for the host      item(), tolist(), .cpu(), shapes that depend on numbers: the host waits, and it is noted
 
 Where an operator is given memory of the host and of the device it raises, as torch does for two devices; numbers of no
 dimensions may be of the host.
@@ -46,7 +47,6 @@ class Deferral(TorchDispatchMode):
         if not any(here):
             result = func(*args, **kwargs)
             if wanted:
-                # A copy from the host reads the host's memory at once: it isn't pinned.
                 for tensor in tree_leaves(result):
                     device.take(tensor)
                     if func.overloadpacket in _EMPTY:
@@ -121,7 +121,11 @@ class Deferral(TorchDispatchMode):
     def _copy_between(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: list[bool]) -> Any:
         target, source, *rest = args
         if DEVICE_OF_RANK.holds(target):
-            numbers, target_memory = source.clone(), same_memory(target)
+            is_blocking = not (rest[0] if rest else kwargs.get("non_blocking", False))
+            if is_blocking and source.dim():
+                _note_copy_from_host()
+            late = not is_blocking and DEVICE_OF_RANK.is_pinned(source)
+            numbers, target_memory = source if late else source.clone(), same_memory(target)
             DEVICE_OF_RANK.current.put(lambda: func(target_memory, numbers, *rest, **kwargs))
             return target
         # Memory that torch's own C++ has made with the options of a tensor, which don't tell the device.
@@ -190,7 +194,12 @@ class Residence(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and asked is not None:
             # Made of numbers of the host, by no operator.
+            _note_copy_from_host()
             return DEVICE_OF_RANK.take(func(*args, **kwargs))
+        if kwargs.get("pin_memory"):
+            return DEVICE_OF_RANK.pin(func(*args, **{**kwargs, "pin_memory": False}))
+        if func is Tensor.is_pinned:
+            return DEVICE_OF_RANK.is_pinned(args[0])
         if func == _DEVICE_OF:
             return DEVICE if DEVICE_OF_RANK.holds(args[0]) else func(*args)
         if func is Tensor.copy_ and not DEVICE_OF_RANK.holds(args[0]) and DEVICE_OF_RANK.holds(args[1]):
@@ -205,15 +214,15 @@ class Residence(TorchFunctionMode):
             if func is not Tensor.data_ptr:
                 _wait_for(args[0])
         elif func is Tensor.pin_memory:
-            return args[0]
+            return args[0] if DEVICE_OF_RANK.is_pinned(args[0]) else DEVICE_OF_RANK.pin(args[0].clone())
         return func(*args, **kwargs)
 
 
-def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs) if not (
-        args and isinstance(args[0], Tensor)) else (DEVICE if DEVICE_OF_RANK.holds(args[0]) else torch.device("cpu"),
-                                                    args[0].dtype, False, None)
-    copy = bool(kwargs.get("copy", False))
+def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
+    if args and isinstance(args[0], Tensor):
+        like, *rest = args
+        args = DEVICE if DEVICE_OF_RANK.holds(like) else torch.device("cpu"), like.dtype, *rest
+    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
     if device is None or (device.index == DEVICE.index) == DEVICE_OF_RANK.holds(tensor):
         same = dtype is None or dtype == tensor.dtype
         if same and not copy:
@@ -223,23 +232,28 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if device.index == DEVICE.index:
         with torch._C.DisableTorchFunction():
             if tensor.requires_grad:
-                moved = _Move.apply(tensor, dtype)
+                moved = _Move.apply(tensor, dtype, non_blocking)
             else:
-                moved = _moved(tensor, dtype)
+                moved = _moved(tensor, dtype, non_blocking)
         return moved
     return _on_the_host(tensor, dtype)
 
 
-def _moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device=DEVICE).copy_(tensor)
+def _moved(tensor: Tensor, dtype: torch.dtype | None, non_blocking: bool) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device=DEVICE).copy_(tensor, non_blocking)
+
+
+def _note_copy_from_host() -> None:
+    DEVICE_OF_RANK.note_synchronization("from the host")
+    DEVICE_OF_RANK.finish()
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype | None, non_blocking: bool) -> Tensor:
         ctx.dtype = tensor.dtype
-        return _moved(tensor, dtype)
+        return _moved(tensor, dtype, non_blocking)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.cpu().to(ctx.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.cpu().to(ctx.dtype), None, None

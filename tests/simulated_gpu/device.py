@@ -160,6 +160,8 @@ class Device:
         self.host_spins = False
         self._loaded: set[Any] = set()
         self._memory: set[StorageWeakRef] = set()
+        # Page-locked memory of the host.
+        self._pinned: set[StorageWeakRef] = set()
         self._streams: list[Stream] = [self.default]
 
     def new_stream(self, *arguments: Any, **options: Any) -> Stream:
@@ -203,6 +205,15 @@ class Device:
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is on the device."""
         return tensor.layout is torch.strided and StorageWeakRef(tensor.untyped_storage()) in self._memory
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """`tensor`'s memory, which is the host's, is page-locked from now on."""
+        self._pinned = {memory for memory in self._pinned if not memory.expired()}
+        self._pinned.add(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return StorageWeakRef(tensor.untyped_storage()) in self._pinned
 
     # -- the host waits
 
