@@ -73,6 +73,22 @@ def test_less_memory_leaves_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert ("1f1b", "2") not in {(row[1], row[5]) for row in tight}
 
 
+def test_options_may_be_anywhere_among_words(tmp_path: Path) -> None:
+    words = [*WORDS, "search.pipe=[4]", "search.memory=60"]
+    first = search(tmp_path, *words)
+    file = tmp_path / "between.json"
+    assert main(["layouts", *words[:2], "--json", str(file), *words[2:]]) == 0
+    assert json.loads(file.read_text()) == first and first["layouts"]
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["layouts", "--jsn", "file"], ["layouts", *WORDS, "--jsn", "file"], ["plan", "a.json", "b.json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert "unrecognized arguments: " in capsys.readouterr().err
+
+
 def test_where_nothing_fits_the_status_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["layouts", *WORDS, "search.memory=0.1"]) == 1
     assert "above 0.1 GiB, 0 ranked" in capsys.readouterr().out

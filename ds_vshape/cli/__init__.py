@@ -29,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan.add_parser(commands)
     jobs.add_parsers(commands)
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # words after an option that follows words, which argparse leaves over
+        parsed.words += rest
     try:
         status = int(parsed.run(parsed))
         sys.stdout.flush()
