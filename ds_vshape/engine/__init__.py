@@ -1,8 +1,15 @@
 """The engine: DeepSpeed's PipelineEngine, driven by any schedule.
 
-    engine.py            train_batch and eval_batch
-    scheduling.py        which schedule trains the next batch
+    engine.py            train_batch and eval_batch, instruction by instruction
+    passes.py            forwards and backwards of a stage
+    messages.py          activations and gradients between stages
+    batch_end.py         the end of a batch: loss, gradients, step
+    plans.py             what batches run by: schedules, lowered to instructions
+    scheduling.py        where their schedules come from
     planning.py          the adaptive planner's process
+    guard.py             a batch that fails on one rank
+    reports.py           what the engine says of its training
+    flops_profile.py     DeepSpeed's flops profiler around a batch
     post_validation.py   steps that aren't held up by other pipeline ranks
     rollback.py          takes a step back to the last bit
     verdict.py           whether such a step stands

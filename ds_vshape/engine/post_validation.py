@@ -33,7 +33,8 @@ from torch import Tensor
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ConfigError
-from ds_vshape.engine.engine import BatchPlan, PipelineEngine
+from ds_vshape.engine.engine import PipelineEngine
+from ds_vshape.engine.plans import BatchPlan
 from ds_vshape.engine.rollback import PassesSnapshot, StepSnapshot, change, snapshot_bytes
 from ds_vshape.engine.verdict import Limits, StepReport, Verdict, judge
 from ds_vshape.health.failures import Failure, PendingStatus
@@ -144,7 +145,7 @@ class PostValidatingEngine(PipelineEngine):
             try:
                 self.monitor.write_events(events)
             except Exception as error:
-                self._failure = self._failure or self._agreement.failure(error, "monitor")
+                self._guard.failure = self._guard.failure or self._agreement.failure(error, "monitor")
 
     def _set_norm(self, norm: float) -> None:
         if self.optimizer.compute_grad_norm:
@@ -156,7 +157,7 @@ class PostValidatingEngine(PipelineEngine):
         ahead.snapshot.restore()
         if verdict is Verdict.REDO:
             ahead.snapshot.restore_gradients()
-            self._step = Step()
+            self._guard.step = Step()
             self._execute(instr.OptimizerStep())
             change(self, changes)
             super()._agree_on_step(None)
@@ -165,11 +166,11 @@ class PostValidatingEngine(PipelineEngine):
         self._forwards_before = ahead.forwards_before
         # Those of a failed batch may be incomplete.
         self._signatures = None
-        self._failure = ahead.failure
+        self._guard.failure = ahead.failure
         self._exec_agree_on_batch()
 
     def _exec_step_ahead(self) -> None:
-        failure, self._failure = self._failure, None
+        failure, self._guard.failure = self._guard.failure, None
         failed = failure is not None
         if self._reducing is not None:
             failed = bool(self._reducing.largest(failed))
@@ -200,7 +201,7 @@ class PostValidatingEngine(PipelineEngine):
 
     def _failed_step(self) -> Failure | None:
         """Why this rank's step has failed, if it has: then it's taken back, as that of a batch which has failed."""
-        error, self._step.error = self._step.error, None
+        error, self._guard.step.error = self._guard.step.error, None
         if error is None:
             return None
         if self.global_steps == self._steps_before:
@@ -214,9 +215,9 @@ class PostValidatingEngine(PipelineEngine):
 
     def _agree_on_step(self, failure: Failure | None) -> None:
         # Nobody is waited for; what comes after the step is told with the next batch, as the step is.
-        if failure is not None and self._step.reached is not Reached.WHOLE:
+        if failure is not None and self._guard.step.reached is not Reached.WHOLE:
             raise failure.error
-        self._failure = self._failure or failure
+        self._guard.failure = self._guard.failure or failure
 
     def _report(self) -> StepReport:
         """What this rank says of the step that it has taken."""
@@ -279,7 +280,7 @@ class PostValidatingEngine(PipelineEngine):
         except _GivenUp:
             self._forget_batch()
         ds_checkpointing.reset()
-        self._failure = None
+        self._guard.failure = None
         assert self._passes is not None
         self._passes.restore()
         self._passes = None
@@ -293,14 +294,14 @@ class PostValidatingEngine(PipelineEngine):
             return
         verdict, norm = self._judged(self._ahead)
         if verdict is not Verdict.STANDS:
-            self._failure = Failure(_GivenUp(), "step before")
+            self._guard.failure = Failure(_GivenUp(), "step before")
             return
         self._accept(self._ahead, norm)
         self._ahead = self._passes = None
         self._samples.drop()
 
     def _exec_tell_forwards(self) -> None:
-        self._forwards = self._agreement.start_status([float(self._failure is not None)])
+        self._forwards = self._agreement.start_status([float(self._guard.failure is not None)])
 
     def _exec_agree_on_forwards(self) -> None:
         assert self._forwards is not None

@@ -31,6 +31,7 @@ from ds_vshape.comm.channels import Withdrawn
 from ds_vshape.config.section import KEY
 from ds_vshape.engine.batch_snapshot import BatchSnapshot
 from ds_vshape.engine.comparison import Difference, compare, tolerance, usual_size
+from ds_vshape.engine.flops_profile import is_flops_profiled
 from ds_vshape.health.failures import Failure
 from ds_vshape.measure.observer import METERED_BATCH
 from ds_vshape.runtime import instructions as instr
@@ -96,7 +97,7 @@ class Verification:
     def is_due(self) -> bool:
         """Whether the next training batch is to be verified, the same on every rank."""
         engine = self._engine
-        return not self._done and engine._observer.batches >= VERIFIED_BATCH and not engine.is_flops_profiled()
+        return not self._done and engine._observer.batches >= VERIFIED_BATCH and not is_flops_profiled(engine)
 
     def run_whole(self, schedule: Schedule) -> bool:
         """Run a batch with whole backwards and put all back; False if `schedule` splits none."""
@@ -111,22 +112,18 @@ class Verification:
                         "do can't be put back, so nothing is verified")
             return False
         lowering = lower_announced if engine._announces else lower
-        instructions = instr.passes_alone(engine._program(with_whole_backwards(schedule), lowering))
+        instructions = instr.passes_alone(engine._plans.program(with_whole_backwards(schedule), lowering))
         snapshot = BatchSnapshot(engine)
         engine._samples.keep()
-        # Timers, traces and monitors must see one batch, so their wrappers are left out.
-        around = engine._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = type(engine)._INSTRUCTION_MAP
         engine.fwd_outputs = []
         engine._channels.begin_batch(None if engine._announces else engine._signatures)
         engine._active_stage = None
-        try:
+        # Timers, traces and monitors must see one batch.
+        with engine._wrappers.none():
             engine._run(instructions, [None] * len(instructions))
-        finally:
-            engine._INSTRUCTION_MAP = around
-        failed = engine._agreement.start_status([float(engine._failure is not None)]).result()
+        failed = engine._agreement.start_status([float(engine._guard.failure is not None)]).result()
         self._whole = self._taken(snapshot, [1.0] in failed)
-        engine._failure = None
+        engine._guard.failure = None
         engine._held.clear()
         engine._channels.end_batch()
         ds_checkpointing.reset()
@@ -138,7 +135,7 @@ class Verification:
         """The losses and gradients of the run; gradients that `restore` would overwrite are copied."""
         engine = self._engine
         if failed:
-            return _Whole({}, [], True, engine._failure, 0.0, True)
+            return _Whole({}, [], True, engine._guard.failure, 0.0, True)
         gradients = {}
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
@@ -170,7 +167,7 @@ class Verification:
     @torch.no_grad()
     def _compare(self, parameters: Iterable[Parameter]) -> None:
         whole, engine = self._whole, self._engine
-        if whole is None or engine._failure is not None:
+        if whole is None or engine._guard.failure is not None:
             return
         for parameter in parameters:
             if parameter in whole.gradients:
@@ -198,7 +195,8 @@ class Verification:
         if any(rank.whole_failed for rank in told) or not any(rank.infinite for rank in told) and (
                 any(rank.differs for rank in told)):
             if difference is not None:
-                engine._failure = engine._agreement.failure(VerificationError(difference), f"{KEY}.verify_gradients")
+                error = VerificationError(difference)
+                engine._guard.failure = engine._agreement.failure(error, f"{KEY}.verify_gradients")
             engine._exec_agree_on_batch()
         self._done = not any(rank.infinite for rank in told)
         if self._done:
@@ -206,7 +204,7 @@ class Verification:
 
     def _report(self, whole: _Whole) -> tuple[_Report, str | None]:
         """What this rank tells the others, and in words what differs."""
-        failed = self._engine._failure is not None
+        failed = self._engine._guard.failure is not None
         if failed or whole.failed:
             own = whole.failure is not None and not isinstance(whole.failure.error, Withdrawn)
             text = f"the batch runs as scheduled, and fails with whole backwards: {whole.failure}" if own else None

@@ -3,6 +3,7 @@
     observer.py      what is seen of training batches while they run
     profiling.py     what the passes of a batch took
     own_engine.py    the same of DeepSpeed's own engine
+    hops.py          how long messages take
     memory.py        how many bytes each rank needs, measured and predicted
     allocations.py   what operators allocate, as a dispatch mode sees it
     rank_memory.py   the bytes of a rank, by what they are for

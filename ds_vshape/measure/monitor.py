@@ -34,6 +34,7 @@ from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.instructions import Execute, Instruction
+from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.schedule import Schedule
@@ -45,14 +46,14 @@ _PREFIX = "Train/Pipeline/"
 class Tracking:
     """Of `engine`, a ds_vshape PipelineEngine whose monitor is on; on every rank, since reports are collective."""
 
-    def __init__(self, engine: Any, observer: Observer, held: Buffers) -> None:
+    def __init__(self, engine: Any, observer: Observer, held: Buffers, wrappers: InstructionWrappers) -> None:
         self._engine, self._observer, self._held = engine, observer, held
         self._pictured: Schedule | None = None
         self._seconds = 0.0
         self._samples = self._tokens = 0
         self._of_batch: dict[int, int] = {}
         if engine.stage_id == engine.placement.rank_of(0):
-            engine._INSTRUCTION_MAP = self._counted(engine._INSTRUCTION_MAP)
+            wrappers.add(self._counted)
 
     def _counted(self, instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
         """An instruction map that counts the tokens that are loaded for training."""

@@ -1,6 +1,7 @@
 """What a rank does in a batch, instruction by instruction.
 
     instructions.py       the instruction set
+    wrappers.py           what is put around the instructions
     micro_batch.py        what a micro-batch brings in, and the losses that come out of it
     buffers.py            what a stage holds of a micro-batch from its forward to the end of its backward
     gradients.py          where gradients add up, and their clipping

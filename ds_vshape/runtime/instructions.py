@@ -48,7 +48,7 @@ __all__ = [
     "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
     "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad",
     "SplitForwardPass", "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
-    "comparing", "evaluation_instructions", "instruction_of", "pass_of", "passes_alone", "stepping_ahead",
+    "comparing", "evaluation_instructions", "instruction_of", "name_of", "pass_of", "passes_alone", "stepping_ahead",
     "training_instructions"
 ]
 
@@ -193,6 +193,16 @@ def pass_of(instruction: PipeInstruction) -> Pass | None:
         return None
     buffer_id, *piece = instruction.kwargs.values()
     return Pass(kind, *buffer_id, *piece)
+
+
+def name_of(instruction: PipeInstruction) -> str:
+    """An instruction in the words of an error."""
+    name = type(instruction).__name__
+    if not isinstance(instruction, BufferOpInstruction):
+        return name
+    stage, micro_batch = instruction.kwargs["buffer_id"]
+    of_stage = "" if isinstance(instruction, LoadMicroBatch) else f" of stage {stage}"
+    return f"{name}{of_stage}, micro-batch {micro_batch}"
 
 
 _END = (AgreeOnBatch, ReduceTiedGrads, ReduceGrads, OptimizerStep)

@@ -30,6 +30,7 @@ from ds_vshape.measure.trace.clocks import clocks, refined
 from ds_vshape.measure.trace.gather import gather_texts
 from ds_vshape.measure.trace.page import page
 from ds_vshape.measure.trace.recorder import Recorder
+from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.timeline import simulate
 
@@ -48,8 +49,9 @@ def check_folder(config: TraceConfig) -> None:
 class Tracer:
     """Of `engine`, a ds_vshape PipelineEngine, on this rank."""
 
-    def __init__(self, engine: Any, observer: Observer, channels: Channels, config: TraceConfig) -> None:
-        self._engine, self._observer, self._channels = engine, observer, channels
+    def __init__(self, engine: Any, observer: Observer, channels: Channels, wrappers: InstructionWrappers,
+                 config: TraceConfig) -> None:
+        self._engine, self._observer, self._channels, self._wrappers = engine, observer, channels, wrappers
         self._first, self._last = config.batches
         self._stem = os.path.join(config.path, f"batches_{self._first}-{self._last}")
         grid = engine.grid
@@ -66,12 +68,11 @@ class Tracer:
             return
         engine, group = self._engine, self._engine.grid.get_pipe_parallel_group()
         found = clocks(self._ranks, group, engine.device)
-        recorder, untraced = Recorder(engine.placement, self._channels), engine._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = recorder.recorded(untraced)
+        recorder = Recorder(engine.placement, self._channels)
         try:
-            yield
+            with self._wrappers.during(recorder.recorded):
+                yield
         finally:
-            engine._INSTRUCTION_MAP = untraced
             recorder.close()
         texts = gather_texts(recorder.trace().text(), self._ranks, group, engine.device)
         activations, unit = self._activations()

@@ -1,0 +1,126 @@
+"""What fails in a batch on one rank fails on all at its end, and until then the rank does what the others wait for.
+
+    an instruction fails      its error is kept, and the tensor parallel peers are asked whether they failed as well
+    the rest of the batch     messages are sent without content, taken in, and waited for; nothing else runs
+    the end of the batch      all ranks agree: none counts the batch (AgreeOnBatch), or they know how far its step came
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deepspeed.runtime.pipe.module import PipelineError
+
+from ds_vshape.comm.channels import Channels, PeerLost
+from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers
+from ds_vshape.health.step import Reached, Step
+from ds_vshape.health.watch import Watch, is_ended_wait
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.schedule.lowering import Message
+
+# What waits for messages that may be in progress when a batch fails.
+_MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActivation, instr.ReleaseGrad)
+
+
+class BatchGuard:
+    """Of one rank's batches.
+
+    Args:
+        agreement: of all ranks of the job.
+        peers: the ranks that share layers with this one.
+        watch: over the job; other ranks hear from it what has failed here.
+        channels: this rank's.
+        message: the message that an instruction is about.
+        execute: executes an instruction.
+        forget: leaves nothing of a batch: no messages, no activations, no gradients.
+    """
+
+    def __init__(self, agreement: Agreement, peers: TensorParallelPeers, watch: Watch, channels: Channels,
+                 message: Callable[[instr.BufferOpInstruction], Message],
+                 execute: Callable[[instr.PipeInstruction], None], forget: Callable[[], None]) -> None:
+        self._agreement, self._peers, self._watch, self._channels = agreement, peers, watch, channels
+        self._message, self._execute, self._forget = message, execute, forget
+        # What has failed on this rank in the present batch, until all ranks know it.
+        self.failure: Failure | None = None
+        self.step = Step()
+        # Why ranks mustn't train on, if their states differ.
+        self._difference: str | None = None
+
+    # -- the passes
+
+    def start_batch(self) -> None:
+        """Raise PipelineError, on all ranks, where an earlier step has failed on some of them alone."""
+        self.check_ranks_agree()
+        self.step, self._watch.failure = Step(), None
+
+    def fail(self, error: Exception, where: str) -> None:
+        """Keep an error of this rank in `where`. PeerLost if tensor parallel peers haven't failed: they wait for it."""
+        self.failure = self._agreement.failure(error, where)
+        self._watch.failure = str(self.failure)
+        self._peers.check_all_failed(self.failure)
+
+    def abandon(self, instruction: instr.BufferOpInstruction) -> None:
+        """Of an instruction that this rank can't do any more, do what other ranks wait for; PeerLost if it can't."""
+        try:
+            self._answer(instruction)
+        except PeerLost:
+            raise
+        except Exception as error:
+            raise PeerLost(f"{self.failure}; and then this rank couldn't do what the others wait for: "
+                           f"{instr.name_of(instruction)}: {type(error).__name__}: {error}") from error
+
+    def _answer(self, instruction: instr.BufferOpInstruction) -> None:
+        if isinstance(instruction, (instr.SendActivation, instr.SendGrad)):
+            self._channels.withdraw(self._message(instruction))
+        elif isinstance(instruction, (instr.RecvActivation, instr.RecvGrad)):
+            self._execute(instruction)
+        elif isinstance(instruction, _MESSAGES_IN_PROGRESS):
+            self._channels.discard(self._message(instruction))
+
+    def agree_on_passes(self) -> None:
+        """Return if no rank has failed in the batch's passes; collective. Else raise on all, after the batch is
+        forgotten."""
+        failure, self.failure = self.failure, None
+        try:
+            self._agreement.reach(failure)
+        except Exception as error:
+            if is_ended_wait(error):
+                raise
+            self._watch.failure = None
+            self._forget()
+            raise
+
+    # -- the step
+
+    def fail_step(self, error: Exception) -> None:
+        """Keep an error of this rank's step."""
+        self.step.error = self.step.error or error
+        self._watch.failure = str(self._agreement.failure(error, "OptimizerStep"))
+
+    def agree_on_step(self, failure: Failure | None, number: int) -> None:
+        """Raise on all ranks if step `number`, or what comes after it, has failed on one (step.py); collective."""
+        if self.step.error is not None:
+            failure = self._agreement.failure(self.step.error, "OptimizerStep")
+        with self._watch.failed(failure):
+            reached = self._agreement.reached(failure, self.step.reached)
+        if reached is None:
+            return
+        consequence = None
+        if reached is Reached.BEFORE:
+            self._forget()
+        elif reached is Reached.WHOLE:
+            consequence = f"the step is done on all ranks, as number {number}"
+        else:
+            consequence = self._difference = (
+                "weights or states of the optimizer may differ between ranks now, so that no batch is trained and "
+                "nothing saved before load_checkpoint")
+        self._agreement.reach(failure, consequence=consequence)
+
+    def check_ranks_agree(self) -> None:
+        """Raise PipelineError, on all ranks, where an earlier step has failed on some of them alone."""
+        if self._difference is not None:
+            raise PipelineError(f"a step has failed on some ranks: {self._difference}")
+
+    def loaded(self) -> None:
+        """All ranks have the same state again."""
+        self._difference = None

@@ -1,0 +1,175 @@
+"""The passes of a stage on a micro-batch: forward, and the backward whole or in its two halves.
+
+    ForwardPass, SplitForwardPass                 outputs, and on the last stage the loss
+    BackwardPass, InputGradPass, WeightGradPass   input gradients, and weight gradients at once or later
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import engine as stock
+from torch import Tensor
+
+from ds_vshape.comm.payload import members
+from ds_vshape.measure.observer import Observer
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.buffers import Buffer, Buffers, edges, enter
+from ds_vshape.runtime.instructions import BufferId
+from ds_vshape.runtime.micro_batch import check_loss, detached, loss_of
+from ds_vshape.schedule.lowering import Content
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.split_backward import GradientAccumulator, Operators, SplitBackward, SplitForward
+
+
+class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
+    """How a PipelineEngine computes; it has what is declared here."""
+
+    placement: Placement
+    _active_stage: int | None
+    _deliver: GradientAccumulator
+    _forwards_before: int
+    _held: Buffers
+    _observer: Observer
+    _operators: Operators
+    _sums: Any
+
+    def _activate(self, stage: int) -> None:
+        if stage != self._active_stage:
+            self._active_stage = stage
+            self.module.activate_stage(stage)
+
+    # -- forward
+
+    def _exec_forward_pass(self, buffer_id: BufferId) -> None:
+        self._pass_on(buffer_id, self._forward(buffer_id))
+
+    def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
+        with SplitForward(self._held[buffer_id].store, self._operators):
+            outputs = self._forward(buffer_id)
+        self._pass_on(buffer_id, outputs)
+
+    def _forward(self, buffer_id: BufferId) -> list[Any]:
+        """Run the stage, and the loss function on the last one; the outputs alone in a list, if a stage follows."""
+        buffer = self._held[buffer_id]
+        buffer.check_unwritten(Content.ACTIVATION)
+        assert buffer.inputs is not None
+        self._activate(buffer_id.stage)
+        # The seeds of layers count forward calls, and must not depend on the order of the passes.
+        self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
+        outputs = DeepSpeedEngine.forward(self, enter(buffer.inputs))
+        if not self.module.training:
+            ds_checkpointing.reset()
+        if buffer_id.stage == self.placement.last_stage:
+            buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
+            buffer.labels = None
+            return []
+        return [outputs]
+
+    def _pass_on(self, buffer_id: BufferId, outputs: list[Any]) -> None:
+        """Hand a stage's outputs over to the next one. The list must have the only reference to them; it's emptied."""
+        if outputs:
+            self._held[buffer_id].roots = edges(outputs[0], self.device)
+            is_tuple = isinstance(outputs[0], tuple)
+            receiver = BufferId(buffer_id.stage + 1, buffer_id.micro_batch)
+            self._held.hand_over(Content.ACTIVATION, receiver, [*members(outputs.pop())], is_tuple)
+        if not torch.is_grad_enabled():
+            self._held.close(buffer_id)
+
+    def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
+        """The loss of one micro-batch; in training it is added to the batch's."""
+        compute = self._compute_loss and self.module.loss_fn is not None
+        loss = loss_of(self.module.loss_fn, outputs, labels) if compute else outputs
+        if torch.is_grad_enabled():
+            check_loss(loss)
+        if self.eval_return_logits:
+            self.outputs = outputs
+        self.loss = detached(loss)
+        self.fwd_outputs.append(self.loss)
+        if torch.is_grad_enabled():
+            self._add_to_batch_loss(self.loss)
+        return loss
+
+    # -- backward
+
+    def _exec_backward_pass(self, buffer_id: BufferId) -> None:
+        self._backward(buffer_id)
+        self._held.close(buffer_id)
+
+    def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
+        store = self._held[buffer_id].store
+        store.meanwhile = partial(self._weight_grad_meanwhile, buffer_id)
+        # Active in the backward too: a checkpointed layer runs its forward again in there.
+        with SplitBackward(store, self._operators):
+            self._backward(buffer_id)
+
+    def _weight_grad_meanwhile(self, running: BufferId) -> None:
+        """Take one weight gradient of a W to come while a B waits for other ranks."""
+        store = self._held.waiting(apart=running)
+        if store is not None:
+            self._observer.weights_split(store)
+            store.run_next(self._deliver)
+
+    def _exec_weight_grad_pass(self, buffer_id: BufferId, piece: int, pieces: int) -> None:
+        self._activate(buffer_id.stage)
+        store = self._held[buffer_id].store
+        self._observer.weights_split(store)
+        store.run_piece(piece, pieces, self._deliver)
+        if piece == pieces - 1:
+            self._held.close(buffer_id)
+
+    def _backward(self, buffer_id: BufferId) -> None:
+        """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""
+        buffer = self._held[buffer_id]
+        buffer.check_unwritten(Content.GRADIENT)
+        self._activate(buffer_id.stage)
+        if buffer_id.stage == self.placement.last_stage:
+            loss, buffer.loss = buffer.loss, None
+            DeepSpeedEngine.backward(self, loss)
+        else:
+            self._backward_without_loss(buffer)
+        grads = buffer.take_input_grads()
+        if buffer_id.stage:
+            receiver = BufferId(buffer_id.stage - 1, buffer_id.micro_batch)
+            self._held.hand_over(Content.GRADIENT, receiver, grads, is_tuple=True)
+
+    def _backward_without_loss(self, buffer: Buffer) -> None:
+        """What the stock engine does around the backward of a stage that has no loss."""
+        pairs = [(root, grad) for root, grad in zip(buffer.roots, buffer.output_grads, strict=True)
+                 if root is not None and grad is not None]
+        buffer.roots = buffer.output_grads = ()
+        if pairs:
+            self._running_engine_backward = True
+            try:
+                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+            finally:
+                self._running_engine_backward = False
+        self._sums.take_in()
+
+    # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.
+    def _backward_prologue(self) -> None:
+        self._sums.take_in()
+        super()._backward_prologue()
+
+    def _backward_epilogue(self) -> None:
+        self._sums.take_in()
+        super()._backward_epilogue()
+
+    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
+        # Gradients are divided by the accumulation steps once: on the stage with the loss.
+        if self._active_stage == self.placement.last_stage:
+            return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
+        return grad
+
+    # Plain functions, as in the stock engine.
+    _INSTRUCTION_MAP: dict[instr.Instruction, instr.Execute] = {
+        instr.ForwardPass: _exec_forward_pass,
+        instr.SplitForwardPass: _exec_split_forward_pass,
+        instr.BackwardPass: _exec_backward_pass,
+        instr.InputGradPass: _exec_input_grad_pass,
+        instr.WeightGradPass: _exec_weight_grad_pass,
+    }

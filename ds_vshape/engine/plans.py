@@ -1,0 +1,144 @@
+"""What batches run by: a schedule for each number of micro-batches, lowered to this rank's instructions.
+
+    the source (scheduling.py) -> a schedule -> lowered and checked (schedule/) -> the instructions of this rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from deepspeed.runtime.pipe.module import PipelineError
+
+from ds_vshape.config.demands import check_micro_batches
+from ds_vshape.engine.scheduling import Schedules
+from ds_vshape.measure.profiling import PassRecorder
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.schedule import deadlock
+from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.lowering import Program, lower, lower_announced
+from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.pending import with_few_pending
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.synchronization import check_synchronization
+from ds_vshape.schedule.timeline import Times
+
+# B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
+_RECOMPUTED = 4
+
+Lowering = Callable[[Schedule, Times], tuple[Program, ...]]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A schedule, and what this rank does for it."""
+
+    schedule: Schedule
+    instructions: list[instr.PipeInstruction]
+
+    @cached_property
+    def passes(self) -> list[Pass | None]:
+        """The pass of each instruction that runs one."""
+        return [instr.pass_of(instruction) for instruction in self.instructions]
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether there are split passes in it."""
+        return any(isinstance(instruction, instr.SplitForwardPass) for instruction in self.instructions)
+
+
+class Plans:
+    """The plans of one rank's batches.
+
+    Args:
+        placement: of the model's stages.
+        rank: this pipeline rank.
+        source: where training schedules come from.
+        instructions: the instructions of a training batch, from this rank's program.
+        recomputes: whether forwards leave less than backwards do, as far as the configuration says.
+        knows_sizes: whether a plan takes the measured sizes of activations into account.
+    """
+
+    def __init__(self, placement: Placement, rank: int, source: Schedules,
+                 instructions: Callable[[Program], list[instr.PipeInstruction]], recomputes: bool,
+                 knows_sizes: Callable[[], bool]) -> None:
+        self._placement, self._rank, self._source = placement, rank, source
+        self._instructions, self._knows_sizes = instructions, knows_sizes
+        self._recomputes = recomputes
+        self._plans: dict[int, BatchPlan] = {}
+        # The same schedules for batches in which messages are announced, as far as there were any.
+        self._announced: dict[int, BatchPlan] = {}
+        self._swapped = False
+
+    @property
+    def times(self) -> Times | None:
+        """The measured times that the present schedule was planned for; None where there are none, or none yet."""
+        return self._source.times
+
+    def training(self, micro_batches: int) -> BatchPlan:
+        """The plan of training batches; collective where there is none yet."""
+        if micro_batches not in self._plans:
+            check_micro_batches(micro_batches, self._placement.ranks)
+            self._adopt(self._source.first(micro_batches))
+        return self._plans[micro_batches]
+
+    def announced(self, micro_batches: int) -> BatchPlan:
+        """As `training`, for a batch in which messages are announced."""
+        plan = self.training(micro_batches)
+        if micro_batches not in self._announced:
+            program = self.program(plan.schedule, lower_announced)
+            self._announced[micro_batches] = BatchPlan(plan.schedule, self._instructions(program))
+        return self._announced[micro_batches]
+
+    def evaluation(self, micro_batches: int) -> BatchPlan:
+        """The plan of an evaluated batch. Raises PipelineError for a number that can't be."""
+        if micro_batches < 1:
+            raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
+        check_micro_batches(micro_batches, self._placement.ranks, "num_micro_batches")
+        schedule = forward_only(self._placement, micro_batches)
+        return BatchPlan(schedule, instr.evaluation_instructions(self.program(schedule, lower_announced)))
+
+    def use(self, schedule: Schedule) -> None:
+        """Train by `schedule` from the next batch of as many micro-batches on.
+
+        Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with another placement than
+        the model's.
+        """
+        if schedule.placement != self._placement:
+            raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
+                                f"{self._placement.chunks}")
+        check(schedule)
+        self._plans[schedule.micro_batches] = BatchPlan(schedule, self._instructions(self.program(schedule, lower)))
+        self._announced.pop(schedule.micro_batches, None)
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> bool:
+        """Take note of a training batch (collective). True if it was the first by a schedule for measured times."""
+        better = self._source.after_batch(schedule, record)
+        is_first = self._swapped and better is None and self.times is not None
+        self._swapped = better is not None
+        if better is not None:
+            self._adopt(better)
+        return is_first
+
+    def look_at_sizes(self, activations: Activations | None) -> None:
+        """A layer may recompute on its own; that shows when activations are measured."""
+        if activations is None or self._recomputes:
+            return
+        if sum(activations.kept) > _RECOMPUTED * sum(activations.whole):
+            self._recomputes = True
+            for plan in list(self._plans.values()):
+                self._adopt(plan.schedule)
+
+    def _adopt(self, schedule: Schedule) -> None:
+        """Use a schedule of the source, with fewer pending weight gradients where those are most of the memory."""
+        self.use(with_few_pending(schedule) if self._recomputes and not self._knows_sizes() else schedule)
+
+    def program(self, schedule: Schedule, lowering: Lowering) -> Program:
+        """This rank's part of `schedule`, after the checks of all ranks' parts together."""
+        programs = lowering(schedule, Times.uniform(self._placement.stages))
+        deadlock.check(programs, self._placement)
+        check_synchronization(programs)
+        return programs[self._rank]
