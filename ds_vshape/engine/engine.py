@@ -79,9 +79,6 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
     added.
     """
 
-    total_loss: Any
-    total_additional_losses: Any
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The stock constructor asks is_first_stage() and is_last_stage() for the ends of the chain of ranks, not of
         # the model: it warms up the neighbours with them.
@@ -208,8 +205,8 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
 
     def _batch_with_callbacks(self, data_iter: Any) -> Any:
         with ExitStack() as around, flops_profile(self):
-            for follower in self._callbacks:
-                around.enter_context(follower.batch())
+            for callback in self._callbacks:
+                around.enter_context(callback.batch())
             around.enter_context(self._batch_timer())
             loss = super().train_batch(data_iter)
             if self._observer.batches == METERED_BATCH + 1:
