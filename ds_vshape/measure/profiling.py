@@ -26,6 +26,9 @@ class HostClock:
     def seconds(self, start: float, end: float) -> float:
         return end - start
 
+    def on_host(self, marks: Sequence[float]) -> list[float]:
+        return [*marks]
+
 
 class DeviceClock:
     """Puts events on the current stream: right where the host runs ahead of the device."""
@@ -39,6 +42,16 @@ class DeviceClock:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
 
+    def on_host(self, marks: Sequence[Any]) -> list[float]:
+        """When the device came to the `marks`, by the host's clock (time.perf_counter); waits until it is past them."""
+        if not marks:
+            return []
+        # The two clocks are read together here, where the host waits anyway.
+        now = self.now()
+        now.synchronize()
+        on_host = time.perf_counter()
+        return [on_host - self.seconds(mark, now) for mark in marks]
+
 
 class PassRecorder:
     """One batch on this rank: its passes with start and end, and how many activations were alive at once."""
@@ -47,7 +60,8 @@ class PassRecorder:
         self._clock = HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
         self._marks: list[tuple[Pass, Any, Any]] = []
         self._alive = 0
-        self._began = self._clock.now()
+        # The host's, also where the device has yet to come to the batch: hosts enter it together, devices don't.
+        self._began = time.perf_counter()
         self.peak_alive = 0
 
     def start(self, work: Pass) -> Any:
@@ -64,16 +78,16 @@ class PassRecorder:
             self._alive -= 1
 
     def spans(self) -> tuple[Span, ...]:
-        """Seconds since the batch began."""
-        return tuple(Span(work, self._clock.seconds(self._began, start), self._clock.seconds(self._began, end))
-                     for work, start, end in self._marks)
+        """Seconds since this rank's host began the batch."""
+        times = iter(self._clock.on_host([mark for _, *marks in self._marks for mark in marks]))
+        return tuple(Span(work, next(times) - self._began, next(times) - self._began) for work, _, _ in self._marks)
 
 
 def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
     """The whole pipeline's measured timeline, on every rank of `group` (collective).
 
-    Every rank counts from its own begin of the batch, which all enter together from the batch before; so no clocks
-    need to agree across hosts.
+    Every rank counts from its host's begin of the batch, which all hosts enter together from the batch before, so no
+    clocks need to agree across hosts. (What a script does on one rank between batches isn't seen.)
     """
     longest = max(map(len, orders), default=0)
     own = torch.zeros(longest, 2, dtype=torch.float64)

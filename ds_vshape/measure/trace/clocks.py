@@ -20,16 +20,15 @@ from ds_vshape.measure.trace.batch import Clock, Delivery
 _ROUNDS = 24
 
 
-def clocks(ranks: Sequence[int], group: Any, device: torch.device) -> tuple[Clock, ...]:
+def clocks(ranks: Sequence[int], group: Any) -> tuple[Clock, ...]:
     """The clocks (time.perf_counter) of the global `ranks` of a pipeline; nothing but on the first of them.
 
-    Collective over the pipeline's `group`.
+    Collective over their `group`, which is one over gloo: no device's work comes between.
     """
-    tick = torch.zeros(1, dtype=torch.float64, device=device)
+    tick = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() != ranks[0]:
         for _ in range(_ROUNDS):
             dist.recv(tick, ranks[0], group=group)
-            tick.item()  # on a device, receives end behind the host
             dist.send(tick.fill_(time.perf_counter()), ranks[0], group=group)
         return ()
     return (Clock(0.0, 0.0), *(_ask(tick, rank, group) for rank in ranks[1:]))

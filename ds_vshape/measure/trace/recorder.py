@@ -5,7 +5,6 @@ Its functions stand in the engine's instruction map during a traced batch and at
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
@@ -59,8 +58,6 @@ class Recorder:
         self._clock = HostClock() if synchronized else DeviceClock()
         self._arrivals = Arrivals() if synchronized else None
         self._marks: list[tuple[Instruction, dict[str, Any], Any, Any]] = []
-        get_accelerator().synchronize()
-        self._began, self._began_on_host = self._clock.now(), time.perf_counter()
 
     def recorded(self, instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
         """An instruction map (of functions that take the engine first) whose functions are recorded."""
@@ -98,13 +95,10 @@ class Recorder:
 
     def trace(self) -> RankTrace:
         """What happened, on this host's clock (time.perf_counter), after a batch that ended well."""
-        events = tuple(Event(*_of(kind, arguments), self._seconds(start), self._seconds(end))
-                       for kind, arguments, start, end in self._marks)
+        times = iter(self._clock.on_host([mark for *_, start, end in self._marks for mark in (start, end)]))
+        events = tuple(Event(*_of(kind, arguments), next(times), next(times)) for kind, arguments, _, _ in self._marks)
         seen = {} if self._arrivals is None else self._arrivals.seen()
         return RankTrace(events, {message.taker: time for message, time in seen.items()})
-
-    def _seconds(self, mark: Any) -> float:
-        return self._began_on_host + self._clock.seconds(self._began, mark)
 
 
 def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]:

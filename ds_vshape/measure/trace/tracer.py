@@ -21,6 +21,7 @@ from typing import Any
 from deepspeed.utils import logger
 
 from ds_vshape.comm.channels import Channels
+from ds_vshape.comm.groups import GLOO, new_group
 from ds_vshape.config.section import KEY, ConfigError, TraceConfig, shown
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.profiling import mean_times
@@ -47,16 +48,16 @@ def check_folder(config: TraceConfig) -> None:
 
 
 class Tracer:
-    """Of `engine`, a ds_vshape PipelineEngine, on this rank."""
+    """Of `engine`, a ds_vshape PipelineEngine, on this rank. Creating it is collective over the job."""
 
     def __init__(self, engine: Any, observer: Observer, channels: Channels, wrappers: InstructionWrappers,
                  config: TraceConfig) -> None:
         self._engine, self._observer, self._channels, self._wrappers = engine, observer, channels, wrappers
         self._first, self._last = config.batches
         self._stem = os.path.join(config.path, f"batches_{self._first}-{self._last}")
-        grid = engine.grid
-        self._concerned = grid.get_data_parallel_rank() == 0 and grid.get_slice_parallel_rank() == 0
-        self._ranks = [grid.stage_to_global(rank) for rank in range(engine.placement.ranks)]
+        self._ranks: list[int] = next(ranks for ranks in engine.grid.pipe_groups if 0 in ranks)
+        self._concerned = engine.global_rank in self._ranks
+        self._group = new_group(self._ranks, GLOO)
         self._batches: list[BatchTrace] = []
 
     @contextmanager
@@ -66,15 +67,14 @@ class Tracer:
         if not self._concerned or not self._first <= number <= self._last:
             yield
             return
-        engine, group = self._engine, self._engine.grid.get_pipe_parallel_group()
-        found = clocks(self._ranks, group, engine.device)
-        recorder = Recorder(engine.placement, self._channels)
+        found = clocks(self._ranks, self._group)
+        recorder = Recorder(self._engine.placement, self._channels)
         try:
             with self._wrappers.during(recorder.recorded):
                 yield
         finally:
             recorder.close()
-        texts = gather_texts(recorder.trace().text(), self._ranks, group, engine.device)
+        texts = gather_texts(recorder.trace().text(), self._ranks, self._group)
         activations, unit = self._activations()
         if texts:
             self._batches.append(self._put_together(number, texts, found, activations, unit))
