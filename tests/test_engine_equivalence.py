@@ -53,6 +53,7 @@ def assert_equal(outcomes: list[Outcome], oracles: list[Outcome], of: Any) -> No
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.quick_cases("2-2-fp32-zero1", "4-1-fp32-zero0")
 def test_equals_deepspeed_and_the_plain_model(stages: int, replicas: int, precision: str) -> None:
     counts = (1, 3, 8)
     jobs = [Job(schedule, stages, counts[0], PRECISIONS[precision]) for schedule in [None, *MAIN_SCHEDULES]]
@@ -70,6 +71,7 @@ def test_equals_deepspeed_and_the_plain_model(stages: int, replicas: int, precis
 
 
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in MAIN_SCHEDULES])
+@pytest.mark.quick_cases("interleaved-1f1b", "zb-v")
 def test_the_other_schedules(schedule: str) -> None:
     oracle, ours = outcomes_of([Job(name, 3, 2, FP32_ZERO1) for name in (None, schedule)], (2, 7), 3)
     assert_equal(ours, oracle, schedule)
@@ -92,6 +94,7 @@ def train_in_fp16(rank: int, job: Job) -> tuple[Outcome, int]:
 
 
 @pytest.mark.parametrize("precision", OTHER_PRECISIONS)
+@pytest.mark.quick_cases("fp16-overflow")
 def test_other_precisions(precision: str) -> None:
     results = {schedule: run_ranks(4, train_in_fp16, Job(schedule, 2, 3, OTHER_PRECISIONS[precision]))
                for schedule in (None, "zb-h1", "v-half")}

@@ -70,6 +70,7 @@ def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half:
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_tensor_parallel_blocks_have_the_same_losses(tmp_path: Path, v_half: Result):
     """With ZeRO-1. Gradients aren't clipped; what that does here is tests/test_tensor_parallel.py's."""
     shared = launch(tmp_path, "shared", "parallel.tensor=2", "parallel.zero=1", "schedule=v-half")

@@ -202,6 +202,7 @@ def predicted_against_allocated(job: Job) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule, ranks", [("zb-h1", 2), ("v-min", 2), ("v-half", 2), ("v-zb", 4)])
+@pytest.mark.quick_cases("v-half-2")
 def test_checkpointing_takes_less_on_every_rank(schedule: str, ranks: int) -> None:
     """Really allocated beyond gradients; a running backward has a recomputed block and its gradients."""
     plain = run_ranks(ranks, measured_peak, job(schedule, ranks, 8, blocks=4 * ranks - 2))

@@ -94,6 +94,7 @@ TIED_JOBS = [("1f1b", FP32), ("1f1b", BF16_ZERO1_FP32), ("zb-h1", FP32_ZERO1), (
 
 
 @pytest.mark.parametrize("layers", TIES)
+@pytest.mark.quick_cases("two chunks of a rank", "frozen")
 def test_tied_layers_anywhere(layers: str) -> None:
     """Weights, all of their copies, are the plain model's. Each rank adds up its own uses first, so that the sum over
     ranks may round differently."""
@@ -226,6 +227,7 @@ CLIPPED = {**FP32, "gradient_clipping": 0.01}
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("frozen", PARTLY_FROZEN)
+@pytest.mark.quick_cases("LoRA-kept", "the middle-recomputed")
 def test_frozen_layers(frozen: str, checkpointed: bool) -> None:
     """Whatever isn't trained, a whole rank included, and with DeepSpeed's reentrant checkpointing."""
     layers = tuple(PARTLY_FROZEN[frozen])
@@ -287,6 +289,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)
+@pytest.mark.quick_cases("a rank of functions alone")
 def test_functions_and_containers(case: str) -> None:
     """Some of the layers are modules that exist already, and are trained: each job gets its own by a fork."""
     layers, method = FUNCTIONS[case]
@@ -298,6 +301,7 @@ def test_functions_and_containers(case: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["uniform", "parameters", "type:Block"])
+@pytest.mark.quick_cases("type:Block")
 def test_layers_that_divide_unevenly(method: str) -> None:
     """11 layers on 4 ranks, which are 8 stages of a V."""
     layers = (EMBEDDING, BLOCK, double, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, double, HEAD)
@@ -377,6 +381,7 @@ def train_seeded(rank: int, cases: list[tuple[Any, Any, int, bool]], base_seed: 
         for schedule, partition, interval, reentrant in cases]
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seeds_alone() -> None:
     """Whatever the schedule, the partition and the checkpoints: DeepSpeed's own losses without checkpoints."""
     oracles = {}

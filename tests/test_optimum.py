@@ -31,6 +31,7 @@ def test_a_plan_that_no_other_beats() -> None:
 
 
 @pytest.mark.parametrize("ranks, peak, group, infeasible, feasible", [(4, 4, 1, 68, 69), (2, 2, 2, 120, 160)])
+@pytest.mark.quick_cases("4-4-1-68-69")
 def test_blocks_that_repeat(ranks: int, peak: int, group: int, infeasible: int, feasible: int) -> None:
     """Where the work is 52 for each micro-batch, and V-Min's own block on four ranks begins every 72."""
     cell = Cell(ranks, peak, (10, 9, 7, 3))

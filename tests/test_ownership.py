@@ -250,6 +250,7 @@ def train_slowly(rank: int, jobs: list[Job]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("block", [Reusing, Keeping])
+@pytest.mark.quick_cases("Keeping")
 def test_layers_that_use_memory_again(block: type[nn.Module]) -> None:
     jobs = [Job(schedule, 2, 5, {}, chosen(block)) for schedule in ("v-half", "v-zb", "zb-h1")]
     plain = PlainTraining(jobs[0])

@@ -47,6 +47,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.mark.parametrize("schedule", ["v-half", "v-zb", "interleaved-1f1b", "zb-h1"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick_cases("costs-v-half", "profile-zb-h1", "bounds-interleaved-1f1b")
 def test_losses_are_the_plain_models(method: str, schedule: str) -> None:
     job = Job(schedule, 4 if schedule == "zb-h1" else 2, 3, layers=tuple(specs(6)))
     results = run_ranks(job.stages, train_partitioned, job, METHODS[method])
@@ -73,6 +74,7 @@ def test_bfloat16_and_tied_layers() -> None:
 
 @pytest.mark.parametrize("partition, parts", [(BOUNDS, BOUNDS), ({"costs": COSTS}, None), ("uniform", [0, 2, 4, 6, 8]),
                                               ({"costs": [[1.0, 0.5, 0.5], *[2.0] * 7]}, [0, 2, 4, 6, 8])])
+@pytest.mark.quick_cases("partition0-parts0", "partition3-parts3")
 def test_the_config_counts_more_than_the_script(partition: Any, parts: list[int] | None) -> None:
     job = Job({"name": "v-half", "partition": partition}, 2, 3, layers=tuple(specs(6)))
     results = run_ranks(2, train_partitioned, job, {"partition_method": [0, 5, 6, 7, 8]})
@@ -88,6 +90,7 @@ def parts_of(rank: int, schedule: str | None, method: str) -> list[int]:
 
 
 @pytest.mark.parametrize("method", ["uniform", "parameters", "type:Block"])
+@pytest.mark.quick_cases("type:Block")
 def test_deepspeeds_methods_are_as_ever(method: str) -> None:
     oracle = run_ranks(4, lambda rank: [int(bound) for bound in _stock_parts(method)])
     assert run_ranks(4, parts_of, None, method) == oracle == run_ranks(4, parts_of, "zb-h1", method)

@@ -406,6 +406,7 @@ def test_numbers_at_their_bounds(arguments: list[str], capsys: pytest.CaptureFix
     assert all(len(line) <= 200 for line in shown.splitlines())
 
 
+@pytest.mark.slow
 def test_a_hop_as_long_as_millions_of_passes_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
     """The picture takes as much memory as it has columns."""
     tracemalloc.start()

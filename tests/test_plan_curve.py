@@ -87,6 +87,7 @@ def test_limits_are_the_users(tmp_path: Path) -> None:
     assert found["too_small"] == [1]
 
 
+@pytest.mark.slow
 def test_many_ranks_get_a_thinner_sweep(tmp_path: Path) -> None:
     found = curve(tmp_path, "--stages", "16", "--micro-batches", "16")
     memories = [point["memory"] for point in found["adaptive"]]

@@ -198,6 +198,7 @@ CASES = {2: [Case(job("v-zb", 2, FP32_ZERO1, clip=100.0), NEVER),
 
 
 @pytest.mark.parametrize("world", CASES)
+@pytest.mark.quick_cases("2")
 def test_equals_the_step_that_asks_first(world: int, tmp_path: Path) -> None:
     """Losses, weights, optimizer states, loss scale, learning rates, counters, what monitors hear, bit for bit; norms
     to rounding. With dropout, buffers that change, inputs that change in place, data drawn from dropout's generator."""

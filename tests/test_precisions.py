@@ -84,6 +84,7 @@ def train_jobs(rank: int, jobs: list[Job]) -> list[tuple[Outcome, float | None]]
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("precision", PLACES)
+@pytest.mark.quick_cases("fp32-tied head", "bf16-middle frozen")
 def test_all_that_is_legal_is_equal(precision: str, model: str) -> None:
     """Bit for bit, but for the order in which norms are added up over ranks, the two gradients of a tied weight, and
     products with what they are added to."""

@@ -119,6 +119,7 @@ def assert_goes_on(job: Job, folder: Path, tag: str | None, ranks: int, expected
     pytest.param(die_within_latest, 0, None, FIRST, marks=pytest.mark.slow),
     pytest.param(die_while_the_old_one_goes, 0, "last", SECOND, marks=pytest.mark.slow),
 ])
+@pytest.mark.quick_cases("die_within_a_file-0-last-2")
 def test_a_kill_during_save(arm: Any, victim: int, tag: str | None, expected: int, tmp_path: Path) -> None:
     job = Job("v-half", 2, 2, FP32_ZERO1)
     with pytest.raises(RanksFailed) as failed:

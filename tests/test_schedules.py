@@ -167,6 +167,7 @@ def test_one_f_one_b_v_takes_about_as_long_as_1f1b() -> None:
         assert run(build("1f1b-v", p, m)).makespan <= 6 * m + 6 * (p - 1) + (p % 3 == 2), p
 
 
+@pytest.mark.slow
 def test_large_schedules_are_planned() -> None:
     for name in ("1f1b", "v-min", "v-half", "v-zb"):
         assert kept(build(name, 32, 128)) <= 64

@@ -66,6 +66,7 @@ def train_throughout(rank: int, job: Job, batches: int) -> tuple[list[float], Ou
 
 
 @pytest.mark.parametrize("name", ["adaptive", "v-half"])
+@pytest.mark.quick_cases("adaptive")
 def test_all_ranks_swap_at_the_same_batch_and_losses_stay(name: str) -> None:
     """Two pipelines of two ranks; bit for bit what DeepSpeed's own engine trains."""
     swapped = run_ranks(4, swap_and_train, Job(profiled(name), 2, 5, FP32_ZERO1))

@@ -116,6 +116,7 @@ def train_and_evaluate(config: dict[str, Any], **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.quick_cases("shape2")
 def test_losses_of_any_shape_of_one_number(shape: tuple[int, ...]) -> None:
     """And with replicas: as DeepSpeed returns them, on the rank with the last stage and elsewhere."""
 
@@ -144,6 +145,7 @@ class WithParts:
 
 
 @pytest.mark.parametrize("shape, of_parts", [((1,), (1,)), ((1,), ()), ((), (1, 1))])
+@pytest.mark.quick_cases("shape2-of_parts2")
 def test_additional_losses_of_any_shape_of_one_number(shape: tuple[int, ...], of_parts: tuple[int, ...]) -> None:
     """DeepSpeed stacks them, so that those of one shape alone get through."""
 

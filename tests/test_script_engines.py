@@ -65,6 +65,7 @@ PRECISIONS = {"fp32, ZeRO-1": FP32_ZERO1, "bf16, ZeRO-1": BF16_ZERO1, "bf16, ZeR
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.quick_cases("bf16, ZeRO-1")
 def test_an_optimizer_that_takes_the_place_of_another(precision: str) -> None:
     """Between two batches, with replicas, whose gradients are reduced early by then."""
 
@@ -79,6 +80,7 @@ def test_an_optimizer_that_takes_the_place_of_another(precision: str) -> None:
 
 
 @pytest.mark.parametrize("keys", [FP32_ZERO1, BF16_ZERO1_FP32], ids=["ZeRO-1", "BF16_Optimizer"])
+@pytest.mark.quick_cases("ZeRO-1")
 def test_an_optimizer_of_the_script_on_tensor_parallel_ranks_of_plain_layers(keys: dict[str, Any]) -> None:
     """Made from all that the module has; what the second tensor parallel rank trains, the first one counts."""
 
@@ -141,6 +143,7 @@ def patch_engine(engine: Any, calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("keys", [FP32, FP32_ZERO1, BF16_ZERO1_FP32], ids=["ZeRO-0", "ZeRO-1", "BF16_Optimizer"])
+@pytest.mark.quick_cases("ZeRO-0")
 def test_functions_at_the_end_of_a_batch(keys: dict[str, Any]) -> None:
     """Put in before initialize, and between batches: on the class, in the engine's map, and as a map of its own."""
 
@@ -325,6 +328,7 @@ def construct(engine_class: Any, config: dict[str, Any], **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("keys", [FP32, {**FP32_ZERO1, "gradient_clipping": 1.0}], ids=["ZeRO-0", "ZeRO-1"])
+@pytest.mark.quick_cases("ZeRO-0")
 def test_a_subclass_that_the_script_constructs(keys: dict[str, Any]) -> None:
     """Its methods are run, and batches are the schedule's."""
 

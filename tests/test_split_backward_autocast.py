@@ -444,6 +444,7 @@ def train_each(rank: int, schedule: str | None) -> list[tuple[Outcome, Outcome, 
     return results
 
 
+@pytest.mark.slow
 def test_training_under_autocast() -> None:
     stock = run_ranks(2, train_each, None)
     for schedule in ("v-half", "v-zb", "zb-h1"):

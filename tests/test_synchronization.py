@@ -25,6 +25,7 @@ from ds_vshape.schedule.timeline import Times, simulate
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.quick_cases("1f1b", "zb-h1", "v-zb")
 def test_no_synchronization_hangs_a_named_schedule(name: str) -> None:
     for ranks in (1, 2, 3, 4, 5, 8, 16):
         for micro_batches in (1, 2, 5, 16, 64):
@@ -162,6 +163,7 @@ def is_next(message: Message, started: list[Any], through: set[Any], communicato
     return through.issuperset(before[communicator(message.channel)])
 
 
+@pytest.mark.slow
 def test_large_programs() -> None:
     for name, ranks, micro_batches in (("v-zb", 32, 64), ("zb-h1", 64, 64)):
         schedule = build(name, ranks, micro_batches)

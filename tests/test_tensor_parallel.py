@@ -54,6 +54,7 @@ def train_parallel(rank: int, job: Job) -> tuple[list[float], float, float]:
 
 @pytest.mark.parametrize("config", [FP32, FP32_ZERO1], ids=["zero0", "zero1"])
 @pytest.mark.parametrize("schedule", ["1f1b", "v-half", "v-zb"])
+@pytest.mark.quick_cases("v-half-zero1", "1f1b-zero0")
 def test_equals_the_plain_model(schedule: str, config: dict[str, Any]) -> None:
     """Partial products add up in another order: equal to rounding. The clip acts, so the norm must be right."""
     job = Job(schedule, PIPE, 3, {**config, "gradient_clipping": 0.5}, tuple(gpt_layers(MODEL)))

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Any, int, Any, int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.quick_cases("from V to DeepSpeed's 1F1B")
 def test_goes_on_with_equal_losses(case: str, tmp_path: Path) -> None:
     before, ranks_before, after, ranks_after, config = CASES[case]
     job = Job(before, ranks_before, 3, config, LAYERS)
@@ -167,6 +168,7 @@ PLAIN_CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if number > 1 else ())
                                   for number, case in enumerate(PLAIN_CASES)])
+@pytest.mark.slow
 def test_plain_layers_on_tensor_parallel_ranks(case: str, tmp_path: Path) -> None:
     before, after, config = PLAIN_CASES[case]
     # DeepSpeed's own engine can't cut up what it sends of layers that aren't tensor parallel.

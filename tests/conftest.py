@@ -1,0 +1,31 @@
+"""Which cases of a test belong to the quick suite.
+
+    @pytest.mark.quick_cases("v-half", "zb-h1")     of a parametrized test: these; the others are slow
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases slow that `quick_cases` doesn't name; before -m looks at the marks."""
+    found: dict[str, set[str]] = defaultdict(set)
+    named: dict[str, set[str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("quick_cases")
+        if mark is None:
+            continue
+        name, _, case = item.nodeid.rstrip("]").partition("[")
+        found[name].add(case)
+        named[name] = set(mark.args)
+        if case not in mark.args:
+            item.add_marker(pytest.mark.slow)
+    # Where one case alone was asked for, the others aren't collected.
+    whole = not any("[" in argument for argument in config.args)
+    unknown = {name: sorted(cases - found[name]) for name, cases in named.items() if cases - found[name]}
+    if whole and unknown:
+        raise pytest.UsageError(f"quick_cases names cases that there aren't: {unknown}")
