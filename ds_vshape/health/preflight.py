@@ -191,17 +191,24 @@ def _probe(ends: Sequence[End], pending: dict[End, None]) -> None:
     accelerator = get_accelerator()
     if ends and accelerator.device_name() != "cpu":
         accelerator.set_device(ends[0].device.index)
-    posted: list[tuple[End, torch.Tensor, Any]] = []
+    waiting = []
     for end in ends:
         byte = torch.zeros(1, dtype=torch.uint8, device=end.device)
         with suppress(RuntimeError):
-            posted.append((end, byte, dist.isend(byte, end.target, group=end.group) if end.sends else
-                           dist.irecv(byte, end.source, group=end.group)))
-    for end, _, work in posted:
-        with suppress(RuntimeError):
-            # With a time limit NCCL's wait blocks the host too, and for this channel alone: others may never be done.
-            work.wait(FOREVER)
-            del pending[end]
+            work = (dist.isend(byte, end.target, group=end.group) if end.sends else
+                    dist.irecv(byte, end.source, group=end.group))
+            # NCCL may block the next post for ever; this one may be answered all the same.
+            waiting.append(threading.Thread(target=_await, args=(end, byte, work, pending), daemon=True))
+            waiting[-1].start()
+    for thread in waiting:
+        thread.join()
+
+
+def _await(end: End, byte: torch.Tensor, work: Any, pending: dict[End, None]) -> None:
+    with suppress(RuntimeError):
+        # With a time limit NCCL's wait blocks the host too, and for this channel alone: others may never be done.
+        work.wait(FOREVER)
+        del pending[end]
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
