@@ -27,7 +27,7 @@ from ds_vshape.models.gpt import GPTConfig
 from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES, MAX_CTAS, communicators_of_ranks
-from ds_vshape.schedule.named import SCHEDULES
+from ds_vshape.schedule.named import SCHEDULES, build
 
 BATCHES = range(4)
 PRECISIONS = {"fp32-zero0": FP32, "fp32-zero1": FP32_ZERO1, "bf16-zero0": BF16_ZERO0, "bf16-zero1": BF16_ZERO1,
@@ -203,3 +203,27 @@ def test_messages_have_one_light_communicator_for_each_direction(schedule: str, 
     assert sorted(expected for expected, _ in found) == sorted(of_pipeline * pipelines)
     for expected, light in found:
         assert light == [(MAX_CTAS, True)] * expected
+
+
+def swapping(rank: int, case: Case) -> list[float]:
+    """Losses, with all passes of all ranks synchronizing in the first batch by another schedule."""
+    engine, losses = case.engine(), []
+    for batch in BATCHES:
+        if batch == 2:
+            engine.use_schedule(build("v-zb", engine.placement.ranks, engine.micro_batches))
+        plain, engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP, {
+            kind: partial(synchronized, execute) if batch == 2 and kind in PASSES else execute
+            for kind, execute in engine._INSTRUCTION_MAP.items()}
+        losses.append(float(engine.train_batch(case.data(engine, batch))))
+        engine._INSTRUCTION_MAP = plain
+    return losses
+
+
+def synchronized(execute: Callable[..., None], engine: Any, **arguments: Any) -> None:
+    get_accelerator().synchronize()
+    execute(engine, **arguments)
+
+
+def test_another_schedule_may_load_kernels_on_all_ranks() -> None:
+    case = Case(Job("v-min", 4, 8, FP32))
+    assert run_on_gpus(4, swapping, case, timeout=100) == run_ranks(4, swapping, case)

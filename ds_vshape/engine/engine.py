@@ -176,6 +176,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         another placement than the model's.
         """
         self._plans.use(schedule)
+        self._signatures = None
 
     def _training_instructions(self, program: Program) -> list[instr.PipeInstruction]:
         return instr.training_instructions(program)
@@ -198,6 +199,9 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         self._agree_on_step(failure)
         if self._plans.after_batch(*self._observer.last_batch()):
             self._log_comparison()
+        if self._plans.swapped:
+            # Its passes may load kernels on several ranks at once, which only announced batches bear.
+            self._signatures = None
         if self._observer.batches == METERED_BATCH + 1:
             self._plans.look_at_sizes(self._observer.activations())
             self._log_memory()

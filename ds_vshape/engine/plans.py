@@ -71,7 +71,8 @@ class Plans:
         self._plans: dict[int, BatchPlan] = {}
         # The same schedules for batches in which messages are announced, as far as there were any.
         self._announced: dict[int, BatchPlan] = {}
-        self._swapped = False
+        # Whether the next training batch is the first by another schedule.
+        self.swapped = False
 
     @property
     def times(self) -> Times | None:
@@ -117,8 +118,8 @@ class Plans:
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> bool:
         """Take note of a training batch (collective). True if it was the first by a schedule for measured times."""
         better = self._source.after_batch(schedule, record)
-        is_first = self._swapped and better is None and self.times is not None
-        self._swapped = better is not None
+        is_first = self.swapped and better is None and self.times is not None
+        self.swapped = better is not None
         if better is not None:
             self._adopt(better)
         return is_first
