@@ -110,7 +110,7 @@ REFUSED: dict[str, Case] = {
     "an unknown choice": field("Input should be 'matrices' or 'all'", deferred="biases"),
     "unknown times": field("Input should be 'equal' or 'profile'", times="measured"),
     "times for an order that knows none": section("ConfigError: pipeline_schedule.times = 'profile': 1f1b has the same "
-                                                  "order for all times; it is for adaptive", "1f1b", times="profile"),
+                                                  "order for all times; legal for adaptive", "1f1b", times="profile"),
     "a time-out that overflows": field("must be from 1 to 604,800 seconds", timeout_seconds=1e17),
     "a time-out that no batch meets": field("must be from 1 to 604,800 seconds", timeout_seconds=1e-9),
     "a planning time of years": field("must be from 0.001 to 86,400 seconds", planning_seconds=1e308),
@@ -154,7 +154,8 @@ REFUSED: dict[str, Case] = {
                                  "parameters, profile, or type:", partition="unifrom"),
     "a method's name that is a number": options("PartitionError: partition_method = 7: must be a method's name",
                                                 partition_method=7),
-    "a broken regular expression": options("PartitionError: the partition's method 'type:(' has no regular expression",
+    "a broken regular expression": options("PartitionError: the partition's method 'type:(' isn't a valid regular "
+                                           "expression",
                                            partition_method="type:("),
     "a type that no layer has": options("RuntimeError: Partitioning 'attention' found no valid layers",
                                         partition_method="type:Attention"),
@@ -225,7 +226,7 @@ REFUSED: dict[str, Case] = {
                                    activation_checkpoint_interval=-1),
     "tied weights of other shapes on one rank": layers(
         f"PreflightError: not all ranks can start: PipelineError: tied layers 'word': layer 0 is Embedding(13, {WIDTH})"
-        f", and layer 5 on the same rank Embedding(13, {WIDTH + 1}); they must be alike",
+        f", and layer 5 on the same rank Embedding(13, {WIDTH + 1}); they must be equal",
         (0, tied(WIDTH)), (5, tied(WIDTH + 1, forward_fn=head))),
     "tied weights of other shapes on two ranks": layers(
         f"PipelineError: tied weight word.weight has different shapes: [13, {WIDTH}] on rank 0, [13, {WIDTH + 1}] on "

@@ -135,7 +135,7 @@ def test_a_missing_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_ds_config(path)
-    assert str(caught.value) == f"DeepSpeed config {path!r}: no such file, and no base64 text either"
+    assert str(caught.value) == f"DeepSpeed config {path!r}: no such file, nor base64 text"
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
@@ -143,7 +143,8 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         load_ds_config(str(tmp_path / "."))
 
 
-@pytest.mark.parametrize("text, message", [("{\"a\": ", "is no JSON: "), ("[1, 2]", "holds a list: must be an object"),
+@pytest.mark.parametrize("text, message", [("{\"a\": ", "isn't valid JSON: "),
+                                           ("[1, 2]", "holds a list: must be an object"),
                                            ("3", "holds a int: must be an object")])
 def test_a_file_that_is_no_object(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "ds_config.json"
@@ -311,7 +312,8 @@ def test_keys_that_are_no_texts_are_not_ours() -> None:
 def test_files_that_cannot_be_understood(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "ds_config.json"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^DeepSpeed config '.*ds_config.json' (is no JSON|can't be read): ") as told:
+    refusal = r"^DeepSpeed config '.*ds_config.json' (isn't valid JSON|can't be read): "
+    with pytest.raises(ConfigError, match=refusal) as told:
         load_ds_config(str(path))
     assert len(str(told.value)) < 1000
 

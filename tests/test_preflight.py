@@ -105,7 +105,7 @@ DIFFERENT: dict[str, tuple[Callable[[bool], Any], str]] = {
                               "not all ranks can start: ConfigError: unknown key 'pipeline_shedule' in the DeepSpeed "
                               "config: did you mean 'pipeline_schedule'? on rank 2 (host-1)"),
     "no such file": (in_a_file, "not all ranks can start: ConfigError: DeepSpeed config 'nowhere.json': no such file, "
-                                "and no base64 text either on rank 2 (host-1)"),
+                                "nor base64 text on rank 2 (host-1)"),
     "the number of ranks": (with_options(num_stages=2), must("PipelineModule's num_stages", "4", "2")),
     "the layers": (with_options(layers=11), must("number of layers", "9", "13")),
     "partition_method": (with_options(partition_method="parameters"),

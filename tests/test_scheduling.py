@@ -260,7 +260,7 @@ def test_profiling_a_schedule_without_plans_is_refused() -> None:
         return str(error.value)
 
     first, second = run_ranks(2, refused)
-    assert first == second == ("pipeline_schedule.times = 'profile': 1f1b has the same order for all times; it is for "
+    assert first == second == ("pipeline_schedule.times = 'profile': 1f1b has the same order for all times; legal for "
                                "adaptive, v-min, v-half, v-zb, zb-v")
 
 

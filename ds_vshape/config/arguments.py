@@ -1,7 +1,7 @@
-"""The arguments of a PipelineModule, held against the job before DeepSpeed takes them.
+"""Checks the arguments of a PipelineModule before DeepSpeed uses them.
 
-DeepSpeed's own checks (runtime/pipe/module.py) come one by one while it builds, say neither the argument nor what would
-be legal ("Invalid Grid", "integer modulo by zero"), or not before the first batch.
+DeepSpeed's own checks (runtime/pipe/module.py) run one by one while it builds the module, or only in the first batch,
+and their errors name neither the argument nor what would be legal ("Invalid Grid", "integer modulo by zero").
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _BY_TYPE = "type:"
 
 
 def bound(layers: Any, *arguments: Any, **options: Any) -> Arguments:
-    """The arguments by name; TypeError for what DeepSpeed's PipelineModule doesn't take."""
+    """The arguments by name. Raises TypeError for arguments that DeepSpeed's PipelineModule doesn't have."""
     return inspect.signature(StockPipelineModule).bind(layers, *arguments, **options).arguments
 
 
 def check_arguments(arguments: Arguments, world: int) -> None:
-    """Raises PipelineError, with the argument, its value and what is legal, for what `world` ranks can't build."""
+    """Raise PipelineError if a job of `world` ranks can't build the module; it names the argument, its value and what
+    is legal."""
     topology, stages = arguments.get("topology"), arguments.get("num_stages")
     if topology is not None:
         if topology.world_size() != world:
@@ -59,7 +60,7 @@ def _check_layers(layers: Any) -> None:
 
 
 def check_method(method: str) -> None:
-    """Raises PartitionError for a `partition_method` that neither DeepSpeed nor this package knows."""
+    """Raise PartitionError for a `partition_method` that neither DeepSpeed nor this package has."""
     name = method.lower()
     if name in _METHODS:
         return
@@ -69,4 +70,4 @@ def check_method(method: str) -> None:
     try:
         re.compile(method.split(":")[1])
     except re.error as error:
-        raise PartitionError(f"the partition's method {method!r} has no regular expression: {error}") from None
+        raise PartitionError(f"the partition's method {method!r} isn't a valid regular expression: {error}") from None

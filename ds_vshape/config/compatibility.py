@@ -1,13 +1,13 @@
-"""What the rest of a ds_config may say besides our section: precisions and ZeRO that train rightly in a pipeline, and
-on a GPU nothing that waits for it in the middle of a batch.
+"""Checks the other keys of a ds_config: only precisions and ZeRO stages that train correctly in a pipeline are
+accepted, and on a GPU nothing that makes the host wait for it in the middle of a batch.
 
     precision   ZeRO-0, sums in            ZeRO-1, sums in
     fp32        fp32                       fp32, bf16, fp16
     bf16        bf16                       bf16, fp32, fp16
     fp16        refused                    fp16, fp32, bf16
 
-Sums: "data_types": {"grad_accum_dtype": ...}, the precision's own without it. DeepSpeed says no to some of the rest
-without naming a key (_do_optimizer_sanity_check in runtime/engine.py), and trains wrongly by some.
+Sums: "data_types": {"grad_accum_dtype": ...}, by default the precision itself. Of all other combinations DeepSpeed
+refuses some without naming a key (_do_optimizer_sanity_check in runtime/engine.py), and trains incorrectly with others.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from deepspeed.runtime.config import DtypeEnum
 from ds_vshape.config.section import KEY, ConfigError, shown
 
 _SUMS = ("fp32", "bf16", "fp16")
-# What makes DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
+# Keys that make DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
 _WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
 _BLOCKING = "CUDA_LAUNCH_BLOCKING"
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def check_accepted(ds_config: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with the key, its value and what is legal, for what no schedule of ours can train."""
+    """Raise ConfigError for a key that no schedule supports; it names the key, its value and what is legal."""
     for key in _COUNTS:
         count = ds_config.get(key)
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ConfigError(f"{key} = {count!r}: must be a whole number from 1 on")
+            raise ConfigError(f"{key} = {count!r}: must be a whole number of at least 1")
     stage = _zero_stage(ds_config)
     if _section(ds_config, "compile").get("deepcompile", False):
         # Its passes reduce gradients over replicas in each micro-batch's compiled backward.
@@ -123,6 +123,6 @@ def _sums(ds_config: Mapping[str, Any]) -> str | None:
 
 
 def _dtype_name(asked: Any) -> str | None:
-    """The name that DeepSpeed calls a dtype by, of any of its names."""
+    """DeepSpeed's main name of a dtype, given any of its names."""
     name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
     return name

@@ -1,12 +1,12 @@
-"""The "pipeline_schedule" section of ds_config.json, and where it is looked for.
+"""The "pipeline_schedule" section of ds_config.json, and where it is read from.
 
     "pipeline_schedule": "v-half"
     "pipeline_schedule": {"name": "adaptive", "memory_limit": 0.6, "times": "profile"}
     "pipeline_schedule": {"name": "v-half", "partition": [0, 3, 5, 8, 10]}
 
-DeepSpeed keeps unknown top-level keys and rejects none, so a misspelt key would train without us and say nothing;
-`read_section` therefore refuses keys that look like ours. Which schedule names exist isn't known here: that is for
-`ds_vshape.schedule.named`.
+DeepSpeed ignores unknown top-level keys, so with a misspelt key a job would silently train under DeepSpeed's own
+schedule; `read_section` therefore refuses keys that look like this one. It doesn't check the schedule's name;
+`ds_vshape.schedule.named` does.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _BYTES = TypeAdapter(ByteSize)
 
 
 def _text(value: Any) -> str:
-    """Only a text is a number of bytes: a number is a fraction."""
+    """`value`, which must be a string, because a number is a fraction."""
     if not isinstance(value, str):
-        raise ValueError("no text")
+        raise ValueError("not a string")
     return value
 
 
 class ConfigError(ValueError):
-    """A config that can't be used; the message names the key, the value and what would be legal."""
+    """An illegal config. The message names the key, the value and what would be legal."""
 
 
 # Strict, or true would be 1.0.
 Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
-# Of one rank: beyond any machine's.
+# The memory of one rank; more than any machine has.
 MOST_BYTES = 2**50
 Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0, le=MOST_BYTES)]
 
@@ -73,7 +73,7 @@ def _from_to(low: float, high: float, unit: str) -> WrapValidator:
 
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-# Shorter ones would end good batches, and longer ones overflow in what waits.
+# Shorter timeouts would end healthy batches; longer ones overflow in the functions that wait.
 Timeout = Annotated[_Positive, _from_to(1, 7 * 86400, "seconds")]
 PlanningTime = Annotated[_Positive, _from_to(0.001, 86400, "seconds")]
 Share = Annotated[_Positive, _from_to(0.001, 1000, "of a stage's time")]
@@ -87,12 +87,12 @@ class LayerCosts(BaseModel):
     costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
 
 
-# The type of a problem with a value of the right form that is beyond a bound, which its message names.
+# The type of a validation error for a well-formed value outside its bounds; the message names the bounds.
 _BEYOND = "beyond"
 
 
 def _one_problem(key: LiteralString, legal: LiteralString) -> WrapValidator:
-    """One error for the whole value of `key`, instead of one for each part or kind that isn't right."""
+    """One error for the whole value of `key`, instead of one for each illegal part and each type that it might have."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -111,7 +111,7 @@ Partition = Annotated[
     _one_problem("partition", "must be a method's name, a list of the first layer of each stage with the end (from 0 "
                  'to 1000000), or {"costs": [a number, or F, B and W, for each layer]}')]
 
-# All of a trace's batches are kept until its end, and its files are written anew after each.
+# A trace keeps all its batches in memory, and writes its files again after each.
 MOST_TRACED, LAST_TRACED = 1000, 10**9
 
 
@@ -208,16 +208,16 @@ class ScheduleConfig(BaseModel):
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
-    """A hint for error messages: the legal word that looks most like `word`, and all of them."""
+    """A hint for error messages: the legal word that is closest to `word`, and the list of all legal words."""
     close = difflib.get_close_matches(word, legal, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Legal: {', '.join(legal)}"
 
 
 def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
-    """The section of a whole ds_config, or None where it has none.
+    """The section of a ds_config, or None if it has none.
 
-    Raises ConfigError for a misspelt key (at the top or in the section) and for a value out of range.
+    Raises ConfigError for a misspelt key (at the top level or in the section) and for an illegal value.
     """
     for key in ds_config:
         if isinstance(key, str) and key != KEY and key not in _DEEPSPEED_KEYS and _resembles(key):
@@ -233,7 +233,7 @@ def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
     try:
         return ScheduleConfig.model_validate(dict(section))
     except ValidationError as error:
-        # A field of two kinds has a problem for each of them.
+        # A field with several types has an error for each of them.
         raise ConfigError("; ".join(dict.fromkeys(map(_explain, error.errors())))) from None
 
 
@@ -264,10 +264,10 @@ def _are_bytes(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for an error: its Python form, cut where it is very long."""
+    """A value as shown in errors: its repr, truncated if it is very long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # numbers of thousands of digits, lists that hold themselves
+    except (ValueError, RecursionError):  # numbers of thousands of digits, lists that contain themselves
         return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -277,8 +277,8 @@ def _fields() -> list[str]:
 
 
 def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
-    """A ds_config as a mapping; `config` may be all that `deepspeed.initialize` takes: a dictionary, the path of a
-    (H)JSON file, or such a text in URL-safe base64.
+    """A ds_config as a mapping. As for `deepspeed.initialize`, `config` is a dictionary, the path of a (H)JSON file, or
+    the text of one in URL-safe base64.
     """
     if isinstance(config, Mapping):
         return config
@@ -293,36 +293,36 @@ def load_ds_config(config: DsConfig) -> Mapping[str, Any]:
             raise ConfigError(f"DeepSpeed config {config!r} can't be read: {error}") from None
     else:
         try:
-            # Without `validate`, what is no base64 is skipped, and the path of a missing file may pass for a text.
+            # Without `validate`, illegal characters are skipped, and the path of a missing file may decode as base64.
             text = base64.b64decode(config, altchars="-_", validate=True).decode("utf-8")
         except ValueError:
-            raise ConfigError(f"DeepSpeed config {shown(config)}: no such file, and no base64 text either") from None
+            raise ConfigError(f"DeepSpeed config {shown(config)}: no such file, nor base64 text") from None
     try:
         loaded = hjson.loads(text)
     except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and a thousand levels
-        raise ConfigError(f"DeepSpeed config {shown(config)} is no JSON: {error}") from None
+        raise ConfigError(f"DeepSpeed config {shown(config)} isn't valid JSON: {error}") from None
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"DeepSpeed config {shown(config)} holds a {type(loaded).__name__}: must be an object")
     return loaded
 
 
 def find_section(config: DsConfig | None, arguments: Sequence[str]) -> ScheduleConfig | None:
-    """The section from the first config that is there: `config` itself, the file that the environment variable
-    DS_VSHAPE_CONFIG names, the file after --deepspeed_config in `arguments`; None if there is none of them.
+    """The section of the first config given: `config` itself, the file that the environment variable DS_VSHAPE_CONFIG
+    names, or the file after --deepspeed_config in `arguments`. None if none is given.
     """
     found = find_ds_config(config, arguments)
     return None if found is None else read_section(found)
 
 
 def find_ds_config(config: DsConfig | None, arguments: Sequence[str]) -> Mapping[str, Any] | None:
-    """The ds_config from the first of these that is there; None if there is none of them."""
+    """The ds_config from the first of these that is given; None if none is."""
     if config is None:
         config = os.environ.get(ENVIRONMENT_VARIABLE) or _from_arguments(arguments)
     return None if config is None else load_ds_config(config)
 
 
 def _from_arguments(arguments: Sequence[str]) -> str | None:
-    """The option's value; where it is given again, the last one counts, as with argparse."""
+    """The option's value; if it is repeated, the last one counts, as with argparse."""
     found = None
     for argument, following in zip_longest(arguments, arguments[1:]):
         if argument == _OPTION:

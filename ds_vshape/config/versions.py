@@ -1,7 +1,7 @@
 """The versions of DeepSpeed and torch that this package is tested with, and the check of what is installed.
 
-The engine replaces parts that DeepSpeed doesn't call public, so another version may train wrongly and say nothing:
-outside the tested ranges one error names everything that is needed to put it right.
+The engine replaces private parts of DeepSpeed, so with another version it might train incorrectly without an error.
+Outside the tested ranges one error names the installed and the required versions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class VersionError(ImportError):
 
 
 class UntestedVersionWarning(UserWarning):
-    """Takes VersionError's place when the user has allowed untested versions."""
+    """Replaces VersionError if the user has allowed untested versions."""
 
 
 def check_versions(version_of: Callable[[str], str] = metadata.version) -> None:
-    """Raise VersionError unless all packages of TESTED are there in tested versions; imports none of them.
+    """Raise VersionError unless all packages of TESTED are installed in tested versions; imports none of them.
 
     With DS_VSHAPE_ALLOW_UNTESTED_VERSIONS=1 in the environment an untested version gives a warning instead; a missing
     package stays an error. `version_of` maps a package's name to its version, as importlib.metadata.version does.

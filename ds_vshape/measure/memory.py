@@ -36,7 +36,7 @@ class Storages:
         self.add(tensors)
 
     def add(self, tensors: Iterable[Any]) -> None:
-        """Take in the memory of `tensors`; what is no tensor is passed over, and what has no plain storage too."""
+        """Count the memory of `tensors`; anything else is ignored, and so are tensors without plain storage."""
         for tensor in _strided(tensors):
             ref, _, size = _reference(tensor)
             self._bytes[ref] = size

@@ -1,4 +1,4 @@
-"""What a batch really took: the passes' times on every rank, and how they compare with the simulation."""
+"""Measured times of a batch: those of each pass on every rank, and how they compare with the simulation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
 
 class HostClock:
-    """Reads the host's clock: right where a pass has ended when its call returns, as on CPU."""
+    """Reads the host's clock: correct if a pass has ended when its call returns, as on CPU."""
 
     def now(self) -> float:
         return time.perf_counter()
@@ -86,8 +86,8 @@ class PassRecorder:
 def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
     """The whole pipeline's measured timeline, on every rank of `group` (collective).
 
-    Every rank counts from its host's begin of the batch, which all hosts enter together from the batch before, so no
-    clocks need to agree across hosts. (What a script does on one rank between batches isn't seen.)
+    Each rank's times count from its host's start of the batch. The end of the previous batch synchronizes the ranks, so
+    the clocks of the hosts need not agree. (What a script does on one rank between batches isn't measured.)
     """
     longest = max(map(len, orders), default=0)
     own = torch.zeros(longest, 2, dtype=torch.float64)

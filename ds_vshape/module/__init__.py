@@ -6,7 +6,7 @@
     shared_weights.py    weights that several layers hold without a TiedLayerSpec
     loss_fn.py           the weights of a loss function that is a module
     layer_times.py       how long each layer takes, measured before the model is cut
-    dummy_parameter.py   what a rank trains that has no gradient of its own
+    dummy_parameter.py   a parameter for ranks that have nothing to train
     fast_setattr.py      attributes that change with each pass
 """
 

@@ -1,14 +1,14 @@
-"""What a rank trains that has no gradient of its own to count.
+"""A dummy parameter for ranks that have nothing to train.
 
-Torch's optimizers refuse an empty list of parameters, ZeRO fails on one that holds frozen parameters alone, and
-BF16_Optimizer on a norm of no gradients. A rank whose layers are all frozen couldn't be trained, nor a second tensor
-parallel rank that has only weights which the first one counts; DeepSpeed's own engine can train neither. A parameter of
-one zero, which no layer uses, stands in, and its gradient is zero.
+Torch's optimizers refuse an empty list of parameters, ZeRO fails if all its parameters are frozen, and BF16_Optimizer
+fails on the norm of no gradients. DeepSpeed's own engine therefore can't train a model that leaves a rank with frozen
+layers only, or a second tensor parallel rank with only weights that the first one counts in the norm. Such a rank gets
+one additional parameter, a single zero, which no layer uses and whose gradient is zero.
 
-Layer files of checkpoints don't contain it. Tensor parallel ranks all have one if one of them has, because DeepSpeed's
+The layer files of checkpoints don't contain it. If one tensor parallel rank has one, all do, because DeepSpeed's
 universal conversion (checkpoint/ds_to_universal.py) joins the slices of each parameter over them. It isn't loaded from
-universal checkpoints, since one of DeepSpeed's own, or of another number of ranks, may have none; for this DeepSpeed's
-private method Parameter.load_hp_checkpoint_state (checkpoint/universal_checkpoint.py) is replaced.
+universal checkpoints, because one of DeepSpeed's own engine, or of another number of ranks, may not contain it; to skip
+it, DeepSpeed's private method Parameter.load_hp_checkpoint_state (checkpoint/universal_checkpoint.py) is replaced.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ NAME = "stand_in"
 
 
 def with_stand_in(module: Any, parameters: Iterable[Any] | None) -> list[Any]:
-    """What deepspeed.initialize may take for `parameters` (a list, one of groups, or None for all of the module's).
+    """The parameters to pass to deepspeed.initialize: `parameters`, with a dummy parameter if this rank needs one.
 
-    They come back as they are where one of them is trained and counts in the gradients' norm on each of the ranks that
-    share this one's layers, else with a stand-in, which the module then has too. Collective with tensor parallel ranks.
+    A rank needs one unless each of the ranks that share its layers trains a parameter that counts in the norm of the
+    gradients. The dummy parameter is registered in `module`. Collective over tensor parallel ranks.
+
+    Args:
+        parameters: a list of parameters, or of groups; None for all parameters of `module`.
     """
     given = [{**entry, "params": _listed(entry["params"])} if isinstance(entry, dict) else entry
              for entry in (module.parameters() if parameters is None else parameters)]
@@ -52,17 +55,17 @@ def with_stand_in(module: Any, parameters: Iterable[Any] | None) -> list[Any]:
 
 
 def _registered(module: nn.Module) -> nn.Parameter:
-    """A new stand-in, which `module` has from now on."""
+    """A new dummy parameter, registered in `module`."""
     like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
     stand_in: Any = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
-    # It counts on every rank.
+    # It counts in the norm on every rank.
     stand_in.ds_pipe_replicated, stand_in.tensor_model_parallel = False, True
     module.register_parameter(NAME, stand_in)
     return stand_in  # type: ignore[no-any-return]
 
 
 def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
-    """Whether a rank that shares this one's layers trains nothing that it counts."""
+    """Whether some rank that shares this one's layers trains nothing that counts in the norm."""
     first = bwc_tensor_model_parallel_rank(module.mpu()) == 0
     wanted = not any(not p.ds_pipe_replicated and (first or is_model_parallel_parameter(p)) for p in trained)
     groups = module.topology().get_axis_comm_lists("model")
@@ -73,7 +76,7 @@ def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
 
 
 def add_to(optimizer: Any, module: nn.Module) -> None:
-    """Add a stand-in to an optimizer that the script has made, where one is wanted."""
+    """Add a dummy parameter to an optimizer that the script has made, if this rank needs one."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     *_, last = with_stand_in(module, parameters)
     if not any(last is parameter for parameter in parameters):
@@ -81,9 +84,9 @@ def add_to(optimizer: Any, module: nn.Module) -> None:
 
 
 def keep_from_universal(module: Any) -> None:
-    """Keep the stand-in, if there is one, as it is when a universal checkpoint is loaded.
+    """Leave the dummy parameter, if there is one, unchanged when a universal checkpoint is loaded.
 
-    To be called when an optimizer has been made for it.
+    To be called after its optimizer has been made.
     """
     stand_in: Any = getattr(module, NAME, None)
     if stand_in is not None and hasattr(stand_in, "load_hp_checkpoint_state"):
@@ -91,8 +94,8 @@ def keep_from_universal(module: Any) -> None:
 
 
 def _stay_zero(stand_in: Any, folder: str, *ranks: Any, **of_experts: Any) -> Any:
-    """In place of DeepSpeed's method: gives the stand-in the optimizer states that other parameters have, as zeros, and
-    returns their step."""
+    """Replaces DeepSpeed's method: gives the dummy parameter the optimizer states of other parameters, filled with
+    zeros, and returns their step."""
     mapping, step = stand_in._hp_mapping, None
     mapping.optim_fragment = {}
     for path in _files_of_a_parameter(Path(folder).parent):
@@ -114,7 +117,7 @@ def _listed(parameters: Any) -> list[Any]:
 
 
 def give_gradient(module: nn.Module, delivery: GradientAccumulator) -> None:
-    """The stand-in's gradient of a batch, if there is a stand-in."""
+    """Add the dummy parameter's zero gradient of a batch, if there is one."""
     stand_in = getattr(module, NAME, None)
     if stand_in is not None:
         delivery.add(stand_in, torch.zeros_like(stand_in))

@@ -1,9 +1,9 @@
-"""The weights of a loss function that is a module have a file of their own in a checkpoint.
+"""Saves the weights of a loss function that is a module, in a separate file of the checkpoint.
 
-DeepSpeed's PipelineModule has them on every rank, trains them on the one that computes the loss, and saves and loads
-layers only. Its loading and its conversions look for `layer_*`, `mp_rank_*` and `*_optim_states.pt`, and ignore this
-file. An optimizer's file has the copies of its rank, so the conversion must be told which of them not to take: the
-optimizer's _param_slice_mappings (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py) list what it takes.
+DeepSpeed's PipelineModule has them on every rank, trains them on the rank that computes the loss, and saves and loads
+only layers. Its loading and its conversions look for `layer_*`, `mp_rank_*` and `*_optim_states.pt`, and ignore this
+file. Each rank's optimizer file contains that rank's copies, so the conversion must skip all but the trained ones: the
+optimizer's _param_slice_mappings (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py) list what it converts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def load_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, strict: bool) 
 
 
 def convert_without(optimizer: Any, names: Iterable[str]) -> None:
-    """Have DeepSpeed's ds_to_universal.py leave out the parameters `names` of what `optimizer` saves."""
+    """Make DeepSpeed's ds_to_universal.py skip the parameters `names` in the file that `optimizer` saves."""
     for group in getattr(optimizer, "_param_slice_mappings", ()):
         for name in names:
             group.pop(name, None)

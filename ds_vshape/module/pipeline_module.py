@@ -53,11 +53,11 @@ from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, ch
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 
-# What two measurements of one layer may differ by.
+# The relative difference that two measurements of one layer may have.
 _NOISE = 0.02
 _PARTITION: TypeAdapter[Partition] = TypeAdapter(Partition)
 
-# What is called before a module with a schedule is built: plugin.py makes the engines for it, and imports this module.
+# Called before a module with a schedule is built. plugin.py registers here, because it imports this module.
 before_building: list[Callable[[], None]] = []
 
 
@@ -114,7 +114,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
                  example: Any = None, **kwargs: Any) -> None:
         self.schedule_config: ScheduleConfig | None
         self.chunks: list[Chunk] = []
-        # What the layers were measured to take, if the partition asked for it.
+        # The measured times of the layers, with the partition "profile".
         self.layer_times: LayerTimes | None = None
 
         if isinstance(layers, Iterable) and not isinstance(layers, (Sequence, nn.Module)):
@@ -175,7 +175,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             ranks, self.num_stages = self.num_stages, self.placement.stages
             super()._partition_layers(partition)
             self.num_stages = ranks
-            # Some of them give NumPy's integers, which DeepSpeed's own seeding then refuses.
+            # Some of them return NumPy's integers, which DeepSpeed's own seeding refuses.
             self.parts: list[int] = [int(bound) for bound in self.parts]
         else:
             self.parts = list(self._bounds(partition))
@@ -183,9 +183,9 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         self._set_bounds(*self.parts[self.stage_id:self.stage_id + 2])
 
     def _adopt_partition(self) -> None:
-        """Take over what a subclass's `_partition_layers` has set; collective.
+        """Use the bounds that a subclass's `_partition_layers` has set; collective.
 
-        Raises PartitionError where that can't be the bounds of the placement's stages.
+        Raises PartitionError if they can't be the bounds of the placement's stages.
         """
         assert self.schedule_config is not None
         if type(self)._partition_layers is _PARTITION_LAYERS:
@@ -194,7 +194,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         if self.schedule_config.partition is not None:
             self._divide(self.schedule_config.partition)
         elif stages == self.placement.ranks:
-            # What a rank builds in DeepSpeed are its local bounds, whatever `parts` says.
+            # In DeepSpeed a rank builds the layers of its local bounds, even if `parts` differs.
             self.parts = self._chain_of_local_bounds(name)
         elif len(getattr(self, "parts", ())) != stages + 1:
             raise PartitionError(
@@ -204,7 +204,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         self.parts = list(check_bounds(tuple(map(int, self.parts)), stages, self._num_layers))
 
     def _chain_of_local_bounds(self, name: str) -> list[int]:
-        """The stages' bounds, of what each rank is to build; collective."""
+        """The stages' bounds, from the local bounds of all ranks; collective."""
         stop = self._num_layers if self._local_stop is None else self._local_stop
         own = {"stage": self.stage_id, "bounds": [int(self._local_start), int(stop)]}
         of_stages: dict[int, list[int]] = {}
@@ -218,7 +218,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         return [bounds[0][0], *(stop for _, stop in bounds)]
 
     def _bounds(self, partition: Partition) -> Sequence[int]:
-        """The stages' bounds by one of our own methods."""
+        """The stages' bounds by a method that DeepSpeed doesn't have."""
         if isinstance(partition, tuple):
             return check_bounds(partition, self.placement.stages, self._num_layers)
         if isinstance(partition, LayerCosts):
@@ -235,7 +235,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
 
     def _measure_layers(self) -> LayerTimes:
         where = self._topo.get_coord(self.global_rank)
-        # Tensor parallel layers talk with their like, so all of these run them.
+        # Tensor parallel layers communicate, so all ranks that share them run them.
         measures = where.pipe == 0 and where.data == 0
         device = get_accelerator().device_name(self.local_rank)
         return LayerProfiler(self._layer_specs, self._example, self.loss_fn, self._seed_layer, device,
@@ -246,7 +246,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             (self.seed_fn or set_random_seed)(self.base_seed + layer)
 
     def _enter_layer(self, forwards: int, layer: int) -> None:
-        """What DeepSpeed does before each layer of the module's forward number `forwards`."""
+        """Seed `layer` as DeepSpeed does, in the module's forward number `forwards`."""
         self.curr_layer = layer
         if self.seed_layers:
             (self.seed_fn or set_random_seed)(self.base_seed * (forwards + 1) + layer)
@@ -266,7 +266,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         shared = shared_weights(self._layer_specs)
         if shared and self.placement.ranks > 1:
             logger.warning(warning_of(shared))
-        # A layer that can't be built on one rank is told on all.
+        # If a layer can't be built on one rank, all ranks raise the error.
         self.preflight.compare(self._build_chunks)
 
     def _build_chunks(self) -> Facts:
@@ -288,9 +288,9 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         return {"bounds of the stages": self.parts}
 
     def forward(self, forward_input: Any) -> Any:
-        """The outputs of the active chunk, as DeepSpeed's forward, for inputs (a tensor or a tuple) of its first layer.
+        """The outputs of the active chunk for the inputs (a tensor or a tuple) of its first layer.
 
-        Segments of `activation_checkpoint_interval` layers are checkpointed, where DeepSpeed says they can be.
+        Segments of `activation_checkpoint_interval` layers are checkpointed, under the same conditions as in DeepSpeed.
         """
         if self.schedule_config is None:
             return super().forward(forward_input)
@@ -331,9 +331,9 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             return super()._index_tied_modules()  # type: ignore[no-any-return]
         if self._ties:
             check_shapes(self.preflight.gather(shapes_of(self.tied_modules, self.tied_weight_attrs)))
-        # The layers from whose ranks the others get their weights.
+        # The layers whose ranks send the weights to the others.
         self._tied_sources = {key: tie.first for key, tie in self._ties.items()}
-        # DeepSpeed counts a tied module's gradients over a group of ranks; one rank alone has nothing to add up.
+        # DeepSpeed sums a tied module's gradients over a group of ranks; a single rank needs no sum.
         comms = {key: comm for key, comm in super()._index_tied_modules().items() if len(comm["ranks"]) > 1}
         for key, tie in self._ties.items():
             if key in self.tied_modules and len(tie.layers) > 1:
@@ -385,8 +385,8 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         return self.placement.last_stage in self.placement.chunks[self.stage_id]
 
     def idle_weights(self) -> dict[str, nn.Parameter]:
-        """Weights, by name, that this rank has a copy of and never trains: those of a loss function that is a module,
-        where another rank computes the loss."""
+        """By name, the weights of which this rank has a copy that it never trains: those of a loss function that is a
+        module, if another rank computes the loss."""
         if not self.schedule_config or self._computes_loss or not isinstance(self.loss_fn, nn.Module):
             return {}
         used = {parameter for chunk in self.chunks for parameter in chunk.parameters()}
@@ -405,7 +405,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         return loss_fn_path(folder, self._grid._topo.get_rank_repr(rank=self.global_rank))
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
-        """As DeepSpeed's; PipelineError where it saved no file of a tied module (see tied.py)."""
+        """As DeepSpeed's. Raises PipelineError if DeepSpeed has saved no file of a tied module (see tied.py)."""
         self._tied_sources = {key: tie.filed for key, tie in self._ties.items()}
         for chunk in self.chunks:
             self._activate_files(chunk)
@@ -414,7 +414,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
                 here = tie.plain is None and 0 <= number < len(chunk.funcs)
                 if here and not self.ckpt_layer_path_list(load_dir, number):
                     raise PipelineError(f"{load_dir} has no weights of the tied layers {key!r} (layer {tie.filed}): "
-                                        "DeepSpeed saves none where all of them have a forward_fn")
+                                        "DeepSpeed saves none if all of them have a forward_fn")
             super().load_state_dir(load_dir, checkpoint_engine, strict)
         self._activate(self.chunks[0])
         if self.schedule_config and self._computes_loss:
@@ -446,7 +446,7 @@ def _topology(arguments: Mapping[str, Any]) -> Any:
 
 
 def read_partition(method: Any) -> Partition:
-    """PipelineModule's `partition_method`; PartitionError for what the config would refuse as "partition"."""
+    """PipelineModule's `partition_method`, checked as the config's "partition". Raises PartitionError."""
     try:
         return _PARTITION.validate_python(method)
     except ValidationError as error:

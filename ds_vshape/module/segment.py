@@ -1,12 +1,12 @@
 """Layers that run together between two activation checkpoints.
 
-DeepSpeed's own (PipelineModule.forward in runtime/pipe/module.py) is wrong about two things, in silence:
+DeepSpeed's own implementation (PipelineModule.forward in runtime/pipe/module.py) silently gets two things wrong:
 
-    seeds      a checkpointed layer is seeded by its place in its segment, so that dropout depends on the partition and
-               on the interval. Here a layer is seeded by its place in the model.
-    training   under a reentrant checkpoint autograd records nothing if no input wants a gradient, and a segment that
-               starts with an embedding, or after a frozen one, isn't trained. Here it gets an input of no elements
-               that wants one.
+    seeds      a checkpointed layer is seeded by its position in its segment, so dropout depends on the partition and on
+               the interval. Here a layer is seeded by its position in the model.
+    training   under a reentrant checkpoint autograd records nothing if no input requires a gradient, so a segment that
+               starts with an embedding, or follows a frozen one, isn't trained. Here it gets an additional empty input
+               that requires a gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
 from torch import Tensor, nn
 
-# DeepSpeed's form of it: the function to be recomputed, and its inputs.
+# As in DeepSpeed: called with the function to be recomputed, and its inputs.
 Checkpoint = Callable[..., Any]
 
 

@@ -1,11 +1,11 @@
 """Weights that several layers hold without a TiedLayerSpec.
 
-DeepSpeed builds each rank's layers in a process of its own. A module or a Parameter that two layers were given is one
-weight where both are on one rank, and two that drift apart where they aren't, so that what is trained depends on the
-placement. DeepSpeed says nothing of it; a plain model in one process has one weight always.
+DeepSpeed builds each rank's layers in a separate process. A module or a Parameter that two layers share is one weight
+if both are on one rank; otherwise it becomes two weights that diverge, so the trained model depends on the placement.
+DeepSpeed doesn't warn about it. In a model in one process it is always one weight.
 
-What layers hold is searched in the list that every rank gets, so that all ranks find the same: modules themselves,
-the arguments of LayerSpecs, and what functions close over.
+Every rank searches the same list of layers, so all ranks find the same: modules themselves, the arguments of
+LayerSpecs, and the closures of functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """`names` of some of the weights that the layers `layers` share, with how many there are."""
+    """`count` weights that the layers `layers` share, and the `names` of some of them."""
 
     layers: tuple[int, ...]
     names: tuple[str, ...]
@@ -58,9 +58,9 @@ def shared_weights(layers: Sequence[Any]) -> list[SharedWeights]:
 
 def warning_of(shared: Iterable[SharedWeights]) -> str:
     """The warning about all of them, in one line."""
-    return (f"{'; '.join(map(str, shared))}, without a TiedLayerSpec: layers on one rank train one weight, and those "
-            "on other ranks copies of it that drift apart, so that losses depend on which layers are together. Give "
-            "layers that share a weight as TiedLayerSpec with one key")
+    return (f"{'; '.join(map(str, shared))}, without a TiedLayerSpec: layers on one rank train one weight, layers on "
+            "other ranks train copies that diverge, so losses depend on which layers are on one rank. Give layers that "
+            "share a weight as TiedLayerSpec with one key")
 
 
 def _owner(layer: Any, number: int) -> Any:
@@ -99,7 +99,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _closed_over(function: FunctionType) -> list[Any]:
-    """What a function has beyond its arguments; of a script's globals, the modules and parameters that it names."""
+    """The values that a function refers to beyond its arguments; of globals only modules and parameters."""
     cells = []
     for cell in function.__closure__ or ():
         try:

@@ -1,14 +1,14 @@
-"""Layers that share weights, wherever they stand.
+"""Tied layers (TiedLayerSpec), on any ranks.
 
-DeepSpeed (runtime/pipe/module.py and engine.py) takes the lowest rank that has such a layer for the owner of its
-weights, which is right while ranks follow the layers. Around a V a later layer may stand on a lower rank:
+DeepSpeed (runtime/pipe/module.py and engine.py) assumes that the lowest rank with such a layer owns its weights, which
+is right while the ranks are in the order of the layers. In a V a later layer may be on a lower rank:
 
-    weights at the start    are those of the first layer, as in the model on one rank, whatever its rank
-    weights from a file     are those of the layer that has a file: one with a function of its own has none, unless all
-                            have one; then the first layer gets the file (DeepSpeed would save none)
+    initial weights       come from the first layer, as in the model on one rank, whichever rank holds it
+    weights from a file   come from the layer that has a file: a layer with a forward_fn has none, unless all have a
+                          forward_fn; then the first layer gets the file (DeepSpeed would save none)
 
-Layers of one key on one rank are one module, the first's, whatever the others ask for; and those on other ranks get its
-weights byte for byte. So all must be alike, which DeepSpeed doesn't check.
+Layers of one key on one rank are a single module, made from the first layer's arguments; layers on other ranks get its
+weights byte for byte. So the arguments of all must be equal, which DeepSpeed doesn't check.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Tie:
     """The layers of one key."""
 
     layers: tuple[int, ...]
-    # The first that is the module itself, of which DeepSpeed writes a file.
+    # The first layer without a forward_fn, for which DeepSpeed writes a file.
     plain: int | None
 
     @property
     def first(self) -> int:
-        """The layer with whose seed the weights are made."""
+        """The layer whose seed initializes the weights."""
         return self.layers[0]
 
     @property
     def filed(self) -> int:
-        """The layer whose file has the weights."""
+        """The layer whose file contains the weights."""
         return self.layers[0] if self.plain is None else self.plain
 
 
@@ -54,7 +54,7 @@ def find_ties(specs: Sequence[Any]) -> dict[str, Tie]:
 
 
 def joined(sets: Iterable[Iterable[int]]) -> list[set[int]]:
-    """The sets, those that share a member made one, in the order of their smallest members."""
+    """The union of all sets that overlap, in the order of their smallest members."""
     found: list[set[int]] = []
     for members in sets:
         whole = set(members)
@@ -66,18 +66,18 @@ def joined(sets: Iterable[Iterable[int]]) -> list[set[int]]:
 
 
 def check_one_module(key: str, layers: Sequence[tuple[int, TiedLayerSpec]]) -> None:
-    """Raises PipelineError if layers (number and spec) that stand on one rank aren't the same module."""
+    """Raise PipelineError if layers (number and spec) on one rank differ in their class or arguments."""
     for number, spec in layers[1:]:
         first, other = layers[0][1], spec
         if first.typename is not other.typename or _differ(first.module_args, other.module_args) or (
                 _differ(first.module_kwargs, other.module_kwargs)):
             raise PipelineError(f"tied layers {key!r}: layer {layers[0][0]} is {_shown(first)}, and layer {number} on "
-                                f"the same rank {_shown(other)}; they must be alike, with a forward_fn where the "
-                                "second is to do something else")
+                                f"the same rank {_shown(other)}; they must be equal; give the second a "
+                                "forward_fn if it computes something else")
 
 
 def check_has(module: nn.Module, key: str, names: Sequence[str]) -> None:
-    """Raises PipelineError unless `module` has all weights `names`."""
+    """Raise PipelineError unless `module` has all weights `names`."""
     weights = dict(module.named_parameters())
     for name in names:
         if name not in weights:
@@ -92,7 +92,7 @@ def shapes_of(modules: Mapping[str, nn.Module], names: Mapping[str, Sequence[str
 
 
 def check_shapes(of_ranks: Sequence[Mapping[str, Any]]) -> None:
-    """Raises PipelineError if ranks have other shapes of a tied weight; `of_ranks` as `shapes_of` tells them."""
+    """Raise PipelineError if the shapes of a tied weight differ between ranks; `of_ranks` has `shapes_of` of each."""
     for weight in sorted({weight for shapes in of_ranks for weight in shapes}):
         having = {rank: shapes[weight] for rank, shapes in enumerate(of_ranks) if weight in shapes}
         if any(shape != next(iter(having.values())) for shape in having.values()):
@@ -101,7 +101,7 @@ def check_shapes(of_ranks: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _differ(first: Any, other: Any) -> bool:
-    """Whether two arguments are plain data and not the same; what else there is can't be compared."""
+    """Whether two arguments are plain data and differ; other arguments can't be compared."""
     if isinstance(first, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(first) != len(other) or any(map(_differ, first, other))
     if isinstance(first, dict) and isinstance(other, dict):
