@@ -1,7 +1,7 @@
 """What a stage holds of one micro-batch from its forward to the end of its backward.
 
     before F     inputs
-    F to B       inputs (their .grad is wanted), and the loss or the roots: where the backward enters the graph
+    F to B       inputs (which require gradients), and the loss or the roots, where the backward enters the graph
     B to W       the store: inputs and output gradients of the split operators, nothing else
 """
 
@@ -24,7 +24,7 @@ from ds_vshape.split_backward import WeightGradientStore
 
 @dataclass
 class Buffer:
-    """The tensors of one (stage, micro-batch); each is let go as soon as nothing needs it."""
+    """The tensors of one (stage, micro-batch); each is released as soon as nothing needs it."""
 
     inputs: Payload | None = None
     labels: Any = None
@@ -32,11 +32,11 @@ class Buffer:
     roots: tuple[GradientEdge | None, ...] = ()
     output_grads: tuple[Tensor | None, ...] = ()
     store: WeightGradientStore = field(default_factory=WeightGradientStore)
-    # Of inputs or output gradients from the same rank, as they were when these were handed over.
+    # The versions of inputs or output gradients from the same rank, at the time when these were handed over.
     versions: Versions | None = None
 
     def take_input_grads(self) -> list[Tensor | None]:
-        """The gradients of the inputs. The buffer drops both, and the list has the only references to the gradients."""
+        """The gradients of the inputs. The buffer releases both; the list has the only references to the gradients."""
         assert self.inputs is not None
         grads = [None if t is None else t.grad for t in members(self.inputs)]
         for tensor in members(self.inputs):
@@ -46,7 +46,7 @@ class Buffer:
         return grads
 
     def check_unwritten(self, content: Content) -> None:
-        """Raises PipelineError if what was handed over on the same rank was written to meanwhile."""
+        """Raise PipelineError if tensors that were handed over on the same rank have been modified since."""
         if self.versions is not None:
             tensors = self.output_grads
             if content is Content.ACTIVATION and self.inputs is not None:
@@ -56,7 +56,7 @@ class Buffer:
 
 
 class Buffers:
-    """All that rank `rank` holds of a batch, and what its passes made for other ranks until that is sent."""
+    """All that rank `rank` holds of a batch, including the results of its passes that wait to be sent."""
 
     def __init__(self, placement: Placement, rank: int) -> None:
         self._placement, self._rank = placement, rank
@@ -67,15 +67,15 @@ class Buffers:
         return self._buffers[buffer_id]
 
     def open(self, buffer_id: BufferId) -> Buffer:
-        """The buffer, made if it isn't there."""
+        """The buffer, created if it doesn't exist."""
         return self._buffers.setdefault(buffer_id, Buffer())
 
     def close(self, buffer_id: BufferId) -> None:
-        """Nothing needs the buffer any more."""
+        """Release the buffer."""
         del self._buffers[buffer_id]
 
     def waiting(self, apart: BufferId) -> WeightGradientStore | None:
-        """The store of the earliest micro-batch whose weight gradients wait, apart from one whose B is running."""
+        """The store of the earliest micro-batch with pending weight gradients, except the one whose B is running."""
         found = {(buffer_id.micro_batch, buffer_id.stage): buffer.store for buffer_id, buffer in self._buffers.items()
                  if buffer.store and buffer_id != apart}
         return found[min(found)] if found else None
@@ -110,7 +110,7 @@ class Buffers:
         return self._outbox[Content.ACTIVATION, receiver]
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         self._buffers.clear()
         self._outbox.clear()
 

@@ -1,24 +1,23 @@
 """Where the gradients of a batch add up, their sums over ranks, and their clipping.
 
-An ordinary backward leaves gradients in `.grad`, and each of DeepSpeed's optimizers picks them up from there at a
-moment of its own; a gradient that comes after that moment would be lost without a word. So W hands its gradients to
-the place where the optimizer accumulates them:
+An ordinary backward leaves gradients in `.grad`. Each of DeepSpeed's optimizers collects them from there at a different
+time, and a gradient that arrives later would be lost without an error. So W adds its gradients where the optimizer
+accumulates them:
 
     optimizer                                                        place
     BF16_Optimizer (runtime/bf16_optimizer.py)                       its buffer of high precision
     DeepSpeedZeroOptimizer with an accumulation dtype of its own     parameter.grad_accum
     all others                                                       parameter.grad
 
-What else is put into `.grad` counts too, at any time: a backward that a layer or a loss function runs in
-its forward, a loss with weights of its own, a script between two batches. With BF16_Optimizer that is all there ever is
-in `.grad`: DeepSpeed zeroes it when a backward reaches a stage's outputs, so here it is moved to the buffer before
-that, and after the backward.
+Gradients that come into `.grad` from elsewhere count too, at any time: from a backward that a layer or a loss function
+runs in its forward, from a loss with weights of its own, from a script between two batches. With BF16_Optimizer `.grad`
+holds nothing else. DeepSpeed zeroes it when a backward reaches a stage's outputs, so here it is moved to the buffer
+before that, and after the backward.
 
-Weights that the optimizer doesn't hold get their gradients in `.grad`, by autograd in B, as under DeepSpeed: nothing
-else reads them.
+Weights that the optimizer doesn't hold get their gradients in `.grad`, by autograd in B, as under DeepSpeed.
 
-Where a gradient is added to that place by the product that computes it, the sum is rounded once, not twice: a little
-more exact than an unsplit backward's, so not equal to it bit for bit.
+If the product that computes a gradient also adds it to the sum, the result is rounded once instead of twice. It is
+slightly more exact than that of an unsplit backward, and therefore not equal to it bit for bit.
 """
 
 from __future__ import annotations

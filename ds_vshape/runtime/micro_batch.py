@@ -1,4 +1,4 @@
-"""What a micro-batch brings in, checked, and the losses that come out of it."""
+"""Checks the inputs and labels of a micro-batch, and its losses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ds_vshape.comm.payload import Payload
 
 
 class Intake:
-    """Takes apart what the data iterator gives: inputs and labels are its first two members, as DeepSpeed has it.
+    """Splits a sample of the data iterator: inputs and labels are its first two members, as in DeepSpeed.
 
     Args:
-        needed: how many members this rank needs: 2 where it computes the loss, else 1.
-        tells: whether this rank says, once, what is left out.
+        needed: how many members this rank needs: 2 if it computes the loss, else 1.
+        tells: whether this rank warns, once, that further members are ignored.
     """
 
     def __init__(self, needed: int, tells: bool) -> None:
         self._needed, self._tells = needed, tells
 
     def pair(self, sample: Any) -> tuple[Any, Any]:
-        """The inputs and the labels (None if they are missing and not needed); PipelineError if it isn't a pair."""
+        """The inputs and the labels (None if missing and not needed). Raises PipelineError if it isn't a pair."""
         if sample is None:
             raise PipelineError("there is no data: this rank needs an iterator that gives (inputs, labels)")
         if not isinstance(sample, (tuple, list)) or len(sample) < self._needed:
@@ -45,7 +45,7 @@ def _counted(members: int) -> str:
 
 
 def own_copy(data: Any, device: torch.device, what: str) -> Payload:
-    """`data` of the iterator as tensors that nothing else changes; PipelineError if it holds anything but tensors."""
+    """A copy of the iterator's `data`. Raises PipelineError if it contains anything but tensors."""
     if torch.is_tensor(data):
         return _copied(data, device)
     if not isinstance(data, (tuple, list)) or not data or not all(map(torch.is_tensor, data)):

@@ -1,8 +1,8 @@
 """The sum of gradients over data parallel ranks, started for each stage as soon as its last weight gradient is there.
 
-DeepSpeed's own (reduce_gradients of DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py) starts when all passes are
-done, and the links lie idle until then. Here its steps run for one stage after another, concurrently with the passes
-that remain.
+DeepSpeed's own reduction (reduce_gradients of DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py) starts after all
+passes, and the links are idle until then. Here its steps run for one stage after another, concurrently with the
+remaining passes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ds_vshape.split_backward import GradientAccumulator
 
 
 class EarlyReduction:
-    """Of the gradients that `optimizer` holds for the stages of this rank.
+    """Reduces the gradients that `optimizer` holds for the stages of this rank.
 
-    Every replica must reduce the same parameters in the same order, even one that has failed in the batch. So a stage
-    is reduced early once a batch has shown which of its parameters get gradients; the others, and those of several
-    stages, follow at the end.
+    Every replica must reduce the same parameters in the same order, even if it has failed in the batch. So a stage is
+    reduced early only after one batch has shown which of its parameters get gradients; all other parameters, and those
+    of several stages, are reduced at the end.
     """
 
     def __init__(self, module: Any, optimizer: DeepSpeedZeroOptimizer, background: Background,
@@ -41,7 +41,7 @@ class EarlyReduction:
         self._reduced: set[Parameter] = set()
 
     def start(self, stage: int) -> None:
-        """All gradients of `stage` are there; on every replica at the same place of its program."""
+        """Start the reduction of `stage`, whose gradients are complete; every replica does so at the same place."""
         if self._with_gradients is None:
             return
         parameters = [parameter for parameter in self._of_stage[stage]

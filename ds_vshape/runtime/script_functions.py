@@ -1,16 +1,16 @@
-"""Functions that a script has put in the place of DeepSpeed's own.
+"""Functions with which a script has replaced DeepSpeed's own.
 
-DeepSpeed's engine looks up in PipelineEngine._INSTRUCTION_MAP (runtime/pipe/engine.py) which function executes an
-instruction, so scripts put their own in there: into that of DeepSpeed's class, or of a subclass of their own. What our
-engine makes of them, put there before or after it was made:
+PipelineEngine._INSTRUCTION_MAP (DeepSpeed's runtime/pipe/engine.py) maps each instruction to the function that executes
+it. Scripts put functions of their own into the map of DeepSpeed's class, or of a subclass, before or after the engine
+is constructed. The engine of this package treats them as follows:
 
-    ReduceTiedGrads, ReduceGrads, OptimizerStep     run where ours would
-    all others                                      an error: they work on buffers of one stage a rank, and on passes
-                                                    that a split backward doesn't have
+    ReduceTiedGrads, ReduceGrads, OptimizerStep     run in place of its own functions
+    all others                                      refused: they work on buffers of one stage on each rank, and on
+                                                    passes that a split backward doesn't have
 
-A function in the map of our own engine's class, or of one engine, gets what our instructions have, and its author must
-know them; but one for whole passes alone is an error where a schedule runs split ones. Methods that choose what a batch
-consists of are refused too.
+A function in the map of this package's engine class, or of one engine, gets the arguments of this package's
+instructions, which its author must know; one for whole passes only is refused if the schedule runs split ones. Methods
+that decide what a batch consists of are refused too.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from ds_vshape.runtime.instructions import Execute, Instruction
 _AT_THE_END: tuple[Instruction, ...] = (instr.ReduceTiedGrads, instr.ReduceGrads, instr.OptimizerStep)
 _SPLIT: Mapping[Instruction, Instruction] = {instr.ForwardPass: instr.SplitForwardPass,
                                              instr.BackwardPass: instr.InputGradPass}
-# Methods that decide what a batch consists of, which our engine does itself.
+# Methods that decide what a batch consists of; here the schedule does.
 _OF_SCHEDULES = ("_exec_schedule", "_train_schedule", "_inference_schedule")
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _WAY_OUT = "train without \"pipeline_schedule\" in the config, or without that function"
 
 
 class ScriptFunctions:
-    """What a script has put in the place of functions of `engine`, a ds_vshape PipelineEngine.
+    """The functions with which a script has replaced those of `engine`, a ds_vshape PipelineEngine.
 
-    It may change between batches, so it's looked for before each. Raises PipelineError for methods that are refused.
+    They may change between batches, so `look` runs before each. Raises PipelineError for methods that are refused.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._seen: list[tuple[type, dict[Instruction, Execute]]] = []
         self._functions: dict[Instruction, Execute] = {}
-        # Timers and the like may have been put around these, for this engine alone.
+        # This engine may have wrapped these, for example with timers.
         self._at_start = _of_passes(type(engine)._INSTRUCTION_MAP)
         self._check_methods()
 
     @property
     def names(self) -> list[str]:
-        """The instructions that a function of the script executes."""
+        """The names of the instructions that functions of the script execute."""
         return sorted(instruction.__name__ for instruction in self._functions)
 
     def get(self, instruction: Instruction) -> Execute | None:

@@ -1,8 +1,8 @@
-"""Where to cut the layers into stages, so that all ranks have about as much to do.
+"""Divides the layers into stages so that all ranks have about the same amount of work.
 
-A schedule repeats at the pace of its slowest rank, so what must be even is the work of ranks: with two chunks a rank, a
-heavy head may stand beside a light first stage. DeepSpeed's methods even out stages, and put the whole of a heavy head
-on top of the share of rank 0.
+A schedule runs at the pace of its slowest rank, so the work of ranks must be balanced: with two chunks on each rank, a
+heavy head can share a rank with a light first stage. DeepSpeed's methods balance stages, which adds the whole of a
+heavy head to the share of rank 0.
 
 Among all cuts into stages of at least one layer, :func:`balance` takes, in this order,
 
@@ -14,7 +14,7 @@ far have taken, from the two ends that their placement gives them:
 
     linear         0 1 2 ..                     one chunk a rank
     v              0 1 2 ..        .. 7 6 5     from the model's two ends, until they meet
-    interleaved    0 1 2 .. | 4 5 6 ..          from the model's begin and from a middle, each up to its end
+    interleaved    0 1 2 .. | 4 5 6 ..          from the model's start and from a middle, each up to its end
 
 For `linear` and `v` the result is exact in both. For `interleaved` it is exact for each middle, and the best of at most
 `MIDDLES` of them, those nearest to half of the work: all that there are up to 2p + MIDDLES - 1 layers.

@@ -2,7 +2,7 @@
 
     adaptive          the best plan for the times within the memory limit
     v-min, v-half,    levels of memory (paper, Table 1). Their orders are made for passes that all take the same time;
-    v-zb, zb-v        for any other times the best plan at the same level is set beside the order, and the faster of
+    v-zb, zb-v        for other times the best plan at the same level is compared with the order, and the faster of
                       the two is taken
     all other names   the order of that name
 """

@@ -1,7 +1,7 @@
-"""Whole backwards where nobody gains from the split.
+"""Joins B and W to whole backwards where no rank gains from the split.
 
-Splitting a backward costs: the output gradient waits in memory, and the framework does less at once. Where W stands
-right behind its own B, and the stage before uses the input gradient no sooner than W ends anyway, BW does the same.
+Splitting a backward has a cost: the output gradient stays in memory, and the framework has two smaller pieces of work.
+If W directly follows its B, and the stage before doesn't use the input gradient until W has ended, BW is equivalent.
 """
 
 from __future__ import annotations

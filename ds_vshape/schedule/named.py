@@ -1,4 +1,4 @@
-"""The table of schedules: a new one is one file beside this and one line here."""
+"""The table of schedules. A new one needs a file in this folder and a line here (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

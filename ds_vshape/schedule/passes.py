@@ -2,7 +2,7 @@
 
 Training one micro-batch on one stage takes a forward (F) and a backward. The backward has two independent halves:
 B, the gradient of the stage's input, which the previous stage waits for, and W, the gradient of its weights, which
-nobody waits for before the optimizer step. BW is both in one go (an ordinary backward).
+nothing waits for before the optimizer step. BW is both at once (an ordinary backward).
 
     F2.5     forward of stage 2 on micro-batch 5
     B2.5     its input gradient
@@ -61,7 +61,7 @@ class Pass:
 
     def __post_init__(self) -> None:
         if not 0 <= self.piece < self.pieces or (self.pieces > 1 and self.kind is not Kind.W):
-            raise ValueError(f"{self!r} is no pass: only W comes in pieces, and they count from 0")
+            raise ValueError(f"{self!r} isn't a pass: only W has pieces, which count from 0")
 
     def __repr__(self) -> str:
         piece = f"[{self.piece}/{self.pieces}]" if self.pieces != 1 else ""
@@ -78,10 +78,10 @@ class Pass:
 
     @classmethod
     def parse(cls, text: str) -> Pass:
-        """The pass that `repr` wrote as `text`; ValueError if it is none."""
+        """The pass with the notation `text`, as `repr` writes it. Raises ValueError for other texts."""
         match = _NOTATION.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is no pass: write kind, stage and micro-batch like F2.5, "
+            raise ValueError(f"{text!r} isn't a pass: write kind, stage and micro-batch like F2.5, "
                              "with kind F, B, W or BW")
         kind, stage, micro_batch, piece, pieces = match.groups()
         return cls(Kind(kind), int(stage), int(micro_batch), int(piece or 0), int(pieces or 1))

@@ -1,7 +1,7 @@
-"""The loop of annealing: a pass of a critical path moves, and what comes after it is timed again.
+"""The inner loop of annealing: move a pass of a critical path, and time the passes after it again.
 
-Most of an order stays as it is, so only what follows the first change is timed; and where the rest of the batch is
-known to be too long, not even that. `left_shift` times orders as a whole.
+Most of an order is unchanged by a move, so only the passes after the first change are timed, and not even these once
+the rest of the batch is known to take too long. `left_shift` times whole orders.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _settled(now: Times, lasts: Ints, settled: Ints) -> None:
 def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled: Ints, tails: Floats) -> None:
     """Into `tails` [rank, place]: how long the batch lasts at least from each pass's start, for those before `settled`.
 
-    `settled` is spoilt.
+    Overwrites `settled`.
     """
     ranks, length = orders.shape
     left = 0
@@ -198,7 +198,7 @@ def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times,
             at.place[rank], at.free[rank] = place, free
             if free > cutoff:
                 return False
-        # To and fro, as micro-batches go.
+        # Back and forth over the ranks, as micro-batches do.
         rank += step
         if rank == ranks or rank < 0:
             step = -step
@@ -271,7 +271,7 @@ def _move(layout: Layout, order: Ints, number: Ints, places: Ints, place: int, d
           repeats: int) -> tuple[int, int]:
     """Move a rank's pass by `distance`, and as many following micro-batches' past the same neighbours of theirs.
 
-    From where to where the order changed; (0, -1) if the move isn't possible. `places` are spoilt.
+    From where to where the order changed; (0, -1) if the move isn't possible. Overwrites `places`.
     """
     stream, other = order[place], order[place + distance]
     mine, others = number[place], number[place + distance]
@@ -329,7 +329,7 @@ def _move_on_ranks(layout: Layout, orders: Ints, numbers: Ints, places: Ints, sp
     """`_move` on `rank`, and past the same neighbour on up to `spread` ranks either side that allow it; if `rank` does.
 
     From where to where orders changed comes into `firsts` and `lasts` [rank], and what they were into `old_orders` and
-    `old_numbers`. `spare` is for places that may be spoilt.
+    `old_numbers`. `spare` is scratch memory for places.
     """
     stream, mine = orders[rank, place], numbers[rank, place]
     past, others = orders[rank, place + distance], numbers[rank, place + distance]

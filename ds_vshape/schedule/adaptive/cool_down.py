@@ -1,7 +1,7 @@
-"""A cool-down in haste: when a rank has no forwards left, nothing takes memory, so W may wait as long as it likes.
+"""Reorders the cool-down: after a rank's last forward no more memory is taken, so W can be postponed.
 
-A repeated block runs W in its turn up to the end. There the inputs of B come late, and what B is late by, the whole
-batch is. So each B comes first, and W fills what is left between them and after.
+A repeated block keeps its order to the end. There the inputs of B arrive late, and every delay of a B delays the whole
+batch. So each B runs as early as it can, and W fills the gaps between them and the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ds_vshape.schedule.adaptive.problem import SLACK
 
 
 def reschedule_cooldown(run: Run, scheduler: ListScheduler) -> Run:
-    """`run` with its cool-down in haste, or as it is if that is better."""
+    """`run` with its cool-down reordered, or unchanged if that is faster."""
     if scheduler.fused:
         return run
     firsts = [int(np.flatnonzero(order < B0)[-1]) + 1 for order in run.orders]
@@ -28,7 +28,7 @@ def reschedule_cooldown(run: Run, scheduler: ListScheduler) -> Run:
 
 
 def _filled(rank: int, first: int, fastest: Run, scheduler: ListScheduler) -> list[int]:
-    """The order of `rank` where the passes from place `first` on are B as in `fastest`, and W wherever one fits."""
+    """The order of `rank` in which the passes from place `first` on are B as in `fastest`, and W wherever one fits."""
     pieces = fastest.policy.pieces
     durations = scheduler.layouts(pieces).durations[rank]
     order: list[int] = fastest.orders[rank, :first].tolist()

@@ -1,8 +1,8 @@
-"""From a schedule of few micro-batches to one of many: its middle is repeated.
+"""Extends a schedule of few micro-batches to many by repeating its middle.
 
 With more micro-batches than fill the pipeline, warm-up and cool-down stay the same and a pattern of one or a few
-micro-batches repeats between them. Searching with fewer micro-batches is faster, and finds the same ramps. What repeats
-is taken over as it is (`lengthened`), or as target starts for the list scheduler (`extended`).
+micro-batches repeats between them. Searching with fewer micro-batches is faster, and finds the same ramps. The repeated
+part is copied (`lengthened`), or gives target starts to the list scheduler (`extended`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, Run, TargetStarts
 from ds_vshape.schedule.adaptive.problem import Problem
 
-# Patterns of so many micro-batches all fit into that many.
+# Lengths of patterns in micro-batches, and a number of micro-batches that all of them divide.
 _PERIODS = (1, 2, 3, 4, 6)
 _WHOLE_PERIODS = 12
-# Shares of a batch's passes near which something is repeated.
+# Where patterns are looked for, as shares of a batch's passes.
 _MIDDLES = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 
 
 def fewer_micro_batches(problem: Problem) -> Problem | None:
-    """`problem` with so many micro-batches less that its ramps are still there; None if it has no more than those."""
+    """`problem` with fewer micro-batches, but enough for the whole ramps; None if it has no more than these."""
     least = max(8, 2 * problem.ranks)
     left_out = (problem.micro_batches - least) // _WHOLE_PERIODS * _WHOLE_PERIODS
     return replace(problem, micro_batches=problem.micro_batches - left_out) if left_out > 0 else None
 
 
 def extended(run: Run, micro_batches: int) -> Iterator[TargetStarts]:
-    """Starts for so many micro-batches that repeat a part of `run`, which has fewer."""
+    """Starts for `micro_batches` micro-batches that repeat a part of `run`, which has fewer."""
     fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
         for period in _PERIODS:
@@ -48,9 +48,9 @@ def _repeated(starts: TargetStarts, at: int, period: int, more: int) -> TargetSt
 
 
 def lengthened(run: Run, micro_batches: int) -> Iterator[NDArray[np.int64]]:
-    """Orders [rank, place] for so many micro-batches: those of `run`, and what it repeats near its middle more often.
+    """Orders [rank, place] for `micro_batches` micro-batches: those of `run`, with a part near the middle repeated.
 
-    A rank repeats a part that has as many passes of each stream; where annealing left none, there is nothing to repeat.
+    A rank repeats a part with equally many passes of each stream. There are none if annealing has left no such part.
     """
     fewer, pieces = run.starts.shape[2:]
     share = np.where(np.arange(len(KINDS)) >= W0, pieces, 1)

@@ -1,8 +1,9 @@
 """The search for good orders: known schedules, a population of blocks, cycles, then annealing of the best of them.
 
-Blocks and cycles settle what repeats, warm-up and cool-down follow by the list scheduler. Annealing then moves single
-passes, and those of many micro-batches or ranks alike, which improves all three. It hardly ever gets from one pattern
-to another, and which of them will be best isn't known before: so many of them race first, and those behind drop out.
+Blocks and cycles determine the repeating pattern; the list scheduler adds warm-up and cool-down. Annealing then moves
+single passes, or those of many micro-batches or ranks together, which improves all three. It rarely gets from one
+pattern to another, and the best one isn't known in advance. So many patterns are annealed in a race first, and the
+slower ones drop out.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Search:
         return self.left() <= 0 or any(run.makespan <= self.goal * (1 + SLACK) for run in self.bests.values())
 
     def step(self) -> None:
-        """One more try."""
+        """Try one more block, or anneal one more run."""
         left = self.left()
         if (left > _RANDOM and not self.adopted) or not self.populations:
             self._try_block(Block.random(self.problem.max_pieces, self.random))
@@ -141,7 +142,7 @@ class Search:
         self._imitate(run, _IMITATIONS)
 
     def try_regular_blocks(self) -> None:
-        """Blocks without a bubble, if the limits have room for one."""
+        """Try blocks without a bubble, if the memory limits allow one."""
         for orders in regular_orders(self.scheduler, _REGULAR):
             run = self._run_of(orders)
             if run is not None:
@@ -150,7 +151,7 @@ class Search:
                 self.cycles = []
 
     def try_cycles(self) -> None:
-        """What repeats fastest, and what is like it with other ramps; found first, if it wasn't yet."""
+        """Try the cycles with the shortest periods, and imitations with other ramps; finds the cycles if needed."""
         if self.cycles is None:
             self.cycles = self._find_cycles()
         for cycle in self.cycles:
@@ -160,7 +161,7 @@ class Search:
                 self.repeated.append(min(self._imitate(run, 0.0), key=lambda run: run.makespan))
 
     def start(self) -> None:
-        """Make sure of a run, whatever the limits: every micro-batch as fast as it can go."""
+        """Find a first run under any limits: every micro-batch runs as fast as it can."""
         for patience in PATIENCES:
             self._try_block(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
 
