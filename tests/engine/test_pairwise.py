@@ -1,4 +1,4 @@
-"""The covering rows of tests/pairwise.py, against all combinations."""
+"""The covering rows of tests/engine/pairwise.py, against all combinations."""
 
 from __future__ import annotations
 

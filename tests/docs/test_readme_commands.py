@@ -1,7 +1,7 @@
 """A user's way through the READMEs: every command of their code blocks runs, in its order, as readme_commands.py says.
 
 They run in a copy of the checkout whose folders are links, so that what they write stays out of it. Those that need
-two hosts get those of tests/test_cluster.py; sbatch, srun and scontrol are stand-ins that start the tasks here.
+two hosts get those of tests/launch/test_cluster.py; sbatch, srun and scontrol are stand-ins that start the tasks here.
 """
 
 from __future__ import annotations

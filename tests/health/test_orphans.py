@@ -18,14 +18,14 @@ from test_launch import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 MARK = "DS_VSHAPE_TEST_JOB"
 # Ends something of the job in a folder, whose processes have a mark.
 Kill = Callable[[Path, str], None]
 # Trains until it is ended.
 SCRIPT = f"""
 import os, sys
-sys.path.insert(0, {str(TESTS)!r})
+sys.path.insert(0, {str(SUPPORT)!r})
 import ranks
 import deepspeed
 from pipelines import Job, data

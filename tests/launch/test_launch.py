@@ -13,7 +13,7 @@ import pytest
 from compare import LOSS_TOLERANCE, largest_difference
 from result import Result
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RANKS, BATCHES = 2, 4
 
 
@@ -72,7 +72,7 @@ def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half:
 @pytest.mark.launcher
 @pytest.mark.slow
 def test_tensor_parallel_blocks_have_the_same_losses(tmp_path: Path, v_half: Result):
-    """With ZeRO-1. Gradients aren't clipped; what that does here is tests/test_tensor_parallel.py's."""
+    """With ZeRO-1. Gradients aren't clipped; what that does here is tests/engine/test_tensor_parallel.py's."""
     shared = launch(tmp_path, "shared", "parallel.tensor=2", "parallel.zero=1", "schedule=v-half")
     assert (shared.schedule, shared.stages) == ("v-half", RANKS)
     assert 0 < largest_difference(shared, v_half) <= LOSS_TOLERANCE, "partial products add up in another order"

@@ -13,7 +13,7 @@ from test_bounds import optimum
 
 from ds_vshape.schedule.placement import v
 
-BENCH = Path(__file__).parent.parent / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.mark.parametrize("ranks, micro_batches, times, peak", [

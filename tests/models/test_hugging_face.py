@@ -447,7 +447,7 @@ def test_the_program_trains_the_same_under_every_schedule(folders: dict[str, Pat
     for schedule in (None, "v-half"):
         config, output = tmp_path / f"{schedule}.json", tmp_path / str(schedule)
         config.write_text(json.dumps(Job(schedule, 2, MICRO_BATCHES).ds_config()))
-        words = ["--model", str(source), "--output", str(output), "--text", str(Path(__file__).parent),
+        words = ["--model", str(source), "--output", str(output), "--text", str(Path(__file__).parents[1]),
                  "--batches", "4", "--length", "16", "--deepspeed_config", str(config)]
         monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
         first, second = run_ranks(2, run_finetune, words)

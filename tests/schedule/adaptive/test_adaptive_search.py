@@ -28,7 +28,7 @@ from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10_000), st.data())
@@ -126,7 +126,7 @@ def test_annealing_gains() -> None:
 WITHOUT_NUMBA = """
 import json, sys
 sys.modules["numba"] = None
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/schedule/adaptive")
 from test_adaptive import assert_plan_is_right, counted
 from ds_vshape.schedule.adaptive import annealing, machine_code, plan
 from ds_vshape.schedule.adaptive.blocks import Block

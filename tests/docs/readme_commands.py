@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _FOLDERS = ("launch", "configs", "bench", "ds_vshape", "tests")
 FILES = ["README.md", "CONTRIBUTING.md",
          *sorted(str(path.relative_to(ROOT)) for folder in _FOLDERS for path in (ROOT / folder).rglob("*.md"))]
@@ -37,22 +37,24 @@ CHANGES = [
     Change("^pip install", "what is to be installed is there: pip looks whether it could",
            "--dry-run --quiet --no-deps --no-build-isolation --disable-pip-version-check"),
     Change("^bash launch/quickstart.sh", "40 batches of 4 runs take minutes", replace=(("bash", "BATCHES=1 bash"),)),
-    Change("^bash tests/run.sh -m slow", "all slow tests would contain this one", "tests/test_passes.py",
+    Change("^bash tests/run.sh -m slow", "all slow tests would contain this one", "tests/schedule/test_passes.py",
            (("-m slow", "-m 'not slow'"),)),
-    Change("^bash tests/run.sh$", "all tests would contain this one", "tests/test_passes.py"),
-    Change("^bash tests/run.sh -k lowering", "collecting all tests takes long", "--co -q tests/test_lowering.py"),
-    Change("^bash tests/run.sh.* tests/test_schedules.py", "these tests run by themselves too", "--co -q"),
-    Change("^bash tests/run.sh.* tests/test_engine_equivalence.py", "these tests run by themselves too", "--co -q"),
-    Change("^bash tests/run.sh.* tests/test_instructions.py", "these tests run by themselves too", "--co -q"),
+    Change("^bash tests/run.sh$", "all tests would contain this one", "tests/schedule/test_passes.py"),
+    Change("^bash tests/run.sh -k lowering", "collecting all tests takes long",
+           "--co -q tests/schedule/test_lowering.py"),
+    Change("^bash tests/run.sh.* tests/schedule/test_schedules.py", "these tests run by themselves too", "--co -q"),
+    Change("^bash tests/run.sh.* tests/engine/test_engine_equivalence.py", "these tests run by themselves too",
+           "--co -q"),
+    Change("^bash tests/run.sh.* tests/runtime/test_instructions.py", "these tests run by themselves too", "--co -q"),
     Change("^bash .ci/run", "all tests would contain this one", replace=(("bash", "bash -n"),)),
     Change("^python -m mypy", "all types take a minute", "ds_vshape/schedule/passes.py"),
     Change("--svg ds_vshape/docs/", "the figure stays as it is; test_readme.py makes it again",
            replace=(("ds_vshape/docs/", ""),)),
-    Change("^python tests/api_page.py", "the page stays as it is; test_api_page.py makes it again", "> api.md",
+    Change("^python tests/docs/api_page.py", "the page stays as it is; test_api_page.py makes it again", "> api.md",
            (("--write", ""),)),
-    Change("^deepspeed .*--module ds_vshape.run", "the script of tests/test_run.py wants two pipeline ranks",
+    Change("^deepspeed .*--module ds_vshape.run", "the script of tests/scripts/test_run.py wants two pipeline ranks",
            "--out out", (("--num_gpus 4", "--num_gpus 2 --master_port PORT"),)),
-    Change(r"launch/cluster/deepspeed.sh --module", "the script of tests/test_run.py", "--out out"),
+    Change(r"launch/cluster/deepspeed.sh --module", "the script of tests/scripts/test_run.py", "--out out"),
     Change("finetune.py", "30 batches take half a minute", "--batches 1 --length 16",
            (("deepspeed", "deepspeed --master_port PORT"),)),
     Change("--multirun|bench=schedules", "test_launch.py trains a sweep, whose jobs take as long as a command here",

@@ -50,7 +50,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 # Why, and what is left out.
 EXCLUSIONS: dict[str, dict[str, set[Any]]] = {
-    "refused: tests/test_precisions.py":
+    "refused: tests/engine/test_precisions.py":
         {"precision": {"fp16"}, "zero": {0}},
     "refused as well, by the same test":
         {"precision": {"bf16"}, "zero": {0}, "accumulation": {"fp32"}},

@@ -1,6 +1,6 @@
 """Every precision with every place for the gradients: equal to DeepSpeed's engine on one stage, or refused.
 
-These are all combinations, where tests/test_feature_matrix.py tries pairs: what accumulates where, and what clipping,
+These are all combinations, where test_feature_matrix.py tries pairs: what accumulates where, and what clipping,
 tied weights and ranks with nothing to train make of it, depends on three and four keys at once.
 """
 

@@ -14,13 +14,13 @@ from hosts import INTERFACE, missing, two_hosts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 OBSTACLE = missing(["ip", "unshare"])
 SECONDS = 8
 PLACES = [0, 0, 1]  # the host of each rank
 SCRIPT = f"""
 import os, sys, time
-sys.path.insert(0, {str(TESTS)!r})
+sys.path.insert(0, {str(SUPPORT)!r})
 import ranks
 import deepspeed
 from pipelines import Job, data

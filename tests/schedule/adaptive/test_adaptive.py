@@ -22,7 +22,7 @@ from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Times, peak_activations, simulate
 
-CELLS = json.loads((Path(__file__).parent / "data" / "adaptive.json").read_text())["cells"]
+CELLS = json.loads((Path(__file__).parents[2] / "data" / "adaptive.json").read_text())["cells"]
 
 
 def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, float], peak: float) -> Problem:

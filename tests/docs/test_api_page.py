@@ -13,7 +13,7 @@ INTERNAL = {"is_flops_profiled", "planned_times", "preflight", "rollback_bytes"}
 
 
 def test_the_page_is_what_its_command_generates() -> None:
-    assert PAGE.read_text() == page(), "run python tests/api_page.py --write"
+    assert PAGE.read_text() == page(), "run python tests/docs/api_page.py --write"
 
 
 def test_the_page_has_every_key() -> None:

@@ -21,7 +21,7 @@ import pytest
 from hosts import INTERFACE, Host, missing, ssh_between, two_hosts
 from result import Result
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "launch" / "cluster"
 BATCHES = 3
 WORDS = ["model=tiny", "schedule=v-half", "parallel.pipe=4", "data.micro_batches=4", f"batches={BATCHES}"]

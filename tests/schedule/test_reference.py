@@ -15,8 +15,8 @@ from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.timeline import peak_activations, simulate
 
-ROOT = Path(__file__).parent.parent
-REFERENCE = Path(__file__).parent / "data" / "reference.json"
+ROOT = Path(__file__).parents[2]
+REFERENCE = Path(__file__).parents[1] / "data" / "reference.json"
 CELLS = json.loads(REFERENCE.read_text())["cells"]
 
 

@@ -1,7 +1,8 @@
 """python -m split_programs [--programs N] [--seed S] [--processes P] [--seconds T], or for one
 python -m split_programs --program 'Program(...)'
 
-With tests/ in PYTHONPATH. Says what ran; ends with 1 and a small program if the split isn't plain autograd's.
+With tests/split_backward in PYTHONPATH. Says what ran; ends with 1 and a small program if the split isn't plain
+autograd's.
 """
 
 from __future__ import annotations
