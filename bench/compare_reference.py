@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 # Our name for each schedule of the file that has a counterpart here.
 OURS = {"1f1b": "1f1b", "v-min": "v-min", "v-half": "v-half", "zb-v": "v-zb"}

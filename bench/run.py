@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from workloads import Gpt, Sleeping, Workload
 
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import peak_activations
 
 # Batches of a turn that are counted.
 _IN_TURN = 3

@@ -128,7 +128,7 @@ class Plans:
         """A layer may recompute on its own; that shows when activations are measured."""
         if activations is None or self._recomputes:
             return
-        if sum(activations.kept) > _RECOMPUTED * sum(activations.whole):
+        if sum(activations.after_backward) > _RECOMPUTED * sum(activations.after_forward):
             self._recomputes = True
             for plan in list(self._plans.values()):
                 self._adopt(plan.schedule)

@@ -34,7 +34,7 @@ from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import is_planned, request_for, table_schedule
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.fuse import unfused
 from ds_vshape.schedule.passes import Kind
@@ -267,7 +267,7 @@ class MeasuredSchedules:
             logger.warning(f"{KEY}.memory_limit = {self._config.memory_limit} bytes can't be planned for, because the "
                            "sizes of activations are unknown; planning for the memory of the schedule of the table "
                            "that keeps least")
-        return replace(request, limits=peaks(self._safe_schedule(), request.activations))
+        return replace(request, limits=peak_activations(self._safe_schedule(), request.activations))
 
     def _take_plan(self) -> Schedule | None:
         try:

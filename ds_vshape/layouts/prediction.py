@@ -10,7 +10,7 @@ from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.config.to_schedule import is_planned, request_for
 from ds_vshape.layouts.gpt_costs import Training
 from ds_vshape.measure.rank_memory import RankMemory
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.communicators import communicators_of_ranks
 from ds_vshape.schedule.memory_limit import check_memory_limit
 from ds_vshape.schedule.named import ADAPTIVE, build, placement_of
@@ -67,8 +67,8 @@ def predict(config: ScheduleConfig, training: Training, times: Times,
                               rollback=round(optimizer) if config.optimizer_post_validation else 0,
                               communicators=training.bytes.communicator * communicators)
                    for (weights, gradients, optimizer), peak, communicators
-                   in zip(training.state(placement), peaks(schedule, activations), communicators_of_ranks(placement),
-                          strict=True))
+                   in zip(training.state(placement), peak_activations(schedule, activations),
+                          communicators_of_ranks(placement), strict=True))
     return Prediction(training, schedule, timeline, timeline.makespan + training.reduction(placement), memory)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Collection
 
 from torch import nn
 
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 
 def schedule_line(schedule: Schedule) -> str:

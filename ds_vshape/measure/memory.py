@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ds_vshape.comm.groups import light_options
 from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched
 from ds_vshape.measure.rank_memory import RankMemory
-from ds_vshape.schedule.activations import Activations, Working, peaks, working_peaks
+from ds_vshape.schedule.activations import Activations, Working, peak_activations, working_peaks
 from ds_vshape.schedule.communicators import communicator_bytes
 from ds_vshape.schedule.lowering import lower
 from ds_vshape.schedule.passes import Kind, Pass
@@ -275,7 +275,7 @@ def predict_memory(engine: Any, schedule: Schedule,
     activations: list[tuple[int, int] | tuple[None, None]] = [(None, None) for _ in states]
     if sizes is not None:
         programs = lower(schedule, Times.uniform(schedule.placement.stages))
-        found = zip(peaks(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
+        found = zip(peak_activations(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
         activations = [(round(peak), round(highest - peak)) for peak, highest in found]
     # Over gloo they have no memory of the device.
     communicators = communicator_bytes(schedule.placement) if light_options() is not None else [0 for _ in states]

@@ -22,7 +22,6 @@ What it costs:
     timeline.py          the simulator
     bounds.py            how fast any schedule could be
     activations.py       the memory of activations
-    memory_curve.py      that memory over time
     memory_limit.py      whether it stays within a limit
     chunk_times.py       times by chunks and links
     metrics.py           all figures in one place

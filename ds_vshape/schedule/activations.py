@@ -1,4 +1,4 @@
-"""How much memory a schedule's activations take: sizes by stage, and the peak of each rank."""
+"""How much memory a schedule's activations take: sizes by stage, the peak of each rank, and its memory over time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from ds_vshape.schedule.lowering import AwaitSend, Content, Message, PostReceive
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Span
 
 
 @dataclass(frozen=True)
 class Activations:
     """Sizes for each stage and one micro-batch, in bytes or any one unit.
 
-    `whole` is what F leaves until B; `kept` is what B leaves until W ends: inputs and output gradients of the split
-    operators. A W in pieces gives back equal shares of it.
+    `after_forward` is what F leaves until B; `after_backward` is what B leaves until W ends: inputs and output
+    gradients of the split operators. A W in pieces counts as ending with its last piece: what the others free depends
+    on the stage's operators, so no peak relies on it.
     """
 
-    whole: tuple[float, ...]
-    kept: tuple[float, ...]
+    after_forward: tuple[float, ...]
+    after_backward: tuple[float, ...]
 
     @classmethod
     def counted(cls, placement: Placement) -> Activations:
@@ -28,28 +30,49 @@ class Activations:
         sizes = (2 * placement.ranks / placement.stages,) * placement.stages
         return cls(sizes, sizes)
 
-    def change(self, work: Pass) -> float:
-        """What `work` adds to the memory of its rank, when it starts (F) or when it has ended (all others)."""
-        stage = work.stage
-        if work.kind is Kind.F:
-            return self.whole[stage]
-        if work.kind is Kind.B:
-            return self.kept[stage] - self.whole[stage]
-        if work.kind is Kind.W:
-            return -self.kept[stage] / work.pieces
-        return -self.whole[stage]
+    def change(self, action: Pass) -> float:
+        """What `action` adds to the memory of its rank, when it starts (F) or when it has ended (all others)."""
+        stage = action.stage
+        if action.kind is Kind.F:
+            return self.after_forward[stage]
+        if action.kind is Kind.B:
+            return self.after_backward[stage] - self.after_forward[stage]
+        if action.kind is Kind.W:
+            return -self.after_backward[stage] if action.frees_activations else 0.0
+        return -self.after_forward[stage]
 
 
-def peaks(schedule: Schedule, activations: Activations) -> tuple[float, ...]:
-    """The most that is alive at once on each rank, in the unit of `activations`."""
+def peak_activations(schedule: Schedule, activations: Activations | None = None) -> tuple[float, ...]:
+    """The most that is alive at once on each rank, in the unit of `activations`; counted as the paper does without
+    them."""
+    sizes = activations or Activations.counted(schedule.placement)
     found = []
     for order in schedule.orders:
         alive = peak = 0.0
-        for work in order:
-            alive += activations.change(work)
+        for action in order:
+            alive += sizes.change(action)
             peak = max(peak, alive)
         found.append(peak)
     return tuple(found)
+
+
+def memory_curve(spans: Sequence[Span], activations: Activations) -> list[tuple[float, float]]:
+    """(time, what is alive from then on) at each change on the rank with these spans, in order.
+
+    F takes its memory when it starts; the other passes free theirs when they end. Memory that is taken again at once
+    leaves no dip. The maximum is the rank's peak in `peak_activations`.
+    """
+    curve: list[tuple[float, float]] = []
+    alive = 0.0
+    for span in spans:
+        change = activations.change(span.work)
+        if change:
+            alive += change
+            time = span.start if span.work.kind is Kind.F else span.end
+            if curve and curve[-1][0] == time and curve[-1][1] <= alive:
+                curve.pop()
+            curve.append((time, alive))
+    return curve
 
 
 @dataclass(frozen=True)
@@ -67,10 +90,10 @@ class Working:
     weights: tuple[float, ...]
     message: tuple[float, ...]
 
-    def of(self, work: Pass) -> float:
-        """What `work` needs while it runs."""
+    def of(self, action: Pass) -> float:
+        """What `action` needs while it runs."""
         of_kind = {Kind.F: self.forward, Kind.B: self.backward, Kind.BW: self.whole_backward, Kind.W: self.weights}
-        return of_kind[work.kind][work.stage]
+        return of_kind[action.kind][action.stage]
 
     def size(self, message: Message) -> float:
         """Of a message."""
@@ -99,11 +122,11 @@ def _working_peak(program: Program, activations: Activations, working: Working) 
         elif isinstance(step, AwaitSend):
             alive -= working.size(step.message)
         elif isinstance(step, Run):
-            work = step.work
-            change = activations.change(work)
-            taken = received.pop(replace(work, kind=Kind.B) if work.kind is Kind.BW else work, 0.0)
+            action = step.work
+            change = activations.change(action)
+            taken = received.pop(replace(action, kind=Kind.B) if action.kind is Kind.BW else action, 0.0)
             before, alive = alive, alive + change - taken
             # What F leaves is counted from its start, what the others free until their end.
-            peak = max(peak, (alive if work.kind is Kind.F else before) + working.of(work))
+            peak = max(peak, (alive if action.kind is Kind.F else before) + working.of(action))
         peak = max(peak, alive)
     return peak

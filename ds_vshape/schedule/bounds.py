@@ -60,7 +60,7 @@ _SLACK = 1e-9
 def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: float) -> float:
     """The least makespan of `micro_batches` on `placement` if no rank keeps more than `peak` activations.
 
-    `peak` counts activations of 1/(2p) of the model, as `timeline.peak_activations` does; it must hold one stage's.
+    `peak` counts activations of 1/(2p) of the model, as `activations.peak_activations` does; it must hold one stage's.
     """
     size = 2 * placement.ranks / placement.stages
     kept = floor(peak / size + _SLACK)
@@ -72,7 +72,7 @@ def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: fl
 
 def lower_bound_of_limits(placement: Placement, micro_batches: int, times: Times, activations: Activations,
                           limits: Sequence[float]) -> float:
-    """The least makespan if rank r never keeps more than `limits[r]`, counted as `activations.peaks` does."""
+    """The least makespan if rank r never keeps more than `limits[r]`, by `activations.peak_activations`."""
     ways = _Ways.of(placement, times)
     bounds = (_Rank(stages, micro_batches, times, activations, limit).bound(ways)
               for stages, limit in zip(placement.chunks, limits, strict=True))
@@ -118,7 +118,7 @@ class _Rank:
     def bound(self, ways: _Ways) -> float:
         """Its work and the least that it idles."""
         forward, input_grad, weight_grad = self.times.forward, self.times.input_grad, self.times.weight_grad
-        stages, whole = self.stages, self.activations.whole
+        stages, whole = self.stages, self.activations.after_forward
         before = max(min(ways.to_forward[s] for s in stages),
                      min(ways.to_input_grad[s] for s in stages) - self._most_forwards())
         after_f = max(0.0, min(ways.after_forward[s] - forward[s] for s in stages) - self._most_backwards())
@@ -131,7 +131,7 @@ class _Rank:
 
     def _bound_of_memory(self, ways: _Ways) -> float:
         """The least time in which all activations can have been there for as long as they must."""
-        whole, kept = self.activations.whole, self.activations.kept
+        whole, kept = self.activations.after_forward, self.activations.after_backward
         forward, input_grad, weight_grad = self.times.forward, self.times.input_grad, self.times.weight_grad
         stages = self.stages
         taken = self.micro_batches * sum(
@@ -151,7 +151,7 @@ class _Rank:
 
         The last stage gets as many as fit: the fewer are never better.
         """
-        size = self.activations.whole[stages[0]]
+        size = self.activations.after_forward[stages[0]]
         most = self.micro_batches if size * self.micro_batches <= room else floor(room / size + _SLACK)
         if len(stages) == 1:
             yield (most,), max(0.0, room - most * size)
@@ -174,7 +174,7 @@ class _Rank:
 
     def _most_weight_grads(self, room: float) -> float:
         """The longest that W of what B left in `room` can take: fractions may be left."""
-        kept, weight_grad = self.activations.kept, self.times.weight_grad
+        kept, weight_grad = self.activations.after_backward, self.times.weight_grad
         every = self.micro_batches * sum(weight_grad[s] for s in self.stages)
         if any(kept[s] <= 0 < weight_grad[s] for s in self.stages):
             return every

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Plan, Problem, plan
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 # The origins of a choice.
 NAMED_ORDER, PLAN = "named order", "plan for these times"
@@ -48,7 +48,7 @@ def limits_at(fraction: float, ranks: int, micro_batches: int, activations: Acti
 
     1F1B's rank r holds stages 2r and 2r+1 in one, for p-r micro-batches at once, whole until its backward ends.
     """
-    whole = activations.whole
+    whole = activations.after_forward
     peak = max(min(ranks - rank, micro_batches) * (whole[2 * rank] + whole[2 * rank + 1]) for rank in range(ranks))
     return (fraction * peak,) * ranks
 
@@ -60,8 +60,8 @@ def level_of(order: Schedule, activations: Activations) -> Limits:
     differ the order itself may take more on a rank; then that is the level.
     """
     counted = max(peak_activations(order))
-    return tuple(max(peak, counted / 2 * sum(activations.whole[stage] for stage in stages))
-                 for peak, stages in zip(peaks(order, activations), order.placement.chunks))
+    return tuple(max(peak, counted / 2 * sum(activations.after_forward[stage] for stage in stages))
+                 for peak, stages in zip(peak_activations(order, activations), order.placement.chunks))
 
 
 def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations,
@@ -83,7 +83,7 @@ def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activa
     order = build(name, ranks, micro_batches)
     timeline, level = simulate(order, times), level_of(order, activations)
     bound = lower_bound_of_limits(order.placement, micro_batches, times, activations, level)
-    choice = Choice(order, timeline, peaks(order, activations), bound, perf_counter() - began, NAMED_ORDER)
+    choice = Choice(order, timeline, peak_activations(order, activations), bound, perf_counter() - began, NAMED_ORDER)
     if name not in TIMED or _alike(times) or timeline.makespan <= bound:
         return choice
     found = plan(Problem(ranks, micro_batches, times, activations, level), time_limit, progress, cache)

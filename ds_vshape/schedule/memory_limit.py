@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import peak_activations
 
 
 class MemoryLimitError(ValueError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 
 @dataclass(frozen=True)

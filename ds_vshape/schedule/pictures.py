@@ -25,9 +25,8 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.activations import Activations, memory_curve
 from ds_vshape.schedule.drawing import bubbles
-from ds_vshape.schedule.memory_curve import memory_curve
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Span, Timeline

@@ -14,7 +14,7 @@ from typing import Annotated, Any, final
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
 from ds_vshape.schedule.choose import Choice, schedule_for
 from ds_vshape.schedule.named import placement_of
@@ -119,6 +119,6 @@ def check_schedule(schedule: Schedule, request: Request) -> None:
                          f"({asked[1].name}) and {request.micro_batches}")
     check(schedule)
     simulate(schedule, request.times)
-    found = peaks(schedule, request.activations)
+    found = peak_activations(schedule, request.activations)
     if request.limits and any(peak > limit * (1 + SLACK) for peak, limit in zip(found, request.limits, strict=True)):
         raise ValueError("it takes more memory than the limits allow")

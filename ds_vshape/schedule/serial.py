@@ -111,4 +111,4 @@ def activations_to_json(activations: Activations) -> dict[str, Any]:
 
 def activations_from_json(data: Mapping[str, Any]) -> Activations:
     """The sizes that `activations_to_json` wrote."""
-    return Activations(tuple(data["whole"]), tuple(data["kept"]))
+    return Activations(tuple(data["after_forward"]), tuple(data["after_backward"]))

@@ -6,7 +6,6 @@ stays on a rank arrives at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -150,25 +149,3 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
     if stuck:
         raise ScheduleError(f"{schedule.name} can't run: " + ", ".join(stuck) + " wait for each other")
     return Timeline(tuple(tuple(rank) for rank in spans))
-
-
-def peak_activations(schedule: Schedule, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
-    """The most activations alive at once on each rank, from the start of F to the end of W (its last piece, or BW).
-
-    `sizes` are those of each stage; without it each counts 1, or 2 where a rank holds one stage only: the unit is
-    the activations of 1/(2p) of the model for one micro-batch, as in the paper's Table 1 (there M/2d).
-    """
-    placement = schedule.placement
-    if sizes is None:
-        sizes = [2 * placement.ranks / placement.stages] * placement.stages
-    peaks = []
-    for order in schedule.orders:
-        alive = peak = 0.0
-        for work in order:
-            if work.kind is Kind.F:
-                alive += sizes[work.stage]
-                peak = max(peak, alive)
-            elif work.frees_activations:
-                alive -= sizes[work.stage]
-        peaks.append(peak)
-    return tuple(peaks)

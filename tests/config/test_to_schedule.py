@@ -8,7 +8,7 @@ from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.config.to_schedule import is_planned, request_for, table_schedule
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job_costs import predict_job
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.memory_limit import MemoryLimitError, fraction_of_1f1b
 from ds_vshape.schedule.named import SCHEDULES, TIMED, build
 from ds_vshape.schedule.placement import v
@@ -59,5 +59,5 @@ def test_a_prediction_keeps_to_the_limit_that_training_plans_for(words: list[str
     times = prediction.training.times(job.placement, prediction.training.speeds.inside)
     request = request_for(section, 4, 8, times, sizes)
     assert request.limits is not None
-    taken = peaks(prediction.schedule, request.activations)
+    taken = peak_activations(prediction.schedule, request.activations)
     assert all(peak <= limit * (1 + 1e-9) for peak, limit in zip(taken, request.limits, strict=True))

@@ -21,12 +21,12 @@ import ds_vshape
 from ds_vshape.config.section import ConfigError
 from ds_vshape.engine import planning, scheduling
 from ds_vshape.measure.profiling import mean_times
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import TIMED, build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
-from ds_vshape.schedule.timeline import Span, Timeline, Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
 WIDTH = 4
 # Milliseconds of F, B and W of each layer whose times are measured.
@@ -141,7 +141,7 @@ def test_times_are_measured_and_used() -> None:
     assert not any(work.kind is Kind.BW for _, work in first["first"].passes()), "B and W must be timed apart"
     schedule = first["schedule"]
     limit = 0.75 * peak_of_1f1b(2, 6)
-    assert max(peaks(schedule, Activations.counted(v(2)))) <= limit + 1e-9
+    assert max(peak_activations(schedule, Activations.counted(v(2)))) <= limit + 1e-9
     # No named schedule keeps so little on two ranks: the first one was planned too, for equal times.
     assert all(max(peak_activations(build(name, 2, 6))) > limit for name in TIMED)
     assert max(peak_activations(first["first"])) <= limit
@@ -268,7 +268,7 @@ def adaptive_in_bytes(rank: int, limit: str) -> tuple[Any, list[int], tuple[floa
     engine = Job(profiled("adaptive", memory_limit=limit), 2, 6, layers=tuple(specs(6))).engine()
     train_until_swapped(engine)
     activations = engine._observer.activations()
-    return engine.schedule(), [memory.activations_peak for memory in engine.memory_report()], activations.whole
+    return engine.schedule(), [memory.activations_peak for memory in engine.memory_report()], activations.after_forward
 
 
 def test_a_limit_in_bytes_holds_for_the_measured_sizes() -> None:

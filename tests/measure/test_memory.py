@@ -222,13 +222,14 @@ def test_sizes_of_stages_counted_by_hand() -> None:
     results = run_ranks(2, measured_peak, job("v-zb", 2, 4))
     activations = results[0][0]
     indices, words = SAMPLES * LENGTH * 8, SAMPLES * LENGTH * WORDS * 4
-    assert activations.whole[:3] == (BLOCK_WHOLE + indices, 2 * BLOCK_WHOLE, 2 * BLOCK_WHOLE)
+    assert activations.after_forward[:3] == (BLOCK_WHOLE + indices, 2 * BLOCK_WHOLE, 2 * BLOCK_WHOLE)
     # cross_entropy keeps the log-softmax, the labels, and two numbers for the mean.
-    assert activations.whole[3] == pytest.approx(BLOCK_WHOLE + UNIT + words + indices, abs=64)
+    assert activations.after_forward[3] == pytest.approx(BLOCK_WHOLE + UNIT + words + indices, abs=64)
     # Between B and W: the embedding's tokens and the gradient of its output; the head's input and the logits' gradient.
     # The gradient of a block's output is the one that its last linear and the head below it keep, each its own.
-    assert activations.kept[1] == 2 * BLOCK_KEPT
-    assert activations.kept == (BLOCK_KEPT + UNIT + indices, 2 * BLOCK_KEPT, 2 * BLOCK_KEPT, BLOCK_KEPT + UNIT + words)
+    assert activations.after_backward[1] == 2 * BLOCK_KEPT
+    assert activations.after_backward == (BLOCK_KEPT + UNIT + indices, 2 * BLOCK_KEPT, 2 * BLOCK_KEPT,
+                                          BLOCK_KEPT + UNIT + words)
 
 
 def model_state(rank: int, job: Job) -> Any:

@@ -23,7 +23,7 @@ from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.engine.scheduling import MeasuredSchedules
 from ds_vshape.measure import observer
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
 
@@ -124,7 +124,7 @@ def measured_and_not(rank: int) -> None:
             engine = job(section, functions).engine(loss_fn=squares)
             losses = train(engine)
             sizes = engine._observer.activations()
-            assert sizes is not None and min(sizes.whole) > 0
+            assert sizes is not None and min(sizes.after_forward) > 0
             measure, observer._to_measure = observer._to_measure, lambda order: set()
             other = job(section, functions).engine(loss_fn=squares)
             assert train(other) == losses
@@ -192,5 +192,5 @@ def planned_without_sizes(rank: int) -> tuple[Any, Any, list[str]]:
 def test_a_limit_in_bytes_without_sizes() -> None:
     """The plan takes no more memory than the schedule that was safe before, and the log says so once."""
     (safe, request, lines), = run_ranks(1, planned_without_sizes)
-    assert request.limits == peaks(safe, Activations.counted(safe.placement))
+    assert request.limits == peak_activations(safe, Activations.counted(safe.placement))
     assert len(lines) == 1 and "memory_limit = 20000 bytes can't be planned for" in lines[0]

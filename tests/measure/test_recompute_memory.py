@@ -91,5 +91,5 @@ def test_peaks_are_lower() -> None:
         assert least < SHARES[schedule] * most, schedule
         if schedule.startswith("v-"):
             before, after = kept[0][0], recomputed[0][0]
-            assert before.whole[1:-1] == (2 * BLOCK_WHOLE,) * 6 and after.whole[1:-1] == (2 * UNIT,) * 6
-            assert after.kept == before.kept
+            assert before.after_forward[1:-1] == (2 * BLOCK_WHOLE,) * 6 and after.after_forward[1:-1] == (2 * UNIT,) * 6
+            assert after.after_backward == before.after_backward

@@ -31,7 +31,7 @@ from torch import Tensor
 from ds_vshape.config.section import ConfigError, ScheduleConfig, TraceConfig, read_section
 from ds_vshape.measure.trace.batch import Clock, Delivery, Event, RankTrace
 from ds_vshape.measure.trace.clocks import clocks, refined
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.lowering import Channel, Content, Message, channels, message_into
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
@@ -237,7 +237,7 @@ def test_activations_are_counted(run: Run, trace: dict[str, Any]) -> None:
         if event["ph"] == "C":
             most[event["name"]] = max(most[event["name"]], event["args"]["bytes"])
             last[event["name"]] = event["args"]["bytes"]
-    expected = peaks(run.schedule, run.activations)
+    expected = peak_activations(run.schedule, run.activations)
     assert most == {f"activations of rank {rank}": peak for rank, peak in enumerate(expected)}
     assert list(last.values()) == [0] * RANKS
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.bounds import lower_bound, lower_bound_of_limits
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.placement import PLACEMENTS, Placement, linear, v
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 
 def optimum(placement: Placement, micro_batches: int, times: tuple[int, int, int], kept: int) -> int:
@@ -107,7 +107,8 @@ def test_no_schedule_is_below_with_sizes_of_its_own(ranks: int, micro_batches: i
     numbers = st.lists(st.floats(0.1, 5), min_size=stages, max_size=stages).map(tuple)
     times = Times(data.draw(numbers), data.draw(numbers), data.draw(numbers))
     activations = Activations(data.draw(numbers), data.draw(numbers))
-    bound = lower_bound_of_limits(schedule.placement, micro_batches, times, activations, peaks(schedule, activations))
+    limits = peak_activations(schedule, activations)
+    bound = lower_bound_of_limits(schedule.placement, micro_batches, times, activations, limits)
     assert bound <= simulate(schedule, times).makespan * (1 + 1e-9)
 
 

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.one_f_one_b import one_f_one_b
 from ds_vshape.schedule.passes import B, F, Kind, W
 from ds_vshape.schedule.placement import linear, v
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.schedule.v_shape import v_block
 
 
@@ -82,7 +83,7 @@ def test_reordering_is_never_slower_and_stays_within_the_limit(ranks: int, micro
              "1f1b-v": lambda: v_block(ranks, (1, 1, 3, 3), ((3, 1, 3), (1, 2, 3), (1, 3, 3))[ranks % 3])}[name]()
     squeezed = repeat(block, micro_batches, name)
     # Activations of a stage, whichever its size.
-    unit = [1.0] * block.placement.stages
+    unit = Activations((1.0,) * block.placement.stages, (1.0,) * block.placement.stages)
     limit = int(max(peak_activations(squeezed, unit))) + more
     reordered = reorder(squeezed, limit)
     times = Times.uniform(block.placement.stages)

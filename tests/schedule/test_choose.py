@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_vshape.schedule import choose
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Plan
 from ds_vshape.schedule.choose import NAMED_ORDER, PLAN, level_of, limits_at, schedule_for
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, TIMED, build, placement_of
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import check
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 UNEQUAL = Times.uniform(8, 10, 20, 10, 1)
 
@@ -79,9 +79,9 @@ def test_sizes_of_stages_count() -> None:
     order = build("v-half", 4, 8)
     level = level_of(order, activations)
     assert level[1:] == (6, 6, 6) and level[0] >= 30
-    assert all(peak <= limit for peak, limit in zip(peaks(order, activations), level))
+    assert all(peak <= limit for peak, limit in zip(peak_activations(order, activations), level))
     choice = schedule_for("v-half", 4, 8, UNEQUAL, activations, time_limit=0.3)
-    assert choice.peaks == peaks(choice.schedule, activations)
+    assert choice.peaks == peak_activations(choice.schedule, activations)
     assert all(peak <= limit for peak, limit in zip(choice.peaks, level))
 
 
@@ -92,9 +92,10 @@ def test_limits_are_fractions_of_what_1f1b_keeps(ranks: int, micro_batches: int,
         (fraction * peak_of_1f1b(ranks, micro_batches),) * ranks)
     # The oracle: 1F1B's own order, its stages being pairs of ours.
     sizes = tuple(range(1, 2 * ranks + 1))
-    pairs = [sizes[2 * rank] + sizes[2 * rank + 1] for rank in range(ranks)]
-    most = max(peak_activations(build("1f1b", ranks, micro_batches), pairs))
-    assert limits_at(fraction, ranks, micro_batches, replace(counted, whole=sizes))[0] == pytest.approx(fraction * most)
+    pairs = tuple(sizes[2 * rank] + sizes[2 * rank + 1] for rank in range(ranks))
+    most = max(peak_activations(build("1f1b", ranks, micro_batches), Activations(pairs, pairs)))
+    limits = limits_at(fraction, ranks, micro_batches, replace(counted, after_forward=sizes))
+    assert limits[0] == pytest.approx(fraction * most)
 
 
 @settings(max_examples=10, deadline=None)

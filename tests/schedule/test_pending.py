@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.schedule import Order, Schedule, check
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 
 def most_waiting(order: Order) -> int:
@@ -68,6 +68,6 @@ def test_recomputed_layers_take_less(name: str) -> None:
     recomputed = Activations((1.0,) * stages, (16.0,) * stages)
     times = Times.uniform(stages, 1, 2, 1)
     before, after = schedule, with_few_pending(schedule)
-    assert max(peaks(after, recomputed)) <= 0.7 * max(peaks(before, recomputed))
-    assert max(peaks(after, recomputed)) <= 0.6 * 16 * max(peak_activations(schedule))
+    assert max(peak_activations(after, recomputed)) <= 0.7 * max(peak_activations(before, recomputed))
+    assert max(peak_activations(after, recomputed)) <= 0.6 * 16 * max(peak_activations(schedule))
     assert simulate(after, times).makespan <= 1.1 * simulate(before, times).makespan

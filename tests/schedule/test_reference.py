@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.named import build
-from ds_vshape.schedule.timeline import peak_activations, simulate
+from ds_vshape.schedule.timeline import simulate
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = Path(__file__).parents[1] / "data" / "reference.json"

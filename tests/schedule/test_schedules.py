@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_vshape.schedule import drawing
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.fuse import fuse
@@ -18,7 +19,7 @@ from ds_vshape.schedule.named import SCHEDULES, build, named, placement_of
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import PLACEMENTS, linear, v
 from ds_vshape.schedule.schedule import Schedule, ScheduleError, check
-from ds_vshape.schedule.timeline import Timeline, Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 18))
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import PLACEMENTS, linear, v
 from ds_vshape.schedule.schedule import Schedule, ScheduleError
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 
 def needs(work: Pass, schedule: Schedule) -> list[Pass]:
@@ -103,7 +104,7 @@ def test_a_hop_costs_nothing_within_a_rank() -> None:
 def test_peaks_count_from_f_to_w() -> None:
     kept = Schedule("kept", v(1), 1, ((F(0, 0), F(1, 0), B(1, 0), B(0, 0), W(1, 0), W(0, 0)),))
     assert peak_activations(kept) == (2,)
-    assert peak_activations(kept, sizes=[3, 0.5]) == (3.5,)
+    assert peak_activations(kept, Activations((3, 0.5), (3, 0.5))) == (3.5,)
     # One stage a rank is twice as large as one of two.
     assert peak_activations(ONE) == (2, 2)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ds_vshape.measure.trace.batch import LOAD, PASS, BatchTrace, Delivery, Event
+from ds_vshape.schedule.activations import memory_curve
 from ds_vshape.schedule.lowering import Channel, Content, channels
-from ds_vshape.schedule.memory_curve import memory_curve
 from ds_vshape.schedule.passes import Kind, Pass
 
 _RANKS, _CHANNELS = 0, 1

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from ds_vshape.measure.trace.batch import BatchTrace
-from ds_vshape.schedule.memory_curve import memory_curve
+from ds_vshape.schedule.activations import memory_curve
 from ds_vshape.schedule.timeline import Timeline
 
 _Json = dict[str, Any]

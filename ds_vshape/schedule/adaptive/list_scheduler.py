@@ -80,8 +80,8 @@ class ListScheduler:
         self.forward = [[times.forward[stage] for stage in chunks] for chunks in self.chunks]
         self.input_grad = [[times.input_grad[stage] for stage in chunks] for chunks in self.chunks]
         self.weight_grad = [[times.weight_grad[stage] for stage in chunks] for chunks in self.chunks]
-        self.whole = [[activations.whole[stage] for stage in chunks] for chunks in self.chunks]
-        self.kept = [[activations.kept[stage] for stage in chunks] for chunks in self.chunks]
+        self.whole = [[activations.after_forward[stage] for stage in chunks] for chunks in self.chunks]
+        self.kept = [[activations.after_backward[stage] for stage in chunks] for chunks in self.chunks]
         self.limits = [limit * (1 + SLACK) for limit in problem.limits]
         # Where B leaves more than F did, B and W apart may not fit. Whole backwards always do: W's streams are empty.
         self.fused = any(sum(map(max, whole, kept)) > limit

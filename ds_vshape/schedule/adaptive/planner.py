@@ -27,7 +27,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ds_vshape.schedule.activations import peaks
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
 from ds_vshape.schedule.adaptive.seeds import within
@@ -66,7 +66,7 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
         if file is not None:
             plan_cache.write(file, schedule)
     progress(1.0)
-    return Plan(schedule, timeline, peaks(schedule, problem.activations), bound, clock() - began)
+    return Plan(schedule, timeline, peak_activations(schedule, problem.activations), bound, clock() - began)
 
 
 def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_limit: float,

@@ -45,8 +45,8 @@ class Problem:
         _check("times.weight_grad", self.times.weight_grad, stages, "stage")
         if self.times.hops:
             _check("times.hops", self.times.hops, stages - 1, "boundary between stages")
-        _check("activations.whole", self.activations.whole, stages, "stage")
-        _check("activations.kept", self.activations.kept, stages, "stage")
+        _check("activations.after_forward", self.activations.after_forward, stages, "stage")
+        _check("activations.after_backward", self.activations.after_backward, stages, "stage")
         if len(self.limits) != self.ranks:
             raise ValueError(f"there must be a limit for each of {self.ranks} ranks, not {len(self.limits)}")
         short = [rank for rank, least in enumerate(self.least) if self.limits[rank] < least * (1 - SLACK)]
@@ -67,7 +67,7 @@ class Problem:
         No schedule has less: when the first micro-batch's F of the rank's second chunk starts, nothing has been freed
         on the way from F of the first. And one micro-batch at a time with whole backwards has no more.
         """
-        whole = self.activations.whole
+        whole = self.activations.after_forward
         return tuple(sum(whole[stage] for stage in chunks) for chunks in self.placement.chunks)
 
 
@@ -81,8 +81,9 @@ def _check(name: str, values: tuple[float, ...], count: int, of: str) -> None:
 class Plan:
     """A checked schedule (its name is "adaptive") with what it is predicted to cost.
 
-    `timeline` is simulated with the problem's times, `peaks` are those of `activations.peaks`; `lower_bound` is a
-    makespan that no schedule of the problem is below (`bounds.lower_bound_of_limits`); `planning_s` are seconds.
+    `timeline` is simulated with the problem's times, `peaks` are those of `activations.peak_activations`;
+    `lower_bound` is a makespan that no schedule of the problem is below (`bounds.lower_bound_of_limits`); `planning_s`
+    are seconds.
     """
 
     schedule: Schedule

@@ -43,7 +43,7 @@ def reduced(problem: Problem) -> Problem:
     micro_batches = max(1, round(min(problem.micro_batches * share, _PER_RANK * ranks)))
     return Problem(ranks, micro_batches,
                    Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), hops),
-                   Activations(pick(activations.whole), pick(activations.kept)),
+                   Activations(pick(activations.after_forward), pick(activations.after_backward)),
                    tuple(least + max(0.0, limit - least) * share for least, limit in
                          ((problem.least[rank], problem.limits[rank]) for rank in chosen)),
                    problem.max_pieces)

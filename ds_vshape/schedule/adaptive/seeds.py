@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ds_vshape.schedule.activations import peaks
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.named import SCHEDULES
 from ds_vshape.schedule.schedule import Schedule
@@ -21,5 +21,5 @@ def known_schedules(problem: Problem) -> Iterator[Schedule]:
 
 def within(schedule: Schedule, problem: Problem) -> bool:
     """Whether `schedule` peaks within the limits."""
-    found = peaks(schedule, problem.activations)
+    found = peak_activations(schedule, problem.activations)
     return all(peak <= limit * (1 + SLACK) for peak, limit in zip(found, problem.limits))

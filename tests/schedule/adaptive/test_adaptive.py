@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, plan
 from ds_vshape.schedule.adaptive.compilation import compile_loops
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 CELLS = json.loads((Path(__file__).parents[2] / "data" / "adaptive.json").read_text())["cells"]
 
@@ -98,7 +98,7 @@ def assert_plan_is_right(found: Plan, problem: Problem) -> None:
         for span in rank:
             assert (span.start, span.end) == pytest.approx(spans[span.work], abs=1e-9)
     assert found.timeline.makespan == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
-    assert found.peaks == peaks(schedule, problem.activations)
+    assert found.peaks == peak_activations(schedule, problem.activations)
     assert all(peak <= limit * (1 + 1e-6) for peak, limit in zip(found.peaks, problem.limits))
     assert found.lower_bound <= found.timeline.makespan * (1 + 1e-9)
     for known in known_schedules(problem):
@@ -175,7 +175,7 @@ def test_limits_that_cannot_be_met_say_what_is_least() -> None:
     ({"times": Times.uniform(4, forward=float("nan"))}, "finite"),
     ({"times": replace(Times.uniform(4), hops=(1.0,) * 4)}, "times.hops must be 3"),
     ({"times": Times.uniform(4, hop=-1)}, "times.hops must be 3 finite numbers of 0 or more"),
-    ({"activations": Activations((1.0,) * 4, (1.0,) * 3)}, "activations.kept must be 4")])
+    ({"activations": Activations((1.0,) * 4, (1.0,) * 3)}, "activations.after_backward must be 4")])
 def test_bad_problems_are_refused(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"ranks": 2, "micro_batches": 4, "times": Times.uniform(4),
                             "activations": Activations((1.0,) * 4, (1.0,) * 4), "limits": (4.0, 4.0)}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_adaptive import counted
 from test_bounds import optimum
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan, search
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import Block
@@ -26,7 +26,7 @@ from ds_vshape.schedule.adaptive.reduced import reduced
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import v
-from ds_vshape.schedule.timeline import Times, peak_activations, simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 ROOT = Path(__file__).parents[3]
 
@@ -85,7 +85,7 @@ def annealed(scheduler: ListScheduler, run: Run, tries: int, temperature: float,
     schedule = scheduler.schedule(found)
     assert simulate(schedule, scheduler.problem.times).makespan == pytest.approx(makespan)
     assert all(peak <= limit for peak, limit in
-               zip(peaks(schedule, scheduler.problem.activations), scheduler.limits, strict=True))
+               zip(peak_activations(schedule, scheduler.problem.activations), scheduler.limits, strict=True))
     # Where it went on from is a batch within the limits as well.
     assert scheduler.left_shift(orders, run.policy) is not None
     return found

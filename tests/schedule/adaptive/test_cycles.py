@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from optimum import Cell, repeats
 from test_adaptive import assert_plan_is_right, counted, problems
 
-from ds_vshape.schedule.activations import peaks
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
@@ -48,7 +48,7 @@ def makespan(problem: Problem, cycle: Cycle, micro_batches: int) -> float:
     schedule = scheduler.schedule(run)
     check(schedule)
     assert all(peak <= limit for peak, limit in
-               zip(peaks(schedule, problem.activations), scheduler.limits, strict=True))
+               zip(peak_activations(schedule, problem.activations), scheduler.limits, strict=True))
     return simulate(schedule, problem.times).makespan
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adaptive import assert_plan_is_right, counted, problems
 
-from ds_vshape.schedule.activations import peaks
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
@@ -55,7 +55,7 @@ def test_any_times_and_sizes(problem: Problem, more: float) -> None:
         check(schedule)
         assert simulate(schedule, problem.times).makespan == pytest.approx(run.makespan)
         assert all(peak <= limit for peak, limit in
-                   zip(peaks(schedule, problem.activations), scheduler.limits, strict=True))
+                   zip(peak_activations(schedule, problem.activations), scheduler.limits, strict=True))
 
 
 @pytest.mark.parametrize("hop", [0, 2])
@@ -77,7 +77,7 @@ def test_haste_is_never_slower(problem: Problem, seed: int) -> None:
     check(schedule)
     assert simulate(schedule, problem.times).makespan == pytest.approx(fast.makespan)
     assert all(peak <= limit * (1 + 1e-6) for peak, limit in
-               zip(peaks(schedule, problem.activations), problem.limits, strict=True))
+               zip(peak_activations(schedule, problem.activations), problem.limits, strict=True))
 
 
 def test_haste_saves_most_of_a_ramp() -> None:

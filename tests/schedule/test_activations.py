@@ -1,0 +1,81 @@
+"""Peaks and curves of what a rank keeps, against a count of what is alive at each moment."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_vshape.schedule.activations import Activations, memory_curve, peak_activations
+from ds_vshape.schedule.named import SCHEDULES, build
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Span, Times, simulate
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 4), st.integers(1, 6), st.data())
+def test_at_every_moment_it_is_the_sum_of_what_is_alive(name: str, ranks: int, micro_batches: int,
+                                                        data: st.DataObject) -> None:
+    schedule = in_pieces(build(name, ranks, micro_batches), data.draw(st.integers(1, 3)))
+    stages = schedule.placement.stages
+    sizes = st.lists(st.integers(1, 9), min_size=stages, max_size=stages).map(tuple)
+    activations = Activations(data.draw(sizes), data.draw(sizes))
+    timeline = simulate(schedule, Times.uniform(stages, 10, 12, 8, 1))
+    for rank, spans in enumerate(timeline.ranks):
+        curve = memory_curve(spans, activations)
+        assert [time for time, _ in curve] == sorted(time for time, _ in curve)
+        moments = [moment for span in spans for moment in (span.start, span.end)]
+        most = max(alive_at(moment, spans, activations) for moment in moments)
+        assert max(alive for _, alive in curve) == most == peak_activations(schedule, activations)[rank]
+        assert curve[-1][1] == 0
+        for (time, alive), (until, _) in zip(curve, curve[1:]):
+            if until > time:
+                assert alive == alive_at((time + until) / 2, spans, activations)
+
+
+def in_pieces(schedule: Schedule, pieces: int) -> Schedule:
+    """Each W in `pieces`; the next F goes between two of them where only W stand before it."""
+    orders = []
+    for order in schedule.orders:
+        cut = [part for action in order for part in (action.cut(pieces) if action.kind is Kind.W else (action,))]
+        for place in range(len(cut) - 1):
+            if cut[place].kind is Kind.W and cut[place].piece < pieces - 1 and cut[place + 1].kind is not Kind.F:
+                later = next((other for other in range(place + 1, len(cut)) if cut[other].kind is not Kind.W), None)
+                if later is not None and cut[later].kind is Kind.F:
+                    cut.insert(place + 1, cut.pop(later))
+        orders.append(tuple(cut))
+    return schedule.with_orders(tuple(orders))
+
+
+def alive_at(time: float, spans: tuple[Span, ...], activations: Activations) -> float:
+    """By the definition: all of it from the start of F to the end of B, then what B leaves to the end of the last piece
+    of W."""
+    found = 0.0
+    starts = {(span.work.stage, span.work.micro_batch): span.start for span in spans if span.work.kind is Kind.F}
+    for (stage, micro_batch), start in starts.items():
+        ends = {span.work.kind: span.end for span in spans
+                if (span.work.stage, span.work.micro_batch) == (stage, micro_batch)}
+        if start <= time < ends.get(Kind.B, ends.get(Kind.BW, 0.0)):
+            found += activations.after_forward[stage]
+        elif Kind.B in ends and ends[Kind.B] <= time < ends[Kind.W]:
+            found += activations.after_backward[stage]
+    return found
+
+
+def test_memory_that_is_taken_again_at_once_leaves_no_dip() -> None:
+    schedule = build("1f1b", 2, 3)
+    spans = simulate(schedule, Times.uniform(2)).ranks[1]
+    assert memory_curve(spans, Activations((2, 2), (2, 2))) == [(1, 2), (4, 2), (7, 2), (10, 0)]
+
+
+def test_the_first_piece_of_a_w_frees_nothing() -> None:
+    """On one order a count by shares would be 3."""
+    passes = map(Pass.parse, "F0.0 F1.0 B1.0 B0.0 W1.0[0/2] F0.1 W0.0[0/2] F1.1".split())
+    rest = map(Pass.parse, "W1.0[1/2] W0.0[1/2] B1.1 W1.1 B0.1 W0.1".split())
+    schedule = Schedule("pieces", v(1), 2, ((*passes, *rest),))
+    assert peak_activations(schedule) == (4.0,)
+    spans = simulate(schedule, Times.uniform(2)).ranks[0]
+    falls = memory_curve(spans, Activations((10, 10), (10, 10)))
+    assert [time for (_, before), (time, after) in zip(falls, falls[1:]) if after < before] == [
+        span.end for span in spans if span.work.frees_activations]
