@@ -16,7 +16,7 @@ from pipelines import Job, cross_entropy, data, specs
 from ranks import run_ranks
 
 import ds_vshape
-from ds_vshape.engine import scheduling
+from ds_vshape.config import to_schedule
 from ds_vshape.health.preflight import Preflight, PreflightError, config_facts, versions
 from ds_vshape.schedule.named import build
 
@@ -77,7 +77,7 @@ def another_order(odd: bool) -> Any:
     """The same name, but the odd rank's program is v-zb's, as of another state of the package."""
     with pytest.MonkeyPatch.context() as patch:
         if odd:
-            patch.setattr(scheduling, "build", lambda name, *of: replace(build("v-zb", *of), name="v-half"))
+            patch.setattr(to_schedule, "build", lambda name, *of: replace(build("v-zb", *of), name="v-half"))
         return engine_of(CONFIG)
 
 
