@@ -1,11 +1,11 @@
-"""Checkpoints: whole or not at all, the same on all ranks, for one placement, and nothing in them is executed.
+"""Checkpoints: complete or absent, the same on all ranks, for one placement, and nothing in them is executed.
 
-DeepSpeed (save_checkpoint and load_checkpoint in runtime/engine.py) has ranks wait for each other in between: where
-folders are made and when all is written; where tied weights are synchronized and where a universal checkpoint's
-weights are gathered. A rank that fails before leaves the others there. So errors are kept until all ranks have come,
-and before anything is waited for all of them agree to go on.
+In DeepSpeed's save_checkpoint and load_checkpoint (runtime/engine.py) ranks wait for each other: when folders are
+created and when everything is written; when tied weights are synchronized and when a universal checkpoint's weights are
+gathered. If a rank fails before, the others wait forever. So an error is kept until all ranks have reached the same
+point, and before each wait all ranks agree to continue.
 
-Of DeepSpeedEngine's private parts this overrides _save_checkpoint, _save_moe_checkpoint, _save_zero_checkpoint,
+Of DeepSpeedEngine's private methods this overrides _save_checkpoint, _save_moe_checkpoint, _save_zero_checkpoint,
 _copy_recovery_script, _load_checkpoint, _load_zero_checkpoint and _get_all_zero_checkpoints, and it puts another
 checkpoint_engine in its place for a while.
 """
@@ -44,7 +44,7 @@ _SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
 
 
 class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
-    """DeepSpeed's engine with checkpoints of ours; files and their contents are DeepSpeed's."""
+    """DeepSpeed's engine with safe checkpoints; the files and their contents are DeepSpeed's."""
 
     _agreement: Agreement
     _watch: Watch
@@ -60,11 +60,12 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     @in_phase
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
-        """Save the training's state, as DeepSpeed's `save_checkpoint`; to be called on every rank.
+        """Save the state of the training, as DeepSpeed's `save_checkpoint`; to be called on every rank.
 
-        Whenever a rank dies or fails, the checkpoint before stays what is loaded. An error on one rank is raised on all
-        (where it happened the error itself, elsewhere PipelineError with its text), and training can go on. Raises
-        CheckpointError for a tag that can't name a folder, and PreflightError if ranks call it with other arguments.
+        If a rank dies or fails at any point, the previous checkpoint remains the latest one. An error on one rank is
+        raised on all (on that rank the error itself, on the others PipelineError with its text), and training can
+        continue. Raises CheckpointError for a tag that can't name a folder, and PreflightError if the arguments differ
+        between ranks.
         """
         client_state = {} if client_state is None else client_state
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)

@@ -1,8 +1,8 @@
-"""A checkpoint is there whole, or not at all, whenever its writers die or fail.
+"""Atomic checkpoints: a checkpoint is complete or absent, even if its writers die or fail.
 
-DeepSpeed (engine.save_checkpoint in runtime/engine.py) writes into the checkpoint's folder itself, and its rank 0 names
-it in the file "latest" when its own files are written: a rank that dies a moment later leaves a latest checkpoint with
-half of its files, and one saved again under the same tag is lost from the first byte on. Here:
+DeepSpeed (engine.save_checkpoint in runtime/engine.py) writes directly into the checkpoint's folder, and rank 0 names
+it in the file "latest" as soon as its own files are written. If another rank then dies, the latest checkpoint is
+incomplete; and saving again under the same tag destroys the old checkpoint from the first byte on. Here:
 
     [1] all ranks write into TAG.ID.draft                             a kill leaves a draft, which the next save clears
     [2] when all have written, TAG becomes TAG.replaced, if there is one
@@ -10,7 +10,7 @@ half of its files, and one saved again under the same tag is lost from the first
     [4] "latest" names TAG, in one write; TAG.replaced goes
 
 Each save has an ID of its own, so that two jobs that save under one TAG never write into one folder: the later one
-clears the earlier one's draft, or replaces it. Whatever else lies in TAG (a tokenizer's files) stays there.
+removes the earlier one's draft, or replaces it. Other files in TAG (a tokenizer's, say) stay there.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Draft:
         self._gave_way = self._committed = False
 
     def start(self) -> None:
-        """Make its folder, and remove what saves of this tag that didn't come to their end have left.
+        """Create its folder, and remove the remains of interrupted saves of this tag.
 
-        Raises CheckpointError if something is in the checkpoint's place that can't give way.
+        Raises CheckpointError if something that can't be replaced is in the checkpoint's place.
         """
         if os.path.lexists(self.parent) and not os.path.isdir(self.parent):
             raise CheckpointError(f"save_dir = {self.parent!r}: must be a folder, or not be there yet")
@@ -106,7 +106,7 @@ class Draft:
                                "save_dir of its own")
 
     def discard(self) -> None:
-        """Put back what was there before, as far as can be, and remove what has been written."""
+        """Restore the previous checkpoint as far as possible, and remove what has been written."""
         with suppress(OSError):
             if self._committed:
                 os.rename(self._place, self._folder)
@@ -145,7 +145,7 @@ class Draft:
 
 
 def name_latest(parent: str, tag: str) -> None:
-    """Let `tag` be what is loaded from the folder `parent` by default."""
+    """Make `tag` the checkpoint that is loaded from the folder `parent` by default."""
     replace_text(Path(parent, LATEST), tag, Path(parent, f"{LATEST}.{new_id()}{DRAFT}"))
 
 

@@ -1,7 +1,7 @@
-"""What is wrong with a checkpoint, in words: which file, why, and what would be right.
+"""Errors about checkpoints that name the file, the cause, and the remedy.
 
-torch and DeepSpeed raise an AssertionError without a text for a missing layer file, EOFError for an empty one, an
-UnpicklingError for a cut one, and "iostream error" for a full disk, none of which names the file.
+torch and DeepSpeed raise an AssertionError without a message for a missing layer file, EOFError for an empty one, an
+UnpicklingError for a truncated one, and "iostream error" for a full disk. None of them names the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def unreadable(path: str, error: Exception) -> CheckpointError:
-    """The error that says why the file `path` couldn't be read, where reading it raised `error`."""
+    """The error for a file `path` that couldn't be read because of `error`."""
     if isinstance(error, FileNotFoundError):
         return missing(path)
     if isinstance(error, OSError) and error.filename is not None:
@@ -47,14 +47,14 @@ def unreadable(path: str, error: Exception) -> CheckpointError:
 
 
 def missing(path: str) -> CheckpointError:
-    """The error for a file `path` that isn't there; it lists what its folder has."""
+    """The error for a missing file `path`; it lists the contents of the folder."""
     folder = Path(path).parent
     present = f"its folder has {_few(sorted(os.listdir(folder)))}" if folder.is_dir() else f"{folder} is no folder"
     return CheckpointError(f"{path} is missing ({present}): {_REPLACE}")
 
 
 def replace_text(path: Path, text: str, draft: Path) -> None:
-    """Let the file `path` hold `text`, which is written into `draft` first, so that it's there whole or not at all.
+    """Write `text` to the file `path` atomically: it is written to `draft` first, which then replaces `path`.
 
     Raises OSError that names `path`.
     """
@@ -74,7 +74,7 @@ def _few(names: list[str]) -> str:
 
 
 def unwritable(path: str, error: Exception, content: Any) -> Exception:
-    """The error that says why the file `path` couldn't be written, where writing `content` raised `error`."""
+    """The error for a file `path` that couldn't be written because writing `content` raised `error`."""
     if isinstance(error, OSError):
         return error if error.filename is not None else type(error)(error.errno, error.strerror or str(error), path)
     if isinstance(error, RuntimeError):
@@ -104,7 +104,7 @@ def _unpicklable(content: Any) -> str | None:
 
 
 class _WithoutTensors(pickle.Pickler):
-    """Finds what can't be pickled without writing what can."""
+    """Finds objects that can't be pickled, without writing the others."""
 
     def persistent_id(self, thing: Any) -> str | None:
         return "tensor" if isinstance(thing, (torch.Tensor, torch.UntypedStorage)) else None

@@ -1,7 +1,8 @@
-"""The placement, saved with a checkpoint, so that optimizer state never lands on the wrong layers.
+"""Saves the placement with a checkpoint, so that optimizer states are never loaded for the wrong layers.
 
-Layer files are named by global layer and fit every placement. Optimizer state is one flat tensor a rank in the order
-of that rank's parameters: loaded under another placement it has the right size, no error, and the wrong content.
+Layer files are named by the layer's number in the model and fit every placement. Optimizer states are one flat tensor
+for each rank, in the order of that rank's parameters. Under another placement it may have the right size, and would be
+loaded without an error, for the wrong parameters.
 """
 
 from __future__ import annotations

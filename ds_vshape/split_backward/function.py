@@ -86,10 +86,10 @@ class HalfContext:
 
 
 class SplitFunction(torch.autograd.Function):
-    """Base class of functions with weights, for kernels of your own that the B/W split is to cover.
+    """Base class of autograd Functions with weights, for kernels of your own whose backward is split into B and W.
 
-    Write `forward` as for torch.autograd.Function, and in place of `backward` its two halves. `weight_arguments` says
-    which positions of forward's arguments are weights. Call `apply` as usual; nothing else changes in the module:
+    Write `forward` as for torch.autograd.Function, and instead of `backward` its two halves. `weight_arguments` are the
+    positions of the weights among forward's arguments. Call `apply` as usual; nothing else changes in the module:
 
         class Scale(SplitFunction):
             weight_arguments = (1,)
@@ -112,9 +112,9 @@ class SplitFunction(torch.autograd.Function):
 
         y = Scale.apply(x, self.weight)
 
-    What lives from B to W: the output gradients, the tensors passed to save_for_backward (all of them, or those whose
-    positions `saved_for_weight` lists; the others are None in W) and any tensor set as an attribute of ctx.
-    `backward_input` runs first, so it may leave an intermediate for `backward_weight` as an attribute of ctx.
+    From B to W the following are kept: the output gradients, the tensors passed to save_for_backward (all of them, or
+    those whose positions `saved_for_weight` lists; the others are None in W) and every tensor set as an attribute of
+    ctx. `backward_input` runs first, so it can pass an intermediate result to `backward_weight` as an attribute of ctx.
 
     Weight gradients are deferred if each weight argument that requires a gradient is a Parameter that `is_deferrable`
     accepts; otherwise both halves run at once, in B.
@@ -139,10 +139,10 @@ class SplitFunction(torch.autograd.Function):
 
     @classmethod
     def accumulate_weight(cls, ctx: Any, buffers: Buffers, *output_gradients: Any) -> Any:
-        """`backward_weight` where sums over the micro-batches so far exist: `buffers` has one for each weight
-        argument, shaped as the weight and of the same or a wider dtype, or None.
+        """As `backward_weight`, with the sums over the previous micro-batches: `buffers` has one for each weight
+        argument, with the weight's shape and the same or a wider dtype, or None.
 
-        Override it to add a gradient to its buffer in place, without a tensor of its own, and return None for it.
+        Override it to add a gradient to its buffer in place, without a temporary tensor, and return None for it.
         """
         return cls.backward_weight(ctx, *output_gradients)
 

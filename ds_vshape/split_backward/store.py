@@ -1,6 +1,6 @@
-"""What waits between B and W: for each use of a weight, the operator's input and its output gradient, nothing else.
+"""What B leaves to W: for each use of a weight, the operator's input and its output gradient, nothing else.
 
-B puts entries in, W takes them out one by one, so that memory falls while W runs.
+B adds entries; W removes them one by one, so memory is released while W runs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class GradientAccumulator(Protocol):
         """Add a gradient of the parameter's shape and dtype: new memory, which may be kept."""
 
     def buffer(self, parameter: Parameter, /) -> Tensor | None:
-        """The sum so far, shaped as the parameter and of any dtype, for a gradient that is added to it in place right
-        now; None where there is no sum yet, or where only `add` may touch it."""
+        """The sum so far, with the parameter's shape and any dtype, to which a gradient is added in place at once; None
+        if there is no sum yet, or if only `add` may change it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WholeGradients:
-    """A delivery by `add` alone: sums are rounded as autograd rounds them, for one more tensor and a second pass."""
+    """Accumulates by `add` only: sums are rounded as by autograd, but need a temporary tensor and a second pass."""
 
     add: Callable[[Parameter, Tensor], None]
 
@@ -47,8 +47,8 @@ class WholeGradients:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One backward_weight that waits: `targets` stand in the order of the function's weight arguments, None where an
-    argument needs no gradient. `autocast` is what was enabled in B."""
+    """One pending backward_weight. `targets` are in the order of the function's weight arguments, None for an argument
+    that needs no gradient; `autocast` is the state of autocast in B."""
 
     function: type[SplitFunction]
     context: HalfContext
@@ -61,7 +61,7 @@ class Entry:
         object.__setattr__(self, "versions", self._current_versions())
 
     def check_unmodified(self) -> None:
-        """RuntimeError if what is kept was written to since B (autograd itself guards only until B)."""
+        """Raise RuntimeError if a kept tensor has been modified since B (autograd itself checks only until B)."""
         if self.versions != self._current_versions():
             raise RuntimeError(
                 "one of the tensors needed for a weight gradient has been modified by an inplace operation between "
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def weights(self) -> int:
-        """How many numbers its gradients are."""
+        """The number of elements of its gradients."""
         return sum(parameter_of(target).numel() for target in self.targets if target is not None)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -125,7 +125,7 @@ class Entry:
 
 
 class WeightGradientStore:
-    """The weight gradients that one stage owes for one micro-batch, in the order in which B met them.
+    """The pending weight gradients of one stage for one micro-batch, in the order in which B reached them.
 
     The gradients of a parameter that the forward used several times are summed before they are delivered, in the
     order and the precision of autograd's own sums, so that accumulation over micro-batches adds the same numbers as an
@@ -148,7 +148,7 @@ class WeightGradientStore:
         return len(self._entries)
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """The parameters whose gradients are waiting here, each once."""
+        """The parameters with pending gradients, each once."""
         return tuple(target for target in self._uses if isinstance(target, Parameter))
 
     def tensors(self) -> Iterator[Tensor]:
@@ -198,7 +198,7 @@ class WeightGradientStore:
             self.deferring = False
 
     def run_next(self, delivery: GradientAccumulator) -> None:
-        """One entry of W; IndexError if none waits.
+        """One entry of W; raises IndexError if there is none.
 
         `delivery.add` is called at the last of a parameter's uses, with the sum of all that found no buffer.
         """

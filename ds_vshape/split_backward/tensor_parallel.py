@@ -33,10 +33,11 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: Any) -> Tensor:
-    """`x`, whose gradient is summed over the ranks of `group`: the input of a column parallel layer, as DeepSpeed's
-    ColumnParallel (module_inject/layers.py) or Megatron's copy_to_tensor_model_parallel_region.
+    """`x`, with its gradient summed over the ranks of `group`: for the input of a column parallel layer, as in
+    DeepSpeed's ColumnParallel (module_inject/layers.py) or Megatron's copy_to_tensor_model_parallel_region.
 
-    Weight gradients are computed in the order of their micro-batches all the same: sums are those without overlap.
+    During the sum a pending weight gradient is computed. Weight gradients are still computed in the order of their
+    micro-batches, so the result is the same as without the overlap.
     """
     if dist.get_world_size(group) == 1:
         return x

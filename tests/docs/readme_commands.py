@@ -42,7 +42,7 @@ CHANGES = [
     Change("^bash tests/run.sh$", "all tests would contain this one", "tests/schedule/test_passes.py"),
     Change("^bash tests/run.sh -k lowering", "collecting all tests takes long",
            "--co -q tests/schedule/test_lowering.py"),
-    Change("^bash tests/run.sh.* tests/schedule/test_schedules.py", "these tests run by themselves too", "--co -q"),
+    Change("^bash tests/run.sh.* tests/schedule/test_(schedules|drawing).py", "these tests run by themselves too", "--co -q"),
     Change("^bash tests/run.sh.* tests/engine/test_engine_equivalence.py", "these tests run by themselves too",
            "--co -q"),
     Change("^bash tests/run.sh.* tests/runtime/test_instructions.py", "these tests run by themselves too", "--co -q"),
