@@ -1,4 +1,4 @@
-"""Short texts and numbers between all ranks of the job: what they have, and what went wrong.
+"""Texts and numbers between all ranks of the job, or some: what they have, and what went wrong.
 
 Texts travel as bytes in tensors: nothing that comes from another rank is executed, as unpickling would. They go over
 gloo whatever the job's backend is, so that no GPU is waited for.
@@ -17,14 +17,16 @@ from ds_vshape.comm.groups import GLOO, new_group
 
 
 class Exchange:
-    """All ranks of the job, or those of the global `ranks`, as a group of its own. Creating it is collective over the
-    job.
+    """All ranks of the job, or the global `ranks`, as a process group of their own over gloo.
+
+    Creating it is collective over the job; its methods are collective over `ranks`.
 
     Methods raise RuntimeError where a rank is lost, or doesn't come within `seconds`, where there is such a limit.
     """
 
     def __init__(self, ranks: Sequence[int] | None = None, seconds: float | None = None) -> None:
-        self._group = new_group(ranks, GLOO, seconds)
+        self.group = new_group(ranks, GLOO, seconds)
+        self.ranks: Sequence[int] = range(dist.get_world_size()) if ranks is None else ranks
 
     def largest(self, own: int) -> int:
         """The largest of all ranks' numbers; collective."""
@@ -33,35 +35,53 @@ class Exchange:
     def largest_of_each(self, own: Sequence[int]) -> list[int]:
         """For each place the largest of all ranks' numbers; every rank gives as many numbers. Collective."""
         numbers = torch.tensor(own)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
         return numbers.tolist()
 
     def start_numbers(self, own: Sequence[float]) -> Numbers:
         """Start to tell all ranks this rank's numbers, of which every rank has as many; doesn't wait. Collective."""
         sent = torch.tensor(own, dtype=torch.float64)
-        boxes = [torch.empty_like(sent) for _ in range(dist.get_world_size(self._group))]
-        return Numbers(boxes, dist.all_gather(boxes, sent, group=self._group, async_op=True))
+        boxes = [torch.empty_like(sent) for _ in self.ranks]
+        return Numbers(boxes, dist.all_gather(boxes, sent, group=self.group, async_op=True))
 
     def texts(self, own: str) -> list[str]:
         """Every rank's text, in rank order; collective."""
         encoded = own.encode()
         longest = self.largest(len(encoded))
         if not longest:
-            return [""] * dist.get_world_size(self._group)
-        boxes = [_box(b"", longest) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(boxes, _box(encoded, longest), group=self._group)
+            return [""] * len(self.ranks)
+        boxes = [_box(b"", longest) for _ in self.ranks]
+        dist.all_gather(boxes, _box(encoded, longest), group=self.group)
         return [_unboxed(box) for box in boxes]
+
+    def texts_on_first(self, own: str) -> list[str]:
+        """Every rank's text on the first rank of the group, in rank order; an empty list on all others. Collective.
+
+        Each text travels once, which counts where they are long.
+        """
+        encoded = torch.frombuffer(bytearray(own.encode() or b"\0"), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
+        dist.all_gather(sizes, torch.tensor([encoded.numel()]), group=self.group)
+        if dist.get_rank() != self.ranks[0]:
+            dist.send(encoded, self.ranks[0], group=self.group)
+            return []
+        texts = [own]
+        for rank, size in zip(self.ranks[1:], sizes[1:]):
+            box = _box(b"", int(size))
+            dist.recv(box, rank, group=self.group)
+            texts.append(_unboxed(box))
+        return texts
 
     def text_of_first(self, own: str) -> str:
         """The text that the first rank of the group gives, on all of them; collective."""
-        source = dist.get_process_group_ranks(self._group)[0]
+        source = self.ranks[0]
         encoded = own.encode(errors="replace") if dist.get_rank() == source else b""
         size = torch.tensor([len(encoded)])
-        dist.broadcast(size, source, group=self._group)
+        dist.broadcast(size, source, group=self.group)
         if not int(size):
             return ""
         box = _box(encoded, int(size))
-        dist.broadcast(box, source, group=self._group)
+        dist.broadcast(box, source, group=self.group)
         return bytes(box.tolist()).decode()
 
 

@@ -12,17 +12,15 @@ Of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) this knows:
 from __future__ import annotations
 
 import copy
-import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from ds_vshape.runtime.random_state import RandomState
 
 _OF_ENGINE = ("global_steps", "global_samples", "skipped_steps", "_global_grad_norm", "_step_applied")
 _OF_OPTIMIZER = ("overflow", "_global_grad_norm", "micro_step_id", "_hp_optimizer_states_linked")
@@ -134,37 +132,6 @@ def _flat(gradients: Any) -> Tensor | None:
     """The one tensor that a group's gradients are, where they aren't put together before they're scaled."""
     flat: Tensor | None = getattr(gradients, "flat_partition", None)
     return flat if flat is not None else gradients[0] if gradients is not None and len(gradients) == 1 else None
-
-
-class RandomState:
-    """Where all generators are that DeepSpeed's set_random_seed seeds, and those of its activation checkpointing."""
-
-    def __init__(self) -> None:
-        self._host = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        self._device = get_accelerator().get_rng_state()
-        self._tracked = ds_checkpointing.get_cuda_rng_tracker().get_states()
-
-    def restore(self) -> None:
-        """Put all of them back."""
-        self.restore_host()
-        get_accelerator().set_rng_state(self._device)
-        ds_checkpointing.get_cuda_rng_tracker().set_states(dict(self._tracked))
-
-    def restore_host(self) -> None:
-        """Put those back that loading data may use."""
-        python, of_numpy, of_torch = self._host
-        random.setstate(python)
-        numpy.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
-
-    def same_host(self, other: RandomState) -> bool:
-        """Whether no random numbers were drawn on the host in between."""
-        return self._digest() == other._digest()
-
-    def _digest(self) -> tuple[Any, ...]:
-        python, of_numpy, of_torch = self._host
-        return python, *(part.tobytes() if isinstance(part, numpy.ndarray) else part for part in of_numpy), (
-            of_torch.numpy().tobytes())
 
 
 class PassesSnapshot:

@@ -7,24 +7,23 @@ of forward and backward. A model too large for one device is measured with the m
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
-from torch import Tensor, nn
+from torch import nn
 
+from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import Payload, members
 from ds_vshape.measure.profiling import DeviceClock, HostClock
 from ds_vshape.runtime.buffers import enter, leaves
+from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.schedule.balance import PartitionError
 
 WARM_UPS, REPEATS = 2, 5
@@ -72,7 +71,7 @@ class LayerProfiler:
                 times = torch.tensor(list(zip(*self._measure())), dtype=torch.float64)
             except Exception as error:
                 failure = str(error) if isinstance(error, PartitionError) else f"{type(error).__name__}: {error}"
-        said = _broadcast_text(failure, self.device) or failure
+        said = Exchange().text_of_first(failure)
         if said:
             raise PartitionError(f"the partition 'profile' can't be measured: {said}")
         times = times.to(self.device)
@@ -86,7 +85,7 @@ class LayerProfiler:
                                  "train_batch's iterator gives it")
         inputs, labels = (_on(self.device, part) for part in self.example)
         times = []
-        with _random_state_kept(), torch.enable_grad():
+        with RandomState.kept(), torch.enable_grad():
             for layer, spec in enumerate(self.layers):
                 self.seed(layer)
                 last = layer == len(self.layers) - 1
@@ -159,32 +158,3 @@ def _copied(payload: Payload) -> Payload:
     """Leaves with memory of their own, which the layer may change."""
     copies = tuple(None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in members(payload))
     return copies if isinstance(payload, tuple) else copies[0]  # type: ignore[return-value]
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave all random generators as they were: the model must start from the weights it has without a profile."""
-    accelerator = get_accelerator()
-    python, numpy, host, device = (random.getstate(), np.random.get_state(), torch.get_rng_state(),
-                                   accelerator.get_rng_state())
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(host)
-        accelerator.set_rng_state(device)
-
-
-def _broadcast_text(text: str, device: str) -> str:
-    """Rank 0's `text` (collective)."""
-    data = text.encode()
-    length = torch.tensor([len(data)], device=device)
-    dist.broadcast(length, src=0)
-    if not int(length):
-        return ""
-    # Ranks other than 0 hold a text of another length, or none.
-    own = data if dist.get_rank() == 0 else bytes(int(length))
-    letters: Tensor = torch.tensor(list(own), dtype=torch.uint8, device=device)
-    dist.broadcast(letters, src=0)
-    return bytes(letters.tolist()).decode(errors="replace")

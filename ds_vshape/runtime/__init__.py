@@ -9,5 +9,6 @@
     gradient_release.py   weights that a script's own hooks step in the middle of a batch
     script_functions.py   functions that a script has put in the place of DeepSpeed's
     wall_clock.py         DeepSpeed's named timers, around the instructions
+    random_state.py       the states of the random number generators
     anomaly.py            the first NaN or infinity ends the batch
 """

@@ -3,7 +3,7 @@
     "pipeline_schedule": {"name": "v-half", "trace": {"batches": [10, 12], "path": "traces"}}
 
     recorder, arrivals    what each rank did, and when messages arrived
-    clocks, gather        from all ranks to the first, on one clock
+    clocks                how far apart the ranks' clocks are
     batch                 what is known of a batch then
     chrome, page          the trace for Perfetto, the page for a browser
     tracer                all of it around the batches that are named

@@ -21,14 +21,13 @@ from typing import Any
 from deepspeed.utils import logger
 
 from ds_vshape.comm.channels import Channels
-from ds_vshape.comm.groups import GLOO, new_group
+from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ConfigError, TraceConfig, shown
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.profiling import mean_times
 from ds_vshape.measure.trace.batch import BatchTrace, Clock, RankTrace, deliveries, measured
 from ds_vshape.measure.trace.chrome import chrome_trace
 from ds_vshape.measure.trace.clocks import clocks, refined
-from ds_vshape.measure.trace.gather import gather_texts
 from ds_vshape.measure.trace.page import page
 from ds_vshape.measure.trace.recorder import Recorder
 from ds_vshape.runtime.wrappers import InstructionWrappers
@@ -55,9 +54,9 @@ class Tracer:
         self._engine, self._observer, self._channels, self._wrappers = engine, observer, channels, wrappers
         self._first, self._last = config.batches
         self._stem = os.path.join(config.path, f"batches_{self._first}-{self._last}")
-        self._ranks: list[int] = next(ranks for ranks in engine.grid.pipe_groups if 0 in ranks)
-        self._concerned = engine.global_rank in self._ranks
-        self._group = new_group(self._ranks, GLOO)
+        ranks: list[int] = next(ranks for ranks in engine.grid.pipe_groups if 0 in ranks)
+        self._concerned = engine.global_rank in ranks
+        self._exchange = Exchange(ranks)
         self._batches: list[BatchTrace] = []
 
     @contextmanager
@@ -67,14 +66,14 @@ class Tracer:
         if not self._concerned or not self._first <= number <= self._last:
             yield
             return
-        found = clocks(self._ranks, self._group)
+        found = clocks(self._exchange.ranks, self._exchange.group)
         recorder = Recorder(self._engine.placement, self._channels)
         try:
             with self._wrappers.during(recorder.recorded):
                 yield
         finally:
             recorder.close()
-        texts = gather_texts(recorder.trace().text(), self._ranks, self._group)
+        texts = self._exchange.texts_on_first(recorder.trace().text())
         activations, unit = self._activations()
         if texts:
             self._batches.append(self._put_together(number, texts, found, activations, unit))
