@@ -18,7 +18,7 @@ block. This one runs a program of instructions and knows nothing of schedules bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -260,16 +260,6 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
             self.data_iterator = training_iterator
             self.eval_return_logits = False
             self.outputs = None
-
-    def _doing(self, what: str) -> Callable[[], str]:
-        """Gives the name of the instruction in which this rank is at the time (its device, where that runs behind the
-        host), or `what` where there is none."""
-        def name() -> str:
-            awaited = self._channels.awaited_by_device()
-            instruction = self._instruction if awaited is None else instr.instruction_of(awaited)
-            return what if instruction is None else instr.name_of(instruction)
-
-        return name
 
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:
         return self._plans.evaluation(micro_batches)

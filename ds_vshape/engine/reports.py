@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed.utils import logger
 
+from ds_vshape.comm.channels import Channels
 from ds_vshape.engine.plans import Plans
 from ds_vshape.measure.log_lines import comparison_line, ends_line
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times
@@ -22,6 +25,8 @@ class Reports:
     global_steps: int
     micro_batches: int
     placement: Placement
+    _channels: Channels
+    _instruction: instr.PipeInstruction | None
     _observer: Observer
     _plans: Plans
 
@@ -57,7 +62,17 @@ class Reports:
         """What this rank keeps to take a step back."""
         return 0
 
-    # -- in the log
+    # -- in errors and in the log
+
+    def _doing(self, what: str) -> Callable[[], str]:
+        """Gives the name of the instruction in which this rank is at the time (its device, where that runs behind the
+        host), or `what` where there is none."""
+        def name() -> str:
+            awaited = self._channels.awaited_by_device()
+            instruction = self._instruction if awaited is None else instr.instruction_of(awaited)
+            return what if instruction is None else instr.name_of(instruction)
+
+        return name
 
     def _progress(self) -> str:
         """What the error for a lost rank says of the training; before the first step also where the ends of the model

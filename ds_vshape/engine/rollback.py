@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ds_vshape.runtime.random_state import RandomState
+from ds_vshape.runtime.rank import Rank
 
 _OF_ENGINE = ("global_steps", "global_samples", "skipped_steps", "_global_grad_norm", "_step_applied")
 _OF_OPTIMIZER = ("overflow", "_global_grad_norm", "micro_step_id", "_hp_optimizer_states_linked")
 
 
 class StepSnapshot:
-    """The state of `engine` and its optimizer before a step."""
+    """The state of a rank's engine and its optimizer before a step."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine, self._optimizer = engine, engine.optimizer
+    def __init__(self, rank: Rank) -> None:
+        self._rank, self._optimizer = rank, rank.optimizer
         inner = self._optimizer.optimizer
-        self._of_engine = {name: getattr(engine, name) for name in _OF_ENGINE}
+        self._of_engine = {name: getattr(rank, name) for name in _OF_ENGINE}
         self._of_optimizer = {name: getattr(self._optimizer, name) for name in _OF_OPTIMIZER}
         self._scaler = dict(vars(self._optimizer.loss_scaler))
         self._weights = [weight.detach().clone() for weight in self._optimizer.single_partition_of_fp32_groups]
@@ -42,7 +43,7 @@ class StepSnapshot:
         # The step scales these where they lie.
         self._scaled = [(tensor, tensor.clone()) for tensor in map(_flat, self._gradients.values())
                         if tensor is not None]
-        scheduler = engine.lr_scheduler
+        scheduler = rank.lr_scheduler
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._last_lr = copy.copy(getattr(scheduler, "_last_lr", None))
 
@@ -53,8 +54,8 @@ class StepSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Take the step back; collective over data parallel ranks, which have each other's weights."""
-        optimizer, scheduler = self._optimizer, self._engine.lr_scheduler
-        vars(self._engine).update(self._of_engine)
+        optimizer, scheduler = self._optimizer, self._rank.lr_scheduler
+        vars(self._rank).update(self._of_engine)
         vars(optimizer).update(self._of_optimizer)
         vars(optimizer.loss_scaler).update(self._scaler)
         for weight, kept in zip(optimizer.single_partition_of_fp32_groups, self._weights, strict=True):
@@ -86,9 +87,9 @@ class StepSnapshot:
                 for options, after in zip(now, self._after, strict=True)]
 
 
-def change(engine: Any, changes: list[dict[str, Any]]) -> None:
+def change(rank: Rank, changes: list[dict[str, Any]]) -> None:
     """Change the parameter groups as the script has done before."""
-    for group, options in zip(engine.optimizer.optimizer.param_groups, changes, strict=True):
+    for group, options in zip(rank.optimizer.optimizer.param_groups, changes, strict=True):
         group.update(options)
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ds_vshape.comm.groups import light_options
 from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched
 from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.runtime.rank import Rank
 from ds_vshape.schedule.activations import Activations, Working, peak_activations, working_peaks
 from ds_vshape.schedule.communicators import communicator_bytes
 from ds_vshape.schedule.lowering import lower
@@ -259,18 +260,18 @@ def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:
     return StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()  # type: ignore[no-untyped-call]
 
 
-def predict_memory(engine: Any, schedule: Schedule,
+def predict_memory(rank: Rank, schedule: Schedule,
                    sizes: tuple[Activations, Working] | None) -> tuple[RankMemory, ...]:
-    """What each pipeline rank needs under `schedule`, on every rank of `engine`'s pipeline (collective); nothing is
+    """What each pipeline rank needs under `schedule`, on every rank of the pipeline of `rank` (collective); nothing is
     said of activations where their `sizes` are unknown.
 
     To be called after the first step: torch's optimizers make their moments in it.
     """
-    own = torch.tensor([parameter_bytes(engine.module), gradient_bytes(engine.module, engine.optimizer),
-                        optimizer_bytes(engine.module, engine.optimizer), engine.rollback_bytes()],
-                       device=engine.device)
+    own = torch.tensor([parameter_bytes(rank.module), gradient_bytes(rank.module, rank.optimizer),
+                        optimizer_bytes(rank.module, rank.optimizer), rank.rollback_bytes()],
+                       device=rank.device)
     every = [torch.empty_like(own) for _ in schedule.orders]
-    dist.all_gather(every, own, group=engine.grid.get_pipe_parallel_group())
+    dist.all_gather(every, own, group=rank.grid.get_pipe_parallel_group())
     states = torch.stack(every).tolist()
     activations: list[tuple[int, int] | tuple[None, None]] = [(None, None) for _ in states]
     if sizes is not None:

@@ -34,6 +34,7 @@ from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.instructions import Execute, Instruction
+from ds_vshape.runtime.rank import TrainingRank
 from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
@@ -44,15 +45,15 @@ _PREFIX = "Train/Pipeline/"
 
 
 class Tracking:
-    """Of `engine`, a ds_vshape PipelineEngine whose monitor is on; on every rank, since reports are collective."""
+    """Reports to the monitor of this `rank`, which is on; on every rank, since reports are collective."""
 
-    def __init__(self, engine: Any, observer: Observer, held: Buffers, wrappers: InstructionWrappers) -> None:
-        self._engine, self._observer, self._held = engine, observer, held
+    def __init__(self, rank: TrainingRank, observer: Observer, held: Buffers, wrappers: InstructionWrappers) -> None:
+        self._rank, self._observer, self._held = rank, observer, held
         self._pictured: Schedule | None = None
         self._seconds = 0.0
         self._samples = self._tokens = 0
         self._of_batch: dict[int, int] = {}
-        if engine.stage_id == engine.placement.rank_of(0):
+        if rank.stage_id == rank.placement.rank_of(0):
             wrappers.add(self._counted)
 
     def _counted(self, instructions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
@@ -77,9 +78,9 @@ class Tracking:
         yield
         self._seconds += time.perf_counter() - began
         self._tokens += sum(self._of_batch.values())
-        self._samples += self._engine.train_batch_size()
-        every = self._engine.steps_per_print()
-        if every and self._engine.global_steps % every == 0:
+        self._samples += self._rank.train_batch_size()
+        every = self._rank.steps_per_print()
+        if every and self._rank.global_steps % every == 0:
             self._report()
             self._seconds, self._samples, self._tokens = 0.0, 0, 0
 
@@ -88,24 +89,24 @@ class Tracking:
         values = self._rates() | self._sizes()
         if self._observer.batches != METERED_BATCH + 1:
             schedule, _ = self._observer.last_batch()
-            predicted, measured = self._observer.timelines(self._engine.planned_times)
+            predicted, measured = self._observer.timelines(self._rank.planned_times)
             values |= _times(predicted, measured)
             self._picture(schedule, predicted)
-        samples = self._engine.global_samples
-        self._engine.monitor.write_events([(_PREFIX + name, value, samples) for name, value in values.items()])
+        samples = self._rank.global_samples
+        self._rank.monitor.write_events([(_PREFIX + name, value, samples) for name, value in values.items()])
 
     def _rates(self) -> dict[str, float]:
         rates = {"samples_per_second": self._samples / self._seconds}
         if self._tokens:
-            replicas = self._engine.grid.get_data_parallel_world_size()
+            replicas = self._rank.grid.get_data_parallel_world_size()
             rates["tokens_per_second"] = replicas * self._tokens / self._seconds
         return rates
 
     def _sizes(self) -> dict[str, float]:
-        engine, (split, trained) = self._engine, self._observer.split
-        own = torch.tensor([split, trained, get_accelerator().max_memory_allocated()], device=engine.device)
-        gathered = [torch.empty_like(own) for _ in range(engine.placement.ranks)]
-        dist.all_gather(gathered, own, group=engine.grid.get_pipe_parallel_group())
+        rank, (split, trained) = self._rank, self._observer.split
+        own = torch.tensor([split, trained, get_accelerator().max_memory_allocated()], device=rank.device)
+        gathered = [torch.empty_like(own) for _ in range(rank.placement.ranks)]
+        dist.all_gather(gathered, own, group=rank.grid.get_pipe_parallel_group())
         of_ranks = torch.stack(gathered).tolist()
         sizes = {f"peak_allocated_rank_{rank}": allocated for rank, (_, _, allocated) in enumerate(of_ranks)}
         sizes["share_split"] = sum(split for split, _, _ in of_ranks) / max(1, sum(n for _, n, _ in of_ranks))
@@ -117,7 +118,7 @@ class Tracking:
 
     def _picture(self, schedule: Schedule, predicted: Timeline) -> None:
         """Show the schedule to wandb once, if wandb runs here."""
-        monitor = getattr(self._engine.monitor, "wandb_monitor", None)
+        monitor = getattr(self._rank.monitor, "wandb_monitor", None)
         if monitor is None or schedule == self._pictured:
             return
         self._pictured = schedule
@@ -127,7 +128,7 @@ class Tracking:
                 file = Path(folder) / "schedule.png"
                 _draw(schedule, predicted, file)
                 monitor.log({f"{_PREFIX}schedule": wandb.Image(str(file), caption=schedule.name)},
-                            step=self._engine.global_samples)
+                            step=self._rank.global_samples)
         except ImportError as error:
             logger.warning(f"no picture of the schedule for wandb: {error}; pip install ds-vshape[plots]")
 

@@ -22,6 +22,7 @@ from ds_vshape.measure.profiling import PassRecorder, gather_timeline, mean_time
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.instructions import BufferId
+from ds_vshape.runtime.rank import Rank
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
@@ -34,15 +35,15 @@ METERED_BATCH = 1
 
 
 class Observer:
-    """Watches the batches of `engine` on this rank; reports are collective over its pipeline."""
+    """Watches the batches of this `rank`; reports are collective over its pipeline."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
         self._recorder = PassRecorder()
         # The passes that are yet to be measured in this batch; none in all batches but one.
         self._metered: set[Pass] = set()
         self._last: tuple[Schedule, PassRecorder] | None = None
-        self._meter = ActivationMeter(engine.module, engine.device.type)
+        self._meter = ActivationMeter(rank.module, rank.device.type)
         self._meter_runs = False
         # None where they are unknown; `batches` says whether it's too early.
         self._sizes: tuple[Activations, Working] | None = None
@@ -58,7 +59,7 @@ class Observer:
         """A batch begins, of training or evaluation."""
         self._recorder = PassRecorder()
         measured = training and self.batches == METERED_BATCH
-        self._metered = _to_measure(schedule.orders[self._engine.stage_id]) if measured else set()
+        self._metered = _to_measure(schedule.orders[self._rank.stage_id]) if measured else set()
         if measured:
             self._meter.drop()
             self._meter_runs = False
@@ -118,12 +119,12 @@ class Observer:
 
     def _report_split(self, schedule: Schedule, split: set[Parameter]) -> None:
         """Say once which parameters have their gradients in B, and how much of the model that is."""
-        engine = self._engine
-        trained = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+        rank = self._rank
+        trained = sum(parameter.numel() for parameter in rank.module.parameters() if parameter.requires_grad)
         self.split = sum(parameter.numel() for parameter in split), trained
-        splits = any(work.kind is Kind.W for work in schedule.orders[engine.stage_id])
-        if splits and not engine.grid.data_parallel_id:
-            logger.info(split_line(engine.stage_id, engine.module, split))
+        splits = any(work.kind is Kind.W for work in schedule.orders[rank.stage_id])
+        if splits and not rank.grid.data_parallel_id:
+            logger.info(split_line(rank.stage_id, rank.module, split))
 
     # -- after it
 
@@ -139,19 +140,19 @@ class Observer:
         The prediction takes the `planned` times, or else the batch's own mean times.
         """
         schedule, record = self.last_batch()
-        measured = gather_timeline(record.spans(), schedule.orders, self._group, self._engine.device)
+        measured = gather_timeline(record.spans(), schedule.orders, self._group, self._rank.device)
         times = planned or mean_times(measured, schedule.placement.stages)
         return simulate(schedule, times), measured
 
     def agree_on_sizes(self) -> str | None:
         """Tell all ranks of the job the measured sizes (collective); why they are unknown, if they are."""
-        engine = self._engine
-        self._sizes = self._meter.gather(engine.placement, engine.device)
+        rank = self._rank
+        self._sizes = self._meter.gather(rank.placement, rank.device)
         if self._sizes is not None:
             return None
         own = self._meter.unknown
         told = Exchange().texts(
-            "" if own is None else f"pipeline rank {engine.stage_id}: {own}")
+            "" if own is None else f"pipeline rank {rank.stage_id}: {own}")
         return "; ".join(dict.fromkeys(text for text in told if text)) or "no pass was measured"
 
     def activations(self) -> Activations | None:
@@ -172,16 +173,16 @@ class Observer:
     def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline)."""
         self._check_measured()
-        return predict_memory(self._engine, schedule, self._sizes)
+        return predict_memory(self._rank, schedule, self._sizes)
 
     def report(self) -> dict[str, Any]:
         """The last training batch in numbers (:func:`ds_vshape.measure.profiling.report`)."""
         schedule, record = self.last_batch()
-        return report(record, schedule, self._group, self._engine.device)
+        return report(record, schedule, self._group, self._rank.device)
 
     @property
     def _group(self) -> Any:
-        return self._engine.grid.get_pipe_parallel_group()
+        return self._rank.grid.get_pipe_parallel_group()
 
 
 def _to_measure(order: Sequence[Pass]) -> set[Pass]:

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.nn import Parameter
 
 from ds_vshape.comm.background import Background, Handle
+from ds_vshape.runtime.rank import Rank
 from ds_vshape.split_backward import GradientAccumulator
 
 
@@ -95,9 +96,9 @@ class EarlyReduction:
         self._optimizer.reduce_ipg_grads()
 
 
-def reduction_for(engine: Any, background: Background, delivery: GradientAccumulator) -> EarlyReduction | None:
-    """For `engine`, if its optimizer is one that this knows, and there are replicas; else all is left to DeepSpeed."""
-    optimizer = engine.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.partition_gradients or engine.dp_world_size == 1:
+def reduction_for(rank: Rank, background: Background, delivery: GradientAccumulator) -> EarlyReduction | None:
+    """For `rank`, if its optimizer is one that this knows, and there are replicas; else all is left to DeepSpeed."""
+    optimizer = rank.optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.partition_gradients or rank.dp_world_size == 1:
         return None
-    return EarlyReduction(engine.module, optimizer, background, delivery)
+    return EarlyReduction(rank.module, optimizer, background, delivery)

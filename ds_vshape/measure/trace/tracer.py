@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from deepspeed.utils import logger
 
@@ -30,6 +29,7 @@ from ds_vshape.measure.trace.chrome import chrome_trace
 from ds_vshape.measure.trace.clocks import clocks, refined
 from ds_vshape.measure.trace.page import page
 from ds_vshape.measure.trace.recorder import Recorder
+from ds_vshape.runtime.rank import TrainingRank
 from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.timeline import simulate
@@ -47,27 +47,27 @@ def check_folder(config: TraceConfig) -> None:
 
 
 class Tracer:
-    """Of `engine`, a ds_vshape PipelineEngine, on this rank. Creating it is collective over the job."""
+    """Traces the batches of this `rank` that `config` names. Creating it is collective over the job."""
 
-    def __init__(self, engine: Any, observer: Observer, channels: Channels, wrappers: InstructionWrappers,
+    def __init__(self, rank: TrainingRank, observer: Observer, channels: Channels, wrappers: InstructionWrappers,
                  config: TraceConfig) -> None:
-        self._engine, self._observer, self._channels, self._wrappers = engine, observer, channels, wrappers
+        self._rank, self._observer, self._channels, self._wrappers = rank, observer, channels, wrappers
         self._first, self._last = config.batches
         self._stem = os.path.join(config.path, f"batches_{self._first}-{self._last}")
-        ranks: list[int] = next(ranks for ranks in engine.grid.pipe_groups if 0 in ranks)
-        self._concerned = engine.global_rank in ranks
+        ranks: list[int] = next(ranks for ranks in rank.grid.pipe_groups if 0 in ranks)
+        self._concerned = rank.global_rank in ranks
         self._exchange = Exchange(ranks)
         self._batches: list[BatchTrace] = []
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Around a training batch, on every rank."""
-        number = self._engine.global_steps + 1
+        number = self._rank.global_steps + 1
         if not self._concerned or not self._first <= number <= self._last:
             yield
             return
         found = clocks(self._exchange.ranks, self._exchange.group)
-        recorder = Recorder(self._engine.placement, self._channels)
+        recorder = Recorder(self._rank.placement, self._channels)
         try:
             with self._wrappers.during(recorder.recorded):
                 yield
@@ -84,7 +84,7 @@ class Tracer:
         measured = self._observer.activations() if self._observer.batches > METERED_BATCH else None
         if measured is not None:
             return measured, "bytes"
-        return Activations.counted(self._engine.placement), "activations"
+        return Activations.counted(self._rank.placement), "activations"
 
     def _put_together(self, number: int, texts: list[str], found: tuple[Clock, ...], activations: Activations,
                       unit: str) -> BatchTrace:
@@ -92,7 +92,7 @@ class Tracer:
         own = [RankTrace.parse(text) for text in texts]
         agreed = refined(found, deliveries(own, schedule.placement))
         ranks = BatchTrace.aligned(own, agreed)
-        planned = self._engine.planned_times
+        planned = self._rank.planned_times
         times = planned or mean_times(measured(ranks), schedule.placement.stages)
         times_of = "the times it was planned for" if planned else "this batch's mean times"
         return BatchTrace(number, schedule, ranks, agreed, simulate(schedule, times), times_of, activations, unit)
