@@ -1,4 +1,4 @@
-"""Which cases of a test belong to the quick suite.
+"""What all tests share: a cluster of two hosts, and which cases of a test belong to the quick suite.
 
     @pytest.mark.quick_cases("v-half", "zb-h1")     of a parametrized test: these; the others are slow
 """
@@ -6,8 +6,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from clusters import Cluster
+
+# Helpers that assert for tests: their failures show values, as those in tests do.
+pytest.register_assert_rewrite("pipelines", "planner_problems", "split_cases")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two hosts on this machine."""
+    from clusters import made_cluster
+    with made_cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from brute_force import optimum
 from optimum import Cell, annealed, least_makespan, repeats
-from test_bounds import optimum
 
 from ds_vshape.schedule.placement import v
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from pipelines import (BASE_SEED, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, cross_entropy, merged, specs,
                        train)
 from ranks import run_ranks
+from universal import convert
 
 import ds_vshape
 from ds_vshape.module.dummy_parameter import NAME
@@ -36,14 +35,6 @@ def load_and_train(rank: int, job: Job, folder: str) -> Outcome:
     engine = job.engine()
     engine.load_checkpoint(folder)
     return train(engine, AFTER)
-
-
-def convert(folder: Path) -> None:
-    tag = (folder / "latest").read_text()
-    subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-                    "--input_folder", folder / tag, "--output_folder", folder / f"{tag}_universal"],
-                   check=True, capture_output=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    (folder / "latest_universal").write_text(f"{tag}_universal")
 
 
 CASES: dict[str, tuple[Any, int, Any, int, dict[str, Any]]] = {

@@ -1,7 +1,7 @@
 """A user's way through the READMEs: every command of their code blocks runs, in its order, as readme_commands.py says.
 
 They run in a copy of the checkout whose folders are links, so that what they write stays out of it. Those that need
-two hosts get those of tests/launch/test_cluster.py; sbatch, srun and scontrol are stand-ins that start the tasks here.
+two hosts get the cluster of tests/conftest.py; sbatch, srun and scontrol are stand-ins that start the tasks here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from clusters import AS_ROOT, Cluster
+from ports import free_port
 from readme_commands import CHANGES, FILES, ROOT, blocks, change_for, changed, commands
-from test_cluster import AS_ROOT, Cluster, cluster  # noqa: F401  (a fixture)
-from test_launch import free_port
-from test_run import write_job
+from user_script import write_job
 
 HOSTS = "launch/train.py hostfile|deepspeed.sh|openmpi.sh|bench/cluster.py"
 DONE: set[str] = set()

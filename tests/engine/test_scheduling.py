@@ -13,7 +13,7 @@ import pytest
 import torch
 from deepspeed.pipe import LayerSpec
 from layers import SleepingLinear
-from pipelines import FP32_ZERO1, SAMPLES, Job, Outcome, data, merged, specs, train
+from pipelines import FP32_ZERO1, SAMPLES, Job, Outcome, data, merged, profiled, specs, train
 from ranks import RanksFailed, run_ranks
 from torch.nn import functional
 
@@ -36,10 +36,6 @@ SLEEPS = (6, 12, 3)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
-def profiled(name: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "times": "profile", "planning_seconds": 1.0, **more}
 
 
 def train_until_swapped(engine: Any, most: int = 400) -> tuple[list[float], int]:

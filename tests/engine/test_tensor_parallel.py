@@ -10,8 +10,9 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, Job, Outcome, PlainTraining,
-                       cross_entropy, data, train)
+from parallel_pipelines import DATA, MODEL, PIPE, TENSOR, parallel_engine
+from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcome, PlainTraining, data,
+                       train)
 from ranks import RanksFailed, run_ranks
 
 import ds_vshape
@@ -19,20 +20,10 @@ import ds_vshape.split_backward.tensor_parallel
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.health import failures
 from ds_vshape.models.gpt import GPTConfig, gpt_layers
-from ds_vshape.models.gpt_parallel import ParallelBlock, parallel_gpt_layers, tensor_group
+from ds_vshape.models.gpt_parallel import ParallelBlock, tensor_group
 from ds_vshape.split_backward import WeightGradientStore, WholeGradients
 
-PIPE, DATA, TENSOR = 2, 2, 2
 BATCHES = range(4)
-MODEL = GPTConfig(layers=4, hidden=8, heads=2, length=LENGTH)
-
-
-def parallel_engine(job: Job, replicas: int, partition_method: str) -> Any:
-    topology = PipeModelDataParallelTopology(num_pp=PIPE, num_mp=TENSOR, num_dp=replicas)
-    layers = parallel_gpt_layers(MODEL, tensor_group(topology))
-    module = ds_vshape.PipelineModule(layers, topology=topology, loss_fn=cross_entropy, seed_layers=True,
-                                      partition_method=partition_method, config=job.ds_config())
-    return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]
 
 
 def train_parallel(rank: int, job: Job) -> tuple[list[float], float, float]:

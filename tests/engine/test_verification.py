@@ -14,11 +14,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
+from logged import lines_of
+from parallel_pipelines import MODEL, parallel_engine
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block,
                        Dropping, Job, micro_batch, tied_specs, train)
 from ranks import run_ranks
-from test_meter import lines_of
-from test_tensor_parallel import MODEL, parallel_engine
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import INTERFACE, missing, two_hosts
+from clusters import require
+from hosts import INTERFACE, two_hosts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SUPPORT = Path(__file__).parents[1] / "support"
-OBSTACLE = missing(["ip", "unshare"])
 SECONDS = 8
 PLACES = [0, 0, 1]  # the host of each rank
 SCRIPT = f"""
@@ -40,8 +40,7 @@ for batch in range(10**6):
 
 
 def test_every_rank_ends_when_a_host_is_cut_off(tmp_path: Path) -> None:
-    if OBSTACLE is not None:
-        (pytest.fail if os.environ.get("DS_VSHAPE_REQUIRE_CLUSTER") == "1" else pytest.skip)(OBSTACLE)
+    require()
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     done, logs = ([tmp_path / f"{name}{rank}" for rank in range(len(PLACES))] for name in ("done", "log"))

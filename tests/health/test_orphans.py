@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_launch import free_port
+from ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 

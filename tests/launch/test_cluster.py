@@ -14,62 +14,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hosts import INTERFACE, Host, missing, ssh_between, two_hosts
+from clusters import AS_ROOT, ROOT, SCRIPTS, Cluster
+from hosts import Host, ssh_between, two_hosts
 from result import Result
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "launch" / "cluster"
 BATCHES = 3
 WORDS = ["model=tiny", "schedule=v-half", "parallel.pipe=4", "data.micro_batches=4", f"batches={BATCHES}"]
-AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-OBSTACLE = missing(["ip", "unshare", "pdsh", "ssh", "sshd", "mpirun"])
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Two hosts that let each other in; jobs are started on the first."""
-
-    hosts: tuple[Host, Host]
-    folder: Path
-    ssh: Path
-
-    def start(self, script: str, slots: tuple[int, ...], *arguments: str, **variables: str) -> str:
-        """What a script of launch/cluster says that starts a job on so many slots of the hosts."""
-        return self.run(["bash", str(SCRIPTS / script), *arguments], HOSTFILE=str(self.hostfile(slots)), **variables)
-
-    def hostfile(self, slots: tuple[int, ...]) -> Path:
-        """A file that gives the hosts so many slots."""
-        hostfile = self.folder / "hostfile"
-        hostfile.write_text("# as many as there are slots for\n" + "".join(
-            f"{host.name} slots={count}\n" for host, count in zip(self.hosts, slots)))
-        return hostfile
-
-    def run(self, command: list[str], **variables: str) -> str:
-        """What a command says that is run on the first host."""
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE,
-                       "VIRTUAL_ENV": sys.prefix,
-                       "PATH": os.pathsep.join([str(self.ssh), f"{sys.prefix}/bin", os.environ["PATH"]]), **variables}
-        done = subprocess.run(self.hosts[0].command(command), cwd=self.folder, env=environment, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if OBSTACLE is not None:
-        if os.environ.get("DS_VSHAPE_REQUIRE_CLUSTER") == "1":
-            pytest.fail(f"two hosts on this machine: {OBSTACLE}")
-        pytest.skip(f"two hosts on this machine: {OBSTACLE}")
-    folder = tmp_path_factory.mktemp("cluster")
-    with two_hosts() as hosts, ssh_between(hosts, folder) as ssh:
-        yield Cluster(hosts, folder, ssh)
 
 
 def test_the_losses_of_two_hosts_are_those_of_one(cluster: Cluster) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from compare import LOSS_TOLERANCE, largest_difference
+from ports import free_port
 from result import Result
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +41,6 @@ def launch(folder: Path, name: str, *words: str) -> Result:
     """One job on RANKS pipeline ranks; without `result`, rank 0 writes it into the run's folder."""
     start(f"parallel.pipe={RANKS}", f"hydra.run.dir={folder / name}", *words)
     return Result.read(folder / name / "result.json")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

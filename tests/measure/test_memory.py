@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.pipe import LayerSpec
+from counted_blocks import (BLOCK_KEPT, BLOCK_WHOLE, LENGTH, SAMPLES, UNIT, WIDTH, WORDS, GPTBlock, allocated, job,
+                            tokens)
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from ds_vshape.measure.memory import ActivationMeter
@@ -23,46 +23,6 @@ from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.passes import B, F
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
-
-SAMPLES, LENGTH, WIDTH, WORDS = 4, 32, 64, 256
-# Bytes of [samples, length, width] in fp32.
-UNIT = SAMPLES * LENGTH * WIDTH * 4
-
-
-class Attention(nn.Module):
-    """Self-attention in plain products, so that it is known what is saved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH, bias=bias) for bias in (True, False) * 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1)
-        mixed: Tensor = self.out(weights @ self.value(x))
-        return mixed
-
-
-class GPTBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first_norm, self.second_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.register_buffer("scale", torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.first_norm(x))
-        hidden: Tensor = x + self.scale.to(x.dtype) * self.down(functional.gelu(self.up(self.second_norm(x))))
-        return hidden
-
-
-# The input; the norms' outputs; query, key, value; the mix of values; what the second norm and gelu get; gelu's output;
-# down's, which is multiplied by a buffer that wants no gradient, so isn't saved. Beside them two numbers a position
-# from each norm, and the attention weights.
-BLOCK_WHOLE = (1 + 2 + 3 + 1 + 1 + 4 + 4) * UNIT + 4 * (4 * SAMPLES * LENGTH + SAMPLES * LENGTH * LENGTH)
-# Inputs of linears: the norms' outputs (one for three of them), the mix, gelu's. Gradients of query, key, value, out,
-# up, down.
-BLOCK_KEPT = (2 + 1 + 4) * UNIT + (3 + 1 + 4 + 1) * UNIT
 
 
 def inputs() -> Tensor:
@@ -83,20 +43,6 @@ def measure(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> 
     meter.stop()
     assert meter.unknown is None
     return meter.whole[0], meter.kept[0]
-
-
-def allocated(run: Callable[[], Any]) -> tuple[int, int]:
-    """The oracle: bytes that `run` leaves allocated on the host, and the most that it had at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events()
-                     if event.name() == "[memory]")
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    del kept
-    return now, most
 
 
 def forward_and_forget(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
@@ -150,19 +96,6 @@ def test_frozen_parameters_and_buffers_do_not_count() -> None:
 
 
 # -- engines
-
-
-def tokens(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(count):
-        yield (torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator),
-               torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator))
-
-
-def job(schedule: Any, ranks: int, micro_batches: int, config: dict[str, Any] = FP32, blocks: int = 6) -> Job:
-    layers = [LayerSpec(nn.Embedding, WORDS, WIDTH), *(LayerSpec(GPTBlock) for _ in range(blocks)),
-              LayerSpec(nn.Linear, WIDTH, WORDS)]
-    return Job(schedule, ranks, micro_batches, {**config, "train_micro_batch_size_per_gpu": SAMPLES}, tuple(layers))
 
 
 def measured_peak(rank: int, job: Job) -> Any:

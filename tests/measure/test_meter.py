@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
-from deepspeed.utils import logger
-from pipelines import LENGTH, SAMPLES, WIDTH, Block, Job
+from logged import lines_of
+from pipelines import LENGTH, SAMPLES, WIDTH, Block, Job, profiled
 from ranks import run_ranks
-from test_scheduling import profiled
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
@@ -139,16 +138,6 @@ def test_layers_may_do_in_the_measured_batch_what_they_may_do_in_others() -> Non
 
 def cannot(self: Any) -> None:
     raise RuntimeError("nothing to be seen here")
-
-
-def lines_of(run: Callable[[], Any], word: str = "unknown") -> tuple[Any, list[str]]:
-    lines: list[str] = []
-    info, warning = logger.info, logger.warning
-    logger.info = logger.warning = lambda line, *args, **kwargs: lines.append(line)
-    try:
-        return run(), [line for line in lines if word in line]
-    finally:
-        logger.info, logger.warning = info, warning
 
 
 def with_unknown_sizes(rank: int, case: str) -> Any:

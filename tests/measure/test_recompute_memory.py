@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from counted_blocks import BLOCK_WHOLE, UNIT, allocated, job, tokens
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from live_memory import CHECKPOINTS, Block, Storages, linear_nodes
 from pipelines import FP32, Job
 from ranks import run_ranks
-from test_memory import BLOCK_WHOLE, UNIT, allocated, job, tokens
-from test_split_backward import Block, Storages, linear_nodes
-from test_split_backward_autograd import CHECKPOINTS
 from torch import Tensor
 
 from ds_vshape.measure.rank_memory import RankMemory

@@ -17,9 +17,9 @@ from deepspeed.accelerator import get_accelerator
 from pipelines import (BASE_SEED, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, Block, Job,
                        cross_entropy, data, specs)
 from ranks import run_ranks
-from test_universal_checkpoints import convert
 from torch import Tensor, nn
 from torch.nn import functional
+from universal import convert
 
 import ds_vshape
 

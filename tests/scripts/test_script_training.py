@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import RepeatingLoader
 from pipelines import BF16_ZERO1, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, cross_entropy, specs
+from ports import free_port
 from scripted import BATCHES, MICRO_BATCHES, NO_KEY, UNTOUCHED, ds_config, losses, samples, variants
-from test_launch import free_port
 from torch.utils.checkpoint import checkpoint
 
 V_SCHEDULES = ("v-half", "v-zb")

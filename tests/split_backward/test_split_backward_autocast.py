@@ -19,9 +19,8 @@ from deepspeed.pipe import LayerSpec
 from pipelines import (BATCHES, BF16_ZERO0, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Job, Outcome, merged, specs,
                        train)
 from ranks import run_ranks
-from test_split_backward import CASES, Case, Tied
-from test_split_backward import train as train_split
-from test_split_backward import upstream
+from split_cases import CASES, Case, Tied, upstream
+from split_cases import train as train_split
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

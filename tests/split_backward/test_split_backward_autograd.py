@@ -11,8 +11,8 @@ import deepspeed
 import pytest
 import torch
 import torch.nn.functional as F
+from live_memory import CHECKPOINTS
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ds_vshape.split_backward import MATRIX_OPERATORS, SplitBackward, SplitFunction, WeightGradientStore, WholeGradients
 
@@ -43,14 +43,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
         return x + self.down(F.dropout(F.gelu(self.up(self.norm(x))), 0.3))
-
-
-CHECKPOINTS: dict[str, Callable[..., Tensor]] = {
-    "reentrant": lambda layer, x: checkpoint(layer, x, use_reentrant=True),
-    "not reentrant": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
-    "deepspeed": lambda layer, x: deepspeed.checkpointing.checkpoint(layer, x),
-    "deepspeed, not reentrant": lambda layer, x: deepspeed.checkpointing.non_reentrant_checkpoint(layer, x),
-}
 
 
 @pytest.mark.parametrize("backward", [Tensor.backward, torch.autograd.backward], ids=["method", "function"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcome, specs,
                        tied_specs, train)
 from ranks import run_ranks
-from test_split_backward import CASES, DTYPES, Case, Operation, Tied, upstream
+from split_cases import CASES, DTYPES, Case, Operation, Tied, upstream
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -103,6 +103,11 @@ def micro_batch(batch: int, number: int, replica: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def profiled(name: str, **more: Any) -> dict[str, Any]:
+    """A section that asks for measured times."""
+    return {"name": name, "times": "profile", "planning_seconds": 1.0, **more}
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run; `schedule` (what the config's section says) None is DeepSpeed's own 1F1B engine.

@@ -12,10 +12,10 @@ from random import Random
 
 import numpy as np
 import pytest
+from brute_force import optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adaptive import counted
-from test_bounds import optimum
+from planner_problems import counted
 
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan, search
@@ -127,7 +127,7 @@ WITHOUT_NUMBA = """
 import json, sys
 sys.modules["numba"] = None
 sys.path.insert(0, "tests/schedule/adaptive")
-from test_adaptive import assert_plan_is_right, counted
+from planner_problems import assert_plan_is_right, counted
 from ds_vshape.schedule.adaptive import annealing, machine_code, plan
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_adaptive import counted
+from planner_problems import counted
 
 from ds_vshape.schedule.adaptive import compilation, machine_code, plan
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from optimum import Cell, repeats
-from test_adaptive import assert_plan_is_right, counted, problems
+from planner_problems import assert_plan_is_right, counted, problems
 
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adaptive import assert_plan_is_right, counted, problems
+from planner_problems import assert_plan_is_right, counted, problems
 
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
