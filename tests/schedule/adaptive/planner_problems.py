@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.activations import Activations, peaks
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Plan, Problem
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.passes import Kind, Pass
@@ -81,7 +81,7 @@ def assert_plan_is_right(found: Plan, problem: Problem) -> None:
         for span in rank:
             assert (span.start, span.end) == pytest.approx(spans[span.work], abs=1e-9)
     assert found.timeline.makespan == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
-    assert found.peaks == peaks(schedule, problem.activations)
+    assert found.peaks == peak_activations(schedule, problem.activations)
     assert all(peak <= limit * (1 + 1e-6) for peak, limit in zip(found.peaks, problem.limits))
     assert found.lower_bound <= found.timeline.makespan * (1 + 1e-9)
     for known in known_schedules(problem):
