@@ -24,7 +24,7 @@ from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, KEY, ConfigError, Ds
 from ds_vshape.config.versions import check_versions
 from ds_vshape.engine.engine import PipelineEngine
 from ds_vshape.engine.post_validation import PostValidatingEngine
-from ds_vshape.health.preflight import config_facts
+from ds_vshape.health.preflight import Facts, config_facts
 from ds_vshape.health.watch import groups_without_limit
 from ds_vshape.module.pipeline_module import PipelineModule, before_building
 
@@ -67,9 +67,18 @@ def _starting(model: Any) -> Iterator[None]:
 
 def _agreed_section(whole: DsConfig | None, model: Any) -> ScheduleConfig | None:
     """The config's section; collective for a model of ours. ConfigError if `model` was built for another one."""
+    section: ScheduleConfig | None = None
+
+    def read() -> Facts:
+        nonlocal section
+        ds_config, section = _read(whole, model)
+        return config_facts(ds_config, section)
+
     if isinstance(model, PipelineModule):
-        model.preflight.compare(lambda: config_facts(*_read(whole, model)))
-    return _read(whole, model)[1]
+        model.preflight.compare(read)
+    else:
+        read()
+    return section
 
 
 def engines_for_our_models() -> None:

@@ -1,9 +1,8 @@
 """What a job's configuration says, read and checked before any rank waits for another one.
 
     section.py         the "pipeline_schedule" section of ds_config.json, and where it is looked for
-    demands.py         which demands of that section go together
     to_schedule.py     the schedule of the table that the section names, or the request to the planner
-    compatibility.py   what the rest of a ds_config may say besides the section
+    compatibility.py   which keys of that section go together, and what the rest of a ds_config may say
     arguments.py       the arguments of a PipelineModule
     versions.py        the tested versions of DeepSpeed and torch
 """

@@ -1,5 +1,6 @@
-"""Checks the other keys of a ds_config: only precisions and ZeRO stages that train correctly in a pipeline are
-accepted, and on a GPU nothing that makes the host wait for it in the middle of a batch.
+"""Checks which keys of the "pipeline_schedule" section go together, and the other keys of a ds_config: only precisions
+and ZeRO stages that train correctly in a pipeline are accepted, and on a GPU nothing that makes the host wait for it in
+the middle of a batch.
 
     precision   ZeRO-0, sums in            ZeRO-1, sums in
     fp32        fp32                       fp32, bf16, fp16
@@ -15,15 +16,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepspeed.runtime.config import DtypeEnum
-
-from ds_vshape.config.section import KEY, ConfigError, shown
+from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, shown
+from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
 
 _SUMS = ("fp32", "bf16", "fp16")
 # Keys that make DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
 _WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
 _BLOCKING = "CUDA_LAUNCH_BLOCKING"
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def check_demands(config: ScheduleConfig) -> None:
+    """Raise ConfigError for keys that the named schedule doesn't support."""
+    if isinstance(config.memory_limit, int) and not (config.name == ADAPTIVE and config.times == "profile"):
+        raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\" "
+                          "\"profile\" takes bytes; give a fraction of 1F1B's peak")
+    if config.times == "profile" and config.name not in (ADAPTIVE, *TIMED):
+        raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; legal for "
+                          f"{', '.join([ADAPTIVE, *TIMED])}")
+
+
+def check_micro_batches(micro_batches: int, ranks: int, key: str = "gradient_accumulation_steps") -> None:
+    """Raise ConfigError for more micro-batches than a schedule on `ranks` pipeline ranks may have."""
+    most = most_micro_batches(ranks)
+    if micro_batches > most:
+        raise ConfigError(f"{key} = {micro_batches}: must be at most {most} on {ranks} pipeline ranks: ordering "
+                          "more of them takes minutes")
 
 
 def check_accepted(ds_config: Mapping[str, Any]) -> None:
@@ -124,5 +142,7 @@ def _sums(ds_config: Mapping[str, Any]) -> str | None:
 
 def _dtype_name(asked: Any) -> str | None:
     """DeepSpeed's main name of a dtype, given any of its names."""
+    # Imported here because the commands check sections without torch.
+    from deepspeed.runtime.config import DtypeEnum
     name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
     return name

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from deepspeed.runtime.pipe.module import PipelineError
 
-from ds_vshape.config.demands import check_micro_batches
+from ds_vshape.config.compatibility import check_micro_batches
 from ds_vshape.engine.scheduling import Schedules
 from ds_vshape.measure.profiling import PassRecorder
 from ds_vshape.runtime import instructions as instr

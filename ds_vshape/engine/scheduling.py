@@ -29,7 +29,7 @@ from deepspeed.utils import logger
 
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
-from ds_vshape.config.demands import check_demands
+from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import is_planned, request_for, table_schedule
 from ds_vshape.engine.planning import Planner, PlannerFailed

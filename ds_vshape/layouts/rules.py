@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ds_vshape.config.demands import check_demands
+from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, TraceConfig, nearest
 from ds_vshape.config.to_schedule import table_schedule
 from ds_vshape.layouts.job import OWN_ENGINE, Job
