@@ -1,4 +1,4 @@
-"""What all tests share: a cluster of two hosts, and which cases of a test belong to the quick suite.
+"""What all tests share: a folder of plans, a cluster of two hosts, and which cases of a test belong to the quick suite.
 
     @pytest.mark.quick_cases("v-half", "zb-h1")     of a parametrized test: these; the others are slow
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 # Helpers that assert for tests: their failures show values, as those in tests do.
 pytest.register_assert_rewrite("pipelines", "planner_problems", "split_cases")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where plans are kept, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ds_vshape"
 
 
 @pytest.fixture(scope="module")

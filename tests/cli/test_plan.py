@@ -23,12 +23,7 @@ from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import pass_from_json
 from ds_vshape.schedule.timeline import Times, simulate
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where plans are kept, empty at first."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "ds_vshape"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def plan(tmp_path: Path, *arguments: str) -> dict[str, Any]:

@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from ds_vshape.cli import curve as curves
 from ds_vshape.cli import main
+from ds_vshape.cli import curve as curves
 from ds_vshape.cli.options import Limit, PlanOptions
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.schedule.named import SCHEDULES
 
+pytestmark = pytest.mark.usefixtures("cache")
 BATCH = ["--stages", "4", "--micro-batches", "8"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def curve(tmp_path: Path, *arguments: str) -> dict[str, Any]:

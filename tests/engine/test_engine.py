@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.utils import set_random_seed
+from logged import Lines
 from pipelines import (BATCHES, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Dropping,
                        FrozenEmbedding, Job, PlainTraining, data, merged, micro_batch, specs, tied_specs, train)
 from ranks import RanksFailed, run_ranks
@@ -340,16 +340,10 @@ def test_an_unannounced_length_is_one_clear_error() -> None:
 
 
 def report(rank: int, job: Job) -> tuple[dict[str, Any], list[str]]:
-    lines: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logging.getLogger("DeepSpeed").addHandler(Keep())
-    engine = job.engine()
-    train(engine, BATCHES)
-    return engine.pipeline_report(), [line for line in lines if "have their gradients in W" in line]
+    with Lines() as lines:
+        engine = job.engine()
+        train(engine, BATCHES)
+    return engine.pipeline_report(), lines.with_word("have their gradients in W")
 
 
 def test_with_norms_deferred_nothing_is_left_in_b() -> None:

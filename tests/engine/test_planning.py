@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from logged import Lines
 from pipelines import Job, data, train
 from ranks import RanksFailed, run_ranks
 
@@ -27,13 +27,9 @@ from ds_vshape.schedule.request import Request, answer, read_answer
 from ds_vshape.schedule.serial import schedule_to_json
 from ds_vshape.schedule.timeline import Times
 
+pytestmark = pytest.mark.usefixtures("cache")
 REQUEST = Request("v-half", 2, 4, Times.uniform(4), Activations.counted(v(2)), None, 1.0, None)
 LIMITED = replace(REQUEST, name="adaptive", limits=(3.0, 3.0))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def code(text: str) -> list[str]:
@@ -196,24 +192,12 @@ def test_a_stopped_planner_does_not_outlive_its_rank(worker: list[str], is_ready
 # -- in a job
 
 
-class Lines(logging.Handler):
-    """What DeepSpeed's logger was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def losses_of(job: Job, batches: int) -> tuple[list[float], list[str], str]:
     """The losses, what was told of the planner, and the schedule at the end."""
-    log = Lines()
-    logging.getLogger("DeepSpeed").addHandler(log)
-    engine = job.engine()
-    losses = train(engine, range(batches)).losses
-    return losses, [line for line in log.lines if "planning process" in line], engine.schedule().name
+    with Lines() as lines:
+        engine = job.engine()
+        losses = train(engine, range(batches)).losses
+    return losses, lines.with_word("planning process"), engine.schedule().name
 
 
 # Times that move don't matter here.

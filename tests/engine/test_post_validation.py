@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
-from pipelines import BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data, tied_specs
+from pipelines import (BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data, post_validated,
+                       tied_specs)
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -142,10 +143,6 @@ class Training:
         return Outcome(losses, norms, evaluated, str(steps), sorted(engine.monitor.written), copied)
 
 
-def validated_later(job: Job) -> Job:
-    return replace(job, schedule={"name": job.schedule, "optimizer_post_validation": True})
-
-
 @dataclass(frozen=True)
 class Case:
     """A job, how many of its steps have to be taken back and how many of them skipped at least, and whether training
@@ -164,7 +161,7 @@ def both(rank: int, cases: list[Case], folder: Path) -> list[int]:
         print(case)
         places = [folder / f"{number}-{which}" if case.interrupted else None for which in ("asking", "validated")]
         expected = Training(case.job).run(places[0])
-        training = Training(validated_later(case.job))
+        training = Training(post_validated(case.job))
         found = training.run(places[1])
         assert found.losses == expected.losses
         assert found.evaluated == expected.evaluated

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
 from layers import SleepingLinear
+from logged import Lines
 from pipelines import FP32_ZERO1, SAMPLES, Job, Outcome, data, merged, profiled, specs, train
 from ranks import RanksFailed, run_ranks
 from torch.nn import functional
@@ -28,14 +27,10 @@ from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
+pytestmark = pytest.mark.usefixtures("cache")
 WIDTH = 4
 # Milliseconds of F, B and W of each layer whose times are measured.
 SLEEPS = (6, 12, 3)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def train_until_swapped(engine: Any, most: int = 400) -> tuple[list[float], int]:
@@ -95,13 +90,6 @@ def sleep_batch(engine: Any) -> None:
 
 
 def measure_and_swap(rank: int, section: Any) -> dict[str, Any]:
-    lines: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logging.getLogger("DeepSpeed").addHandler(Keep())
     slept: dict[float, list[float]] = defaultdict(list)
     sleep = time.sleep
 
@@ -111,14 +99,15 @@ def measure_and_swap(rank: int, section: Any) -> dict[str, Any]:
         slept[seconds].append(time.perf_counter() - start)
 
     time.sleep = timed_sleep
-    engine = sleeping_engine(section, 6, SLEEPS)
-    first = engine.schedule()
-    while engine.schedule() is first:
+    with Lines() as lines:
+        engine = sleeping_engine(section, 6, SLEEPS)
+        first = engine.schedule()
+        while engine.schedule() is first:
+            sleep_batch(engine)
         sleep_batch(engine)
-    sleep_batch(engine)
     predicted, measured = engine.timelines()
     return {"times": engine.planned_times, "first": first, "schedule": engine.schedule(), "predicted": predicted,
-            "measured": measured, "lines": [line for line in lines if "makespan" in line],
+            "measured": measured, "lines": lines.with_word("makespan"),
             "slept": [slept[milliseconds / 1000] for milliseconds in SLEEPS]}
 
 

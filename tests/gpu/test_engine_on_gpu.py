@@ -7,7 +7,7 @@ synchronize the device: in batches in which messages are announced all passes of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, Job,
-                       Outcome, cross_entropy, merged, tied_specs)
+                       Outcome, cross_entropy, merged, post_validated, tied_specs)
 from ranks import run_ranks
 from simulated_gpu.communicator import Counts
 from simulated_gpu.processes import run_on_gpus
@@ -115,10 +115,6 @@ def assert_equal_to_gloo(cases: list[Case], world: int) -> None:
         assert outcome.losses == oracle.losses, case
         assert outcome.weights.keys() == oracle.weights.keys()
         assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items()), case
-
-
-def post_validated(job: Job) -> Job:
-    return replace(job, schedule={"name": job.schedule, "optimizer_post_validation": True})
 
 
 def clipped(config: dict[str, Any], norm: float) -> dict[str, Any]:

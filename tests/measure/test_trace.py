@@ -23,6 +23,7 @@ from deepspeed.utils import logger
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import SleepingLinear
+from logged import Lines
 from PIL import Image
 from pipelines import Job, data
 from ranks import run_ranks
@@ -266,9 +267,8 @@ def test_a_rank_trace_survives_its_text() -> None:
 
 def on_the_side(rank: int, folder: str) -> dict[str, Any]:
     """Two replicas of two ranks: without the key, with a path that goes, and with a batch that fails."""
-    said: list[str] = []
-    handler = type("Said", (type(logger.handlers[0]),), {"emit": lambda self, record: said.append(record.getMessage())})
-    logger.addHandler(handler())
+    lines = Lines()
+    logger.addHandler(lines)
     off = Job("v-half", 2, 3).engine()
     plain: list[bool] = []
     off.train_batch(watched(off, plain, data(off, 0)))
@@ -285,7 +285,7 @@ def on_the_side(rank: int, folder: str) -> dict[str, Any]:
     restored = failing._INSTRUCTION_MAP is type(failing)._INSTRUCTION_MAP
     again = float(failing.train_batch(data(failing, 1)))
     return {"replica": off.grid.get_data_parallel_rank(), "callbacks": off._callbacks, "plain": plain, "losses": losses,
-            "error": repr(caught.value), "recorded": seen, "restored": restored, "again": again, "said": said}
+            "error": repr(caught.value), "recorded": seen, "restored": restored, "again": again, "said": lines.told}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.pipe.module import PipelineError
+from logged import Lines
 from pipelines import BATCHES, VOCABULARY, WIDTH, Block, Job, Outcome, PlainTraining, merged, train
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -73,23 +73,18 @@ def train_compiled(rank: int, block: type[nn.Module], compiled: dict[str, Any] |
     ds_checkpointing.configure(None, partition_activations=False)
     found = []
     for schedule, interval, reentrant in WAYS:
-        lines: list[str] = []
-        handler = logging.Handler()
-        handler.emit = lambda record, lines=lines: lines.append(record.getMessage())  # type: ignore[assignment]
-        logging.getLogger("DeepSpeed").addHandler(handler)
         job = Job(schedule, 2, 4, {"pipeline": {"use_reentrant": reentrant}}, layers(block))
-        engine = job.engine(activation_checkpoint_interval=interval)
-        if compiled is not None:
-            engine.compile(**compiled)
-        torch._dynamo.reset()
-        counters.clear()
-        # In the second batch activations are measured, with hooks that a graph may be compiled anew for.
-        train(engine, BATCHES[:2])
-        first = counters["stats"]["unique_graphs"]
-        outcome = train(engine, BATCHES[2:])
-        logging.getLogger("DeepSpeed").removeHandler(handler)
-        found.append((outcome, first, counters["stats"]["unique_graphs"] - first,
-                      [line for line in lines if "gradients in W" in line]))
+        with Lines() as lines:
+            engine = job.engine(activation_checkpoint_interval=interval)
+            if compiled is not None:
+                engine.compile(**compiled)
+            torch._dynamo.reset()
+            counters.clear()
+            # In the second batch activations are measured, with hooks that a graph may be compiled anew for.
+            train(engine, BATCHES[:2])
+            first = counters["stats"]["unique_graphs"]
+            outcome = train(engine, BATCHES[2:])
+        found.append((outcome, first, counters["stats"]["unique_graphs"] - first, lines.with_word("gradients in W")))
     return found
 
 

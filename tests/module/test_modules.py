@@ -5,7 +5,6 @@ The oracle is the plain model in one process, or DeepSpeed's own engine.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from logged import Lines
 from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Dropping,
                        FrozenBlock, FrozenEmbedding, Job, Outcome, PlainTraining, cross_entropy, data, merged, specs,
                        train)
@@ -162,15 +162,12 @@ def test_weights_that_deepspeed_did_not_save_are_missed(tmp_path: Path) -> None:
 
 def partly_tied(rank: int, schedule: str) -> tuple[dict[str, bool], list[str]]:
     """Which parameters of the tied module another rank counts, and what is said of it."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("DeepSpeed").addHandler(handler)
     mixing = TiedLayerSpec("mixing", Mixing, tied_weight_attr="inner.weight")
     layers = (EMBEDDING, BLOCK, mixing, BLOCK, BLOCK, BLOCK, mixing, HEAD)
-    module = Job(schedule, 2, 3, layers=layers).engine().module
+    with Lines() as lines:
+        module = Job(schedule, 2, 3, layers=layers).engine().module
     counted = {name: p.ds_pipe_replicated for name, p in module.tied_modules["mixing"].named_parameters()}
-    return counted, [line for line in lines if "tied layers" in line]
+    return counted, lines.with_word("tied layers")
 
 
 def test_a_parameter_that_is_not_tied_is_named_and_counts_on_each_rank() -> None:

@@ -8,14 +8,12 @@ key and with each schedule.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepspeed.utils import logger
 from pipelines import micro_batch
 from ranks import run_ranks
 
@@ -55,24 +53,6 @@ def losses(engine: Any) -> list[float]:
 def weights(engine: Any) -> dict[str, Any]:
     """All that this rank trains, by name."""
     return {name: value.clone() for name, value in engine.module.state_dict().items()}
-
-
-class Lines(logging.Handler):
-    """The warnings that DeepSpeed's logger is given."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.told: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(record.getMessage())
-
-    def __enter__(self) -> Lines:
-        logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        logger.removeHandler(self)
 
 
 def run_variant(script: Script, schedule: Any, keys: dict[str, Any]) -> Any:

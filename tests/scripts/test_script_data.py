@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, namedtuple
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
+from logged import Lines
 from pipelines import cross_entropy, specs
-from scripted import BATCHES, NO_KEY, SCHEDULES, UNTOUCHED, Lines, samples, variants
+from scripted import BATCHES, NO_KEY, SCHEDULES, UNTOUCHED, samples, variants
 from torch import Tensor
 
 Batch = namedtuple("Batch", ["inputs", "labels", "lengths"])
@@ -56,7 +58,7 @@ def test_micro_batches_of_more_members() -> None:
 
     def script(config: dict[str, Any]) -> Any:
         engine, found = engine_for(config), []
-        with Lines() as lines:
+        with Lines(logging.WARNING) as lines:
             for batch, form in enumerate(FORMS.values()):
                 found.append(engine.train_batch(iter([form(*sample) for sample in samples(engine, batch)])).item())
             last = iter([FORMS["three"](*sample) for sample in samples(engine, 9)])

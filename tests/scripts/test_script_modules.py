@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from logged import Lines
 from pipelines import VOCABULARY, WIDTH, Block, cross_entropy, head, specs
-from scripted import NO_KEY, SCHEDULES, UNTOUCHED, Lines, losses, variants
+from scripted import NO_KEY, SCHEDULES, UNTOUCHED, losses, variants
 from torch import nn
 from torch.nn import functional
 
@@ -206,7 +208,7 @@ def test_shared_layers_are_told_once_on_every_rank() -> None:
         torch.manual_seed(0)
         block = Block()
         layers = [*specs(2)[:3], block, Block(), nn.Linear(WIDTH, WIDTH), block, specs(0)[-1]]
-        with Lines() as lines:
+        with Lines(logging.WARNING) as lines:
             found = train(config, layers, partition_method="uniform")[1]
         return found, [line for line in lines.told if "TiedLayerSpec" in line]
 

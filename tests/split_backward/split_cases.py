@@ -16,11 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
 def add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Where W's gradients add up: a new sum each time, of a dense gradient and one that may be sparse."""
     assert not gradient.requires_grad
-    if parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        parameter.grad += gradient
+    parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
 
 
 @dataclass(frozen=True)

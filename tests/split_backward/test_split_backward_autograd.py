@@ -12,13 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from live_memory import CHECKPOINTS
+from split_cases import add
 from torch import Tensor, nn
 
 from ds_vshape.split_backward import MATRIX_OPERATORS, SplitBackward, SplitFunction, WeightGradientStore, WholeGradients
-
-
-def add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def split_step(function: Callable[[], Tensor]) -> WeightGradientStore:

@@ -16,6 +16,7 @@ from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, F
                        tied_specs, train)
 from ranks import run_ranks
 from split_cases import CASES, DTYPES, Case, Operation, Tied, upstream
+from split_programs.steps import Scale
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -176,26 +177,9 @@ def test_nothing_of_the_weights_size_is_made(function: Callable[..., Tensor], x:
     assert largest[InGrad] < size / 10 and largest[WholeGradients] >= size
 
 
-class Scale(SplitFunction):
-    """x (..., h) * weight (h), of the kind users write: with or without a way of its own to add to a sum."""
-
-    weight_arguments = (1,)
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward_input(ctx: Any, gradient: Tensor) -> Any:
-        return gradient * ctx.saved_tensors[1], None
-
-    @staticmethod
-    def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
-        return (gradient * ctx.saved_tensors[0]).flatten(0, -2).sum(0)
-
-
 class ScaleInPlace(Scale):
+    """Scale, with a way of its own to add to a sum."""
+
     @classmethod
     def accumulate_weight(cls, ctx: Any, buffers: Any, gradient: Tensor) -> Tensor | None:
         if buffers[0] is None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from split_cases import add
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -142,10 +143,6 @@ def written(value: Tensor) -> Tensor:
 def without_gradients(value: Tensor) -> Tensor:
     with torch.no_grad():
         return value + 1
-
-
-def add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
 
 
 def run(call: Call, dtype: torch.dtype, split: bool) -> tuple[Any, list[Tensor | None]]:

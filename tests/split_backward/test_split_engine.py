@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec
-from pipelines import BATCHES, FP32_ZERO1, VOCABULARY, WIDTH, Job, PlainTraining, merged, train
+from pipelines import BATCHES, FP32_ZERO1, VOCABULARY, WIDTH, Job, Pair, PlainTraining, merged, train
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -17,13 +17,7 @@ from torch.autograd import forward_ad
 SCHEDULES = ("v-half", "v-zb", "zb-h1")
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-
-class Adversarial(Layer):
+class Adversarial(Pair):
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             probe = x.detach().requires_grad_()
@@ -32,7 +26,7 @@ class Adversarial(Layer):
         return x + self.b(torch.tanh(self.a(x + 0.1 * gradient.sign())))
 
 
-class OfWeights(Layer):
+class OfWeights(Pair):
     """A loss weight by a gradient of a weight, and by one of its transpose."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,14 +36,14 @@ class OfWeights(Layer):
         return x + value / (1 + sum(norms))
 
 
-class Penalty(Layer):
+class Penalty(Pair):
     def forward(self, x: Tensor) -> Tensor:
         probe = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(torch.tanh(self.a(probe)).sum(), probe, create_graph=True)
         return x + self.b(x) + gradient.pow(2).mean()
 
 
-class InPlaceHook(Layer):
+class InPlaceHook(Pair):
     def forward(self, x: Tensor) -> Tensor:
         skip = torch.tanh(self.a(x))
         if skip.requires_grad:
@@ -57,7 +51,7 @@ class InPlaceHook(Layer):
         return self.b(x) + skip
 
 
-class NodeHook(Layer):
+class NodeHook(Pair):
     """A hook on the node that adds to the gradient, as Horovod's or Apex's: it halves what has been added."""
 
     def __init__(self) -> None:
@@ -75,7 +69,7 @@ class NodeHook(Layer):
             self.a.weight.grad.mul_(0.5)
 
 
-class UnusualCalls(Layer):
+class UnusualCalls(Pair):
     def forward(self, x: Tensor) -> Tensor:
         x = x + torch.matmul(torch.eye(WIDTH), torch.eye(WIDTH), out=torch.empty(WIDTH, WIDTH))[0]
         x = x + torch.addmm(1, self.a.bias, 1, x.flatten(0, 1), self.a.weight).view_as(x)

@@ -8,23 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, WIDTH, Job, data
+from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, WIDTH, Job, Pair, data
 from ranks import run_ranks
+from split_cases import add
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
 from ds_vshape.split_backward.ownership import own_copy
-
-
-def add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
 
 def step(forward: Callable[[Pair, Tensor], Tensor], split: bool) -> tuple[list[Tensor | None], int]:

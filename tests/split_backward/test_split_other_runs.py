@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pipelines import WIDTH, Block
+from split_cases import add
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -32,10 +33,6 @@ class Layers(nn.Module):
         self.embedding, self.conv = nn.Embedding(5, WIDTH), nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
         self.norm, self.rms = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
         self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
-
-
-def add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def train(stage: Stage, split: bool) -> tuple[list[Tensor], dict[str, Tensor | None], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -60,6 +60,14 @@ class Dropping(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.dropout(super().forward(x), 0.3, self.training)
+
+
+class Pair(nn.Module):
+    """Two linear layers; what is computed with them is up to subclasses and tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
 
 class Fatal(Block):
@@ -151,6 +159,11 @@ class Job:
             module = ds_vshape.PipelineModule(self.specs(), num_stages=self.stages, config=self.ds_config(), **options)
         trained = [p for p in module.parameters() if p.requires_grad]
         return ds_vshape.initialize(model=module, model_parameters=trained, config=self.ds_config())[0]
+
+
+def post_validated(job: Job) -> Job:
+    """`job`, named by its schedule alone, with steps that are validated afterwards."""
+    return replace(job, schedule={"name": job.schedule, "optimizer_post_validation": True})
 
 
 @dataclass(frozen=True)
