@@ -59,9 +59,9 @@ class Cell:
         return Problem(self.ranks, micro_batches, self.of_stages, Activations.counted(v(self.ranks)),
                        (float(self.peak),) * self.ranks, max_pieces=1)
 
-    def duration(self, work: Pass) -> int:
+    def duration(self, action: Pass) -> int:
         """How long a pass takes."""
-        return self.times[KINDS.index(work.kind)]
+        return self.times[KINDS.index(action.kind)]
 
     def passes_of(self, rank: int, micro_batches: int) -> list[Pass]:
         """All passes of a rank."""

@@ -27,7 +27,7 @@ from ds_vshape.checkpoint.commit import (LATEST, LATEST_UNIVERSAL, Draft, latest
                                          resolve_tag)
 from ds_vshape.checkpoint.errors import CheckpointError, in_one_line, missing
 from ds_vshape.checkpoint.files import Reading, Writing
-from ds_vshape.checkpoint.layout import Layout, check_layout, save_layout
+from ds_vshape.checkpoint.layout import SavedLayout, check_layout, save_layout
 from ds_vshape.checkpoint.tags import check_tag
 from ds_vshape.checkpoint.training_state import TrainingState
 from ds_vshape.checkpoint.universal import check_universal, damaged, parameter_groups
@@ -112,7 +112,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _keep_layout(self, save_dir: str, tag: str) -> None:
         folder = os.path.join(save_dir, tag)
         os.makedirs(folder, exist_ok=True)
-        save_layout(folder, Layout.of(self.module), self.global_rank)
+        save_layout(folder, SavedLayout.of(self.module), self.global_rank)
 
     def _name_latest(self, save_dir: str, tag: str) -> None:
         if self.global_rank == 0:
@@ -239,7 +239,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _load_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True,
                          load_module_only: bool = False, **kwargs: Any) -> Any:
         if load_optimizer_states and not load_module_only and not self.load_universal_checkpoint():
-            check_layout(os.path.join(load_dir, tag), Layout.of(self.module))
+            check_layout(os.path.join(load_dir, tag), SavedLayout.of(self.module))
         try:
             return super()._load_checkpoint(load_dir, tag, load_optimizer_states=load_optimizer_states,
                                             load_module_only=load_module_only, **kwargs)

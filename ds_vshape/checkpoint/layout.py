@@ -19,24 +19,24 @@ FILE = "pipeline_placement.json"
 
 
 @dataclass(frozen=True)
-class Layout:
+class SavedLayout:
     """Which layers each rank holds: its stages in order, and the first layer of each stage (with the end)."""
 
     chunks: list[list[int]]
     bounds: list[int]
 
     @classmethod
-    def of(cls, module: PipelineModule) -> Layout:
+    def of(cls, module: PipelineModule) -> SavedLayout:
         return cls([list(stages) for stages in module.placement.chunks], list(module.parts))
 
 
-def save_layout(directory: str, layout: Layout, writer: int) -> None:
+def save_layout(directory: str, layout: SavedLayout, writer: int) -> None:
     """Write `layout` into the checkpoint `directory`; ranks that write at once, under their own `writer`, agree."""
     path = Path(directory) / FILE
     replace_text(path, json.dumps(asdict(layout)), path.with_suffix(f".{writer}.tmp"))
 
 
-def check_layout(directory: str, layout: Layout) -> None:
+def check_layout(directory: str, layout: SavedLayout) -> None:
     """Raise CheckpointError unless optimizer state saved in `directory` fits `layout`.
 
     A checkpoint without the file is DeepSpeed's own: one stage a rank, in order.
@@ -45,13 +45,13 @@ def check_layout(directory: str, layout: Layout) -> None:
     ranks = len(layout.chunks)
     if path.exists():
         try:
-            saved = Layout(**json.loads(path.read_text(encoding="utf-8")))
+            saved = SavedLayout(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise unreadable(str(path), error) from error
     elif layout.chunks == [list(stages) for stages in linear(ranks).chunks]:
         return
     else:
-        saved = Layout([[rank] for rank in range(ranks)], [])
+        saved = SavedLayout([[rank] for rank in range(ranks)], [])
     if saved != layout:
         raise CheckpointError(
             f"the checkpoint {directory} was saved with stages {saved.chunks} on the ranks and stage bounds "

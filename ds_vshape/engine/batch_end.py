@@ -46,7 +46,7 @@ class BatchEnd(stock.PipelineEngine):  # type: ignore[misc]
     _background: Background
     _channels: Channels
     _guard: BatchGuard
-    _held: Buffers
+    _stage_buffers: Buffers
     _released: ReleasedWeights
     _returning_loss: Handle[Tensor] | None
     _script: ScriptFunctions
@@ -181,7 +181,7 @@ class BatchEnd(stock.PipelineEngine):  # type: ignore[misc]
 
     def _forget_batch(self) -> None:
         """Leave nothing of a batch that failed: no messages, no activations, no gradients."""
-        self._held.clear()
+        self._stage_buffers.clear()
         self._channels.end_batch()
         if self._returning_loss is not None:
             self._aggregate_total_loss()

@@ -100,7 +100,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
                                  self._forget_batch)
         # The instruction that is executed.
         self._instruction: instr.PipeInstruction | None = None
-        self._held = Buffers(self.placement, self.stage_id)
+        self._stage_buffers = Buffers(self.placement, self.stage_id)
         first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
         self._observer = Observer(self)
@@ -133,7 +133,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         if config.trace is not None:
             self._callbacks.append(Tracer(self, self._observer, self._channels, self._wrappers, config.trace))
         if self.monitor.enabled:
-            self._callbacks.append(Tracking(self, self._observer, self._held, self._wrappers))
+            self._callbacks.append(Tracking(self, self._observer, self._stage_buffers, self._wrappers))
         self._log(schedule_line(self.schedule()))
         self.preflight()
 
@@ -333,14 +333,14 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
             if action is None:
                 self._execute(instruction)
             else:
-                with self._observer.watching(action, self._held):
+                with self._observer.watching(action, self._stage_buffers):
                     self._execute(instruction)
         except Exception as error:
             if is_ended_wait(error):
                 raise
             self._guard.fail(error, instr.name_of(instruction))
             # Perhaps there was too little memory, and messages need some.
-            self._held.clear()
+            self._stage_buffers.clear()
             self._guard.abandon(instruction)
 
     def compile(self, *args: Any, compiled_autograd_enabled: bool = False, **kwargs: Any) -> None:
@@ -380,9 +380,9 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
                 for tensor in members(inputs):
                     if tensor is not None:
                         tensor.requires_grad_(tensor.is_floating_point())
-            self._held.open(BufferId(0, buffer_id.micro_batch)).inputs = inputs
+            self._stage_buffers.open(BufferId(0, buffer_id.micro_batch)).inputs = inputs
         if self._holds(self.placement.last_stage):
-            buffer = self._held.open(BufferId(self.placement.last_stage, buffer_id.micro_batch))
+            buffer = self._stage_buffers.open(BufferId(self.placement.last_stage, buffer_id.micro_batch))
             buffer.labels = own_labels(labels, self.device)
 
     # Plain functions, as in the stock engine: overriding a method alone would change nothing.

@@ -13,7 +13,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.comm.channels import Channels, PeerLost
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers
-from ds_vshape.health.step import Reached, Step
+from ds_vshape.health.step import BatchStep, Reached
 from ds_vshape.health.watch import Watch, is_ended_wait
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.lowering import Message
@@ -42,7 +42,7 @@ class BatchGuard:
         self._message, self._execute, self._forget = message, execute, forget
         # What has failed on this rank in the present batch, until all ranks know it.
         self.failure: Failure | None = None
-        self.step = Step()
+        self.step = BatchStep()
         # Why ranks mustn't train on, if their states differ.
         self._difference: str | None = None
 
@@ -51,7 +51,7 @@ class BatchGuard:
     def start_batch(self) -> None:
         """Raise PipelineError, on all ranks, where an earlier step has failed on some of them alone."""
         self.check_ranks_agree()
-        self.step, self._watch.failure = Step(), None
+        self.step, self._watch.failure = BatchStep(), None
 
     def fail(self, error: Exception, where: str) -> None:
         """Keep an error of this rank in `where`. PeerLost if tensor parallel peers haven't failed: they wait for it."""

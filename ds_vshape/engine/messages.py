@@ -23,7 +23,7 @@ class Messaging(stock.PipelineEngine):  # type: ignore[misc]
 
     placement: Placement
     _channels: Channels
-    _held: Buffers
+    _stage_buffers: Buffers
     _messages: dict[tuple[Kind, BufferId], Message]
     _signatures: Signatures | None
 
@@ -34,16 +34,16 @@ class Messaging(stock.PipelineEngine):  # type: ignore[misc]
         self._channels.post(self._message(Kind.B, buffer_id))
 
     def _exec_wait_activation(self, buffer_id: BufferId) -> None:
-        self._held.open(buffer_id).inputs = self._channels.receive(self._message(Kind.F, buffer_id))
+        self._stage_buffers.open(buffer_id).inputs = self._channels.receive(self._message(Kind.F, buffer_id))
 
     def _exec_wait_grad(self, buffer_id: BufferId) -> None:
-        self._held[buffer_id].output_grads = members(self._channels.receive(self._message(Kind.B, buffer_id)))
+        self._stage_buffers[buffer_id].output_grads = members(self._channels.receive(self._message(Kind.B, buffer_id)))
 
     def _exec_send_activation(self, buffer_id: BufferId) -> None:
-        self._channels.send(self._message(Kind.F, buffer_id), self._held.take(Content.ACTIVATION, buffer_id))
+        self._channels.send(self._message(Kind.F, buffer_id), self._stage_buffers.take(Content.ACTIVATION, buffer_id))
 
     def _exec_send_grad(self, buffer_id: BufferId) -> None:
-        self._channels.send(self._message(Kind.B, buffer_id), self._held.take(Content.GRADIENT, buffer_id))
+        self._channels.send(self._message(Kind.B, buffer_id), self._stage_buffers.take(Content.GRADIENT, buffer_id))
 
     def _exec_release_activation(self, buffer_id: BufferId) -> None:
         self._channels.release(self._message(Kind.F, buffer_id))

@@ -33,7 +33,7 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
     _active_stage: int | None
     _deliver: GradientAccumulator
     _forwards_before: int
-    _held: Buffers
+    _stage_buffers: Buffers
     _observer: Observer
     _operators: Operators
     _sums: Any
@@ -49,13 +49,13 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
         self._pass_on(buffer_id, self._forward(buffer_id))
 
     def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
-        with SplitForward(self._held[buffer_id].store, self._operators):
+        with SplitForward(self._stage_buffers[buffer_id].store, self._operators):
             outputs = self._forward(buffer_id)
         self._pass_on(buffer_id, outputs)
 
     def _forward(self, buffer_id: BufferId) -> list[Any]:
         """Run the stage, and the loss function on the last one; the outputs alone in a list, if a stage follows."""
-        buffer = self._held[buffer_id]
+        buffer = self._stage_buffers[buffer_id]
         buffer.check_unwritten(Content.ACTIVATION)
         assert buffer.inputs is not None
         self._activate(buffer_id.stage)
@@ -73,12 +73,12 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
     def _pass_on(self, buffer_id: BufferId, outputs: list[Any]) -> None:
         """Hand a stage's outputs over to the next one. The list must have the only reference to them; it's emptied."""
         if outputs:
-            self._held[buffer_id].roots = edges(outputs[0], self.device)
+            self._stage_buffers[buffer_id].roots = edges(outputs[0], self.device)
             is_tuple = isinstance(outputs[0], tuple)
             receiver = BufferId(buffer_id.stage + 1, buffer_id.micro_batch)
-            self._held.hand_over(Content.ACTIVATION, receiver, [*members(outputs.pop())], is_tuple)
+            self._stage_buffers.hand_over(Content.ACTIVATION, receiver, [*members(outputs.pop())], is_tuple)
         if not torch.is_grad_enabled():
-            self._held.close(buffer_id)
+            self._stage_buffers.close(buffer_id)
 
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
@@ -98,10 +98,10 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
 
     def _exec_backward_pass(self, buffer_id: BufferId) -> None:
         self._backward(buffer_id)
-        self._held.close(buffer_id)
+        self._stage_buffers.close(buffer_id)
 
     def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
-        store = self._held[buffer_id].store
+        store = self._stage_buffers[buffer_id].store
         store.meanwhile = partial(self._weight_grad_meanwhile, buffer_id)
         # Active in the backward too: a checkpointed layer runs its forward again in there.
         with SplitBackward(store, self._operators):
@@ -109,22 +109,22 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
 
     def _weight_grad_meanwhile(self, running: BufferId) -> None:
         """Take one weight gradient of a W to come while a B waits for other ranks."""
-        store = self._held.waiting(apart=running)
+        store = self._stage_buffers.waiting(apart=running)
         if store is not None:
             self._observer.weights_split(store)
             store.run_next(self._deliver)
 
     def _exec_weight_grad_pass(self, buffer_id: BufferId, piece: int, pieces: int) -> None:
         self._activate(buffer_id.stage)
-        store = self._held[buffer_id].store
+        store = self._stage_buffers[buffer_id].store
         self._observer.weights_split(store)
         store.run_piece(piece, pieces, self._deliver)
         if piece == pieces - 1:
-            self._held.close(buffer_id)
+            self._stage_buffers.close(buffer_id)
 
     def _backward(self, buffer_id: BufferId) -> None:
         """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""
-        buffer = self._held[buffer_id]
+        buffer = self._stage_buffers[buffer_id]
         buffer.check_unwritten(Content.GRADIENT)
         self._activate(buffer_id.stage)
         if buffer_id.stage == self.placement.last_stage:
@@ -135,7 +135,7 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
         grads = buffer.take_input_grads()
         if buffer_id.stage:
             receiver = BufferId(buffer_id.stage - 1, buffer_id.micro_batch)
-            self._held.hand_over(Content.GRADIENT, receiver, grads, is_tuple=True)
+            self._stage_buffers.hand_over(Content.GRADIENT, receiver, grads, is_tuple=True)
 
     def _backward_without_loss(self, buffer: Buffer) -> None:
         """What the stock engine does around the backward of a stage that has no loss."""

@@ -36,9 +36,9 @@ from ds_vshape.config.section import KEY, ConfigError
 from ds_vshape.engine.engine import PipelineEngine
 from ds_vshape.engine.plans import BatchPlan
 from ds_vshape.engine.rollback import PassesSnapshot, StepSnapshot, change, snapshot_bytes
-from ds_vshape.engine.verdict import Limits, StepReport, Verdict, judge
+from ds_vshape.engine.verdict import NormLimits, StepReport, Verdict, judge
 from ds_vshape.health.failures import Failure, PendingStatus
-from ds_vshape.health.step import Reached, Step
+from ds_vshape.health.step import BatchStep, Reached
 from ds_vshape.module.tied import joined
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.lowering import Program
@@ -65,7 +65,7 @@ class _Ahead:
 
     snapshot: StepSnapshot
     telling: PendingStatus
-    limits: Limits
+    limits: NormLimits
     failure: Failure | None
     forwards_before: int
     events: list[Any]
@@ -157,7 +157,7 @@ class PostValidatingEngine(PipelineEngine):
         ahead.snapshot.restore()
         if verdict is Verdict.REDO:
             ahead.snapshot.restore_gradients()
-            self._guard.step = Step()
+            self._guard.step = BatchStep()
             self._execute(instr.OptimizerStep())
             change(self, changes)
             super()._agree_on_step(None)
@@ -183,7 +183,7 @@ class PostValidatingEngine(PipelineEngine):
             self._prepare_reduction()
             self._execute(instr.ReduceTiedGrads())
             self._execute(instr.ReduceGrads())
-        limits = Limits(self.optimizer.clip_grad, self.optimizer.loss_scale)
+        limits = NormLimits(self.optimizer.clip_grad, self.optimizer.loss_scale)
         snapshot = StepSnapshot(self)
         self._steps_before = self.global_steps
         events = _HeldEvents(self.monitor.enabled)

@@ -47,7 +47,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Limits:
+class NormLimits:
     """What DeepSpeed would do about a norm: `clip` is the config's gradient_clipping (0 for none), `scale` the loss
     scale."""
 
@@ -55,7 +55,7 @@ class Limits:
     scale: float
 
 
-def judge(reports: Sequence[StepReport], replicas: int, limits: Limits) -> tuple[Verdict, float]:
+def judge(reports: Sequence[StepReport], replicas: int, limits: NormLimits) -> tuple[Verdict, float]:
     """The verdict of all ranks' reports, and the norm of all gradients without the loss scale; infinite for an
     overflow.
 

@@ -124,7 +124,7 @@ class Verification:
         failed = engine._agreement.start_status([float(engine._guard.failure is not None)]).result()
         self._whole = self._taken(snapshot, [1.0] in failed)
         engine._guard.failure = None
-        engine._held.clear()
+        engine._stage_buffers.clear()
         engine._channels.end_batch()
         ds_checkpointing.reset()
         snapshot.restore()

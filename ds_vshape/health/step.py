@@ -26,7 +26,7 @@ class Reached(IntEnum):
     WHOLE = 2
 
 
-class Step:
+class BatchStep:
     """The step of one batch on this rank."""
 
     def __init__(self) -> None:

@@ -115,41 +115,41 @@ class ActivationMeter:
         self._spans.clear()
 
     @contextmanager
-    def forward(self, work: Pass, inputs: Any, labels: Any = None) -> Iterator[None]:
+    def forward(self, action: Pass, inputs: Any, labels: Any = None) -> Iterator[None]:
         """Around an F; `inputs` and `labels` are a tensor or nested ones."""
-        span = _Span(work)
+        span = _Span(action)
         with self._measuring():
             span.alive = _addresses(tree_leaves(inputs))
-            self._inputs[work.stage] = sum(span.alive.values())
+            self._inputs[action.stage] = sum(span.alive.values())
             span.labels = [*map(_reference, _strided(tree_leaves(labels)))]
             if not span.alive:
-                raise CannotWatch(f"micro-batch {work.micro_batch} of stage {work.stage} was empty")
+                raise CannotWatch(f"micro-batch {action.micro_batch} of stage {action.stage} was empty")
         with self._watched(span):
             yield
         with self._measuring():
             span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
 
     @contextmanager
-    def backward(self, work: Pass) -> Iterator[None]:
+    def backward(self, action: Pass) -> Iterator[None]:
         """Around the B or BW of what was measured in F."""
-        span = _Span(work)
+        span = _Span(action)
         with self._measuring():
-            forward = next(span for span in self._spans if span.work == Pass(Kind.F, work.stage, work.micro_batch))
+            forward = next(span for span in self._spans if span.work == Pass(Kind.F, action.stage, action.micro_batch))
             span.apart = forward.apart
             saved = {address: size for ref, address, size in forward.labels if not _expired(ref)}
             span.alive = {**forward.alive, **saved}
         with self._watched(span):
             yield
 
-    def after_backward(self, work: Pass, store: WeightGradientStore) -> None:
+    def after_backward(self, action: Pass, store: WeightGradientStore) -> None:
         """When B has ended; `store` is what it leaves to W."""
         with self._measuring():
-            self.kept[work.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
+            self.kept[action.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
 
     @contextmanager
-    def weights(self, work: Pass, store: WeightGradientStore) -> Iterator[None]:
+    def weights(self, action: Pass, store: WeightGradientStore) -> Iterator[None]:
         """Around W, which empties `store`."""
-        span = _Span(work)
+        span = _Span(action)
         with self._measuring():
             span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
             span.alive = _addresses(store.tensors())

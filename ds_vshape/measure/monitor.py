@@ -48,7 +48,7 @@ class Tracking:
     """Reports to the monitor of this `rank`, which is on; on every rank, since reports are collective."""
 
     def __init__(self, rank: TrainingRank, observer: Observer, held: Buffers, wrappers: InstructionWrappers) -> None:
-        self._rank, self._observer, self._held = rank, observer, held
+        self._rank, self._observer, self._stage_buffers = rank, observer, held
         self._pictured: Schedule | None = None
         self._seconds = 0.0
         self._samples = self._tokens = 0
@@ -65,7 +65,7 @@ class Tracking:
             load(engine, buffer_id=buffer_id)
             if torch.is_grad_enabled():
                 # Of a batch that runs twice they count once.
-                loaded = self._held[instr.BufferId(0, buffer_id.micro_batch)].inputs
+                loaded = self._stage_buffers[instr.BufferId(0, buffer_id.micro_batch)].inputs
                 self._of_batch[buffer_id.micro_batch] = _tokens(loaded)
 
         return {**instructions, instr.LoadMicroBatch: load_and_count}

@@ -65,36 +65,36 @@ class Observer:
             self._meter_runs = False
 
     @contextmanager
-    def watching(self, work: Pass, buffers: Buffers) -> Iterator[None]:
+    def watching(self, action: Pass, buffers: Buffers) -> Iterator[None]:
         """Around a pass."""
-        start = self._recorder.start(work)
-        if work in self._metered:
-            with self._metering(work, buffers):
+        start = self._recorder.start(action)
+        if action in self._metered:
+            with self._metering(action, buffers):
                 yield
         else:
             yield
-        self._recorder.end(work, start)
+        self._recorder.end(action, start)
 
     @contextmanager
-    def _metering(self, work: Pass, buffers: Buffers) -> Iterator[None]:
+    def _metering(self, action: Pass, buffers: Buffers) -> Iterator[None]:
         """Around a pass that is measured."""
         if not self._meter_runs:
             self._meter.start()
             self._meter_runs = True
-        buffer = buffers[BufferId(work.stage, work.micro_batch)]
-        if work.kind is Kind.W:
-            with self._meter.weights(work, buffer.store):
+        buffer = buffers[BufferId(action.stage, action.micro_batch)]
+        if action.kind is Kind.W:
+            with self._meter.weights(action, buffer.store):
                 yield
-        elif work.kind is Kind.F:
-            with self._meter.forward(work, buffer.inputs, buffer.labels):
+        elif action.kind is Kind.F:
+            with self._meter.forward(action, buffer.inputs, buffer.labels):
                 yield
         else:
             store = buffer.store
-            with self._meter.backward(work):
+            with self._meter.backward(action):
                 yield
-            if work.kind is Kind.B:
-                self._meter.after_backward(work, store)
-        self._metered.remove(work)
+            if action.kind is Kind.B:
+                self._meter.after_backward(action, store)
+        self._metered.remove(action)
         if not self._metered:
             self._meter.stop()
 

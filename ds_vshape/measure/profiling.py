@@ -64,17 +64,17 @@ class PassRecorder:
         self._began = time.perf_counter()
         self.peak_alive = 0
 
-    def start(self, work: Pass) -> Any:
-        """`work` begins; returns what `end` needs."""
-        if work.kind is Kind.F:
+    def start(self, action: Pass) -> Any:
+        """`action` begins; returns what `end` needs."""
+        if action.kind is Kind.F:
             self._alive += 1
             self.peak_alive = max(self.peak_alive, self._alive)
         return self._clock.now()
 
-    def end(self, work: Pass, start: Any) -> None:
-        """`work` has ended."""
-        self._marks.append((work, start, self._clock.now()))
-        if work.frees_activations:
+    def end(self, action: Pass, start: Any) -> None:
+        """`action` has ended."""
+        self._marks.append((action, start, self._clock.now()))
+        if action.frees_activations:
             self._alive -= 1
 
     def spans(self) -> tuple[Span, ...]:

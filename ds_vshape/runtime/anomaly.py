@@ -30,7 +30,7 @@ def _checked(execute: Execute) -> Execute:
         execute(engine, buffer_id)
         if not torch.is_grad_enabled():
             return
-        outputs = engine._held.outputs(buffer_id)
+        outputs = engine._stage_buffers.outputs(buffer_id)
         members = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         for number, tensor in enumerate(members):
             if torch.is_tensor(tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -42,7 +42,7 @@ MOST_COST = 1e100
 _ROUNDING = 1 + 1e-9
 
 Table = NDArray[np.float64]
-Step = Callable[[Table, Table, Table], Table]
+Recurrence = Callable[[Table, Table, Table], Table]
 Cost = float | tuple[float, float, float]
 
 
@@ -189,7 +189,7 @@ class _Walk:
             cuts.append((int(row), int(column)))
         return float(last[end]), self.bounds(cuts[::-1])
 
-    def _tables(self, limit: float, step: Step) -> list[Table]:
+    def _tables(self, limit: float, step: Recurrence) -> list[Table]:
         """For each number of ranks from 0 on, the best value by (a, b); inf where nothing leads.
 
         `step` gives the values after a rank of those before it and the costs of its two chunks. Chunks of which even

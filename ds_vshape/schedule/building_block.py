@@ -165,19 +165,19 @@ class _Progress:
     forwards: list[int]
     backwards: list[int]
 
-    def end(self, work: Pass) -> None:
-        """Take note that `work` is done."""
-        if work.kind is Kind.F:
-            self.forwards[work.stage] += 1
-        elif work.kind is not Kind.W:
-            self.backwards[work.stage] += 1
+    def end(self, action: Pass) -> None:
+        """Take note that `action` is done."""
+        if action.kind is Kind.F:
+            self.forwards[action.stage] += 1
+        elif action.kind is not Kind.W:
+            self.backwards[action.stage] += 1
 
-    def ready(self, work: Pass) -> bool:
-        """Whether all that `work` needs is done; counts suffice because each stage goes in micro-batch order."""
-        stage, micro_batch = work.stage, work.micro_batch
-        if work.kind is Kind.F:
+    def ready(self, action: Pass) -> bool:
+        """Whether all that `action` needs is done; counts suffice because each stage goes in micro-batch order."""
+        stage, micro_batch = action.stage, action.micro_batch
+        if action.kind is Kind.F:
             return stage == 0 or self.forwards[stage - 1] > micro_batch
-        if work.kind is Kind.W:
+        if action.kind is Kind.W:
             return self.backwards[stage] > micro_batch
         last = stage + 1 == len(self.forwards)
         return self.forwards[stage] > micro_batch and (last or self.backwards[stage + 1] > micro_batch)

@@ -101,21 +101,21 @@ def _check_alone(rank: int, program: Program, placement: Placement) -> None:
         raise DeadlockError(f"rank {rank} never waits for its receive of {message}")
 
 
-def _check_input(rank: int, work: Pass, placement: Placement, received: set[Message], done: set[Pass]) -> None:
+def _check_input(rank: int, action: Pass, placement: Placement, received: set[Message], done: set[Pass]) -> None:
     """The pass must stand on its stage's rank, and find its input: received, or made on this rank."""
-    if placement.rank_of(work.stage) != rank:
-        raise DeadlockError(f"rank {rank} runs {work}, but its stage is on rank {placement.rank_of(work.stage)}")
-    message = message_into(work, placement)
+    if placement.rank_of(action.stage) != rank:
+        raise DeadlockError(f"rank {rank} runs {action}, but its stage is on rank {placement.rank_of(action.stage)}")
+    message = message_into(action, placement)
     if message is not None and message not in received:
-        raise DeadlockError(f"rank {rank} runs {work} without having waited for {message}")
-    if work.piece:
-        last_piece = replace(work, piece=work.piece - 1)
+        raise DeadlockError(f"rank {rank} runs {action} without having waited for {message}")
+    if action.piece:
+        last_piece = replace(action, piece=action.piece - 1)
         if last_piece not in done:
-            raise DeadlockError(f"rank {rank} runs {work} before {last_piece}")
-    for need in dependencies(work, placement.last_stage, frozenset()):
-        given = need in done if work.kind is Kind.W else _is_done(need, done)
+            raise DeadlockError(f"rank {rank} runs {action} before {last_piece}")
+    for need in dependencies(action, placement.last_stage, frozenset()):
+        given = need in done if action.kind is Kind.W else _is_done(need, done)
         if placement.rank_of(need.stage) == rank and not given:
-            raise DeadlockError(f"rank {rank} runs {work} before {need}")
+            raise DeadlockError(f"rank {rank} runs {action} before {need}")
 
 
 def _is_done(need: Pass, done: set[Pass]) -> bool:

@@ -67,9 +67,9 @@ def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
     return "\n".join(rows)
 
 
-def _name(work: Pass, placement: Placement) -> str:
-    kind = work.kind.value if placement.chunk_of(work.stage) == 0 else work.kind.value.lower()
-    return f"{kind}{work.micro_batch}"
+def _name(action: Pass, placement: Placement) -> str:
+    kind = action.kind.value if placement.chunk_of(action.stage) == 0 else action.kind.value.lower()
+    return f"{kind}{action.micro_batch}"
 
 
 def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: float, shown: int) -> str:

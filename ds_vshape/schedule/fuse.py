@@ -61,10 +61,10 @@ def with_whole_backwards(schedule: Schedule) -> Schedule:
               for work in order if work.kind is not Kind.W) for order in schedule.orders))
 
 
-def _parts(work: Pass) -> tuple[Pass, ...]:
-    if work.kind is not Kind.BW:
-        return (work,)
-    return Pass(Kind.B, work.stage, work.micro_batch), Pass(Kind.W, work.stage, work.micro_batch)
+def _parts(action: Pass) -> tuple[Pass, ...]:
+    if action.kind is not Kind.BW:
+        return (action,)
+    return Pass(Kind.B, action.stage, action.micro_batch), Pass(Kind.W, action.stage, action.micro_batch)
 
 
 def _starts_of_backwards(timeline: Timeline) -> dict[tuple[int, int], float]:

@@ -57,9 +57,9 @@ class Content(str, enum.Enum):
         return self.value
 
     @classmethod
-    def into(cls, work: Pass) -> Content:
+    def into(cls, action: Pass) -> Content:
         """What F and B take from another stage."""
-        return cls.ACTIVATION if work.kind is Kind.F else cls.GRADIENT
+        return cls.ACTIVATION if action.kind is Kind.F else cls.GRADIENT
 
     @property
     def kind(self) -> Kind:
@@ -174,15 +174,15 @@ def channels(placement: Placement) -> list[Channel]:
     return sorted(found)
 
 
-def message_into(work: Pass, placement: Placement) -> Message | None:
-    """What `work` receives from another rank, if anything: F an activation, B and BW an output gradient."""
-    neighbour = work.stage - 1 if work.kind is Kind.F else work.stage + 1
-    if work.kind is Kind.W or not 0 <= neighbour <= placement.last_stage:
+def message_into(action: Pass, placement: Placement) -> Message | None:
+    """What `action` receives from another rank, if anything: F an activation, B and BW an output gradient."""
+    neighbour = action.stage - 1 if action.kind is Kind.F else action.stage + 1
+    if action.kind is Kind.W or not 0 <= neighbour <= placement.last_stage:
         return None
-    source, target = placement.rank_of(neighbour), placement.rank_of(work.stage)
+    source, target = placement.rank_of(neighbour), placement.rank_of(action.stage)
     if source == target:
         return None
-    return Message(Channel(source, target, Content.into(work)), work.stage, work.micro_batch)
+    return Message(Channel(source, target, Content.into(action)), action.stage, action.micro_batch)
 
 
 class _Transfer(NamedTuple):
@@ -307,8 +307,8 @@ def _transfers(schedule: Schedule) -> Iterator[_Transfer]:
                 yield _Transfer(message, made_at[work.stage, work.micro_batch], needed_at)
 
 
-def _loads(work: Pass, placement: Placement) -> bool:
+def _loads(action: Pass, placement: Placement) -> bool:
     """Whether this forward is the first on its rank to need something of the micro-batch's data."""
-    if work.stage == 0:
+    if action.stage == 0:
         return True
-    return work.stage == placement.last_stage and placement.rank_of(0) != placement.rank_of(work.stage)
+    return action.stage == placement.last_stage and placement.rank_of(0) != placement.rank_of(action.stage)

@@ -38,16 +38,16 @@ class Schedule:
         return replace(self, orders=orders)
 
 
-def dependencies(work: Pass, last_stage: int, whole_backwards: frozenset[tuple[int, int]]) -> tuple[Pass, ...]:
-    """The passes that must end before `work` may start.
+def dependencies(action: Pass, last_stage: int, whole_backwards: frozenset[tuple[int, int]]) -> tuple[Pass, ...]:
+    """The passes that must end before `action` may start.
 
     F waits for F of the stage before; B and BW for their own F and for the input gradient of the stage after; W for
     its own B. `whole_backwards` are the (stage, micro-batch) that run as BW.
     """
-    stage, micro_batch = work.stage, work.micro_batch
-    if work.kind is Kind.F:
+    stage, micro_batch = action.stage, action.micro_batch
+    if action.kind is Kind.F:
         return (Pass(Kind.F, stage - 1, micro_batch),) if stage else ()
-    if work.kind is Kind.W:
+    if action.kind is Kind.W:
         return (Pass(Kind.B, stage, micro_batch),)
     own = Pass(Kind.F, stage, micro_batch)
     if stage == last_stage:

@@ -44,10 +44,10 @@ class _Schedule(TypedDict):
 _SCHEDULE = TypeAdapter(_Schedule)
 
 
-def pass_to_json(work: Pass) -> list[Any]:
+def pass_to_json(action: Pass) -> list[Any]:
     """A pass as a list."""
-    whole = [work.kind.value, work.stage, work.micro_batch]
-    return whole if work.pieces == 1 else [*whole, [work.piece, work.pieces]]
+    whole = [action.kind.value, action.stage, action.micro_batch]
+    return whole if action.pieces == 1 else [*whole, [action.piece, action.pieces]]
 
 
 def pass_from_json(entry: Sequence[Any]) -> Pass:

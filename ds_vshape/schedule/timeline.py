@@ -34,15 +34,15 @@ class Times:
         """The same times for each of `stages` stages, and the same hop at each boundary."""
         return cls((forward,) * stages, (input_grad,) * stages, (weight_grad,) * stages, (hop,) * (stages - 1))
 
-    def of(self, work: Pass) -> float:
-        """How long `work` takes."""
-        stage = work.stage
-        if work.kind is Kind.F:
+    def of(self, action: Pass) -> float:
+        """How long `action` takes."""
+        stage = action.stage
+        if action.kind is Kind.F:
             return self.forward[stage]
-        if work.kind is Kind.B:
+        if action.kind is Kind.B:
             return self.input_grad[stage]
-        if work.kind is Kind.W:
-            return self.weight_grad[stage] / work.pieces
+        if action.kind is Kind.W:
+            return self.weight_grad[stage] / action.pieces
         return self.input_grad[stage] + self.weight_grad[stage]
 
     def of_stage(self, stage: int) -> float:

@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ds_vshape.split_backward.autocast import enabled_autocast
 from ds_vshape.split_backward.ownership import is_shared, own_copy, saved_is_shared
-from ds_vshape.split_backward.store import Buffers, Entry, WeightGradientStore
+from ds_vshape.split_backward.store import Entry, OperatorBuffers, WeightGradientStore
 from ds_vshape.split_backward.weights import (Target, has_hooks, has_post_hooks, is_deferrable, node_has_hooks,
                                               parameter_of, target_of)
 
@@ -138,7 +138,7 @@ class SplitFunction(torch.autograd.Function):
         raise NotImplementedError("a SplitFunction needs a backward_weight")
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, *output_gradients: Any) -> Any:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, *output_gradients: Any) -> Any:
         """As `backward_weight`, with the sums over the previous micro-batches: `buffers` has one for each weight
         argument, with the weight's shape and the same or a wider dtype, or None.
 

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from ds_vshape.split_backward.accumulate import add_batched_product, add_product, add_rows
 from ds_vshape.split_backward.function import Operators, SplitFunction
-from ds_vshape.split_backward.store import Buffers, WeightGradientStore
+from ds_vshape.split_backward.store import OperatorBuffers, WeightGradientStore
 from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias, is_transposed_weight
 
 # As they are now: DeepSpeed's flops profiler wraps the names in torch for a while, and has counted the call that led
@@ -95,7 +95,7 @@ class Linear(SplitFunction):
         )
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if add_product(buffers[0], gradient.t(), ctx.saved_tensors[0]):
             return None, gradient.sum(0) if ctx.needs_input_grad[2] else None
         return cls.backward_weight(ctx, gradient)
@@ -150,7 +150,7 @@ class MatMul(SplitFunction):
         )
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if add_product(buffers[0], ctx.saved_tensors[0].t(), gradient):
             return None, gradient.sum(0) if ctx.needs_input_grad[2] else None
         return cls.backward_weight(ctx, gradient)
@@ -167,7 +167,7 @@ class TransposedMatMul(MatMul):
         return is_transposed_weight(weight) or is_deferrable(weight)
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return Linear.accumulate_weight(ctx, buffers, gradient)
 
 
@@ -195,7 +195,7 @@ class LeftMatMul(SplitFunction):
         return _left_gradient(gradient, ctx.saved_tensors[1], ctx.by_columns)
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> Tensor | None:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> Tensor | None:
         added = add_product(buffers[0], gradient, ctx.saved_tensors[1].t())
         return None if added else cls.backward_weight(ctx, gradient)
 
@@ -223,7 +223,7 @@ class BatchMatMul(SplitFunction):
         return x.transpose(1, 2).bmm(gradient)
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> Tensor | None:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> Tensor | None:
         added = add_batched_product(buffers[0], ctx.saved_tensors[0].transpose(1, 2), gradient)
         return None if added else cls.backward_weight(ctx, gradient)
 
@@ -253,7 +253,7 @@ class Embedding(SplitFunction):
         return weight_gradient
 
     @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: Buffers, gradient: Tensor) -> Tensor | None:
+    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> Tensor | None:
         added = add_rows(buffers[0], ctx.saved_tensors[0], gradient, ctx.padding_idx)
         return None if added else cls.backward_weight(ctx, gradient)
 

@@ -21,7 +21,7 @@ from ds_vshape.split_backward.weights import Cast, Target, parameter_of
 if TYPE_CHECKING:
     from ds_vshape.split_backward.function import HalfContext, SplitFunction
 
-Buffers = tuple[Tensor | None, ...]
+OperatorBuffers = tuple[Tensor | None, ...]
 
 
 class GradientAccumulator(Protocol):

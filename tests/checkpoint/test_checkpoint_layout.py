@@ -10,19 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_vshape.checkpoint.layout import CheckpointError, Layout, check_layout, save_layout
+from ds_vshape.checkpoint.layout import CheckpointError, SavedLayout, check_layout, save_layout
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v
 
 
-def layout(placement: Placement, bounds: list[int]) -> Layout:
-    return Layout.of(SimpleNamespace(placement=placement, parts=bounds))  # type: ignore[arg-type]
+def layout(placement: Placement, bounds: list[int]) -> SavedLayout:
+    return SavedLayout.of(SimpleNamespace(placement=placement, parts=bounds))  # type: ignore[arg-type]
 
 
 V = layout(v(2), [0, 2, 4, 6, 8])
 
 
 def test_the_layout_is_that_of_the_module() -> None:
-    assert V == Layout([[0, 3], [1, 2]], [0, 2, 4, 6, 8])
+    assert V == SavedLayout([[0, 3], [1, 2]], [0, 2, 4, 6, 8])
 
 
 def test_an_equal_layout_is_loaded(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_an_equal_layout_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [
     layout(interleaved(2), [0, 2, 4, 6, 8]), layout(linear(2), [0, 4, 8]), layout(linear(4), [0, 2, 4, 6, 8]),
     layout(v(2), [0, 1, 4, 6, 8]), layout(v(2), [0, 2, 4, 6, 9]), layout(v(1), [0, 4, 8])])
-def test_another_layout_is_refused(other: Layout, tmp_path: Path) -> None:
+def test_another_layout_is_refused(other: SavedLayout, tmp_path: Path) -> None:
     for saved, now in ((V, other), (other, V)):
         save_layout(str(tmp_path), saved, writer=0)
         with pytest.raises(CheckpointError) as caught:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from ds_vshape.config.compatibility import check_post_validation
 from ds_vshape.config.section import ConfigError
-from ds_vshape.engine.verdict import Limits, StepReport, Verdict, judge
+from ds_vshape.engine.verdict import NormLimits, StepReport, Verdict, judge
 from ds_vshape.runtime.instructions import (AgreeOnForwards, AwaitVerdict, StepAhead, TellForwards, pass_of,
                                             stepping_ahead, training_instructions)
 from ds_vshape.schedule.lowering import lower
@@ -250,20 +250,21 @@ GOOD = StepReport(False, False, 3.0)
 
 
 @pytest.mark.parametrize("reports, replicas, limits, expected", [
-    ([GOOD, StepReport(False, False, 4.0)], 1, Limits(0.0, 1.0), (Verdict.STANDS, 5.0)),
-    ([GOOD, StepReport(False, False, 4.0)] * 2, 2, Limits(0.0, 2.0), (Verdict.STANDS, 2.5)),
-    ([GOOD], 1, Limits(3.1, 1.0), (Verdict.STANDS, 3.0)),
-    ([GOOD], 1, Limits(2.9, 1.0), (Verdict.REDO, 3.0)),
+    ([GOOD, StepReport(False, False, 4.0)], 1, NormLimits(0.0, 1.0), (Verdict.STANDS, 5.0)),
+    ([GOOD, StepReport(False, False, 4.0)] * 2, 2, NormLimits(0.0, 2.0), (Verdict.STANDS, 2.5)),
+    ([GOOD], 1, NormLimits(3.1, 1.0), (Verdict.STANDS, 3.0)),
+    ([GOOD], 1, NormLimits(2.9, 1.0), (Verdict.REDO, 3.0)),
     # DeepSpeed clips from 1e-6 below the limit on; what is too close to say counts as clipped.
-    ([GOOD], 1, Limits(3.0 + 1e-5, 1.0), (Verdict.REDO, 3.0)),
-    ([GOOD], 1, Limits(1.6, 2.0), (Verdict.STANDS, 1.5)),
-    ([GOOD], 1, Limits(1.4, 2.0), (Verdict.REDO, 1.5)),
-    ([GOOD, StepReport(False, True, 0.0)], 1, Limits(0.0, 1.0), (Verdict.REDO, math.inf)),
-    ([GOOD, StepReport(False, False, math.nan)], 1, Limits(0.0, 1.0), (Verdict.REDO, math.inf)),
-    ([GOOD, StepReport(False, False, 1e20)], 1, Limits(0.0, 1.0), (Verdict.REDO, math.inf)),
-    ([StepReport(True, False, 0.0), StepReport(False, True, 0.0)], 1, Limits(0.0, 1.0), (Verdict.FAILED, math.inf)),
+    ([GOOD], 1, NormLimits(3.0 + 1e-5, 1.0), (Verdict.REDO, 3.0)),
+    ([GOOD], 1, NormLimits(1.6, 2.0), (Verdict.STANDS, 1.5)),
+    ([GOOD], 1, NormLimits(1.4, 2.0), (Verdict.REDO, 1.5)),
+    ([GOOD, StepReport(False, True, 0.0)], 1, NormLimits(0.0, 1.0), (Verdict.REDO, math.inf)),
+    ([GOOD, StepReport(False, False, math.nan)], 1, NormLimits(0.0, 1.0), (Verdict.REDO, math.inf)),
+    ([GOOD, StepReport(False, False, 1e20)], 1, NormLimits(0.0, 1.0), (Verdict.REDO, math.inf)),
+    ([StepReport(True, False, 0.0), StepReport(False, True, 0.0)], 1, NormLimits(0.0, 1.0), (Verdict.FAILED, math.inf)),
 ])
-def test_verdicts(reports: list[StepReport], replicas: int, limits: Limits, expected: tuple[Verdict, float]) -> None:
+def test_verdicts(reports: list[StepReport], replicas: int, limits: NormLimits,
+                  expected: tuple[Verdict, float]) -> None:
     sent = [StepReport.of(report.numbers()) for report in reports]
     assert judge(sent, replicas, limits) == expected
 

@@ -427,28 +427,28 @@ class Machine:
     def line(self, channel: Channel) -> tuple:
         return channel.source, channel.target, self.communicator(channel)
 
-    def compute(self, rank: int, work: Pass) -> None:
-        stage, micro_batch = work.stage, work.micro_batch
+    def compute(self, rank: int, action: Pass) -> None:
+        stage, micro_batch = action.stage, action.micro_batch
         at = stage, micro_batch
         if stage not in self.stages[rank]:
             raise Broken("not its stage")
-        if work.kind is Kind.F:
+        if action.kind is Kind.F:
             if stage in (0, self.last) and self.has_data:
                 self.need(rank, ("data", micro_batch))
             if stage:
                 self.take(rank, "input", "output", stage, stage - 1, micro_batch)
             self.give(rank, ("output", *at))
-        elif work.kind is Kind.W:
-            self.need(rank, ("left for W", *at, work.piece))
-            self.shelves[rank].discard(("left for W", *at, work.piece))
-            if work.piece < work.pieces - 1:
-                self.give(rank, ("left for W", *at, work.piece + 1))
+        elif action.kind is Kind.W:
+            self.need(rank, ("left for W", *at, action.piece))
+            self.shelves[rank].discard(("left for W", *at, action.piece))
+            if action.piece < action.pieces - 1:
+                self.give(rank, ("left for W", *at, action.piece + 1))
         else:
             self.need(rank, ("output", *at))
             if stage < self.last:
                 self.take(rank, "output gradient", "input gradient", stage, stage + 1, micro_batch)
             self.give(rank, ("input gradient", *at))
-            if work.kind is Kind.B:
+            if action.kind is Kind.B:
                 self.give(rank, ("left for W", *at, 0))
 
     def take(self, rank: int, name: str, of_neighbour: str, stage: int, neighbour: int, micro_batch: int) -> None:

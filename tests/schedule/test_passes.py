@@ -13,8 +13,8 @@ passes = st.builds(Pass, st.sampled_from(Kind), st.integers(0, 10 ** 6), st.inte
 
 
 @given(passes)
-def test_notation_round_trips(work: Pass) -> None:
-    assert Pass.parse(repr(work)) == work
+def test_notation_round_trips(action: Pass) -> None:
+    assert Pass.parse(repr(action)) == action
 
 
 def test_notation_is_readable() -> None:

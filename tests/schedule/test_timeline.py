@@ -15,11 +15,11 @@ from ds_vshape.schedule.schedule import Schedule, ScheduleError
 from ds_vshape.schedule.timeline import Times, simulate
 
 
-def needs(work: Pass, schedule: Schedule) -> list[Pass]:
-    """All that must be done before `work`, among the passes that the schedule has."""
-    s, i = work.stage, work.micro_batch
+def needs(action: Pass, schedule: Schedule) -> list[Pass]:
+    """All that must be done before `action`, among the passes that the schedule has."""
+    s, i = action.stage, action.micro_batch
     wanted = {Kind.F: [F(s - 1, i)], Kind.W: [B(s, i)], Kind.B: [F(s, i), B(s + 1, i), BW(s + 1, i)],
-              Kind.BW: [F(s, i), B(s + 1, i), BW(s + 1, i)]}[work.kind]
+              Kind.BW: [F(s, i), B(s + 1, i), BW(s + 1, i)]}[action.kind]
     there = {other for _, other in schedule.passes()}
     return [other for other in wanted if other in there]
 

@@ -157,5 +157,5 @@ def _colour(event: Event) -> str:
     return _IDLE if event.work is not None else _END
 
 
-def _arguments(work: Pass | None) -> _Json:
-    return {} if work is None else {"stage": work.stage, "micro_batch": work.micro_batch}
+def _arguments(action: Pass | None) -> _Json:
+    return {} if action is None else {"stage": action.stage, "micro_batch": action.micro_batch}

@@ -83,8 +83,8 @@ class Recorder:
 
         return run
 
-    def _message(self, work: Pass) -> Message:
-        message = message_into(work, self._placement)
+    def _message(self, action: Pass) -> Message:
+        message = message_into(action, self._placement)
         assert message is not None
         return message
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, W0, ListScheduler, Run
+from ds_vshape.schedule.adaptive.list_scheduler import B0, W0, ListScheduler, PolicyRun
 from ds_vshape.schedule.adaptive.problem import SLACK
 
 
-def reschedule_cooldown(run: Run, scheduler: ListScheduler) -> Run:
+def reschedule_cooldown(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:
     """`run` with its cool-down reordered, or unchanged if that is faster."""
     if scheduler.fused:
         return run
@@ -27,7 +27,7 @@ def reschedule_cooldown(run: Run, scheduler: ListScheduler) -> Run:
     return improved if improved is not None and improved.makespan < run.makespan else run
 
 
-def _filled(rank: int, first: int, fastest: Run, scheduler: ListScheduler) -> list[int]:
+def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler) -> list[int]:
     """The order of `rank` in which the passes from place `first` on are B as in `fastest`, and W wherever one fits."""
     pieces = fastest.policy.pieces
     durations = scheduler.layouts(pieces).durations[rank]

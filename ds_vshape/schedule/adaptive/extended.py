@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, Run, TargetStarts
+from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, PolicyRun, TargetStarts
 from ds_vshape.schedule.adaptive.problem import Problem
 
 # Lengths of patterns in micro-batches, and a number of micro-batches that all of them divide.
@@ -30,7 +30,7 @@ def fewer_micro_batches(problem: Problem) -> Problem | None:
     return replace(problem, micro_batches=problem.micro_batches - left_out) if left_out > 0 else None
 
 
-def extended(run: Run, micro_batches: int) -> Iterator[TargetStarts]:
+def extended(run: PolicyRun, micro_batches: int) -> Iterator[TargetStarts]:
     """Starts for `micro_batches` micro-batches that repeat a part of `run`, which has fewer."""
     fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
@@ -47,7 +47,7 @@ def _repeated(starts: TargetStarts, at: int, period: int, more: int) -> TargetSt
     return np.concatenate([starts[:, :, :at], middle, starts[:, :, at:] + interval * more / period], axis=2)
 
 
-def lengthened(run: Run, micro_batches: int) -> Iterator[NDArray[np.int64]]:
+def lengthened(run: PolicyRun, micro_batches: int) -> Iterator[NDArray[np.int64]]:
     """Orders [rank, place] for `micro_batches` micro-batches: those of `run`, with a part near the middle repeated.
 
     A rank repeats a part with equally many passes of each stream. There are none if annealing has left no such part.

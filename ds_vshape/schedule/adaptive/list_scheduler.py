@@ -56,7 +56,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Run:
+class PolicyRun:
     """What came of a policy: each rank's streams in order [rank, place], and when the passes started.
 
     `starts` has the form of a policy's target starts; `waiting` is the sum of the starts of all F and B, which tells
@@ -126,16 +126,16 @@ class ListScheduler:
         return Layout(self.problem.micro_batches, pieces, self.fused, durations, next_rank, next_stream, delay,
                       from_rank, from_stream, *sizes)
 
-    def run(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
+    def run(self, policy: Policy, cutoff: float = float("inf")) -> PolicyRun | None:
         """What `policy` comes to; None if the makespan would be above `cutoff`."""
         layout = self.layouts(policy.pieces)
         starts = np.zeros(policy.target_starts.shape)
         orders = np.zeros((self.problem.ranks, layout.batch * (4 if self.fused else 4 + 2 * policy.pieces)), np.int64)
         makespan, waiting = fill(layout, np.ascontiguousarray(policy.target_starts), policy.patience, policy.eagerness,
                                  layout.limits - policy.reserves, cutoff, starts, orders)
-        return Run(makespan, waiting, orders, starts, policy) if makespan < float("inf") else None
+        return PolicyRun(makespan, waiting, orders, starts, policy) if makespan < float("inf") else None
 
-    def left_shift(self, orders: NDArray[np.int64], policy: Policy) -> Run | None:
+    def left_shift(self, orders: NDArray[np.int64], policy: Policy) -> PolicyRun | None:
         """Every pass as early as `orders` allow; None if they wait for each other or exceed a limit."""
         layout = self.layouts(policy.pieces)
         changes = np.concatenate([layout.taken, -layout.freed, -layout.kept], axis=1)
@@ -156,7 +156,7 @@ class ListScheduler:
             if change.cumsum().max() > layout.limits[rank]:
                 return None
         ends = begun[:, -1] + layout.durations[np.arange(len(orders)), orders[:, -1]]
-        return Run(float(ends.max()), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
+        return PolicyRun(float(ends.max()), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
 
     def orders_of(self, schedule: Schedule) -> NDArray[np.int64] | None:
         """The streams of a V schedule's passes [rank, place], whole backwards split; None if they may not be."""
@@ -176,7 +176,7 @@ class ListScheduler:
             rows.append(row)
         return np.array(rows, np.int64)
 
-    def schedule(self, run: Run) -> Schedule:
+    def schedule(self, run: PolicyRun) -> Schedule:
         """The orders of `run` as a schedule; pieces of a W that stand together are put together again."""
         pieces = run.policy.pieces
         kinds = (Kind.F, Kind.F, Kind.BW, Kind.BW) if self.fused else KINDS

@@ -22,7 +22,7 @@ from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import extended, fewer_micro_batches, lengthened
-from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, Run, TargetStarts
+from ds_vshape.schedule.adaptive.list_scheduler import KINDS, W0, ListScheduler, Policy, PolicyRun, TargetStarts
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.reduced import is_large, reduced
@@ -89,7 +89,7 @@ class Search:
         self.scheduler = ListScheduler(problem)
         self.random = Random(0)
         # The best run, by the number of pieces of W: those of fewer have less to gain, but are easier to improve.
-        self.bests: dict[int, Run] = {}
+        self.bests: dict[int, PolicyRun] = {}
         # How well annealing did lately, for each temperature to start from.
         self.successes = [1.0] * len(_HOT)
         # Whether blocks of a smaller problem stand in for random ones.
@@ -98,14 +98,14 @@ class Search:
         self.known: list[tuple[float, Schedule]] = []
         # What repeats without a ramp, and runs of it; None before it was looked for.
         self.cycles: list[Cycle] | None = None
-        self.repeated: list[Run] = []
+        self.repeated: list[PolicyRun] = []
         # The better half of each heat of the race, the best of the last one at the end.
-        self.survivors: list[Run] = []
+        self.survivors: list[PolicyRun] = []
         # Makespans and blocks, by the number of pieces, best first, no makespan twice.
         self.populations: dict[int, list[tuple[float, Block]]] = {}
 
     @property
-    def best(self) -> Run | None:
+    def best(self) -> PolicyRun | None:
         """The best run of all."""
         return min(self.bests.values(), key=lambda run: run.makespan, default=None)
 
@@ -242,7 +242,7 @@ class Search:
                 if not self.done:
                     self._try_block(block.for_ranks(self.problem.ranks))
 
-    def _keep(self, run: Run) -> None:
+    def _keep(self, run: PolicyRun) -> None:
         """Remember `run` if it's no worse than others with as many pieces."""
         best = self.bests.get(run.policy.pieces)
         if best is None or (run.makespan, run.waiting) <= (best.makespan, best.waiting):
@@ -265,7 +265,7 @@ class Search:
                 starts += periods(run.orders, _BLOCK_SIZES, 1) if run is not None and self.left() > until else []
         return best_cycles(self.scheduler, starts, lambda: self.left() - until, self.random, _REGULAR)
 
-    def _lengthen(self, runs: Iterable[Run]) -> None:
+    def _lengthen(self, runs: Iterable[PolicyRun]) -> None:
         """Try what `runs`, of fewer micro-batches, repeat, in just their orders; the same run once."""
         until = self.left() - _LENGTHENING
         for run in {run.makespan: run for run in runs}.values():
@@ -281,7 +281,7 @@ class Search:
                 if found is not None:
                     self._keep(found)
 
-    def _extend(self, run: Run) -> None:
+    def _extend(self, run: PolicyRun) -> None:
         """Try what `run`, of fewer micro-batches, repeats, with its starts as target starts."""
         for starts in extended(run, self.problem.micro_batches):
             for policy in self._targeting(starts, (0.1, 0.5, 2.0), (0.0, 1.0)):
@@ -289,7 +289,7 @@ class Search:
                 if like is not None:
                     self._keep(reschedule_cooldown(like, self.scheduler))
 
-    def _imitate(self, run: Run, until: float) -> list[Run]:
+    def _imitate(self, run: PolicyRun, until: float) -> list[PolicyRun]:
         """`run`, and runs with its starts as target starts, while more than `until` of the time is left; all kept."""
         runs = [run]
         for policy in self._targeting(run.starts, (0.1, 0.5, float("inf")), (0.0, 1.0, PATIENCES[-1])):
@@ -307,14 +307,14 @@ class Search:
         for eagerness, patience in product(eagernesses, patiences):
             yield Policy(starts, patience, self.scheduler.least_reserves, eagerness * self.scheduler.work)
 
-    def _run_of(self, orders: NDArray[np.int64], pieces: int = 1) -> Run | None:
+    def _run_of(self, orders: NDArray[np.int64], pieces: int = 1) -> PolicyRun | None:
         """The run of `orders`, its cool-down in haste; None if they exceed a limit."""
         policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, pieces)), 0.0,
                         self.scheduler.least_reserves)
         run = self.scheduler.left_shift(orders, policy)
         return reschedule_cooldown(run, self.scheduler) if run is not None else None
 
-    def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> Run | None:
+    def _try_policy(self, policy: Policy, cutoff: float = float("inf")) -> PolicyRun | None:
         """Run `policy`, and keep it if it's good."""
         run = self.scheduler.run(policy, cutoff)
         if run is not None:
@@ -360,7 +360,7 @@ class Search:
         index = _HOT.index(hot)
         self.successes[index] = 1.0 if improved.makespan < run.makespan else max(0.1, self.successes[index] / 2)
 
-    def _annealed(self, run: Run, hot: float, length: float) -> Run:
+    def _annealed(self, run: PolicyRun, hot: float, length: float) -> PolicyRun:
         """`run` after annealing from the temperature `hot` down, in the share `length` of the time; kept if good."""
         layout, orders = self.scheduler.layouts(run.policy.pieces), run.orders.copy()
         best, best_orders = run.makespan, orders.copy()
@@ -376,7 +376,7 @@ class Search:
         return improved
 
 
-def _finer(run: Run) -> Run:
+def _finer(run: PolicyRun) -> PolicyRun:
     """The same with each piece of W cut into two."""
     target_starts, starts = (np.repeat(values, 2, axis=-1) for values in (run.policy.target_starts, run.starts))
     orders = np.array([np.repeat(row, np.where(row >= W0, 2, 1)) for row in run.orders])

@@ -21,7 +21,7 @@ from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan, search
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import Block
-from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.reduced import reduced
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
@@ -75,7 +75,7 @@ def test_orders_that_wait_for_each_other_or_exceed_the_limit_are_none() -> None:
     assert two.left_shift(np.array([[0, 0, 1, 3, 5, 2, 4, 1, 3, 5, 2, 4]]), policy) is None
 
 
-def annealed(scheduler: ListScheduler, run: Run, tries: int, temperature: float, goal: float = 0.0) -> Run:
+def annealed(scheduler: ListScheduler, run: PolicyRun, tries: int, temperature: float, goal: float = 0.0) -> PolicyRun:
     """`run` after annealing, checked: no longer than before, as long as it says, and within the limits."""
     orders = run.orders.copy()
     best = orders.copy()

@@ -18,7 +18,7 @@ from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import lengthened
-from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import simulate
@@ -115,7 +115,7 @@ def test_a_batch_made_longer_repeats_its_middle(name: str, times: tuple[int, int
     """As the named schedule does by itself; and what has no regular part is left alone."""
     few, many = (ListScheduler(counted(4, micro_batches, times, 8)) for micro_batches in (16, 28))
 
-    def run_of(scheduler: ListScheduler, orders: NDArray[np.int64] | None = None) -> Run:
+    def run_of(scheduler: ListScheduler, orders: NDArray[np.int64] | None = None) -> PolicyRun:
         if orders is None:
             [orders] = [scheduler.orders_of(schedule) for schedule in known_schedules(scheduler.problem)
                         if schedule.name == name]

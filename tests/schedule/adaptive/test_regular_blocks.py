@@ -15,13 +15,13 @@ from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.blocks import Block
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
-from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, Run
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.regular import regular_orders
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import simulate
 
 
-def runs(problem: Problem, most: int = 8) -> list[Run]:
+def runs(problem: Problem, most: int = 8) -> list[PolicyRun]:
     """The regular blocks' runs; each is within the limits."""
     scheduler = ListScheduler(problem)
     policy = Policy(np.zeros((problem.ranks, 6, problem.micro_batches, 1)), 0.0, scheduler.least_reserves)

@@ -94,8 +94,8 @@ class Program(_Shown):
                     return kind, stage, micro_batch, piece
         return None
 
-    def _needs(self, work: Pass) -> set[Pass]:
-        kind, stage, micro_batch, _ = work
+    def _needs(self, action: Pass) -> set[Pass]:
+        kind, stage, micro_batch, _ = action
         if kind == "F":
             return {("F", stage - 1, micro_batch, 0)} if stage else set()
         if kind == "W":
