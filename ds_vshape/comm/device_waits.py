@@ -21,7 +21,7 @@ class DeviceWaits(Generic[T]):
         self._waits: deque[tuple[T, Any]] = deque()
 
     def put(self, what: T) -> None:
-        """The stream has just been told to wait for `what`."""
+        """The stream waits for `what` from now on."""
         event = get_accelerator().Event()
         event.record()
         self._waits.append((what, event))

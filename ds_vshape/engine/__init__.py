@@ -13,7 +13,7 @@
     post_validation.py   steps that aren't held up by other pipeline ranks
     rollback.py          takes a step back to the last bit
     verdict.py           whether such a step stands
-    verification.py      the split backward beside a whole one
+    verification.py      compares the split backward with a whole one
     batch_snapshot.py    what a batch changes, so that it can run again
     comparison.py        how far two runs of a batch agree
 """

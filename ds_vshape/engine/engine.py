@@ -1,12 +1,12 @@
 """The engine: DeepSpeed's PipelineEngine (runtime/pipe/engine.py), driven by any schedule.
 
-The stock engine takes for granted one stage a rank, one loss in flight, a backward in one piece and messages that
-block. This one runs a program of instructions and knows nothing of schedules but that: each instruction names the
-(stage, micro-batch) it works on, and each has one method.
+The stock engine assumes one stage per rank, one loss in flight, a backward in one piece and blocking messages. This one
+runs a program of instructions and knows nothing else of schedules: each instruction names the (stage, micro-batch) it
+works on, and each has one method.
 
     train_batch       callbacks around the batch, the agreement on its step, perhaps another schedule after it
     _exec_schedule    a batch from its first instruction to its last
-    _run              each instruction; of a batch that fails, only what other ranks wait for (guard.py)
+    _run              each instruction; after a failure only those that other ranks wait for (guard.py)
 
         LoadMicroBatch                                             here
         ForwardPass, SplitForwardPass                              passes.py
@@ -98,7 +98,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         peers = TensorParallelPeers(self.grid.topology().get_axis_comm_lists("model"), config.timeout_seconds)
         self._guard = BatchGuard(self._agreement, peers, self._watch, self._channels, self._message_of, self._execute,
                                  self._forget_batch)
-        # The instruction that is executed.
+        # The instruction that is being executed.
         self._instruction: instr.PipeInstruction | None = None
         self._stage_buffers = Buffers(self.placement, self.stage_id)
         first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
@@ -148,7 +148,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         keep_from_universal(self.module)
 
     def preflight(self) -> None:
-        """Check that all ranks have one plan and hear each other (ds_vshape/health/preflight.py); collective."""
+        """Check that all ranks have the same plan and reach each other (ds_vshape/health/preflight.py); collective."""
 
         def facts() -> Facts:
             self._script.look(self._train_schedule().splits)
@@ -233,8 +233,8 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
 
     @contextmanager
     def _batch_timer(self) -> Iterator[None]:
-        """Around a training batch: DeepSpeed leaves its timer running where the batch raises, and the next one would
-        be refused for that."""
+        """Reset DeepSpeed's timer if the training batch raises: it would still run, and the next batch couldn't start
+        it."""
         try:
             yield
         except BaseException:
@@ -296,8 +296,8 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
             self._observer.end_batch(pipe_schedule.schedule)
 
     def _run(self, instructions: Sequence[instr.PipeInstruction], passes: Sequence[Pass | None]) -> None:
-        """Execute `instructions`, with an eye on those that have a pass in `passes`; of a batch that fails, only what
-        other ranks wait for."""
+        """Execute `instructions`, and observe those with a pass in `passes`; after a failure, those that other ranks
+        wait for."""
         attributes = self.__dict__
         try:
             for instruction, action in zip(instructions, passes):
@@ -328,7 +328,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
 
     def _attempt(self, instruction: instr.BufferOpInstruction, action: Pass | None) -> None:
-        """Execute an instruction on one micro-batch; an error of it is kept for the end of the batch."""
+        """Execute an instruction on one micro-batch; its error is kept for the end of the batch."""
         try:
             if action is None:
                 self._execute(instruction)

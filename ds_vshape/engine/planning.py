@@ -33,12 +33,12 @@ LATE_SECONDS = 300.0
 _MOST_SECONDS_BETWEEN_LOOKS = 5.0
 # Ranks that wait for an answer ask for it so often, so that none waits for long in a collective.
 _SECONDS_BETWEEN_QUESTIONS = 1.0
-# What is shared of an answer is preceded by one of these.
+# The prefix of what ranks share of an answer.
 _NOTHING, _FAILURE, _ANSWER = "", "!", "="
 
 
 class PlannerFailed(RuntimeError):
-    """There is no answer from the planner, and there will be none; the message says why."""
+    """The planner gives no answer; the message says why."""
 
 
 class PlanningProcess:
@@ -68,9 +68,9 @@ class PlanningProcess:
         self._sign, self._silent, self._taken = 0, 0.0, 0.0
 
     def answer(self, seconds: float) -> bytes | None:
-        """What it found, waited for up to `seconds`; None if it is still at it.
+        """What it found, waited for up to `seconds`; None if it is still planning.
 
-        Raises PlannerFailed where there is no answer that is good for the request; the process has ended then.
+        Raises PlannerFailed, after it has ended the process, if the answer doesn't fit the request or none will come.
         """
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
@@ -148,7 +148,7 @@ class Planner:
         self._failure: PlannerFailed | None = None
 
     def start(self, request: Request) -> None:
-        """Start to plan `request`; a planning that still goes on is given up."""
+        """Start to plan `request`; an earlier planning that still runs is stopped."""
         if not self._is_first:
             return
         if self._process is not None:

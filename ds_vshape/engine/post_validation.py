@@ -214,7 +214,7 @@ class PostValidatingEngine(PipelineEngine):
         self.global_samples += self.train_batch_size()
 
     def _agree_on_step(self, failure: Failure | None) -> None:
-        # Nobody is waited for; what comes after the step is told with the next batch, as the step is.
+        # This rank waits for no other; an error after the step is reported with the next batch, as one in the step is.
         if failure is not None and self._guard.step.reached is not Reached.WHOLE:
             raise failure.error
         self._guard.failure = self._guard.failure or failure

@@ -168,13 +168,13 @@ class Samples:
         self._keeps = True
 
     def drop(self) -> None:
-        """Forget the samples: the batch needn't run again."""
+        """Forget the samples: the batch won't run again."""
         self._keeps = False
         self._kept.clear()
         self._again.clear()
 
     def again(self) -> None:
-        """The batch begins again."""
+        """The batch starts again."""
         self._keeps = False
         self._again.extend(self._kept)
         self._kept.clear()
@@ -189,7 +189,7 @@ class Samples:
             before = RandomState()
             sample = _loaded(load)
             after = RandomState()
-            # Its receiver may change it.
+            # The layers that receive a sample may change it.
             self._kept.append((tree_map(_own, sample), None if after.same_host(before) else after))
         else:
             return load()

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-# Norms are added up here otherwise than in DeepSpeed (scaled_global_norm in runtime/zero/stage_1_and_2.py), so nearer
-# than this to the limit nobody can say what DeepSpeed would do: it's asked then.
+# DeepSpeed adds norms up in another order (scaled_global_norm in runtime/zero/stage_1_and_2.py). Closer than this to
+# the limit the difference counts, and DeepSpeed's own step decides.
 _MARGIN = 1e-5
 # DeepSpeed adds up squares in fp32 and takes an infinite sum for an overflow.
 _LARGEST_SQUARE = 1e38

@@ -172,7 +172,7 @@ class Agreement:
 
         Raises on every rank else: where it happened the error itself; elsewhere PipelineError with its text, or
         StopIteration if the only reason is that the data have run out. PeerLost if a rank doesn't come. The
-        `consequence`, the same on every rank, is told with it; None: no rank counts `what`.
+        `consequence`, the same on every rank, is part of the error; None: no rank counts `what`.
         """
         state = _State.DONE if failure is None else failure.state
         try:

@@ -1,6 +1,6 @@
 """Before a job trains: all ranks have the same versions, config, layout and plan, and every channel answers.
 
-Ranks that differ don't fail: they make other groups, wait for messages that nobody sends, and hang for half an hour.
+Ranks that differ don't fail: they make other groups, wait for messages that no rank sends, and hang for half an hour.
 So they tell each other what they have, each time before it would first matter:
 
     [1] PipelineModule   versions, config, the module's arguments     else ranks make other process groups
@@ -229,7 +229,7 @@ def _shown(facts: Facts, name: str) -> str:
 
 
 def _data(value: Any) -> Any:
-    """What stands for a value that is no JSON: a NumPy number's own, or the name of its kind."""
+    """Replaces a value that JSON doesn't have: a NumPy number by Python's, any other by the name of its type."""
     return value.item() if hasattr(value, "item") else type(value).__name__
 
 

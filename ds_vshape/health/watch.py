@@ -5,7 +5,7 @@ which rank is lost: a neighbour that has ended because its own neighbour did loo
 something for long looks like one that is stopped. So these waits have no time limit, and the ranks know from each
 other's signs of life (heartbeat.py) when to end them:
 
-    [1] a rank is lost                  all ranks are told which, in the same words
+    [1] a rank is lost                  all ranks raise the same error, which names it
     [2] their waits are made to end     over gloo: a wait that times out closes the connections of its whole group
     [3] each raises PeerLost            from inside a `phase`: whatever a rank does together with others is in one
     [4] a wait that doesn't end         (for torch's store, or on a GPU) is ended with the process, after the message
@@ -71,7 +71,7 @@ _HANDING_OVER = ("ds_vshape.engine", "ds_vshape.runtime.reduction", "ds_vshape.h
 
 
 def is_ended_wait(error: BaseException) -> bool:
-    """Whether `error` is one of torch.distributed's, or our PeerLost, about a rank that isn't there."""
+    """Whether `error` is one of torch.distributed's, or our PeerLost, about a rank that is lost."""
     return isinstance(error, (PeerLost, dist.DistError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_WAITS))
 
@@ -286,7 +286,7 @@ class Watch:
         while True:
             time.sleep(_RAISING_SECONDS)
             idle = self._idle_for()
-            # A wait for the device can't be told from computing.
+            # A wait for the device looks like computing.
             on_device = bool(self._phases) and not get_accelerator().is_synchronized_device()
             same = time.monotonic() - self._same_since
             if (idle >= _ENDING_SECONDS and self._in_exchange()) or (on_device and same >= _ENDING_ON_DEVICE_SECONDS):
