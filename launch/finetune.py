@@ -41,7 +41,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], help="by default transformers chooses")
     parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return deepspeed.add_config_arguments(parser).parse_args(words)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_vshape.models.hugging_face import FAMILIES
-
 TOKENS = 256
 
 
 def tiny_config(family: str, layers: int = 8, hidden: int = 32, heads: int = 4, **others: Any) -> Any:
     """A config of `family` for bytes; `others` are options of the family's own config class."""
-    if family != "gpt2":  # whose config has other names for these, and a fixed width
-        others = {"intermediate_size": 3 * hidden, "num_key_value_heads": max(1, heads // 2), **others}
+    if family == "opt":
+        others = {"ffn_dim": 3 * hidden, "word_embed_proj_dim": hidden, **others}
+    elif family != "gpt2":  # whose config has other names for these, and a fixed width
+        others = {"intermediate_size": 3 * hidden, "num_key_value_heads": max(1, heads // 2),
+                  "head_dim": hidden // heads, **others}
     return AutoConfig.for_model(family, **{
         "vocab_size": TOKENS, "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, **others})
+        "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **others})
 
 
 def save_tiny_model(config: Any, folder: Path, seed: int = 0, **options: Any) -> None:
@@ -34,7 +35,7 @@ def save_tiny_model(config: Any, folder: Path, seed: int = 0, **options: Any) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("family", help="as transformers calls it: llama, qwen3, gpt2, ...")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=32)

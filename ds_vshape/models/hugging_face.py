@@ -1,20 +1,19 @@
 """A Hugging Face model as a list of pipeline layers, made of the classes of transformers themselves.
 
     ids [batch, length], or (ids, attention mask [batch, length], position ids [batch, length])
-      -> Tokens -> Positions (GPT-2) -> DecoderLayer x num_hidden_layers -> Norm -> Head
-      -> logits [batch, length, vocab_size]
+      -> Tokens -> Positions (where the model changes embeddings before its first layer)
+      -> DecoderLayer x num_hidden_layers -> Norm -> Head
+      -> logits [batch, length, vocab_size], or (logits, router loss) where an MoE's config has output_router_logits
 
-Each layer holds one module of the transformers model under the name it has there. Between layers flow the hidden
-states, followed by the attention mask and the position ids where the batch has them. What transformers' model makes of
-those once for all of its layers (the causal mask in the form that the attention wants, the rotary embedding) each
-stage makes for itself: it is cheaper to compute than to send.
+Each layer holds modules of the transformers model under the names that they have there; which ones, the model's plan
+says. Between layers flow the hidden states, followed by the attention mask and the position ids where the batch has
+them, and by the router logits of the layers so far [layers, batch x length, experts] where the loss wants them. What
+transformers' model makes of masks and positions once for all of its layers (the causal mask in the form that the
+attention wants, the rotary embedding) each stage makes for itself: it is cheaper to compute than to send.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +21,12 @@ import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
+from ds_vshape.models.hugging_face_forward import Arguments, BaseForward, HeadForward
+from ds_vshape.models.hugging_face_plan import Plan, PlannedModel
+
 try:
     from transformers import PreTrainedConfig
     from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers: pip install 'ds-vshape[models]'") from error
 
@@ -38,95 +36,112 @@ PARTITION_METHOD = "type:DecoderLayer"
 # a layer whose inputs are integers.
 CHECKPOINTABLE_LAYERS = ["DecoderLayer"]
 
-# What flows: hidden states [batch, length, hidden], or (hidden states, mask), or (hidden states, mask, position ids).
+# What flows: hidden states [batch, length, hidden], or (hidden states, mask), or (hidden states, mask, position ids);
+# router logits come last.
 Flow = Tensor | tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the models of one transformers family are made of, and what their parts are called.
-
-    The part before the first dot is the name of the base model; the head is called lm_head in every family.
-    """
-
-    embedding: str
-    positions: str | None
-    decoder: str
-    decoder_class: Callable[..., nn.Module]
-    norm: str
-    norm_of: Callable[[Any], nn.Module]
-    rotary_class: Callable[[Any], nn.Module] | None
-
-
-# By config.model_type.
-FAMILIES = {
-    "llama": Family("model.embed_tokens", None, "model.layers", LlamaDecoderLayer, "model.norm",
-                    lambda config: LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), LlamaRotaryEmbedding),
-    "qwen2": Family("model.embed_tokens", None, "model.layers", Qwen2DecoderLayer, "model.norm",
-                    lambda config: Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps), Qwen2RotaryEmbedding),
-    "gpt2": Family("transformer.wte", "transformer.wpe", "transformer.h", GPT2Block, "transformer.ln_f",
-                   lambda config: nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon), None),
-}
-# By what config.layer_types calls a decoder layer.
-_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-
-
-def pipeline_layers(config: PreTrainedConfig, attention: str = "sdpa") -> list[LayerSpec]:
+def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
+                    plan: Plan | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     Args:
-        attention: the attention that transformers is to use, "sdpa" or "eager".
+        attention: the attention that transformers is to use, "sdpa" or "eager"; by default transformers chooses.
+        plan: for a family that has none in transformers, in the form of its base_model_pp_plan: the modules of the
+            base model in the order in which they run, each with what it takes and what it returns.
 
     Raises:
         ValueError: for a model that can't be cut into these layers.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(f"model_type = {config.model_type!r}: must be one of {', '.join(sorted(FAMILIES))}")
     if getattr(config, "add_cross_attention", False):
         raise ValueError("add_cross_attention = True: must be False, a pipeline has a decoder alone")
     if getattr(config, "quantization_config", None):
         raise ValueError("the config has a quantization_config: quantized weights can't be trained")
-    config = copy.deepcopy(config)
-    config._attn_implementation = attention
-    shared = AttentionArguments(family, config)
-    if config.tie_word_embeddings:
-        first: LayerSpec = TiedLayerSpec("embedding", Tokens, family, config, tied_weight_attr="module.weight")
-        last: LayerSpec = TiedLayerSpec("embedding", Tokens, family, config, tied_weight_attr="module.weight",
+    if getattr(config, "layerdrop", 0):
+        raise ValueError(f"layerdrop = {config.layerdrop}: must be 0, each stage would drop layers for itself")
+    planned = PlannedModel(config, attention, plan)
+    shared = Shared(planned)
+    if planned.is_tied:
+        first: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, tied_weight_attr="module.weight")
+        last: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, tied_weight_attr="module.weight",
                                         forward_fn=Tokens.logits)
     else:
-        first, last = LayerSpec(Tokens, family, config), LayerSpec(Head, config)
+        first, last = LayerSpec(Tokens, shared), LayerSpec(Head, shared)
     return [
         first,
-        *([LayerSpec(Positions, family, config)] if family.positions else []),
-        *(LayerSpec(DecoderLayer, family, config, index, shared) for index in range(config.num_hidden_layers)),
-        LayerSpec(Norm, family, config),
+        *([LayerSpec(Positions, shared)] if planned.before or shared.forward.changes_embeddings else []),
+        *(LayerSpec(DecoderLayer, shared, index) for index in range(shared.layers)),
+        LayerSpec(Norm, shared),
         last,
     ]
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' own loss: the mean cross-entropy in nats a token. `labels` [batch, length] are the tokens that come
-    next, -100 where there is none to learn."""
+def next_token_loss(outputs: Flow, labels: Tensor) -> Tensor:
+    """transformers' own loss: the mean cross-entropy in nats a token, and the router loss if there is one. `labels`
+    [batch, length] are the tokens that come next, -100 where there is none to learn."""
+    logits, *router_loss = outputs if isinstance(outputs, tuple) else (outputs,)
     loss: Tensor = ForCausalLMLoss(logits, None, vocab_size=logits.shape[-1], shift_labels=labels)
-    return loss
+    return sum(router_loss, loss)
+
+
+class Shared:
+    """What all layers of a rank share: the model that they are parts of, and the arguments of its decoder layers.
+
+    The layers of a stage run one after the other on one micro-batch, so the latest arguments are cached: for all layers
+    of the stage, and for all micro-batches where there is no mask.
+    """
+
+    def __init__(self, planned: PlannedModel) -> None:
+        self.planned = planned
+        self.forward = BaseForward(planned)
+        self.head = HeadForward(planned)
+        self._layers = getattr(planned.owner, planned.layers)
+        self._routed = [bool(planned.routers_in(layer)) for layer in self._layers]
+        self._made_of: tuple[Any, ...] = ()
+        self._arguments: list[Arguments] = []
+
+    @property
+    def layers(self) -> int:
+        return len(self._layers)
+
+    def has_routed_before(self, index: int) -> bool:
+        """Whether router logits come with the hidden states to decoder layer `index`."""
+        return any(self._routed[:index])
+
+    def held(self, *names: str) -> tuple[str, nn.Module]:
+        """Modules of the base model, made to be trained, in one module; and where they are in the model."""
+        owner = self.planned.owner
+        modules = {name: self.planned.made(owner.get_submodule(name)) for name in names}
+        if len(modules) == 1:
+            (name, module), = modules.items()
+            return f"{self.planned.owner_name}.{name}", module
+        return self.planned.owner_name, nn.ModuleDict(modules)
+
+    def arguments(self, index: int, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Arguments:
+        """Of decoder layer `index`, besides the hidden states."""
+        given = [tensor for tensor in (mask, position_ids) if tensor is not None]
+        made_of = (hidden.shape[:2], hidden.dtype, hidden.device, mask is None, *given,
+                   *(tensor._version for tensor in given))
+        if not _are_same(made_of, self._made_of):
+            self._made_of, self._arguments = made_of, self.forward.arguments(hidden, mask, position_ids)
+        return self._arguments[index]
 
 
 class Part(nn.Module):
-    """A layer around one module of the transformers model, `name` there."""
+    """A layer around modules of the transformers model, which are at `name` there."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, shared: Shared, name: str, module: nn.Module) -> None:
         super().__init__()
+        self.shared = shared
         self.name = name
         self.module = module
 
 
 class Tokens(Part):
-    """Token ids to hidden states; what comes with them goes on."""
+    """Token ids to embeddings; what comes with them goes on."""
 
-    def __init__(self, family: Family, config: Any) -> None:
-        super().__init__(family.embedding,
-                         nn.Embedding(config.vocab_size, config.hidden_size, getattr(config, "pad_token_id", None)))
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared, *shared.held(shared.planned.embedding))
 
     def forward(self, inputs: Flow) -> Flow:
         if isinstance(inputs, Tensor):
@@ -135,102 +150,104 @@ class Tokens(Part):
         # An eighth of the integers to send; transformers takes either.
         return self.module(ids), mask.bool(), *position_ids
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, flow: Flow) -> Flow:
         """The head, where it is tied to the embedding."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return F.linear(hidden, weight)
+        return self.shared.head(lambda hidden: F.linear(hidden, weight), *_to_head(flow))
 
 
 class Positions(Part):
-    """Adds a learned vector for each position, then GPT-2's first dropout."""
+    """What the base model does with embeddings before its first layer: learned positions, scales, dropout."""
 
-    def __init__(self, family: Family, config: Any) -> None:
-        assert family.positions is not None
-        super().__init__(family.positions, nn.Embedding(config.max_position_embeddings, config.hidden_size))
-        self.dropout = nn.Dropout(config.embd_pdrop)
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared, *shared.held(*shared.planned.before))
+        self._names = shared.planned.before
 
     def forward(self, flow: Flow) -> Flow:
-        hidden, mask, position_ids = _members(flow)
-        return _with_hidden(flow, self.dropout(hidden + self.module(position_ids)))
-
-
-class AttentionArguments:
-    """The arguments of every decoder layer besides the hidden states.
-
-    The layers of a stage run one after the other on one micro-batch, so the latest arguments are cached: for all layers
-    of the stage, and for all micro-batches where there is no mask. This isn't a module: DeepSpeed would cast the
-    frequencies of the rotary embedding to bf16, which transformers keeps in fp32.
-    """
-
-    def __init__(self, family: Family, config: Any) -> None:
-        self._config = config
-        self._rotary = family.rotary_class(config) if family.rotary_class else None
-        self._made_of: tuple[Any, ...] = ()
-        self._masks: dict[str, Any] = {}
-        self._others: dict[str, Any] = {}
-
-    def __call__(self, flow: Flow, layer_type: str) -> dict[str, Any]:
-        hidden, mask, position_ids = _members(flow)
-        made_of = _made_of(flow)
-        if not _are_same(made_of, self._made_of):
-            self._made_of, self._masks, self._others = made_of, {}, {"position_ids": position_ids}
-            if self._rotary is not None:
-                self._others["position_embeddings"] = self._rotary(hidden, position_ids)
-        if layer_type not in self._masks:
-            self._masks[layer_type] = _MASKS[layer_type](self._config, hidden, mask, None, position_ids)
-        return {"attention_mask": self._masks[layer_type], **self._others}
+        return _with_hidden(flow, self.shared.forward(*_members(flow), modules=_by_name(self.module, self._names),
+                                                      training=self.training))
 
 
 class DecoderLayer(Part):
-    """A decoder layer of transformers; `shared` serves all of them on this rank."""
+    """A decoder layer of transformers."""
 
-    def __init__(self, family: Family, config: Any, index: int, shared: AttentionArguments) -> None:
-        super().__init__(f"{family.decoder}.{index}", family.decoder_class(config, layer_idx=index))
-        self._shared = shared
-        self._layer_type = (getattr(config, "layer_types", None) or {index: "full_attention"})[index]
+    def __init__(self, shared: Shared, index: int) -> None:
+        name = f"{shared.planned.layers}.{index}"
+        super().__init__(shared, *shared.held(name))
+        self._index = index
+        self._routed_before = shared.has_routed_before(index)
+        self._router_logits: list[Tensor] = []
+        for router, place in shared.planned.routers_in(self.module):
+            router.register_forward_hook(
+                lambda _, __, output, place=place: self._router_logits.append(_at(output, place)))
 
     def forward(self, flow: Flow) -> Flow:
-        hidden, *_ = _members(flow)
-        return _with_hidden(flow, self.module(hidden, **self._shared(flow, self._layer_type)))
+        members = flow if isinstance(flow, tuple) else (flow,)
+        routed = members[-1:] if self._routed_before else ()
+        hidden, mask, position_ids = _members(members[:-1] if self._routed_before else members)
+        arguments = self.shared.arguments(self._index, hidden, mask, position_ids)
+        self._router_logits.clear()
+        output = _at(self.module(hidden, *arguments.args, **arguments.kwargs), 0)
+        if self._router_logits:
+            routed = (torch.cat([*routed, torch.stack(self._router_logits)]),)
+            self._router_logits.clear()
+        others = members[1:len(members) - self._routed_before]
+        return (output, *others, *routed) if others or routed else output
 
 
 class Norm(Part):
-    """The norm after the last decoder layer; mask and position ids end here."""
+    """The norm after the last decoder layer; position ids end here, and the mask where no router loss wants it."""
 
-    def __init__(self, family: Family, config: Any) -> None:
-        super().__init__(family.norm, family.norm_of(config))
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared, *shared.held(*shared.planned.after))
+        self._names = shared.planned.after
+        self._routed = shared.has_routed_before(shared.layers)
 
-    def forward(self, flow: Flow) -> Tensor:
-        hidden, *_ = _members(flow)
-        return self.module(hidden)  # type: ignore[no-any-return]
+    def forward(self, flow: Flow) -> Flow:
+        members = flow if isinstance(flow, tuple) else (flow,)
+        hidden, mask, position_ids = _members(members[:-1] if self._routed else members)
+        output = self.shared.forward(hidden.detach(), mask, position_ids, after_layers=hidden,
+                                     modules=_by_name(self.module, self._names))
+        if not self._routed:
+            return output
+        return output, *(() if mask is None else (mask,)), members[-1]
 
 
 class Head(Part):
     """Hidden states to logits, by a weight of its own."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__("lm_head", nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+    def __init__(self, shared: Shared) -> None:
+        planned = shared.planned
+        super().__init__(shared, planned.head, planned.made(planned.model.get_output_embeddings()))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.module(hidden)  # type: ignore[no-any-return]
+    def forward(self, flow: Flow) -> Flow:
+        return self.shared.head(self.module, *_to_head(flow))
 
 
-def _members(flow: Flow) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Hidden states, mask if there is one, and position ids [batch or 1, length]."""
+def _members(flow: Flow) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Hidden states, mask if there is one, and position ids if there are any."""
     hidden, *others = flow if isinstance(flow, tuple) else (flow,)
-    mask = others[0] if others else None
-    position_ids = others[1] if len(others) > 1 else torch.arange(hidden.shape[1], device=hidden.device)[None]
-    return hidden, mask, position_ids
+    return hidden, others[0] if others else None, others[1] if len(others) > 1 else None
 
 
 def _with_hidden(flow: Flow, hidden: Tensor) -> Flow:
     return (hidden, *flow[1:]) if isinstance(flow, tuple) else hidden
 
 
-def _made_of(flow: Flow) -> tuple[Any, ...]:
-    """What the arguments of the attention depend on."""
+def _to_head(flow: Flow) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Hidden states, mask and router logits; without these there is no mask either."""
     hidden, *others = flow if isinstance(flow, tuple) else (flow,)
-    return (hidden.shape[:2], hidden.dtype, hidden.device, *others, *(tensor._version for tensor in others))
+    return hidden, others[0] if len(others) > 1 else None, others[-1] if others else None
+
+
+def _by_name(module: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The modules of the base model that Shared.held put into one."""
+    return {names[0]: module} if len(names) == 1 else {name: module.get_submodule(name) for name in names}
+
+
+def _at(output: Any, place: int) -> Tensor:
+    """What a module returned, one tensor or several."""
+    return output[place] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
 def _are_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -15,21 +15,24 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn import Parameter
+from torch import Tensor, nn
 
 from ds_vshape.models.hugging_face import Part
 
 try:
     from safetensors import safe_open
     from safetensors.torch import save_file
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (WeightConverter, WeightRenaming, WeightTransform, dot_natural_key,
+                                                 rename_source_key, revert_weight_conversion)
 except ImportError as error:
     raise ImportError("weights of Hugging Face need safetensors: pip install 'ds-vshape[models]'") from error
 
@@ -58,32 +61,26 @@ class Checkpoint:
                 self._file_of = dict.fromkeys(file.keys(), SINGLE_FILE)
         else:
             raise FileNotFoundError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX}")
+        self._open: dict[str, Any] = {}
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)
 
-    def find(self, name: str) -> str | None:
-        """The name of the tensor in this folder: a checkpoint of the base model lacks the prefix."""
-        candidates = (name, name.partition(".")[2])
-        return next((candidate for candidate in candidates if candidate in self._file_of), None)
-
-    def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, one after the other, each file opened once and nothing else read."""
-        by_file = defaultdict(list)
-        for name in names:
-            by_file[self._file_of[name]].append(name)
-        for path, names_there in by_file.items():
-            with safe_open(self.folder / path, framework="pt") as file:
-                for name in names_there:
-                    yield name, file.get_tensor(name)
+    def read(self, name: str, opened: ExitStack) -> Tensor:
+        """One tensor, and nothing else of its file, which `opened` keeps open."""
+        path = self._file_of[name]
+        if path not in self._open:
+            self._open[path] = opened.enter_context(safe_open(self.folder / path, framework="pt"))
+            opened.callback(self._open.pop, path)
+        return self._open[path].get_tensor(name)  # type: ignore[no-any-return]
 
 
-def named_weights(module: nn.Module) -> dict[str, Parameter]:
-    """The parameters of this rank's layers, by their names in the transformers model."""
-    return {f"{part.name}.{name}": parameter
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and saved buffers of this rank's layers, by their names in the transformers model."""
+    return {f"{part.name}.{name}": tensor
             for part in module.modules() if isinstance(part, Part)
-            for name, parameter in part.module.named_parameters()}
+            for name, tensor in part.module.state_dict(keep_vars=True).items()}
 
 
 def load_weights(module: nn.Module, folder: Path) -> list[str]:
@@ -96,23 +93,21 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
         ValueError: if tensors are missing, or have other shapes than the config says.
     """
     checkpoint, weights = Checkpoint(folder), named_weights(module)
-    places, missing = {}, []
-    for name, parameter in weights.items():
-        stored = checkpoint.find(name)
-        if stored is None:
-            missing.append(name)
-        else:
-            places[stored] = parameter
+    own = {target: stored for target, stored in _stored(_model_of(module), checkpoint.names).items()
+           if target in weights}
+    missing = set(weights)
+    with ExitStack() as opened, torch.no_grad():
+        for stored in own.values():
+            for name, tensor in stored.tensors(lambda source: checkpoint.read(source, opened)).items():
+                if tensor.shape != weights[name].shape:
+                    raise ValueError(f"{name} is {list(tensor.shape)} in {folder}, its config.json says "
+                                     f"{list(weights[name].shape)}")
+                weights[name].copy_(tensor)
+                missing.discard(name)
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} among them: does its config.json belong "
-                         "to these weights?")
-    with torch.no_grad():
-        for name, tensor in checkpoint.read(list(places)):
-            if tensor.shape != places[name].shape:
-                raise ValueError(f"{name} is {list(tensor.shape)} in {folder}, its config.json says "
-                                 f"{list(places[name].shape)}")
-            places[name].copy_(tensor)
-    taken = set().union(*_of_all_ranks(list(places)))
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, {min(missing)} among them: does its config.json "
+                         "belong to these weights?")
+    taken = set().union(*_of_all_ranks([source for stored in own.values() for source in stored.sources]))
     return sorted(name for name in checkpoint.names - taken if not name.endswith(_CONSTANTS))
 
 
@@ -130,8 +125,9 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     grid, ranks = module.mpu(), module.num_pipeline_stages()
     shard = f"model-{module.stage_id + 1:05}-of-{ranks:05}.safetensors"
-    own = {name: parameter.detach().cpu().contiguous() for name, parameter in named_weights(module).items()
-           if grid.data_parallel_id == 0 and not parameter.ds_pipe_replicated}  # type: ignore[attr-defined]
+    own = {name: tensor.detach().cpu() for name, tensor in named_weights(module).items()
+           if grid.data_parallel_id == 0 and not getattr(tensor, "ds_pipe_replicated", False)}
+    own = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(_model_of(module), own).items()}
     if own:
         save_file(own, folder / shard, metadata={"format": "pt"})
     of_ranks = _of_all_ranks({name: (shard, tensor.nbytes) for name, tensor in own.items()})
@@ -147,6 +143,48 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
             if path.suffix in _COPIED and path.name not in _NOT_COPIED:
                 shutil.copy(path, folder)
     dist.barrier()
+
+
+class _Stored:
+    """Tensors of the model as they lie in files: under other names, or cut otherwise, as transformers knows."""
+
+    def __init__(self, model: Any, target: str, transform: WeightTransform) -> None:
+        self._model = model
+        self._target = target
+        self._transform: Any = transform  # transformers' types know of no tensors that are read later
+        self.sources: dict[str, str] = {}  # and the pattern by which each was found
+
+    def tensors(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """By their names in the model."""
+        for source, pattern in self.sources.items():
+            self._transform.add_tensor(self._target, source, pattern, partial(read, source))
+        made = self._transform.convert(self._target, model=self._model, config=self._model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _stored(model: Any, names: Iterable[str]) -> dict[str, _Stored]:
+    """How transformers would make the model's tensors of the tensors `names` in files, by the first tensor that each
+    way makes. A checkpoint of the base model lacks the prefix."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    of_model, prefix = model.state_dict(), model.base_model_prefix
+    stored: dict[str, _Stored] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, of_model)
+        if target not in of_model and name in of_model:  # stored as in the model
+            target, pattern = name, None
+        if target not in stored:
+            transform = WeightRenaming(name, target) if pattern is None else copy.deepcopy(by_pattern[pattern])
+            stored[target] = _Stored(model, target, transform)
+        stored[target].sources[name] = pattern or name
+    return stored
+
+
+def _model_of(module: nn.Module) -> Any:
+    """The transformers model, on the meta device, of which the layers are parts."""
+    return next(part.shared.planned.model for part in module.modules() if isinstance(part, Part))
 
 
 def _of_all_ranks(own: Any) -> list[Any]:

@@ -1,27 +1,23 @@
-"""Llama, Qwen2 and GPT-2 from transformers, cut into pipelines: trained beside transformers' own models in one process.
-
-Batches are padded on both sides, so that masks cross all stages. Losses and weights are equal bit for bit, except where
-embedding and head are one weight: its two gradients are then added in another order than autograd's.
-"""
+"""What all families of Hugging Face models have in common: masks made once, checkpointing, precisions, files, errors,
+the program. test_hugging_face_families.py trains each family."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from finetune import arguments, finetune, tokens_of
+from hugging_face_models import (BATCHES, LAYERS, LENGTH, MICRO_BATCHES, SAMPLES, Case, evaluate, model_config,
+                                 pipelines_of, tensors_in)
 from pipelines import BF16_ZERO1, Job
 from ranks import RanksFailed, run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_model import TOKENS, save_tiny_model, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -29,220 +25,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import ds_vshape
 from ds_vshape.models import hugging_face_weights
-from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, FAMILIES, PARTITION_METHOD, AttentionArguments,
-                                           DecoderLayer, next_token_loss, pipeline_layers)
+from ds_vshape.models.hugging_face import PARTITION_METHOD, Shared, pipeline_layers
+from ds_vshape.models.hugging_face_plan import PlannedModel
 from ds_vshape.models.hugging_face_weights import INDEX, check_output, load_weights, named_weights, save_model
-from ds_vshape.split_backward import WholeGradients
 
 pytestmark = pytest.mark.slow
 
-NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-# Layers alternate between attention over everything and over the last four tokens.
-SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 4}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {"tie_word_embeddings": True, "pad_token_id": 0},
-    "qwen2": SLIDING,
-    "qwen2-tied": {"tie_word_embeddings": True},
-    "gpt2": {"tie_word_embeddings": False, **NO_DROPOUT},
-    "gpt2-tied": {"tie_word_embeddings": True, **NO_DROPOUT},
-}
-LAYERS, BATCHES, MICRO_BATCHES, SAMPLES, LENGTH = 8, 3, 4, 2, 12
-EVALUATED = 100  # the number of a batch that no training sees
-USED_TOKENS = 9  # of 256, which is soon learnt
-
-
-def model_config(name: str) -> Any:
-    return tiny_config(name.partition("-")[0], LAYERS, **CONFIGS[name])
+MODELS = ("llama", "llama-tied", "qwen2", "qwen2-tied", "gpt2", "gpt2-tied", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of each kind, as transformers saves it; some in one file, some in many."""
     root = tmp_path_factory.mktemp("models")
-    for name in CONFIGS:
+    for name in MODELS:
         shards = {"max_shard_size": "40KB"} if name.startswith("qwen2") else {}
         save_tiny_model(model_config(name), root / name, **shards)
-    return {name: root / name for name in CONFIGS}
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All of a model's tensors, each of which must stand in one file alone."""
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        in_file = load_file(path)
-        assert not in_file.keys() & tensors.keys()
-        tensors.update(in_file)
-    return tensors
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run of the model in `folder`."""
-
-    folder: Path
-    schedule: Any
-    stages: int = 2
-    attention: str = "sdpa"
-    with_positions: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
-    checkpointing: int = 0
-
-    @property
-    def job(self) -> Job:
-        return Job(self.schedule, self.stages, MICRO_BATCHES, self.config)
-
-    def micro_batch(self, batch: int, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """((ids, mask and perhaps position ids), next tokens), padded on the left, on the right or not at all."""
-        generator = torch.Generator().manual_seed(10007 * batch + 101 * number)
-        ids = torch.randint(1, USED_TOKENS, (SAMPLES, LENGTH), generator=generator)
-        left, right = torch.randint(4, (2, SAMPLES, 1), generator=generator) * (number % MICRO_BATCHES > 0)
-        places = torch.arange(LENGTH)
-        mask = ((places >= left) & (places < LENGTH - right)).long()
-        ids = ids * mask
-        following = torch.nn.functional.pad(torch.where(mask.bool(), ids, -100)[:, 1:], (0, 1), value=-100)
-        inputs = (ids, mask, (places - left).clamp(min=0)) if self.with_positions else (ids, mask)
-        return inputs, following
-
-    def batch(self, batch: int, count: int = MICRO_BATCHES) -> Iterator[Any]:
-        return iter([self.micro_batch(batch, number) for number in range(count)])
-
-    def module(self) -> Any:
-        """With the weights of the folder (collective)."""
-        config = AutoConfig.from_pretrained(self.folder)
-        module = ds_vshape.PipelineModule(pipeline_layers(config, self.attention), num_stages=self.stages,
-                                          loss_fn=next_token_loss, partition_method=PARTITION_METHOD,
-                                          activation_checkpoint_interval=self.checkpointing,
-                                          checkpointable_layers=CHECKPOINTABLE_LAYERS, config=self.job.ds_config())
-        assert load_weights(module, self.folder) == []
-        return module
-
-    def engine(self) -> Any:
-        ds_checkpointing.configure(None, partition_activations=False)
-        module = self.module()
-        return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=self.job.ds_config())[0]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a rank, or the plain model, came to. `in_b`: the parameters whose gradients never came from W; `forwards`:
-    how often decoder layers ran."""
-
-    losses: list[float]
-    evaluated: float
-    weights: dict[str, Tensor]
-    in_b: frozenset[str] = frozenset()
-    forwards: int = 0
-
-
-def train_pipelines(rank: int, cases: list[tuple[Case, Path | None]]) -> list[Outcome]:
-    """Trains each case, and saves it where a folder is given."""
-    return [train_pipeline(case, folder) for case, folder in cases]
-
-
-def train_pipeline(case: Case, folder: Path | None) -> Outcome:
-    engine = case.engine()
-    weights = named_weights(engine.module)
-    in_w: set[Any] = set()
-    if case.schedule is not None:
-        deliver = engine._deliver
-        engine._deliver = WholeGradients(lambda parameter, gradient: (in_w.add(parameter),
-                                                                      deliver.add(parameter, gradient)))
-    forwards = []
-    for layer in engine.module.modules():
-        if isinstance(layer, DecoderLayer):
-            layer.register_forward_pre_hook(lambda *_: forwards.append(1))
-    losses = [float(engine.train_batch(case.batch(batch))) for batch in range(BATCHES)]
-    evaluated = float(engine.eval_batch(case.batch(EVALUATED, 1), num_micro_batches=1))
-    if folder is not None:
-        save_model(engine.module, AutoConfig.from_pretrained(case.folder), case.folder, folder)
-    return Outcome(losses, evaluated, {name: value.detach().clone() for name, value in weights.items()},
-                   frozenset(name for name, parameter in weights.items() if parameter not in in_w), len(forwards))
-
-
-def pipelines_of(cases: list[tuple[Case, Path | None]], world: int = 2) -> list[Outcome]:
-    """The outcomes of the cases; weights on several ranks must agree bit for bit."""
-    merged = []
-    for of_ranks in zip(*run_ranks(world, train_pipelines, cases, timeout=300)):
-        weights: dict[str, Tensor] = {}
-        for outcome in of_ranks:
-            assert (outcome.losses, outcome.evaluated) == (of_ranks[0].losses, of_ranks[0].evaluated)
-            for name, value in outcome.weights.items():
-                assert torch.equal(weights.setdefault(name, value), value), name
-        merged.append(Outcome(of_ranks[0].losses, of_ranks[0].evaluated, weights,
-                              frozenset().union(*(outcome.in_b for outcome in of_ranks)),
-                              sum(outcome.forwards for outcome in of_ranks)))
-    return merged
-
-
-def plain_loss(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:
-    """transformers' loss, with labels as it wants them: the inputs, shifted inside."""
-    ids, mask, *positions = inputs
-    loss: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions[0] if positions else None,
-                         labels=torch.where(mask.bool(), ids, -100), use_cache=False).loss
-    return loss
-
-
-def evaluate(model: Any, case: Case) -> float:
-    with torch.no_grad():
-        return float(plain_loss(model.eval(), case.micro_batch(EVALUATED, 0)[0]))
-
-
-def train_plainly(case: Case) -> Outcome:
-    model = AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation=case.attention).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # DeepSpeed takes "Adam" for AdamW.
-    losses = []
-    for batch in range(BATCHES):
-        total = torch.zeros(())
-        for inputs, _ in case.batch(batch):
-            loss = plain_loss(model, inputs)
-            (loss / MICRO_BATCHES).backward()
-            total = total + loss.detach()
-        losses.append(float(total / MICRO_BATCHES))
-        optimizer.step()
-        optimizer.zero_grad()
-    return Outcome(losses, evaluate(model, case), dict(model.named_parameters()))
+    return {name: root / name for name in MODELS}
 
 
 # -- training
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_trains_what_transformers_trains(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = folders[name]
-    cases = [Case(folder, None), Case(folder, "v-half"), Case(folder, "v-zb", attention="eager", with_positions=True)]
-    saved = [tmp_path / str(place) for place in range(len(cases))]
-    for case, outcome, output in zip(cases, pipelines_of(list(zip(cases, saved))), saved, strict=True):
-        oracle = train_plainly(case)
-        assert oracle.losses[0] > oracle.losses[-1]
-        assert outcome.weights.keys() == oracle.weights.keys()
-        if name.endswith("-tied"):
-            assert outcome.losses == pytest.approx(oracle.losses, rel=1e-5)
-            for parameter, value in oracle.weights.items():
-                torch.testing.assert_close(outcome.weights[parameter], value, rtol=1e-3, atol=1e-4)
-        else:
-            assert outcome.losses == oracle.losses
-            for parameter, value in oracle.weights.items():
-                assert torch.equal(outcome.weights[parameter], value), parameter
-        if case.schedule is not None:
-            # The scales and shifts of norms stay in B, all else is split: GPT-2's Conv1D and both embeddings too.
-            norms = {parameter for parameter in oracle.weights if "norm" in parameter or ".ln_" in parameter}
-            assert outcome.in_b == norms
-
-        loaded = AutoModelForCausalLM.from_pretrained(output, attn_implementation=case.attention)
-        assert evaluate(loaded, case) == outcome.evaluated
-        assert tensors_in(output).keys() == outcome.weights.keys(), "a tied weight is saved once"
-        for parameter, value in tensors_in(output).items():
-            assert torch.equal(value, outcome.weights[parameter])
-
-
-def test_four_ranks(folders: dict[str, Path]) -> None:
-    """With V, the eight stages have a decoder layer each; a micro-batch crosses six boundaries between ranks."""
-    oracle, *ours = pipelines_of([(Case(folders["qwen2"], schedule, stages=4), None)
-                                  for schedule in (None, "v-half", "v-zb")], world=4)
-    assert oracle.losses == train_plainly(Case(folders["qwen2"], None)).losses
-    for outcome in ours:
-        assert outcome.losses == oracle.losses
 
 
 def test_activation_checkpointing_changes_nothing(folders: dict[str, Path]) -> None:
@@ -271,27 +73,29 @@ def test_bf16_with_replicas(folders: dict[str, Path], tmp_path: Path) -> None:
         assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
         assert {tensor.dtype for tensor in tensors_in(folder).values()} == {torch.bfloat16}
         loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert evaluate(loaded, case) == ours.evaluated
+        assert evaluate(loaded, case)[0] == ours.evaluated
 
 
 def test_masks_and_rotations_are_made_once_for_a_stage() -> None:
-    config = model_config("qwen2")
-    config._attn_implementation = "sdpa"
-    shared = AttentionArguments(FAMILIES["qwen2"], config)
+    shared = Shared(PlannedModel(model_config("qwen2"), "sdpa"))
+    whole, window = 0, 5  # the layer that attends to everything, and one that doesn't
     hidden, mask = torch.rand(SAMPLES, LENGTH, 32), torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
     mask[:, -1] = False
-    first = shared((hidden, mask), "full_attention")
-    assert shared((hidden + 1, mask), "full_attention")["attention_mask"] is first["attention_mask"]
-    window = shared((hidden, mask), "sliding_attention")
-    assert window["position_embeddings"] is first["position_embeddings"]
-    assert not torch.equal(window["attention_mask"], first["attention_mask"])
+
+    def made(layer: int, hidden: Tensor, mask: Tensor) -> dict[str, Any]:
+        return shared.arguments(layer, hidden, mask, None).kwargs
+
+    first = made(whole, hidden, mask)
+    assert made(whole, hidden + 1, mask)["attention_mask"] is first["attention_mask"]
+    in_window = made(window, hidden, mask)
+    assert in_window["position_embeddings"] is first["position_embeddings"]
+    assert not torch.equal(in_window["attention_mask"], first["attention_mask"])
     other_mask = torch.ones_like(mask)
     other_mask[:, 0] = False  # written to as often, and another object
-    other = shared((hidden, other_mask), "full_attention")
-    assert not torch.equal(other["attention_mask"], first["attention_mask"])
-    again = shared((hidden, mask), "full_attention")
+    assert not torch.equal(made(whole, hidden, other_mask)["attention_mask"], first["attention_mask"])
+    again = made(whole, hidden, mask)
     mask[:, -2] = False  # the same object, written to
-    changed = shared((hidden, mask), "full_attention")
+    changed = made(whole, hidden, mask)
     assert torch.equal(again["attention_mask"], first["attention_mask"])
     assert not torch.equal(changed["attention_mask"], again["attention_mask"])
 
@@ -412,13 +216,52 @@ def test_a_folder_with_a_model_is_no_output(folders: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("config, message", [
-    (AutoConfig.for_model("bert"), "model_type = 'bert': must be one of gpt2, llama, qwen2"),
+    (AutoConfig.for_model("bert"), r"model_type = 'bert': neither transformers .* nor ds_vshape has a plan .* give "
+                                   r"pipeline_layers\(config, plan=...\) .*'layers': \(\['hidden_states'"),
+    (tiny_config("opt", layerdrop=0.1), "layerdrop = 0.1: must be 0"),
+    (tiny_config("gemma4_text", hidden_size_per_layer_input=8), "its plan leaves out model.embed_tokens_per_layer"),
     (tiny_config("gpt2", add_cross_attention=True), "add_cross_attention"),
     (tiny_config("llama", quantization_config={"quant_method": "gptq", "bits": 4}), "quantized weights"),
 ])
 def test_models_that_cannot_be_cut_are_refused(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline_layers(config)
+
+
+LAYERS_OF_BLOOM = (["hidden_states", "attention_mask"], ["hidden_states"])
+
+
+@pytest.mark.parametrize("plan, message", [
+    ({"embeddings": (["input_ids"], ["inputs_embeds"])}, "BloomModel has no embeddings; its plan must name modules"),
+    ({"word_embeddings": (["input_ids"], ["inputs_embeds"])}, "must name one list of layers, it names 0"),
+    ({"word_embeddings": (["input_ids"], ["inputs_embeds"]), "h": LAYERS_OF_BLOOM},
+     "its plan leaves out transformer.word_embeddings_layernorm.weight"),
+])
+def test_plans_that_do_not_fit_are_refused(plan: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline_layers(AutoConfig.for_model("bloom", n_layer=2, hidden_size=32, n_head=4), "eager", plan)
+
+
+def test_a_plan_of_the_users_own() -> None:
+    """BLOOM's, which transformers lacks: the layers compute what the model computes."""
+    config = AutoConfig.for_model("bloom", n_layer=2, hidden_size=32, n_head=4, vocab_size=TOKENS,
+                                  tie_word_embeddings=False)
+    hidden = (["hidden_states"], ["hidden_states"])
+    layers = [spec.build() for spec in pipeline_layers(config, "eager", {
+        "word_embeddings": (["input_ids"], ["inputs_embeds"]), "word_embeddings_layernorm": hidden,
+        "h": LAYERS_OF_BLOOM, "ln_f": hidden})]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    weights = model.state_dict()
+    ids = torch.randint(TOKENS, (SAMPLES, LENGTH))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    flow: Any = (ids, mask)
+    with torch.no_grad():
+        for layer in layers:
+            for name, value in named_weights(layer).items():
+                value.copy_(weights[name])
+            flow = layer.eval()(flow)
+        assert torch.equal(flow, model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("package, module", [("transformers", "hugging_face"),
