@@ -6,16 +6,38 @@ are added in another order than autograd's, and where router losses cross DeepSp
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from deepspeed.pipe import TiedLayerSpec
 from hugging_face_models import (CONFIGS, Case, Outcome, evaluate, model_config, pipelines_of, tensors_in,
                                  train_plainly)
 from tiny_model import save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_vshape.models.hugging_face import pipeline_layers
+from ds_vshape.models.hugging_face_weights import named_weights
 
 FAMILIES = list(CONFIGS)
+# Decoders with a plan in transformers that nothing here names.
+OTHERS = """
+    afmoe arcee aria_text cohere cohere2 cohere2_moe deepseek_v3 doge ernie4_5 ernie4_5_moe exaone exaone4
+    exaone_moe flex_olmo gemma glm glm4 glm4_moe gpt_oss gptj granite_swa helium ministral minimax
+    minimax_m2 olmo olmo3 olmo_hybrid phi qwen2_moe qwen3_5_moe_text qwen3_5_text qwen3_next seed_oss
+    smollm3 starcoder2 vaultgemma
+""".split()
+SMALL = {"vocab_size": 64, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+         "eos_token_id": None, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+                    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "gptj": {"rotary_dim": 4},
+}
 
 
 def saved_model(name: str, folder: Path) -> Path:
@@ -75,3 +97,30 @@ def test_four_ranks(name: str, tmp_path: Path) -> None:
     cases = [Case(folder, schedule, stages=4) for schedule in (None, "v-half", "v-zb")]
     for case, outcome in zip(cases, pipelines_of([(case, None) for case in cases], world=4), strict=True):
         assert_trained_alike(outcome, train_plainly(case), is_exact(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_compute_what_transformers_computes(family: str) -> None:
+    """In one process, with padding on both sides and without any."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **OWN.get(family, {})})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    weights = model.state_dict()
+    layers, tied = [], None
+    for spec in pipeline_layers(config):
+        layer = tied if tied is not None and isinstance(spec, TiedLayerSpec) else spec.build().eval()
+        if isinstance(spec, TiedLayerSpec):
+            tied = layer
+        layers.append(partial(spec.forward_fn, layer) if getattr(spec, "forward_fn", None) else layer)
+        for name, value in named_weights(layer).items():
+            value.data.copy_(weights[name])
+    ids = torch.randint(1, config.vocab_size, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 9:] = 0
+    for inputs, given in ((ids, {}), ((ids, mask), {"attention_mask": mask})):
+        with torch.no_grad():
+            flow: Any = inputs
+            for run in layers:
+                flow = run(flow)
+            assert torch.equal(flow, model(input_ids=ids, use_cache=False, **given).logits)
