@@ -29,10 +29,12 @@ OTHERS = """
     minimax_m2 olmo olmo3 olmo_hybrid phi qwen2_moe qwen3_5_moe_text qwen3_5_text qwen3_next seed_oss
     smollm3 starcoder2 vaultgemma
 """.split()
-SMALL = {"vocab_size": 64, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
-         "eos_token_id": None, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-         "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SMALL = {
+    "vocab_size": 64, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+    "eos_token_id": None, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
                     "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
@@ -62,7 +64,8 @@ def assert_trained_alike(outcome: Outcome, oracle: Outcome, exact: bool) -> None
     else:
         assert outcome.losses == pytest.approx(oracle.losses, rel=1e-5)
         for parameter, value in oracle.weights.items():
-            torch.testing.assert_close(outcome.weights[parameter], value, rtol=1e-3, atol=1e-4)
+            # Adam makes a twentieth of a step, at most, of a gradient that is nearly nothing but rounding.
+            torch.testing.assert_close(outcome.weights[parameter], value, rtol=1e-3, atol=5e-4)
 
 
 @pytest.mark.quick_cases("gemma3_text", "mixtral")
