@@ -15,13 +15,15 @@ from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe.engine import PipelineEngine as StockPipelineEngine
-from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 
 from ds_vshape.config.compatibility import check_accepted, check_asynchronous, check_post_validation
 from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
                                       read_section)
-from ds_vshape.config.versions import check_versions
+from ds_vshape.deepspeed_adapter.engine import PipelineEngine as StockPipelineEngine
+from ds_vshape.deepspeed_adapter.engine import class_with_instructions, instructions_of
+from ds_vshape.deepspeed_adapter.module import StockPipelineModule
+from ds_vshape.deepspeed_adapter.parts import check_parts
+from ds_vshape.deepspeed_adapter.versions import check_versions
 from ds_vshape.engine.engine import PipelineEngine
 from ds_vshape.engine.post_validation import PostValidatingEngine
 from ds_vshape.health.preflight import Facts, config_facts
@@ -121,9 +123,8 @@ def _ours(of_script: type[StockPipelineEngine], ours: type[PipelineEngine]) -> A
             super(made, engine).__init__(*args, **kwargs)
 
     # The map of a script's class has none of our instructions; what it has of its own is found all the same.
-    members = {"_INSTRUCTION_MAP": ours._INSTRUCTION_MAP, "__init__": construct, "__module__": ours.__module__,
-               "__doc__": of_script.__doc__}
-    made: Any = type(of_script.__name__, (of_script, ours), members)
+    members = {"__init__": construct, "__module__": ours.__module__, "__doc__": of_script.__doc__}
+    made: Any = class_with_instructions(of_script.__name__, (of_script, ours), instructions_of(ours), members)
     return made
 
 
@@ -134,6 +135,7 @@ def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], Schedu
     built_for = model.schedule_config if isinstance(model, PipelineModule) else None
     if section is not None:
         check_versions()
+        check_parts()
         if not isinstance(model, PipelineModule):
             of = " of DeepSpeed's" if isinstance(model, StockPipelineModule) else ""
             raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}{of}; build it as a "

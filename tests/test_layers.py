@@ -23,7 +23,7 @@ LAYERS = (
     ("health",),
     ("comm",),
     ("config", "split_backward"),
-    ("schedule",),
+    ("deepspeed_adapter", "schedule"),
 )
 LEVEL = {folder: level for level, folders in enumerate(LAYERS) for folder in folders}
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import ds_vshape
-from ds_vshape.config.versions import (ALLOW_UNTESTED_VARIABLE, TESTED, UntestedVersionWarning, VersionError,
+from ds_vshape.deepspeed_adapter.versions import (ALLOW_UNTESTED_VARIABLE, TESTED, UntestedVersionWarning, VersionError,
                                        check_versions)
 
 ROOT = Path(__file__).parent.parent

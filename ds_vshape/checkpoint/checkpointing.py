@@ -4,10 +4,6 @@ In DeepSpeed's save_checkpoint and load_checkpoint (runtime/engine.py) ranks wai
 created and when everything is written; when tied weights are synchronized and when a universal checkpoint's weights are
 gathered. If a rank fails before, the others wait forever. So an error is kept until all ranks have reached the same
 point, and before each wait all ranks agree to continue.
-
-Of DeepSpeedEngine's private methods this overrides _save_checkpoint, _save_moe_checkpoint, _save_zero_checkpoint,
-_copy_recovery_script, _load_checkpoint, _load_zero_checkpoint and _get_all_zero_checkpoints, and it puts another
-checkpoint_engine in its place for a while.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
-from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 
@@ -33,6 +28,7 @@ from ds_vshape.checkpoint.training_state import TrainingState
 from ds_vshape.checkpoint.universal import check_universal, damaged, parameter_groups
 from ds_vshape.checkpoint.weights_only import weights_only
 from ds_vshape.comm.channels import PeerLost
+from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.health.failures import Agreement
 from ds_vshape.health.meeting import Meeting
 from ds_vshape.health.watch import Watch, in_phase
@@ -43,7 +39,7 @@ _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
 
 
-class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
+class SavingEngine(StockEngine):
     """DeepSpeed's engine with safe checkpoints; the files and their contents are DeepSpeed's."""
 
     _agreement: Agreement
@@ -252,7 +248,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
     def _missing_state(self, load_dir: str, tag: str) -> CheckpointError | None:
         """The error for a file of the ranks' states that isn't there: DeepSpeed only counts them."""
         for number in range(self.mp_world_size):
-            path = self._get_ckpt_name(load_dir, tag, mp_placeholder=f"{number:02d}")
+            path = self.state_file(load_dir, tag, number)
             if not os.path.exists(path):
                 return missing(path)
         return None
@@ -277,7 +273,7 @@ class SavingEngine(stock.PipelineEngine):  # type: ignore[misc]
 
     def _missing_layer(self) -> CheckpointError | None:
         """The error for a layer's file that isn't there, which DeepSpeed doesn't name."""
-        folder = self._curr_ckpt_path
+        folder = self.folder_of_layers
         for number, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict") and not self.module.ckpt_layer_path_list(folder, number):
                 return missing(self.module.ckpt_layer_path(folder, number))

@@ -2,10 +2,7 @@
 
 Weights that are loaded in place are copied to the host, which takes as much memory there as this rank's weights and its
 part of the master weights have. For the rest references are enough, since loading replaces it. This works for all of
-DeepSpeed's optimizers, of which it knows:
-
-    param_groups, state, optimizer   torch's, or around one; its parameters are the master weights
-    param._hp_mapping                where ZeRO and BF16_Optimizer keep a parameter's master weights and their state
+DeepSpeed's optimizers: the parameters of torch's at their core are the master weights.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_vshape.deepspeed_adapter.optimizers import chain_of, mapping_of, set_mapping
+
 # What else has a state of its own in a checkpoint, besides the module and the optimizer.
 _SCHEDULERS = ("lr_scheduler", "random_ltd_scheduler")
 
@@ -26,14 +25,14 @@ class TrainingState:
     """The state of an engine's training: the weights, the optimizer, the schedulers, the counts."""
 
     def __init__(self, engine: Any) -> None:
-        module, optimizers = engine.module, list(_optimizers(engine.optimizer))
+        module, optimizers = engine.module, list(chain_of(engine.optimizer))
         self._undo: list[Callable[[], None]] = [_attributes(engine), _attributes(module)]
         self._undo += [_layer(owner) for owner in module.modules()]
         self._undo += [_attributes(optimizer) for optimizer in optimizers]
         if optimizers:
             self._undo.append(_of_optimizer(optimizers[-1]))
         for parameter in module.parameters():
-            if getattr(parameter, "_hp_mapping", None) is not None:
+            if mapping_of(parameter) is not None:
                 self._undo.append(_mapping(parameter))
         loader = engine.training_dataloader
         others = [getattr(engine, name, None) for name in _SCHEDULERS] + [getattr(loader, "data_sampler", None)]
@@ -51,13 +50,6 @@ class TrainingState:
             undo()
         for tensor, kept in self._tensors:
             tensor.copy_(kept)
-
-
-def _optimizers(outermost: Any) -> Iterator[Any]:
-    """An optimizer and those that it is made around, the innermost last."""
-    while outermost is not None:
-        yield outermost
-        outermost = getattr(outermost, "optimizer", None)
 
 
 def _tensors(module: nn.Module, optimizers: list[Any]) -> Iterator[Tensor]:
@@ -111,11 +103,13 @@ def _of_optimizer(optimizer: Any) -> Callable[[], None]:
 
 
 def _mapping(parameter: Any) -> Callable[[], None]:
-    mapping, fragments = parameter._hp_mapping, parameter._hp_mapping.optim_fragment
+    mapping = mapping_of(parameter)
+    fragments = mapping.optim_fragment
     kept = None if fragments is None else dict(fragments)
 
     def undo() -> None:
-        parameter._hp_mapping, mapping.optim_fragment = mapping, fragments
+        set_mapping(parameter, mapping)
+        mapping.optim_fragment = fragments
         if fragments is not None:
             _refill(fragments, kept)
     return undo

@@ -15,6 +15,7 @@ import torch
 
 from ds_vshape.checkpoint.errors import CheckpointError, missing, unreadable
 from ds_vshape.checkpoint.weights_only import refusal
+from ds_vshape.deepspeed_adapter.optimizers import groups_with_master_weights
 from ds_vshape.module.dummy_parameter import NAME
 
 _FOLDER, _WEIGHT, _OPTIMIZER = "zero", "fp32.pt", "optimizer_state.pt"
@@ -53,9 +54,8 @@ def damaged(checkpoint: str, groups: list[list[str]]) -> CheckpointError | None:
 def parameter_groups(optimizer: Any, names: Mapping[Any, str]) -> list[list[str]]:
     """The names of the parameters of which this rank has master weights, by group of DeepSpeed's `optimizer`; without
     the stand-in, of which nothing is loaded."""
-    groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "bit16_groups", None) or []
-    return [[names[parameter] for parameter in group
-             if getattr(parameter, "_hp_mapping", None) is not None and names[parameter] != NAME] for group in groups]
+    return [[names[parameter] for parameter in group if names[parameter] != NAME]
+            for group in groups_with_master_weights(optimizer)]
 
 
 def _paths(folder: Path, groups: list[list[str]]) -> Iterator[Path]:

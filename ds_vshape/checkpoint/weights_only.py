@@ -18,15 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_vshape.checkpoint.errors import CheckpointError
+from ds_vshape.deepspeed_adapter.checkpoints import SAVED_CLASSES
 
 _FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-# What DeepSpeed saves besides the tensors.
-_OF_DEEPSPEED: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 # What users put into client_state: random states, options. The functions are those that make an array and a number.
 _OF_USERS: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, np.zeros(0).__reduce__()[0],
                         np.float64().__reduce__()[0], *{type(np.dtype(kind)) for kind in np.typecodes["All"]}]
@@ -50,7 +46,7 @@ def weights_only() -> Iterator[None]:
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals([*_OF_DEEPSPEED, *_OF_USERS]):
+        with torch.serialization.safe_globals([*SAVED_CLASSES, *_OF_USERS]):
             yield
     finally:
         if before is None:

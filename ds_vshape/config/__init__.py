@@ -4,7 +4,6 @@
     to_schedule.py     the schedule of the table that the section names, or the request to the planner
     compatibility.py   which keys of that section go together, and what the rest of a ds_config may say
     arguments.py       the arguments of a PipelineModule
-    versions.py        the tested versions of DeepSpeed and torch
 """
 
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig

@@ -13,9 +13,9 @@ from typing import Any
 
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
-from deepspeed.runtime.pipe.module import PipelineModule as StockPipelineModule
 from torch import nn
 
+from ds_vshape.deepspeed_adapter.module import StockPipelineModule
 from ds_vshape.schedule.balance import PartitionError
 
 Arguments = Mapping[str, Any]

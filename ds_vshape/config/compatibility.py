@@ -143,6 +143,5 @@ def _sums(ds_config: Mapping[str, Any]) -> str | None:
 def _dtype_name(asked: Any) -> str | None:
     """DeepSpeed's main name of a dtype, given any of its names."""
     # Imported here because the commands check sections without torch.
-    from deepspeed.runtime.config import DtypeEnum
-    name: str | None = next((dtype.name for dtype in DtypeEnum if asked in dtype._all_values), None)
-    return name
+    from ds_vshape.deepspeed_adapter.utils import dtype_name
+    return dtype_name(asked)

@@ -13,20 +13,19 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
 from ds_vshape.comm.background import Background, Handle
 from ds_vshape.comm.channels import Channels
+from ds_vshape.deepspeed_adapter.engine import StockEngine, stock_execute
+from ds_vshape.deepspeed_adapter.optimizers import convert_without, core_of, is_bf16
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.verification import Verification
 from ds_vshape.health.failures import Agreement
-from ds_vshape.health.step import Reached, core_of
+from ds_vshape.health.step import Reached
 from ds_vshape.health.watch import is_ended_wait
 from ds_vshape.module.dummy_parameter import give_gradient
-from ds_vshape.module.loss_fn import convert_without
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.gradient_release import ReleasedWeights
@@ -37,7 +36,7 @@ from ds_vshape.runtime.reduction import reduction_for
 from ds_vshape.runtime.script_functions import ScriptFunctions
 
 
-class BatchEnd(stock.PipelineEngine):  # type: ignore[misc]
+class BatchEnd(StockEngine):
     """What a PipelineEngine does at the end of its batches; it has what is declared here."""
 
     total_loss: Any
@@ -107,7 +106,7 @@ class BatchEnd(stock.PipelineEngine):  # type: ignore[misc]
     def _follow_optimizer(self) -> None:
         """Let gradients add up, and be reduced, where the present optimizer looks for them."""
         self._followed = self.optimizer
-        self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
+        self.using_bf16_optimizer = is_bf16(self.optimizer)
         self._sums = place_of(self.optimizer)
         self._deliver = delivery_into(self._sums, self.module.schedule_config.gradient_accumulation_fusion)
         leave_to_backward(self.module.parameters(), self._sums)
@@ -157,11 +156,11 @@ class BatchEnd(stock.PipelineEngine):  # type: ignore[misc]
         if of_script is not None:
             of_script(self)
         elif self._reduction is None or not self._reduction.finish():
-            stock.PipelineEngine._INSTRUCTION_MAP[instr.ReduceGrads](self)
+            stock_execute(instr.ReduceGrads)(self)
 
     def _exec_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As DeepSpeed's, or the script's; an error of it is kept until all ranks have come to the end of the batch."""
-        execute = self._script.get(instr.OptimizerStep) or stock.PipelineEngine._INSTRUCTION_MAP[instr.OptimizerStep]
+        execute = self._script.get(instr.OptimizerStep) or stock_execute(instr.OptimizerStep)
         step, before = self._guard.step, self.global_steps
         try:
             with step.watching(core_of(self.optimizer)):
@@ -170,12 +169,12 @@ class BatchEnd(stock.PipelineEngine):  # type: ignore[misc]
             if is_ended_wait(error):
                 raise
             self._guard.fail_step(error)
-            self._force_grad_boundary = False
+            self.leave_step()
         if self.global_steps > before and not step.core_failed:
             step.reached = Reached.WHOLE
 
     def clip_fp32_gradients(self) -> None:
-        self._global_grad_norm = clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
+        self.set_grad_norm(clip_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu))
 
     # -- a batch that failed
 

@@ -16,12 +16,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ds_vshape.deepspeed_adapter.optimizers import GRADIENTS
 from ds_vshape.engine.rollback import PassesSnapshot
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 # What nn.Module has of its own: parameters, buffers and hooks.
 _OF_MODULE = frozenset(vars(nn.Module()))
-_GRADIENTS = ("grad", "grad_accum")
 
 # Puts a value back, and gives what its owner should refer to.
 _Restore = Callable[[], Any]
@@ -36,7 +36,7 @@ class BatchSnapshot:
         self._numbers = [(owner, _numbers(owner)) for owner in (engine, engine.optimizer)]
         self._attributes = [(module, set(vars(module)), _attributes(module)) for module in _modules(engine.module)]
         self._gradients = [(parameter, place, *_kept_gradient(getattr(parameter, place)))
-                           for parameter in engine.module.parameters() for place in _GRADIENTS
+                           for parameter in engine.module.parameters() for place in GRADIENTS
                            if hasattr(parameter, place)]
         self._before = {id(gradient) for _, _, gradient, _ in self._gradients}
 
@@ -63,7 +63,7 @@ class BatchSnapshot:
         """Whether `restore` only drops this gradient and doesn't overwrite it: the batch has made it, and it isn't in
         the optimizer's memory."""
         made = id(gradient) not in self._before
-        return made and any(gradient is getattr(parameter, place, None) for place in _GRADIENTS)
+        return made and any(gradient is getattr(parameter, place, None) for place in GRADIENTS)
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -5,7 +5,7 @@ runs a program of instructions and knows nothing else of schedules: each instruc
 works on, and each has one method.
 
     train_batch       callbacks around the batch, the agreement on its step, perhaps another schedule after it
-    _exec_schedule    a batch from its first instruction to its last
+    execute_plan      a batch from its first instruction to its last
     _run              each instruction; after a failure only those that other ranks wait for (guard.py)
 
         LoadMicroBatch                                             here
@@ -24,8 +24,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import EngineTimers
-from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
@@ -121,8 +119,8 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         self._forwards_before = 0
         # None between batches: saving and loading activate stages too.
         self._active_stage: int | None = None
-        # DeepSpeed's hooks of a forward and a backward start these, but not every backward here ends as they expect.
-        self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
+        # Not every backward here ends as DeepSpeed's hooks expect.
+        self.start_no_timers()
         self._wrappers = InstructionWrappers(self)
         if config.detect_anomaly:
             self._wrappers.add(checked)
@@ -238,7 +236,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         try:
             yield
         except BaseException:
-            self.timers(stock.TRAIN_BATCH_TIMER).reset()
+            self.reset_batch_timer()
             raise
 
     def flops_profiler_enabled(self) -> bool:
@@ -264,7 +262,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:
         return self._plans.evaluation(micro_batches)
 
-    def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
+    def execute_plan(self, pipe_schedule: BatchPlan) -> None:
         if not isinstance(pipe_schedule, BatchPlan):
             raise PipelineError(f"the script runs a {type(pipe_schedule).__name__} of its own, but what a batch "
                                 "consists of is the schedule's: train without \"pipeline_schedule\" in the config, "
@@ -376,7 +374,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         inputs, labels = self._intake.pair(self._next_batch())
         if self._holds(0):
             inputs = own_copy(inputs, self.device, "inputs")
-            if self._reentrant_activation_checkpointing():
+            if self.recomputes_reentrantly():
                 for tensor in members(inputs):
                     if tensor is not None:
                         tensor.requires_grad_(tensor.is_floating_point())

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-from deepspeed.runtime.pipe import engine as stock
-
 from ds_vshape.comm.channels import Channels, Signatures
 from ds_vshape.comm.payload import members
+from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.instructions import BufferId
@@ -18,7 +17,7 @@ from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 
 
-class Messaging(stock.PipelineEngine):  # type: ignore[misc]
+class Messaging(StockEngine):
     """How a PipelineEngine sends and receives; it has what is declared here."""
 
     placement: Placement

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe import engine as stock
 from torch import Tensor
 
 from ds_vshape.comm.payload import members
+from ds_vshape.deepspeed_adapter.checkpointing import forget_checkpoints
+from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.measure.observer import Observer
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffer, Buffers, edges, enter
@@ -26,7 +25,7 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, Operators, SplitBackward, SplitForward
 
 
-class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
+class StagePasses(StockEngine):
     """How a PipelineEngine computes; it has what is declared here."""
 
     placement: Placement
@@ -61,9 +60,9 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
         self._activate(buffer_id.stage)
         # The seeds of layers count forward calls, and must not depend on the order of the passes.
         self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
-        outputs = DeepSpeedEngine.forward(self, enter(buffer.inputs))
+        outputs = self.stock_forward(enter(buffer.inputs))
         if not self.module.training:
-            ds_checkpointing.reset()
+            forget_checkpoints()
         if buffer_id.stage == self.placement.last_stage:
             buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
             buffer.labels = None
@@ -82,7 +81,7 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
 
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
-        compute = self._compute_loss and self.module.loss_fn is not None
+        compute = self.computes_loss and self.module.loss_fn is not None
         loss = loss_of(self.module.loss_fn, outputs, labels) if compute else outputs
         if torch.is_grad_enabled():
             check_loss(loss)
@@ -129,7 +128,7 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
         self._activate(buffer_id.stage)
         if buffer_id.stage == self.placement.last_stage:
             loss, buffer.loss = buffer.loss, None
-            DeepSpeedEngine.backward(self, loss)
+            self.stock_backward(loss)
         else:
             self._backward_without_loss(buffer)
         grads = buffer.take_input_grads()
@@ -143,11 +142,8 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
                  if root is not None and grad is not None]
         buffer.roots = buffer.output_grads = ()
         if pairs:
-            self._running_engine_backward = True
-            try:
+            with self.running_backward():
                 torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
-            finally:
-                self._running_engine_backward = False
         self._sums.take_in()
 
     # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.
@@ -162,7 +158,7 @@ class StagePasses(stock.PipelineEngine):  # type: ignore[misc]
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         # Gradients are divided by the accumulation steps once: on the stage with the loss.
         if self._active_stage == self.placement.last_stage:
-            return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
+            return self.divide_gradient(grad)
         return grad
 
     # Plain functions, as in the stock engine.

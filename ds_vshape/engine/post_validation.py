@@ -14,9 +14,6 @@ say ("Zero Bubble Pipeline Parallelism", section 4, of which this is a general f
 
 Ranks of other replicas are waited for all the same: they add up gradients together. A batch whose forward fails raises
 at its own end; if a backward fails later than that, the next batch raises it, on all ranks, and neither counts.
-
-Of DeepSpeed this uses, besides what rollback.py says: model_parallel_group of DeepSpeedZeroOptimizer, over which step()
-asks other pipeline ranks and which is None where there are none; and scaled_global_norm(), which gives step() the norm.
 """
 
 from __future__ import annotations
@@ -27,12 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ConfigError
+from ds_vshape.deepspeed_adapter.checkpointing import forget_checkpoints
+from ds_vshape.deepspeed_adapter.optimizers import zero_step_of
 from ds_vshape.engine.engine import PipelineEngine
 from ds_vshape.engine.plans import BatchPlan
 from ds_vshape.engine.rollback import PassesSnapshot, StepSnapshot, change, snapshot_bytes
@@ -83,9 +80,11 @@ class PostValidatingEngine(PipelineEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.optimizer, DeepSpeedZeroOptimizer) or self.optimizer.cpu_offload:
+        step = zero_step_of(self.optimizer)
+        if step is None:
             raise ConfigError(f"{KEY}.optimizer_post_validation = true: must be false with a "
                               f"{type(self.optimizer).__name__} or one that is offloaded")
+        self._zero_step = step
         self._ahead: _Ahead | None = None
         self._passes: PassesSnapshot | None = None
         self._forwards: PendingStatus | None = None
@@ -131,7 +130,7 @@ class PostValidatingEngine(PipelineEngine):
 
     def rollback_bytes(self) -> int:
         buffers: int = sum(buffer.nbytes for buffer in self.module.buffers())
-        return snapshot_bytes(self.optimizer) + buffers
+        return snapshot_bytes(self._zero_step) + buffers
 
     # -- [1] [4] the step
 
@@ -148,9 +147,10 @@ class PostValidatingEngine(PipelineEngine):
                 self._guard.failure = self._guard.failure or self._agreement.failure(error, "monitor")
 
     def _set_norm(self, norm: float) -> None:
-        if self.optimizer.compute_grad_norm:
-            self.optimizer._global_grad_norm = self._on_device(norm)
-            self._global_grad_norm = self.optimizer._global_grad_norm
+        if self._zero_step.counts_norm:
+            on_device = self._on_device(norm)
+            self._zero_step.set_grad_norm(on_device)
+            self.set_grad_norm(on_device)
 
     def _take_back(self, ahead: _Ahead, verdict: Verdict) -> None:
         changes = ahead.snapshot.changes()
@@ -159,10 +159,10 @@ class PostValidatingEngine(PipelineEngine):
             ahead.snapshot.restore_gradients()
             self._guard.step = BatchStep()
             self._execute(instr.OptimizerStep())
-            change(self, changes)
+            change(self._zero_step, changes)
             super()._agree_on_step(None)
             return
-        change(self, changes)
+        change(self._zero_step, changes)
         self._forwards_before = ahead.forwards_before
         # Those of a failed batch may be incomplete.
         self._signatures = None
@@ -183,8 +183,8 @@ class PostValidatingEngine(PipelineEngine):
             self._prepare_reduction()
             self._execute(instr.ReduceTiedGrads())
             self._execute(instr.ReduceGrads())
-        limits = NormLimits(self.optimizer.clip_grad, self.optimizer.loss_scale)
-        snapshot = StepSnapshot(self)
+        limits = NormLimits(self._zero_step.clip, self._zero_step.loss_scale)
+        snapshot = StepSnapshot(self, self._zero_step)
         self._steps_before = self.global_steps
         events = _HeldEvents(self.monitor.enabled)
         if failed:
@@ -221,42 +221,29 @@ class PostValidatingEngine(PipelineEngine):
 
     def _report(self) -> StepReport:
         """What this rank says of the step that it has taken."""
-        if self.optimizer.overflow:
+        if self._zero_step.overflow:
             return StepReport(False, True, 0.0)
         return StepReport(False, False, self._norm)
 
     @contextmanager
     def _without_other_stages(self, events: _HeldEvents) -> Iterator[None]:
         """Around a step that exchanges only with other replicas, and isn't reported yet."""
-        optimizer, scaler, monitor = self.optimizer, self.optimizer.loss_scaler, self.monitor
-        group, optimizer.model_parallel_group = optimizer.model_parallel_group, None
-        norm_of_all = optimizer.scaled_global_norm
+        def keep(norm: float) -> None:
+            self._norm = norm
 
-        def read(*args: Any, **kwargs: Any) -> Any:
-            # Here, where DeepSpeed waits for it as well: later the host would wait for the whole step.
-            norm = norm_of_all(*args, **kwargs)
-            self._norm = float(norm)
-            return norm
-
-        self._norm, optimizer.scaled_global_norm = 0.0, read
-        raises = scaler.dynamic and scaler.raise_error_at_min_scale
-        if raises:
-            # That, too, is for all ranks to find out together.
-            scaler.raise_error_at_min_scale = False
+        self._norm, monitor = 0.0, self.monitor
         self.monitor = events
         try:
-            yield
+            with self._zero_step.without_pipeline(keep):
+                yield
         finally:
-            del optimizer.scaled_global_norm
-            optimizer.model_parallel_group, self.monitor = group, monitor
-            if raises:
-                scaler.raise_error_at_min_scale = True
+            self.monitor = monitor
 
     # -- [2] [3] [4] the next batch
 
-    def _exec_schedule(self, pipe_schedule: BatchPlan) -> None:
+    def execute_plan(self, pipe_schedule: BatchPlan) -> None:
         if not torch.is_grad_enabled():
-            super()._exec_schedule(pipe_schedule)
+            super().execute_plan(pipe_schedule)
             return
         if self._verification is not None and self._verification.is_due:
             # Both of its runs start with weights that stand.
@@ -275,11 +262,11 @@ class PostValidatingEngine(PipelineEngine):
     def _run_through(self, plan: BatchPlan) -> bool:
         """Run the batch; False if the step before it wasn't right, and all is ready to run it again."""
         try:
-            super()._exec_schedule(plan)
+            super().execute_plan(plan)
             return True
         except _GivenUp:
             self._forget_batch()
-        ds_checkpointing.reset()
+        forget_checkpoints()
         self._guard.failure = None
         assert self._passes is not None
         self._passes.restore()
@@ -343,7 +330,7 @@ class PostValidatingEngine(PipelineEngine):
 
     def get_global_grad_norm(self) -> Any:
         """The norm of all gradients of the last step, as DeepSpeed's, to rounding; infinite after an overflow."""
-        if self._ahead is None or not self.optimizer.compute_grad_norm:
+        if self._ahead is None or not self._zero_step.counts_norm:
             return super().get_global_grad_norm()
         return self._on_device(self._judged(self._ahead)[1])
 

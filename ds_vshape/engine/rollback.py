@@ -1,13 +1,4 @@
-"""What a step changes, and what a batch's first passes change, kept so that both can be taken back to the last bit.
-
-Of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) this knows:
-
-    single_partition_of_fp32_groups     the weights it steps; update_lp_params() makes the module's from them
-    optimizer                           torch's, with the state of these weights and the parameter groups
-    averaged_gradients                  the reduced gradients, which step() takes
-    loss_scaler, overflow, _global_grad_norm, micro_step_id
-    _hp_optimizer_states_linked         whether parameters know where their state is, once there is one
-"""
+"""What a step changes, and what a batch's first passes change, kept so that both can be taken back to the last bit."""
 
 from __future__ import annotations
 
@@ -20,28 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ds_vshape.deepspeed_adapter.engine import step_state
+from ds_vshape.deepspeed_adapter.optimizers import ZeroStep
 from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.runtime.rank import Rank
 
-_OF_ENGINE = ("global_steps", "global_samples", "skipped_steps", "_global_grad_norm", "_step_applied")
-_OF_OPTIMIZER = ("overflow", "_global_grad_norm", "micro_step_id", "_hp_optimizer_states_linked")
-
 
 class StepSnapshot:
-    """The state of a rank's engine and its optimizer before a step."""
+    """The state of a rank's engine and its optimizer before `step`."""
 
-    def __init__(self, rank: Rank) -> None:
-        self._rank, self._optimizer = rank, rank.optimizer
-        inner = self._optimizer.optimizer
-        self._of_engine = {name: getattr(rank, name) for name in _OF_ENGINE}
-        self._of_optimizer = {name: getattr(self._optimizer, name) for name in _OF_OPTIMIZER}
-        self._scaler = dict(vars(self._optimizer.loss_scaler))
-        self._weights = [weight.detach().clone() for weight in self._optimizer.single_partition_of_fp32_groups]
-        self._state = {weight: _kept(state) for weight, state in inner.state.items()}
-        self._groups = self._after = _options(inner)
-        self._gradients = dict(self._optimizer.averaged_gradients)
+    def __init__(self, rank: Rank, step: ZeroStep) -> None:
+        self._rank, self._step = rank, step
+        self._of_engine, self._of_optimizer = step_state(rank), step.state()
+        self._weights = [weight.detach().clone() for weight in step.weights]
+        self._state = {weight: _kept(state) for weight, state in step.core.state.items()}
+        self._groups = self._after = _options(step.core)
+        self._gradients = dict(step.gradients)
         # The step scales these where they lie.
-        self._scaled = [(tensor, tensor.clone()) for tensor in map(_flat, self._gradients.values())
+        self._scaled = [(tensor, tensor.clone()) for tensor in map(step.flat, self._gradients.values())
                         if tensor is not None]
         scheduler = rank.lr_scheduler
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
@@ -49,54 +36,53 @@ class StepSnapshot:
 
     def stepped(self) -> None:
         """To be called when the step is taken: what differs later on has been changed by something else."""
-        self._after = _options(self._optimizer.optimizer)
+        self._after = _options(self._step.core)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Take the step back; collective over data parallel ranks, which have each other's weights."""
-        optimizer, scheduler = self._optimizer, self._rank.lr_scheduler
+        step, scheduler = self._step, self._rank.lr_scheduler
         vars(self._rank).update(self._of_engine)
-        vars(optimizer).update(self._of_optimizer)
-        vars(optimizer.loss_scaler).update(self._scaler)
-        for weight, kept in zip(optimizer.single_partition_of_fp32_groups, self._weights, strict=True):
+        step.put_back(self._of_optimizer)
+        for weight, kept in zip(step.weights, self._weights, strict=True):
             weight.copy_(kept)
-        state = optimizer.optimizer.state
+        state = step.core.state
         for weight in [weight for weight in state if weight not in self._state]:
             del state[weight]
         for weight, of_weight in self._state.items():
             _put_back(state[weight], of_weight)
-        for group, options in zip(optimizer.optimizer.param_groups, self._groups, strict=True):
+        for group, options in zip(step.core.param_groups, self._groups, strict=True):
             _put_back(group, {**options, "params": group["params"]})
         if scheduler is not None:
             scheduler.load_state_dict(self._scheduler)
             if self._last_lr is not None:
                 scheduler._last_lr = self._last_lr
-        optimizer.update_lp_params()
+        step.update_module()
 
     @torch.no_grad()
     def restore_gradients(self) -> None:
         """Let the next step find the gradients of this one."""
         for tensor, kept in self._scaled:
             tensor.copy_(kept)
-        self._optimizer.averaged_gradients.update(self._gradients)
+        self._step.gradients.update(self._gradients)
 
     def changes(self) -> list[dict[str, Any]]:
         """What the script has changed in each parameter group since the step: a learning rate it sets by hand."""
-        now = _options(self._optimizer.optimizer)
+        now = _options(self._step.core)
         return [{key: value for key, value in options.items() if not _same(value, after.get(key))}
                 for options, after in zip(now, self._after, strict=True)]
 
 
-def change(rank: Rank, changes: list[dict[str, Any]]) -> None:
+def change(step: ZeroStep, changes: list[dict[str, Any]]) -> None:
     """Change the parameter groups as the script has done before."""
-    for group, options in zip(rank.optimizer.optimizer.param_groups, changes, strict=True):
+    for group, options in zip(step.core.param_groups, changes, strict=True):
         group.update(options)
 
 
-def snapshot_bytes(optimizer: Any) -> int:
+def snapshot_bytes(step: ZeroStep) -> int:
     """Bytes of a StepSnapshot, gradients not counted: they would be there without it."""
-    tensors = list(optimizer.single_partition_of_fp32_groups)
-    for state in optimizer.optimizer.state.values():
+    tensors = list(step.weights)
+    for state in step.core.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -127,12 +113,6 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
     return bool(one == other)
-
-
-def _flat(gradients: Any) -> Tensor | None:
-    """The one tensor that a group's gradients are, where they aren't put together before they're scaled."""
-    flat: Tensor | None = getattr(gradients, "flat_partition", None)
-    return flat if flat is not None else gradients[0] if gradients is not None and len(gradients) == 1 else None
 
 
 class PassesSnapshot:

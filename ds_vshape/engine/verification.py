@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 from torch.nn import Parameter
 
 from ds_vshape.comm.channels import Withdrawn
 from ds_vshape.config.section import KEY
+from ds_vshape.deepspeed_adapter.checkpointing import forget_checkpoints
 from ds_vshape.engine.batch_snapshot import BatchSnapshot
 from ds_vshape.engine.comparison import Difference, compare, tolerance, usual_size
 from ds_vshape.engine.flops_profile import is_flops_profiled
@@ -126,7 +126,7 @@ class Verification:
         engine._guard.failure = None
         engine._stage_buffers.clear()
         engine._channels.end_batch()
-        ds_checkpointing.reset()
+        forget_checkpoints()
         snapshot.restore()
         engine._samples.again()
         return True

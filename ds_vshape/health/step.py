@@ -61,8 +61,3 @@ class BatchStep:
                     del optimizer.step
                 else:
                     optimizer.step = own
-
-
-def core_of(optimizer: Any) -> Any:
-    """The optimizer that one of DeepSpeed's has at its core; its own for one that isn't DeepSpeed's."""
-    return getattr(optimizer, "optimizer", optimizer)

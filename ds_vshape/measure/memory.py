@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from ds_vshape.comm.groups import light_options
+from ds_vshape.deepspeed_adapter.optimizers import GradAccumSums, core_of, sums_in_memory, sums_of
 from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime.rank import Rank
@@ -292,20 +292,22 @@ def parameter_bytes(module: nn.Module) -> int:
 
 def gradient_bytes(module: nn.Module, optimizer: Any) -> int:
     """What a batch accumulates: each parameter's gradient, or what the optimizer has for it."""
-    if isinstance(optimizer, BF16_Optimizer):
+    flat = sums_in_memory(optimizer)
+    if flat is not None:
         # `.grad` holds gradients only within a backward.
-        return Storages(optimizer.fp32_groups_gradients_flat).nbytes()
+        return Storages(flat).nbytes()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
-    if getattr(optimizer, "use_grad_accum_attribute", False):
-        gradients += sum(parameter.numel() for parameter in trained) * optimizer.gradient_accumulation_dtype.itemsize
+    sums = sums_of(optimizer)
+    if isinstance(sums, GradAccumSums):
+        gradients += sum(parameter.numel() for parameter in trained) * sums.dtype.itemsize
     return gradients
 
 
 def optimizer_bytes(module: nn.Module, optimizer: Any) -> int:
     """What the torch optimizer inside `optimizer` has: the weights that it steps, where they aren't the module's own,
     and its state."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = core_of(optimizer)
     stepped = [parameter for group in inner.param_groups for parameter in group["params"]]
     return (Storages([*stepped, *tree_leaves([*inner.state.values()])]) - _model(module)).nbytes()
 

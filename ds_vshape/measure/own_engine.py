@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule as own
 
+from ds_vshape.deepspeed_adapter.engine import instructions_of, set_instructions
 from ds_vshape.measure.profiling import PassRecorder, report
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind, Pass
@@ -25,11 +26,12 @@ class OwnEngineClock:
         self._train_batch = engine.train_batch
         engine.train_batch = self._recorded_batch
         # On this engine alone: the class keeps its map.
-        engine._INSTRUCTION_MAP = {
-            **type(engine)._INSTRUCTION_MAP,
-            own.ForwardPass: self._timed(type(engine)._INSTRUCTION_MAP[own.ForwardPass], Kind.F),
-            own.BackwardPass: self._timed(type(engine)._INSTRUCTION_MAP[own.BackwardPass], Kind.BW),
-        }
+        functions = instructions_of(type(engine))
+        set_instructions(engine, {
+            **functions,
+            own.ForwardPass: self._timed(functions[own.ForwardPass], Kind.F),
+            own.BackwardPass: self._timed(functions[own.BackwardPass], Kind.BW),
+        })
 
     def _recorded_batch(self, *args: Any, **kwargs: Any) -> Any:
         self._recorder = PassRecorder()

@@ -7,8 +7,7 @@ one additional parameter, a single zero, which no layer uses and whose gradient 
 
 The layer files of checkpoints don't contain it. If one tensor parallel rank has one, all do, because DeepSpeed's
 universal conversion (checkpoint/ds_to_universal.py) joins the slices of each parameter over them. It isn't loaded from
-universal checkpoints, because one of DeepSpeed's own engine, or of another number of ranks, may not contain it; to skip
-it, DeepSpeed's private method Parameter.load_hp_checkpoint_state (checkpoint/universal_checkpoint.py) is replaced.
+universal checkpoints, because one of DeepSpeed's own engine, or of another number of ranks, may not contain it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import FP32_WEIGHT_KEY
-from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
 from torch import nn
 
+from ds_vshape.deepspeed_adapter.optimizers import UNIVERSAL_WEIGHT, load_universal_by, mapping_of
+from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter
 from ds_vshape.split_backward import GradientAccumulator
 
 # Its name in the module; layer files hold layers only, so that it is in none of them.
@@ -66,7 +65,7 @@ def _registered(module: nn.Module) -> nn.Parameter:
 
 def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
     """Whether some rank that shares this one's layers trains nothing that counts in the norm."""
-    first = bwc_tensor_model_parallel_rank(module.mpu()) == 0
+    first = is_first_tensor_rank(module.mpu())
     wanted = not any(not p.ds_pipe_replicated and (first or is_model_parallel_parameter(p)) for p in trained)
     groups = module.topology().get_axis_comm_lists("model")
     if not groups:
@@ -89,25 +88,25 @@ def keep_from_universal(module: Any) -> None:
     To be called after its optimizer has been made.
     """
     stand_in: Any = getattr(module, NAME, None)
-    if stand_in is not None and hasattr(stand_in, "load_hp_checkpoint_state"):
-        stand_in.load_hp_checkpoint_state = partial(_stay_zero, stand_in)
+    if stand_in is not None:
+        load_universal_by(stand_in, partial(_stay_zero, stand_in))
 
 
 def _stay_zero(stand_in: Any, folder: str, *ranks: Any, **of_experts: Any) -> Any:
     """Replaces DeepSpeed's method: gives the dummy parameter the optimizer states of other parameters, filled with
     zeros, and returns their step."""
-    mapping, step = stand_in._hp_mapping, None
+    mapping, step = mapping_of(stand_in), None
     mapping.optim_fragment = {}
     for path in _files_of_a_parameter(Path(folder).parent):
         if path.stem == "step":
             step = torch.load(path, weights_only=True)
-        elif path.stem != FP32_WEIGHT_KEY:
+        elif path.stem != UNIVERSAL_WEIGHT:
             mapping.optim_fragment[path.stem] = torch.zeros_like(mapping.get_hp_fragment())
     return step
 
 
 def _files_of_a_parameter(folder: Path) -> list[Path]:
-    return next((sorted(path.parent.glob("*.pt")) for path in sorted(folder.rglob(f"{FP32_WEIGHT_KEY}.pt"))
+    return next((sorted(path.parent.glob("*.pt")) for path in sorted(folder.rglob(f"{UNIVERSAL_WEIGHT}.pt"))
                  if path.parent.name != NAME), [])
 
 

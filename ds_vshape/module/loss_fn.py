@@ -2,19 +2,19 @@
 
 DeepSpeed's PipelineModule has them on every rank, trains them on the rank that computes the loss, and saves and loads
 only layers. Its loading and its conversions look for `layer_*`, `mp_rank_*` and `*_optim_states.pt`, and ignore this
-file. Each rank's optimizer file contains that rank's copies, so the conversion must skip all but the trained ones: the
-optimizer's _param_slice_mappings (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py) list what it converts.
+file. Each rank's optimizer file contains that rank's copies, so the conversion must skip all but the trained ones
+(convert_without in deepspeed_adapter/optimizers.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
-from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.utils import logger
 from torch import nn
+
+from ds_vshape.deepspeed_adapter.checkpoints import clone_tensors_for_torch_save
 
 
 def loss_fn_path(folder: str, rank: str) -> str:
@@ -46,13 +46,6 @@ def load_loss_fn(loss_fn: Any, path: str, checkpoint_engine: Any, strict: bool) 
     else:
         logger.warning(f"the checkpoint has no {os.path.basename(path)}: the weights of the loss function aren't "
                        "loaded from it")
-
-
-def convert_without(optimizer: Any, names: Iterable[str]) -> None:
-    """Make DeepSpeed's ds_to_universal.py skip the parameters `names` in the file that `optimizer` saves."""
-    for group in getattr(optimizer, "_param_slice_mappings", ()):
-        for name in names:
-            group.pop(name, None)
 
 
 def _state(loss_fn: Any) -> Any:

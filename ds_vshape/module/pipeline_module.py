@@ -11,7 +11,6 @@ One chunk at a time is active: it is what forward(), saving and loading see. The
 and seeds, so weights and layer files don't depend on the placement.
 
 Scripts subclass the module and override DeepSpeed's hooks, `_partition_layers` among them, which know one stage a rank.
-Of DeepSpeed's private parts this uses those hooks, `_layer_specs`, `_num_layers`, `_topo`, `_grid`, and `parts`.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe import module as stock
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-from deepspeed.runtime.utils import set_random_seed
 from deepspeed.utils import logger
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -39,7 +36,10 @@ from ds_vshape.config.arguments import bound, check_arguments, check_method
 from ds_vshape.config.compatibility import check_accepted
 from ds_vshape.config.section import (KEY, TIMEOUT_SECONDS, DsConfig, LayerCosts, Partition, ScheduleConfig,
                                       find_ds_config, find_section, read_section)
-from ds_vshape.config.versions import check_versions
+from ds_vshape.deepspeed_adapter.module import StockModule
+from ds_vshape.deepspeed_adapter.parts import check_parts
+from ds_vshape.deepspeed_adapter.utils import set_random_seed
+from ds_vshape.deepspeed_adapter.versions import check_versions
 from ds_vshape.health.preflight import Facts, Preflight, config_facts, module_facts, versions
 from ds_vshape.health.watch import groups_without_limit, watch_job
 from ds_vshape.measure.trace.tracer import check_folder
@@ -76,7 +76,7 @@ class Chunk:
         return parameters_of(self.funcs)
 
 
-class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
+class PipelineModule(FastSetattr, StockModule):
     """DeepSpeed's PipelineModule, with its layers placed as the "pipeline_schedule" of the config requires.
 
     Without a config, or without the key in it, this is DeepSpeed's own module.
@@ -122,6 +122,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
 
         def read() -> Facts:
             check_versions()
+            check_parts()
             ds_config = find_ds_config(config, sys.argv) or {}
             arguments = bound(layers, num_stages, *args, **kwargs)
             self.schedule_config = read_section(ds_config)
@@ -151,7 +152,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
     @cached_property
     def placement(self) -> Placement:
         """Which stages are on which pipeline rank."""
-        ranks = self._topo.get_dim("pipe")
+        ranks = self.job_topology.get_dim("pipe")
         return placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
 
     def _partition_layers(self, method: Any = "uniform") -> None:
@@ -159,8 +160,8 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             self._divide(read_partition(method))
             return
         stages, ranks = self.placement.stages, self.placement.ranks
-        if self._num_layers < stages:
-            raise PipelineError(f"{self._num_layers} layers can't fill {stages} stages: {self.schedule_config.name} on "
+        if self.layer_count < stages:
+            raise PipelineError(f"{self.layer_count} layers can't fill {stages} stages: {self.schedule_config.name} on "
                                 f"{ranks} pipeline ranks needs at least {stages} layers")
         of_config = self.schedule_config.partition
         partition = read_partition(method) if of_config is None else of_config
@@ -180,7 +181,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         else:
             self.parts = list(self._bounds(partition))
             self._announce_partition()
-        self._set_bounds(*self.parts[self.stage_id:self.stage_id + 2])
+        self.set_local_bounds(*self.parts[self.stage_id:self.stage_id + 2])
 
     def _adopt_partition(self) -> None:
         """Use the bounds that a subclass's `_partition_layers` has set; collective.
@@ -200,13 +201,13 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             raise PartitionError(
                 f"{name} divides the layers into one run for each pipeline rank, but {self.schedule_config.name} has "
                 f"{stages} stages on {self.placement.ranks} ranks: give their bounds in the config, as \"partition\": "
-                f"[0, ..., {self._num_layers}] with {stages + 1} numbers in the section \"{KEY}\"")
-        self.parts = list(check_bounds(tuple(map(int, self.parts)), stages, self._num_layers))
+                f"[0, ..., {self.layer_count}] with {stages + 1} numbers in the section \"{KEY}\"")
+        self.parts = list(check_bounds(tuple(map(int, self.parts)), stages, self.layer_count))
 
     def _chain_of_local_bounds(self, name: str) -> list[int]:
         """The stages' bounds, from the local bounds of all ranks; collective."""
-        stop = self._num_layers if self._local_stop is None else self._local_stop
-        own = {"stage": self.stage_id, "bounds": [int(self._local_start), int(stop)]}
+        start, stop = self.local_bounds
+        own = {"stage": self.stage_id, "bounds": [int(start), int(stop)]}
         of_stages: dict[int, list[int]] = {}
         for told in self.preflight.gather(own):
             if of_stages.setdefault(told["stage"], told["bounds"]) != told["bounds"]:
@@ -220,9 +221,9 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
     def _bounds(self, partition: Partition) -> Sequence[int]:
         """The stages' bounds by a method that DeepSpeed doesn't have."""
         if isinstance(partition, tuple):
-            return check_bounds(partition, self.placement.stages, self._num_layers)
+            return check_bounds(partition, self.placement.stages, self.layer_count)
         if isinstance(partition, LayerCosts):
-            costs = check_costs(partition.costs, self._num_layers)
+            costs = check_costs(partition.costs, self.layer_count)
             bounds = balance(costs, self.placement)
         else:
             self.layer_times = self._measure_layers()
@@ -234,11 +235,11 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         return bounds
 
     def _measure_layers(self) -> LayerTimes:
-        where = self._topo.get_coord(self.global_rank)
+        where = self.job_topology.get_coord(self.global_rank)
         # Tensor parallel layers communicate, so all ranks that share them run them.
         measures = where.pipe == 0 and where.data == 0
         device = get_accelerator().device_name(self.local_rank)
-        return LayerProfiler(self._layer_specs, self._example, self.loss_fn, self._seed_layer, device,
+        return LayerProfiler(self.layer_specs, self._example, self.loss_fn, self._seed_layer, device,
                              self._precision).agree(measures)
 
     def _seed_layer(self, layer: int) -> None:
@@ -260,10 +261,10 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
     def _build(self) -> None:
         if self.schedule_config is None:
             super()._build()
-            self.chunks = [Chunk(self.stage_id, self._local_start, self._local_stop, self.forward_funcs)]
+            self.chunks = [Chunk(self.stage_id, *self.local_bounds, self.forward_funcs)]
             return
         self._adopt_partition()
-        shared = shared_weights(self._layer_specs)
+        shared = shared_weights(self.layer_specs)
         if shared and self.placement.ranks > 1:
             logger.warning(warning_of(shared))
         # If a layer can't be built on one rank, all ranks raise the error.
@@ -273,15 +274,15 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         self.chunks = [Chunk(stage, self.parts[stage], self.parts[stage + 1])
                        for stage in self.placement.chunks[self.stage_id]]
         for chunk in self.chunks:
-            self._set_bounds(chunk.start, chunk.stop)
+            self.set_local_bounds(chunk.start, chunk.stop)
             self.forward_funcs = chunk.funcs
             super()._build()
         self._activate(self.chunks[0])
         parameter: Any
         for parameter in self.idle_weights().values():
             parameter.ds_pipe_replicated = True
-        for key, tie in find_ties(self._layer_specs).items():
-            check_one_module(key, [(layer, self._layer_specs[layer]) for layer in tie.layers
+        for key, tie in find_ties(self.layer_specs).items():
+            check_one_module(key, [(layer, self.layer_specs[layer]) for layer in tie.layers
                                    if self.stage_owner(layer) == self.stage_id])
         for key, names in self.tied_weight_attrs.items():
             check_has(self.tied_modules[key], key, names)
@@ -300,7 +301,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         checkpointed = self.is_checkpointable_results if self.activation_checkpoint_interval else (False,)
         outputs = forward_input
         for start, again in zip(range(0, len(self.forward_funcs), interval), checkpointed, strict=True):
-            segment = Segment(self.forward_funcs[start:start + interval], self._local_start + start, before_layer)
+            segment = Segment(self.forward_funcs[start:start + interval], self.local_bounds[0] + start, before_layer)
             outputs = segment.run_checkpointed(self.activation_checkpoint_func, outputs) if again else (
                 segment.run(outputs))
         return outputs
@@ -310,15 +311,13 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         self._activate(self.chunks[self.placement.chunks[self.stage_id].index(stage)])
 
     def _activate(self, chunk: Chunk) -> None:
-        # Past nn.Module.__setattr__: stages take turns at each pass, and it takes longer than all else here.
-        self.__dict__.update(forward_funcs=chunk.funcs, is_checkpointable_results=chunk.checkpointable,
-                             _local_start=chunk.start, _local_stop=chunk.stop)
+        self.set_active(chunk.funcs, chunk.checkpointable, chunk.start, chunk.stop)
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipeline rank that holds layer `layer_idx`."""
         if self.schedule_config is None:
             return super().stage_owner(layer_idx)  # type: ignore[no-any-return]
-        assert 0 <= layer_idx < self._num_layers
+        assert 0 <= layer_idx < self.layer_count
         return self.placement.rank_of(bisect_right(self.parts, layer_idx) - 1)
 
     def tied_ranks(self) -> list[set[int]]:
@@ -326,7 +325,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
         return [{self.stage_owner(layer) for layer in tie.layers} for tie in self._ties.values()]
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        self._ties = find_ties(self._layer_specs) if self.schedule_config else {}
+        self._ties = find_ties(self.layer_specs) if self.schedule_config else {}
         if self.schedule_config is None:
             return super()._index_tied_modules()  # type: ignore[no-any-return]
         if self._ties:
@@ -343,12 +342,12 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
     def _keep_apart(self, key: str, tie: Tie) -> None:
         """A tied module's parameters that aren't tied are each rank's own, and count in the gradients' norm."""
         module = self.tied_modules[key]
-        tied = [self._recursive_getattr(module, name) for name in self.tied_weight_attrs[key]]
+        tied = [self.weight_named(module, name) for name in self.tied_weight_attrs[key]]
         apart = {name: parameter for name, parameter in module.named_parameters()
                  if parameter.requires_grad and not any(parameter is weight for weight in tied)}
         for parameter in apart.values():
             parameter.ds_pipe_replicated = False
-        if apart and self.stage_owner(tie.first) == self.stage_id and self._grid.data_parallel_id == 0:
+        if apart and self.stage_owner(tie.first) == self.stage_id and self.job_grid.data_parallel_id == 0:
             logger.info(f"tied layers {key!r} ({', '.join(map(str, tie.layers))}): tied_weight_attr doesn't name "
                         f"{', '.join(apart)}, which layers on one rank share and others don't")
 
@@ -360,7 +359,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             ranks = sorted({self.stage_owner(layer) for layer in self._ties[key].layers})
             source = comm["ranks"][ranks.index(self.stage_owner(self._tied_sources[key]))]
             for name in comm["weight_attr"]:
-                dist.broadcast(self._recursive_getattr(comm["module"], name), src=source, group=comm["group"])
+                dist.broadcast(self.weight_named(comm["module"], name), src=source, group=comm["group"])
 
     def _activate_files(self, chunk: Chunk) -> None:
         """Let `chunk` be saved and loaded: DeepSpeed has a file for each of the active layers that is a module."""
@@ -373,10 +372,7 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
     def _precompute_checkpointable_values(self) -> None:
         for chunk in self.chunks:
             self._activate(chunk)
-            # The stock method keeps one rank's values for one interval; each chunk needs its own.
-            self.is_checkpointable_results_interval = None
-            super()._precompute_checkpointable_values()
-            chunk.checkpointable = self.is_checkpointable_results
+            chunk.checkpointable = self.precomputed_checkpointable()
         self._activate(self.chunks[0])
 
     @property
@@ -398,11 +394,11 @@ class PipelineModule(FastSetattr, stock.PipelineModule):  # type: ignore[misc]
             self._activate_files(chunk)
             super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
         self._activate(self.chunks[0])
-        if self.schedule_config and self._computes_loss and self._grid.data_parallel_id == 0:
+        if self.schedule_config and self._computes_loss and self.job_grid.data_parallel_id == 0:
             save_loss_fn(self.loss_fn, self._loss_fn_path(save_dir), checkpoint_engine, exclude_frozen_params)
 
     def _loss_fn_path(self, folder: str) -> str:
-        return loss_fn_path(folder, self._grid._topo.get_rank_repr(rank=self.global_rank))
+        return loss_fn_path(folder, self.file_name_part())
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any, strict: bool = True) -> None:
         """As DeepSpeed's. Raises PipelineError if DeepSpeed has saved no file of a tied module (see tied.py)."""

@@ -17,8 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
 from torch import Tensor, nn
+
+from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
 
 # As in DeepSpeed: called with the function to be recomputed, and its inputs.
 Checkpoint = Callable[..., Any]

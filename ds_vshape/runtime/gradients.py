@@ -23,18 +23,16 @@ slightly more exact than that of an unsplit backward, and therefore not equal to
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import bwc_tensor_model_parallel_rank, is_model_parallel_parameter
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_vshape.deepspeed_adapter.optimizers import Bf16Sums, GradAccumSums, held_by, sums_of
+from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter
 from ds_vshape.split_backward import GradientAccumulator, WholeGradients, may_defer, never_defer
 
 
@@ -53,12 +51,10 @@ class Place(GradientAccumulator, Protocol):
 
 def place_of(optimizer: Any) -> Place:
     """Where `optimizer`, one of DeepSpeed's or torch's, has gradients add up."""
-    if isinstance(optimizer, BF16_Optimizer):
-        return InHighPrecisionBuffers(optimizer)
-    if getattr(optimizer, "use_grad_accum_attribute", False):
-        return InGradAccum(optimizer)
-    held = getattr(optimizer, "bit16_groups", None)
-    return InGrad(None if held is None else chain.from_iterable(held))
+    sums = sums_of(optimizer)
+    if isinstance(sums, Bf16Sums):
+        return InHighPrecisionBuffers(sums)
+    return InGrad(held_by(optimizer)) if sums is None else InGradAccum(sums)
 
 
 def delivery_into(place: Place, fusion: bool = False) -> GradientAccumulator:
@@ -111,66 +107,53 @@ class InGrad:
 class InGradAccum:
     """`parameter.grad_accum`, of a dtype of its own. DeepSpeed moves there what autograd accumulates."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
-        self._optimizer = optimizer
-        self._dtype: torch.dtype = optimizer.gradient_accumulation_dtype
-        self._held = set(chain.from_iterable(optimizer.bit16_groups))
+    def __init__(self, sums: GradAccumSums) -> None:
+        self._sums = sums
 
     def holds(self, parameter: Parameter, /) -> bool:
-        return parameter in self._held
+        return parameter in self._sums.parameters
 
-    def add(self, parameter: Any, gradient: Tensor, /) -> None:
-        if parameter.grad_accum is None:
-            parameter.grad_accum = gradient.to(self._dtype)
+    def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
+        so_far, dtype = self._sums.total(parameter), self._sums.dtype
+        if so_far is None:
+            self._sums.start(parameter, gradient.to(dtype))
         else:
             # Where the sums are narrower DeepSpeed rounds each gradient first; else the sum itself widens it.
-            widens = torch.promote_types(gradient.dtype, self._dtype) is self._dtype
-            rounded = gradient if widens else gradient.to(self._dtype)
-            parameter.grad_accum.add_(rounded.view(parameter.grad_accum.shape))
+            widens = torch.promote_types(gradient.dtype, dtype) is dtype
+            so_far.add_((gradient if widens else gradient.to(dtype)).view(so_far.shape))
 
-    def buffer(self, parameter: Any, /) -> Tensor | None:
-        so_far: Tensor | None = parameter.grad_accum
+    def buffer(self, parameter: Parameter, /) -> Tensor | None:
+        so_far = self._sums.total(parameter)
         return None if so_far is None else so_far.view(parameter.shape)
 
-    def total(self, parameter: Any, /) -> Tensor | None:
-        return parameter.grad_accum  # type: ignore[no-any-return]
+    def total(self, parameter: Parameter, /) -> Tensor | None:
+        return self._sums.total(parameter)
 
     def take_in(self) -> None:
-        self._optimizer.fill_grad_accum_attribute()
+        self._sums.take_in()
 
 
 class InHighPrecisionBuffers:
     """BF16_Optimizer's accumulation buffers, by parameter."""
 
-    def __init__(self, optimizer: BF16_Optimizer) -> None:
-        self._optimizer = optimizer
-        self._places = {
-            parameter: (group, index)
-            for group, parameters in enumerate(optimizer.bf16_groups)
-            for index, parameter in enumerate(parameters)
-        }
+    def __init__(self, sums: Bf16Sums) -> None:
+        self._sums = sums
 
     def holds(self, parameter: Parameter, /) -> bool:
-        return parameter in self._places
+        return self._sums.holds(parameter)
 
     @torch.no_grad()
-    def add(self, parameter: Any, gradient: Tensor, /) -> None:
+    def add(self, parameter: Parameter, gradient: Tensor, /) -> None:
         self.buffer(parameter).add_(gradient)
 
-    def buffer(self, parameter: Any, /) -> Tensor:
-        group, index = self._places[parameter]
-        flat: Tensor = self._optimizer.fp32_groups_gradients[group][index]
-        parameter._hp_grad = flat
-        self._optimizer.fp32_groups_has_gradients[group][index] = True
-        return flat.view(parameter.shape)
+    def buffer(self, parameter: Parameter, /) -> Tensor:
+        return self._sums.buffer(parameter).view(parameter.shape)
 
-    def total(self, parameter: Any, /) -> Tensor | None:
-        group, index = self._places[parameter]
-        has_gradient = self._optimizer.fp32_groups_has_gradients[group][index]
-        return self._optimizer.fp32_groups_gradients[group][index] if has_gradient else None
+    def total(self, parameter: Parameter, /) -> Tensor | None:
+        return self._sums.total(parameter)
 
     def take_in(self) -> None:
-        for parameter in self._places:
+        for parameter in self._sums.parameters:
             if parameter.grad is not None:
                 self.add(parameter, parameter.grad)
                 parameter.grad = None
@@ -201,7 +184,7 @@ def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> Tens
     parallel ranks share on the first of them. Collective over the pipeline and tensor parallel ranks.
     """
     with_grad = [p for p in parameters if p.grad is not None]
-    first_tensor_rank = bwc_tensor_model_parallel_rank(mpu) == 0
+    first_tensor_rank = is_first_tensor_rank(mpu)
     counted = [p.grad.float().norm() for p in with_grad
                if not p.ds_pipe_replicated and (first_tensor_rank or is_model_parallel_parameter(p))]
     group = mpu.get_model_parallel_group()

@@ -10,7 +10,8 @@ from typing import Any
 import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+
+from ds_vshape.deepspeed_adapter.checkpointing import set_tracked_random_states, tracked_random_states
 
 
 class RandomState:
@@ -22,7 +23,7 @@ class RandomState:
     def __init__(self) -> None:
         self._host = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
         self._device = get_accelerator().get_rng_state()
-        self._tracked = ds_checkpointing.get_cuda_rng_tracker().get_states()
+        self._tracked = tracked_random_states()
 
     @classmethod
     @contextmanager
@@ -38,7 +39,7 @@ class RandomState:
         """Put all of them back."""
         self.restore_host()
         get_accelerator().set_rng_state(self._device)
-        ds_checkpointing.get_cuda_rng_tracker().set_states(dict(self._tracked))
+        set_tracked_random_states(dict(self._tracked))
 
     def restore_host(self) -> None:
         """Put those back that loading data may use."""

@@ -12,27 +12,25 @@ from itertools import chain
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.nn import Parameter
 
 from ds_vshape.comm.background import Background, Handle
+from ds_vshape.deepspeed_adapter.optimizers import Reduction, reduction_of
 from ds_vshape.runtime.rank import Rank
 from ds_vshape.split_backward import GradientAccumulator
 
 
 class EarlyReduction:
-    """Reduces the gradients that `optimizer` holds for the stages of this rank.
+    """Reduces the gradients that the optimizer of `reduction` holds for the stages of this rank.
 
     Every replica must reduce the same parameters in the same order, even if it has failed in the batch. So a stage is
     reduced early only after one batch has shown which of its parameters get gradients; all other parameters, and those
     of several stages, are reduced at the end.
     """
 
-    def __init__(self, module: Any, optimizer: DeepSpeedZeroOptimizer, background: Background,
+    def __init__(self, module: Any, reduction: Reduction, background: Background,
                  delivery: GradientAccumulator) -> None:
-        self._optimizer, self._background, self._delivery = optimizer, background, delivery
-        self._groups = {parameter: group for group, parameters in enumerate(optimizer.bit16_groups)
-                        for parameter in parameters}
+        self._reduction, self._background, self._delivery = reduction, background, delivery
         self._of_stage = {chunk.stage: dict.fromkeys(chunk.parameters()) for chunk in module.chunks}
         uses = Counter(chain.from_iterable(self._of_stage.values()))
         tied = {weight for weight, _ in module.get_tied_weights_and_groups()}
@@ -49,23 +47,22 @@ class EarlyReduction:
                       if parameter in self._with_gradients and parameter not in self._late]
         if not parameters:
             return
-        self._optimizer.setup_buckets()
+        self._reduction.prepare()
         gradients = [self._gradient(parameter) for parameter in parameters]
         self._reduced.update(parameters)
-        self._started.append(self._background.start(lambda: self._reduce(parameters), gradients))
+        self._started.append(self._background.start(lambda: self._reduction.reduce(parameters), gradients))
 
     def finish(self) -> bool:
         """Reduce what is left, if any stage was reduced early; if not, all is left to DeepSpeed (False)."""
-        left = [parameter for parameter in self._groups
-                if self._optimizer.get_gradient_for_reduction(parameter) is not None]
+        left = [parameter for parameter in self._reduction.parameters
+                if self._reduction.gradient(parameter) is not None]
         early = bool(self._started)
         if self._with_gradients is None:
             self._with_gradients = set(left)
         self._await_started()
         if early:
-            self._reduce([parameter for parameter in left if parameter not in self._reduced])
-            self._optimizer.set_gradient_accumulation_boundary(True)
-            self._optimizer.overlapping_partition_gradients_reduce_epilogue()
+            self._reduction.reduce([parameter for parameter in left if parameter not in self._reduced])
+            self._reduction.finish()
         self._reduced.clear()
         return early
 
@@ -73,32 +70,25 @@ class EarlyReduction:
         """The batch doesn't count: wait for what was started, and leave nothing of it."""
         self._await_started()
         self._reduced.clear()
-        optimizer = self._optimizer
-        for number in range(len(optimizer.params_already_reduced)):
-            optimizer.params_already_reduced[number] = False
-        optimizer._release_ipg_buffers()
-        optimizer.averaged_gradients.clear()
+        self._reduction.forget()
 
-    def _gradient(self, parameter: Any) -> torch.Tensor:
+    def _gradient(self, parameter: Parameter) -> torch.Tensor:
         """The gradient; of a batch that has failed here, or doesn't use the parameter, zeros."""
-        if self._optimizer.get_gradient_for_reduction(parameter) is None:
+        if self._reduction.gradient(parameter) is None:
             self._delivery.add(parameter, torch.zeros_like(parameter, requires_grad=False))
-        return self._optimizer.get_gradient_for_reduction(parameter)  # type: ignore[no-any-return]
+        gradient = self._reduction.gradient(parameter)
+        assert gradient is not None
+        return gradient
 
     def _await_started(self) -> None:
         early, self._started = self._started, []
         for started in early:
             started.result()
 
-    def _reduce(self, parameters: list[Parameter]) -> None:
-        for parameter in parameters:
-            self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(parameter, self._groups[parameter])
-        self._optimizer.reduce_ipg_grads()
-
 
 def reduction_for(rank: Rank, background: Background, delivery: GradientAccumulator) -> EarlyReduction | None:
     """For `rank`, if its optimizer is one that this knows, and there are replicas; else all is left to DeepSpeed."""
-    optimizer = rank.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.partition_gradients or rank.dp_world_size == 1:
+    reduction = reduction_of(rank.optimizer)
+    if reduction is None or rank.dp_world_size == 1:
         return None
-    return EarlyReduction(rank.module, optimizer, background, delivery)
+    return EarlyReduction(rank.module, reduction, background, delivery)

@@ -20,17 +20,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.pipe import engine as stock
 from deepspeed.runtime.pipe.module import PipelineError
 
+from ds_vshape.deepspeed_adapter.engine import (METHODS_OF_SCHEDULES, instructions_of, is_stock_code,
+                                                own_instructions)
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.instructions import Execute, Instruction
 
 _AT_THE_END: tuple[Instruction, ...] = (instr.ReduceTiedGrads, instr.ReduceGrads, instr.OptimizerStep)
 _SPLIT: Mapping[Instruction, Instruction] = {instr.ForwardPass: instr.SplitForwardPass,
                                              instr.BackwardPass: instr.InputGradPass}
-# Methods that decide what a batch consists of; here the schedule does.
-_OF_SCHEDULES = ("_exec_schedule", "_train_schedule", "_inference_schedule")
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _WAY_OUT = "train without \"pipeline_schedule\" in the config, or without that function"
 
@@ -46,7 +45,7 @@ class ScriptFunctions:
         self._seen: list[tuple[type, dict[Instruction, Execute]]] = []
         self._functions: dict[Instruction, Execute] = {}
         # This engine may have wrapped these, for example with timers.
-        self._at_start = _of_passes(type(engine)._INSTRUCTION_MAP)
+        self._at_start = _of_passes(instructions_of(type(engine)))
         self._check_methods()
 
     @property
@@ -61,7 +60,8 @@ class ScriptFunctions:
     @property
     def reduce(self) -> bool:
         """Whether gradients are reduced by a function of the script, at the end of the batch."""
-        return instr.ReduceGrads in self._functions or _is_of_script(self._engine._INSTRUCTION_MAP[instr.ReduceGrads])
+        return instr.ReduceGrads in self._functions or _is_of_script(
+            instructions_of(self._engine)[instr.ReduceGrads])
 
     def look(self, splits: bool) -> None:
         """Find the script's functions; to be called before each batch.
@@ -71,13 +71,13 @@ class ScriptFunctions:
 
         Raises PipelineError for what can't be honoured.
         """
-        maps = [(owner, vars(owner)["_INSTRUCTION_MAP"]) for owner in type(self._engine).__mro__
-                if "_INSTRUCTION_MAP" in vars(owner)]
+        maps = [(owner, functions) for owner in type(self._engine).__mro__
+                if (functions := own_instructions(owner)) is not None]
         if maps != self._seen:
             self._functions = self._found(maps)
             self._seen = [(owner, dict(functions)) for owner, functions in maps]
         self._check_methods()
-        own = self._engine._INSTRUCTION_MAP
+        own = instructions_of(self._engine)
         for whole, part in _SPLIT.items():
             if splits and _is_of_script(own[whole]) and not _is_of_script(own[part]):
                 raise PipelineError(f"the script has a function of its own for {whole.__name__}, but this schedule "
@@ -93,15 +93,15 @@ class ScriptFunctions:
                 raise PipelineError(f"{owner.__name__}._INSTRUCTION_MAP has functions of the script's own for "
                                     f"{', '.join(refused)}, which no schedule of ds_vshape runs: {_WAY_OUT}")
             found |= of_script
-        if "_INSTRUCTION_MAP" in vars(self._engine) and _of_passes(type(self._engine)._INSTRUCTION_MAP) != (
-                self._at_start):
+        if own_instructions(self._engine) is not None and (
+                _of_passes(instructions_of(type(self._engine))) != self._at_start):
             raise PipelineError(f"{type(self._engine).__name__}._INSTRUCTION_MAP has changed, but this engine has a "
                                 "map of its own by now: put the functions into that one")
         return found
 
     def _check_methods(self) -> None:
         for owner in (self._engine, *type(self._engine).__mro__):
-            for name in _OF_SCHEDULES:
+            for name in METHODS_OF_SCHEDULES:
                 if name in vars(owner) and _is_of_script(vars(owner)[name]):
                     raise PipelineError(f"the script has a {name} of its own, but what a batch consists of is the "
                                         f"schedule's: {_WAY_OUT}")
@@ -120,7 +120,7 @@ def _is_of_script(function: Any) -> bool:
     """Whether it, or what it's wrapped around, is neither DeepSpeed's nor ours: its code is in another file."""
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or not (code.co_filename == stock.__file__ or code.co_filename.startswith(_PACKAGE)):
+        if code is None or not (is_stock_code(code.co_filename) or code.co_filename.startswith(_PACKAGE)):
             return True
         function = getattr(function, "__wrapped__", None)
     return False

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from deepspeed.runtime.pipe.engine import (BATCH_INPUT_TIMER, PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER,
-                                           PIPE_SEND_GRAD_TIMER, PIPE_SEND_OUTPUT_TIMER)
-from deepspeed.utils.timer import (BACKWARD_GLOBAL_TIMER, BACKWARD_INNER_GLOBAL_TIMER, BACKWARD_INNER_MICRO_TIMER,
-                                   BACKWARD_MICRO_TIMER, BACKWARD_REDUCE_GLOBAL_TIMER, BACKWARD_REDUCE_MICRO_TIMER,
-                                   FORWARD_GLOBAL_TIMER, FORWARD_MICRO_TIMER)
-
+from ds_vshape.deepspeed_adapter.timers import (BACKWARD_GLOBAL_TIMER, BACKWARD_INNER_GLOBAL_TIMER,
+                                                BACKWARD_INNER_MICRO_TIMER, BACKWARD_MICRO_TIMER,
+                                                BACKWARD_REDUCE_GLOBAL_TIMER, BACKWARD_REDUCE_MICRO_TIMER,
+                                                BATCH_INPUT_TIMER, FORWARD_GLOBAL_TIMER, FORWARD_MICRO_TIMER,
+                                                PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER, PIPE_SEND_GRAD_TIMER,
+                                                PIPE_SEND_OUTPUT_TIMER)
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.instructions import Execute, Instruction
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ds_vshape.deepspeed_adapter.engine import instructions_of, set_instructions
 from ds_vshape.runtime.instructions import Execute, Instruction
 
 # From an instruction map to one whose functions do more.
@@ -20,25 +21,25 @@ class InstructionWrappers:
 
     def add(self, wrapper: Wrapper) -> None:
         """Put `wrapper` around all instructions from now on."""
-        self._engine._INSTRUCTION_MAP = wrapper(self._engine._INSTRUCTION_MAP)
+        set_instructions(self._engine, wrapper(instructions_of(self._engine)))
 
     @contextmanager
     def during(self, wrapper: Wrapper) -> Iterator[None]:
         """Put `wrapper` around all instructions inside."""
-        with self._in_place_of(wrapper(self._engine._INSTRUCTION_MAP)):
+        with self._in_place_of(wrapper(instructions_of(self._engine))):
             yield
 
     @contextmanager
     def none(self) -> Iterator[None]:
         """Run instructions as they are inside."""
-        with self._in_place_of(type(self._engine)._INSTRUCTION_MAP):
+        with self._in_place_of(instructions_of(type(self._engine))):
             yield
 
     @contextmanager
     def _in_place_of(self, instructions: dict[Instruction, Execute]) -> Iterator[None]:
-        before = self._engine._INSTRUCTION_MAP
-        self._engine._INSTRUCTION_MAP = instructions
+        before = instructions_of(self._engine)
+        set_instructions(self._engine, instructions)
         try:
             yield
         finally:
-            self._engine._INSTRUCTION_MAP = before
+            set_instructions(self._engine, before)

@@ -1,0 +1,158 @@
+"""DeepSpeed's PipelineEngine, and the DeepSpeedEngine under it.
+
+Read in DeepSpeed 0.19.4 to 0.19.8 (runtime/pipe/engine.py, runtime/engine.py). Before 0.19.8 the engine makes its
+schedules itself and takes the last pipeline rank for the one with the loss; here all versions ask `_train_schedule`,
+`_inference_schedule` and `_loss_stage_global_rank`, as 0.19.8 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
+from deepspeed.runtime.pipe import engine as _stock
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.runtime.pipe.schedule import InferenceSchedule, TrainSchedule
+from torch import Tensor
+
+__all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
+           "own_instructions", "set_instructions", "step_state"]
+
+Instructions = dict[Any, Callable[..., None]]
+
+# Methods that decide what a batch consists of.
+METHODS_OF_SCHEDULES = ("_exec_schedule", "_train_schedule", "_inference_schedule")
+_MAP = "_INSTRUCTION_MAP"
+# What a step changes.
+_OF_STEP = ("global_steps", "global_samples", "skipped_steps", "_global_grad_norm", "_step_applied")
+
+
+class StockEngine(PipelineEngine):  # type: ignore[misc]
+    """DeepSpeed's engine, with names for those of its private parts that our subclasses use.
+
+    What they override of it keeps DeepSpeed's names (parts.py).
+    """
+
+    def stock_forward(self, inputs: Any) -> Any:
+        """The module's forward, with DeepSpeed's hooks for a backward from its outputs."""
+        return DeepSpeedEngine.forward(self, inputs)
+
+    def stock_backward(self, loss: Any) -> None:
+        """The backward from a loss, scaled and divided as DeepSpeed's."""
+        DeepSpeedEngine.backward(self, loss)
+
+    def divide_gradient(self, grad: Tensor) -> Tensor:
+        """A gradient of the loss, divided by the number of micro-batches where DeepSpeed wants that."""
+        return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def running_backward(self) -> Iterator[None]:
+        """Around a backward that isn't from a loss: DeepSpeed's hooks refuse one that the engine doesn't run."""
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
+
+    def run_stock(self, instruction: Any, *args: Any, **kwargs: Any) -> None:
+        """Execute an instruction as DeepSpeed's engine does, or as a script has its engine do."""
+        stock_execute(instruction)(self, *args, **kwargs)
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether the present batch asks for the loss."""
+        return bool(self._compute_loss)
+
+    def recomputes_reentrantly(self) -> bool:
+        """Whether activations are checkpointed by a function that trains nothing unless an input wants a gradient."""
+        from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
+        module = self.module
+        return (module.activation_checkpoint_interval > 0
+                and module.activation_checkpoint_func is not non_reentrant_checkpoint)
+
+    def set_grad_norm(self, norm: Any) -> None:
+        """What get_global_grad_norm() returns."""
+        self._global_grad_norm = norm
+
+    def leave_step(self) -> None:
+        """To be called where DeepSpeed's step has raised."""
+        self._force_grad_boundary = False
+
+    def start_no_timers(self) -> None:
+        """Let DeepSpeed's hooks of a forward and a backward start no timers."""
+        self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
+
+    def reset_batch_timer(self) -> None:
+        """The timer of a batch that has raised, which would refuse the next batch."""
+        self.timers(TRAIN_BATCH_TIMER).reset()
+
+    def state_file(self, folder: str, tag: str, number: int) -> str:
+        """The path of the state of the model parallel rank `number` in a checkpoint."""
+        return self._get_ckpt_name(folder, tag, mp_placeholder=f"{number:02d}")  # type: ignore[no-any-return]
+
+    @property
+    def folder_of_layers(self) -> str:
+        """Of the checkpoint that is loaded."""
+        return self._curr_ckpt_path  # type: ignore[no-any-return]
+
+    # -- what 0.19.8 calls by itself
+
+    def execute_plan(self, plan: Any) -> None:
+        """Run a batch by what `_train_schedule` or `_inference_schedule` has given."""
+        raise NotImplementedError
+
+    def _exec_schedule(self, pipe_schedule: Any) -> None:
+        self.execute_plan(self._asked(pipe_schedule))
+
+    def _asked(self, given: Any) -> Any:
+        if hasattr(PipelineEngine, "_train_schedule"):
+            return given
+        if type(given) is TrainSchedule and torch.is_grad_enabled():
+            return self._train_schedule()
+        if type(given) is InferenceSchedule and not torch.is_grad_enabled():
+            return self._inference_schedule(given.micro_batches)
+        return given
+
+    def _bcast_pipe_scalar(self, data: Any, src_rank: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
+        source = self._loss_stage_global_rank() if src_rank is None else src_rank
+        return super()._bcast_pipe_scalar(data, src_rank=source, dtype=dtype)
+
+
+def stock_execute(instruction: Any) -> Callable[..., None]:
+    """The function of DeepSpeed's engine for an instruction."""
+    return PipelineEngine._INSTRUCTION_MAP[instruction]  # type: ignore[no-any-return]
+
+
+def instructions_of(owner: Any) -> Instructions:
+    """The functions by which an engine, or a class of engines, executes instructions."""
+    return owner._INSTRUCTION_MAP  # type: ignore[no-any-return]
+
+
+def own_instructions(owner: Any) -> Instructions | None:
+    """Those that it has itself and not from its class or its bases; None if it has none."""
+    functions: Instructions | None = vars(owner).get(_MAP)
+    return functions
+
+
+def set_instructions(engine: Any, functions: Mapping[Any, Callable[..., None]]) -> None:
+    """Let an engine execute instructions by `functions`; the class keeps its own."""
+    engine._INSTRUCTION_MAP = functions
+
+
+def class_with_instructions(name: str, bases: tuple[type, ...], functions: Mapping[Any, Callable[..., None]],
+                            members: Mapping[str, Any]) -> Any:
+    """A class of engines that executes instructions by `functions`."""
+    return type(name, bases, {**members, _MAP: functions})
+
+
+def is_stock_code(filename: str) -> bool:
+    """Whether code of this file is that of DeepSpeed's PipelineEngine."""
+    return bool(filename == _stock.__file__)
+
+
+def step_state(engine: Any) -> dict[str, Any]:
+    """The engine's attributes that a step changes; `vars(engine).update` puts them back."""
+    return {name: getattr(engine, name) for name in _OF_STEP}
