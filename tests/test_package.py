@@ -53,6 +53,7 @@ def test_builds_of_a_tested_version_pass(torch: str):
 
 @pytest.mark.parametrize("deepspeed, torch, outside", [
     ("0.18.9", "2.13.0+cpu", "deepspeed"),
+    ("0.19.7", "2.13.0+cpu", "deepspeed"),
     ("0.20.0", "2.13.0+cpu", "deepspeed"),
     ("0.19.8", "2.12.1", "torch"),
     ("0.19.8", "2.14.1", "torch"),

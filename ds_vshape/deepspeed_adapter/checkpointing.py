@@ -1,4 +1,4 @@
-"""DeepSpeed's activation checkpoints; read in DeepSpeed 0.19.4 to 0.19.8
+"""DeepSpeed's activation checkpoints; checked with DeepSpeed 0.19.8
 (runtime/activation_checkpointing/checkpointing.py)."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What DeepSpeed's checkpoints contain besides tensors, and the functions that write them.
 
-Read in DeepSpeed 0.19.4 to 0.19.8 (runtime/fp16/loss_scaler.py, runtime/zero/config.py, utils/tensor_fragment.py,
+Checked with DeepSpeed 0.19.8 (runtime/fp16/loss_scaler.py, runtime/zero/config.py, utils/tensor_fragment.py,
 checkpoint/utils.py).
 """
 

@@ -1,6 +1,6 @@
 """DeepSpeed's PipelineEngine, and the DeepSpeedEngine under it.
 
-Read in DeepSpeed 0.19.4 to 0.19.8 (runtime/pipe/engine.py, runtime/engine.py). Before 0.19.8 the engine makes its
+Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py). Before 0.19.8 the engine makes its
 schedules itself and takes the last pipeline rank for the one with the loss; here all versions ask `_train_schedule`,
 `_inference_schedule` and `_loss_stage_global_rank`, as 0.19.8 does.
 """

@@ -1,4 +1,4 @@
-"""DeepSpeed's PipelineModule; read in DeepSpeed 0.19.4 to 0.19.8 (runtime/pipe/module.py)."""
+"""DeepSpeed's PipelineModule; checked with DeepSpeed 0.19.8 (runtime/pipe/module.py)."""
 
 from __future__ import annotations
 

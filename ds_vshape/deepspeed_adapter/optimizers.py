@@ -1,6 +1,6 @@
 """What DeepSpeed's optimizers keep, and what their steps and reductions consist of.
 
-Read in DeepSpeed 0.19.4 to 0.19.8 (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py, runtime/fp16). Each class
+Checked with DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py, runtime/fp16). Each class
 here is one view of one kind of optimizer:
 
     Bf16Sums        BF16_Optimizer              where gradients add up

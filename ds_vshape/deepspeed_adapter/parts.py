@@ -1,6 +1,6 @@
 """DeepSpeed's private parts that this package overrides or uses, by name.
 
-Read in DeepSpeed 0.19.4 to 0.19.8. A method that DeepSpeed renames would be overridden in vain, and nothing would say
+Checked with DeepSpeed 0.19.8. A method that DeepSpeed renames would be overridden in vain, and nothing would say
 so; so all names are looked up before training starts. What only some of the tested versions have isn't listed.
 """
 

@@ -1,4 +1,4 @@
-"""The names of DeepSpeed's timers (runtime/pipe/engine.py, utils/timer.py); read in DeepSpeed 0.19.4 to 0.19.8."""
+"""The names of DeepSpeed's timers (runtime/pipe/engine.py, utils/timer.py); checked with DeepSpeed 0.19.8."""
 
 from deepspeed.runtime.pipe.engine import (BATCH_INPUT_TIMER, PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER,
                                            PIPE_SEND_GRAD_TIMER, PIPE_SEND_OUTPUT_TIMER)

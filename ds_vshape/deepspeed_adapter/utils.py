@@ -1,4 +1,4 @@
-"""Small functions of DeepSpeed's; read in DeepSpeed 0.19.4 to 0.19.8 (runtime/utils.py, runtime/config.py)."""
+"""Small functions of DeepSpeed's; checked with DeepSpeed 0.19.8 (runtime/utils.py, runtime/config.py)."""
 
 from __future__ import annotations
 

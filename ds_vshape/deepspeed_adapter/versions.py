@@ -14,7 +14,7 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 
 # setup.cfg requires the same ranges.
-TESTED = {"deepspeed": "==0.19.*", "torch": "==2.13.*"}
+TESTED = {"deepspeed": ">=0.19.8,<0.20", "torch": "==2.13.*"}
 ALLOW_UNTESTED_VARIABLE = "DS_VSHAPE_ALLOW_UNTESTED_VERSIONS"
 
 
