@@ -5,8 +5,7 @@
     "pipeline_schedule": {"name": "v-half", "partition": [0, 3, 5, 8, 10]}
 
 DeepSpeed ignores unknown top-level keys, so with a misspelt key a job would silently train under DeepSpeed's own
-schedule; `read_section` therefore refuses keys that look like this one. It doesn't check the schedule's name;
-`ds_vshape.schedule.named` does.
+schedule; `read_section` therefore refuses keys that look like this one.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ import hjson
 from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
                       TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
 from pydantic_core import PydanticCustomError
+
+from ds_vshape.schedule.named import ADAPTIVE, named
 
 KEY = "pipeline_schedule"
 ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
@@ -162,6 +163,16 @@ class ScheduleConfig(BaseModel):
 
     name: str = Field(min_length=1, max_length=100)
     """The schedule; `adaptive` plans one for the memory limit, and for measured times with `"times": "profile"`."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_schedule(cls, name: str) -> str:
+        try:
+            if name != ADAPTIVE:
+                named(name)
+        except ValueError as error:
+            raise PydanticCustomError(_BEYOND, "{told}", {"told": str(error)}) from None
+        return name
 
     memory_limit: Fraction | Bytes | None = None
     """The highest peak of activations that a rank may have: a fraction of 1F1B's peak on as many ranks, or bytes.

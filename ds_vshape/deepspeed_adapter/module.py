@@ -27,6 +27,13 @@ class StockModule(_stock.PipelineModule):  # type: ignore[misc]
         """Of the whole model."""
         return self._num_layers  # type: ignore[no-any-return]
 
+    def layers_of_type(self, pattern: str) -> list[int]:
+        """The layers whose class's name matches the regular expression `pattern`, in either case."""
+        try:
+            return self._find_layer_type(pattern)  # type: ignore[no-any-return]
+        except RuntimeError:  # It raises this if there is none.
+            return []
+
     @property
     def job_topology(self) -> Any:
         """The ranks' places."""

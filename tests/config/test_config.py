@@ -31,7 +31,7 @@ from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, ConfigError, Schedul
     ({"name": "v-min", "gradient_accumulation_fusion": False},
      ScheduleConfig(name="v-min", gradient_accumulation_fusion=False)),
     # Which names exist isn't known here.
-    ("any-name", ScheduleConfig(name="any-name")),
+    ("adaptive", ScheduleConfig(name="adaptive")),
     (None, None),
 ])
 def test_legal_sections(section: Any, expected: ScheduleConfig | None) -> None:
@@ -157,14 +157,17 @@ def test_a_file_that_is_no_object(text: str, message: str, tmp_path: Path) -> No
 # -- where it is looked for
 
 
+SOURCES = {"explicit": "gpipe", "environment": "zb-h1", "arguments": "v-half", "other": "v-min"}
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A config file for each source, named by its schedule; the environment names none yet."""
+    """A config file for each source, each with a schedule of its own; the environment names none yet."""
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     paths = {}
-    for name in ("explicit", "environment", "arguments", "other"):
+    for name, schedule in SOURCES.items():
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps({"pipeline_schedule": name}))
+        path.write_text(json.dumps({"pipeline_schedule": schedule}))
         paths[name] = str(path)
     return paths
 
@@ -176,16 +179,16 @@ def test_the_sources_in_their_order(files: dict[str, str], monkeypatch: pytest.M
 
     arguments = ["train.py", "--deepspeed_config", files["arguments"], "--lr", "0.1"]
     assert found(None, []) is None
-    assert found(None, arguments) == "arguments"
+    assert found(None, arguments) == SOURCES["arguments"]
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, files["environment"])
-    assert found(None, arguments) == "environment"
-    assert found(None, []) == "environment"
-    assert found(files["explicit"], arguments) == "explicit"
+    assert found(None, arguments) == SOURCES["environment"]
+    assert found(None, []) == SOURCES["environment"]
+    assert found(files["explicit"], arguments) == SOURCES["explicit"]
     assert found({"pipeline_schedule": "v-zb"}, arguments) == "v-zb"
     # An explicit config counts even where it hasn't the key: it is the one that will train.
     assert found({}, arguments) is None
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
-    assert found(None, arguments) == "arguments"
+    assert found(None, arguments) == SOURCES["arguments"]
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -201,7 +204,7 @@ def test_the_sources_in_their_order(files: dict[str, str], monkeypatch: pytest.M
 ])
 def test_the_command_line(arguments: list[str], expected: str | None, files: dict[str, str]) -> None:
     section = find_section(None, [argument.format(**files) for argument in arguments])
-    assert (section and section.name) == expected
+    assert (section and section.name) == SOURCES.get(expected or "")
 
 
 def test_a_missing_file_of_the_environment_is_an_error(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,4 +23,7 @@ def test_the_page_has_every_key() -> None:
 
 def test_the_page_has_every_method_that_deepspeeds_engine_has_not() -> None:
     added = {name for name in dir(PostValidatingEngine) if not name.startswith("_")} - set(dir(StockPipelineEngine))
-    assert {method.__name__ for method in ENGINE_METHODS} == added - INTERNAL
+    # What the adapter calls by names of its own is for the engine alone.
+    adapted = {name for one in PostValidatingEngine.__mro__ if "deepspeed_adapter" in one.__module__
+               for name in vars(one)}
+    assert {method.__name__ for method in ENGINE_METHODS} == added - INTERNAL - adapted

@@ -87,7 +87,8 @@ TRACE = ('must be {"batches": [first, last], "path": a folder}, where batches co
          "first")
 REFUSED: dict[str, Case] = {
     # The section.
-    "an unknown schedule": section("ValueError: there is no schedule 'v-haf'; did you mean 'v-half'?", "v-haf"),
+    "an unknown schedule": section("ConfigError: pipeline_schedule.name = 'v-haf': there is no schedule 'v-haf'; did "
+                                   "you mean 'v-half'?", "v-haf"),
     "an unknown key": section("ConfigError: unknown key pipeline_schedule.memory_limt = 0.5: did you mean "
                               "'memory_limit'?", memory_limt=0.5),
     "a misspelt section": (lambda: module_of({**STOCK, "pipeline_shedule": "v-half"}),

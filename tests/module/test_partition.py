@@ -306,6 +306,9 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
                              "PartitionError: the partition has 3 bounds"),
     "words for bounds in the config": (LAYERS, {"name": "v-half", "partition": ["0", "3"]}, {},
                                        "ConfigError: pipeline_schedule.partition = ['0', '3']: must be a method's"),
+    "a method that matches no layer": (LAYERS, "v-half", method("type:Foo"),
+                                       "PartitionError: the partition's method 'type:Foo' matches no layer: must match "
+                                       "one of "),
     "an unknown method": (LAYERS, "v-half", method("profiled"),
                           "PartitionError: the partition's method 'profiled' isn't known: must be"),
 }
