@@ -93,7 +93,8 @@ DIFFERENT: dict[str, tuple[Callable[[bool], Any], str]] = {
     "the schedule, with another placement": (with_keys(pipeline_schedule="1f1b"),
                                              must("pipeline_schedule.name", '"v-half"', '"1f1b"')),
     "a schedule that doesn't exist": (with_keys(pipeline_schedule="v-haf"),
-                                      must("pipeline_schedule.name", '"v-half"', '"v-haf"')),
+                                      "not all ranks can start: ConfigError: pipeline_schedule.name = 'v-haf': there "
+                                      "is no schedule 'v-haf'; did you mean 'v-half'?"),
     "the memory limit": (with_keys(pipeline_schedule={"name": "v-half", "memory_limit": 0.75}),
                          must("pipeline_schedule.memory_limit", "nothing", "0.75")),
     "the partition": (with_keys(pipeline_schedule={"name": "v-half", "partition": BOUNDS}),
