@@ -252,7 +252,8 @@ def count_work(rank: int, job: Job) -> tuple[int, int]:
     WeightGradientStore.run_next = lambda *of: (late.append(of), run_next(*of))[1]  # type: ignore[method-assign]
     Channels._start_sends = lambda *of: (sent.append(of), start_sends(*of))[1]  # type: ignore[method-assign]
     engine.train_batch(data(engine, 1))
-    return len(late), sum(len(tensors) for _, message, tensors in sent if message.channel.content is Content.GRADIENT)
+    return len(late), sum(len(tensors) for _, message, tensors, *_ in sent
+                          if message.channel.content is Content.GRADIENT)
 
 
 def test_nothing_is_done_for_what_is_not_trained() -> None:
