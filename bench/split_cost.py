@@ -31,6 +31,7 @@ from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatc
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from ds_vshape.deepspeed_adapter.optimizers import GradAccumSums
 from ds_vshape.models.gpt import Block, GPTConfig
 from ds_vshape.runtime.gradients import InGrad, InGradAccum
 from ds_vshape.split_backward import GradientAccumulator, SplitBackward, WeightGradientStore, WholeGradients
@@ -74,7 +75,7 @@ class Case:
         # What it asks DeepSpeed's optimizer for.
         optimizer: Any = SimpleNamespace(gradient_accumulation_dtype=DTYPES[self.sums],
                                          bit16_groups=[list(module.parameters())])
-        return InGradAccum(optimizer)
+        return InGradAccum(GradAccumSums(optimizer))
 
 
 class Contender:

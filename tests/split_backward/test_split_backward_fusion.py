@@ -20,6 +20,7 @@ from split_programs.steps import Scale
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_vshape.deepspeed_adapter.optimizers import GradAccumSums
 from ds_vshape.runtime.gradients import InGrad, InGradAccum
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
@@ -87,7 +88,7 @@ def test_a_sum_of_more_bits_than_the_products(case: Case) -> None:
     for parameter in module.parameters():
         parameter.grad_accum = None  # type: ignore[attr-defined]
     optimizer: Any = SimpleNamespace(gradient_accumulation_dtype=torch.float32, bit16_groups=[[*module.parameters()]])
-    backward(module, batches, InGradAccum(optimizer))
+    backward(module, batches, InGradAccum(GradAccumSums(optimizer)))
     for found, wanted in zip(gradients(module, "grad_accum"), expected, strict=True):
         assert found.dtype == torch.float32
         assert distance(found, wanted) < TOLERANCES[torch.bfloat16]
