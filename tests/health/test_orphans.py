@@ -41,11 +41,14 @@ for batch in range(10**6):
 PLANS = {"name": "adaptive", "memory_limit": 0.75, "planning_seconds": 600}
 
 
-def of_job(mark: str) -> Iterator[psutil.Process]:
-    """The processes that have the job's mark in their environment, as all have that one of them starts."""
+def of_job(mark: str, word: str = "") -> Iterator[psutil.Process]:
+    """The processes that have the job's mark in their environment, as all have that one of them starts; those with
+    `word` in their command."""
     for process in psutil.process_iter():
+        # It may end at any moment.
         with suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE and (
+                    not word or word in process.cmdline()):
                 yield process
 
 
@@ -64,12 +67,10 @@ def kill_rank(victim: int) -> Kill:
 def terminate_launcher(folder: Path, mark: str) -> None:
     """The process that started the ranks; the one that the user started would leave it running (DeepSpeed's runner.py).
     The planner is stopped meanwhile."""
-    for process in list(of_job(mark)):
-        if "ds_vshape.schedule.worker" in process.cmdline():
-            process.suspend()
-    for process in list(of_job(mark)):
-        if "deepspeed.launcher.launch" in process.cmdline():
-            process.terminate()
+    for process in list(of_job(mark, "ds_vshape.schedule.worker")):
+        process.suspend()
+    for process in list(of_job(mark, "deepspeed.launcher.launch")):
+        process.terminate()
 
 
 def kill_while(phase: str, section: object, kill: Kill, folder: Path) -> None:
@@ -83,7 +84,7 @@ def kill_while(phase: str, section: object, kill: Kill, folder: Path) -> None:
     def is_there() -> bool:
         if phase == "training":
             return all((folder / f"trains{rank}").exists() for rank in range(2))
-        return any("ds_vshape.schedule.worker" in process.cmdline() for process in of_job(mark))
+        return any(of_job(mark, "ds_vshape.schedule.worker"))
 
     with open(folder / "log", "w") as log:
         launcher = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log,
@@ -92,8 +93,8 @@ def kill_while(phase: str, section: object, kill: Kill, folder: Path) -> None:
         eventually(phase, is_there, 120)
         assert {int(path.read_text()) for path in pids} < {process.pid for process in of_job(mark)}
         kill(folder, mark)
-        assert launcher.wait(timeout=30) != 0
-        eventually("no process is left", lambda: not list(of_job(mark)), 10)
+        assert launcher.wait(timeout=60) != 0
+        eventually("no process is left", lambda: not list(of_job(mark)), 30)
     except BaseException:
         print((folder / "log").read_text()[-4000:])
         raise
