@@ -192,8 +192,10 @@ class Watch:
             self._phases.pop()
 
     def check(self, what: Callable[[], str] | None = None) -> None:
-        """Raise PeerLost if a rank is lost already."""
+        """Raise PeerLost if a rank is lost already, while this rank is at `what`, by default its innermost phase."""
         if self._loss is not None and not self._closed:
+            if what is None and self._phases:
+                what = self._phases[-1]
             raise self._peer_lost(self._told(self._loss), what)
 
     @contextmanager
