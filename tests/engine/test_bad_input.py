@@ -158,7 +158,7 @@ REFUSED: dict[str, Case] = {
     "a broken regular expression": options("PartitionError: the partition's method 'type:(' isn't a valid regular "
                                            "expression",
                                            partition_method="type:("),
-    "a type that no layer has": options("RuntimeError: Partitioning 'attention' found no valid layers",
+    "a type that no layer has": options("PartitionError: the partition's method 'type:Attention' matches no layer",
                                         partition_method="type:Attention"),
     "a profile of nothing": section("PartitionError: the partition 'profile' can't be measured: it needs an example",
                                     partition="profile"),
