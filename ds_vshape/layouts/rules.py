@@ -43,6 +43,10 @@ def section_of(kind: type[Kind], config: Any, name: str = "") -> Kind:
 
 
 def _check_schedule(job: Job) -> None:
+    # Before the section is read, which doesn't know that DeepSpeed's own engine is legal here.
+    name, legal = job.schedule.get("name"), [*SCHEDULES, ADAPTIVE, OWN_ENGINE]
+    if isinstance(name, str) and name not in legal:
+        raise ConfigError(f"schedule.name = {name!r}: {nearest(name, legal)}")
     section = job.section
     if section is None:
         others = [key for key, value in job.schedule.items() if value is not None and key != "name"]
@@ -50,9 +54,6 @@ def _check_schedule(job: Job) -> None:
             raise ConfigError(f"schedule.{others[0]} = {job.schedule[others[0]]!r}: DeepSpeed's own engine has none; "
                               f"legal with schedule={OWN_ENGINE}: name alone")
         return
-    if section.name not in (*SCHEDULES, ADAPTIVE):
-        legal = [*SCHEDULES, ADAPTIVE, OWN_ENGINE]
-        raise ConfigError(f"schedule.name = {section.name!r}: {nearest(section.name, legal)}")
     if section.partition is not None and not isinstance(section.partition, tuple):
         raise ConfigError(f"schedule.partition = {job.schedule['partition']!r}: must be a list of the first layer of "
                           "each stage with the number of layers, or null for stages by what layers cost")

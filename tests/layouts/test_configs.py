@@ -116,7 +116,7 @@ REFUSED = {
     "+schedule.memroy_limit=0.5": "unknown key schedule.memroy_limit = '0.5': did you mean 'memory_limit'?",
     "modle=tiny": "unknown key modle = 'tiny': did you mean 'model'?",
     "schedule=v-haf": "schedule = 'v-haf': did you mean 'v-half'? Legal: 1f1b, 1f1b-v, adaptive,",
-    "schedule.name=v_half": "schedule.name = 'v_half': there is no schedule 'v_half'; did you mean 'v-half'?",
+    "schedule.name=v_half": "schedule.name = 'v_half': did you mean 'v-half'?",
     "model=huge": "model = 'huge': Legal: 21b, 38.5b, 9.6b, 98.5b, quickstart, tiny",
     "parallel.pipe=0": "parallel.pipe = 0: must be greater than or equal to 1",
     "parallel.pipe=2.5": "parallel.pipe = 2.5: must be a valid integer",
