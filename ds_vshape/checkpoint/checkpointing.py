@@ -81,7 +81,7 @@ class SavingEngine(StockEngine):
         draft = Draft(str(save_dir), tag, self.module.preflight.gather({"id": new_id()})[0]["id"])
         try:
             self._on_keepers(draft.start)
-            self._on_keepers(partial(self._keep_layout, save_dir, draft.name))
+            self._on_keepers(draft.writing()(partial(self._keep_layout, save_dir, draft.name)))
             error = self._write(save_dir, draft.name, client_state, False, exclude_frozen_parameters)
             self._on_keepers(draft.check)
             self._reach(error)

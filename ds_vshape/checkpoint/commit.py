@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ds_vshape.checkpoint.errors import CheckpointError, replace_text
@@ -31,6 +31,8 @@ LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 # In a draft whose save goes on.
 _MARK = ".saving"
 _ID = "[0-9a-f]{16}"
+# What the operating system says where another save has moved files meanwhile.
+_OVERTAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 # What DeepSpeed and this package write into a checkpoint's folder.
 _OWN = re.compile(r".*states\.pt.*|pipeline_placement\.json|zero_to_(fp32|torch)\.py|offloaded_tensors|\.saving")
 
@@ -76,7 +78,18 @@ class Draft:
         for leftover in self._leftovers():
             self._remove(leftover)
         self._folder.mkdir()
-        (self._folder / _MARK).touch()
+        with self.writing():
+            (self._folder / _MARK).touch()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Where files or folders are missing or in the way because of another save, this is the error."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _OVERTAKEN and not (self._folder / _MARK).exists():
+                raise self._overtaken() from error
+            raise
 
     def check(self) -> None:
         """Raise CheckpointError if another save has removed it meanwhile."""
@@ -85,20 +98,13 @@ class Draft:
 
     def commit(self) -> None:
         """Put it in its place; to be called when all ranks have written their parts."""
-        try:
+        with self.writing():
             (self._folder / _MARK).unlink()
-        except FileNotFoundError:
-            raise self._overtaken() from None
-        if os.path.lexists(self._place):
-            self._remove(self._replaced)
-            os.rename(self._place, self._replaced)
-            self._gave_way = True
-        try:
+            if os.path.lexists(self._place):
+                self._remove(self._replaced)
+                os.rename(self._place, self._replaced)
+                self._gave_way = True
             os.rename(self._folder, self._place)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                raise self._overtaken() from error
-            raise
         self._committed = True
 
     def _overtaken(self) -> CheckpointError:
@@ -133,7 +139,8 @@ class Draft:
         """Remove a file, link or folder. A folder is renamed first, so that other writers find it gone at once."""
         if path.is_dir() and not path.is_symlink():
             gone_to = self._place.with_name(f"{self._place.name}.{new_id()}{DRAFT}")
-            os.rename(path, gone_to)
+            with suppress(FileNotFoundError):  # another save has removed it
+                os.rename(path, gone_to)
             shutil.rmtree(gone_to, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
