@@ -35,7 +35,8 @@ from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bounds_of, training_of
 from ds_vshape.measure.own_engine import OwnEngineClock
 from ds_vshape.models.gpt import GPTConfig, gpt_layers, loss_fn, seed_layer
-from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
+from ds_vshape.models.gpt_parallel import parallel_gpt_layers
+from ds_vshape.models.parallel_layers import tensor_group
 
 TRAINING_SEED = 1
 VALIDATION_SEED = 2

@@ -6,8 +6,6 @@
     mlp_in                         4 hidden x hidden   4 hidden / t x hidden
     mlp_out                        hidden x 4 hidden   hidden x 4 hidden / t, then an all-reduce
 
-The sum of a block's input gradients runs concurrently with a deferred weight gradient
-(ds_vshape/split_backward/tensor_parallel.py).
 Embedding, positions, norms and head are whole on every rank. A rank builds each block whole from the layer's seed and
 keeps its share, so that the model is the same one on any number of ranks.
 """
@@ -17,34 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.module_inject import set_autotp_mode
-from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, SubParamLinearLayer
+from deepspeed.module_inject.layers import LinearAllreduce
 from deepspeed.pipe import LayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor
-from torch.nn import functional
 
 from ds_vshape.models.gpt import Block, GPTConfig, gpt_layers
-from ds_vshape.split_backward.tensor_parallel import sum_gradient
-
-
-class _Column:
-    """A column parallel layer of DeepSpeed's whose input gradient doesn't hold up everything else."""
-
-    mp_group: Any
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(sum_gradient(x, self.mp_group), self.weight, self.bias)
-
-
-class ColumnLinear(_Column, LinearLayer):  # type: ignore[misc]
-    """Rows of a weight."""
-
-
-class SubParamColumnLinear(_Column, SubParamLinearLayer):  # type: ignore[misc]
-    """Rows of each of several weights that lie one after another."""
+from ds_vshape.models.parallel_layers import ColumnLinear, SubParamColumnLinear
 
 
 class ParallelBlock(Block):
@@ -66,12 +41,3 @@ class ParallelBlock(Block):
 def parallel_gpt_layers(config: GPTConfig, group: Any) -> list[LayerSpec]:
     """As `gpt_layers`, with the blocks on the ranks of `group`."""
     return [LayerSpec(ParallelBlock, config, group) if spec.typename is Block else spec for spec in gpt_layers(config)]
-
-
-def tensor_group(topology: PipeModelDataParallelTopology) -> Any:
-    """The process group of this rank's tensor parallel ranks (collective); DeepSpeed's layers train from now on."""
-    set_autotp_mode(training=True)
-    # Every rank takes part in making every group.
-    groups = {tuple(ranks): dist.new_group(ranks) for ranks in topology.get_axis_comm_lists("model")}
-    mine, = (group for ranks, group in groups.items() if dist.get_rank() in ranks)
-    return mine

@@ -17,12 +17,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from ds_vshape.models.hugging_face_forward import Arguments, BaseForward, HeadForward
 from ds_vshape.models.hugging_face_plan import Plan, PlannedModel
+from ds_vshape.models.hugging_face_tensor_parallel import Cut, TensorParallelPlan, share_random_state
+from ds_vshape.split_backward.tensor_parallel import sum_gradient
 
 try:
     from transformers import PreTrainedConfig
@@ -42,16 +45,20 @@ Flow = Tensor | tuple[Tensor, ...]
 
 
 def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
-                    plan: Plan | None = None) -> list[LayerSpec]:
+                    plan: Plan | None = None, tensor_group: Any = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
+
+    With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
+    logits [batch, length, vocab_size / ranks], for TensorParallelLoss. Collective over the group.
 
     Args:
         attention: the attention that transformers is to use, "sdpa" or "eager"; by default transformers chooses.
         plan: for a family that has none in transformers, in the form of its base_model_pp_plan: the modules of the
             base model in the order in which they run, each with what it takes and what it returns.
+        tensor_group: the process group of this rank's tensor parallel ranks (parallel_layers.tensor_group).
 
     Raises:
-        ValueError: for a model that can't be cut into these layers.
+        ValueError: for a model that can't be cut into these layers, or not over these ranks.
     """
     if getattr(config, "add_cross_attention", False):
         raise ValueError("add_cross_attention = True: must be False, a pipeline has a decoder alone")
@@ -60,7 +67,11 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
     if getattr(config, "layerdrop", 0):
         raise ValueError(f"layerdrop = {config.layerdrop}: must be 0, each stage would drop layers for itself")
     planned = PlannedModel(config, attention, plan)
-    shared = Shared(planned)
+    parallel = None
+    if tensor_group is not None and dist.get_world_size(tensor_group) > 1:
+        parallel = TensorParallelPlan(planned, tensor_group)
+        share_random_state(tensor_group)
+    shared = Shared(planned, parallel)
     if planned.is_tied:
         first: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, tied_weight_attr="module.weight")
         last: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, tied_weight_attr="module.weight",
@@ -91,8 +102,9 @@ class Shared:
     of the stage, and for all micro-batches where there is no mask.
     """
 
-    def __init__(self, planned: PlannedModel) -> None:
+    def __init__(self, planned: PlannedModel, parallel: TensorParallelPlan | None = None) -> None:
         self.planned = planned
+        self.parallel = parallel
         self.forward = BaseForward(planned)
         self.head = HeadForward(planned)
         self._layers = getattr(planned.owner, planned.layers)
@@ -110,12 +122,27 @@ class Shared:
 
     def held(self, *names: str) -> tuple[str, nn.Module]:
         """Modules of the base model, made to be trained, in one module; and where they are in the model."""
-        owner = self.planned.owner
-        modules = {name: self.planned.made(owner.get_submodule(name)) for name in names}
+        owner, owner_name = self.planned.owner, self.planned.owner_name
+        modules = {name: self.made(f"{owner_name}.{name}", owner.get_submodule(name)) for name in names}
         if len(modules) == 1:
             (name, module), = modules.items()
-            return f"{self.planned.owner_name}.{name}", module
-        return self.planned.owner_name, nn.ModuleDict(modules)
+            return f"{owner_name}.{name}", module
+        return owner_name, nn.ModuleDict(modules)
+
+    def made(self, name: str, module: nn.Module) -> nn.Module:
+        """This rank's share of a module of the model, which is at `name` there, to be trained."""
+        made: nn.Module = self.planned.made(module)
+        return made if self.parallel is None else self.parallel.cut(name, made)
+
+    def cut_of(self, weight: str) -> Cut | None:
+        """The share that this rank has of a weight, by its name in the model; None where it is whole."""
+        return None if self.parallel is None else self.parallel.cut_of(weight)
+
+    def whole(self, name: str, share: Tensor) -> Tensor | None:
+        """A weight whose share this rank has; None on all but the first of the tensor parallel ranks (collective)."""
+        if self.parallel is None:
+            return share
+        return self.parallel.whole(name, share)
 
     def arguments(self, index: int, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Arguments:
         """Of decoder layer `index`, besides the hidden states."""
@@ -153,7 +180,12 @@ class Tokens(Part):
     def logits(self, flow: Flow) -> Flow:
         """The head, where it is tied to the embedding."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return self.shared.head(lambda hidden: F.linear(hidden, weight), *_to_head(flow))
+        parallel = self.shared.parallel
+
+        def head(hidden: Tensor) -> Tensor:
+            return F.linear(hidden if parallel is None else sum_gradient(hidden, parallel.group), weight)
+
+        return self.shared.head(head, *_to_head(flow))
 
 
 class Positions(Part):
@@ -218,7 +250,7 @@ class Head(Part):
 
     def __init__(self, shared: Shared) -> None:
         planned = shared.planned
-        super().__init__(shared, planned.head, planned.made(planned.model.get_output_embeddings()))
+        super().__init__(shared, planned.head, shared.made(planned.head, planned.model.get_output_embeddings()))
 
     def forward(self, flow: Flow) -> Flow:
         return self.shared.head(self.module, *_to_head(flow))

@@ -1,6 +1,7 @@
 """Weights of a Hugging Face model in safetensors, to and from the layers of a pipeline.
 
-Each rank reads the tensors of its own layers and nothing else, and writes its own file:
+Each rank reads the tensors of its own layers and nothing else, of which tensor parallel ranks read their shares alone.
+Each pipeline rank writes its own file:
 
     config.json, tokenizer files      copied from the source, with the dtype of the weights
     model-00001-of-00004.safetensors  the layers of pipeline rank 0
@@ -17,6 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face import Part
+from ds_vshape.models.hugging_face import Part, Shared
+from ds_vshape.models.hugging_face_tensor_parallel import Cut
 
 try:
     from safetensors import safe_open
     from safetensors.torch import save_file
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (WeightConverter, WeightRenaming, WeightTransform, dot_natural_key,
-                                                 rename_source_key, revert_weight_conversion)
+    from transformers.core_model_loading import (Concatenate, MergeModulelist, WeightConverter, WeightRenaming,
+                                                 WeightTransform, dot_natural_key, rename_source_key,
+                                                 revert_weight_conversion)
 except ImportError as error:
     raise ImportError("weights of Hugging Face need safetensors: pip install 'ds-vshape[models]'") from error
 
@@ -67,13 +71,14 @@ class Checkpoint:
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)
 
-    def read(self, name: str, opened: ExitStack) -> Tensor:
-        """One tensor, and nothing else of its file, which `opened` keeps open."""
+    def read(self, name: str, opened: ExitStack, cut: Cut | None = None) -> Tensor:
+        """One tensor, or a share of it, and nothing else of its file, which `opened` keeps open."""
         path = self._file_of[name]
         if path not in self._open:
             self._open[path] = opened.enter_context(safe_open(self.folder / path, framework="pt"))
             opened.callback(self._open.pop, path)
-        return self._open[path].get_tensor(name)  # type: ignore[no-any-return]
+        file = self._open[path]
+        return file.get_tensor(name) if cut is None else cut.take(file.get_slice(name))
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -92,16 +97,19 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
     Raises:
         ValueError: if tensors are missing, or have other shapes than the config says.
     """
-    checkpoint, weights = Checkpoint(folder), named_weights(module)
-    own = {target: stored for target, stored in _stored(_model_of(module), checkpoint.names).items()
+    checkpoint, weights, shared = Checkpoint(folder), named_weights(module), _shared_by(module)
+    own = {target: stored for target, stored in _stored(shared.planned.model, checkpoint.names).items()
            if target in weights}
     missing = set(weights)
     with ExitStack() as opened, torch.no_grad():
         for stored in own.values():
-            for name, tensor in stored.tensors(lambda source: checkpoint.read(source, opened)).items():
+            read = partial(checkpoint.read, opened=opened)
+            for name, tensor in stored.tensors(read, shared.cut_of).items():
                 if tensor.shape != weights[name].shape:
-                    raise ValueError(f"{name} is {list(tensor.shape)} in {folder}, its config.json says "
-                                     f"{list(weights[name].shape)}")
+                    cut = shared.cut_of(name)
+                    found, wanted = ((list(shape) if cut is None else cut.of_shape(shape))
+                                     for shape in (tensor.shape, weights[name].shape))
+                    raise ValueError(f"{name} is {found} in {folder}, its config.json says {wanted}")
                 weights[name].copy_(tensor)
                 missing.discard(name)
     if missing:
@@ -120,14 +128,17 @@ def check_output(folder: Path) -> None:
 def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
     """Write the model of `module`, a PipelineModule of Parts, as a folder like `source`; to be called on every rank.
 
-    Weights have the dtype in which they are trained. A tied weight is written once, and one replica writes.
+    Weights have the dtype in which they are trained. A tied weight is written once, and one replica writes; the first
+    of tensor parallel ranks gathers the whole weights and writes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     grid, ranks = module.mpu(), module.num_pipeline_stages()
     shard = f"model-{module.stage_id + 1:05}-of-{ranks:05}.safetensors"
-    own = {name: tensor.detach().cpu() for name, tensor in named_weights(module).items()
-           if grid.data_parallel_id == 0 and not getattr(tensor, "ds_pipe_replicated", False)}
-    own = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(_model_of(module), own).items()}
+    shared = _shared_by(module)
+    own = {name: whole.cpu() for name, tensor in named_weights(module).items()
+           if grid.data_parallel_id == 0 and not getattr(tensor, "ds_pipe_replicated", False)
+           and (whole := shared.whole(name, tensor.detach())) is not None}
+    own = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(shared.planned.model, own).items()}
     if own:
         save_file(own, folder / shard, metadata={"format": "pt"})
     of_ranks = _of_all_ranks({name: (shard, tensor.nbytes) for name, tensor in own.items()})
@@ -154,12 +165,26 @@ class _Stored:
         self._transform: Any = transform  # transformers' types know of no tensors that are read later
         self.sources: dict[str, str] = {}  # and the pattern by which each was found
 
-    def tensors(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """By their names in the model."""
+    def tensors(self, read: Callable[..., Tensor], cut_of: Callable[[str], Cut | None]) -> dict[str, Tensor]:
+        """This rank's shares, by their names in the model. `read(source, cut=...)` gives what is in the file."""
+        of_source = self._cut_of_source(cut_of(self._target))
         for source, pattern in self.sources.items():
-            self._transform.add_tensor(self._target, source, pattern, partial(read, source))
+            self._transform.add_tensor(self._target, source, pattern, partial(read, source, cut=of_source))
         made = self._transform.convert(self._target, model=self._model, config=self._model.config)
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        tensors = {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        if of_source is not None:
+            return tensors
+        return {name: tensor if (cut := cut_of(name)) is None else cut.take(tensor)
+                for name, tensor in tensors.items()}
+
+    def _cut_of_source(self, cut: Cut | None) -> Cut | None:
+        """What to read of each source for a share of the target; None if the share can only be cut from the whole."""
+        if cut is None or type(self._transform) is WeightRenaming:
+            return cut
+        # Stacking experts, and putting the weights of each one after another, keeps rows and columns.
+        kept = all(isinstance(step, MergeModulelist) and step.dim == 0 or isinstance(step, Concatenate)
+                   and step.dim == 1 for step in self._transform.operations)
+        return replace(cut, pieces=1) if kept and cut.pieces == len(self._transform.source_patterns) else None
 
 
 def _stored(model: Any, names: Iterable[str]) -> dict[str, _Stored]:
@@ -182,9 +207,9 @@ def _stored(model: Any, names: Iterable[str]) -> dict[str, _Stored]:
     return stored
 
 
-def _model_of(module: nn.Module) -> Any:
-    """The transformers model, on the meta device, of which the layers are parts."""
-    return next(part.shared.planned.model for part in module.modules() if isinstance(part, Part))
+def _shared_by(module: nn.Module) -> Shared:
+    """What the layers share, the transformers model of which they are parts among it."""
+    return next(part.shared for part in module.modules() if isinstance(part, Part))
 
 
 def _of_all_ranks(own: Any) -> list[Any]:

@@ -10,7 +10,8 @@ from pipelines import LENGTH, Job, cross_entropy
 import ds_vshape
 import ds_vshape.split_backward.tensor_parallel
 from ds_vshape.models.gpt import GPTConfig
-from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
+from ds_vshape.models.gpt_parallel import parallel_gpt_layers
+from ds_vshape.models.parallel_layers import tensor_group
 
 PIPE, DATA, TENSOR = 2, 2, 2
 MODEL = GPTConfig(layers=4, hidden=8, heads=2, length=LENGTH)

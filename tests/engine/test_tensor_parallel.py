@@ -20,7 +20,8 @@ import ds_vshape.split_backward.tensor_parallel
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.health import failures
 from ds_vshape.models.gpt import GPTConfig, gpt_layers
-from ds_vshape.models.gpt_parallel import ParallelBlock, tensor_group
+from ds_vshape.models.gpt_parallel import ParallelBlock
+from ds_vshape.models.parallel_layers import tensor_group
 from ds_vshape.split_backward import WeightGradientStore, WholeGradients
 
 BATCHES = range(4)

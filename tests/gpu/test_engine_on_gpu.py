@@ -24,7 +24,8 @@ from torch import Tensor
 
 import ds_vshape
 from ds_vshape.models.gpt import GPTConfig
-from ds_vshape.models.gpt_parallel import parallel_gpt_layers, tensor_group
+from ds_vshape.models.gpt_parallel import parallel_gpt_layers
+from ds_vshape.models.parallel_layers import tensor_group
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES, MAX_CTAS, communicators_of_ranks
 from ds_vshape.schedule.named import SCHEDULES, build

@@ -1,0 +1,148 @@
+"""Hugging Face models on tensor parallel ranks against transformers' own models in one process, and against pipelines
+without tensor parallel ranks.
+
+Sums over ranks round otherwise than those in one product, so losses and weights are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, evaluate, model_config, tensors_in,
+                                 train_plainly)
+from pipelines import FP32_ZERO1
+from ranks import run_ranks
+from tiny_model import save_tiny_model, tiny_config
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ds_vshape
+from ds_vshape.models.hugging_face import PARTITION_METHOD, next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
+from ds_vshape.models.hugging_face_weights import load_weights, save_model
+from ds_vshape.models.parallel_layers import tensor_group
+from ds_vshape.split_backward import WholeGradients
+
+
+@dataclass(frozen=True)
+class Layout(Case):
+    """A training run on stages x tensor x replicas ranks."""
+
+    tensor: int = 2
+    replicas: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.stages * self.tensor * self.replicas
+
+    def module(self) -> Any:
+        config = AutoConfig.from_pretrained(self.folder)
+        topology = PipeModelDataParallelTopology(num_pp=self.stages, num_mp=self.tensor, num_dp=self.replicas)
+        group = tensor_group(topology)
+        module = ds_vshape.PipelineModule(
+            pipeline_layers(config, self.attention, tensor_group=group), topology=topology,
+            loss_fn=TensorParallelLoss(group) if self.tensor > 1 else next_token_loss,
+            partition_method=PARTITION_METHOD, config=self.job.ds_config())
+        assert load_weights(module, self.folder) == []
+        return module
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank came to; `in_w`: the names of the weights whose gradients came from W."""
+
+    losses: list[float]
+    evaluated: float
+    logits: Tensor
+    in_w: frozenset[str]
+
+
+def train(rank: int, layout: Layout, output: Path) -> Trained:
+    engine = layout.engine()
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    in_w: set[str] = set()
+    deliver = engine._deliver
+    engine._deliver = WholeGradients(lambda parameter, gradient: (in_w.add(names[parameter]),
+                                                                  deliver.add(parameter, gradient)))
+    replica = engine.grid.get_data_parallel_rank()
+
+    def batch(number: int) -> Any:
+        return iter([layout.micro_batch(number, place + replica * MICRO_BATCHES) for place in range(MICRO_BATCHES)])
+
+    losses = [float(engine.train_batch(batch(number))) for number in range(BATCHES)]
+    evaluated, outputs = engine.eval_batch(layout.batch(EVALUATED, 1), num_micro_batches=1, return_logits=True)
+    logits = torch.empty(0) if outputs is None else (outputs[0] if isinstance(outputs, tuple) else outputs)
+    save_model(engine.module, AutoConfig.from_pretrained(layout.folder), layout.folder, output)
+    return Trained(losses, float(evaluated), logits, frozenset(in_w))
+
+
+def trained(layout: Layout, output: Path) -> Trained:
+    """On all ranks, which must agree; the logits put together."""
+    ranks = run_ranks(layout.world, train, layout, output, timeout=300)
+    assert all((rank.losses, rank.evaluated) == (ranks[0].losses, ranks[0].evaluated) for rank in ranks)
+    with_logits = [rank.logits for rank in ranks if rank.logits.numel()]
+    whole = torch.cat(with_logits[:layout.tensor], -1)
+    assert {logits.shape[-1] for logits in with_logits} == {whole.shape[-1] // layout.tensor}, "never the whole logits"
+    return Trained(ranks[0].losses, ranks[0].evaluated, whole, frozenset().union(*(rank.in_w for rank in ranks)))
+
+
+def assert_alike(weights: dict[str, Tensor], oracle: dict[str, Tensor]) -> None:
+    assert weights.keys() == oracle.keys()
+    for name, value in oracle.items():
+        # Adam makes a twentieth of a step, at most, of a gradient that is nearly nothing but rounding.
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=5e-4, msg=lambda text: f"{name}: {text}")
+
+
+NAMES = ("llama", "llama-tied", "qwen3", "mixtral", "gemma2-tied")
+
+
+@pytest.mark.quick_cases("llama-tied", "mixtral")
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_train_what_transformers_trains(name: str, tmp_path: Path) -> None:
+    folder, output = tmp_path / "source", tmp_path / "output"
+    save_tiny_model(model_config(name), folder)
+    layout = Layout(folder, "v-half", stages=1, config=FP32_ZERO1)
+    ours, oracle = trained(layout, output), train_plainly(layout)
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert ours.losses == pytest.approx(oracle.losses, rel=1e-5)
+    assert_alike(dict(loaded.named_parameters()), oracle.weights)
+    loss, logits = evaluate(loaded, layout)
+    assert loss == pytest.approx(ours.evaluated, rel=1e-6)
+    torch.testing.assert_close(ours.logits, logits, rtol=1e-4, atol=1e-5)
+    assert tensors_in(output).keys() == tensors_in(folder).keys()
+    # The scales of norms and experts get their gradients in B, as without tensor parallel ranks.
+    of_layer = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    of_layer |= {"mlp.gate"} if name == "mixtral" else {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    assert {key.rpartition("module.")[2] for key in ours.in_w} == {"weight", *(f"{part}.weight" for part in of_layer)}
+
+
+def refused(rank: int, config: Any) -> str:
+    group = tensor_group(PipeModelDataParallelTopology(num_pp=1, num_mp=2, num_dp=1))
+    with pytest.raises(ValueError) as told:
+        pipeline_layers(config, tensor_group=group)
+    return str(told.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, message", [
+    (tiny_config("gpt2"), r"model_type = 'gpt2': transformers has no plan .*base_model_tp_plan.* must be a model with "
+                          "one, or have 1 tensor parallel rank instead of 2"),
+    (tiny_config("doge", is_moe=True), r"model_type = 'doge': its plan .* wants 'embedding_rowwise' for "
+                                       r"model.layers.0.mlp.\w+, .* isn't done; must be colwise, .* for a Linear"),
+    (tiny_config("deepseek_v2", num_key_value_heads=4), "wants 'mla_kv_a_proj' for .*; must be colwise"),
+    (tiny_config("llama", num_key_value_heads=1), "num_key_value_heads = 1: must be a multiple of the 2 tensor"),
+    (tiny_config("llama", heads=3, hidden=24, num_key_value_heads=1), "num_attention_heads = 3: must be a multiple"),
+    (tiny_config("llama", intermediate_size=65), r"65 in the shape \[65, 32\] of model.layers.0.mlp.gate_proj.weight "
+                                                 "must be a multiple of the 2 tensor parallel ranks"),
+    (tiny_config("llama", vocab_size=257), "vocab_size = 257: must be a multiple of the 2 tensor parallel ranks"),
+])
+def test_models_that_the_ranks_cannot_share_are_refused(config: Any, message: str) -> None:
+    """On every rank."""
+    for told in run_ranks(2, refused, config):
+        assert re.search(message, told), told
