@@ -42,6 +42,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
     parser.add_argument("--attention", choices=["sdpa", "eager"], help="by default transformers chooses")
+    parser.add_argument("--experts", choices=["grouped_mm", "batched_mm", "eager"],
+                        help="how the experts of a mixture are computed; by default transformers chooses")
     parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return deepspeed.add_config_arguments(parser).parse_args(words)
@@ -67,7 +69,7 @@ def finetune(args: argparse.Namespace) -> Result:
     check_output(args.output)
     config = AutoConfig.from_pretrained(args.model)
     # seed_layers: dropout then doesn't depend on the order of the passes.
-    module = ds_vshape.PipelineModule(pipeline_layers(config, args.attention),
+    module = ds_vshape.PipelineModule(pipeline_layers(config, args.attention, experts=args.experts),
                                       num_stages=args.stages or torch.distributed.get_world_size(),
                                       loss_fn=next_token_loss,
                                       partition_method=PARTITION_METHOD,

@@ -45,7 +45,7 @@ Flow = Tensor | tuple[Tensor, ...]
 
 
 def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
-                    plan: Plan | None = None, tensor_group: Any = None) -> list[LayerSpec]:
+                    plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
@@ -56,6 +56,8 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
         plan: for a family that has none in transformers, in the form of its base_model_pp_plan: the modules of the
             base model in the order in which they run, each with what it takes and what it returns.
         tensor_group: the process group of this rank's tensor parallel ranks (parallel_layers.tensor_group).
+        experts: how transformers is to compute the experts of a mixture, "grouped_mm", "batched_mm" or "eager"; by
+            default transformers chooses.
 
     Raises:
         ValueError: for a model that can't be cut into these layers, or not over these ranks.
@@ -66,7 +68,7 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
         raise ValueError("the config has a quantization_config: quantized weights can't be trained")
     if getattr(config, "layerdrop", 0):
         raise ValueError(f"layerdrop = {config.layerdrop}: must be 0, each stage would drop layers for itself")
-    planned = PlannedModel(config, attention, plan)
+    planned = PlannedModel(config, attention, plan, experts)
     parallel = None
     if tensor_group is not None and dist.get_world_size(tensor_group) > 1:
         parallel = TensorParallelPlan(planned, tensor_group)

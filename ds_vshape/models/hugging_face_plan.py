@@ -63,12 +63,14 @@ class PlannedModel:
     Args:
         attention: "sdpa" or "eager"; by default transformers chooses.
         plan: instead of transformers' or ours.
+        experts: "grouped_mm", "batched_mm" or "eager"; by default transformers chooses.
 
     Raises:
         ValueError: for a model without a plan, and for one that can't be cut by its plan.
     """
 
-    def __init__(self, config: PreTrainedConfig, attention: str | None = None, plan: Plan | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, attention: str | None = None, plan: Plan | None = None,
+                 experts: str | None = None) -> None:
         plan = plan or getattr(config, "base_model_pp_plan", None) or PLANS.get(config.model_type)
         if plan is None:
             raise ValueError(
@@ -79,7 +81,8 @@ class PlannedModel:
                 "(['hidden_states'], ['hidden_states'])}")
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
+                copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention,
+                experts_implementation=experts)
         self.config = self.model.config
         self.model_type = config.model_type
         base: Any = self.model.base_model

@@ -1,11 +1,13 @@
 """The B/W split: a backward that gives input gradients at once and leaves weight gradients for later.
 
     store.py        what waits between B and W
+    targets.py      what a gradient is the gradient of: a parameter, a part of one, a cast
     weights.py      which tensors take part
     ownership.py    which tensors others may write to before W
     function.py     SplitFunction, an autograd Function in two halves; the base of user kernels and of the built-in ones
     accumulate.py   gradients added to a sum in place
-    matrix.py       linear, matmul, mm, bmm, addmm, embedding
+    matrix.py       linear, matmul, mm, addmm, embedding
+    batched.py      bmm, grouped products, indexing: the experts of a mixture in one tensor
     convolution.py  conv1d, conv2d, conv3d
     norms.py        layer_norm, rms_norm
     casts.py        autocast's casts of the operands, made ahead of the operator

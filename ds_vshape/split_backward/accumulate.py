@@ -35,6 +35,19 @@ def add_batched_product(sums: Tensor | None, left: Tensor, right: Tensor) -> boo
     return True
 
 
+def add_grouped_product(sums: Tensor | None, left: Tensor, right: Tensor, ends: Tensor) -> bool:
+    """sums (e, n, m)[i] += left (n, s)[:, group i] @ right (s, m)[group i], where group i is ends[i - 1] to ends[i]."""
+    # On other devices the host would have to wait for the ends.
+    if sums is None or sums.device.type != "cpu" or not sums.dtype == left.dtype == right.dtype:
+        return False
+    start = 0
+    for matrix, end in zip(sums, ends.tolist()):
+        if end > start:
+            matrix.addmm_(left[:, start:end], right[start:end])
+        start = end
+    return True
+
+
 def add_rows(sums: Tensor | None, indices: Tensor, rows: Tensor, skipped: int) -> bool:
     """sums (v, h)[indices (...)] += rows (..., h), except where the index is `skipped`.
 

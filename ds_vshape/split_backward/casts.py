@@ -6,7 +6,8 @@ cast. A split operator needs the casts themselves, since W multiplies them. Here
 
     products, convolutions    every operand of the device, unless it's of 64 bits, becomes autocast's dtype
     norms                     32 bits on a GPU; as they are on a CPU
-    embedding                 as it is, and so are functions of the user's own
+    embedding, grouped        as they are, and so are functions of the user's own
+    products, indexing
 
 A 32-bit leaf that wants a gradient is cast once while autocast's cache lives: until the outermost context ends. The
 gradients of all uses of that cast add up in the low precision, and their sum is cast back. Anything else is cast at
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_vshape.split_backward.function import apply_split_function
-from ds_vshape.split_backward.weights import Cast, is_deferrable, is_plain, is_transposed_weight
+from ds_vshape.split_backward.targets import Cast
+from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_transposed_weight, target_of
 
 # Devices whose rules are known here, with their dispatch keys.
 _DISPATCH_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -39,7 +41,11 @@ _LOW_PRECISION: frozenset[Callable[..., Any]] = frozenset({
 })
 _WHERE_REGISTERED_32_BITS = {torch.nn.functional.layer_norm: "aten::layer_norm",
                              torch.nn.functional.rms_norm: "aten::rms_norm"}
-_AS_THEY_ARE: frozenset[Callable[..., Any]] = frozenset({torch.nn.functional.embedding, apply_split_function})
+_AS_THEY_ARE: frozenset[Callable[..., Any]] = frozenset({
+    torch.nn.functional.embedding,
+    *(torch._grouped_mm, Tensor.__getitem__),
+    apply_split_function,
+})
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -99,7 +105,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     if made is None:
         made = tensor.to(dtype)
         if is_deferrable(tensor):
-            Cast.mark(made, tensor)  # type: ignore[arg-type]
+            Cast.mark(made, target_of(tensor))
         casts[tensor] = made
     return made
 

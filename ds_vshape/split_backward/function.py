@@ -24,8 +24,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ds_vshape.split_backward.autocast import enabled_autocast
 from ds_vshape.split_backward.ownership import is_shared, own_copy, saved_is_shared
 from ds_vshape.split_backward.store import Entry, OperatorBuffers, WeightGradientStore
-from ds_vshape.split_backward.weights import (Target, has_hooks, has_post_hooks, is_deferrable, node_has_hooks,
-                                              parameter_of, target_of)
+from ds_vshape.split_backward.targets import Target, parameter_of
+from ds_vshape.split_backward.weights import has_hooks, has_post_hooks, is_deferrable, node_has_hooks, target_of
 
 # What stands in for a torch function: takes the store and then the same arguments; NotImplemented leaves the call to
 # autograd.
@@ -42,7 +42,7 @@ class Deferral(NamedTuple):
     targets: tuple[Target | None, ...]
     # The positions of the arguments that are tensors: the node has one edge for each.
     tensors: tuple[int, ...]
-    # Of each weight: the parameter, the argument (itself, its transpose or a cast) and the node's edge.
+    # Of each weight: the parameter, the argument (itself, its transpose or what was made of it) and the node's edge.
     edges: tuple[tuple[Parameter, Tensor, int], ...]
 
 
@@ -235,7 +235,7 @@ def _only_adds(parameter: Parameter, node: Any) -> bool:
     """
     if not parameter.requires_grad or has_hooks(parameter):
         return False
-    # Between a transpose or a cast and its parameter there are nodes of theirs.
+    # Between a transpose, a part or a cast and its parameter there are nodes of theirs.
     while getattr(node, "variable", None) is not parameter:
         if node_has_hooks(node):
             return False

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_vshape.split_backward.accumulate import add_batched_product, add_product, add_rows
+from ds_vshape.split_backward.accumulate import add_product, add_rows
+from ds_vshape.split_backward.batched import batched_product
 from ds_vshape.split_backward.function import Operators, SplitFunction
 from ds_vshape.split_backward.store import OperatorBuffers, WeightGradientStore
 from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_plain_bias, is_transposed_weight
 
 # As they are now: DeepSpeed's flops profiler wraps the names in torch for a while, and has counted the call that led
 # here already.
-_mm, _addmm, _bmm = torch.mm, torch.addmm, torch.bmm
+_mm, _addmm = torch.mm, torch.addmm
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -200,34 +201,6 @@ class LeftMatMul(SplitFunction):
         return None if added else cls.backward_weight(ctx, gradient)
 
 
-class BatchMatMul(SplitFunction):
-    """x (b, n, k), weight (b, k, m) -> x weight for each of b, (b, n, m)."""
-
-    weight_arguments = (1,)
-    saved_for_weight = (0,)
-    differentiable_twice = True
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        return _bmm(x, weight)
-
-    @staticmethod
-    def backward_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _, weight = ctx.saved_tensors
-        return (gradient.bmm(weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None), None
-
-    @staticmethod
-    def backward_weight(ctx: Any, gradient: Tensor) -> Tensor:
-        x: Tensor = ctx.saved_tensors[0]
-        return x.transpose(1, 2).bmm(gradient)
-
-    @classmethod
-    def accumulate_weight(cls, ctx: Any, buffers: OperatorBuffers, gradient: Tensor) -> Tensor | None:
-        added = add_batched_product(buffers[0], ctx.saved_tensors[0].transpose(1, 2), gradient)
-        return None if added else cls.backward_weight(ctx, gradient)
-
-
 class Embedding(SplitFunction):
     """indices (...), weight (v, h), padding_idx (-1 for none) -> the rows of weight, (..., h)."""
 
@@ -294,21 +267,14 @@ def matmul(store: WeightGradientStore, input: Any = None, other: Any = None, *re
             return _on_rows(store, function, input, other, None, other.size(1))
         if input.dim() == 2 and is_deferrable(input):
             return LeftMatMul.apply_split(store, input, other)
-    elif other.dim() == 3 and input.dim() == 3 and input.size(0) == other.size(0) and is_deferrable(other):
-        return BatchMatMul.apply_split(store, input, other)
+    elif other.dim() == input.dim() == 3 and input.size(0) == other.size(0):
+        return batched_product(store, input, other)
     return NotImplemented
 
 
 def mm(store: WeightGradientStore, input: Any = None, mat2: Any = None, *rest: Any, **others: Any) -> Any:
     """torch.mm with one operand a weight."""
     if not (is_plain(input) and is_plain(mat2) and input.dim() == mat2.dim() == 2):
-        return NotImplemented
-    return matmul(store, input, mat2, *rest, **others)
-
-
-def bmm(store: WeightGradientStore, input: Any = None, mat2: Any = None, *rest: Any, **others: Any) -> Any:
-    """torch.bmm with the right operand a weight."""
-    if not (is_plain(input) and is_plain(mat2) and input.dim() == mat2.dim() == 3):
         return NotImplemented
     return matmul(store, input, mat2, *rest, **others)
 
@@ -389,8 +355,6 @@ MATRIX_PRODUCTS: Operators = {
     Tensor.matmul: matmul,
     torch.mm: mm,
     Tensor.mm: mm,
-    torch.bmm: bmm,
-    Tensor.bmm: bmm,
     torch.addmm: addmm,
     Tensor.addmm: addmm,
     torch.nn.functional.embedding: embedding,

@@ -15,10 +15,12 @@ linear layer goes with its weight: the output gradient is kept anyway.
 
 from __future__ import annotations
 
+from ds_vshape.split_backward.batched import BATCHED_PRODUCTS
 from ds_vshape.split_backward.convolution import CONVOLUTIONS
 from ds_vshape.split_backward.function import Operators, apply_split_function, split_function
 from ds_vshape.split_backward.matrix import MATRIX_PRODUCTS
 from ds_vshape.split_backward.norms import NORM_OPERATORS
 
-MATRIX_OPERATORS: Operators = {**MATRIX_PRODUCTS, **CONVOLUTIONS, apply_split_function: split_function}
+MATRIX_OPERATORS: Operators = {**MATRIX_PRODUCTS, **BATCHED_PRODUCTS, **CONVOLUTIONS,
+                               apply_split_function: split_function}
 ALL_OPERATORS: Operators = {**MATRIX_OPERATORS, **NORM_OPERATORS}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_vshape.split_backward.autocast import autocast_as, is_autocast_enabled
-from ds_vshape.split_backward.weights import Cast, Target, parameter_of
+from ds_vshape.split_backward.targets import Cast, Part, Selection, Target, becomes_whole, parameter_of, shape_of
 
 if TYPE_CHECKING:
     from ds_vshape.split_backward.function import HalfContext, SplitFunction
@@ -75,7 +75,7 @@ class Entry:
     @property
     def weights(self) -> int:
         """The number of elements of its gradients."""
-        return sum(parameter_of(target).numel() for target in self.targets if target is not None)
+        return sum(shape_of(target).numel() for target in self.targets if target is not None)
 
     def tensors(self) -> Iterator[Tensor]:
         """What it keeps alive; parts of one memory may come more than once, and weights are among them."""
@@ -88,7 +88,7 @@ class Entry:
         """The gradient of each target, in a memory layout that may be kept as `parameter.grad`; None where it has been
         added to the delivery's buffer."""
         self.check_unmodified()
-        buffers = tuple(None if target is None else delivery.buffer(parameter_of(target)) for target in self.targets)
+        buffers = tuple(None if target is None else _buffer(target, delivery) for target in self.targets)
         if self.autocast or is_autocast_enabled():
             with autocast_as(self.autocast):
                 gradients = self.function.accumulate_weight(self.context, buffers, *self.output_gradients)
@@ -109,19 +109,27 @@ class Entry:
     def _own(self, target: Target, gradient: Tensor) -> Tensor:
         """`gradient`, copied where autograd would copy it before it becomes `parameter.grad`: when it is of another
         dtype, its memory is also used elsewhere, or it is laid out unlike the parameter."""
-        parameter = parameter_of(target)
-        if gradient.shape != parameter.shape:
+        if gradient.shape != shape_of(target):
             raise RuntimeError(
                 f"{self.function.__name__}.backward_weight gave a gradient of shape {tuple(gradient.shape)} for a "
-                f"parameter of shape {tuple(parameter.shape)}"
+                f"parameter of shape {tuple(shape_of(target))}"
             )
-        if gradient.dtype == target.dtype and gradient.stride() == parameter.stride() and not any(
+        like = parameter_of(target) if becomes_whole(target) else gradient
+        if gradient.dtype == target.dtype and gradient.stride() == like.stride() and not any(
             torch._C._is_alias_of(gradient, other)  # type: ignore[attr-defined]
             for other in (*self.output_gradients, *self.context.saved_tensors)
             if other is not None
         ):
             return gradient
-        return torch.empty_like(parameter, dtype=target.dtype, requires_grad=False).copy_(gradient)
+        return torch.empty_like(like, dtype=target.dtype, requires_grad=False).copy_(gradient)
+
+
+def _buffer(target: Target, delivery: GradientAccumulator) -> Tensor | None:
+    """Where a gradient of `target` may be added in place: in the delivery's sum for the parameter, if there is one."""
+    if isinstance(target, Parameter):
+        return delivery.buffer(target)
+    sums = _buffer(target.of, delivery)
+    return None if sums is None else target.within(sums)
 
 
 class WeightGradientStore:
@@ -134,7 +142,7 @@ class WeightGradientStore:
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque()
-        # Of a parameter: its uses, a cast being one. Of a cast: the operators that were given it.
+        # Of a parameter: its uses, what was made of it being one. Of that: the operators that were given it.
         self._uses: dict[Target, int] = {}
         self._partial_sums: dict[Target, Tensor] = {}
         self._weights_left = 0
@@ -167,8 +175,8 @@ class WeightGradientStore:
     def _add_use(self, target: Target) -> None:
         uses = self._uses.get(target, 0)
         self._uses[target] = uses + 1
-        if isinstance(target, Cast) and not uses:
-            self._add_use(target.parameter)
+        if not isinstance(target, Parameter) and not uses:
+            self._add_use(target.of)
 
     @contextmanager
     def set_deferring(self, deferring: bool) -> Iterator[None]:
@@ -226,11 +234,25 @@ class WeightGradientStore:
                 self._partial_sums[target] = total
             return
         del self._uses[target]
-        if isinstance(target, Cast):
-            parameter = target.parameter
-            self._finish_use(parameter, None if total is None else total.to(parameter.dtype), delivery)
-        elif total is not None:
-            delivery.add(target, total)
+        if isinstance(target, Parameter):
+            if total is not None:
+                delivery.add(target, total)
+            return
+        if total is not None and not _add_into_buffer(target, total, delivery):
+            self._partial_sums[target.of] = target.add_to(self._partial_sums.get(target.of), total)
+        self._finish_use(target.of, None, delivery)
+
+
+def _add_into_buffer(target: Cast | Part | Selection, total: Tensor, delivery: GradientAccumulator) -> bool:
+    """Add the gradient of some elements of a parameter to the delivery's sum, if there is one: a gradient of the whole
+    would be mostly zeros."""
+    if isinstance(target, Cast):
+        return False
+    sums = delivery.buffer(target.of)
+    if sums is None:
+        return False
+    target.add_in_place(sums, total)
+    return True
 
 
 def _nothing() -> None:

@@ -9,66 +9,40 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_vshape.split_backward.targets import Cast, Made, Target, made_from, parameter_of
 
-class Cast:
-    """One cast of a parameter, or of its transpose, as autocast multiplies it: the gradients of its uses add up in
-    `dtype` before their sum is cast back."""
-
-    __slots__ = ("dtype", "parameter", "transposed")
-
-    def __init__(self, parameter: Parameter, dtype: torch.dtype, transposed: bool) -> None:
-        self.parameter, self.dtype, self.transposed = parameter, dtype, transposed
-
-    @classmethod
-    def mark(cls, values: Tensor, parameter: Parameter, transposed: bool = False) -> Tensor:
-        """`values`, known from now on for a cast of `parameter` (recorded by autograd) or of its transpose."""
-        setattr(values, _CAST, cls(parameter, values.dtype, transposed))
-        return values
-
-
-# Whose gradient waits: the sums of a parameter, or of one cast of it.
-Target = Parameter | Cast
 
 _PLAIN_TYPES = (Tensor, Parameter)
-# Attributes: of a cast, and of Parameters whose gradients are autograd's business.
-_CAST = "ds_vshape_cast"
+# The attribute of Parameters whose gradients are autograd's business.
 _NEVER_DEFERRED = "ds_vshape_never_deferred"
 # In a node's metadata, which torch itself uses for anomaly detection only.
 _HOOKS = "ds_vshape: hooks"
 
 
-def parameter_of(target: Target) -> Parameter:
-    """The parameter that the gradient is for in the end."""
-    return target.parameter if isinstance(target, Cast) else target
-
-
 def is_deferrable(weight: Any) -> bool:
     """Whether the gradient of `weight` may be handed over in W instead of by autograd in B.
 
-    It must be a trainable Parameter (a leaf that isn't one may be the stage's input) or a cast of one, not one of
-    `never_defer`'s, and must carry no hook that expects autograd to produce its gradient. DeepSpeed's own hooks (ZeRO,
-    BF16_Optimizer) don't count: the delivery of the gradient does their work.
+    It must be a trainable Parameter (a leaf that isn't one may be the stage's input) or made of one (targets.py), not
+    one of `never_defer`'s, and must carry no hook that expects autograd to produce its gradient. DeepSpeed's own hooks
+    (ZeRO, BF16_Optimizer) don't count: the delivery of the gradient does their work.
     """
     if type(weight) is not Parameter:
-        cast = _cast_of(weight)
-        return cast is not None and not cast.transposed and is_deferrable(cast.parameter)
+        made = made_from(weight) if isinstance(weight, Tensor) else None
+        return made is not None and not _is_cast_transpose(made) and is_deferrable(parameter_of(made))
     if not weight.requires_grad or has_hooks(weight) or _NEVER_DEFERRED in weight.__dict__:
         return False
     return weight.is_floating_point()  # The operators' formulas leave out the conjugates of complex numbers.
 
 
-def _cast_of(weight: Any) -> Cast | None:
-    """What `weight` is a cast of; None where the gradient of the cast itself is asked for."""
-    cast: Cast | None = getattr(weight, _CAST, None)
-    return None if cast is None or weight._backward_hooks or weight.retains_grad else cast
-
-
 def target_of(weight: Tensor) -> Target:
     """Where the gradient of a deferrable weight, or of the transpose of one, adds up."""
-    cast = _cast_of(weight)
-    if cast is not None:
-        return cast
-    return weight if isinstance(weight, Parameter) else weight._base  # type: ignore[return-value]
+    if isinstance(weight, Parameter):
+        return weight
+    return made_from(weight) or weight._base  # type: ignore[return-value]
+
+
+def _is_cast_transpose(made: Made) -> bool:
+    return isinstance(made, Cast) and made.transposed
 
 
 def never_defer(weight: Parameter) -> None:
@@ -140,20 +114,24 @@ def is_plain_bias(bias: Any, size: int) -> bool:
 
 def is_transposed_weight(matrix: Tensor) -> bool:
     """Whether `matrix` is the transpose of a weight, as in x @ weight.t(), or a cast of one, whose gradient may be
-    deferred."""
-    cast = _cast_of(matrix)
-    if cast is not None:
-        return cast.transposed and is_deferrable(cast.parameter)
+    deferred; of a batch of matrices, the transpose of each."""
     weight: Any = matrix._base
     view = matrix.grad_fn
-    if view is None or type(weight) is not Parameter or not is_deferrable(weight):
+    if type(weight) is not Parameter:
+        made = made_from(matrix)
+        return made is not None and _is_cast_transpose(made) and is_deferrable(parameter_of(made))
+    if view is None or weight.dim() < 2 or not is_deferrable(weight):
         return False
     if matrix._backward_hooks or matrix.retains_grad:
         return False  # someone expects a gradient of the view itself
     return (
-        matrix.shape == weight.shape[::-1]
-        and matrix.stride() == weight.stride()[::-1]
+        matrix.shape == _transposed(weight.shape)
+        and matrix.stride() == _transposed(weight.stride())
         and matrix.storage_offset() == weight.storage_offset()
         # not a view of a view, nor one that someone wrote to
         and getattr(view.next_functions[0][0], "variable", None) is weight
     )
+
+
+def _transposed(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*sizes[:-2], sizes[-1], sizes[-2])

@@ -16,14 +16,14 @@ from pipelines import Job
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_model import tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
 from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, DecoderLayer, next_token_loss,
                                            pipeline_layers)
 from ds_vshape.models.hugging_face_weights import load_weights, named_weights, save_model
-from ds_vshape.split_backward import WholeGradients
+from ds_vshape.split_backward import GradientAccumulator
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 # Layers alternate between attention over everything and over the last four tokens.
@@ -59,6 +59,10 @@ EVALUATED = 100  # the number of a batch that no training sees
 USED_TOKENS = 9  # of 256, which is soon learnt
 
 
+def is_of_norm(parameter: str) -> bool:
+    return "norm" in parameter or ".ln_" in parameter
+
+
 def model_config(name: str) -> Any:
     return tiny_config(name.partition("-")[0], LAYERS, **CONFIGS[name])
 
@@ -81,6 +85,7 @@ class Case:
     schedule: Any
     stages: int = 2
     attention: str | None = None
+    experts: str | None = None
     with_positions: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     checkpointing: int = 0
@@ -107,8 +112,9 @@ class Case:
     def module(self) -> Any:
         """With the weights of the folder (collective)."""
         config = AutoConfig.from_pretrained(self.folder)
-        module = ds_vshape.PipelineModule(pipeline_layers(config, self.attention), num_stages=self.stages,
-                                          loss_fn=next_token_loss, partition_method=PARTITION_METHOD,
+        layers = pipeline_layers(config, self.attention, experts=self.experts)
+        module = ds_vshape.PipelineModule(layers, num_stages=self.stages, loss_fn=next_token_loss,
+                                          partition_method=PARTITION_METHOD,
                                           activation_checkpoint_interval=self.checkpointing,
                                           checkpointable_layers=CHECKPOINTABLE_LAYERS, config=self.job.ds_config())
         assert load_weights(module, self.folder) == []
@@ -143,9 +149,7 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     weights = named_weights(engine.module)
     in_w: set[Any] = set()
     if case.schedule is not None:
-        deliver = engine._deliver
-        engine._deliver = WholeGradients(lambda parameter, gradient: (in_w.add(parameter),
-                                                                      deliver.add(parameter, gradient)))
+        engine._deliver = _Recorded(engine._deliver, in_w)
     forwards = []
     for layer in engine.module.modules():
         if isinstance(layer, DecoderLayer):
@@ -158,6 +162,22 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     return Outcome(losses, float(evaluated), {name: value.detach().clone() for name, value in weights.items()},
                    logits,
                    frozenset(name for name, parameter in weights.items() if parameter not in in_w), len(forwards))
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """`delivery`, with a note of the parameters that it was given gradients of, or a place to add them."""
+
+    delivery: GradientAccumulator
+    parameters: set[Any]
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor, /) -> None:
+        self.parameters.add(parameter)
+        self.delivery.add(parameter, gradient)
+
+    def buffer(self, parameter: nn.Parameter, /) -> Tensor | None:
+        self.parameters.add(parameter)
+        return self.delivery.buffer(parameter)
 
 
 def pipelines_of(cases: list[tuple[Case, Path | None]], world: int = 2) -> list[Outcome]:
@@ -191,7 +211,8 @@ def evaluate(model: Any, case: Case) -> tuple[float, Tensor]:
 
 
 def train_plainly(case: Case) -> Outcome:
-    model = AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation=case.attention).train()
+    model = AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation=case.attention,
+                                                 experts_implementation=case.experts).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # DeepSpeed takes "Adam" for AdamW.
     losses = []
     for batch in range(BATCHES):

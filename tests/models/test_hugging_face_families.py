@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.pipe import TiedLayerSpec
-from hugging_face_models import (CONFIGS, Case, Outcome, evaluate, model_config, pipelines_of, tensors_in,
+from hugging_face_models import (CONFIGS, Case, Outcome, evaluate, is_of_norm, model_config, pipelines_of, tensors_in,
                                  train_plainly)
 from tiny_model import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -78,11 +78,9 @@ def test_trains_what_transformers_trains(name: str, tmp_path: Path) -> None:
         oracle = train_plainly(case)
         assert_trained_alike(outcome, oracle, is_exact(case))
         if case.schedule is not None:
-            # The scales and shifts of norms stay in B, and experts, whose tokens aren't all; all else is split: GPT-2's
-            # Conv1D and both embeddings too.
-            in_b = {parameter for parameter in oracle.weights
-                    if any(part in parameter for part in ("norm", ".ln_", ".experts."))}
-            assert outcome.in_b == in_b
+            # The scales and shifts of norms stay in B; all else is split: GPT-2's Conv1D, both embeddings and the
+            # experts of mixtures too.
+            assert outcome.in_b == {parameter for parameter in oracle.weights if is_of_norm(parameter)}
 
         loaded = AutoModelForCausalLM.from_pretrained(output, attn_implementation=case.attention)
         loss, logits = evaluate(loaded, case)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,7 @@ class Case:
     indices: int = 0
     operators: Any = field(default_factory=lambda: MATRIX_OPERATORS)
     entries: int = 1
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES)
 
     def module(self, dtype: torch.dtype) -> nn.Module:
         return Operation(self.function, *self.weights).to(dtype)
@@ -119,6 +120,26 @@ def by_columns(x: Tensor) -> Tensor:
     """`x` with its last two dimensions the other way round in memory."""
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
+
+def by_experts(x: Tensor, *weights: Tensor) -> Tensor:
+    """Rows of x by one matrix or another, the first of them twice and the second never; biases where there are any."""
+    products = [F.linear(rows, *(weight[expert] for weight in weights))
+                for rows, expert in zip(x.chunk(4), (torch.tensor(0), 3, 2, 0))]
+    return torch.cat(products)
+
+
+def selected(x: Tensor, weight: Tensor, by: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Each row of x by a matrix of its own."""
+    return by(x, weight[torch.tensor([2, 0, 2, 1, 2, -1])])
+
+
+def grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows of x in groups, one of them empty. Grouped products take no expanded gradients, so none is left here."""
+    return torch.nn.functional.grouped_mm(x, weight, offs=torch.tensor([3, 3, 16], dtype=torch.int32)) * 1
+
+
+# grouped_mm is made for no others.
+GROUPED_DTYPES = [torch.float32, torch.bfloat16]
 
 CASES = [
     Case("linear", F.linear, (6, 8), [(4, 8), (4,)]),
@@ -168,6 +189,33 @@ CASES = [
     Case("Tensor.mm", lambda x, w: w.mm(x), (7, 5), [(3, 7)]),
     Case("torch.bmm", torch.bmm, (2, 7, 5), [(2, 5, 3)]),
     Case("Tensor.bmm", lambda x, w: x.bmm(w), (2, 7, 5), [(2, 5, 3)]),
+    Case("weight.bmm", lambda x, w: w.bmm(x), (2, 7, 5), [(2, 3, 7)]),
+    Case("weight @ batch", lambda x, w: w @ by_columns(x), (2, 7, 5), [(2, 3, 7)]),
+    Case("bmm weight.mT", lambda x, w: x.bmm(w.mT), (2, 7, 5), [(2, 3, 5)]),
+    Case("@ weight.transpose, first stage", lambda x, w: x @ w.transpose(-2, -1), (2, 7, 5), [(2, 3, 5)], True, False),
+    Case("bmm weight.transpose(0, 1)", lambda x, w: x.bmm(w.transpose(0, 1)), (2, 7, 5), [(5, 2, 3)], covered=False),
+    Case("linear of experts", by_experts, (12, 5), [(4, 3, 5)], entries=4),
+    Case("linear of experts, biases", by_experts, (12, 5), [(4, 3, 5), (4, 3)], entries=4),
+    Case("@ an expert", lambda x, w: x @ w[-1] + x @ w.select(0, 1), (2, 7, 5), [(3, 5, 5)], entries=2),
+    Case("@ an expert again", lambda x, w: (lambda one: x @ one + (x @ w[1]) @ one)(w[1]), (7, 5), [(3, 5, 5)],
+         entries=3),
+    Case("@ each expert", lambda x, w: sum((x @ one for one in w), torch.zeros(())), (7, 5), [(3, 5, 4)], entries=3),
+    Case("@ an expert and all", lambda x, w: x @ w[0] + (x @ w).sum(0), (2, 7, 5), [(2, 5, 5)], entries=2),
+    Case("@ expert.t()", lambda x, w: x @ w[1].t(), (7, 5), [(3, 4, 5)], covered=False),
+    Case("@ row of experts", lambda x, w: x @ w[:, 1], (7, 3), [(3, 4, 5)], covered=False),
+    Case("bmm of a selection", lambda x, w: selected(x, w, torch.bmm), (6, 2, 5), [(3, 5, 4)]),
+    Case("selection @", lambda x, w: selected(x, w, lambda x, w: w @ x), (6, 5, 2), [(3, 4, 5)]),
+    Case("selection and an expert", lambda x, w: selected(x, w, torch.bmm) + x @ w[2] + x @ w[1], (6, 2, 5),
+         [(3, 5, 4)], entries=3),
+    Case("selection, scaled", lambda x, w: selected(x, w, lambda x, w: x @ w.mul_(2)), (6, 2, 5), [(3, 5, 4)],
+         covered=False),
+    Case("grouped", grouped, (16, 8), [(3, 8, 16)], dtypes=GROUPED_DTYPES),
+    Case("grouped, square, weight.mT", lambda x, w: grouped(x, w.mT), (16, 8), [(3, 8, 8)], dtypes=GROUPED_DTYPES),
+    Case("grouped by columns", lambda x, w: grouped(by_columns(x), w), (16, 8), [(3, 8, 16)], dtypes=GROUPED_DTYPES),
+    Case("grouped by columns, weight.mT", lambda x, w: grouped(by_columns(x), w.mT), (16, 8), [(3, 16, 8)],
+         dtypes=GROUPED_DTYPES),
+    Case("grouped, first stage", lambda x, w: grouped(x, w.mT), (16, 8), [(3, 16, 8)], True, False,
+         dtypes=GROUPED_DTYPES),
     Case("torch.addmm", lambda x, w, b: torch.addmm(b, x, w), (7, 5), [(5, 3), (3,)]),
     Case("Tensor.addmm", lambda x, w, b: b.addmm(x, w), (7, 5), [(5, 3), (3,)]),
     Case("addmm by columns", lambda x, w, b: torch.addmm(b, by_columns(x), w), (7, 5), [(5, 3), (3,)]),

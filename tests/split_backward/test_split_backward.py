@@ -25,6 +25,8 @@ from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackw
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_an_operator_equals_autograd_bit_for_bit(case: Case, dtype: torch.dtype):
+    if dtype not in case.dtypes:
+        pytest.skip(f"torch has no such product of {dtype}")
     torch.manual_seed(1)
     module, batches = case.module(dtype), case.batches(dtype)
     split = train(module, batches, case.operators)

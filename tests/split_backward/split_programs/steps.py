@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_vshape.split_backward import SplitFunction
 
-VOCABULARY = 5
+VOCABULARY, EXPERTS = 5, 3
 SHAPES = {"matrix": (WIDTH, WIDTH), "wide": (2 * WIDTH, WIDTH), "vector": (WIDTH,), "table": (VOCABULARY, WIDTH),
           "rows": (ROWS, ROWS), "batch": (BATCH, WIDTH, WIDTH), "kernel": (WIDTH, WIDTH, 3), "image": (1, 1, 3, 3),
-          "grouped": (WIDTH, 2, 3), "one": (1,)}
+          "grouped": (WIDTH, 2, 3), "one": (1,), "experts": (EXPERTS, WIDTH, WIDTH), "biases": (EXPERTS, WIDTH)}
 
 
 class Stage(nn.Module):
@@ -142,6 +142,36 @@ def _set(x: Tensor) -> Tensor:
     return x
 
 
+def _by_experts(x: Tensor, product: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """Rows of x in three groups, by the expert of each: a number, the same as a tensor, and one from the end."""
+    experts: tuple[Any, ...] = (0, torch.tensor(0), -1)
+    return torch.cat([product(rows, expert) for rows, expert in zip(_flat(x).chunk(3), experts)]).view(x.shape)
+
+
+def _selected(x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Each row of x by a matrix of its own."""
+    return product(_flat(x), weight[torch.tensor([2, 0, 2, 2, 0, -1])]).view(x.shape)
+
+
+def _hooked_expert(x: Tensor, weight: Tensor, hook: bool) -> Tensor:
+    expert = weight[1]
+    if expert.requires_grad:
+        expert.register_hook(lambda gradient: gradient * 2) if hook else expert.retain_grad()
+    return x @ expert
+
+
+def _one_expert_often(x: Tensor, weight: Tensor) -> Tensor:
+    """One view three times, and meanwhile another one of the same expert."""
+    expert = weight[1]
+    return torch.tanh(torch.tanh(x @ expert) @ weight[1] @ expert) @ expert
+
+
+def _grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows of x in groups, one of which is empty; without expanded gradients, which torch refuses."""
+    ends = torch.tensor([2, 2, ROWS], dtype=torch.int32)
+    return (F.grouped_mm(_flat(x), weight, offs=ends) * 1).view(x.shape)
+
+
 Leaf = Callable[[Stage, int, Tensor], Tensor]
 
 LEAVES: dict[str, dict[str, Any]] = {
@@ -191,6 +221,32 @@ LEAVES: dict[str, dict[str, Any]] = {
         "vector": lambda s, n, x: x + (x @ s.weight("vector", n)).unsqueeze(-1),
         "einsum": lambda s, n, x: torch.einsum("abk,km->abm", x, s.weight("matrix", n)),
         "part of a weight": lambda s, n, x: x @ s.weight("wide", n)[:WIDTH],
+    },
+    "experts": {
+        "": lambda s, n, x: _by_experts(x, lambda rows, e: F.linear(rows, s.weight("experts", n)[e])),
+        "biases": lambda s, n, x: _by_experts(x, lambda rows, e: F.linear(rows, s.weight("experts", n)[e],
+                                                                          s.weight("biases", n)[e])),
+        "matmul": lambda s, n, x: _by_experts(x, lambda rows, e: rows @ s.weight("experts", n)[e]),
+        "one often": lambda s, n, x: _one_expert_often(x, s.weight("experts", n)),
+        "each": lambda s, n, x: torch.stack([x @ one for one in s.weight("experts", n)]).sum(0),
+        "select": lambda s, n, x: x @ s.weight("experts", n).select(-3, 2),
+        "transposed": lambda s, n, x: x @ s.weight("experts", n)[1].t(),
+        "another dimension": lambda s, n, x: F.pad(F.linear(x, s.weight("experts", n)[:, 1]), (0, WIDTH - EXPERTS)),
+        "hooked": lambda s, n, x: _hooked_expert(x, s.weight("experts", n), True),
+        "retained": lambda s, n, x: _hooked_expert(x, s.weight("experts", n), False),
+        "selection": lambda s, n, x: _selected(x, s.weight("experts", n),
+                                               lambda rows, w: torch.bmm(w, rows.unsqueeze(-1))),
+        "selection right": lambda s, n, x: _selected(x, s.weight("experts", n), lambda rows, w: rows.unsqueeze(1) @ w),
+        "selection written to": lambda s, n, x: _selected(
+            x, s.weight("experts", n), lambda rows, w: rows.unsqueeze(1) @ w.mul_(0.5)),
+        "selection and one": lambda s, n, x: x @ s.weight("experts", n)[2] + _selected(
+            x, s.weight("experts", n), lambda rows, w: rows.unsqueeze(1) @ w),
+        "batch": lambda s, n, x: s.weight("batch", n).bmm(x.transpose(1, 2)).transpose(1, 2),
+        "transposed batch": lambda s, n, x: torch.bmm(x, s.weight("batch", n).mT),
+        "batch and one": lambda s, n, x: (x @ s.weight("batch", n)) @ s.weight("batch", n)[0],
+        "grouped": lambda s, n, x: _grouped(x, s.weight("experts", n)),
+        "grouped, transposed": lambda s, n, x: _grouped(x, s.weight("experts", n).transpose(-2, -1)),
+        "grouped and one": lambda s, n, x: _grouped(x @ s.weight("experts", n)[1], s.weight("experts", n)),
     },
     "addmm": {
         "": lambda s, n, x: torch.addmm(s.weight("vector", n), _flat(x), s.weight("matrix", n)).view_as(x),
