@@ -116,10 +116,13 @@ def test_two_ranks_train_what_transformers_trains(name: str, tmp_path: Path) -> 
     assert loss == pytest.approx(ours.evaluated, rel=1e-6)
     torch.testing.assert_close(ours.logits, logits, rtol=1e-4, atol=1e-5)
     assert tensors_in(output).keys() == tensors_in(folder).keys()
-    # The scales of norms and experts get their gradients in B, as without tensor parallel ranks.
-    of_layer = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
-    of_layer |= {"mlp.gate"} if name == "mixtral" else {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-    assert {key.rpartition("module.")[2] for key in ours.in_w} == {"weight", *(f"{part}.weight" for part in of_layer)}
+    # The scales of norms get their gradients in B, as without tensor parallel ranks.
+    of_layer = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
+    if name == "mixtral":
+        of_layer |= {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    else:
+        of_layer |= {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert {key.rpartition("module.")[2] for key in ours.in_w} == {"weight", *of_layer}
 
 
 def refused(rank: int, config: Any) -> str:
