@@ -43,8 +43,8 @@ _EXPERTS = "moe_tp_experts"
 # Of the weights of experts: the dimension that is cut, and how many weights lie there one after another.
 _EXPERT_WEIGHTS = {"colwise": (_ROWS, 1), "packed_colwise": (_ROWS, 2), "rowwise": (_COLUMNS, 1)}
 _SUMMED = "replicated_with_grad_allreduce"
-_EMBEDDING = "embedding_rowwise"
-_STYLES = {*_LINEARS, *_EXPERT_WEIGHTS, _EXPERTS, _SUMMED, _EMBEDDING}
+# What beside column parallel layers works on the heads, or the part of the intermediate size, that the rank has.
+_ON_A_SHARE = re.compile(r"(q|k|v|query|key|value)_?(layer_?|rms_?)?norm|act|act_fn|activation|activation_fn")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class TensorParallelPlan:
         self._embedding = f"{planned.owner_name}.{planned.embedding}"
         self._head = planned.head
         self._styles = dict(self._styles_in(planned))
+        self._check_weights_on_shares(planned.model)
         self._check_heads()
         self._check_embedding(planned)
         self._cuts = dict(self._cuts_in(planned.model))
@@ -176,9 +177,23 @@ class TensorParallelPlan:
                     f"model_type = {self._model_type!r}: its plan (config.base_model_tp_plan) wants {style!r} for "
                     f"{name}, a {type(part).__name__}, which isn't done; must be {', '.join(sorted(_LINEARS))} for a "
                     f"Linear, {_SUMMED} for a norm, or {_EXPERTS} for experts with "
-                    f"{', '.join(sorted(_EXPERT_WEIGHTS))} "
-                    "for their weights; or have 1 tensor parallel rank")
+                    f"{', '.join(sorted(_EXPERT_WEIGHTS))} for their weights; or have 1 tensor parallel rank")
             yield name, style
+
+    def _check_weights_on_shares(self, model: nn.Module) -> None:
+        """A whole weight there would get, on each rank, the gradient of the rank's share alone."""
+        modules = dict(model.named_modules())
+        for path in dict.fromkeys(name.rpartition(".")[0] for name, style in self._styles.items()
+                                  if style == "colwise"):
+            names = [name for name, _ in modules[path].named_parameters(recurse=False)]
+            names += [name for name, child in modules[path].named_children()
+                      if _ON_A_SHARE.fullmatch(name) and any(True for _ in child.parameters())]
+            unnamed = sorted(f"{path}.{name}" for name in names if f"{path}.{name}" not in self._styles)
+            if unnamed:
+                raise ValueError(
+                    f"model_type = {self._model_type!r}: its plan (config.base_model_tp_plan) cuts {path} and doesn't "
+                    f"say what becomes of {unnamed[0]}; must have 1 tensor parallel rank, or a plan that names it: "
+                    f"{_SUMMED!r} where the weight is the same for all heads")
 
     def _check_heads(self) -> None:
         if not any(style == "colwise" and re.search("attn|attention", name) for name, style in self._styles.items()):

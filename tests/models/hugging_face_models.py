@@ -5,8 +5,9 @@ Batches are padded on both sides, so that masks cross all stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,12 @@ def evaluate(model: Any, case: Case) -> tuple[float, Tensor]:
     return float(outputs.loss), outputs.logits
 
 
-def train_plainly(case: Case) -> Outcome:
+def train_plainly(case: Case, optimizer_of: Callable[[Iterator[Any]], torch.optim.Optimizer] | None = None) -> Outcome:
+    """With DeepSpeed's "Adam" or another optimizer."""
     model = AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation=case.attention,
                                                  experts_implementation=case.experts).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # DeepSpeed takes "Adam" for AdamW.
+    optimizer_of = optimizer_of or partial(torch.optim.AdamW, lr=1e-2)  # DeepSpeed takes "Adam" for AdamW.
+    optimizer = optimizer_of(model.parameters())
     losses = []
     for batch in range(BATCHES):
         total = torch.zeros(())
