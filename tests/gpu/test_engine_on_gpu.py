@@ -6,7 +6,7 @@ synchronize the device: in batches in which messages are announced all passes of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ from ds_vshape.models.gpt import GPTConfig
 from ds_vshape.models.gpt_parallel import parallel_gpt_layers
 from ds_vshape.models.parallel_layers import tensor_group
 from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.instructions import Execute, Instruction
+from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES, MAX_CTAS, communicators_of_ranks
 from ds_vshape.schedule.named import SCHEDULES, build
 
@@ -92,20 +94,30 @@ def train_cases(rank: int, cases: list[Case], prepare: Callable[[Any], None]) ->
     return outcomes
 
 
-def synchronize_in_passes(engine: Any) -> None:
-    """While messages are announced in all passes, else in those of one rank, another in each batch."""
+PASSES = {instr.ForwardPass, instr.SplitForwardPass, instr.BackwardPass, instr.InputGradPass, instr.WeightGradPass}
 
-    def synchronizing(execute: Callable[..., None], engine: Any, **arguments: Any) -> None:
-        if engine._channels._announced or engine.global_steps % engine.placement.ranks == engine.stage_id:
+
+def synchronizing(instructions: Mapping[Instruction, Execute],
+                  is_due: Callable[[Any], bool]) -> dict[Instruction, Execute]:
+    """An instruction map that synchronizes the device at the start of each pass where `is_due`, of the engine, holds.
+    """
+
+    def synchronized(execute: Execute, engine: Any, **arguments: Any) -> None:
+        if is_due(engine):
             get_accelerator().synchronize()
         execute(engine, **arguments)
 
-    engine._INSTRUCTION_MAP = {
-        kind: partial(synchronizing, execute) if kind in PASSES else execute
-        for kind, execute in engine._INSTRUCTION_MAP.items()}
+    return {kind: partial(synchronized, execute) if kind in PASSES else execute
+            for kind, execute in instructions.items()}
 
 
-PASSES = {instr.ForwardPass, instr.SplitForwardPass, instr.BackwardPass, instr.InputGradPass, instr.WeightGradPass}
+def synchronize_in_passes(engine: Any) -> None:
+    """While messages are announced in all passes, else in those of one rank, another in each batch."""
+
+    def is_due(engine: Any) -> bool:
+        return bool(engine._channels._announced or engine.global_steps % engine.placement.ranks == engine.stage_id)
+
+    InstructionWrappers(engine).add(partial(synchronizing, is_due=is_due))
 
 
 def assert_equal_to_gloo(cases: list[Case], world: int) -> None:
@@ -208,17 +220,9 @@ def swapping(rank: int, case: Case) -> list[float]:
     for batch in BATCHES:
         if batch == 2:
             engine.use_schedule(build("v-zb", engine.placement.ranks, engine.micro_batches))
-        plain, engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP, {
-            kind: partial(synchronized, execute) if batch == 2 and kind in PASSES else execute
-            for kind, execute in engine._INSTRUCTION_MAP.items()}
-        losses.append(float(engine.train_batch(case.data(engine, batch))))
-        engine._INSTRUCTION_MAP = plain
+        with InstructionWrappers(engine).during(partial(synchronizing, is_due=lambda _: batch == 2)):
+            losses.append(float(engine.train_batch(case.data(engine, batch))))
     return losses
-
-
-def synchronized(execute: Callable[..., None], engine: Any, **arguments: Any) -> None:
-    get_accelerator().synchronize()
-    execute(engine, **arguments)
 
 
 def test_another_schedule_may_load_kernels_on_all_ranks() -> None:

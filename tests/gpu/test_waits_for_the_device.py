@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from pipelines import BATCHES, FP32_ZERO1, Block, Job, data, specs
+from pipelines import BATCHES, FP32_ZERO1, Block, Job, Outcome, data, specs, train
 from ranks import run_ranks
 from simulated_gpu.device import DEVICE_OF_RANK
 from simulated_gpu.processes import run_on_gpus
@@ -110,15 +110,14 @@ def test_the_flops_profiler(schedule: str) -> None:
     profiled = {"flops_profiler": {"enabled": True, "profile_step": PROFILED, "detailed": False}}
     (losses, waits, output), (others, _, _) = run_on_gpus(
         2, losses_and_waits, Job(schedule, 2, 4, profiled, layers))
-    assert losses == others == run_ranks(2, losses_on_a_cpu, Job(schedule, 2, 4, layers=layers))[0]
+    assert losses == others == run_ranks(2, train_job, Job(schedule, 2, 4, layers=layers))[0].losses
     assert output.count(f"Profile Summary at step {PROFILED}") == 1
     hooks = [[wait for wait in of_batch if "time_hook" in wait] for of_batch in waits]
     assert [bool(of_batch) for of_batch in hooks] == [batch == PROFILED for batch in BATCHES]
 
 
-def losses_on_a_cpu(rank: int, job: Job) -> list[float]:
-    engine = job.engine()
-    return [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
+def train_job(rank: int, job: Job) -> Outcome:
+    return train(job.engine(), BATCHES)
 
 
 KEYS = {

@@ -4,7 +4,7 @@
     deferral.py      the mode that puts operators on a stream instead of running them
     accelerator.py   DeepSpeed's accelerator for it
     communicator.py  a c10d backend that obeys NCCL's rules
-    ranks.py         forked ranks that have all of it
+    processes.py     forked ranks that have all of it
 
 An operator on the device's memory returns at once and leaves NaN; it runs when something waits for it. So whatever is
 read, sent, or let go of too early shows in the numbers. Not simulated: kernels, their speed, the allocator.

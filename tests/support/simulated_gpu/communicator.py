@@ -39,8 +39,6 @@ BACKEND = "simulated_nccl"
 _NO_TYPE = (torch.int16, torch.complex64, torch.complex128)
 # The default group's own device: any with an index.
 BOUND_DEVICE = torch.device("cuda", 0)
-
-
 # The name of threads that aren't a program's.
 SIMULATION = "simulated_gpu"
 
@@ -323,6 +321,3 @@ def register() -> None:
     """Let torch know the backend."""
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, _make, extended_api=True, devices=["cpu", "cuda"])
-
-
-__all__ = ["BACKEND", "BOUND_DEVICE", "Communicator", "Counts", "Work", "register"]

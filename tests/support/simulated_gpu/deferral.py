@@ -140,7 +140,8 @@ def same_memory(tensors: Any) -> Any:
 
 
 def poison(tensor: Tensor) -> None:
-    """Numbers that nobody takes for right ones; indices that are no error."""
+    """Fill `tensor` with NaN, which shows wherever it is read too early, or with 0 where it can't hold NaN: integers
+    may be indices."""
     if tensor.numel() > _LARGE:
         return
     if tensor.is_floating_point() or tensor.is_complex():

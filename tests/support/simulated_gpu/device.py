@@ -8,6 +8,7 @@ wait of another stream that is needed, or a transfer to another rank. A real dev
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 DEVICE = torch.device("cpu", 0)
+# Seconds after which a thread that waits for a stream looks again whether it can run the stream itself.
 _PATIENCE = 0.002
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -58,9 +60,9 @@ class Stream:
         return self._last
 
     def run_to(self, marker: Marker) -> None:
-        """Run all before `marker`, in this thread unless another one is at it."""
+        """Run all before `marker`, in this thread unless another thread runs it already."""
         while not marker.done.is_set():
-            # Whoever has it may be waiting for something that stands behind the marker.
+            # The thread that holds the lock may be waiting for something behind the marker.
             if not self._running.acquire(timeout=0 if DEVICE_OF_RANK.host_spins else _PATIENCE):
                 continue
             try:
@@ -113,8 +115,6 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         """Be at this place of the stream."""
-        import time
-
         stream = stream or DEVICE_OF_RANK.current
         moments: list[float] = []
         self._time = moments

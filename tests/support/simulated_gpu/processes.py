@@ -25,14 +25,13 @@ WATCHDOG_SECONDS = 600.0
 
 
 def run_on_gpus(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0,
-                watchdog_seconds: float = WATCHDOG_SECONDS, bound: bool = True) -> list[Any]:
-    """`run_ranks`, with a simulated device on each rank; with `bound`, DeepSpeed's default group is bound to it."""
+                watchdog_seconds: float = WATCHDOG_SECONDS) -> list[Any]:
+    """`run_ranks`, with a simulated device on each rank, to which the default group is bound, as DeepSpeed does it."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(world, _on_gpu, f"{folder}/store", watchdog_seconds, bound, body, args, timeout=timeout)
+        return run_ranks(world, _on_gpu, f"{folder}/store", watchdog_seconds, body, args, timeout=timeout)
 
 
-def _on_gpu(rank: int, store: str, watchdog_seconds: float, bound: bool, body: Callable[..., Any],
-            args: tuple[Any, ...]) -> Any:
+def _on_gpu(rank: int, store: str, watchdog_seconds: float, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     world = dist.get_world_size()
     dist.destroy_process_group()
     # Each rank as on a host of its own.
@@ -41,8 +40,7 @@ def _on_gpu(rank: int, store: str, watchdog_seconds: float, bound: bool, body: C
     register()
     dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=watchdog_seconds))
-    if bound:
-        dist.group.WORLD.bound_device_id = BOUND_DEVICE
+    dist.group.WORLD.bound_device_id = BOUND_DEVICE  # type: ignore[union-attr]
     deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed(BACKEND, verbose=False)
     threading.Thread.run = _run_on_gpu  # type: ignore[method-assign]
