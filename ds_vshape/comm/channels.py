@@ -12,8 +12,6 @@ announced message is received once all that came before it in its direction are.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,6 +113,13 @@ class End:
         """Whether this rank is the source."""
         return self.source == dist.get_rank()
 
+    def transfer(self, tensor: Tensor) -> None:
+        """Send `tensor`, or fill it with what the other end sends, and wait for that; on a GPU the stream waits."""
+        if self.sends:
+            self.group.send([tensor], dist.get_group_rank(self.group, self.target), 0).wait()
+        else:
+            self.group.recv([tensor], dist.get_group_rank(self.group, self.source), 0).wait()
+
 
 class Channels:
     """This rank's ends of the channels.
@@ -163,6 +168,10 @@ class Channels:
         for communicator, group in self._groups.items():
             source, target = (self._global_ranks[place] for place in communicator)
             yield End(communicator, source, target, group, self._device)
+
+    def nbytes(self, message: Message) -> int:
+        """Bytes of `message`, once this rank has sent or received one like it."""
+        return self._signatures[message.channel.content, message.stage].nbytes
 
     def begin_batch(self, signatures: Signatures | None) -> None:
         """Start a batch with the `signatures` of an earlier one, or None to announce each message."""
@@ -266,39 +275,6 @@ class Channels:
         if message in self._receiving:
             with suppress(Withdrawn):
                 self.receive(message)
-
-    def measure_hops(self, messages: Sequence[Message], rounds: int = 5) -> list[float]:
-        """The seconds of a hop of each of `messages` that this rank sends, half a round trip; 0 for all others.
-
-        Args:
-            messages: one activation for each stage boundary between two ranks, the same list on every rank.
-
-        Collective over the pipeline, between batches, once signatures are known.
-        """
-        hops = [0.0] * len(messages)
-        rank = self._global_ranks.index(dist.get_rank())
-        for place, message in enumerate(messages):
-            there = message.channel
-            back = Channel(there.target, there.source, Content.GRADIENT)
-            if rank not in (there.source, there.target):
-                continue
-            sample = torch.zeros(self._signatures[there.content, message.stage].nbytes, dtype=torch.uint8,
-                                 device=self._device)
-            trips = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                for channel in (there, back):
-                    group, source, target = self._ends[channel]
-                    if rank == channel.source:
-                        group.send([sample], target, 0).wait()
-                    else:
-                        group.recv([sample], source, 0).wait()
-                get_accelerator().synchronize()
-                trips.append(time.perf_counter() - start)
-            # The receiver's first trip counts its wait for the sender.
-            if rank == there.source:
-                hops[place] = statistics.median(trips) / 2
-        return hops
 
     def _wait(self, kind: type[_Await], message: Message, transfer: _Transfer) -> None:
         transfer.wait(message.channel.source if kind is AwaitReceive else message.channel.target)

@@ -123,7 +123,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         self.start_no_timers()
         self._wrappers = InstructionWrappers(self)
         if config.detect_anomaly:
-            self._wrappers.add(checked)
+            self._wrappers.add(partial(checked, buffers=self._stage_buffers, last_stage=self.placement.last_stage))
         if self.wall_clock_breakdown():
             self._wrappers.add(partial(timed, timers=self.timers))
         # What follows whole batches, where it was asked for; the first is outermost.
