@@ -17,6 +17,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import logger
 from result import Result
 from text import load_corpus, micro_batches
@@ -27,7 +28,9 @@ from transformers import AutoConfig, AutoTokenizer
 import ds_vshape
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.models.hugging_face_weights import check_output, load_weights, save_model
+from ds_vshape.models.parallel_layers import tensor_group
 
 BYTES = 256
 
@@ -41,6 +44,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
+    parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks that share each layer")
     parser.add_argument("--attention", choices=["sdpa", "eager"], help="by default transformers chooses")
     parser.add_argument("--experts", choices=["grouped_mm", "batched_mm", "eager"],
                         help="how the experts of a mixture are computed; by default transformers chooses")
@@ -64,14 +68,25 @@ def tokens_of(text: Tensor, model: Path, vocabulary: int) -> Tensor:
     return text
 
 
+def topology_of(stages: int, tensor: int) -> PipeModelDataParallelTopology:
+    """Of all ranks; 0 stages are as many as there can be. ValueError if the ranks can't be divided so."""
+    world = torch.distributed.get_world_size()
+    stages = stages or world // max(tensor, 1)
+    if min(stages, tensor) < 1 or world % (stages * tensor):
+        raise ValueError(f"--stages {stages} --tensor_parallel {tensor}: their product must divide the {world} ranks")
+    return PipeModelDataParallelTopology(num_pp=stages, num_mp=tensor, num_dp=world // (stages * tensor))
+
+
 def finetune(args: argparse.Namespace) -> Result:
     """Trains the model and writes it; to be called on every rank."""
     check_output(args.output)
     config = AutoConfig.from_pretrained(args.model)
+    topology = topology_of(args.stages, args.tensor_parallel)
+    group = tensor_group(topology) if args.tensor_parallel > 1 else None
     # seed_layers: dropout then doesn't depend on the order of the passes.
-    module = ds_vshape.PipelineModule(pipeline_layers(config, args.attention, experts=args.experts),
-                                      num_stages=args.stages or torch.distributed.get_world_size(),
-                                      loss_fn=next_token_loss,
+    module = ds_vshape.PipelineModule(pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group),
+                                      topology=topology,
+                                      loss_fn=TensorParallelLoss(group) if group else next_token_loss,
                                       partition_method=PARTITION_METHOD,
                                       checkpointable_layers=CHECKPOINTABLE_LAYERS,
                                       seed_layers=True,

@@ -6,25 +6,30 @@ Sums over ranks round otherwise than those in one product, so losses and weights
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from finetune import arguments, finetune
 from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, evaluate, model_config, tensors_in,
                                  train_plainly)
-from pipelines import FP32_ZERO1
-from ranks import run_ranks
+from pipelines import BF16_ZERO1, FP32_ZERO1, Job
+from ranks import RanksFailed, run_ranks
+from safetensors import safe_open
 from tiny_model import save_tiny_model, tiny_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
-from ds_vshape.models.hugging_face import PARTITION_METHOD, next_token_loss, pipeline_layers
+from ds_vshape.models import hugging_face_weights
+from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.models.hugging_face_weights import load_weights, save_model
 from ds_vshape.models.parallel_layers import tensor_group
@@ -54,7 +59,8 @@ class Layout(Case):
         module = ds_vshape.PipelineModule(
             pipeline_layers(config, self.attention, experts=self.experts, tensor_group=group), topology=topology,
             loss_fn=TensorParallelLoss(group) if self.tensor > 1 else next_token_loss,
-            partition_method=PARTITION_METHOD, config=self.job.ds_config())
+            partition_method=PARTITION_METHOD, activation_checkpoint_interval=self.checkpointing,
+            checkpointable_layers=CHECKPOINTABLE_LAYERS, config=self.job.ds_config())
         assert load_weights(module, self.folder) == []
         return module
 
@@ -178,3 +184,145 @@ def test_models_that_the_ranks_cannot_share_are_refused(config: Any, message: st
     """On every rank."""
     for told in run_ranks(2, refused, config):
         assert re.search(message, told), told
+
+
+# -- weights
+
+
+class Counted:
+    """safetensors' safe_open, which counts the bytes that are read of each tensor."""
+
+    read: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self._file = safe_open(path, **options)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def keys(self) -> Any:
+        return self._file.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._count(name, self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> Any:
+        whole, count = self._file.get_slice(name), self._count
+
+        class Slice:
+            def get_shape(self) -> Any:
+                return whole.get_shape()
+
+            def __getitem__(self, index: Any) -> Tensor:
+                return count(name, whole[index])
+
+        return Slice()
+
+    def _count(self, name: str, tensor: Tensor) -> Tensor:
+        self.read[name] = self.read.get(name, 0) + tensor.nbytes
+        return tensor
+
+
+def load_counted(rank: int, layout: Layout, output: Path) -> dict[str, int]:
+    hugging_face_weights.safe_open = Counted  # type: ignore[misc]
+    save_model(layout.module(), AutoConfig.from_pretrained(layout.folder), layout.folder, output)
+    return Counted.read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "phi3"])
+def test_each_rank_reads_its_share_alone(name: str, tmp_path: Path) -> None:
+    """Of rows, of columns, of experts that lie in files one by one; and what is written is what was read."""
+    folder, output = tmp_path / "source", tmp_path / "output"
+    save_tiny_model(model_config(name), folder)
+    before = tensors_in(folder)
+    for read in run_ranks(2, load_counted, Layout(folder, "v-half", stages=1), output):
+        assert read.keys() == before.keys()
+        for tensor, size in read.items():
+            whole = "norm" in tensor or ".gate." in tensor
+            assert size == before[tensor].nbytes // (1 if whole else 2), tensor
+    after = tensors_in(output)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[tensor], value) for tensor, value in before.items())
+
+
+def drawn(rank: int, config: Any, tensor: int, folder: Path) -> None:
+    topology = PipeModelDataParallelTopology(num_pp=1, num_mp=tensor, num_dp=1)
+    torch.manual_seed(rank)  # the first rank's numbers count
+    layers = pipeline_layers(config, tensor_group=tensor_group(topology))
+    module = ds_vshape.PipelineModule(layers, topology=topology, partition_method=PARTITION_METHOD,
+                                      config=Job("v-half", 1, 1).ds_config())
+    config.save_pretrained(folder.parent)
+    save_model(module, config, folder.parent, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_drawn_weights_do_not_depend_on_tensor_parallel_ranks(name: str, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        run_ranks(ranks, drawn, model_config(name), ranks, tmp_path / f"{ranks}")
+    one, two = (tensors_in(tmp_path / f"{ranks}") for ranks in (1, 2))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(two[weight], value) for weight, value in one.items())
+
+
+# -- other runs
+
+
+@pytest.mark.slow
+def test_recomputed_layers_in_bf16_equal_whole_ones(tmp_path: Path) -> None:
+    """Bit for bit: a layer that runs again sums over the ranks again."""
+    folder = tmp_path / "source"
+    save_tiny_model(model_config("qwen3"), folder)
+    once, again = (trained(Layout(folder, "v-half", stages=2, checkpointing=interval, config=BF16_ZERO1),
+                           tmp_path / f"{interval}") for interval in (0, 1))
+    assert again.losses == once.losses
+    before, after = tensors_in(tmp_path / "0"), tensors_in(tmp_path / "1")
+    assert all(value.dtype == torch.bfloat16 and torch.equal(after[name], value) for name, value in before.items())
+
+
+def resumed(rank: int, layout: Layout, folder: Path) -> tuple[list[float], list[float]]:
+    """The losses of batches 1 and 2, without and with a checkpoint before them."""
+    engine = layout.engine()
+    engine.train_batch(layout.batch(0))
+    engine.save_checkpoint(str(folder))
+    whole = [float(engine.train_batch(layout.batch(number))) for number in (1, 2)]
+    engine = layout.engine()
+    assert engine.load_checkpoint(str(folder))[0]
+    return whole, [float(engine.train_batch(layout.batch(number))) for number in (1, 2)]
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    save_tiny_model(model_config("mixtral"), folder)
+    for whole, later in run_ranks(4, resumed, Layout(folder, "v-half", config=FP32_ZERO1), tmp_path / "checkpoint"):
+        assert later == whole
+
+
+# -- the program
+
+
+def run_finetune(rank: int, words: list[str]) -> list[float]:
+    result = finetune(arguments(words))
+    return [*result.losses, result.validation_loss]
+
+
+@pytest.mark.slow
+def test_the_program_trains_on_tensor_parallel_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, config = tmp_path / "source", tmp_path / "config.json"
+    save_tiny_model(model_config("qwen3"), source)
+    config.write_text(json.dumps(Job("v-half", 2, MICRO_BATCHES, SGD).ds_config()))
+    words = ["--model", str(source), "--text", str(Path(__file__).parents[1]), "--batches", "3", "--length", "16",
+             "--deepspeed_config", str(config)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    of_one, of_two = (run_ranks(2 * tensor, run_finetune, [
+        *words, "--output", str(tmp_path / f"{tensor}"), "--tensor_parallel", str(tensor)]) for tensor in (1, 2))
+    for losses in of_two:
+        assert losses == pytest.approx(of_one[0], rel=1e-5)
+    assert_alike(tensors_in(tmp_path / "2"), tensors_in(tmp_path / "1"))
+    with pytest.raises(RanksFailed, match="--stages 1 --tensor_parallel 3: their product must divide the 2 ranks"):
+        run_ranks(2, run_finetune, [*words, "--output", str(tmp_path / "3"), "--stages", "1", "--tensor_parallel", "3"])
