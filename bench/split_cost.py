@@ -69,7 +69,7 @@ class Case:
         x = torch.randn(self.samples, self.length, self.hidden, device=self.device)
         return x.to(DTYPES[self.dtype]).requires_grad_()
 
-    def delivery(self, module: nn.Module) -> GradientAccumulator:
+    def accumulator(self, module: nn.Module) -> GradientAccumulator:
         if self.sums == self.dtype:
             return InGrad()
         # What it asks DeepSpeed's optimizer for.
@@ -85,7 +85,7 @@ class Contender:
 
     def __init__(self, case: Case) -> None:
         self.module, self.x = case.module(), case.input()
-        self.delivery = case.delivery(self.module)
+        self.accumulator = case.accumulator(self.module)
         self.gradient = torch.randn_like(self.module(self.x))
         self._apart = case.sums != case.dtype
         for parameter in self.module.parameters():
@@ -107,7 +107,7 @@ class Contender:
         if self._apart:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
-                    self.delivery.add(parameter, parameter.grad)
+                    self.accumulator.add(parameter, parameter.grad)
                     parameter.grad = None
 
 
@@ -137,7 +137,7 @@ class Ours(Contender):
         self.add_what_autograd_left()
 
     def weight_gradients(self) -> None:
-        self.store.run(self.delivery)
+        self.store.run(self.accumulator)
 
 
 class OursWhole(Ours):
@@ -145,7 +145,7 @@ class OursWhole(Ours):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.whole = WholeGradients(self.delivery.add)
+        self.whole = WholeGradients(self.accumulator.add)
 
     def weight_gradients(self) -> None:
         self.store.run(self.whole)

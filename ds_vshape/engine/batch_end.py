@@ -29,7 +29,7 @@ from ds_vshape.module.dummy_parameter import give_gradient
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.gradient_release import ReleasedWeights
-from ds_vshape.runtime.gradients import (clip_gradients, delivery_into, leave_to_backward, place_of,
+from ds_vshape.runtime.gradients import (accumulator_of, clip_gradients, leave_to_backward, place_of,
                                          reduce_tied_gradients)
 from ds_vshape.runtime.micro_batch import added, as_number, detached
 from ds_vshape.runtime.reduction import reduction_for
@@ -108,10 +108,10 @@ class BatchEnd(StockEngine):
         self._followed = self.optimizer
         self.using_bf16_optimizer = is_bf16(self.optimizer)
         self._sums = place_of(self.optimizer)
-        self._deliver = delivery_into(self._sums, self.module.schedule_config.gradient_accumulation_fusion)
+        self._accumulator = accumulator_of(self._sums, self.module.schedule_config.gradient_accumulation_fusion)
         leave_to_backward(self.module.parameters(), self._sums)
         convert_without(self.optimizer, self.module.idle_weights())
-        self._reduction = reduction_for(self, self._background, self._deliver)
+        self._reduction = reduction_for(self, self._background, self._accumulator)
 
     def _exec_start_reduce_grads(self, stage: int) -> None:
         if self._reduction is not None and not self._script.reduce:
@@ -142,7 +142,7 @@ class BatchEnd(StockEngine):
         if self._returning_loss is not None:
             self._returning_loss.result()
         self._sums.take_in()
-        give_gradient(self.module, self._deliver)
+        give_gradient(self.module, self._accumulator)
 
     def _exec_reduce_tied_grads(self) -> None:
         of_script = self._script.get(instr.ReduceTiedGrads)

@@ -30,7 +30,7 @@ class StagePasses(StockEngine):
 
     placement: Placement
     _active_stage: int | None
-    _deliver: GradientAccumulator
+    _accumulator: GradientAccumulator
     _forwards_before: int
     _stage_buffers: Buffers
     _observer: Observer
@@ -111,13 +111,13 @@ class StagePasses(StockEngine):
         store = self._stage_buffers.waiting(apart=running)
         if store is not None:
             self._observer.weights_split(store)
-            store.run_next(self._deliver)
+            store.run_next(self._accumulator)
 
     def _exec_weight_grad_pass(self, buffer_id: BufferId, piece: int, pieces: int) -> None:
         self._activate(buffer_id.stage)
         store = self._stage_buffers[buffer_id].store
         self._observer.weights_split(store)
-        store.run_piece(piece, pieces, self._deliver)
+        store.run_piece(piece, pieces, self._accumulator)
         if piece == pieces - 1:
             self._stage_buffers.close(buffer_id)
 

@@ -115,8 +115,8 @@ def _listed(parameters: Any) -> list[Any]:
     return [parameters] if torch.is_tensor(parameters) else list(parameters)
 
 
-def give_gradient(module: nn.Module, delivery: GradientAccumulator) -> None:
+def give_gradient(module: nn.Module, accumulator: GradientAccumulator) -> None:
     """Add the dummy parameter's zero gradient of a batch, if there is one."""
     stand_in = getattr(module, NAME, None)
     if stand_in is not None:
-        delivery.add(stand_in, torch.zeros_like(stand_in))
+        accumulator.add(stand_in, torch.zeros_like(stand_in))

@@ -57,9 +57,10 @@ def place_of(optimizer: Any) -> Place:
     return InGrad(held_by(optimizer)) if sums is None else InGradAccum(sums)
 
 
-def delivery_into(place: Place, fusion: bool = False) -> GradientAccumulator:
-    """How a late weight gradient gets there; to be used in the order of the micro-batches. With `fusion` a product may
-    be added to the sum where it lies.
+def accumulator_of(place: Place, fusion: bool) -> GradientAccumulator:
+    """What W hands its gradients to, in the order of the micro-batches, for them to add up in `place`.
+
+    With `fusion` a product may be added to the sum in one call.
     """
     return place if fusion else WholeGradients(place.add)
 

@@ -29,8 +29,8 @@ class EarlyReduction:
     """
 
     def __init__(self, module: Any, reduction: Reduction, background: Background,
-                 delivery: GradientAccumulator) -> None:
-        self._reduction, self._background, self._delivery = reduction, background, delivery
+                 accumulator: GradientAccumulator) -> None:
+        self._reduction, self._background, self._accumulator = reduction, background, accumulator
         self._of_stage = {chunk.stage: dict.fromkeys(chunk.parameters()) for chunk in module.chunks}
         uses = Counter(chain.from_iterable(self._of_stage.values()))
         tied = {weight for weight, _ in module.get_tied_weights_and_groups()}
@@ -75,7 +75,7 @@ class EarlyReduction:
     def _gradient(self, parameter: Parameter) -> torch.Tensor:
         """The gradient; of a batch that has failed here, or doesn't use the parameter, zeros."""
         if self._reduction.gradient(parameter) is None:
-            self._delivery.add(parameter, torch.zeros_like(parameter, requires_grad=False))
+            self._accumulator.add(parameter, torch.zeros_like(parameter, requires_grad=False))
         gradient = self._reduction.gradient(parameter)
         assert gradient is not None
         return gradient
@@ -86,9 +86,9 @@ class EarlyReduction:
             started.result()
 
 
-def reduction_for(rank: Rank, background: Background, delivery: GradientAccumulator) -> EarlyReduction | None:
+def reduction_for(rank: Rank, background: Background, accumulator: GradientAccumulator) -> EarlyReduction | None:
     """For `rank`, if its optimizer is one that this knows, and there are replicas; else all is left to DeepSpeed."""
     reduction = reduction_of(rank.optimizer)
     if reduction is None or rank.dp_world_size == 1:
         return None
-    return EarlyReduction(rank.module, reduction, background, delivery)
+    return EarlyReduction(rank.module, reduction, background, accumulator)

@@ -84,11 +84,11 @@ class Entry:
                 if isinstance(tensor, Tensor):
                     yield tensor
 
-    def weight_gradients(self, delivery: GradientAccumulator) -> tuple[Tensor | None, ...]:
+    def weight_gradients(self, accumulator: GradientAccumulator) -> tuple[Tensor | None, ...]:
         """The gradient of each target, in a memory layout that may be kept as `parameter.grad`; None where it has been
-        added to the delivery's buffer."""
+        added to the accumulator's buffer."""
         self.check_unmodified()
-        buffers = tuple(None if target is None else _buffer(target, delivery) for target in self.targets)
+        buffers = tuple(None if target is None else _buffer(target, accumulator) for target in self.targets)
         if self.autocast or is_autocast_enabled():
             with autocast_as(self.autocast):
                 gradients = self.function.accumulate_weight(self.context, buffers, *self.output_gradients)
@@ -124,11 +124,11 @@ class Entry:
         return torch.empty_like(like, dtype=target.dtype, requires_grad=False).copy_(gradient)
 
 
-def _buffer(target: Target, delivery: GradientAccumulator) -> Tensor | None:
-    """Where a gradient of `target` may be added in place: in the delivery's sum for the parameter, if there is one."""
+def _buffer(target: Target, accumulator: GradientAccumulator) -> Tensor | None:
+    """Where a gradient of `target` may be added in place: in the sum for the parameter, if there is one."""
     if isinstance(target, Parameter):
-        return delivery.buffer(target)
-    sums = _buffer(target.of, delivery)
+        return accumulator.buffer(target)
+    sums = _buffer(target.of, accumulator)
     return None if sums is None else target.within(sums)
 
 
@@ -137,7 +137,7 @@ class WeightGradientStore:
 
     The gradients of a parameter that the forward used several times are summed before they are delivered, in the
     order and the precision of autograd's own sums, so that accumulation over micro-batches adds the same numbers as an
-    unsplit backward. What a function adds to a buffer of the delivery is delivered with that.
+    unsplit backward. What a function adds to a buffer of the accumulator is delivered with that.
     """
 
     def __init__(self) -> None:
@@ -187,13 +187,13 @@ class WeightGradientStore:
         finally:
             self.deferring = before
 
-    def run(self, delivery: GradientAccumulator) -> None:
-        """W: compute every gradient and hand it to `delivery`, freeing each entry as it's done."""
+    def run(self, accumulator: GradientAccumulator) -> None:
+        """W: compute every gradient and hand it to `accumulator`, freeing each entry as it's done."""
         while self._entries:
-            self.run_next(delivery)
+            self.run_next(accumulator)
         self.deferring = False
 
-    def run_piece(self, piece: int, pieces: int, delivery: GradientAccumulator) -> None:
+    def run_piece(self, piece: int, pieces: int, accumulator: GradientAccumulator) -> None:
         """Piece `piece` (from 0, in turn) of W cut into `pieces`: about equal shares of the weights, entry by entry, so
         that a stage of like layers is cut between layers. The sums are those of `run`."""
         if piece == 0:
@@ -201,27 +201,27 @@ class WeightGradientStore:
         rest = self._weights_left * (pieces - piece - 1) / (pieces - piece)
         while self._entries and (piece == pieces - 1 or self._weights_left - self._entries[0].weights / 2 >= rest):
             self._weights_left -= self._entries[0].weights
-            self.run_next(delivery)
+            self.run_next(accumulator)
         if piece == pieces - 1:
             self.deferring = False
 
-    def run_next(self, delivery: GradientAccumulator) -> None:
+    def run_next(self, accumulator: GradientAccumulator) -> None:
         """One entry of W; raises IndexError if there is none.
 
-        `delivery.add` is called at the last of a parameter's uses, with the sum of all that found no buffer.
+        `accumulator.add` is called at the last of a parameter's uses, with the sum of all that found no buffer.
         """
         with torch.no_grad():
-            # The entry is dropped before delivery: what it kept isn't needed any more.
-            targets, gradients = self._take(delivery)
+            # The entry is dropped before the gradients are handed over: what it kept isn't needed any more.
+            targets, gradients = self._take(accumulator)
             for target, gradient in zip(targets, gradients):
                 if target is not None:
-                    self._finish_use(target, gradient, delivery)
+                    self._finish_use(target, gradient, accumulator)
 
-    def _take(self, delivery: GradientAccumulator) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
+    def _take(self, accumulator: GradientAccumulator) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
         entry = self._entries.popleft()
-        return entry.targets, entry.weight_gradients(delivery)
+        return entry.targets, entry.weight_gradients(accumulator)
 
-    def _finish_use(self, target: Target, gradient: Tensor | None, delivery: GradientAccumulator) -> None:
+    def _finish_use(self, target: Target, gradient: Tensor | None, accumulator: GradientAccumulator) -> None:
         total = self._partial_sums.pop(target, None)
         if total is None:
             total = gradient
@@ -236,19 +236,19 @@ class WeightGradientStore:
         del self._uses[target]
         if isinstance(target, Parameter):
             if total is not None:
-                delivery.add(target, total)
+                accumulator.add(target, total)
             return
-        if total is not None and not _add_into_buffer(target, total, delivery):
+        if total is not None and not _add_into_buffer(target, total, accumulator):
             self._partial_sums[target.of] = target.add_to(self._partial_sums.get(target.of), total)
-        self._finish_use(target.of, None, delivery)
+        self._finish_use(target.of, None, accumulator)
 
 
-def _add_into_buffer(target: Cast | Part | Selection, total: Tensor, delivery: GradientAccumulator) -> bool:
-    """Add the gradient of some elements of a parameter to the delivery's sum, if there is one: a gradient of the whole
-    would be mostly zeros."""
+def _add_into_buffer(target: Cast | Part | Selection, total: Tensor, accumulator: GradientAccumulator) -> bool:
+    """Add the gradient of some elements of a parameter to the parameter's sum, if there is one: a gradient of the
+    whole would be mostly zeros."""
     if isinstance(target, Cast):
         return False
-    sums = delivery.buffer(target.of)
+    sums = accumulator.buffer(target.of)
     if sums is None:
         return False
     target.add_in_place(sums, total)

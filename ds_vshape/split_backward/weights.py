@@ -24,7 +24,7 @@ def is_deferrable(weight: Any) -> bool:
 
     It must be a trainable Parameter (a leaf that isn't one may be the stage's input) or made of one (targets.py), not
     one of `never_defer`'s, and must carry no hook that expects autograd to produce its gradient. DeepSpeed's own hooks
-    (ZeRO, BF16_Optimizer) don't count: the delivery of the gradient does their work.
+    (ZeRO, BF16_Optimizer) don't count: the accumulator that gets the gradient does their work.
     """
     if type(weight) is not Parameter:
         made = made_from(weight) if isinstance(weight, Tensor) else None

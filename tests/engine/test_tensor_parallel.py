@@ -182,7 +182,7 @@ class Works:
     def __init__(self, engine: Any) -> None:
         self.sums = self.overlapped = 0
         self._open = 0
-        deliver, reduce = engine._deliver.add, torch.distributed.all_reduce
+        deliver, reduce = engine._accumulator.add, torch.distributed.all_reduce
 
         def add(parameter: Any, gradient: Any) -> None:
             self.overlapped += self._open
@@ -201,7 +201,7 @@ class Works:
 
             return SimpleNamespace(wait=wait)
 
-        engine._deliver = WholeGradients(add)
+        engine._accumulator = WholeGradients(add)
         ds_vshape.split_backward.tensor_parallel.dist.all_reduce = started
 
 

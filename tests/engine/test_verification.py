@@ -286,7 +286,7 @@ class OnlySplit(Block):
 
 def scaled_delivery(engine: Any) -> None:
     """What W gives is too large by a hundredth."""
-    place, engine._deliver = engine._deliver, WholeGradients(lambda parameter, gradient: place.add(
+    place, engine._accumulator = engine._accumulator, WholeGradients(lambda parameter, gradient: place.add(
         parameter, gradient * (1.01 if parameter.shape == (2 * WIDTH, WIDTH) else 1.0)))
 
 
@@ -295,7 +295,7 @@ FAULTS: dict[str, tuple[type[Block], str]] = {
     "memory": (Reusing, r"the gradient of \d\.up\.weight \(Reusing, stage 1\) differs"),
     "half": (LateFactor, r"the gradient of \d\.scale \(LateFactor, stage 1\) differs from that of whole backwards"),
     "input gradient": (Looking, r"the gradient of 2\.down\.weight \(Block, stage 1\) differs"),
-    "delivery": (Block, r"\.up\.weight \(Block, stage \d\) differs from that of whole backwards by 0\.0"),
+    "accumulator": (Block, r"\.up\.weight \(Block, stage \d\) differs from that of whole backwards by 0\.0"),
     "whole": (OnlySplit, "the batch runs as scheduled, and fails with whole backwards: .*: not without a split"),
 }
 
@@ -322,7 +322,7 @@ def with_a_fault(rank: int, cases: list[tuple[str, Any, bool]]) -> list[list[str
         blocks = [LayerSpec(FAULTS[fault][0] if place == faulty else Block) for place in range(1, 7)]
         specs = (LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *blocks, LayerSpec(nn.Linear, WIDTH, VOCABULARY))
         engine = Job(section, 2, 6, FP32, specs).engine()
-        if fault == "delivery":
+        if fault == "accumulator":
             scaled_delivery(engine)
         data, errors = endless(0), []
         for _ in range(2):
@@ -340,8 +340,8 @@ def with_a_fault(rank: int, cases: list[tuple[str, Any, bool]]) -> list[list[str
 
 @pytest.mark.parametrize("cases", [
     [("memory", "v-half", False), ("half", "v-zb", True), ("input gradient", "v-half", True), ("whole", "v-zb", False)],
-    pytest.param([("memory", "zb-h1", True), ("half", "v-half", False), ("delivery", "v-half", False),
-                  ("delivery", ADAPTIVE, True), ("global", "v-half", False)], marks=pytest.mark.slow)])
+    pytest.param([("memory", "zb-h1", True), ("half", "v-half", False), ("accumulator", "v-half", False),
+                  ("accumulator", ADAPTIVE, True), ("global", "v-half", False)], marks=pytest.mark.slow)])
 def test_faults_end_the_job_on_every_rank(cases: list[Any]) -> None:
     """Named with parameter, layer, stage and rank, how far off, and what to do; nothing is stepped."""
     for case, *errors in zip(cases, *run_ranks(2, with_a_fault, cases), strict=True):

@@ -150,7 +150,7 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     weights = named_weights(engine.module)
     in_w: set[Any] = set()
     if case.schedule is not None:
-        engine._deliver = _Recorded(engine._deliver, in_w)
+        engine._accumulator = _Recorded(engine._accumulator, in_w)
     forwards = []
     for layer in engine.module.modules():
         if isinstance(layer, DecoderLayer):
@@ -167,18 +167,18 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """`delivery`, with a note of the parameters that it was given gradients of, or a place to add them."""
+    """`accumulator`, with a note of the parameters that it was given gradients of, or a place to add them."""
 
-    delivery: GradientAccumulator
+    accumulator: GradientAccumulator
     parameters: set[Any]
 
     def add(self, parameter: nn.Parameter, gradient: Tensor, /) -> None:
         self.parameters.add(parameter)
-        self.delivery.add(parameter, gradient)
+        self.accumulator.add(parameter, gradient)
 
     def buffer(self, parameter: nn.Parameter, /) -> Tensor | None:
         self.parameters.add(parameter)
-        return self.delivery.buffer(parameter)
+        return self.accumulator.buffer(parameter)
 
 
 def pipelines_of(cases: list[tuple[Case, Path | None]], world: int = 2) -> list[Outcome]:

@@ -80,9 +80,9 @@ def train(rank: int, layout: Layout, output: Path) -> Trained:
     engine = layout.engine()
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     in_w: set[str] = set()
-    deliver = engine._deliver
-    engine._deliver = WholeGradients(lambda parameter, gradient: (in_w.add(names[parameter]),
-                                                                  deliver.add(parameter, gradient)))
+    accumulator = engine._accumulator
+    engine._accumulator = WholeGradients(lambda parameter, gradient: (in_w.add(names[parameter]),
+                                                                      accumulator.add(parameter, gradient)))
     replica = engine.grid.get_data_parallel_rank()
 
     def batch(number: int) -> Any:

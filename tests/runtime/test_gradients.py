@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape.runtime.gradients import InGrad, clip_gradients, delivery_into, leave_to_backward, place_of
+from ds_vshape.runtime.gradients import InGrad, accumulator_of, clip_gradients, leave_to_backward, place_of
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore, is_deferrable
 
 MICRO_BATCHES = 4
@@ -80,7 +80,7 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None,
               "gradient_clipping": 0.0, **config}
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     assert isinstance(engine.optimizer, kind)
-    delivery, stores, results = delivery_into(place_of(engine.optimizer), fusion), [], []
+    accumulator, stores, results = accumulator_of(place_of(engine.optimizer), fusion), [], []
     stock = type(engine)._INSTRUCTION_MAP
 
     def split_forward(engine: Any, **kwargs: Any) -> None:
@@ -92,11 +92,11 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None,
         stock[BackwardPass](engine, **kwargs)
         assert len(stores[-1]) > 0, "nothing was split"
         while len(stores) > delay:
-            stores.pop(0).run(delivery)
+            stores.pop(0).run(accumulator)
 
     def end_of_backwards(engine: Any) -> None:
         while stores:
-            stores.pop(0).run(delivery)
+            stores.pop(0).run(accumulator)
         results.append(accumulated(engine, place))
         stock[ReduceTiedGrads](engine)
 

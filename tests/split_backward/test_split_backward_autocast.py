@@ -337,15 +337,15 @@ def test_sums_in_place_are_no_further_from_exact_sums() -> None:
     batches = [torch.randint(0, 13, (2, 5)) for _ in range(8)]
     exact = {parameter: torch.zeros(parameter.shape, dtype=torch.float64) for parameter in module.parameters()}
 
-    def gradients(delivery: GradientAccumulator | None) -> list[Tensor | None]:
+    def gradients(accumulator: GradientAccumulator | None) -> list[Tensor | None]:
         module.zero_grad()
         for place, batch in enumerate(batches):
             store = WeightGradientStore()
-            with SplitBackward(store) if delivery else nullcontext():
+            with SplitBackward(store) if accumulator else nullcontext():
                 output = module(batch)
                 output.backward(upstream(output, place))
-            if delivery:
-                store.run(delivery)
+            if accumulator:
+                store.run(accumulator)
         return [parameter.grad for parameter in module.parameters()]
 
     def add(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -32,19 +32,19 @@ TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 FUSED_CASES = [case for case in CASES if case.covered and case.operators is MATRIX_OPERATORS]
 
 
-def backward(module: nn.Module, batches: list[Tensor], delivery: GradientAccumulator | None) -> list[Tensor]:
-    """The outputs after a backward of each batch, split if there is a delivery."""
+def backward(module: nn.Module, batches: list[Tensor], accumulator: GradientAccumulator | None) -> list[Tensor]:
+    """The outputs after a backward of each batch, split if there is an accumulator."""
     outputs = []
     for place, batch in enumerate(batches):
         store = WeightGradientStore()
-        if delivery is None:
+        if accumulator is None:
             outputs.append(module(batch))
             outputs[-1].backward(upstream(outputs[-1], place))
         else:
             with SplitBackward(store):
                 outputs.append(module(batch))
                 outputs[-1].backward(upstream(outputs[-1], place))
-            store.run(delivery)
+            store.run(accumulator)
     return outputs
 
 
@@ -171,15 +171,15 @@ class Made(TorchDispatchMode):
 ])
 def test_nothing_of_the_weights_size_is_made(function: Callable[..., Tensor], x: Tensor, weight: tuple) -> None:
     largest = {}
-    for delivery in (InGrad(), WholeGradients(InGrad().add)):
+    for accumulator in (InGrad(), WholeGradients(InGrad().add)):
         module = Operation(function, weight)
         module.weights[0].grad, made = torch.ones(weight), Made()
         store = WeightGradientStore()
         with SplitBackward(store):
             module(x).sum().backward()
         with made:
-            store.run(delivery)
-        largest[type(delivery)] = made.largest
+            store.run(accumulator)
+        largest[type(accumulator)] = made.largest
         assert module.weights[0].grad.sum() != torch.ones(weight).sum()
     size = torch.Size(weight).numel()
     assert largest[InGrad] < size / 10 and largest[WholeGradients] >= size

@@ -146,9 +146,9 @@ def plant_missing_sum(patch: pytest.MonkeyPatch) -> None:
     """The gradients of a weight's other uses are dropped."""
     finish = store.WeightGradientStore._finish_use
 
-    def forgetful(self: Any, target: Any, gradient: Any, delivery: Any) -> None:
+    def forgetful(self: Any, target: Any, gradient: Any, accumulator: Any) -> None:
         self._partial_sums.pop(target, None)
-        finish(self, target, gradient, delivery)
+        finish(self, target, gradient, accumulator)
 
     patch.setattr(store.WeightGradientStore, "_finish_use", forgetful)
 
