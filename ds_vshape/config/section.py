@@ -189,6 +189,11 @@ class ScheduleConfig(BaseModel):
     partition: Partition | None = None
     """How the layers are divided into stages; overrides the module's `partition_method`, and takes the same values."""
 
+    loss_average: Literal["tokens", "micro_batches"] | None = None
+    """Whether a batch's loss and gradient are the mean over the tokens of all micro-batches and replicas, or that of
+    the micro-batches' losses; overrides the module's `loss_average`. By default the loss function decides: over tokens
+    if it takes `num_items_in_batch`, which `"tokens"` needs."""
+
     times: Literal["equal", "profile"] = "equal"
     """Plan for passes that all take equally long, or for the times that are measured in the first batches."""
 

@@ -59,6 +59,7 @@ from ds_vshape.runtime.gradient_release import ReleasedWeights
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.micro_batch import Intake, check_reduction, own_copy, own_labels
 from ds_vshape.runtime.script_functions import ScriptFunctions
+from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.runtime.wall_clock import timed
 from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.lowering import Message, Program, channels
@@ -103,6 +104,11 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
         self._observer = Observer(self)
         self._background = background()
+        self._token_mean: TokenMean | None = None
+        if self.module.averages_tokens and self.is_last_stage():
+            self._token_mean = TokenMean(self.module.loss_fn, self._draw, self.is_first_stage(),
+                                         self.grid.get_data_parallel_group(), self.dp_world_size, self.device,
+                                         self._background)
         self._returning_loss: Handle[Tensor] | None = None
         self._script = ScriptFunctions(self)
         self._released = ReleasedWeights(self.module)
@@ -283,6 +289,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
         except PipelineError as error:
             # All ranks raise it at the end of the batch.
             self._guard.fail(error, "the start of the batch")
+        self.draw_ahead(pipe_schedule.schedule.micro_batches)
         try:
             self._run(pipe_schedule.instructions, pipe_schedule.passes)
         finally:
@@ -370,8 +377,19 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
 
     # -- the data
 
+    def _draw(self) -> tuple[Any, Any]:
+        return self._intake.pair(self._next_batch())
+
+    def draw_ahead(self, micro_batches: int) -> None:
+        """Draw the data of a batch whose loss is a mean over tokens, where it's computed."""
+        if self._token_mean is not None and self.computes_loss:
+            self._token_mean.start_batch(micro_batches, draws=self._guard.failure is None)
+
     def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
-        inputs, labels = self._intake.pair(self._next_batch())
+        if self._token_mean is not None and self.computes_loss:
+            inputs, labels = self._token_mean.take()
+        else:
+            inputs, labels = self._draw()
         if self._holds(0):
             inputs = own_copy(inputs, self.device, "inputs")
             if self.recomputes_reentrantly():

@@ -20,6 +20,7 @@ from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffer, Buffers, edges, enter
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.micro_batch import check_loss, detached, loss_of
+from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, Operators, SplitBackward, SplitForward
@@ -36,6 +37,7 @@ class StagePasses(StockEngine):
     _observer: Observer
     _operators: Operators
     _sums: Any
+    _token_mean: TokenMean | None
 
     def _activate(self, stage: int) -> None:
         if stage != self._active_stage:
@@ -82,7 +84,11 @@ class StagePasses(StockEngine):
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
         compute = self.computes_loss and self.module.loss_fn is not None
-        loss = loss_of(self.module.loss_fn, outputs, labels) if compute else outputs
+        loss = outputs
+        if compute and self._token_mean is not None:
+            loss = self._token_mean.loss(outputs, labels)
+        elif compute:
+            loss = loss_of(self.module.loss_fn, outputs, labels)
         if torch.is_grad_enabled():
             check_loss(loss)
         if self.eval_return_logits:

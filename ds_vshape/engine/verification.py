@@ -118,6 +118,7 @@ class Verification:
         engine.fwd_outputs = []
         engine._channels.begin_batch(None if engine._announces else engine._signatures)
         engine._active_stage = None
+        engine.draw_ahead(schedule.micro_batches)
         # Timers, traces and monitors must see one batch.
         with engine._wrappers.none():
             engine._run(instructions, [None] * len(instructions))

@@ -89,12 +89,21 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
     ]
 
 
-def next_token_loss(outputs: Flow, labels: Tensor) -> Tensor:
-    """transformers' own loss: the mean cross-entropy in nats a token, and the router loss if there is one. `labels`
-    [batch, length] are the tokens that come next, -100 where there is none to learn."""
+def next_token_loss(outputs: Flow, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Flow:
+    """transformers' own loss: the cross-entropy in nats, and the router loss if there is one.
+
+    Args:
+        labels: [batch, length], the tokens that come next, -100 where there is none to learn.
+        num_items_in_batch: by which the sum over tokens is divided; without it the loss is the mean of these tokens.
+
+    Returns the loss. Where there is a router loss: with `num_items_in_batch` both, else their sum.
+    """
     logits, *router_loss = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss: Tensor = ForCausalLMLoss(logits, None, vocab_size=logits.shape[-1], shift_labels=labels)
-    return sum(router_loss, loss)
+    loss: Tensor = ForCausalLMLoss(logits, None, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch,
+                                   shift_labels=labels)
+    if num_items_in_batch is None:
+        return sum(router_loss, loss)
+    return (loss, *router_loss) if router_loss else loss
 
 
 class Shared:

@@ -244,14 +244,18 @@ class TensorParallelLoss:
     def __init__(self, group: Any) -> None:
         self._group = group
 
-    def __call__(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    def __call__(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor,
+                 num_items_in_batch: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         logits, *router_loss = outputs if isinstance(outputs, tuple) else (outputs,)
         size, ranks = logits.shape[-1], dist.get_world_size(self._group)
         start = dist.get_rank(self._group) * size
         loss: Tensor = vocab_parallel_cross_entropy(
             logits, labels, self._group, vocab_start_index=start, vocab_end_index=start + size,
-            global_vocab_size=ranks * size)
-        return sum(router_loss, loss)
+            global_vocab_size=ranks * size, reduction="mean" if num_items_in_batch is None else "sum")
+        if num_items_in_batch is None:
+            return sum(router_loss, loss)
+        loss = loss / num_items_in_batch
+        return (loss, *router_loss) if router_loss else loss
 
 
 def share_random_state(group: Any) -> None:

@@ -34,8 +34,8 @@ from torch import nn
 
 from ds_vshape.config.arguments import bound, check_arguments, check_method
 from ds_vshape.config.compatibility import check_accepted
-from ds_vshape.config.section import (KEY, TIMEOUT_SECONDS, DsConfig, LayerCosts, Partition, ScheduleConfig,
-                                      find_ds_config, find_section, read_section)
+from ds_vshape.config.section import (KEY, TIMEOUT_SECONDS, ConfigError, DsConfig, LayerCosts, Partition,
+                                      ScheduleConfig, find_ds_config, find_section, read_section)
 from ds_vshape.deepspeed_adapter.module import StockModule
 from ds_vshape.deepspeed_adapter.parts import check_parts
 from ds_vshape.deepspeed_adapter.utils import set_random_seed
@@ -49,6 +49,7 @@ from ds_vshape.module.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
 from ds_vshape.module.segment import Segment, parameters_of
 from ds_vshape.module.shared_weights import shared_weights, warning_of
 from ds_vshape.module.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
+from ds_vshape.runtime.token_mean import ITEMS, averages_tokens
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
@@ -94,9 +95,15 @@ class PipelineModule(FastSetattr, StockModule):
         config: the ds_config, as a dictionary, a path or base64 text. By default it is read from the file that the
             environment variable DS_VSHAPE_CONFIG names, else from the file after --deepspeed_config on the command
             line.
+        loss_average: "tokens" for the mean over the tokens of all micro-batches and replicas, for which `loss_fn` takes
+            (outputs, labels, num_items_in_batch) and gives the sum over its micro-batch's tokens, divided by
+            `num_items_in_batch`, or (this, auxiliary loss) with a loss that is averaged over micro-batches. Tokens are
+            the labels other than -100, or what `loss_fn.count_tokens(labels)` says. "micro_batches" for the mean of
+            the micro-batches' losses, as in DeepSpeed. By default "tokens" if `loss_fn` takes `num_items_in_batch`. The
+            config's "loss_average" overrides it.
 
     Raises:
-        ConfigError: for an illegal "pipeline_schedule".
+        ConfigError: for an illegal "pipeline_schedule", and for a `loss_average` that `loss_fn` can't follow.
         PipelineError: for fewer layers than stages, for arguments from which the job's ranks can't build a module
             (ds_vshape/config/arguments.py), and for tied layers that differ (ds_vshape/module/tied.py).
         PreflightError: on every rank, if ranks differ in their versions, config or arguments, or if some of them can't
@@ -111,11 +118,13 @@ class PipelineModule(FastSetattr, StockModule):
     _tied_sources: dict[str, int]
 
     def __init__(self, layers: Iterable[Any], num_stages: int | None = None, *args: Any, config: DsConfig | None = None,
-                 example: Any = None, **kwargs: Any) -> None:
+                 example: Any = None, loss_average: str | None = None, **kwargs: Any) -> None:
         self.schedule_config: ScheduleConfig | None
         self.chunks: list[Chunk] = []
         # The measured times of the layers, with the partition "profile".
         self.layer_times: LayerTimes | None = None
+        # Whether a batch's loss is the mean over tokens.
+        self.averages_tokens = False
 
         if isinstance(layers, Iterable) and not isinstance(layers, (Sequence, nn.Module)):
             layers = list(layers)
@@ -129,11 +138,17 @@ class PipelineModule(FastSetattr, StockModule):
             if self.schedule_config is not None:
                 check_accepted(ds_config)
                 check_arguments(arguments, dist.get_world_size())
+                self.averages_tokens = averages_tokens(self.schedule_config.loss_average, loss_average,
+                                                       arguments.get("loss_fn"))
                 # Traces are written by the first pipeline rank of the first pipeline.
                 if self.schedule_config.trace is not None and dist.get_rank() == 0:
                     check_folder(self.schedule_config.trace)
+            elif loss_average is not None:
+                raise ConfigError(f"loss_average = {loss_average!r}: must be None without {KEY!r} in the config; "
+                                  "DeepSpeed's own engine averages the losses of micro-batches")
             self._precision = precision(ds_config)
-            return {**versions(), **config_facts(ds_config, self.schedule_config), **module_facts(arguments)}
+            return {**versions(), **config_facts(ds_config, self.schedule_config), **module_facts(arguments),
+                    "mean over tokens": self.averages_tokens}
 
         watch = watch_job(_timeout(config))
         with watch.phase(lambda: "PipelineModule"), groups_without_limit():
@@ -249,7 +264,8 @@ class PipelineModule(FastSetattr, StockModule):
         # Tensor parallel layers communicate, so all ranks that share them run them.
         measures = where.pipe == 0 and where.data == 0
         device = get_accelerator().device_name(self.local_rank)
-        return LayerProfiler(self.layer_specs, self._example, self.loss_fn, self._seed_layer, device,
+        loss_fn = partial(self.loss_fn, **{ITEMS: 1}) if self.averages_tokens else self.loss_fn
+        return LayerProfiler(self.layer_specs, self._example, loss_fn, self._seed_layer, device,
                              self._precision).agree(measures)
 
     def _seed_layer(self, layer: int) -> None:

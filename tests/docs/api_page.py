@@ -110,7 +110,9 @@ def _legal(key: str, annotation: Any, section: Section) -> str:
         return _LEGAL[key]
     if annotation is bool:
         return "`true`, `false`"
-    if choices := [value for value in get_args(annotation) if isinstance(value, str)]:
+    # Of a Literal, or of one of the types that it may have.
+    if choices := [value for each in (annotation, *get_args(annotation)) for value in get_args(each)
+                   if isinstance(value, str)]:
         return ", ".join(f"`\"{choice}\"`" for choice in choices)
     try:
         read_section({KEY: {"name": "v-half", **section(key, {})}})

@@ -79,6 +79,11 @@ class Unbuildable(nn.Module):
         raise FileNotFoundError("no weights for this layer")
 
 
+def of_tokens(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """Never called."""
+    raise AssertionError
+
+
 def tied(width: int, module_class: type[nn.Module] = nn.Embedding, **of_spec: Any) -> TiedLayerSpec:
     return TiedLayerSpec("word", module_class, VOCABULARY, width, **of_spec)
 
@@ -162,6 +167,20 @@ REFUSED: dict[str, Case] = {
                                         partition_method="type:Attention"),
     "a profile of nothing": section("PartitionError: the partition 'profile' can't be measured: it needs an example",
                                     partition="profile"),
+    # The mean of the losses.
+    "an unknown mean": field("Input should be 'tokens' or 'micro_batches'", loss_average="token"),
+    "an unknown mean of the module": options("ConfigError: loss_average = 'token': must be 'tokens' or "
+                                             "'micro_batches', or None", loss_average="token"),
+    "a mean over tokens that the loss function doesn't know": section(
+        "ConfigError: pipeline_schedule.loss_average = 'tokens': loss_fn = cross_entropy must be a function of "
+        "(outputs, labels, num_items_in_batch)", loss_average="tokens"),
+    "such a mean by argument": options("ConfigError: PipelineModule's loss_average = 'tokens': loss_fn = cross_entropy",
+                                       loss_average="tokens"),
+    "a mean that only tokens have": options(
+        "ConfigError: PipelineModule's loss_average = 'micro_batches': must be 'tokens', or loss_fn = of_tokens must "
+        "have a default", loss_fn=of_tokens, loss_average="micro_batches"),
+    "a mean for DeepSpeed's own engine": options("ConfigError: loss_average = 'tokens': must be None without "
+                                                 "'pipeline_schedule' in the config", STOCK, loss_average="tokens"),
     # The rest of the config.
     "ZeRO-2": key("zero_optimization.stage = 2: must be 0 or 1", zero_optimization={"stage": 2}),
     "ZeRO-3": key("zero_optimization.stage = 3: must be 0 or 1", zero_optimization={"stage": 3}),

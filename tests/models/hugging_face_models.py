@@ -95,6 +95,12 @@ class Case:
     def job(self) -> Job:
         return Job(self.schedule, self.stages, MICRO_BATCHES, self.config)
 
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether its loss is the mean over tokens: not in DeepSpeed's own engine."""
+        section = self.schedule if isinstance(self.schedule, dict) else {}
+        return self.schedule is not None and section.get("loss_average") != "micro_batches"
+
     def micro_batch(self, batch: int, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """((ids, mask and perhaps position ids), next tokens), padded on the left, on the right or not at all."""
         generator = torch.Generator().manual_seed(10007 * batch + 101 * number)
@@ -197,18 +203,41 @@ def pipelines_of(cases: list[tuple[Case, Path | None]], world: int = 2) -> list[
     return merged
 
 
-def plain_outputs(model: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """transformers' loss and logits, with labels as it wants them: the inputs, shifted inside."""
+def plain_outputs(model: Any, inputs: tuple[Tensor, ...], tokens: int | None = None) -> Any:
+    """transformers' loss and logits, with labels as it wants them: the inputs, shifted inside. The loss is a mean, or
+    the sum divided by `tokens`."""
     ids, mask, *positions = inputs
     return model(input_ids=ids, attention_mask=mask, position_ids=positions[0] if positions else None,
-                 labels=torch.where(mask.bool(), ids, -100), use_cache=False)
+                 labels=torch.where(mask.bool(), ids, -100), use_cache=False, num_items_in_batch=tokens)
 
 
 def evaluate(model: Any, case: Case) -> tuple[float, Tensor]:
-    """The loss of the evaluated micro-batch, and its logits."""
+    """The loss of the evaluated micro-batch, and its logits. Divided by the number of tokens or as a mean, one and the
+    same number is rounded in two ways."""
+    inputs, labels = case.micro_batch(EVALUATED, 0)
+    tokens = int((labels != -100).sum()) if case.averages_tokens else None
     with torch.no_grad():
-        outputs = plain_outputs(model.eval(), case.micro_batch(EVALUATED, 0)[0])
+        outputs = plain_outputs(model.eval(), inputs, tokens)
     return float(outputs.loss), outputs.logits
+
+
+def batch_loss(model: Any, case: Case, inputs: tuple[Tensor, ...], tokens: int) -> Tensor:
+    """A micro-batch's loss, of which a batch's is the mean: over tokens, where the case asks for that. Router losses
+    are averaged over micro-batches in any case."""
+    if not case.averages_tokens:
+        return plain_outputs(model, inputs).loss  # type: ignore[no-any-return]
+    outputs = plain_outputs(model, inputs, tokens)
+    routers = getattr(outputs, "aux_loss", None)
+    if routers is None:
+        return MICRO_BATCHES * outputs.loss  # type: ignore[no-any-return]
+    routers = model.config.router_aux_loss_coef * routers
+    return MICRO_BATCHES * next_token_loss(outputs.logits, shifted(inputs), tokens) + routers  # type: ignore
+
+
+def shifted(inputs: tuple[Tensor, ...]) -> Tensor:
+    """The labels that transformers makes of its own."""
+    labels = torch.where(inputs[1].bool(), inputs[0], -100)
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
 
 
 def train_plainly(case: Case, optimizer_of: Callable[[Iterator[Any]], torch.optim.Optimizer] | None = None) -> Outcome:
@@ -220,8 +249,9 @@ def train_plainly(case: Case, optimizer_of: Callable[[Iterator[Any]], torch.opti
     losses = []
     for batch in range(BATCHES):
         total = torch.zeros(())
+        tokens = sum(int((labels != -100).sum()) for _, labels in case.batch(batch))
         for inputs, _ in case.batch(batch):
-            loss = plain_outputs(model, inputs).loss
+            loss = batch_loss(model, case, inputs, tokens)
             (loss / MICRO_BATCHES).backward()
             total = total + loss.detach()
         losses.append(float(total / MICRO_BATCHES))

@@ -66,8 +66,8 @@ def test_activation_checkpointing_changes_nothing(folders: dict[str, Path]) -> N
 
 def test_bf16_with_replicas(folders: dict[str, Path], tmp_path: Path) -> None:
     """What transformers loads in bf16 is what the pipeline evaluated in bf16, rotary frequencies in fp32 included."""
-    cases = [(Case(folders["llama"], schedule, config=BF16_ZERO1), tmp_path / str(schedule))
-             for schedule in (None, "v-half")]
+    cases = [(Case(folders["llama"], schedule, config=BF16_ZERO1), tmp_path / str(schedule is None))
+             for schedule in (None, {"name": "v-half", "loss_average": "micro_batches"})]
     oracle, ours = pipelines_of(cases, world=4)
     assert ours.losses == oracle.losses
     for case, folder in cases:

@@ -1,0 +1,169 @@
+"""A batch's loss as the mean over its tokens, wherever these are: in any micro-batch, on any replica.
+
+DeepSpeed averages the means of micro-batches, and so a token counts for more in a micro-batch that has few. A loss
+function that takes `num_items_in_batch`, as those of transformers do (`fixed_cross_entropy` in loss/loss_utils.py),
+divides the sum over a micro-batch's tokens by the number of all tokens of the batch instead:
+
+    [1] the batch starts     the rank of the last stage draws all micro-batches, and counts the tokens in their labels
+    [2] meanwhile            the counts of all replicas are added up
+    [3] each loss            sum / tokens x micro-batches x replicas, since DeepSpeed divides by these two
+    [4] from there on        backward, loss scale, clipping and reports are DeepSpeed's
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.module import PipelineError
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ds_vshape.comm.background import Background, Handle
+from ds_vshape.config.section import KEY, ConfigError
+from ds_vshape.health.watch import is_ended_wait
+from ds_vshape.runtime.micro_batch import loss_of
+
+# As transformers calls them.
+ITEMS, IGNORE_INDEX = "num_items_in_batch", -100
+TOKENS, MICRO_BATCHES = "tokens", "micro_batches"
+
+
+def averages_tokens(of_config: str | None, of_module: str | None, loss_fn: Any) -> bool:
+    """Whether losses are averaged over tokens, as the config's "loss_average" says, or else the module's argument, or
+    else the loss function: if it takes `num_items_in_batch`.
+
+    Raises ConfigError for an illegal value, and for one that the loss function can't follow.
+    """
+    if of_module not in (None, TOKENS, MICRO_BATCHES):
+        raise ConfigError(f"loss_average = {of_module!r}: must be {TOKENS!r} or {MICRO_BATCHES!r}, or None for what "
+                          "the loss function does")
+    where, wanted = (f"{KEY}.loss_average", of_config) if of_config else ("PipelineModule's loss_average", of_module)
+    parameter = _items_of(loss_fn)
+    if wanted == TOKENS and parameter is None:
+        raise ConfigError(f"{where} = {TOKENS!r}: loss_fn = {_named(loss_fn)} must be a function of (outputs, labels, "
+                          f"{ITEMS}) that gives the sum over the labels' tokens, divided by {ITEMS}")
+    if wanted == MICRO_BATCHES and parameter is not None and parameter.default is parameter.empty:
+        raise ConfigError(f"{where} = {MICRO_BATCHES!r}: must be {TOKENS!r}, or loss_fn = {_named(loss_fn)} must have "
+                          f"a default for {ITEMS}, with which it gives the mean of a micro-batch")
+    return parameter is not None and wanted != MICRO_BATCHES
+
+
+def _items_of(loss_fn: Any) -> inspect.Parameter | None:
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (TypeError, ValueError):  # no function, or one of C without a signature
+        return None
+    return signature.parameters.get(ITEMS)
+
+
+def _named(loss_fn: Any) -> str:
+    return getattr(loss_fn, "__qualname__", None) or type(loss_fn).__name__
+
+
+class TokenMean:
+    """Of the batches of one rank that computes losses.
+
+    Args:
+        loss_fn: takes (outputs, labels, num_items_in_batch) and gives the loss of a micro-batch, or (loss, auxiliary
+            loss) with one that is no sum over tokens, and is averaged over micro-batches. If it has `count_tokens`,
+            that gives the number of tokens in labels; else they must be a tensor, of which all but -100 count.
+        draw: gives the next (inputs, labels) of the data.
+        keeps_inputs: whether this rank needs them.
+        group, replicas: the ranks that compute the losses of other replicas, and how many there are.
+        device: where losses are.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Any], draw: Callable[[], tuple[Any, Any]], keeps_inputs: bool, group: Any,
+                 replicas: int, device: torch.device, background: Background) -> None:
+        self._loss_fn, self._draw, self._keeps_inputs = loss_fn, draw, keeps_inputs
+        self._group, self._replicas, self._device, self._background = group, replicas, device, background
+        self._count_tokens = getattr(loss_fn, "count_tokens", _count_labels)
+        self._drawn: deque[tuple[Any, Any] | Exception] = deque()
+        self._micro_batches = 1
+        self._tokens: Handle[Tensor] | None = None
+
+    def start_batch(self, micro_batches: int, draws: bool) -> None:
+        """Draw and count a batch. All replicas must start theirs, even one that has failed and `draws` nothing; an
+        error is raised where its micro-batch is taken."""
+        self.forget()
+        self._micro_batches = micro_batches
+        counts: list[Any] = []
+        for _ in range(micro_batches if draws else 0):
+            try:
+                # Copies: the data's memory may hold another micro-batch at the next draw.
+                inputs, labels = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._draw())
+                counts.append(_checked(self._count_tokens(labels)))
+            except Exception as error:
+                if is_ended_wait(error):
+                    raise
+                self._drawn.append(error)
+                break
+            self._drawn.append((inputs if self._keeps_inputs else None, labels))
+        tokens = self._added(counts)
+        self._tokens = self._background.start(partial(self._over_replicas, tokens), (tokens,))
+
+    def _added(self, counts: list[Any]) -> Tensor:
+        """On the device, for which the host doesn't wait."""
+        there = [count for count in counts if torch.is_tensor(count) and count.device == self._device]
+        here = sum(int(count) for count in counts if not any(count is other for other in there))
+        total = torch.full((), here, dtype=torch.int64, device=self._device)
+        for count in there:
+            total += count.reshape(())
+        return total
+
+    def _over_replicas(self, tokens: Tensor) -> Tensor:
+        if self._replicas > 1:
+            dist.all_reduce(tokens, group=self._group)
+        # Of a batch without any token all sums are zero.
+        return tokens.clamp_(min=1)
+
+    def take(self) -> tuple[Any, Any]:
+        """The inputs and labels of the next micro-batch; raises what drawing or counting it has raised."""
+        drawn = self._drawn.popleft()
+        if isinstance(drawn, Exception):
+            raise drawn
+        return drawn
+
+    def loss(self, outputs: Any, labels: Any) -> Any:
+        """The loss of a micro-batch, of which the mean over micro-batches and replicas is that over tokens."""
+        assert self._tokens is not None
+        found = loss_of(partial(self._loss_fn, **{ITEMS: self._tokens.result()}), outputs, labels)
+        loss, *auxiliary = found if isinstance(found, tuple) else (found,)
+        if not torch.is_tensor(loss) or len(auxiliary) > 1:
+            raise PipelineError(f"the loss function gave {_described(found)}: must be a tensor of one number, or "
+                                "(loss, auxiliary loss)")
+        return sum(auxiliary, loss * (self._micro_batches * self._replicas))
+
+    def forget(self) -> None:
+        """Leave nothing of a batch that has failed."""
+        self._drawn.clear()
+        if self._tokens is not None:
+            self._tokens.result()
+            self._tokens = None
+
+
+def _count_labels(labels: Any) -> Tensor:
+    if not torch.is_tensor(labels):
+        raise PipelineError(f"the labels of a micro-batch are {_described(labels)}: must be a tensor, of which all but "
+                            f"{IGNORE_INDEX} count as tokens, or loss_fn must have a function count_tokens(labels)")
+    return (labels != IGNORE_INDEX).sum()
+
+
+def _checked(count: Any) -> Any:
+    is_number = isinstance(count, int) and not isinstance(count, bool) and count >= 0
+    if is_number or torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point():
+        return count
+    raise PipelineError(f"count_tokens gave {_described(count)}: must be a number of tokens, an int from 0 or a tensor "
+                        "of one")
+
+
+def _described(value: Any) -> str:
+    if torch.is_tensor(value):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
