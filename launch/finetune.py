@@ -4,8 +4,10 @@
     deepspeed --num_gpus 2 launch/finetune.py --model runs/tiny-llama --output runs/tuned-llama \\
         --deepspeed_config configs/finetune.json
 
-The model is a folder with config.json and safetensors; Llama, Qwen2 and GPT-2 are known. The schedule is whatever
-"pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
+The model is a folder with config.json and safetensors, of any family in ds_vshape/docs/hugging-face.md. The schedule is
+whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
+With --lora FOLDER, adapters are trained and written instead of the model: those that peft has saved in FOLDER, or new
+ones where it holds an adapter_config.json alone (configs/lora).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -40,6 +43,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the trained model")
+    parser.add_argument("--lora", type=Path, help="folder with adapter_config.json: train adapters, not the model")
     parser.add_argument("--text", type=Path, help="folder with .py files (default: Python's own standard library)")
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
@@ -83,8 +87,13 @@ def finetune(args: argparse.Namespace) -> Result:
     config = AutoConfig.from_pretrained(args.model)
     topology = topology_of(args.stages, args.tensor_parallel)
     group = tensor_group(topology) if args.tensor_parallel > 1 else None
+    lora: Any = None
+    if args.lora is not None:
+        from ds_vshape.models import lora_files as lora  # peft is an extra of its own
+    layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group,
+                             lora=lora and lora.read_config(args.lora))
     # seed_layers: dropout then doesn't depend on the order of the passes.
-    module = ds_vshape.PipelineModule(pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group),
+    module = ds_vshape.PipelineModule(layers,
                                       topology=topology,
                                       loss_fn=TensorParallelLoss(group) if group else next_token_loss,
                                       partition_method=PARTITION_METHOD,
@@ -94,7 +103,10 @@ def finetune(args: argparse.Namespace) -> Result:
     unknown = load_weights(module, args.model)
     if unknown and torch.distributed.get_rank() == 0:
         logger.warning(f"{args.model} has tensors that its config.json doesn't mention: {', '.join(unknown)}")
-    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=module.parameters())
+    if lora and lora.has_adapter(args.lora):
+        lora.load_adapter(module, args.lora)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained)
 
     corpus = load_corpus(args.text)
     size = engine.train_micro_batch_size_per_gpu()
@@ -108,7 +120,10 @@ def finetune(args: argparse.Namespace) -> Result:
     training = batches(corpus.training, TRAINING_SEED)
     validation = batches(corpus.validation, VALIDATION_SEED)
     result = train(engine, training, validation, args.batches)
-    save_model(engine.module, config, args.model, args.output)
+    if lora:
+        lora.save_adapter(engine.module, args.model, args.output)
+    else:
+        save_model(engine.module, config, args.model, args.output)
     return result
 
 

@@ -14,7 +14,7 @@ attention wants, the rotary embedding) each stage makes for itself: it is cheape
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ try:
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers: pip install 'ds-vshape[models]'") from error
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 # DeepSpeed's partition method: stages get equal numbers of decoder layers; other layers go to the stage of a neighbour.
 PARTITION_METHOD = "type:DecoderLayer"
 # Which layers activation checkpointing may run again. Not the embedding: a reentrant checkpoint gives no gradients to
@@ -45,7 +48,8 @@ Flow = Tensor | tuple[Tensor, ...]
 
 
 def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
-                    plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None) -> list[LayerSpec]:
+                    plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None,
+                    lora: LoraConfig | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
@@ -58,9 +62,13 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
         tensor_group: the process group of this rank's tensor parallel ranks (parallel_layers.tensor_group).
         experts: how transformers is to compute the experts of a mixture, "grouped_mm", "batched_mm" or "eager"; by
             default transformers chooses.
+        lora: adapters to train (peft's); everything else is frozen, except what the LoraConfig says of biases and
+            modules_to_save.
 
     Raises:
-        ValueError: for a model that can't be cut into these layers, or not over these ranks.
+        ValueError: for a model that can't be cut into these layers, or not over these ranks, and for adapters that it
+            can't have.
+        ImportError: for adapters without peft.
     """
     if getattr(config, "add_cross_attention", False):
         raise ValueError("add_cross_attention = True: must be False, a pipeline has a decoder alone")
@@ -68,9 +76,12 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
         raise ValueError("the config has a quantization_config: quantized weights can't be trained")
     if getattr(config, "layerdrop", 0):
         raise ValueError(f"layerdrop = {config.layerdrop}: must be 0, each stage would drop layers for itself")
-    planned = PlannedModel(config, attention, plan, experts)
+    planned = PlannedModel(config, attention, plan, experts, lora)
     parallel = None
     if tensor_group is not None and dist.get_world_size(tensor_group) > 1:
+        if lora is not None:
+            raise ValueError(f"lora with {dist.get_world_size(tensor_group)} tensor parallel ranks: must have 1, "
+                             "adapters aren't cut")
         parallel = TensorParallelPlan(planned, tensor_group)
         share_random_state(tensor_group)
     shared = Shared(planned, parallel)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ try:
     from transformers.initialization import guard_torch_init_functions
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers: pip install 'ds-vshape[models]'") from error
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from ds_vshape.models.lora import Adapters
 
 Plan = dict[str, tuple[list[str], list[str]]]
 
@@ -64,13 +69,16 @@ class PlannedModel:
         attention: "sdpa" or "eager"; by default transformers chooses.
         plan: instead of transformers' or ours.
         experts: "grouped_mm", "batched_mm" or "eager"; by default transformers chooses.
+        lora: adapters to put into the model.
 
     Raises:
-        ValueError: for a model without a plan, and for one that can't be cut by its plan.
+        ValueError: for a model without a plan, for one that can't be cut by its plan, and for adapters that it can't
+            have.
+        ImportError: for adapters without peft.
     """
 
     def __init__(self, config: PreTrainedConfig, attention: str | None = None, plan: Plan | None = None,
-                 experts: str | None = None) -> None:
+                 experts: str | None = None, lora: LoraConfig | None = None) -> None:
         plan = plan or getattr(config, "base_model_pp_plan", None) or PLANS.get(config.model_type)
         if plan is None:
             raise ValueError(
@@ -83,6 +91,9 @@ class PlannedModel:
             self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention,
                 experts_implementation=experts)
+        # As its files know it; peft changes it in place.
+        self.without_adapters: Any = self.model if lora is None else copy.deepcopy(self.model)
+        self.adapters = None if lora is None else _adapters(self.model, lora)
         self.config = self.model.config
         self.model_type = config.model_type
         base: Any = self.model.base_model
@@ -123,6 +134,8 @@ class PlannedModel:
         made: Any = copy.deepcopy(module).to_empty(device="cpu")
         with torch.no_grad(), guard_torch_init_functions():
             made.apply(self.model._init_weights)
+        if self.adapters is not None:
+            self.adapters.draw(made)
         unset = {name: buffer for name, buffer in made.named_buffers() if not buffer._version}
         for name in unset.keys() & made.state_dict().keys():  # files hold it, and nothing else tells what it is
             unset.pop(name).fill_(torch.nan)
@@ -157,6 +170,12 @@ class PlannedModel:
         if shared:
             raise ValueError(f"model_type = {self.model_type!r}: {shared[0]} is used in several places; embedding and "
                              "head alone may share a weight")
+
+
+def _adapters(model: Any, config: LoraConfig) -> Adapters:
+    from ds_vshape.models.lora import Adapters  # peft is an extra
+
+    return Adapters(model, config)
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:

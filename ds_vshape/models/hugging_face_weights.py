@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -47,6 +49,8 @@ _COPIED = {".json", ".jinja", ".model", ".txt"}
 _NOT_COPIED = {INDEX, "config.json"}
 # Constants that old checkpoints hold and that transformers computes: GPT-2's causal masks, rotary frequencies.
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# What peft's wrappers add to the names of a model's own weights.
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 
 
 class Checkpoint:
@@ -88,8 +92,21 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
             for name, tensor in part.module.state_dict(keep_vars=True).items()}
 
 
+def _model_weights(module: nn.Module) -> dict[str, list[Tensor]]:
+    """As named_weights, without adapters and by the names that the model has without them. A module that is trained in
+    place of the model's (peft's modules_to_save) starts as its copy, so that a name may stand for two tensors."""
+    of_model, weights = shared_by(module).planned.without_adapters.state_dict(), defaultdict(list)
+    for name, tensor in named_weights(module).items():
+        own = _WRAPPED.sub("", name)
+        if own in of_model:
+            weights[own].append(tensor)
+    return weights
+
+
 def load_weights(module: nn.Module, folder: Path) -> list[str]:
     """Fill this rank's layers from `folder`; to be called on every rank, before deepspeed.initialize copies them.
+
+    Adapters keep their random weights, until load_adapter of lora_files.py reads them.
 
     Returns:
         The tensors in `folder` that no rank took.
@@ -97,24 +114,28 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
     Raises:
         ValueError: if tensors are missing, or have other shapes than the config says.
     """
-    checkpoint, weights, shared = Checkpoint(folder), named_weights(module), _shared_by(module)
-    own = {target: stored for target, stored in _stored(shared.planned.model, checkpoint.names).items()
+    checkpoint, weights, shared = Checkpoint(folder), _model_weights(module), shared_by(module)
+    own = {target: stored for target, stored in _stored(shared.planned.without_adapters, checkpoint.names).items()
            if target in weights}
     missing = set(weights)
     with ExitStack() as opened, torch.no_grad():
         for stored in own.values():
             read = partial(checkpoint.read, opened=opened)
             for name, tensor in stored.tensors(read, shared.cut_of).items():
-                if tensor.shape != weights[name].shape:
-                    cut = shared.cut_of(name)
-                    found, wanted = ((list(shape) if cut is None else cut.of_shape(shape))
-                                     for shape in (tensor.shape, weights[name].shape))
-                    raise ValueError(f"{name} is {found} in {folder}, its config.json says {wanted}")
-                weights[name].copy_(tensor)
+                for weight in weights[name]:
+                    if tensor.shape != weight.shape:
+                        cut = shared.cut_of(name)
+                        found, wanted = ((list(shape) if cut is None else cut.of_shape(shape))
+                                         for shape in (tensor.shape, weight.shape))
+                        raise ValueError(f"{name} is {found} in {folder}, its config.json says {wanted}")
+                    weight.copy_(tensor)
                 missing.discard(name)
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors, {min(missing)} among them: does its config.json "
                          "belong to these weights?")
+    adapters = shared_by(module).planned.adapters
+    if adapters is not None:
+        adapters.set_magnitudes(module)
     taken = set().union(*_of_all_ranks([source for stored in own.values() for source in stored.sources]))
     return sorted(name for name in checkpoint.names - taken if not name.endswith(_CONSTANTS))
 
@@ -130,11 +151,17 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
 
     Weights have the dtype in which they are trained. A tied weight is written once, and one replica writes; the first
     of tensor parallel ranks gathers the whole weights and writes them.
+
+    Raises:
+        ValueError: for a model with adapters.
     """
+    if shared_by(module).planned.adapters is not None:
+        raise ValueError("the model has LoRA adapters: save_adapter of ds_vshape.models.lora_files writes them, and "
+                         "peft's merge_and_unload makes one model of both")
     folder.mkdir(parents=True, exist_ok=True)
     grid, ranks = module.mpu(), module.num_pipeline_stages()
     shard = f"model-{module.stage_id + 1:05}-of-{ranks:05}.safetensors"
-    shared = _shared_by(module)
+    shared = shared_by(module)
     own = {name: whole.cpu() for name, tensor in named_weights(module).items()
            if grid.data_parallel_id == 0 and not getattr(tensor, "ds_pipe_replicated", False)
            and (whole := shared.whole(name, tensor.detach())) is not None}
@@ -207,7 +234,7 @@ def _stored(model: Any, names: Iterable[str]) -> dict[str, _Stored]:
     return stored
 
 
-def _shared_by(module: nn.Module) -> Shared:
+def shared_by(module: nn.Module) -> Shared:
     """What the layers share, the transformers model of which they are parts among it."""
     return next(part.shared for part in module.modules() if isinstance(part, Part))
 

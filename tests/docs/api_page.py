@@ -24,6 +24,9 @@ from ds_vshape.config.section import KEY, MOST_TRACED, ConfigError, ScheduleConf
 from ds_vshape.engine import PipelineEngine, PostValidatingEngine
 from ds_vshape.measure.profiling import report
 from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.models.hugging_face import pipeline_layers
+from ds_vshape.models.hugging_face_weights import load_weights, save_model
+from ds_vshape.models.lora_files import load_adapter, read_config, save_adapter
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
 from ds_vshape.split_backward import SplitFunction
 from ds_vshape.split_backward.tensor_parallel import sum_gradient
@@ -62,6 +65,13 @@ def page() -> str:
         *_methods("engine", ENGINE_METHODS),
         "### What `engine.pipeline_report` returns", *_docstring(report),
         "### `RankMemory`", *_docstring(RankMemory), _fields(RankMemory),
+        "## Hugging Face models",
+        *_function("ds_vshape.models.hugging_face.pipeline_layers", pipeline_layers),
+        *_function("ds_vshape.models.hugging_face_weights.load_weights", load_weights),
+        *_function("ds_vshape.models.hugging_face_weights.save_model", save_model),
+        *_function("ds_vshape.models.lora_files.read_config", read_config),
+        *_function("ds_vshape.models.lora_files.load_adapter", load_adapter),
+        *_function("ds_vshape.models.lora_files.save_adapter", save_adapter),
         "## Kernels of your own", "### `ds_vshape.split_backward.SplitFunction`", *_docstring(SplitFunction),
         *_methods("SplitFunction", HALVES),
         *_function("ds_vshape.split_backward.tensor_parallel.sum_gradient", sum_gradient),

@@ -90,6 +90,7 @@ class Case:
     with_positions: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     checkpointing: int = 0
+    seeds: dict[str, Any] = field(default_factory=dict)
 
     @property
     def job(self) -> Job:
@@ -116,21 +117,36 @@ class Case:
     def batch(self, batch: int, count: int = MICRO_BATCHES) -> Iterator[Any]:
         return iter([self.micro_batch(batch, number) for number in range(count)])
 
+    def layers(self) -> list[Any]:
+        return pipeline_layers(AutoConfig.from_pretrained(self.folder), self.attention, experts=self.experts)
+
     def module(self) -> Any:
         """With the weights of the folder (collective)."""
-        config = AutoConfig.from_pretrained(self.folder)
-        layers = pipeline_layers(config, self.attention, experts=self.experts)
-        module = ds_vshape.PipelineModule(layers, num_stages=self.stages, loss_fn=next_token_loss,
-                                          partition_method=PARTITION_METHOD,
+        module = ds_vshape.PipelineModule(self.layers(), num_stages=self.stages,
+                                          loss_fn=next_token_loss, partition_method=PARTITION_METHOD,
                                           activation_checkpoint_interval=self.checkpointing,
-                                          checkpointable_layers=CHECKPOINTABLE_LAYERS, config=self.job.ds_config())
+                                          checkpointable_layers=CHECKPOINTABLE_LAYERS, config=self.job.ds_config(),
+                                          **self.seeds)
         assert load_weights(module, self.folder) == []
         return module
 
     def engine(self) -> Any:
         ds_checkpointing.configure(None, partition_activations=False)
         module = self.module()
-        return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=self.job.ds_config())[0]
+        return ds_vshape.initialize(model=module, model_parameters=trained(module), config=self.job.ds_config())[0]
+
+    def save(self, module: Any, folder: Path) -> None:
+        """Write what has been trained (collective)."""
+        save_model(module, AutoConfig.from_pretrained(self.folder), self.folder, folder)
+
+    def plain_model(self) -> Any:
+        """transformers' own, to be trained from the same weights."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation=self.attention,
+                                                    experts_implementation=self.experts).train()
+
+
+def trained(module: Any) -> list[Any]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,7 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     evaluated, outputs = engine.eval_batch(case.batch(EVALUATED, 1), num_micro_batches=1, return_logits=True)
     logits = torch.empty(0) if outputs is None else (outputs[0] if isinstance(outputs, tuple) else outputs)
     if folder is not None:
-        save_model(engine.module, AutoConfig.from_pretrained(case.folder), case.folder, folder)
+        case.save(engine.module, folder)
     return Outcome(losses, float(evaluated), {name: value.detach().clone() for name, value in weights.items()},
                    logits,
                    frozenset(name for name, parameter in weights.items() if parameter not in in_w), len(forwards))
@@ -242,10 +258,9 @@ def shifted(inputs: tuple[Tensor, ...]) -> Tensor:
 
 def train_plainly(case: Case, optimizer_of: Callable[[Iterator[Any]], torch.optim.Optimizer] | None = None) -> Outcome:
     """With DeepSpeed's "Adam" or another optimizer."""
-    model = AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation=case.attention,
-                                                 experts_implementation=case.experts).train()
+    model = case.plain_model()
     optimizer_of = optimizer_of or partial(torch.optim.AdamW, lr=1e-2)  # DeepSpeed takes "Adam" for AdamW.
-    optimizer = optimizer_of(model.parameters())
+    optimizer = optimizer_of(iter(trained(model)))
     losses = []
     for batch in range(BATCHES):
         total = torch.zeros(())

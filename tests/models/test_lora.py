@@ -1,0 +1,368 @@
+"""LoRA: adapters trained by a pipeline, beside peft's own model in one process; their files, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune import arguments, finetune
+from hugging_face_models import (EVALUATED, Case, Outcome, evaluate, model_config, pipelines_of, plain_outputs,
+                                 tensors_in, train_plainly)
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from pipelines import BF16_ZERO1, Job
+from ranks import run_ranks
+from safetensors.torch import save_file
+from tiny_model import save_tiny_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_vshape.models.gpt import seed_layer
+from ds_vshape.models.hugging_face import pipeline_layers
+from ds_vshape.models.hugging_face_weights import named_weights, save_model
+from ds_vshape.models.lora_files import load_adapter, read_config, save_adapter
+from ds_vshape.split_backward.store import Entry, WeightGradientStore
+from ds_vshape.split_backward.weights import parameter_of
+
+# A name of transformers' that peft uses.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+PREFIX = "base_model.model."
+SMALL = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+# By what is special about it: the model and the settings of its adapters.
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", SMALL),
+    "all-linear": ("llama", {"r": 4, "target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
+    "regex": ("qwen3", {"r": 4, "target_modules": r".*\.[1-6]\.self_attn\.(q|v)_proj"}),
+    "patterns": ("llama", {**SMALL, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3},
+                           "layers_to_transform": [0, 3, 7]}),
+    "rslora": ("llama", {**SMALL, "use_rslora": True}),
+    "dora": ("llama", {**SMALL, "use_dora": True}),
+    "lora_bias": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
+    "biases": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    "lora_only biases": ("qwen2", {**SMALL, "bias": "lora_only"}),
+    "modules_to_save": ("llama", {**SMALL, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "embeddings": ("llama", {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "tied": ("gemma2-tied", SMALL),
+    "one layer": ("llama", {**SMALL, "layers_to_transform": [3]}),
+    "experts": ("mixtral", {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+}
+
+
+@dataclass(frozen=True)
+class AdaptedCase(Case):
+    """Trains the adapters in `adapter` on the model in `folder`."""
+
+    adapter: Path = Path()
+
+    def layers(self) -> list[Any]:
+        return pipeline_layers(AutoConfig.from_pretrained(self.folder), self.attention, lora=read_config(self.adapter))
+
+    def module(self) -> Any:
+        module = super().module()
+        load_adapter(module, self.adapter)
+        return module
+
+    def save(self, module: Any, folder: Path) -> None:
+        save_adapter(module, self.folder, folder)
+
+    def plain_model(self) -> Any:
+        return PeftModel.from_pretrained(super().plain_model(), str(self.adapter), is_trainable=True).train()
+
+
+@dataclass(frozen=True)
+class NewCase(Case):
+    """New adapters on the model in `folder`."""
+
+    lora: LoraConfig | None = None
+
+    def layers(self) -> list[Any]:
+        return pipeline_layers(AutoConfig.from_pretrained(self.folder), self.attention, lora=self.lora)
+
+
+def saved(setting: str, root: Path, **others: Any) -> tuple[Path, Path]:
+    """A random model, and random adapters for it as peft saves them: none of their weights are zero."""
+    name, config = SETTINGS[setting]
+    folder, adapter = root / "model", root / "adapter"
+    save_tiny_model(model_config(name), folder)
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder),
+                           LoraConfig(**config, init_lora_weights=False, **others))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(str(adapter), save_embedding_layers=False)
+    return folder, adapter
+
+
+def assert_trained_alike(outcome: Outcome, oracle: Outcome, before: dict[str, Tensor]) -> set[str]:
+    """Returns the names of what has been trained."""
+    expected = {name.removeprefix(PREFIX): value for name, value in oracle.weights.items()}
+    assert outcome.losses == oracle.losses
+    assert outcome.weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(outcome.weights[name], value), name
+    changed = {name for name, value in before.items() if not torch.equal(value, outcome.weights[name])}
+    trained = {name.removeprefix(PREFIX) for name, value in oracle.weights.items() if value.requires_grad}
+    assert changed == trained
+    return trained
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+@pytest.mark.quick_cases("plain")
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_trains_what_peft_trains(setting: str, tmp_path: Path) -> None:
+    folder, adapter = saved(setting, tmp_path)
+    cases = [AdaptedCase(folder, schedule, adapter=adapter) for schedule in ("v-half", "v-zb")]
+    outputs = [tmp_path / str(place) for place in range(len(cases))]
+    model = cases[0].plain_model()
+    before = {name.removeprefix(PREFIX): value for name, value in model.named_parameters()}
+    for case, outcome, output in zip(cases, pipelines_of(list(zip(cases, outputs))), outputs, strict=True):
+        trained = assert_trained_alike(outcome, train_plainly(case), before)
+        assert all("lora_" in name for name in trained) or setting in ("biases", "lora_only biases", "modules_to_save")
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(output))
+        loss, logits = evaluate(loaded, case)
+        assert loss == outcome.evaluated
+        assert torch.equal(logits, outcome.logits)
+        assert tensors_in(output).keys() == tensors_in(adapter).keys()
+
+
+@pytest.mark.slow
+def test_other_ranks_replicas_and_precisions(tmp_path: Path) -> None:
+    """Four ranks in a V, and two replicas of two in bf16 with ZeRO, where DeepSpeed's own engine is the oracle."""
+    folder, adapter = saved("plain", tmp_path)
+    for case in (AdaptedCase(folder, schedule, stages=4, adapter=adapter) for schedule in ("v-half", "v-zb")):
+        outcome, = pipelines_of([(case, None)], world=4)
+        before = {name.removeprefix(PREFIX): value for name, value in case.plain_model().named_parameters()}
+        assert_trained_alike(outcome, train_plainly(case), before)
+    oracle, *others = pipelines_of([(AdaptedCase(folder, schedule, config=BF16_ZERO1, adapter=adapter), None)
+                                    for schedule in (None, "v-half", "v-zb")], world=4)
+    for outcome in others:
+        assert outcome.losses == oracle.losses
+        assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())
+
+
+@pytest.mark.slow
+def test_dropout_of_adapters_does_not_depend_on_the_schedule(tmp_path: Path) -> None:
+    """Where layers have seeds of their own, as in launch/finetune.py; checkpointed layers draw the same again."""
+    folder, adapter = saved("plain", tmp_path, lora_dropout=0.3)
+    seeds = {"seed_layers": True, "seed_fn": seed_layer}
+    kinds = [(None, 0), ("v-half", 0), ("v-zb", 0), ("v-half", 1)]
+    outcomes = pipelines_of([(AdaptedCase(folder, schedule, adapter=adapter, seeds=seeds, checkpointing=interval), None)
+                             for schedule, interval in kinds])
+    assert outcomes[0].losses != train_plainly(AdaptedCase(*saved("plain", tmp_path / "without")[:1], None,
+                                                           adapter=tmp_path / "without" / "adapter")).losses
+    for outcome in outcomes[1:]:
+        assert outcome.losses == outcomes[0].losses
+        assert all(torch.equal(outcome.weights[name], value) for name, value in outcomes[0].weights.items())
+
+
+# -- what a frozen base costs
+
+
+def costs_of_frozen_weights(rank: int, case: AdaptedCase, root: Path) -> dict[str, Any]:
+    """Trains two batches and saves the engine's checkpoint; a new engine goes on from there."""
+    deferred: set[nn.Parameter] = set()
+    add = WeightGradientStore.add
+
+    def record(store: WeightGradientStore, entry: Entry) -> None:
+        deferred.update(parameter_of(target) for target in entry.targets if target is not None)
+        add(store, entry)
+
+    WeightGradientStore.add = record  # type: ignore[method-assign]
+    engine = case.engine()
+    stored = engine._deliver
+    gradients: set[str] = set()
+    weights = named_weights(engine.module)
+    step = engine._take_model_step
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        gradients.update(name for name, weight in weights.items() if weight.grad is not None)
+        return step(*args, **kwargs)
+
+    engine._take_model_step = look
+    for batch in range(2):
+        engine.train_batch(case.batch(batch))
+    assert stored is engine._deliver
+    for exclude in (False, True):
+        engine.save_checkpoint(str(root / str(exclude)), tag="two", exclude_frozen_parameters=exclude)
+    third = float(engine.train_batch(case.batch(2)))
+    again = case.engine()
+    again.load_checkpoint(str(root / "True"), tag="two", load_module_strict=False)
+    names = {id(weight): name for name, weight in weights.items()}
+    return {
+        "deferred": {names[id(weight)] for weight in deferred},
+        "gradients": gradients,
+        "optimizer": {names.get(id(weight), "dummy") for group in engine.optimizer.param_groups
+                      for weight in group["params"]},
+        "state": {names.get(id(weight), "dummy") for weight in engine.optimizer.state},
+        "trained": {name for name, weight in weights.items() if weight.requires_grad},
+        "losses": (third, float(again.train_batch(case.batch(2)))),
+    }
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("layer_*"))
+
+
+@pytest.mark.quick_cases("one layer")
+@pytest.mark.parametrize("setting", ["plain", "one layer"])
+def test_frozen_weights_cost_nothing(setting: str, tmp_path: Path) -> None:
+    """No entry for W, no gradient, no optimizer state, and no bytes in checkpoints that leave them out; also where all
+    adapters are in one layer, so that a rank, and most stages, train nothing."""
+    folder, adapter = saved(setting, tmp_path)
+    case = AdaptedCase(folder, "v-half", adapter=adapter)
+    for told in run_ranks(2, costs_of_frozen_weights, case, tmp_path):
+        assert bool(told["trained"]) or setting == "one layer"
+        assert all("lora_" in name for name in told["trained"])
+        assert told["deferred"] == told["gradients"] == told["trained"]
+        assert told["optimizer"] == told["state"] == (told["trained"] or {"dummy"})
+        assert told["losses"][0] == told["losses"][1]
+    assert size_of(tmp_path / "True") < 0.5 * size_of(tmp_path / "False")
+
+
+# -- files
+
+
+def load_and_save(rank: int, case: AdaptedCase, folder: Path) -> None:
+    case.save(case.module(), folder)
+
+
+@pytest.mark.slow
+def test_files_are_those_of_peft(tmp_path: Path) -> None:
+    folder, adapter = saved("modules_to_save", tmp_path)
+    run_ranks(2, load_and_save, AdaptedCase(folder, "v-half", adapter=adapter), tmp_path / "again")
+    before, after = tensors_in(adapter), tensors_in(tmp_path / "again")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"adapter_config.json",
+                                                                      "adapter_model.safetensors"}
+    config, expected = (LoraConfig.from_pretrained(str(path)).to_dict() for path in (tmp_path / "again", adapter))
+    assert config.pop("base_model_name_or_path") == str(folder)
+    differing = {name for name, value in config.items() if value != expected[name]}
+    assert differing <= {"task_type", "auto_mapping"}, "which say what kind of model it is"
+
+
+@pytest.mark.slow
+def test_new_adapters_change_nothing_yet(tmp_path: Path) -> None:
+    """As peft draws them: their second weights are zero, DoRA's magnitudes follow from the base weights."""
+    for setting in ("plain", "dora", "embeddings"):
+        name, config = SETTINGS[setting]
+        folder, _ = saved(setting, tmp_path / setting)
+        run_ranks(1, save_new, folder, LoraConfig(**config), tmp_path / setting / "new")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        inputs = AdaptedCase(folder, None).micro_batch(EVALUATED, 0)[0]
+        with torch.no_grad():
+            plain = plain_outputs(model, inputs).logits
+            adapted = plain_outputs(PeftModel.from_pretrained(model, str(tmp_path / setting / "new")), inputs).logits
+        torch.testing.assert_close(adapted, plain)
+        new = tensors_in(tmp_path / setting / "new")
+        drawn = {name: bool(value.any()) for name, value in new.items() if "lora_A" in name or "lora_B" in name}
+        assert all(value == ("lora_A" in name) for name, value in drawn.items())
+        assert len({float(value.sum()) for name, value in new.items() if "lora_A" in name}) == sum(drawn.values())
+
+
+def save_new(rank: int, folder: Path, config: LoraConfig, output: Path) -> None:
+    case = NewCase(folder, "v-half", stages=1, config={}, lora=config)
+    module = case.module()
+    with pytest.raises(ValueError, match="the model has LoRA adapters: save_adapter"):
+        save_model(module, AutoConfig.from_pretrained(folder), folder, output)
+    save_adapter(module, folder, output)
+
+
+# -- the program
+
+
+def run_finetune(rank: int, words: list[str]) -> list[float]:
+    result = finetune(arguments(words))
+    return [*result.losses, result.validation_loss]
+
+
+@pytest.mark.slow
+def test_the_program_trains_new_adapters_and_goes_on_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, settings = tmp_path / "source", tmp_path / "settings"
+    save_tiny_model(model_config("llama"), source)
+    LoraConfig(**SMALL).save_pretrained(str(settings))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(Job("v-half", 2, 4).ds_config()))
+    adapter, losses = settings, []
+    for output in (tmp_path / "first", tmp_path / "second"):
+        words = ["--model", str(source), "--output", str(output), "--text", str(Path(__file__).parents[1]),
+                 "--batches", "4", "--length", "16", "--lora", str(adapter), "--deepspeed_config", str(config)]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+        first, second = run_ranks(2, run_finetune, words)
+        assert first == second
+        losses.append(first)
+        adapter = output
+    assert all(later < earlier for earlier, later in zip(*losses, strict=True)), "of the same batches"
+    assert tensors_in(tmp_path / "first").keys() == tensors_in(tmp_path / "second").keys()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), str(adapter))
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("name, config, message", [
+    ("llama", {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa': must be one of True, False, 'gaussian'"),
+    ("llama", {"trainable_token_indices": [1]}, r"trainable_token_indices = \[1\]: must be None in a pipeline"),
+    ("llama", {"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+    ("llama", {"inference_mode": True}, "inference_mode = True: must be False for training"),
+    ("llama", {"target_modules": ["queries"]}, "queries"),  # peft's own words
+    ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}, "name embedding or head, which share a weight"),
+    ("llama-tied", {"modules_to_save": ["embed_tokens"]}, "name embedding or head, which share a weight"),
+])
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_what_a_pipeline_cannot_adapt_is_refused(name: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline_layers(model_config(name), lora=LoraConfig(**{**SMALL, **config}))
+
+
+def test_tensor_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="lora with 2 tensor parallel ranks: must have 1"):
+        pipeline_layers(model_config("llama"), tensor_group=object(), lora=LoraConfig(**SMALL))
+
+
+def test_other_adapters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora = IA3Config: must be a peft.LoraConfig"):
+        pipeline_layers(model_config("llama"), lora=IA3Config())  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="holds no adapter_config.json"):
+        read_config(tmp_path)
+    IA3Config().save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="peft_type = .*IA3: must be LORA"):
+        read_config(tmp_path)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder, adapter = saved("plain", tmp_path)
+    layers = nn.ModuleList(spec.build() for spec in pipeline_layers(AutoConfig.from_pretrained(folder),
+                                                                    lora=LoraConfig(**SMALL)))
+    load_adapter(layers, adapter)
+    tensors = tensors_in(adapter)
+    name = min(tensors)
+    for stored, message in (({**tensors, "more": torch.ones(1)}, "holds besides the model's 1 tensors, more among"),
+                            ({key: tensors[key] for key in tensors if key != name}, f"lacks 1 tensors, {name} among"),
+                            ({**tensors, name: torch.ones(2, 3)}, rf"{name} is \[2, 3\] in")):
+        save_file(stored, adapter / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_adapter(layers, adapter)
+    with pytest.raises(FileNotFoundError, match="holds no adapter_model.safetensors"):
+        load_adapter(layers, folder)
+    plain = nn.ModuleList(spec.build() for spec in pipeline_layers(AutoConfig.from_pretrained(folder)))
+    with pytest.raises(ValueError, match=r"the model has no adapters: must be made by pipeline_layers\(config, lora="):
+        load_adapter(plain, adapter)
+
+
+@pytest.mark.parametrize("module", ["lora", "lora_files"])
+def test_a_missing_peft_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name == "peft" or name.startswith("peft.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"ds_vshape.models.{module}")
+    with pytest.raises(ImportError, match=r"pip install 'ds-vshape\[lora\]'"):
+        importlib.import_module(f"ds_vshape.models.{module}")
