@@ -41,7 +41,7 @@ def new_group(ranks: Sequence[int] | None = None, backend: str | None = None, se
         backend = _SHARED
     if options is not None:
         options._timeout = timeout
-    with _unbound():
+    with unbound():
         return dist.new_group(ranks, timeout=timeout, backend=backend, pg_options=options)
 
 
@@ -72,7 +72,9 @@ def allow_at_least(group: Any, seconds: float) -> None:
 
 
 def _backend(group: Any) -> Any:
-    return group._get_backend(torch.device(get_accelerator().device_name()))
+    backend = group._get_backend(torch.device(get_accelerator().device_name()))
+    # What torch puts around each backend with TORCH_DISTRIBUTED_DEBUG=DETAIL has no time limit to set.
+    return getattr(backend, "wrapped_pg", backend)
 
 
 def _options(group: Any) -> Any:
@@ -83,12 +85,12 @@ def _options(group: Any) -> Any:
 
 
 @contextmanager
-def _unbound() -> Iterator[None]:
+def unbound() -> Iterator[None]:
     """Make groups inside as if DeepSpeed hadn't bound the job's default group to a GPU (comm/torch.py).
 
     torch would look for that GPU in a group over gloo, and make each other group by a split of the default
     communicator, in which all ranks of the job meet and wait. Without it a communicator is made by its members alone,
-    in their first operation.
+    in their first operation; and none, with the memory that it takes, for the many groups in which there is none.
     """
     world: Any = dist.group.WORLD
     bound, world.bound_device_id = world.bound_device_id, None

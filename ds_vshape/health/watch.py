@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
 from multiprocessing.util import Finalize
@@ -43,7 +43,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d as c10d
 
 from ds_vshape.comm.channels import PeerLost
-from ds_vshape.comm.groups import FOREVER, allow_at_least
+from ds_vshape.comm.groups import FOREVER, allow_at_least, unbound
 from ds_vshape.health.attendance import STUCK_SECONDS, JobLost, Status
 from ds_vshape.health.heartbeat import Address, Heartbeat
 from ds_vshape.health.names import RankName, rank_names
@@ -340,10 +340,12 @@ def watch_job(seconds: float) -> Watch:
 @contextmanager
 def groups_without_limit() -> Iterator[None]:
     """Around what makes groups, as DeepSpeed does: if there is a watch, which ends waits, those over gloo and the job's
-    own get no time limit, and others at least one that is far longer than that for signs of life.
+    own get no time limit, and others at least one that is far longer than that for signs of life. Ranks that aren't in
+    a group don't wait for it.
     """
     before = set(c10d._world.pg_map) - {dist.group.WORLD}
-    yield
+    with unbound() if _watch is not None and _watch.is_open else nullcontext():
+        yield
     if _watch is not None and _watch.is_open:
         for group in set(c10d._world.pg_map) - before:
             if "gloo" in str(dist.get_backend(group)):

@@ -3,15 +3,18 @@ and the start-up check of the channels tells those that answer from those that d
 
 from __future__ import annotations
 
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from pipelines import FP32, Job
+from pipelines import FP32, FP32_ZERO1, Job, data
 from simulated_gpu.communicator import BOUND_DEVICE, Counts
 from simulated_gpu.processes import run_on_gpus
 
 from ds_vshape.comm.exchange import Exchange
-from ds_vshape.comm.groups import new_group
+from ds_vshape.comm.groups import allow_at_least, new_group
 from ds_vshape.health.preflight import Preflight
 
 
@@ -27,6 +30,35 @@ def groups(rank: int) -> tuple[int, list[int]]:
 
 def test_groups_are_made_without_the_other_ranks() -> None:
     assert run_on_gpus(3, groups) == [(0, [1, 0]), (0, [1, 0]), (0, [])]
+
+
+def engine(rank: int) -> tuple[int, list[float]]:
+    """How many splits of the default communicator a job made; its losses."""
+    engine = Job("v-half", 2, 2, FP32_ZERO1).engine()
+    losses = [float(engine.train_batch(data(engine, batch))) for batch in range(2)]
+    world: Any = dist.group.WORLD
+    assert world.bound_device_id == BOUND_DEVICE
+    return Counts.splits, losses
+
+
+def test_nor_do_deepspeeds_groups_wait_for_all_ranks() -> None:
+    """Of two pipelines: those of DeepSpeed's grid and of its engine, of which most are never used."""
+    (splits, losses), *others = run_on_gpus(4, engine)
+    assert splits == 0 and all(other == (splits, losses) for other in others)
+
+
+def test_time_limits_reach_what_torch_wraps_to_debug_it() -> None:
+    """With TORCH_DISTRIBUTED_DEBUG=DETAIL each backend is in a wrapper, which has options but no limit to set."""
+    limits: list[timedelta] = []
+    backend = SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(seconds=5)), _set_default_timeout=limits.append)
+    group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=backend.options, wrapped_pg=backend))
+    for seconds in (4.0, 6.0):
+        allow_at_least(group, seconds)
+    assert limits == [timedelta(seconds=6)]
+    # torch's own has what this one has.
+    wrapper: Any = torch._C._distributed_c10d._ProcessGroupWrapper
+    assert hasattr(wrapper, "options") and hasattr(wrapper, "wrapped_pg")
+    assert not hasattr(wrapper, "_set_default_timeout")
 
 
 def probed(rank: int) -> str:
