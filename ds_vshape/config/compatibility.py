@@ -13,7 +13,7 @@ refuses some without naming a key (_do_optimizer_sanity_check in runtime/engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, shown
@@ -22,7 +22,17 @@ from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
 _SUMS = ("fp32", "bf16", "fp16")
 # Keys that make DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
 _WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
-_BLOCKING = "CUDA_LAUNCH_BLOCKING"
+# Connections over which a host gives work to a GPU: as many as CUDA has if it isn't told otherwise, and as a middle rank
+# of a V has streams. What waits in one stream holds up all that comes after it over the same connection.
+_LEAST_CONNECTIONS = 8
+# Variables of the environment: which values let passes run while messages wait, and how an error says so.
+_ENVIRONMENT: tuple[tuple[str, Callable[[str], bool], str], ...] = (
+    ("CUDA_LAUNCH_BLOCKING", lambda value: value in ("", "0"), "0, or unset,"),
+    # torch looks only whether it is set. Each tensor's memory is given back then, for which the device must be idle.
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", lambda value: False, "unset"),
+    ("CUDA_DEVICE_MAX_CONNECTIONS", lambda value: value.isdecimal() and int(value) >= _LEAST_CONNECTIONS,
+     f"at least {_LEAST_CONNECTIONS}, or unset,"),
+)
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -67,9 +77,9 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
 
 
 def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Raises ConfigError, with the key, its value and what is legal, for what would make the host wait for the device
-    in each pass. Receives are posted before the passes of others that they need, so on two ranks that wait at once
-    neither pass would ever start.
+    """Raises ConfigError, with the key, its value and what is legal, for what would make the host wait for the device,
+    or the device for messages, in each pass. Receives are posted before the passes of others that they need, so on two
+    ranks that wait at once neither pass would ever start.
 
     `overlap_comm` isn't among it: DeepSpeed switches it off for pipelines. Its timers record events, which are read
     when the batch is done.
@@ -79,9 +89,9 @@ def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, s
         value = _section(ds_config, section).get(key, False)
         if value:
             raise ConfigError(f"{section}.{key} = {shown(value)}: {why.format('false')}")
-    value = environment.get(_BLOCKING, "0")
-    if value not in ("", "0"):
-        raise ConfigError(f"{_BLOCKING} = {shown(value)} in the environment: {why.format('0, or unset,')}")
+    for name, is_legal, legal in _ENVIRONMENT:
+        if name in environment and not is_legal(environment[name]):
+            raise ConfigError(f"{name} = {shown(environment[name])} in the environment: {why.format(legal)}")
 
 
 def check_post_validation(ds_config: Mapping[str, Any]) -> None:

@@ -50,8 +50,9 @@ def test_nor_do_deepspeeds_groups_wait_for_all_ranks() -> None:
 def test_time_limits_reach_what_torch_wraps_to_debug_it() -> None:
     """With TORCH_DISTRIBUTED_DEBUG=DETAIL each backend is in a wrapper, which has options but no limit to set."""
     limits: list[timedelta] = []
-    backend = SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(seconds=5)), _set_default_timeout=limits.append)
-    group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=backend.options, wrapped_pg=backend))
+    options = SimpleNamespace(_timeout=timedelta(seconds=5))
+    backend = SimpleNamespace(options=options, _set_default_timeout=limits.append)
+    group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=options, wrapped_pg=backend))
     for seconds in (4.0, 6.0):
         allow_at_least(group, seconds)
     assert limits == [timedelta(seconds=6)]

@@ -16,6 +16,7 @@ from simulated_gpu.processes import run_on_gpus
 from torch import Tensor
 
 from ds_vshape.config.compatibility import check_asynchronous
+from ds_vshape.config.section import ConfigError
 
 CHECKPOINTING = {"activation_checkpointing": {"synchronize_checkpoint_boundary": True}}
 COMMS_LOGGER = {"comms_logger": {"enabled": True, "verbose": False}}
@@ -70,6 +71,21 @@ def test_nothing_is_refused_on_a_cpu() -> None:
 def test_an_empty_environment_waits_for_nothing() -> None:
     check_asynchronous({}, {})
     check_asynchronous({}, {"CUDA_LAUNCH_BLOCKING": ""})
+
+
+@pytest.mark.parametrize(["name", "value", "legal"], [
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1", "unset"),
+    ("PYTORCH_NO_CUDA_MEMORY_CACHING", "0", "unset"),
+    # As Megatron's users set it.
+    ("CUDA_DEVICE_MAX_CONNECTIONS", "1", "at least 8, or unset,"),
+    ("CUDA_DEVICE_MAX_CONNECTIONS", "few", "at least 8, or unset,"),
+])
+def test_refused_in_the_environment(name: str, value: str, legal: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_asynchronous({}, {name: value})
+    assert str(raised.value) == f"{name} = '{value}' in the environment: must be {legal} {WHY}"
+    for connections in ("8", "32"):
+        check_asynchronous({}, {"CUDA_DEVICE_MAX_CONNECTIONS": connections})
 
 
 # -- what is made safe

@@ -93,6 +93,19 @@ def test_agrees_with_runs_that_synchronize() -> None:
     assert min(verdicts.values()) > 40, verdicts
 
 
+@pytest.mark.parametrize(["name", "ranks", "micro_batches"], [("interleaved-1f1b", 2, 4), ("1f1b-v", 6, 12)])
+def test_over_one_connection_to_the_device_a_schedule_can_hang(name: str, ranks: int, micro_batches: int) -> None:
+    """So CUDA_DEVICE_MAX_CONNECTIONS=1 is refused: an operation starts once those before it on its communicator are
+    through, and until then nothing follows it over the same connection, no pass either."""
+    programs, _ = lowered(name, ranks, micro_batches)
+    assert not hangs(programs, of_the_direction, set())
+    assert hangs(programs, of_the_direction, set(), one_connection=True)
+    # Where messages are announced no operation stands behind one that waits.
+    schedule = build(name, ranks, micro_batches)
+    announced = lower_announced(schedule, Times.uniform(schedule.placement.stages))
+    assert not hangs(announced, of_the_direction, set(), announced=True, one_connection=True)
+
+
 def test_the_error_names_the_pass_and_the_message() -> None:
     (first, *_), placement = lowered("1f1b", 2, 1)
     post = next(step for step in first if isinstance(step, PostReceive))
@@ -120,13 +133,17 @@ def early_posts(programs: Programs, pick: random.Random) -> Programs:
 
 
 def hangs(programs: Programs, communicator: Communicator, synchronized: Set[tuple[int, int]],
-          announced: bool = False) -> bool:
+          announced: bool = False, one_connection: bool = False) -> bool:
     """Whether the programs get stuck if these steps, by rank and number, wait for all that their rank has started; with
-    `announced` a post waits until its message is sent."""
+    `announced` a post waits until its message is sent, with `one_connection` nothing comes after an operation before
+    those ahead of it on its communicator are through."""
     places, through = [0] * len(programs), set()
     started: list[list[Any]] = [[] for _ in programs]
 
     def can_pass(rank: int, step: Step) -> bool:
+        if one_connection and any(isinstance(last, Message) and not is_first(last, started[rank], through, communicator)
+                                  for last in started[rank][-1:]):
+            return False
         if isinstance(step, (AwaitSend, AwaitReceive)):
             return step.message in through
         if isinstance(step, PostReceive) and announced:
@@ -154,8 +171,11 @@ def hangs(programs: Programs, communicator: Communicator, synchronized: Set[tupl
 
 
 def is_next(message: Message, started: list[Any], through: set[Any], communicator: Communicator) -> bool:
-    if message not in started:
-        return False
+    return message in started and is_first(message, started, through, communicator)
+
+
+def is_first(message: Message, started: list[Any], through: set[Any], communicator: Communicator) -> bool:
+    """Whether all that was started before `message` on its communicator is through."""
     before: dict[object, list[Message]] = defaultdict(list)
     for other in started[:started.index(message)]:
         if isinstance(other, Message):
