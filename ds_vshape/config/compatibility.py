@@ -22,8 +22,8 @@ from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
 _SUMS = ("fp32", "bf16", "fp16")
 # Keys that make DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
 _WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
-# Connections over which a host gives work to a GPU: as many as CUDA has if it isn't told otherwise, and as a middle rank
-# of a V has streams. What waits in one stream holds up all that comes after it over the same connection.
+# Connections over which a host gives work to a GPU: as many as CUDA has by default, and as a middle rank of a V has
+# streams. What waits in one stream holds up all that comes after it over the same connection.
 _LEAST_CONNECTIONS = 8
 # Variables of the environment: which values let passes run while messages wait, and how an error says so.
 _ENVIRONMENT: tuple[tuple[str, Callable[[str], bool], str], ...] = (
