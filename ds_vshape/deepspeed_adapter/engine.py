@@ -1,8 +1,6 @@
 """DeepSpeed's PipelineEngine, and the DeepSpeedEngine under it.
 
-Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py). Before 0.19.8 the engine makes its
-schedules itself and takes the last pipeline rank for the one with the loss; here all versions ask `_train_schedule`,
-`_inference_schedule` and `_loss_stage_global_rank`, as 0.19.8 does.
+Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py).
 """
 
 from __future__ import annotations
@@ -11,11 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as _stock
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
-from deepspeed.runtime.pipe.schedule import InferenceSchedule, TrainSchedule
 from torch import Tensor
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
@@ -98,27 +94,12 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         """Of the checkpoint that is loaded."""
         return self._curr_ckpt_path  # type: ignore[no-any-return]
 
-    # -- what 0.19.8 calls by itself
-
     def execute_plan(self, plan: Any) -> None:
         """Run a batch by what `_train_schedule` or `_inference_schedule` has given."""
         raise NotImplementedError
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
-        self.execute_plan(self._asked(pipe_schedule))
-
-    def _asked(self, given: Any) -> Any:
-        if hasattr(PipelineEngine, "_train_schedule"):
-            return given
-        if type(given) is TrainSchedule and torch.is_grad_enabled():
-            return self._train_schedule()
-        if type(given) is InferenceSchedule and not torch.is_grad_enabled():
-            return self._inference_schedule(given.micro_batches)
-        return given
-
-    def _bcast_pipe_scalar(self, data: Any, src_rank: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
-        source = self._loss_stage_global_rank() if src_rank is None else src_rank
-        return super()._bcast_pipe_scalar(data, src_rank=source, dtype=dtype)
+        self.execute_plan(pipe_schedule)
 
 
 def stock_execute(instruction: Any) -> Callable[..., None]:

@@ -27,12 +27,17 @@ class StockModule(_stock.PipelineModule):  # type: ignore[misc]
         """Of the whole model."""
         return self._num_layers  # type: ignore[no-any-return]
 
-    def layers_of_type(self, pattern: str) -> list[int]:
-        """The layers whose class's name matches the regular expression `pattern`, in either case."""
+    def unmatched(self, method: str) -> list[str] | None:
+        """For a partition method "type:..." that no layer matches, the names that it could match; None otherwise."""
+        if not method.lower().startswith("type:"):
+            return None
         try:
-            return self._find_layer_type(pattern)  # type: ignore[no-any-return]
+            self._find_layer_type(method.split(":")[1])
         except RuntimeError:  # It raises this if there is none.
-            return []
+            names = [type(layer).__name__ if isinstance(layer, nn.Module) else
+                     getattr(getattr(layer, "typename", layer), "__name__", "") for layer in self._layer_specs]
+            return list(filter(None, dict.fromkeys(names)))
+        return None
 
     @property
     def job_topology(self) -> Any:

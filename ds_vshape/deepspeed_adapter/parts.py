@@ -1,7 +1,7 @@
 """DeepSpeed's private parts that this package overrides or uses, by name.
 
 Checked with DeepSpeed 0.19.8. A method that DeepSpeed renames would be overridden in vain, and nothing would say
-so; so all names are looked up before training starts. What only some of the tested versions have isn't listed.
+so; so all names are looked up before training starts.
 """
 
 from __future__ import annotations
@@ -29,21 +29,17 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     _PIPELINE_ENGINE: (
         "_INSTRUCTION_MAP", "_aggregate_total_loss", "_exec_backward_pass", "_exec_forward_pass",
         "_exec_load_micro_batch", "_exec_optimizer_step", "_exec_reduce_grads", "_exec_reduce_tied_grads",
-        "_exec_schedule", "_next_batch"),
+        "_exec_schedule", "_inference_schedule", "_loss_stage_global_rank", "_next_batch", "_train_schedule"),
     _MODULE: (
         "_build", "_index_tied_modules", "_partition_layers", "_precompute_checkpointable_values",
         "_synchronize_tied_weights"),
-}
-# As those, but DeepSpeed 0.19.8 is the first to have them: engine.py calls them for the others.
-OVERRIDDEN_SINCE: Mapping[str, tuple[str, ...]] = {
-    _PIPELINE_ENGINE: ("_inference_schedule", "_loss_stage_global_rank", "_train_schedule"),
 }
 # What only this folder touches.
 USED: Mapping[str, tuple[str, ...]] = {
     _ENGINE: (
         "_curr_ckpt_path", "_get_ckpt_name", "_global_grad_norm", "_running_engine_backward",
         "_step_applied", "global_samples", "global_steps", "skipped_steps"),
-    _PIPELINE_ENGINE: ("_bcast_pipe_scalar", "_compute_loss", "_force_grad_boundary"),
+    _PIPELINE_ENGINE: ("_compute_loss", "_force_grad_boundary"),
     _MODULE: (
         "_find_layer_type", "_grid", "_layer_specs", "_local_start", "_local_stop", "_num_layers", "_recursive_getattr",
         "_set_bounds", "_topo", "forward_funcs", "is_checkpointable_results", "is_checkpointable_results_interval"),

@@ -184,21 +184,14 @@ class PipelineModule(FastSetattr, StockModule):
             check_method(partition)
         self._divide(partition)
 
-    def _check_matches(self, method: str) -> None:
-        """Raise PartitionError for a type: method by which DeepSpeed finds no layer."""
-        if method.lower().startswith("type:") and not self.layers_of_type(method.split(":")[1]):
-            classes = dict.fromkeys(type(layer).__name__ if isinstance(layer, nn.Module) else
-                                    getattr(getattr(layer, "typename", layer), "__name__", "") for layer in
-                                    self.layer_specs)
-            raise PartitionError(f"the partition's method {method!r} matches no layer: must match one of "
-                                 f"{', '.join(filter(None, classes))}")
-
     def _divide(self, partition: Partition) -> None:
         """Set the stages' bounds by `partition`."""
         if isinstance(partition, str) and partition.lower() != "profile":
             # DeepSpeed's methods divide the layers into `num_stages` parts.
+            if (classes := self.unmatched(partition)) is not None:
+                raise PartitionError(f"the partition's method {partition!r} matches no layer: must match one of "
+                                     f"{', '.join(classes)}")
             ranks, self.num_stages = self.num_stages, self.placement.stages
-            self._check_matches(partition)
             super()._partition_layers(partition)
             self.num_stages = ranks
             # Some of them return NumPy's integers, which DeepSpeed's own seeding refuses.

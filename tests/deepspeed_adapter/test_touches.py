@@ -6,7 +6,6 @@ import ast
 import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,13 +67,11 @@ def private_names() -> set[str]:
                 found.add(node.name)
             elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
                 found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
-    overridden = {name for table in (parts.OVERRIDDEN, parts.OVERRIDDEN_SINCE) for names in table.values()
-                  for name in names}
-    return {name for name in found | overridden if name.startswith("_") and not name.startswith("__")} - {"_"}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")} - {"_"}
 
 
 PRIVATE = private_names()
-OVERRIDES = {name for table in (parts.OVERRIDDEN, parts.OVERRIDDEN_SINCE) for names in table.values() for name in names}
+OVERRIDES = {name for names in parts.OVERRIDDEN.values() for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if ADAPTER not in path.parents)
 # The classes that DeepSpeed's engine and module are inherited through.
 INHERITING = {"StockEngine", "StockModule", "SavingEngine", "PipelineEngine", "PipelineModule", "PostValidatingEngine",
@@ -191,23 +188,3 @@ def test_methods_are_overridden_that_deepspeed_has() -> None:
                       and not base.__module__.startswith("ds_vshape.deepspeed_adapter.")
                       for name in vars(base) if name in of_deepspeed}
         assert overridden <= {name for names in places.values() for name in names} | OVERRIDES
-
-
-def test_older_engines_ask_for_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before DeepSpeed 0.19.8 the engine makes a schedule of its own; ours then runs what `_train_schedule` gives."""
-    import torch
-    from deepspeed.runtime.pipe.schedule import InferenceSchedule, TrainSchedule
-
-    from ds_vshape.deepspeed_adapter.engine import PipelineEngine, StockEngine
-
-    ran: list[Any] = []
-    engine = SimpleNamespace(_train_schedule=lambda: "training", execute_plan=ran.append,
-                             _inference_schedule=lambda number: ("evaluation", number))
-    engine._asked = lambda given: StockEngine._asked(engine, given)
-    training, evaluation = TrainSchedule(4, 2, 0), InferenceSchedule(4, 2, 0)
-    monkeypatch.delattr(PipelineEngine, "_train_schedule", raising=False)
-    StockEngine._exec_schedule(engine, training)
-    with torch.no_grad():
-        StockEngine._exec_schedule(engine, evaluation)
-    StockEngine._exec_schedule(engine, evaluation)
-    assert ran == ["training", ("evaluation", 4), evaluation]
