@@ -6,16 +6,35 @@ A checkpoint engine (runtime/checkpoint_engine/) is what reads and writes files 
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from typing import Any, Protocol
 
 from ds_vshape.checkpoint.errors import CheckpointError, unreadable, unwritable
 from ds_vshape.checkpoint.weights_only import refusal
 
 
+class CheckpointEngine(Protocol):
+    """The methods of DeepSpeed's checkpoint engines that are replaced here."""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """The content of a file."""
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        """Write a file."""
+
+    def makedirs(self, *args: Any, **kwargs: Any) -> None:
+        """Create a folder."""
+
+    def create(self, info: Any) -> None:
+        """A checkpoint starts."""
+
+    def commit(self, info: Any) -> Any:
+        """A checkpoint is written."""
+
+
 class _Wrapped:
     """A checkpoint engine of which some methods are replaced."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: CheckpointEngine) -> None:
         self.engine = engine
 
     def __getattr__(self, name: str) -> Any:
@@ -25,7 +44,7 @@ class _Wrapped:
 class Reading(_Wrapped):
     """Raises CheckpointError for a file that can't be read; `path` is the file that was read last."""
 
-    def __init__(self, engine: Any, path: str) -> None:
+    def __init__(self, engine: CheckpointEngine, path: str) -> None:
         super().__init__(engine)
         # Errors of what is done with the content are about this file, or folder.
         self.path = path

@@ -10,23 +10,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ds_vshape.deepspeed_adapter.optimizers import chain_of, mapping_of, set_mapping
+from ds_vshape.runtime.rank import Rank
 
 # What else has a state of its own in a checkpoint, besides the module and the optimizer.
 _SCHEDULERS = ("lr_scheduler", "random_ltd_scheduler")
 
 
-class TrainingState:
-    """The state of an engine's training: the weights, the optimizer, the schedulers, the counts."""
+class LoadingRank(Rank, Protocol):
+    """A rank that may have a data loader, whose sampler's state is saved too."""
 
-    def __init__(self, engine: Any) -> None:
-        module, optimizers = engine.module, list(chain_of(engine.optimizer))
-        self._undo: list[Callable[[], None]] = [_attributes(engine), _attributes(module)]
+    training_dataloader: Any
+
+
+class TrainingState:
+    """The state of a rank's training: the weights, the optimizer, the schedulers, the counts."""
+
+    def __init__(self, rank: LoadingRank) -> None:
+        module, optimizers = rank.module, list(chain_of(rank.optimizer))
+        self._undo: list[Callable[[], None]] = [_attributes(rank), _attributes(module)]
         self._undo += [_layer(owner) for owner in module.modules()]
         self._undo += [_attributes(optimizer) for optimizer in optimizers]
         if optimizers:
@@ -34,8 +41,8 @@ class TrainingState:
         for parameter in module.parameters():
             if mapping_of(parameter) is not None:
                 self._undo.append(_mapping(parameter))
-        loader = engine.training_dataloader
-        others = [getattr(engine, name, None) for name in _SCHEDULERS] + [getattr(loader, "data_sampler", None)]
+        loader = rank.training_dataloader
+        others = [getattr(rank, name, None) for name in _SCHEDULERS] + [getattr(loader, "data_sampler", None)]
         self._undo += [_scheduler(other) for other in others if hasattr(other, "load_state_dict")]
         # In-place changes of one tensor under two names, as of a tied weight, are kept and taken back once.
         seen: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_vshape.deepspeed_adapter.optimizers import GRADIENTS
 from ds_vshape.engine.rollback import PassesSnapshot
+from ds_vshape.runtime.rank import Rank
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 # What nn.Module has of its own: parameters, buffers and hooks.
@@ -28,22 +29,22 @@ _Restore = Callable[[], Any]
 
 
 class BatchSnapshot:
-    """The state of `engine` before a training batch."""
+    """The state of `rank` before a training batch."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._passes = PassesSnapshot(engine.module)
-        self._numbers = [(owner, _numbers(owner)) for owner in (engine, engine.optimizer)]
-        self._attributes = [(module, set(vars(module)), _attributes(module)) for module in _modules(engine.module)]
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._passes = PassesSnapshot(rank.module)
+        self._numbers = [(owner, _numbers(owner)) for owner in (rank, rank.optimizer)]
+        self._attributes = [(module, set(vars(module)), _attributes(module)) for module in _modules(rank.module)]
         self._gradients = [(parameter, place, *_kept_gradient(getattr(parameter, place)))
-                           for parameter in engine.module.parameters() for place in GRADIENTS
+                           for parameter in rank.module.parameters() for place in GRADIENTS
                            if hasattr(parameter, place)]
         self._before = {id(gradient) for _, _, gradient, _ in self._gradients}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back to what it was before the batch."""
-        optimizer = self._engine.optimizer
+        optimizer = self._rank.optimizer
         if hasattr(optimizer, "zero_grad"):
             optimizer.zero_grad()
         for parameter, place, gradient, kept in self._gradients:

@@ -38,6 +38,7 @@ from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.messages import Messaging
 from ds_vshape.engine.passes import StagePasses
 from ds_vshape.engine.plans import BatchPlan, Plans
+from ds_vshape.engine.rehearsal import Rehearsal
 from ds_vshape.engine.reports import Reports
 from ds_vshape.engine.rollback import Samples
 from ds_vshape.engine.scheduling import schedules_for
@@ -71,7 +72,7 @@ from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
-class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, SavingEngine):
+class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Rehearsal, SavingEngine):
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
     Made by :func:`ds_vshape.initialize`. All public methods are DeepSpeed's; `schedule` and `pipeline_report` are
@@ -121,7 +122,8 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Sav
                             recomputes=self.module.activation_checkpoint_interval > 0,
                             knows_sizes=lambda: in_bytes and not self._observer.sizes_stay_unknown)
         self._samples = Samples()
-        self._verification = Verification(self) if config.verify_gradients else None
+        self._verification = Verification(
+            self, self._agreement, self._guard, self._observer, self._released) if config.verify_gradients else None
         self._forwards_before = 0
         # None between batches: saving and loading activate stages too.
         self._active_stage: int | None = None

@@ -18,25 +18,27 @@ high), or DeepSpeed's profiler counts the batch, it is a later one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
 from ds_vshape.comm.channels import Withdrawn
 from ds_vshape.config.section import KEY
-from ds_vshape.deepspeed_adapter.checkpointing import forget_checkpoints
 from ds_vshape.engine.batch_snapshot import BatchSnapshot
 from ds_vshape.engine.comparison import Difference, compare, tolerance, usual_size
-from ds_vshape.engine.flops_profile import is_flops_profiled
-from ds_vshape.health.failures import Failure
-from ds_vshape.measure.observer import METERED_BATCH
-from ds_vshape.runtime import instructions as instr
+from ds_vshape.engine.flops_profile import ProfiledRank, is_flops_profiled
+from ds_vshape.engine.guard import BatchGuard
+from ds_vshape.health.failures import Agreement, Failure
+from ds_vshape.measure.observer import METERED_BATCH, Observer
+from ds_vshape.module.pipeline_module import PipelineModule
+from ds_vshape.runtime.gradient_release import ReleasedWeights
 from ds_vshape.schedule.fuse import with_whole_backwards
-from ds_vshape.schedule.lowering import lower, lower_announced
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
 
@@ -83,12 +85,48 @@ class _Report:
         """As a list."""
         return [float(value) for value in vars(self).values()]
 
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> _Report:
+        """From such a list."""
+        batch_failed, whole_failed, infinite, differs, gradients, exact, worst = numbers
+        return cls(bool(batch_failed), bool(whole_failed), bool(infinite), bool(differs), round(gradients),
+                   round(exact), worst)
+
+
+class VerifiedRank(ProfiledRank, Protocol):
+    """A rank that can run the passes of a batch aside (rehearsal.py); the dtypes of autocast are DeepSpeedEngine's."""
+
+    module: PipelineModule
+    micro_batches: int
+    # The losses of the batch's micro-batches, on the rank that computes them.
+    fwd_outputs: list[Any]
+
+    def rehearsed(self, schedule: Schedule) -> AbstractContextManager[None]:
+        """Around what is done with the passes of the next batch, run by `schedule`."""
+
+    def gradient_so_far(self, parameter: Parameter) -> Tensor | None:
+        """What the batch has added up for a parameter."""
+
+    def torch_autocast_enabled(self) -> bool:
+        """Whether passes run under torch.autocast."""
+
+    def torch_autocast_dtype(self) -> torch.dtype:
+        """Its dtype."""
+
 
 class Verification:
-    """Verifies one batch of `engine`, a ds_vshape PipelineEngine."""
+    """Verifies one batch.
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    Args:
+        rank: whose batches they are.
+        agreement: of all ranks of the job.
+        guard, observer, released: of this rank's batches.
+    """
+
+    def __init__(self, rank: VerifiedRank, agreement: Agreement, guard: BatchGuard, observer: Observer,
+                 released: ReleasedWeights) -> None:
+        self._rank, self._agreement, self._guard = rank, agreement, guard
+        self._observer, self._released = observer, released
         self._whole: _Whole | None = None
         self._found: dict[Parameter, Difference] = {}
         self._done = False
@@ -96,116 +134,94 @@ class Verification:
     @property
     def is_due(self) -> bool:
         """Whether the next training batch is to be verified, the same on every rank."""
-        engine = self._engine
-        return not self._done and engine._observer.batches >= VERIFIED_BATCH and not is_flops_profiled(engine)
+        return not self._done and self._observer.batches >= VERIFIED_BATCH and not is_flops_profiled(self._rank)
 
     def run_whole(self, schedule: Schedule) -> bool:
         """Run a batch with whole backwards and put all back; False if `schedule` splits none."""
-        engine = self._engine
-        if not any(work.kind is Kind.W for _, work in schedule.passes()):
+        if not any(action.kind is Kind.W for _, action in schedule.passes()):
             self._done = True
-            engine._log(f"{KEY}.verify_gradients: {schedule.name} splits no backward, so there is nothing to verify")
+            self._log(f"{KEY}.verify_gradients: {schedule.name} splits no backward, so there is nothing to verify")
             return False
-        if any(hooked for hooked, in engine._agreement.start_status([float(engine._released.has_hooks)]).result()):
+        if any(hooked for hooked, in self._agreement.start_status([float(self._released.has_hooks)]).result()):
             self._done = True
-            engine._log(f"{KEY}.verify_gradients: hooks of the script's own run where gradients add up, and what they "
-                        "do can't be put back, so nothing is verified")
+            self._log(f"{KEY}.verify_gradients: hooks of the script's own run where gradients add up, and what they "
+                      "do can't be put back, so nothing is verified")
             return False
-        lowering = lower_announced if engine._announces else lower
-        instructions = instr.passes_alone(engine._plans.program(with_whole_backwards(schedule), lowering))
-        snapshot = BatchSnapshot(engine)
-        engine._samples.keep()
-        engine.fwd_outputs = []
-        engine._channels.begin_batch(None if engine._announces else engine._signatures)
-        engine._active_stage = None
-        engine.draw_ahead(schedule.micro_batches)
-        # Timers, traces and monitors must see one batch.
-        with engine._wrappers.none():
-            engine._run(instructions, [None] * len(instructions))
-        failed = engine._agreement.start_status([float(engine._guard.failure is not None)]).result()
-        self._whole = self._taken(snapshot, [1.0] in failed)
-        engine._guard.failure = None
-        engine._stage_buffers.clear()
-        engine._channels.end_batch()
-        forget_checkpoints()
+        snapshot = BatchSnapshot(self._rank)
+        with self._rank.rehearsed(with_whole_backwards(schedule)):
+            failed = self._agreement.start_status([float(self._guard.failure is not None)]).result()
+            self._whole = self._taken(snapshot, [1.0] in failed)
         snapshot.restore()
-        engine._samples.again()
         return True
 
     def _taken(self, snapshot: BatchSnapshot, failed: bool) -> _Whole:
         """The losses and gradients of the run; gradients that `restore` would overwrite are copied."""
-        engine = self._engine
         if failed:
-            return _Whole({}, [], True, engine._guard.failure, 0.0, True)
+            return _Whole({}, [], True, self._guard.failure, 0.0, True)
         gradients = {}
-        for parameter in engine.module.parameters():
+        for parameter in self._rank.module.parameters():
             if parameter.requires_grad:
-                gradient = self._gradient(parameter)
+                gradient = self._rank.gradient_so_far(parameter)
                 if gradient is not None and not snapshot.forgets(parameter, gradient):
                     gradient = gradient.clone()
                 gradients[parameter] = gradient
         known = [gradient for gradient in gradients.values() if gradient is not None]
         finite = all(bool(_values(gradient).isfinite().all()) for gradient in known)
-        return _Whole(gradients, list(engine.fwd_outputs), False, None, usual_size(known), finite)
-
-    def _gradient(self, parameter: Any) -> Tensor | None:
-        """What the batch has added up for a parameter so far."""
-        sums = self._engine._sums
-        total: Tensor | None = sums.total(parameter) if sums.holds(parameter) else parameter.grad
-        # Where sums are kept in another place, `.grad` has what came since the last backward.
-        rest: Tensor | None = parameter.grad
-        if total is None or rest is None or total is rest:
-            return rest if total is None else total
-        return total + rest.view_as(total)
+        return _Whole(gradients, list(self._rank.fwd_outputs), False, None, usual_size(known), finite)
 
     def compare(self, stage: int) -> None:
         """Compare the gradients of `stage`, except of weights that other stages use too."""
-        of_stages = {chunk.stage: set(chunk.parameters()) for chunk in self._engine.module.chunks}
+        module = self._rank.module
+        of_stages = {chunk.stage: set(chunk.parameters()) for chunk in module.chunks}
         others = [weights for other, weights in of_stages.items() if other != stage]
-        tied = {weight for weight, _ in self._engine.module.get_tied_weights_and_groups()}
+        tied = {weight for weight, _ in module.get_tied_weights_and_groups()}
         self._compare(of_stages[stage].difference(tied, *others))
 
     @torch.no_grad()
     def _compare(self, parameters: Iterable[Parameter]) -> None:
-        whole, engine = self._whole, self._engine
-        if whole is None or engine._guard.failure is not None:
+        whole = self._whole
+        if whole is None or self._guard.failure is not None:
             return
         for parameter in parameters:
             if parameter in whole.gradients:
-                allowed = tolerance(self._dtype(parameter), engine.micro_batches)
-                expected = whole.gradients.pop(parameter)
-                self._found[parameter] = compare(self._gradient(parameter), expected, allowed, whole.usual)
+                allowed = tolerance(self._dtype(parameter), self._rank.micro_batches)
+                expected, found = whole.gradients.pop(parameter), self._rank.gradient_so_far(parameter)
+                self._found[parameter] = compare(found, expected, allowed, whole.usual)
 
     def _dtype(self, parameter: Parameter) -> torch.dtype:
         """The coarsest dtype to which a gradient is rounded."""
-        engine = self._engine
-        return engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else parameter.dtype
+        rank = self._rank
+        return rank.torch_autocast_dtype() if rank.torch_autocast_enabled() else parameter.dtype
 
     def agree(self) -> None:
         """Compare the rest, and tell all ranks what was found (collective). Raises on all of them where one has found a
         difference; where the batch has failed, it's left to the batch to say so."""
-        engine, whole = self._engine, self._whole
+        whole = self._whole
         if whole is None:
             return
         self._compare(list(whole.gradients))
         report, difference = self._report(whole)
         self._whole, self._found = None, {}
-        told = [_Report(*numbers) for numbers in engine._agreement.start_status(report.numbers()).result()]
+        told = [_Report.of(numbers) for numbers in self._agreement.start_status(report.numbers()).result()]
         if any(rank.batch_failed for rank in told):
             return
         if any(rank.whole_failed for rank in told) or not any(rank.infinite for rank in told) and (
                 any(rank.differs for rank in told)):
             if difference is not None:
                 error = VerificationError(difference)
-                engine._guard.failure = engine._agreement.failure(error, f"{KEY}.verify_gradients")
-            engine._exec_agree_on_batch()
+                self._guard.failure = self._agreement.failure(error, f"{KEY}.verify_gradients")
+            self._guard.agree_on_passes()
         self._done = not any(rank.infinite for rank in told)
         if self._done:
-            engine._log(self._line(told))
+            self._log(self._line(told))
+
+    def _log(self, line: str) -> None:
+        if self._rank.global_rank == 0:
+            logger.info(line)
 
     def _report(self, whole: _Whole) -> tuple[_Report, str | None]:
         """What this rank tells the others, and in words what differs."""
-        failed = self._engine._guard.failure is not None
+        failed = self._guard.failure is not None
         if failed or whole.failed:
             own = whole.failure is not None and not isinstance(whole.failure.error, Withdrawn)
             text = f"the batch runs as scheduled, and fails with whole backwards: {whole.failure}" if own else None
@@ -217,7 +233,7 @@ class Verification:
         return report, f"{'; '.join(texts)}. {_ADVICE}" if texts else None
 
     def _losses_in_words(self, whole: Sequence[Any]) -> Iterator[str]:
-        pairs = list(zip(self._engine.fwd_outputs, whole, strict=True))
+        pairs = list(zip(self._rank.fwd_outputs, whole, strict=True))
         differing = [pair for pair in pairs if not compare(*pair, tolerance(pair[0].dtype, 1)).is_close]
         if differing:
             found, expected = map(float, differing[0])
@@ -226,14 +242,14 @@ class Verification:
                    "two, which is anything but buffers and plain attributes of modules")
 
     def _gradients_in_words(self) -> Iterator[str]:
-        engine = self._engine
+        module = self._rank.module
         differing = sorted(((found.share, parameter) for parameter, found in self._found.items() if not found.is_close),
                            key=lambda pair: pair[0], reverse=True)
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        names = {parameter: name for name, parameter in module.named_parameters()}
         for share, parameter in differing[:_SHOWN]:
-            stages = [str(chunk.stage) for chunk in engine.module.chunks if parameter in set(chunk.parameters())]
+            stages = [str(chunk.stage) for chunk in module.chunks if parameter in set(chunk.parameters())]
             path = names[parameter].split(".")[:-1]
-            layer = engine.module.get_submodule(".".join(path[:2] if path[:1] == ["tied_modules"] else path[:1]))
+            layer = module.get_submodule(".".join(path[:2] if path[:1] == ["tied_modules"] else path[:1]))
             yield (f"the gradient of {names[parameter]} ({type(layer).__name__}, stage {' and '.join(stages)}) differs "
                    f"from that of whole backwards by {share:.2g} of its norm (tolerance "
                    f"{self._found[parameter].tolerance:.2g})")
@@ -241,12 +257,11 @@ class Verification:
             yield f"{len(differing) - _SHOWN} more of {len(self._found)} gradients differ"
 
     def _line(self, told: Sequence[_Report]) -> str:
-        engine = self._engine
-        gradients, exact = round(sum(rank.gradients for rank in told)), round(sum(rank.exact for rank in told))
+        gradients, exact = sum(rank.gradients for rank in told), sum(rank.exact for rank in told)
         rest = "" if exact == gradients else (
             f" for {exact} of them, and to within {max(rank.worst for rank in told):.2g} of their norm for the others")
-        return (f"{KEY}.verify_gradients: in training batch {engine._observer.batches + 1} the losses of "
-                f"{engine.micro_batches} micro-batches and {gradients} gradients on {len(told)} ranks are those of "
+        return (f"{KEY}.verify_gradients: in training batch {self._observer.batches + 1} the losses of "
+                f"{self._rank.micro_batches} micro-batches and {gradients} gradients on {len(told)} ranks are those of "
                 f"whole backwards, bit for bit{rest}")
 
 

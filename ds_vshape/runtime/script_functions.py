@@ -22,7 +22,7 @@ from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineError
 
-from ds_vshape.deepspeed_adapter.engine import (METHODS_OF_SCHEDULES, instructions_of, is_stock_code,
+from ds_vshape.deepspeed_adapter.engine import (METHODS_OF_SCHEDULES, StockEngine, instructions_of, is_stock_code,
                                                 own_instructions)
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.instructions import Execute, Instruction
@@ -35,12 +35,12 @@ _WAY_OUT = "train without \"pipeline_schedule\" in the config, or without that f
 
 
 class ScriptFunctions:
-    """The functions with which a script has replaced those of `engine`, a ds_vshape PipelineEngine.
+    """The functions with which a script has replaced those of `engine`.
 
     They may change between batches, so `look` runs before each. Raises PipelineError for methods that are refused.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: StockEngine) -> None:
         self._engine = engine
         self._seen: list[tuple[type, dict[Instruction, Execute]]] = []
         self._functions: dict[Instruction, Execute] = {}

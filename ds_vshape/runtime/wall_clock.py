@@ -55,7 +55,7 @@ def timed(instructions: Mapping[Instruction, Execute], timers: Any) -> dict[Inst
 
 def _timed(execute: Execute, timers: list[Any]) -> Execute:
     @wraps(execute)
-    def run(engine: Any, **arguments: Any) -> None:
+    def run(engine: object, **arguments: Any) -> None:
         for timer in timers:
             timer.start()
         try:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-from ds_vshape.deepspeed_adapter.engine import instructions_of, set_instructions
+from ds_vshape.deepspeed_adapter.engine import StockEngine, instructions_of, set_instructions
 from ds_vshape.runtime.instructions import Execute, Instruction
 
 # From an instruction map to one whose functions do more.
@@ -16,7 +15,7 @@ Wrapper = Callable[[Mapping[Instruction, Execute]], dict[Instruction, Execute]]
 class InstructionWrappers:
     """The wrappers of `engine`; the first is innermost. Without any, the engine has its class's own map."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: StockEngine) -> None:
         self._engine = engine
 
     def add(self, wrapper: Wrapper) -> None:
