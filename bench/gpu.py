@@ -30,9 +30,9 @@ from gpu_report import of_killed, of_links, of_machine, of_products, of_repeat, 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ROOT / "bench" / "gpu_steps.py"
 # Between SIGUSR1, which makes a process say where it is, and its end; and for others when one rank has failed.
-_LAST_WORDS, _AFTER_A_FAILURE = 3.0, 20.0
+LAST_WORDS, AFTER_A_FAILURE = 3.0, 20.0
 # Of a step's seconds: a CPU has others to work for.
-_PATIENCE = {"cuda": 1.0, "cpu": 4.0}
+PATIENCE = {"cuda": 1.0, "cpu": 4.0}
 _OUT_OF_MEMORY = "memory ran out: a smaller --hidden"
 _TRAINING = f"{_OUT_OF_MEMORY}. If ranks hung: their logs end with where each thread was"
 
@@ -105,7 +105,7 @@ class Run:
             outcome = Outcome(step.name, "skipped", found="no time left: give more --minutes")
         else:
             print(f"{step.name} ...", flush=True)
-            outcome = self._run(step, min(step.seconds * _PATIENCE[self._device], left))
+            outcome = self._run(step, min(step.seconds * PATIENCE[self._device], left))
         self.outcomes.append(outcome)
         print(f"{step.name}: {outcome.state}, {outcome.seconds:.0f} s. {outcome.found}", flush=True)
         (self._folder / "result.json").write_text(json.dumps([asdict(one) for one in self.outcomes], indent=1))
@@ -169,13 +169,13 @@ def _wait(processes: list[subprocess.Popen[bytes]], limit: float, patient: bool)
         if None not in codes:
             return []
         if any(codes) and not failed and not patient:
-            failed, deadline = True, min(deadline, time.monotonic() + _AFTER_A_FAILURE)
+            failed, deadline = True, min(deadline, time.monotonic() + AFTER_A_FAILURE)
         time.sleep(0.05)
     late = [number for number, process in enumerate(processes) if process.poll() is None]
     for number in late:
         processes[number].send_signal(signal.SIGUSR1)
     if late:
-        time.sleep(_LAST_WORDS)
+        time.sleep(LAST_WORDS)
     return late
 
 

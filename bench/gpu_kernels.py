@@ -46,7 +46,7 @@ def products(device: str, sizes: list[list[int]], tokens: int, rounds: int) -> l
         gradient, x = (torch.randn(tokens, width, device=device).bfloat16() for width in (outputs, inputs))
         exact = gradient.t().double() @ x.double()
         sums = torch.zeros(outputs, inputs, device=device)
-        ways = _ways(device)
+        ways = ways_to_add(device)
         measured = in_turn({name: [lambda add=add: add(sums, gradient.t(), x)] for name, add in ways.items()},
                            rounds, stopwatch(device))
         for name, add in ways.items():
@@ -67,7 +67,7 @@ def _once(add: Add, gradient: Tensor, x: Tensor) -> Tensor:
     return sums
 
 
-def _ways(device: str) -> dict[str, Add]:
+def ways_to_add(device: str) -> dict[str, Add]:
     """The default, what it replaces, and the Triton kernel as it is and by each tiling."""
     found: dict[str, Add] = {"product, then sum": lambda sums, left, right: sums.add_(left.mm(right))}
     if device != "cuda":

@@ -57,7 +57,7 @@ def train(schedule: str, gpt: dict[str, int], batches: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         measured["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         measured["peak_total"] = torch.cuda.max_memory_allocated()
-        measured["waits"] = _waits(engine, workload.batch(batches))
+        measured["waits"] = waits(engine, workload.batch(batches))
     return measured
 
 
@@ -69,7 +69,7 @@ def _reset_peak() -> int:
     return torch.cuda.memory_allocated()
 
 
-def _waits(engine: Any, batch: Any) -> dict[str, int]:
+def waits(engine: Any, batch: Any) -> dict[str, int]:
     """Places in Python that made the host wait for the device in a batch, with their number."""
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:

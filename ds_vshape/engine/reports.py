@@ -13,6 +13,7 @@ from ds_vshape.measure.log_lines import comparison_line, ends_line
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime import instructions as instr
+from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times
@@ -52,6 +53,11 @@ class Reports:
         The prediction takes the times that the schedule was planned for, or else the batch's own mean times.
         """
         return self._observer.timelines(self.planned_times)
+
+    def activation_sizes(self) -> Activations | None:
+        """What a micro-batch leaves in memory on each stage, in bytes, as measured in the second training batch; None
+        where it couldn't be measured. Raises PipelineError before that batch."""
+        return self._observer.activations()
 
     def memory_report(self) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs; to be called on every rank, after two training batches. Activations

@@ -61,7 +61,7 @@ class Tracking:
         load = instructions[instr.LoadMicroBatch]
 
         @wraps(load)
-        def load_and_count(engine: Any, buffer_id: instr.BufferId) -> None:
+        def load_and_count(engine: object, buffer_id: instr.BufferId) -> None:
             load(engine, buffer_id=buffer_id)
             if torch.is_grad_enabled():
                 # Of a batch that runs twice they count once.

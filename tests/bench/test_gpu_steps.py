@@ -51,9 +51,9 @@ def step(name: str, found: Any = str, **options: Any) -> gpu.Step:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Run:
     (tmp_path / "program.py").write_text(PROGRAM)
-    monkeypatch.setattr(gpu, "_AFTER_A_FAILURE", 0.5)
-    monkeypatch.setattr(gpu, "_LAST_WORDS", 0.5)
-    monkeypatch.setattr(gpu, "_PATIENCE", {"cpu": 1.0})
+    monkeypatch.setattr(gpu, "AFTER_A_FAILURE", 0.5)
+    monkeypatch.setattr(gpu, "LAST_WORDS", 0.5)
+    monkeypatch.setattr(gpu, "PATIENCE", {"cpu": 1.0})
     return gpu.Run("cpu", tmp_path, tmp_path / "program.py")
 
 
@@ -153,7 +153,7 @@ def test_every_way_to_add_a_product_can_be_called(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(product, "with_even", Kernel())
     sums, left, right = (torch.empty(size, device="meta", dtype=dtype) for size, dtype in (
         ((4096, 4096), torch.float32), ((4096, 64), torch.bfloat16), ((64, 4096), torch.bfloat16)))
-    for name, add in gpu_kernels._ways("cuda").items():
+    for name, add in gpu_kernels.ways_to_add("cuda").items():
         if name != "product, then sum":
             add(sums, left, right)
     assert launched == [(128, 256), *((tiling.rows, tiling.columns) for tiling in product.TILINGS)]
@@ -170,7 +170,7 @@ def test_waits_are_counted_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
             warnings.warn("something else", stacklevel=1)
 
     line = Engine.train_batch.__code__.co_firstlineno + 2
-    assert gpu_training._waits(Engine(), [1, 2, 3]) == {f"test_gpu_steps.py:{line}": 3}
+    assert gpu_training.waits(Engine(), [1, 2, 3]) == {f"test_gpu_steps.py:{line}": 3}
     assert modes == ["warn", "default"]
 
 

@@ -18,12 +18,12 @@ import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
 from deepspeed.runtime.pipe.module import PipelineError
+from internals import new_transfer, place_on_one_rank, replace_ownership, replace_transfers
 from pipelines import (BF16_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Block, Job, PlainTraining, cross_entropy, data,
                        micro_batch, specs)
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from ds_vshape.comm import channels, ownership
 from ds_vshape.comm.ownership import own
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.instructions import BufferId
@@ -98,7 +98,7 @@ def test_members_that_share_memory_are_parted() -> None:
 
 def test_what_is_written_meanwhile_is_an_error() -> None:
     held = Buffers(linear(2), 0)
-    held._placement = linear(1)
+    place_on_one_rank(held, linear(1))
     memory = LINEAR(X)
     secret, root = memory.detach(), memory.grad_fn
     results: list[Tensor | None] = [memory]
@@ -207,7 +207,7 @@ class Later:
     """The work of a message that is going to start."""
 
     def __init__(self) -> None:
-        self.transfer, self.started = channels._Transfer(), threading.Event()
+        self.transfer, self.started = new_transfer(), threading.Event()
 
     def wait(self) -> None:
         self.started.wait()
@@ -218,24 +218,24 @@ class Slow:
     """Links that take their time: what is sent is read from memory a while after the send has started, in order."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._start = seconds, channels._start
+        self._seconds = seconds
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
-        channels._start = self
+        threading.Thread(target=self._deliver, daemon=True).start()
+        self._begin = replace_transfers(self)
 
     def __call__(self, transfer: Any, start: Any, tensors: Any, place: int, peer: int) -> None:
         if start.__name__ == "recv":
-            self._start(transfer, start, tensors, place, peer)
+            self._begin(transfer, start, tensors, place, peer)
             return
         later = Later()
         self._waiting.put((later, start, tensors, place, peer))
         transfer.works.append(later)
 
-    def _run(self) -> None:
+    def _deliver(self) -> None:
         while True:
             later, *arguments = self._waiting.get()
             time.sleep(self._seconds)
-            self._start(later.transfer, *arguments)
+            self._begin(later.transfer, *arguments)
             later.started.set()
 
 
@@ -265,7 +265,7 @@ def test_layers_that_use_memory_again(block: type[nn.Module]) -> None:
 
 def train_uncopied(rank: int) -> str:
     """The error where nothing is copied."""
-    ownership._Result.owned = lambda self, others: self.numbers.requires_grad_(self.requires_grad)
+    replace_ownership(lambda owned, result, others: result.numbers.requires_grad_(result.requires_grad))
     engine = Job("v-half", 2, 5, {}, chosen(Reusing)).engine(loss_fn=by_name)
     with pytest.raises(PipelineError) as error:
         engine.train_batch(reused(0, 5))
@@ -280,14 +280,14 @@ def test_an_engine_tells_of_what_was_written_meanwhile() -> None:
 
 def copies(rank: int, jobs: list[tuple[Job, dict[str, Any]]]) -> list[int]:
     """How many results were copied by batches of training and evaluation."""
-    counts, owned = [], ownership._Result.owned
+    counts: list[int] = []
 
-    def counted(self: Any, others: set[int]) -> Tensor:
-        taken = owned(self, others)
-        counts[-1] += taken.data_ptr() != self.numbers.data_ptr()
+    def counted(owned: Any, result: Any, others: set[int]) -> Tensor:
+        taken: Tensor = owned(result, others)
+        counts[-1] += taken.data_ptr() != result.numbers.data_ptr()
         return taken
 
-    ownership._Result.owned = counted
+    replace_ownership(counted)
     for job, options in jobs:
         counts.append(0)
         engine = job.engine(**options)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineError
+from internals import in_progress, send_header
 from ranks import RanksFailed, run_ranks
 from torch import Tensor
 
@@ -322,7 +323,7 @@ def test_what_is_never_waited_for_is_noticed() -> None:
             ends.release(forward(0))
         else:
             ends.receive(forward(0))
-        return forward(0) not in ends._sending and forward(0) not in ends._receiving
+        return in_progress(ends, forward(0)) is None
 
     assert run_ranks(2, body) == [True, True]
 
@@ -339,8 +340,8 @@ def test_no_tensor_outlives_its_use() -> None:
                 ends.send(forward(0), sent)
                 del sent
                 # On its way: the graph is gone with its owner, the numbers must stay (in a tensor without a graph).
-                assert seen[0]() is None and ends._sending[forward(0)].tensors
-                kept = [weakref.ref(tensor) for tensor in ends._sending[forward(0)].tensors]
+                assert seen[0]() is None and in_progress(ends, forward(0))
+                kept = [weakref.ref(tensor) for tensor in in_progress(ends, forward(0)) or ()]
                 ends.release(forward(0))
             else:
                 ends.post(forward(0))
@@ -455,7 +456,7 @@ def test_numbers_in_place_of_a_header_are_an_error() -> None:
         ends = pair()
         ends.begin_batch(None)
         if rank == 0:
-            ends._headers.send([torch.full((payload.HEADER_SIZE,), 7)], 1, 0).wait()
+            send_header(ends, torch.full((payload.HEADER_SIZE,), 7), 1)
             return ""
         ends.post(forward(0))
         with pytest.raises(PeerLost) as error:

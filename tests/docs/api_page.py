@@ -47,7 +47,8 @@ _LEGAL = {"name": ", ".join(f"`{name}`" for name in (*SCHEDULES, ADAPTIVE)), "pa
           "batches": f"[first, last], from 1; first <= last; at most {MOST_TRACED} batches"}
 # What the engine has besides DeepSpeed's, for scripts; what a rank's own parts call isn't here.
 ENGINE_METHODS = (PipelineEngine.pipeline_report, PipelineEngine.timelines, PipelineEngine.memory_report,
-                  PipelineEngine.schedule, PipelineEngine.use_schedule, PostValidatingEngine.settle)
+                  PipelineEngine.activation_sizes, PipelineEngine.schedule, PipelineEngine.use_schedule,
+                  PostValidatingEngine.settle)
 HALVES = (SplitFunction.backward_input, SplitFunction.backward_weight, SplitFunction.accumulate_weight)
 
 

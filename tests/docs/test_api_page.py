@@ -9,7 +9,7 @@ from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.engine import PostValidatingEngine
 
 # Called by the engine's own parts.
-INTERNAL = {"draw_ahead", "is_flops_profiled", "planned_times", "preflight", "rollback_bytes"}
+INTERNAL = {"draw_ahead", "gradient_so_far", "planned_times", "preflight", "rehearsed", "rollback_bytes"}
 
 
 def test_the_page_is_what_its_command_generates() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from internals import planner_of
 from logged import Lines
 from pipelines import Job, data, train
 from ranks import RanksFailed, run_ranks
@@ -87,7 +88,7 @@ def failure_of(request: Request, seconds: float = 60.0) -> str:
     with pytest.raises(PlannerFailed) as failed:
         while process.answer(0.1) is None:
             assert time.monotonic() < deadline
-    assert process._process.poll() is not None
+    assert planner_of(process).poll() is not None
     return str(failed.value)
 
 
@@ -160,7 +161,7 @@ def fork_with_a_planner(worker: list[str]) -> tuple[int, int]:
         try:
             planning.WORKER = worker
             process = PlanningProcess(replace(REQUEST, name="adaptive", time_limit=600.0))
-            os.write(into, str(process._process.pid).encode())
+            os.write(into, str(planner_of(process).pid).encode())
             time.sleep(600)
         finally:
             os._exit(1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
+from internals import count_rollbacks, kept_for_rollback
 from pipelines import (BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data, post_validated,
                        tied_specs)
 from ranks import run_ranks
@@ -97,21 +98,19 @@ class Events:
 
 
 class Training:
-    """One engine; `redone` counts the steps that were taken back."""
+    """One engine, and how many of its steps were taken back."""
 
     def __init__(self, job: Job) -> None:
         get_accelerator().is_fp16_supported = lambda: True
         torch.manual_seed(5)
         self.engine = job.engine(seed_layers=False)
         self.engine.monitor = Events()
-        self.redone = 0
-        if hasattr(self.engine, "settle"):
-            self._take_back = self.engine._take_back
-            self.engine._take_back = self._counted
+        self._redone = count_rollbacks(self.engine) if hasattr(self.engine, "settle") else [0]
 
-    def _counted(self, *args: Any) -> None:
-        self.redone += 1
-        self._take_back(*args)
+    @property
+    def redone(self) -> int:
+        """The number of steps that were taken back."""
+        return self._redone[0]
 
     def run(self, folder: Path | None) -> Outcome:
         """Train. With a `folder`, after the third batch evaluate, save, train on something else and load again; and
@@ -233,10 +232,9 @@ def what_is_kept(rank: int) -> tuple[int, int, int]:
     engine = Job({"name": "v-half", "optimizer_post_validation": True}, 2, 4, BF16_ZERO1, remembering(4)).engine()
     for batch in range(2):
         engine.train_batch(data(engine, batch))
-    kept = engine._ahead.snapshot
-    tensors = [*kept._weights, *(value for state in kept._state.values() for value in state.values())]
     buffers = sum(buffer.nbytes for buffer in engine.module.buffers())
-    return sum(tensor.nbytes for tensor in tensors) + buffers, engine.memory_report()[rank].rollback, buffers
+    kept = sum(tensor.nbytes for tensor in kept_for_rollback(engine)) + buffers
+    return kept, engine.memory_report()[rank].rollback, buffers
 
 
 def test_what_is_kept_is_predicted() -> None:

@@ -252,7 +252,7 @@ def test_profiling_a_schedule_without_plans_is_refused() -> None:
 def adaptive_in_bytes(rank: int, limit: str) -> tuple[Any, list[int], tuple[float, ...]]:
     engine = Job(profiled("adaptive", memory_limit=limit), 2, 6, layers=tuple(specs(6))).engine()
     train_until_swapped(engine)
-    activations = engine._observer.activations()
+    activations = engine.activation_sizes()
     return engine.schedule(), [memory.activations_peak for memory in engine.memory_report()], activations.after_forward
 
 

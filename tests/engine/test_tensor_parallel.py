@@ -10,6 +10,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from internals import count_rollbacks, wrap_accumulator, wrap_split_weights
 from parallel_pipelines import DATA, MODEL, PIPE, TENSOR, parallel_engine
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcome, PlainTraining, data,
                        train)
@@ -22,20 +23,15 @@ from ds_vshape.health import failures
 from ds_vshape.models.gpt import GPTConfig, gpt_layers
 from ds_vshape.models.gpt_parallel import ParallelBlock
 from ds_vshape.models.parallel_layers import tensor_group
-from ds_vshape.split_backward import WeightGradientStore, WholeGradients
+from ds_vshape.split_backward import WeightGradientStore
 
 BATCHES = range(4)
 
 
 def train_parallel(rank: int, job: Job) -> tuple[list[float], float, float]:
     engine = parallel_engine(job, DATA, "type:Block")
-    late, watch = set(), engine._observer.weights_split
-
-    def note(store: Any) -> None:
-        late.update(store.parameters())
-        watch(store)
-
-    engine._observer.weights_split = note
+    late: set[Any] = set()
+    wrap_split_weights(engine, lambda store: late.update(store.parameters()))
     losses = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
     in_w = {".".join(name.split(".")[1:]) for name, parameter in engine.module.named_parameters()
             if parameter in late}
@@ -94,18 +90,9 @@ def train_twice(rank: int, job: Job) -> list[tuple[list[float], Any, int]]:
     found = []
     for section in ({"name": job.schedule}, {"name": job.schedule, "optimizer_post_validation": True}):
         engine = parallel_engine(replace(job, schedule=section), 1, "type:Block")
-        redone = 0
-        if "optimizer_post_validation" in section:
-            take_back = engine._take_back
-
-            def counting(*args: Any) -> None:
-                nonlocal redone
-                redone += 1
-                take_back(*args)
-
-            engine._take_back = counting
+        redone = count_rollbacks(engine) if "optimizer_post_validation" in section else [0]
         losses = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
-        found.append((losses, engine.module.state_dict(), redone))
+        found.append((losses, engine.module.state_dict(), redone[0]))
     return found
 
 
@@ -182,9 +169,9 @@ class Works:
     def __init__(self, engine: Any) -> None:
         self.sums = self.overlapped = 0
         self._open = 0
-        deliver, reduce = engine._accumulator.add, torch.distributed.all_reduce
+        reduce = torch.distributed.all_reduce
 
-        def add(parameter: Any, gradient: Any) -> None:
+        def add(parameter: Any, gradient: Any, deliver: Any) -> None:
             self.overlapped += self._open
             deliver(parameter, gradient)
 
@@ -201,7 +188,7 @@ class Works:
 
             return SimpleNamespace(wait=wait)
 
-        engine._accumulator = WholeGradients(add)
+        wrap_accumulator(engine, add)
         ds_vshape.split_backward.tensor_parallel.dist.all_reduce = started
 
 

@@ -14,6 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
+from internals import wrap_accumulator
 from logged import lines_of
 from parallel_pipelines import MODEL, parallel_engine
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block,
@@ -31,7 +32,7 @@ from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import Times
-from ds_vshape.split_backward import SplitFunction, WholeGradients
+from ds_vshape.split_backward import SplitFunction
 from ds_vshape.split_backward.mode import active_store
 
 BATCHES = 5
@@ -286,7 +287,7 @@ class OnlySplit(Block):
 
 def scaled_delivery(engine: Any) -> None:
     """What W gives is too large by a hundredth."""
-    place, engine._accumulator = engine._accumulator, WholeGradients(lambda parameter, gradient: place.add(
+    wrap_accumulator(engine, lambda parameter, gradient, deliver: deliver(
         parameter, gradient * (1.01 if parameter.shape == (2 * WIDTH, WIDTH) else 1.0)))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from internals import messages_are_announced
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, Job,
                        Outcome, cross_entropy, merged, post_validated, tied_specs)
 from ranks import run_ranks
@@ -115,7 +116,7 @@ def synchronize_in_passes(engine: Any) -> None:
     """While messages are announced in all passes, else in those of one rank, another in each batch."""
 
     def is_due(engine: Any) -> bool:
-        return bool(engine._channels._announced or engine.global_steps % engine.placement.ranks == engine.stage_id)
+        return bool(messages_are_announced(engine) or engine.global_steps % engine.placement.ranks == engine.stage_id)
 
     InstructionWrappers(engine).add(partial(synchronizing, is_due=is_due))
 

@@ -102,7 +102,7 @@ def measured_peak(rank: int, job: Job) -> Any:
     engine = job.engine()
     for _ in range(2):
         engine.train_batch(tokens(engine.micro_batches))
-    activations, predicted = engine._observer.activations(), engine.memory_report()
+    activations, predicted = engine.activation_sizes(), engine.memory_report()
     _, most = allocated(lambda: engine.train_batch(tokens(engine.micro_batches)))
     return activations, predicted, most
 

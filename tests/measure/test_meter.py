@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
+from internals import ask_for_plan, break_meter, nothing_measured, plan_requests
 from logged import lines_of
 from pipelines import LENGTH, SAMPLES, WIDTH, Block, Job, profiled
 from ranks import run_ranks
@@ -21,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.engine.scheduling import MeasuredSchedules
-from ds_vshape.measure import observer
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
@@ -122,12 +122,11 @@ def measured_and_not(rank: int) -> None:
             functions = FUNCTIONS + [branching] * (section == {"name": "v-half", "gradient_accumulation_fusion": True})
             engine = job(section, functions).engine(loss_fn=squares)
             losses = train(engine)
-            sizes = engine._observer.activations()
+            sizes = engine.activation_sizes()
             assert sizes is not None and min(sizes.after_forward) > 0
-            measure, observer._to_measure = observer._to_measure, lambda order: set()
-            other = job(section, functions).engine(loss_fn=squares)
-            assert train(other) == losses
-            observer._to_measure = measure
+            with nothing_measured():
+                other = job(section, functions).engine(loss_fn=squares)
+                assert train(other) == losses
             assert all(map(torch.equal, state(engine), state(other)))
 
 
@@ -145,9 +144,9 @@ def with_unknown_sizes(rank: int, case: str) -> Any:
     trial = Job({"name": "v-half", "timeout_seconds": 20}, 2, 4, {"steps_per_print": 1}, layers=tuple(blocks))
     engine = trial.engine(loss_fn=squares, dynamic_shape=True)
     if case == "one rank" and rank:
-        engine._observer._meter._watcher.start = cannot.__get__(engine)
+        break_meter(engine, cannot)
     losses, lines = lines_of(lambda: train(engine, 1 if case == "empty" else -1))
-    assert engine._observer.activations() is None
+    assert engine.activation_sizes() is None
     for memory in engine.memory_report():
         assert memory.activations_peak is memory.working is None
         assert memory.parameters > 0 and memory.total >= memory.parameters + memory.optimizer
@@ -170,11 +169,10 @@ def test_unknown_sizes_are_said_once_and_harm_nothing(case: str, reason: str) ->
 
 def planned_without_sizes(rank: int) -> tuple[Any, Any, list[str]]:
     config, placement = ScheduleConfig(**profiled("adaptive", memory_limit="20KB")), v(2)
-    requests: list[Any] = []
     schedules = MeasuredSchedules(config, placement, lambda: [0.0] * 3, lambda: None, Exchange())
-    schedules._planner.start = requests.append  # type: ignore[method-assign]
+    requests = plan_requests(schedules)
     safe = schedules.first(6)
-    _, lines = lines_of(lambda: schedules._plan(Times.uniform(4)))
+    _, lines = lines_of(lambda: ask_for_plan(schedules, Times.uniform(4)))
     return safe, requests[0], lines
 
 

@@ -58,7 +58,7 @@ def train_measured(rank: int, jobs: list[Job], options: dict[str, Any]
     for each in jobs:
         engine = each.engine(**options)
         losses = [float(engine.train_batch(tokens(engine.micro_batches))) for _ in range(2)]
-        activations = engine._observer.activations()
+        activations = engine.activation_sizes()
         _, most = allocated(lambda engine=engine: engine.train_batch(tokens(engine.micro_batches)))
         found.append((activations, engine.memory_report(), most, losses))
     return found

@@ -22,6 +22,7 @@ from deepspeed.pipe import LayerSpec
 from deepspeed.utils import logger
 from hypothesis import given
 from hypothesis import strategies as st
+from internals import followers
 from layers import SleepingLinear
 from logged import Lines
 from PIL import Image
@@ -111,7 +112,7 @@ def traced(rank: int, folder: str) -> Run:
         if TRACED[0] <= batch <= TRACED[1]:
             measured.append(engine.timelines()[1])
     assert engine._INSTRUCTION_MAP is type(engine)._INSTRUCTION_MAP
-    return Run(engine.schedule(), measured, engine._observer.activations(), plain)
+    return Run(engine.schedule(), measured, engine.activation_sizes(), plain)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def on_the_side(rank: int, folder: str) -> dict[str, Any]:
         failing.train_batch(watched(failing, seen, iter(list(data(failing, 1))[:1])))
     restored = failing._INSTRUCTION_MAP is type(failing)._INSTRUCTION_MAP
     again = float(failing.train_batch(data(failing, 1)))
-    return {"replica": off.grid.get_data_parallel_rank(), "callbacks": off._callbacks, "plain": plain, "losses": losses,
+    return {"replica": off.grid.get_data_parallel_rank(), "callbacks": followers(off), "plain": plain, "losses": losses,
             "error": repr(caught.value), "recorded": seen, "restored": restored, "again": again, "said": lines.told}
 
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from internals import note_accumulated
 from pipelines import Job
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_model import tiny_config
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
 from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, DecoderLayer, next_token_loss,
                                            pipeline_layers)
 from ds_vshape.models.hugging_face_weights import load_weights, named_weights, save_model
-from ds_vshape.split_backward import GradientAccumulator
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 # Layers alternate between attention over everything and over the last four tokens.
@@ -172,7 +172,7 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     weights = named_weights(engine.module)
     in_w: set[Any] = set()
     if case.schedule is not None:
-        engine._accumulator = _Recorded(engine._accumulator, in_w)
+        note_accumulated(engine, in_w)
     forwards = []
     for layer in engine.module.modules():
         if isinstance(layer, DecoderLayer):
@@ -185,22 +185,6 @@ def train_pipeline(case: Case, folder: Path | None) -> Outcome:
     return Outcome(losses, float(evaluated), {name: value.detach().clone() for name, value in weights.items()},
                    logits,
                    frozenset(name for name, parameter in weights.items() if parameter not in in_w), len(forwards))
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """`accumulator`, with a note of the parameters that it was given gradients of, or a place to add them."""
-
-    accumulator: GradientAccumulator
-    parameters: set[Any]
-
-    def add(self, parameter: nn.Parameter, gradient: Tensor, /) -> None:
-        self.parameters.add(parameter)
-        self.accumulator.add(parameter, gradient)
-
-    def buffer(self, parameter: nn.Parameter, /) -> Tensor | None:
-        self.parameters.add(parameter)
-        return self.accumulator.buffer(parameter)
 
 
 def pipelines_of(cases: list[tuple[Case, Path | None]], world: int = 2) -> list[Outcome]:

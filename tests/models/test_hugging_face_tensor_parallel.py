@@ -20,6 +20,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from finetune import arguments, finetune
 from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, evaluate, model_config, tensors_in,
                                  train_plainly)
+from internals import wrap_accumulator
 from pipelines import BF16_ZERO1, FP32_ZERO1, Job
 from ranks import RanksFailed, run_ranks
 from safetensors import safe_open
@@ -33,7 +34,6 @@ from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHO
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.models.hugging_face_weights import load_weights, save_model
 from ds_vshape.models.parallel_layers import tensor_group
-from ds_vshape.split_backward import WholeGradients
 
 
 RATE = 0.2
@@ -80,9 +80,7 @@ def train(rank: int, layout: Layout, output: Path) -> Trained:
     engine = layout.engine()
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     in_w: set[str] = set()
-    accumulator = engine._accumulator
-    engine._accumulator = WholeGradients(lambda parameter, gradient: (in_w.add(names[parameter]),
-                                                                      accumulator.add(parameter, gradient)))
+    wrap_accumulator(engine, lambda parameter, gradient, add: (in_w.add(names[parameter]), add(parameter, gradient)))
     replica = engine.grid.get_data_parallel_rank()
 
     def batch(number: int) -> Any:

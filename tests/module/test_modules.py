@@ -14,6 +14,7 @@ import pytest
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from internals import note_sends
 from logged import Lines
 from pipelines import (BATCHES, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Block, Dropping,
                        FrozenBlock, FrozenEmbedding, Job, Outcome, PlainTraining, cross_entropy, data, merged, specs,
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ds_vshape
-from ds_vshape.comm.channels import Channels
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.split_backward import WeightGradientStore
 
@@ -248,11 +248,11 @@ def count_work(rank: int, job: Job) -> tuple[int, int]:
     engine.train_batch(data(engine, 0))
     late: list[Any] = []
     sent: list[Any] = []
-    run_next, start_sends = WeightGradientStore.run_next, Channels._start_sends
+    run_next = WeightGradientStore.run_next
     WeightGradientStore.run_next = lambda *of: (late.append(of), run_next(*of))[1]  # type: ignore[method-assign]
-    Channels._start_sends = lambda *of: (sent.append(of), start_sends(*of))[1]  # type: ignore[method-assign]
+    note_sends(lambda *of: sent.append(of))
     engine.train_batch(data(engine, 1))
-    return len(late), sum(len(tensors) for _, message, tensors, *_ in sent
+    return len(late), sum(len(tensors) for message, tensors in sent
                           if message.channel.content is Content.GRADIENT)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from internals import replace_background
 from pipelines import BF16_ZERO1_FP32, FP32, FP32_ZERO1, Block, Job, data, specs
 from ranks import run_ranks
 from torch import Tensor
@@ -60,7 +61,7 @@ def reads(rank: int, job: Job) -> dict[str, int]:
     engine = job.engine()
     for batch in range(3):
         engine.train_batch(data(engine, batch))
-    engine._background = AtOnce()
+    replace_background(engine, AtOnce())
     seen = Reads()
 
     def watched(kind: type[instr.PipeInstruction], execute: Callable[..., None]) -> Callable[..., None]:

@@ -6,13 +6,13 @@ Two replicas: a sum of two doesn't depend on how gradients are put together for 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
+from internals import count_early_reductions, wrap_background
 from pipelines import BATCHES, BF16_ZERO1, FP32_ZERO1, Block, FrozenBlock, Job, data, merged, specs, tied_specs, train
 from ranks import run_ranks
 from torch import Tensor
@@ -54,13 +54,7 @@ def train_both(rank: int) -> list[tuple[Any, Any, list[int]]]:
 
 def train_counting(job: Job) -> tuple[Any, list[int]]:
     engine = job.engine()
-    finish, counts = engine._reduction.finish, []
-
-    def counting() -> bool:
-        counts.append(len(engine._reduction._started))
-        return bool(finish())
-
-    engine._reduction.finish = counting
+    counts = count_early_reductions(engine)
     return train(engine, BATCHES), counts
 
 
@@ -106,13 +100,8 @@ def train_plainly(rank: int) -> Any:
 def train_with_a_slow_thread(rank: int) -> Any:
     """What runs beside the passes starts late on one replica, as on a busy machine."""
     engine = Job("v-zb", 2, 4, FP32_ZERO1, tuple(MODELS["plain"])).engine()
-    start = engine._background.start
-
-    def slowly(work: Callable[[], Any], uses: Any = ()) -> Any:
-        return start(lambda: (time.sleep(0.1), work())[1], uses)
-
     if engine.grid.get_data_parallel_rank() == 0:
-        engine._background.start = slowly
+        wrap_background(engine, lambda work: lambda: (time.sleep(0.1), work())[1])
     return train(engine, BATCHES)
 
 

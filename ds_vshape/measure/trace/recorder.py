@@ -66,7 +66,7 @@ class Recorder:
 
     def _recorded(self, kind: Instruction, execute: Execute) -> Execute:
         @wraps(execute)
-        def run(engine: Any, **arguments: Any) -> None:
+        def run(engine: object, **arguments: Any) -> None:
             start = self._clock.now()
             execute(engine, **arguments)
             self._marks.append((kind, arguments, start, self._clock.now()))
@@ -75,7 +75,7 @@ class Recorder:
 
     def _watched(self, kind: Instruction, execute: Execute) -> Execute:
         @wraps(execute)
-        def run(engine: Any, buffer_id: instr.BufferId) -> None:
+        def run(engine: object, buffer_id: instr.BufferId) -> None:
             execute(engine, buffer_id=buffer_id)
             if self._arrivals is not None:
                 message = self._message(Pass(instr.MESSAGE_KINDS[kind], *buffer_id))

@@ -22,11 +22,11 @@ from ds_vshape.schedule.timeline import Times
 
 def is_done() -> bool:
     """Whether all loops are there, in this process or on disk."""
-    return not COMPILED or all(map(_is_compiled, (filling.fill, annealing.left_shift, annealing.anneal,
+    return not COMPILED or all(map(is_compiled, (filling.fill, annealing.left_shift, annealing.anneal,
                                                cycle_annealing.anneal_cycle)))
 
 
-def _is_compiled(loop: Any) -> bool:
+def is_compiled(loop: Any) -> bool:
     """Whether there is code for `loop`. After an update it may be that of an older one, which numba alone can tell."""
     if loop.signatures:
         return True

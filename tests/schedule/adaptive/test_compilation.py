@@ -35,12 +35,12 @@ def test_code_of_another_line_does_not_count(tmp_path: Path) -> None:
         """A loop in this file."""
 
     loop = SimpleNamespace(signatures=[], stats=SimpleNamespace(cache_path=str(tmp_path)), py_func=fill)
-    assert not compilation._is_compiled(loop)
+    assert not compilation.is_compiled(loop)
     line = fill.__code__.co_firstlineno
     (tmp_path / f"test_compilation.fill-{line + 1}.py311.nbi").touch()
-    assert not compilation._is_compiled(loop)
+    assert not compilation.is_compiled(loop)
     (tmp_path / f"test_compilation.fill-{line}.py311.nbi").touch()
-    assert compilation._is_compiled(loop)
+    assert compilation.is_compiled(loop)
 
 
 def test_compiling_is_told_and_does_not_count(monkeypatch: pytest.MonkeyPatch,
