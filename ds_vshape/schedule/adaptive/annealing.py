@@ -1,7 +1,14 @@
-"""The inner loop of annealing: move a pass of a critical path, and time the passes after it again.
+"""The inner loop of simulated annealing: move a pass of a critical path, and time the passes after it again.
 
 Most of an order is unchanged by a move, so only the passes after the first change are timed, and not even these once
-the rest of the batch is known to take too long. `left_shift` times whole orders.
+the rest of the batch is known to take too long: the tails of job-shop scheduling tell that. `left_shift` times whole
+orders.
+
+    times     _cut, _replay, _take, _settled, _find_tails
+    moves     _shift, _move, _allowed, _move_on_ranks
+    anneal    _critical, anneal
+
+machine_code.py says why all of it is in one file.
 """
 
 from __future__ import annotations
@@ -22,6 +29,14 @@ _REPEATS = np.array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 1 << 30])
 _SPREADS = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1 << 30])
 # The random numbers of a plan: a linear congruential generator modulo 2 ** 31, of which the upper bits are used.
 _RANDOM_BITS = 0x7FFFFFFF
+
+
+# Files of machine code refer to these classes by name: renaming one makes older files unreadable.
+class Orders(NamedTuple):
+    """The stream of each pass, and its number in the stream [rank, place]."""
+
+    streams: Ints
+    numbers: Ints
 
 
 class Times(NamedTuple):
@@ -45,6 +60,45 @@ class Prefix(NamedTuple):
     counts: Ints
     sent: Ints
     free: Floats
+
+
+class Timing(NamedTuple):
+    """What is known of the times of orders: those `now`, and those `new` after a change that keeps `prefix`.
+
+    `at` says how far timing came. From place `settled` [rank] on, `tails` [rank, place] say how long the batch lasts at
+    least from each pass's start.
+    """
+
+    now: Times
+    new: Times
+    prefix: Prefix
+    at: Prefix
+    settled: Ints
+    tails: Floats
+
+
+class Move(NamedTuple):
+    """A pass and how far it moves: with as many following micro-batches, and on up to `spread` ranks either side."""
+
+    rank: int
+    place: int
+    distance: int
+    repeats: int
+    spread: int
+
+
+class Change(NamedTuple):
+    """The places that a move has changed, from `firsts` to `lasts` [rank], and these ranks' `old` orders."""
+
+    firsts: Ints
+    lasts: Ints
+    old: Orders
+
+
+@jit
+def _random(last: int) -> int:
+    """The random number after `last`."""
+    return (last * 1103515245 + 12345) & _RANDOM_BITS
 
 
 @jit
@@ -76,23 +130,25 @@ def _position(line: Any, value: float) -> int:
 
 
 @jit
-def _cut(layout: Layout, orders: Ints, now: Times, firsts: Ints, prefix: Prefix) -> int:
-    """Into `prefix`: what stays as it is when orders change from `firsts` [rank] on. The number of the other passes."""
-    ranks, length = orders.shape
+def _cut(layout: Layout, streams: Ints, timing: Timing, firsts: Ints) -> int:
+    """Into `timing.prefix`: what stays as it is when orders change from `firsts` [rank] on. The number of the other
+    passes."""
+    now, prefix = timing.now, timing.prefix
+    ranks, length = streams.shape
     time = _NEVER
     for rank in range(ranks):
         place = firsts[rank]
         if place == 0:
             time = 0.0
         elif place < length:
-            time = min(time, now.starts[rank, place - 1] + layout.durations[rank, orders[rank, place - 1]])
+            time = min(time, now.starts[rank, place - 1] + layout.durations[rank, streams[rank, place - 1]])
     left = 0
     for other in range(ranks):
         here = min(firsts[other], _position(now.starts[other], time)) if time > 0 else 0
         prefix.place[other] = here
         prefix.free[other] = 0.0
         if here > 0:
-            prefix.free[other] = now.starts[other, here - 1] + layout.durations[other, orders[other, here - 1]]
+            prefix.free[other] = now.starts[other, here - 1] + layout.durations[other, streams[other, here - 1]]
         for stream in range(6):
             line = now.places[other, stream]
             of_stream = line if stream >= 4 else line[:layout.batch]
@@ -107,24 +163,23 @@ def _cut(layout: Layout, orders: Ints, now: Times, firsts: Ints, prefix: Prefix)
 
 
 @jit
-def _settled(now: Times, lasts: Ints, settled: Ints) -> None:
-    """Into `settled`: the place on each rank from which on nothing leads to the passes up to `lasts` [rank]."""
+def _settled(timing: Timing, lasts: Ints) -> None:
+    """Into `timing.settled`: the place on each rank from which on nothing leads to the passes up to `lasts` [rank]."""
+    now = timing.now
     ranks, length = now.starts.shape
     time = 0.0
     for rank in range(ranks):
         if lasts[rank] >= 0:
             time = max(time, now.starts[rank, lasts[rank] + 1] if lasts[rank] + 1 < length else _NEVER)
     for rank in range(ranks):
-        settled[rank] = max(lasts[rank] + 1, _position(now.starts[rank], time))
+        timing.settled[rank] = max(lasts[rank] + 1, _position(now.starts[rank], time))
 
 
 @jit
-def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled: Ints, tails: Floats) -> None:
-    """Into `tails` [rank, place]: how long the batch lasts at least from each pass's start, for those before `settled`.
-
-    Overwrites `settled`.
-    """
-    ranks, length = orders.shape
+def _find_tails(layout: Layout, orders: Orders, timing: Timing) -> None:
+    """Into `timing.tails`: those of the passes before `timing.settled`, which is overwritten."""
+    now, settled, tails = timing.now, timing.settled, timing.tails
+    ranks, length = orders.streams.shape
     left = 0
     for rank in range(ranks):
         left += settled[rank]
@@ -132,11 +187,11 @@ def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled
     while left > 0:
         place = settled[rank] - 1
         while place >= 0:
-            stream = orders[rank, place]
+            stream = orders.streams[rank, place]
             tail = tails[rank, place + 1] if place + 1 < length else 0.0
             target = layout.next_rank[rank, stream]
             if target >= 0:
-                to = now.places[target, layout.next_stream[rank, stream], numbers[rank, place]]
+                to = now.places[target, layout.next_stream[rank, stream], orders.numbers[rank, place]]
                 if to < settled[target] and target != rank:
                     break
                 tail = max(tail, layout.delay[rank, stream] + tails[target, to])
@@ -151,14 +206,13 @@ def _find_tails(layout: Layout, orders: Ints, numbers: Ints, now: Times, settled
 
 
 @jit
-def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
-            left: int, rank: int, cutoff: float, settled: Ints, tails: Floats) -> bool:
-    """Into `new`: the times of the `left` passes after `prefix`, each as early as can be.
+def _replay(layout: Layout, orders: Orders, timing: Timing, left: int, rank: int, cutoff: float) -> bool:
+    """Into `timing.new`: the times of the `left` passes after the prefix, each as early as can be, from `rank` on.
 
-    False if ranks wait for each other, or the batch ends after `cutoff`: the `tails` from `settled` on foretell it.
-    `at` says how far it came.
+    False if ranks wait for each other, or the batch ends after `cutoff`, which the tails foretell.
     """
-    ranks, length = orders.shape
+    now, new, prefix, at = timing.now, timing.new, timing.prefix, timing.at
+    ranks, length = orders.streams.shape
     for other in range(ranks):
         at.place[other], at.free[other] = prefix.place[other], prefix.free[other]
         _copy(prefix.counts[other], at.counts[other])
@@ -168,7 +222,7 @@ def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times,
         place, free = at.place[rank], at.free[rank]
         began = place
         while place < length:
-            stream, number = orders[rank, place], numbers[rank, place]
+            stream, number = orders.streams[rank, place], orders.numbers[rank, place]
             if stream < 4:
                 if number >= at.sent[rank, stream]:
                     break
@@ -176,7 +230,7 @@ def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times,
                 free = max(free, now.arrivals[rank, stream, number] if before else new.arrivals[rank, stream, number])
             elif number >= at.counts[rank, stream - 2] * layout.pieces:
                 break
-            if place >= settled[rank] and free + tails[rank, place] > cutoff:
+            if place >= timing.settled[rank] and free + timing.tails[rank, place] > cutoff:
                 return False
             new.places[rank, stream, number] = place
             new.starts[rank, place] = free
@@ -207,8 +261,9 @@ def _replay(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times,
 
 
 @jit
-def _take(layout: Layout, now: Times, new: Times, prefix: Prefix) -> None:
-    """The times after `prefix` from `new` into `now`."""
+def _take(layout: Layout, timing: Timing) -> None:
+    """The new times after the prefix into `timing.now`."""
+    now, new, prefix = timing.now, timing.new, timing.prefix
     ranks, length = now.starts.shape
     for rank in range(ranks):
         for place in range(prefix.place[rank], length):
@@ -223,12 +278,13 @@ def _take(layout: Layout, now: Times, new: Times, prefix: Prefix) -> None:
 
 
 @jit
-def _critical(layout: Layout, orders: Ints, numbers: Ints, now: Times, ends: Floats, path: Ints, chance: int) -> int:
+def _critical(layout: Layout, orders: Orders, timing: Timing, path: Ints, chance: int) -> int:
     """Into `path`: passes [rank, place] of which each one's delay delays the batch's end. How many they are.
 
     Where a pass waited for two others just as long, the bits of `chance` choose.
     """
-    rank, place = 0, orders.shape[1] - 1
+    now, ends = timing.now, timing.at.free
+    rank, place = 0, orders.streams.shape[1] - 1
     for other in range(len(ends)):
         if ends[other] > ends[rank]:
             rank = other
@@ -236,21 +292,21 @@ def _critical(layout: Layout, orders: Ints, numbers: Ints, now: Times, ends: Flo
     while True:
         path[length, 0], path[length, 1] = rank, place
         length += 1
-        start, stream = now.starts[rank, place], orders[rank, place]
+        start, stream = now.starts[rank, place], orders.streams[rank, place]
         if start <= _CLOSE:
             return length
-        follows = place > 0 and (now.starts[rank, place - 1] + layout.durations[rank, orders[rank, place - 1]]
+        follows = place > 0 and (now.starts[rank, place - 1] + layout.durations[rank, orders.streams[rank, place - 1]]
                                  >= start - _CLOSE)
         fed = stream < 4 and layout.from_rank[rank, stream] >= 0 and (
-            now.arrivals[rank, stream, numbers[rank, place]] >= start - _CLOSE)
+            now.arrivals[rank, stream, orders.numbers[rank, place]] >= start - _CLOSE)
         if fed and follows:
-            chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+            chance = _random(chance)
             follows = (chance >> 16) % 2 == 0
         if follows or not fed:
             place -= 1
         else:
             source, fed_by = layout.from_rank[rank, stream], layout.from_stream[rank, stream]
-            rank, place = source, now.places[source, fed_by, numbers[rank, place]]
+            rank, place = source, now.places[source, fed_by, orders.numbers[rank, place]]
 
 
 @jit
@@ -323,35 +379,43 @@ def _allowed(layout: Layout, rank: int, order: Ints, end: int, counts: Ints) -> 
 
 
 @jit
-def _move_on_ranks(layout: Layout, orders: Ints, numbers: Ints, places: Ints, spare: Ints, rank: int, place: int,
-                   distance: int, repeats: int, spread: int, old_orders: Ints, old_numbers: Ints, firsts: Ints,
-                   lasts: Ints, counts: Ints) -> bool:
-    """`_move` on `rank`, and past the same neighbour on up to `spread` ranks either side that allow it; if `rank` does.
+def _restore(orders: Orders, old: Orders, rank: int) -> None:
+    """The old order of `rank`."""
+    _copy(old.streams[rank], orders.streams[rank])
+    _copy(old.numbers[rank], orders.numbers[rank])
 
-    From where to where orders changed comes into `firsts` and `lasts` [rank], and what they were into `old_orders` and
-    `old_numbers`. `spare` is scratch memory for places.
+
+@jit
+def _move_on_ranks(layout: Layout, orders: Orders, timing: Timing, move: Move, change: Change, counts: Ints) -> bool:
+    """`move` on its rank, and past the same neighbour on the ranks beside it that allow it; False if its own doesn't.
+
+    What changed comes into `change`. The places of `timing.new` and `counts` are overwritten.
     """
-    stream, mine = orders[rank, place], numbers[rank, place]
-    past, others = orders[rank, place + distance], numbers[rank, place + distance]
-    for step in range(2 * spread + 1):
+    places, spare = timing.now.places, timing.new.places
+    streams, numbers = orders.streams, orders.numbers
+    rank, distance = move.rank, move.distance
+    stream, mine = streams[rank, move.place], numbers[rank, move.place]
+    past, others = streams[rank, move.place + distance], numbers[rank, move.place + distance]
+    for other in range(len(streams)):
+        change.firsts[other], change.lasts[other] = streams.shape[1], -1
+    for step in range(2 * move.spread + 1):
         # The rank itself first, then those below it, then those above.
-        other = rank - step if step <= spread else rank + step - spread
-        if not 0 <= other < len(orders):
+        other = rank - step if step <= move.spread else rank + step - move.spread
+        if not 0 <= other < len(streams):
             continue
         here, to = places[other, stream, mine], places[other, past, others]
         if (to > here) != (distance > 0) or abs(to - here) > 2 * abs(distance):
             continue
-        _copy(orders[other], old_orders[other])
-        _copy(numbers[other], old_numbers[other])
-        if repeats > 1:
+        _copy(streams[other], change.old.streams[other])
+        _copy(numbers[other], change.old.numbers[other])
+        if move.repeats > 1:
             for line in range(6):
                 _copy(places[other, line], spare[other, line])
-        first, last = _move(layout, orders[other], numbers[other], spare[other], here, to - here, repeats)
-        if last >= 0 and _allowed(layout, other, orders[other], last, counts):
-            firsts[other], lasts[other] = first, last
+        first, last = _move(layout, streams[other], numbers[other], spare[other], here, to - here, move.repeats)
+        if last >= 0 and _allowed(layout, other, streams[other], last, counts):
+            change.firsts[other], change.lasts[other] = first, last
             continue
-        _copy(old_orders[other], orders[other])
-        _copy(old_numbers[other], numbers[other])
+        _restore(orders, change.old, other)
         if other == rank:
             return False
     return True
@@ -370,41 +434,56 @@ def _empty_times(layout: Layout, ranks: int, length: int) -> Times:
 
 
 @jit
-def _numbers(orders: Ints, counts: Ints) -> Ints:
-    """The number in its stream of each pass [rank, place]."""
-    numbers = np.zeros(orders.shape, np.int64)
-    for rank in range(len(orders)):
+def _numbered(streams: Ints, counts: Ints) -> Orders:
+    """Orders with the number of each pass in its stream; `counts` are overwritten."""
+    numbers = np.zeros(streams.shape, np.int64)
+    for rank in range(len(streams)):
         for stream in range(6):
             counts[stream] = 0
-        for place in range(orders.shape[1]):
-            stream = orders[rank, place]
+        for place in range(streams.shape[1]):
+            stream = streams[rank, place]
             numbers[rank, place] = counts[stream]
             counts[stream] += 1
-    return numbers
+    return Orders(streams, numbers)
 
 
 @jit
-def _replay_all(layout: Layout, orders: Ints, numbers: Ints, now: Times, new: Times, prefix: Prefix, at: Prefix,
-                settled: Ints, tails: Floats) -> bool:
-    """Into `now`: the times of all passes; False if ranks wait for each other."""
+def _empty_timing(layout: Layout, ranks: int, length: int) -> Timing:
+    return Timing(_empty_times(layout, ranks, length), _empty_times(layout, ranks, length), _empty_prefix(ranks),
+                  _empty_prefix(ranks), np.full(ranks, length), np.zeros((ranks, length)))
+
+
+@jit
+def _replay_all(layout: Layout, orders: Orders, timing: Timing) -> bool:
+    """Into `timing.now`: the times of all passes; False if ranks wait for each other."""
     # Not with literal numbers, for which numba would compile these a second time.
-    rank = len(orders) - 1
-    left = _cut(layout, orders, now, at.place, prefix)
-    fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, _NEVER, settled, tails)
+    rank = len(orders.streams) - 1
+    left = _cut(layout, orders.streams, timing, timing.at.place)
+    fine = _replay(layout, orders, timing, left, rank, _NEVER)
     if fine:
-        _take(layout, now, new, prefix)
+        _take(layout, timing)
     return fine
 
 
 @jit
 def left_shift(layout: Layout, orders: Ints) -> Floats:
     """When passes start [rank, place], as early as `orders` allow; empty if ranks wait for each other."""
-    ranks, length = orders.shape
-    numbers = _numbers(orders, np.zeros(6, np.int64))
-    now, new = _empty_times(layout, ranks, length), _empty_times(layout, ranks, length)
-    prefix, at = _empty_prefix(ranks), _empty_prefix(ranks)
-    fine = _replay_all(layout, orders, numbers, now, new, prefix, at, np.full(ranks, length), now.starts)
-    return now.starts if fine else now.starts[:0]
+    timing = _empty_timing(layout, orders.shape[0], orders.shape[1])
+    fine = _replay_all(layout, _numbered(orders, np.zeros(6, np.int64)), timing)
+    return timing.now.starts if fine else timing.now.starts[:0]
+
+
+@jit
+def _random_move(layout: Layout, path: Ints, on_path: int, ranks: int, chance: int) -> tuple[Move, int]:
+    """A move of one of the first `on_path` passes of `path`, and the last random number that it took."""
+    chance = _random(chance)
+    rank, place = path[(chance >> 8) % on_path, 0], path[(chance >> 8) % on_path, 1]
+    chance = _random(chance)
+    distance = _DISTANCES[(chance >> 10) % 16] * (1 if (chance >> 16) % 2 == 0 else -1)
+    chance = _random(chance)
+    repeats = min(layout.batch, _REPEATS[(chance >> 12) % 16])
+    spread = min(ranks, _SPREADS[(chance >> 18) % 16])
+    return Move(rank, place, distance, repeats, spread), chance
 
 
 @jit
@@ -418,52 +497,41 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
     """
     ranks, length = orders.shape
     counts = np.zeros(6, np.int64)
-    numbers = _numbers(orders, counts)
-    now, new = _empty_times(layout, ranks, length), _empty_times(layout, ranks, length)
-    prefix, at = _empty_prefix(ranks), _empty_prefix(ranks)
-    settled, tails = np.full(ranks, length), np.zeros((ranks, length))
+    numbered = _numbered(orders, counts)
+    timing = _empty_timing(layout, ranks, length)
     path = np.zeros((ranks * length, 2), np.int64)
-    old_orders, old_numbers = orders.copy(), numbers.copy()
-    firsts, lasts = np.full(ranks, length), np.full(ranks, length)
-    _replay_all(layout, orders, numbers, now, new, prefix, at, settled, tails)
-    _find_tails(layout, orders, numbers, now, settled, tails)
-    makespan = _greatest(at.free)
+    change = Change(np.full(ranks, length), np.full(ranks, length),
+                    Orders(orders.copy(), numbered.numbers.copy()))
+    _replay_all(layout, numbered, timing)
+    _find_tails(layout, numbered, timing)
+    makespan = _greatest(timing.at.free)
     chance = seed
-    on_path = _critical(layout, orders, numbers, now, at.free, path, chance)
+    on_path = _critical(layout, numbered, timing, path, chance)
     for _ in range(tries):
         if best <= goal * (1 + _CLOSE):
             break
-        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
-        rank, place = path[(chance >> 8) % on_path, 0], path[(chance >> 8) % on_path, 1]
-        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
-        distance = _DISTANCES[(chance >> 10) % 16] * (1 if (chance >> 16) % 2 == 0 else -1)
-        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
-        repeats = min(layout.batch, _REPEATS[(chance >> 12) % 16])
-        spread = min(ranks, _SPREADS[(chance >> 18) % 16])
-        if not 0 <= place + distance < length or orders[rank, place] == orders[rank, place + distance]:
+        move, chance = _random_move(layout, path, on_path, ranks, chance)
+        rank, to = move.rank, move.place + move.distance
+        if not 0 <= to < length or orders[rank, move.place] == orders[rank, to]:
             continue
-        for other in range(ranks):
-            firsts[other], lasts[other] = length, -1
-        fine = _move_on_ranks(layout, orders, numbers, now.places, new.places, rank, place, distance, repeats, spread,
-                              old_orders, old_numbers, firsts, lasts, counts)
+        fine = _move_on_ranks(layout, numbered, timing, move, change, counts)
         if fine:
-            chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+            chance = _random(chance)
             cutoff = makespan - temperature * log(((chance >> 8) + 1) / 2 ** 23)
-            left = _cut(layout, orders, now, firsts, prefix)
-            _settled(now, lasts, settled)
-            fine = _replay(layout, orders, numbers, now, new, prefix, at, left, rank, cutoff, settled, tails)
+            left = _cut(layout, orders, timing, change.firsts)
+            _settled(timing, change.lasts)
+            fine = _replay(layout, numbered, timing, left, rank, cutoff)
         if not fine:
-            for other in range(max(0, rank - spread), min(ranks, rank + spread + 1)):
-                if lasts[other] >= 0:
-                    _copy(old_orders[other], orders[other])
-                    _copy(old_numbers[other], numbers[other])
+            for other in range(max(0, rank - move.spread), min(ranks, rank + move.spread + 1)):
+                if change.lasts[other] >= 0:
+                    _restore(numbered, change.old, other)
             continue
-        _take(layout, now, new, prefix)
-        _find_tails(layout, orders, numbers, now, settled, tails)
-        makespan = _greatest(at.free)
-        on_path = _critical(layout, orders, numbers, now, at.free, path, chance)
+        _take(layout, timing)
+        _find_tails(layout, numbered, timing)
+        makespan = _greatest(timing.at.free)
+        on_path = _critical(layout, numbered, timing, path, chance)
         if makespan < best - _CLOSE:
             best = makespan
-            for rank in range(ranks):
-                _copy(orders[rank], best_orders[rank])
+            for other in range(ranks):
+                _copy(orders[other], best_orders[other])
     return best

@@ -84,7 +84,7 @@ def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_l
     search.run(progress)
     candidates = search.known
     if search.best is not None:
-        candidates.append((search.best.makespan, search.scheduler.schedule(search.best)))
+        candidates.append((search.best.makespan, search.trials.scheduler.schedule(search.best)))
     return _finished(min(candidates, key=lambda candidate: candidate[0])[1], problem)
 
 
