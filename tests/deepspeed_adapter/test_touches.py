@@ -36,9 +36,12 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "deepspeed.runtime.pipe.schedule": (
         "BackwardPass", "BufferOpInstruction", "ForwardPass", "LoadMicroBatch", "OptimizerStep", "PipeInstruction",
         "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "SendActivation", "SendGrad"),
-    # Tensor parallel layers that users write.
+    # Tensor parallel layers that users write, and what DeepSpeed builds them from.
     "deepspeed.module_inject": ("set_autotp_mode",),
-    "deepspeed.module_inject.layers": ("LinearAllreduce", "LinearLayer", "SubParamLinearLayer"),
+    "deepspeed.module_inject.layers": (
+        "GatherFromTensorParallelRegion", "LinearAllreduce", "LinearAllreduceWithReplicatedInput", "LinearLayer",
+        "RowParallel", "SubParamLinearLayer", "VocabParallelEmbedding", "VocabParallelLinear"),
+    "deepspeed.sequence.cross_entropy": ("vocab_parallel_cross_entropy",),
 }
 # Where scripts find DeepSpeed's public classes, which run.py replaces.
 WHOLE_MODULES = {"run.py": {"deepspeed", "deepspeed.pipe", "deepspeed.runtime.pipe", "deepspeed.runtime.pipe.module"},
