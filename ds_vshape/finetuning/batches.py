@@ -1,0 +1,138 @@
+"""Micro-batches of samples: in which order, and as which tensors.
+
+Rows are samples by themselves, padded to the longest of their micro-batch, or several samples in one row of a fixed
+length. Epoch follows epoch without a gap; a batch may have rows of two. Where a training stands is one number, the rows
+so far, whatever the number of replicas.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ds_vshape.finetuning.packing import pack
+from ds_vshape.finetuning.samples import IDS, LEARNED
+
+# The label where nothing is learned, as in torch's cross_entropy.
+IGNORED = -100
+# Lengths of padded micro-batches are multiples of it, which matrix products on GPUs want.
+MULTIPLE = 8
+
+
+class Rows(Protocol):
+    """What a micro-batch is made of."""
+
+    def __len__(self) -> int:
+        """The number of rows of an epoch."""
+
+    def micro_batch(self, rows: Sequence[int]) -> tuple[Any, Tensor]:
+        """Inputs and labels of these rows. Labels [rows, length] are the tokens that come next, or IGNORED."""
+
+
+class PaddedRows:
+    """A sample in each row; inputs are ids [rows, length].
+
+    There is no attention mask: what stands behind a sample isn't seen from it.
+    """
+
+    def __init__(self, samples: Dataset, padding: int = 0) -> None:
+        self._samples = samples
+        self._padding = padding
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def micro_batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        samples = [self._samples[row] for row in rows]
+        length = max(len(sample[IDS]) - 1 for sample in samples)
+        length = -(-length // MULTIPLE) * MULTIPLE
+        ids = torch.full((len(rows), length), self._padding)
+        labels = torch.full((len(rows), length), IGNORED)
+        for row, sample in enumerate(samples):
+            _put(sample, ids[row], labels[row])
+        return ids, labels
+
+
+class PackedRows:
+    """Samples one after the other in rows of `length` tokens; inputs are (ids, position ids), each [rows, length].
+
+    Positions start at 0 with each sample, by which transformers keeps the samples of a row apart.
+
+    Raises:
+        ValueError: for a sample of more than `length` + 1 tokens.
+    """
+
+    def __init__(self, samples: Dataset, length: int, padding: int = 0) -> None:
+        self._samples = samples
+        self._length = length
+        self._padding = padding
+        self._rows = pack([len(ids) - 1 for ids in samples[IDS]], length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def micro_batch(self, rows: Sequence[int]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        ids = torch.full((len(rows), self._length), self._padding)
+        labels = torch.full((len(rows), self._length), IGNORED)
+        positions = torch.empty_like(ids)
+        for row, place in enumerate(rows):
+            start = 0
+            for sample in self._rows[place]:
+                stop = start + _put(self._samples[sample], ids[row, start:], labels[row, start:])
+                positions[row, start:stop] = torch.arange(stop - start)
+                start = stop
+            positions[row, start:] = torch.arange(self._length - start)
+        return (ids, positions), labels
+
+
+def _put(sample: dict[str, list[Any]], ids: Tensor, labels: Tensor) -> int:
+    """Write a sample at the start of a row; returns the number of its tokens there."""
+    tokens, learned = torch.tensor(sample[IDS]), torch.tensor(sample[LEARNED])
+    length = len(tokens) - 1
+    ids[:length] = tokens[:-1]
+    labels[:length] = torch.where(learned[1:], tokens[1:], IGNORED)
+    return length
+
+
+class MicroBatches(Iterator[tuple[Any, Tensor]]):
+    """The endless micro-batches of one replica, in an order that depends on `seed` and the epoch alone.
+
+    Args:
+        size: rows in a micro-batch.
+        replica, replicas: each of the replicas has its own micro-batch of every `replicas` x `size` rows.
+        start: the rows that all replicas have had before.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+
+    def __init__(self, rows: Rows, size: int, seed: int, replica: int = 0, replicas: int = 1, start: int = 0) -> None:
+        if not len(rows):
+            raise ValueError("there are no rows to make micro-batches of")
+        self._rows = rows
+        self._size = size
+        self._seed = seed
+        self._stride = size * replicas
+        self._next = start + size * replica
+
+    def __next__(self) -> tuple[Any, Tensor]:
+        places = range(self._next, self._next + self._size)
+        self._next += self._stride
+        return self._rows.micro_batch([self._row(place) for place in places])
+
+    def _row(self, place: int) -> int:
+        epoch, place = divmod(place, len(self._rows))
+        return _epoch_order(len(self._rows), self._seed, epoch)[place]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(rows))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order

@@ -1,0 +1,74 @@
+"""What is learned of texts and conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat import CHANGING, MARKED, TEMPLATE, byte_tokenizer, conversation
+from datasets import Dataset, DatasetDict
+
+from ds_vshape.finetuning.samples import read_rows, samples_of
+
+ROWS = [{"text": "one"}, {"text": "two"}]
+
+
+def learned_text(sample: dict[str, Any], tokenizer: Any) -> str:
+    kept = [token for token, learned in zip(sample["ids"], sample["learned"]) if learned]
+    return str(tokenizer.decode(kept))
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
+def test_the_assistants_tokens_are_learned(template: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    rows = Dataset.from_list([{"messages": conversation("Hi <b>", "Höi!", "And?", "So.")}])
+    sample, = samples_of(rows, tokenizer, 1000)
+    assert tokenizer.decode(sample["ids"]) == tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
+    assert learned_text(sample, tokenizer) == "Höi!<|im_end|>\nSo.<|im_end|>\n"
+
+
+def test_a_text_is_learned_with_its_end() -> None:
+    tokenizer = byte_tokenizer()
+    samples = samples_of(Dataset.from_list([{"text": "abc"}, {"text": "d<|im_end|>"}]), tokenizer, 1000)
+    assert [learned_text(sample, tokenizer) for sample in samples] == ["abc<|im_end|>", "d<|im_end|>"]
+
+
+def test_long_samples_are_cut_and_those_without_anything_to_learn_left_out() -> None:
+    tokenizer = byte_tokenizer()
+    rows = Dataset.from_list([{"messages": conversation("x" * 50, "late")},
+                              {"messages": conversation("x", "abcdefgh" * 5)}])
+    sample, = samples_of(rows, tokenizer, 40)
+    assert len(sample["ids"]) == 40
+    with pytest.raises(ValueError, match="of 2 rows none has a token to learn among the first 8"):
+        samples_of(rows, tokenizer, 8)
+
+
+def test_a_template_that_changes_what_was_said_is_refused() -> None:
+    rows = Dataset.from_list([{"messages": conversation("a", "b", "c", "d", thought="hm")}])
+    with pytest.raises(ValueError, match="message 1 otherwise when others follow"):
+        samples_of(rows, byte_tokenizer(CHANGING), 100)
+
+
+def test_files_of_every_kind(tmp_path: Path) -> None:
+    data = Dataset.from_list(ROWS)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    data.save_to_disk(str(tmp_path / "rows"))
+    for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows"):
+        assert read_rows(tmp_path / name).to_list() == ROWS
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\none\n")
+    (tmp_path / "others.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "several"))
+    for name, words in [("missing.jsonl", "isn't there: must be a file"),
+                        ("rows.csv", "must be a file"),
+                        (".", "a folder that datasets hasn't saved"),
+                        ("several", "several datasets: name one of its folders, train, test"),
+                        ("others.jsonl", "has the columns question, answer: must have 'text' or 'messages'")]:
+        with pytest.raises(ValueError, match=words):
+            read_rows(tmp_path / name)
