@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ds_vshape"
 LAYERS = (
     ("__main__", "run"),
     ("cli",),
-    ("layouts", "plugin"),
+    ("layouts", "plugin", "finetuning"),
     ("models", "engine"),
     ("checkpoint",),
     ("module",),

@@ -1,6 +1,7 @@
 """A Hugging Face model as a list of pipeline layers, made of the classes of transformers themselves.
 
-    ids [batch, length], or (ids, attention mask [batch, length], position ids [batch, length])
+    ids [batch, length], or (ids, attention mask [batch, length], position ids [batch, length]), or in packed rows
+    (ids, position ids)
       -> Tokens -> Positions (where the model changes embeddings before its first layer)
       -> DecoderLayer x num_hidden_layers -> Norm -> Head
       -> logits [batch, length, vocab_size], or (logits, router loss) where an MoE's config has output_router_logits
@@ -42,14 +43,14 @@ PARTITION_METHOD = "type:DecoderLayer"
 # a layer whose inputs are integers.
 CHECKPOINTABLE_LAYERS = ["DecoderLayer"]
 
-# What flows: hidden states [batch, length, hidden], or (hidden states, mask), or (hidden states, mask, position ids);
-# router logits come last.
+# What flows: hidden states [batch, length, hidden], behind them the mask (booleans) and the position ids (integers) if
+# the batch has them; router logits come last.
 Flow = Tensor | tuple[Tensor, ...]
 
 
 def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                     plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None,
-                    lora: LoraConfig | None = None) -> list[LayerSpec]:
+                    lora: LoraConfig | None = None, packed: bool = False) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
@@ -64,6 +65,8 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
             default transformers chooses.
         lora: adapters to train (peft's); everything else is frozen, except what the LoraConfig says of biases and
             modules_to_save.
+        packed: rows hold several samples, whose position ids each start at 0 and which transformers keeps apart; a
+            micro-batch is ((ids, position ids), labels).
 
     Raises:
         ValueError: for a model that can't be cut into these layers, or not over these ranks, and for adapters that it
@@ -85,12 +88,14 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
         parallel = TensorParallelPlan(planned, tensor_group)
         share_random_state(tensor_group)
     shared = Shared(planned, parallel)
+    if packed:
+        shared.check_packed()
     if planned.is_tied:
-        first: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, tied_weight_attr="module.weight")
-        last: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, tied_weight_attr="module.weight",
+        first: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, packed, tied_weight_attr="module.weight")
+        last: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, packed, tied_weight_attr="module.weight",
                                         forward_fn=Tokens.logits)
     else:
-        first, last = LayerSpec(Tokens, shared), LayerSpec(Head, shared)
+        first, last = LayerSpec(Tokens, shared, packed), LayerSpec(Head, shared)
     return [
         first,
         *([LayerSpec(Positions, shared)] if planned.before or shared.forward.changes_embeddings else []),
@@ -166,6 +171,18 @@ class Shared:
             return share
         return self.parallel.whole(name, share)
 
+    def check_packed(self) -> None:
+        """Raise ValueError if a decoder layer's tokens would see another sample of their row."""
+        positions = torch.tensor([[0, 1, 0, 1]])
+        hidden = torch.zeros(*positions.shape, self.planned.config.hidden_size)
+        for index, arguments in enumerate(self.forward.arguments(hidden, None, positions)):
+            masks = [value for value in (*arguments.args, *arguments.kwargs.values())
+                     if isinstance(value, Tensor) and value.shape[-2:] == (4, 4)]
+            # True, or a bias of 0, lets a token be seen.
+            if not masks or any(bool(mask[0, 0, 2, 1]) is (mask.dtype == torch.bool) for mask in masks):
+                raise ValueError(f"packed = True: model_type = {self.planned.model_type!r} doesn't keep the samples of a "
+                                 f"row apart in decoder layer {index}; must be False")
+
     def arguments(self, index: int, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Arguments:
         """Of decoder layer `index`, besides the hidden states."""
         given = [tensor for tensor in (mask, position_ids) if tensor is not None]
@@ -189,15 +206,18 @@ class Part(nn.Module):
 class Tokens(Part):
     """Token ids to embeddings; what comes with them goes on."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, packed: bool = False) -> None:
         super().__init__(shared, *shared.held(shared.planned.embedding))
+        self._packed = packed
 
     def forward(self, inputs: Flow) -> Flow:
         if isinstance(inputs, Tensor):
             return self.module(inputs)  # type: ignore[no-any-return]
-        ids, mask, *position_ids = inputs
-        # An eighth of the integers to send; transformers takes either.
-        return self.module(ids), mask.bool(), *position_ids
+        ids, *others = inputs
+        if not self._packed:
+            # An eighth of the integers to send; transformers takes either.
+            others[0] = others[0].bool()
+        return self.module(ids), *others
 
     def logits(self, flow: Flow) -> Flow:
         """The head, where it is tied to the embedding."""
@@ -281,7 +301,8 @@ class Head(Part):
 def _members(flow: Flow) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Hidden states, mask if there is one, and position ids if there are any."""
     hidden, *others = flow if isinstance(flow, tuple) else (flow,)
-    return hidden, others[0] if others else None, others[1] if len(others) > 1 else None
+    return (hidden, next((tensor for tensor in others if tensor.dtype == torch.bool), None),
+            next((tensor for tensor in others if tensor.dtype != torch.bool), None))
 
 
 def _with_hidden(flow: Flow, hidden: Tensor) -> Flow:
