@@ -13,6 +13,7 @@ ones where it holds an adapter_config.json alone (configs/lora).
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,18 @@ import torch.distributed
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import logger
 from result import Result
-from text import load_corpus, micro_batches
+from text import load_corpus, micro_batches, tokens_of
 from torch import Tensor
 from train_rank import TRAINING_SEED, VALIDATION_SEED, start_distributed, train
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import ds_vshape
+from ds_vshape.finetuning.batches import MicroBatches
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.models.hugging_face_weights import check_output, load_weights, save_model
 from ds_vshape.models.parallel_layers import tensor_group
-
-BYTES = 256
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -45,8 +45,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="new folder for the trained model")
     parser.add_argument("--lora", type=Path, help="folder with adapter_config.json: train adapters, not the model")
     parser.add_argument("--text", type=Path, help="folder with .py files (default: Python's own standard library)")
+    parser.add_argument("--data", type=Path, help="instead of text: .jsonl, .json or .parquet with \"text\" or "
+                        "\"messages\", or a folder of datasets")
+    parser.add_argument("--validation", type=Path, help="the same for evaluation (default: a twentieth of the data)")
+    parser.add_argument("--packed", action="store_true", help="several samples of the data in each row")
+    parser.add_argument("--epochs", type=float, help="how often to train on the data, instead of --batches")
     parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a row, at most")
     parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
     parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks that share each layer")
     parser.add_argument("--attention", choices=["sdpa", "eager"], help="by default transformers chooses")
@@ -57,21 +62,6 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return deepspeed.add_config_arguments(parser).parse_args(words)
 
 
-def tokens_of(text: Tensor, model: Path, vocabulary: int) -> Tensor:
-    """Bytes as the tokens of the tokenizer in `model`; as they are where it has none.
-
-    Raises:
-        ValueError: if there is no tokenizer and the vocabulary has no place for every byte.
-    """
-    if (model / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        decoded = bytes(text.tolist()).decode(errors="replace")
-        return torch.tensor(tokenizer(decoded, add_special_tokens=False)["input_ids"])
-    if vocabulary < BYTES:
-        raise ValueError(f"{model} has no tokenizer and vocab_size = {vocabulary}: must be at least {BYTES} for bytes")
-    return text
-
-
 def topology_of(stages: int, tensor: int) -> PipeModelDataParallelTopology:
     """Of all ranks; 0 stages are as many as there can be. ValueError if the ranks can't be divided so."""
     world = torch.distributed.get_world_size()
@@ -79,6 +69,26 @@ def topology_of(stages: int, tensor: int) -> PipeModelDataParallelTopology:
     if min(stages, tensor) < 1 or world % (stages * tensor):
         raise ValueError(f"--stages {stages} --tensor_parallel {tensor}: their product must divide the {world} ranks")
     return PipeModelDataParallelTopology(num_pp=stages, num_mp=tensor, num_dp=world // (stages * tensor))
+
+
+def batches_of(args: argparse.Namespace, vocabulary: int, engine: Any) -> tuple[Iterator[Any], Iterator[Any], int]:
+    """Micro-batches of this rank's replica to train and to evaluate on, and the number of batches."""
+    size, replica = engine.train_micro_batch_size_per_gpu(), engine.grid.get_data_parallel_rank()
+    if args.data is not None:
+        from ds_vshape.finetuning.data import open_rows  # datasets is an extra of its own
+        rows = open_rows(args.data, args.validation, args.model, args.length, args.packed)
+        batches = args.batches if args.epochs is None else math.ceil(
+            args.epochs * len(rows[0]) / engine.train_batch_size())
+        replicas = engine.grid.get_data_parallel_world_size()
+        training, validation = (MicroBatches(each, size, TRAINING_SEED, replica, replicas) for each in rows)
+        return training, validation, batches
+    corpus = load_corpus(args.text)
+
+    def windows(text: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator, so that a rank without the first or the last stage doesn't tokenize: it never draws.
+        yield from micro_batches(tokens_of(text, args.model, vocabulary), size, args.length, seed + 1000 * replica)
+
+    return windows(corpus.training, TRAINING_SEED), windows(corpus.validation, VALIDATION_SEED), args.batches
 
 
 def finetune(args: argparse.Namespace) -> Result:
@@ -91,13 +101,14 @@ def finetune(args: argparse.Namespace) -> Result:
     if args.lora is not None:
         from ds_vshape.models import lora_files as lora  # peft is an extra of its own
     layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group,
-                             lora=lora and lora.read_config(args.lora))
+                             lora=lora and lora.read_config(args.lora), packed=args.packed)
     # seed_layers: dropout then doesn't depend on the order of the passes.
     module = ds_vshape.PipelineModule(layers,
                                       topology=topology,
                                       loss_fn=TensorParallelLoss(group) if group else next_token_loss,
                                       partition_method=PARTITION_METHOD,
                                       checkpointable_layers=CHECKPOINTABLE_LAYERS,
+                                      dynamic_shape=args.data is not None and not args.packed,
                                       seed_layers=True,
                                       seed_fn=seed_layer)
     unknown = load_weights(module, args.model)
@@ -108,18 +119,7 @@ def finetune(args: argparse.Namespace) -> Result:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained)
 
-    corpus = load_corpus(args.text)
-    size = engine.train_micro_batch_size_per_gpu()
-    replica = engine.grid.get_data_parallel_rank()
-
-    def batches(text: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # A generator, so that a rank without the first or the last stage doesn't tokenize: it never draws.
-        tokens = tokens_of(text, args.model, config.vocab_size)
-        yield from micro_batches(tokens, size, args.length, seed + 1000 * replica)
-
-    training = batches(corpus.training, TRAINING_SEED)
-    validation = batches(corpus.validation, VALIDATION_SEED)
-    result = train(engine, training, validation, args.batches)
+    result = train(engine, *batches_of(args, config.vocab_size, engine))
     if lora:
         lora.save_adapter(engine.module, args.model, args.output)
     else:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+BYTES = 256
+
 # One file in so many is kept for validation.
 VALIDATION_STRIDE = 20
 # Not part of the library proper; whether they are there depends on how Python was installed.
@@ -43,6 +45,21 @@ def load_corpus(root: Path | None = None) -> Corpus:
     validation = files[::VALIDATION_STRIDE]
     training = [path for place, path in enumerate(files) if place % VALIDATION_STRIDE]
     return Corpus(_read(training), _read(validation))
+
+
+def tokens_of(text: Tensor, model: Path, vocabulary: int) -> Tensor:
+    """Bytes as the tokens of the tokenizer in `model`; as they are where it has none.
+
+    Raises:
+        ValueError: if there is no tokenizer and the vocabulary has no place for every byte.
+    """
+    if (model / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer  # an extra, which bytes do without
+        decoded = bytes(text.tolist()).decode(errors="replace")
+        return torch.tensor(AutoTokenizer.from_pretrained(model)(decoded, add_special_tokens=False)["input_ids"])
+    if vocabulary < BYTES:
+        raise ValueError(f"{model} has no tokenizer and vocab_size = {vocabulary}: must be at least {BYTES} for bytes")
+    return text
 
 
 def _read(files: list[Path]) -> Tensor:

@@ -1,5 +1,6 @@
 """Fine-tuning of Hugging Face models on text and conversations (the extra `finetuning`).
 
+    data.py       rows of a file, on every rank
     samples.py    files to token ids, and which of them are learned
     packing.py    which samples share a row
     batches.py    micro-batches of rows, in an order that goes on where a training stopped

@@ -10,15 +10,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from ds_vshape.finetuning.packing import pack
-from ds_vshape.finetuning.samples import IDS, LEARNED
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The columns of samples: token ids, and for each whether it is learned.
+IDS, LEARNED = "ids", "learned"
 # The label where nothing is learned, as in torch's cross_entropy.
 IGNORED = -100
 # Lengths of padded micro-batches are multiples of it, which matrix products on GPUs want.

@@ -14,14 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ds_vshape.finetuning.batches import IDS, LEARNED
+
 try:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 except ImportError as error:
     raise ImportError("data to fine-tune on need datasets: pip install 'ds-vshape[finetuning]'") from error
 
 TEXT, MESSAGES = "text", "messages"
-# The columns of samples: token ids, and for each whether it is learned.
-IDS, LEARNED = "ids", "learned"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Where a chat template marks what the assistant says, as transformers looks for it.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -70,7 +70,7 @@ def samples_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) ->
 
 
 def _text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
-    ids: list[Any] = tokenizer(row[TEXT])["input_ids"]  # type: ignore[assignment]
+    ids = list(tokenizer(row[TEXT])["input_ids"])
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     return {IDS: ids[:limit], LEARNED: [True] * len(ids[:limit])}
@@ -97,7 +97,8 @@ def _by_place(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
     return shown["input_ids"], learned
 
 
-def _assistants(messages: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+def _assistants(messages: list[dict[str, str]], text: str,
+                tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
     """Where in `text` the assistant speaks: from behind the prompt for its message to the end of the message."""
     for place, message in enumerate(messages):
         if message["role"] != "assistant":

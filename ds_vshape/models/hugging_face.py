@@ -180,8 +180,8 @@ class Shared:
                      if isinstance(value, Tensor) and value.shape[-2:] == (4, 4)]
             # True, or a bias of 0, lets a token be seen.
             if not masks or any(bool(mask[0, 0, 2, 1]) is (mask.dtype == torch.bool) for mask in masks):
-                raise ValueError(f"packed = True: model_type = {self.planned.model_type!r} doesn't keep the samples of a "
-                                 f"row apart in decoder layer {index}; must be False")
+                raise ValueError(f"packed = True: model_type = {self.planned.model_type!r} doesn't keep the samples of "
+                                 f"a row apart in decoder layer {index}; must be False")
 
     def arguments(self, index: int, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Arguments:
         """Of decoder layer `index`, besides the hidden states."""

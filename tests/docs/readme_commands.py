@@ -56,6 +56,8 @@ CHANGES = [
     Change("^deepspeed .*--module ds_vshape.run", "the script of tests/scripts/test_run.py wants two pipeline ranks",
            "--out out", (("--num_gpus 4", "--num_gpus 2 --master_port PORT"),)),
     Change(r"launch/cluster/deepspeed.sh --module", "the script of tests/scripts/test_run.py", "--out out"),
+    Change("finetune.py .*--data", "an epoch takes minutes", "--epochs 0.001",
+           (("deepspeed", "deepspeed --master_port PORT"),)),
     Change("finetune.py", "30 batches take half a minute", "--batches 1 --length 16",
            (("deepspeed", "deepspeed --master_port PORT"),)),
     Change("--multirun|bench=schedules", "test_launch.py trains a sweep, whose jobs take as long as a command here",

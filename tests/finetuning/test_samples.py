@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat import CHANGING, MARKED, TEMPLATE, byte_tokenizer, conversation
+from chat import CHANGING, MARKED, conversation
 from datasets import Dataset, DatasetDict
+from tiny_model import CHAT_TEMPLATE, chat_tokenizer
 
 from ds_vshape.finetuning.samples import read_rows, samples_of
 
@@ -20,9 +21,9 @@ def learned_text(sample: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.decode(kept))
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
 def test_the_assistants_tokens_are_learned(template: str) -> None:
-    tokenizer = byte_tokenizer(template)
+    tokenizer = chat_tokenizer(template)
     rows = Dataset.from_list([{"messages": conversation("Hi <b>", "Höi!", "And?", "So.")}])
     sample, = samples_of(rows, tokenizer, 1000)
     assert tokenizer.decode(sample["ids"]) == tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
@@ -30,13 +31,13 @@ def test_the_assistants_tokens_are_learned(template: str) -> None:
 
 
 def test_a_text_is_learned_with_its_end() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = chat_tokenizer()
     samples = samples_of(Dataset.from_list([{"text": "abc"}, {"text": "d<|im_end|>"}]), tokenizer, 1000)
     assert [learned_text(sample, tokenizer) for sample in samples] == ["abc<|im_end|>", "d<|im_end|>"]
 
 
 def test_long_samples_are_cut_and_those_without_anything_to_learn_left_out() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = chat_tokenizer()
     rows = Dataset.from_list([{"messages": conversation("x" * 50, "late")},
                               {"messages": conversation("x", "abcdefgh" * 5)}])
     sample, = samples_of(rows, tokenizer, 40)
@@ -48,7 +49,7 @@ def test_long_samples_are_cut_and_those_without_anything_to_learn_left_out() -> 
 def test_a_template_that_changes_what_was_said_is_refused() -> None:
     rows = Dataset.from_list([{"messages": conversation("a", "b", "c", "d", thought="hm")}])
     with pytest.raises(ValueError, match="message 1 otherwise when others follow"):
-        samples_of(rows, byte_tokenizer(CHANGING), 100)
+        samples_of(rows, chat_tokenizer(CHANGING), 100)
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from finetune import arguments, finetune, tokens_of
+from finetune import arguments, finetune
 from hugging_face_models import (BATCHES, LAYERS, LENGTH, MICRO_BATCHES, SAMPLES, Case, evaluate, model_config,
                                  pipelines_of, tensors_in)
 from pipelines import BF16_ZERO1, Job
 from ranks import RanksFailed, run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
+from text import tokens_of
 from tiny_model import TOKENS, save_tiny_model, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor

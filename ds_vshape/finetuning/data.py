@@ -1,0 +1,52 @@
+"""Rows to train and to evaluate on, from files and the tokenizer of a model; the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from ds_vshape.finetuning.batches import PackedRows, PaddedRows, Rows
+from ds_vshape.finetuning.samples import read_rows, samples_of
+
+# Of rows without a file of their own for evaluation, so many are kept for it, chosen by this seed.
+HELD_OUT, HELD_OUT_SEED = 0.05, 0
+
+
+def open_rows(training: Path, validation: Path | None, model: Path, length: int, packed: bool) -> tuple[Rows, Rows]:
+    """Rows of at most `length` tokens to train and to evaluate on; without `validation`, HELD_OUT of the rows are for
+    evaluation. To be called on every rank: datasets keeps the tokens that the first one makes for the others.
+
+    Raises:
+        ValueError: for files and folders that can't be used, as samples.py says.
+    """
+    with _first_rank_first():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        rows = read_rows(training)
+        if validation is None:
+            if len(rows) < 2:
+                raise ValueError(f"{training} has {len(rows)} rows: must have at least 2, one of them for evaluation")
+            parts = rows.train_test_split(HELD_OUT if len(rows) * HELD_OUT >= 1 else 1, seed=HELD_OUT_SEED)
+            of_training, of_validation = parts["train"], parts["test"]
+        else:
+            of_training, of_validation = rows, read_rows(validation)
+        padding = tokenizer.pad_token_id or 0
+        samples = [samples_of(each, tokenizer, length + 1) for each in (of_training, of_validation)]
+    if packed:
+        return PackedRows(samples[0], length, padding), PackedRows(samples[1], length, padding)
+    return PaddedRows(samples[0], padding), PaddedRows(samples[1], padding)
+
+
+@contextmanager
+def _first_rank_first() -> Iterator[None]:
+    """The others wait for rank 0, even if it raises: they come to the same error then."""
+    if dist.get_rank():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if not dist.get_rank():
+            dist.barrier()
