@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "ds_vshape"
 LAYERS = (
     ("__main__", "run"),
     ("cli",),
-    ("layouts", "plugin", "finetuning"),
+    ("finetuning",),
+    ("layouts", "plugin"),
     ("models", "engine"),
     ("checkpoint",),
     ("module",),
