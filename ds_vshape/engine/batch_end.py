@@ -24,7 +24,7 @@ from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.verification import Verification
 from ds_vshape.health.failures import Agreement
 from ds_vshape.health.step import Reached
-from ds_vshape.health.watch import is_ended_wait
+from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.module.dummy_parameter import give_gradient
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers

@@ -45,7 +45,8 @@ from ds_vshape.engine.scheduling import schedules_for
 from ds_vshape.engine.verification import Verification
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers, is_raised_by_all
 from ds_vshape.health.preflight import Facts, plan_facts
-from ds_vshape.health.watch import Watch, is_ended_wait
+from ds_vshape.health.waits import is_ended_wait
+from ds_vshape.health.watch import Watch
 from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import Tracking

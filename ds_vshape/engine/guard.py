@@ -14,7 +14,8 @@ from deepspeed.runtime.pipe.module import PipelineError
 from ds_vshape.comm.channels import Channels, PeerLost
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers
 from ds_vshape.health.step import BatchStep, Reached
-from ds_vshape.health.watch import Watch, is_ended_wait
+from ds_vshape.health.waits import is_ended_wait
+from ds_vshape.health.watch import Watch
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.lowering import Message
 

@@ -4,6 +4,7 @@
     names.py        how errors name a rank
     heartbeat.py    signs of life between ranks
     attendance.py   decides from them which rank is lost
+    waits.py        waits in torch.distributed, and how they are ended
     watch.py        ends every wait for a lost rank, with its name
     step.py         how far the step of a batch has come on this rank
     failures.py     a batch that fails on one rank fails on all

@@ -16,8 +16,8 @@ the process without these words: its groups are given a limit that is far longer
 
 Where the script itself waits, outside of any phase, it gets torch's own error, and what has happened is printed.
 
-Of torch this uses ProcessGroup.recv and _get_sequence_number_for_group, and of torch.distributed.distributed_c10d
-_get_default_store and _world.pg_map, the groups that this process is in.
+Of torch.distributed.distributed_c10d this uses _get_default_store and _world.pg_map, the groups that this process is
+in.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
 from multiprocessing.util import Finalize
-from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d as c10d
@@ -47,6 +45,7 @@ from ds_vshape.comm.groups import FOREVER, allow_at_least, unbound
 from ds_vshape.health.attendance import STUCK_SECONDS, JobLost, Status
 from ds_vshape.health.heartbeat import Address, Heartbeat
 from ds_vshape.health.names import RankName, rank_names
+from ds_vshape.health.waits import end_waits, is_ended_wait, is_in_exchange, operations_started
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,20 +59,8 @@ _RAISING_SECONDS, _ENDING_SECONDS = 0.5, 3.0
 _ENDING_ON_DEVICE_SECONDS = 10.0
 # By how much longer than the ranks for signs of life an operation over NCCL may take.
 _NCCL_LATER = 10
-_TAG = 2**31 - 5
 # The share of its time that a thread which waits may be found to compute.
 _BUSY = 0.05
-# Words in the errors of waits that torch raises as plain RuntimeErrors.
-_OF_WAITS = ("gloo", "Application timeout caused pair closure", "Connection closed by peer", "NCCL")
-# Modules that wait for other ranks, and modules that wait for a thread which does so.
-_WAITING_MODULES = ("torch.distributed", "ds_vshape.comm.exchange", "ds_vshape.comm.channels")
-_HANDING_OVER = ("ds_vshape.engine", "ds_vshape.runtime.reduction", "ds_vshape.health")
-
-
-def is_ended_wait(error: BaseException) -> bool:
-    """Whether `error` is one of torch.distributed's, or our PeerLost, about a rank that is lost."""
-    return isinstance(error, (PeerLost, dist.DistError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_WAITS))
 
 
 class Watch:
@@ -249,7 +236,7 @@ class Watch:
     def _idle_for(self) -> float:
         """The seconds that the script's thread has neither computed anything nor started an exchange."""
         now, busy = time.monotonic(), time.clock_gettime(self._clock)
-        token = _operations(), len(self._phases), self._place()
+        token = operations_started(), len(self._phases), self._place()
         before, busy_before, token_before = self._looked
         if token != token_before:
             self._same_since = now
@@ -263,7 +250,7 @@ class Watch:
 
         Frames must be asked for only while the thread is idle: while it raises, that corrupts memory (Python 3.11).
         """
-        return _in_exchange(sys._current_frames().get(self._script))
+        return is_in_exchange(sys._current_frames().get(self._script))
 
     def _place(self) -> str:
         with suppress(Exception):
@@ -352,46 +339,6 @@ def groups_without_limit() -> Iterator[None]:
                 c10d._set_pg_timeout(FOREVER, group)
             else:
                 allow_at_least(group, _NCCL_LATER * _watch.seconds)
-
-
-def end_waits() -> None:
-    """End all waits of this process in its groups over gloo, with a RuntimeError; the groups can't be used any more."""
-    for group in list(c10d._world.pg_map):
-        own, size = group.rank(), group.size()
-        for peer in range(size):
-            # A wait that times out closes all connections of its group; one on a closed connection fails at once.
-            if peer != own and _times_out(group, peer):
-                break
-
-
-def _times_out(group: Any, peer: int) -> bool:
-    """Whether a short wait for `peer` times out, as it does on an open connection."""
-    try:
-        group.recv([torch.zeros(1)], peer, _TAG).wait(timedelta(milliseconds=1))
-    except RuntimeError as error:
-        return "imed out" in str(error)
-    return False
-
-
-def _in_exchange(frame: FrameType | None) -> bool:
-    """Whether a thread at `frame` waits for other ranks, or for a thread of ours that does."""
-    modules: tuple[str, ...] = _WAITING_MODULES
-    while frame is not None and _module(frame).startswith(("threading", "concurrent.futures")):
-        frame, modules = frame.f_back, _HANDING_OVER
-    return frame is not None and _module(frame).startswith(modules)
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
-
-
-def _operations() -> int:
-    """How many operations this process has started in all its groups."""
-    count = 0
-    for group in list(c10d._world.pg_map):
-        with suppress(RuntimeError):
-            count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-    return count
 
 
 def _look_up(key: str, seconds: float, found: list[str]) -> None:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from ds_vshape.comm.background import Background, Handle
 from ds_vshape.config.section import KEY, ConfigError
-from ds_vshape.health.watch import is_ended_wait
+from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.runtime.micro_batch import loss_of
 
 # As transformers calls them.

@@ -1,0 +1,74 @@
+"""Waits for other ranks in torch.distributed: whether a thread is in one, how to end all of them, and which errors they
+end in.
+
+Of torch this uses ProcessGroup.recv and _get_sequence_number_for_group, and torch.distributed.distributed_c10d's
+_world.pg_map, the groups that this process is in.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from ds_vshape.comm.channels import PeerLost
+
+# Of a message that no rank sends.
+_TAG = 2**31 - 5
+# Words in the errors of waits that torch raises as plain RuntimeErrors. Fewer than in comm/channels.py: these are
+# looked for in errors of the script's code, too.
+_OF_WAITS = ("gloo", "Application timeout caused pair closure", "Connection closed by peer", "NCCL")
+# Modules that wait for other ranks, and modules that wait for a thread which does so.
+_WAITING_MODULES = ("torch.distributed", "ds_vshape.comm.exchange", "ds_vshape.comm.channels")
+_HANDING_OVER = ("ds_vshape.engine", "ds_vshape.runtime.reduction", "ds_vshape.health")
+
+
+def is_ended_wait(error: BaseException) -> bool:
+    """Whether `error` is one of torch.distributed's, or our PeerLost, about a rank that is lost."""
+    return isinstance(error, (PeerLost, dist.DistError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_WAITS))
+
+
+def end_waits() -> None:
+    """End all waits of this process in its groups over gloo, with a RuntimeError; the groups can't be used any more."""
+    for group in list(c10d._world.pg_map):
+        own, size = group.rank(), group.size()
+        for peer in range(size):
+            # A wait that times out closes all connections of its group; one on a closed connection fails at once.
+            if peer != own and _times_out(group, peer):
+                break
+
+
+def _times_out(group: Any, peer: int) -> bool:
+    """Whether a short wait for `peer` times out, as it does on an open connection."""
+    try:
+        group.recv([torch.zeros(1)], peer, _TAG).wait(timedelta(milliseconds=1))
+    except RuntimeError as error:
+        return "imed out" in str(error)
+    return False
+
+
+def is_in_exchange(frame: FrameType | None) -> bool:
+    """Whether a thread at `frame` waits for other ranks, or for a thread of ours that does."""
+    modules: tuple[str, ...] = _WAITING_MODULES
+    while frame is not None and _module(frame).startswith(("threading", "concurrent.futures")):
+        frame, modules = frame.f_back, _HANDING_OVER
+    return frame is not None and _module(frame).startswith(modules)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def operations_started() -> int:
+    """How many operations this process has started in all its groups."""
+    count = 0
+    for group in list(c10d._world.pg_map):
+        with suppress(RuntimeError):
+            count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return count
