@@ -31,6 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ROOT / "bench" / "gpu_steps.py"
 # Between SIGUSR1, which makes a process say where it is, and its end; and for others when one rank has failed.
 LAST_WORDS, AFTER_A_FAILURE = 3.0, 20.0
+# Of the step that imports torch and deepspeed for the first time, perhaps from a slow disk.
+_FIRST = 240.0
+# How long a process may take to end that was killed.
+_DYING = 10.0
 # Of a step's seconds: a CPU has others to work for.
 PATIENCE = {"cuda": 1.0, "cpu": 4.0}
 _OUT_OF_MEMORY = "memory ran out: a smaller --hidden"
@@ -141,23 +145,27 @@ class Run:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        processes = []
-        for rank, file in enumerate(files):
-            request = {"step": step.step, "device": self._device, "arguments": step.arguments, "result": f"{file}.json"}
-            with open(f"{file}.log", "w") as log:
-                processes.append(subprocess.Popen(
-                    [sys.executable, str(self._program), json.dumps(request)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        processes: list[subprocess.Popen[bytes]] = []
         try:
+            for rank, file in enumerate(files):
+                request = {"step": step.step, "device": self._device, "arguments": step.arguments,
+                           "result": f"{file}.json"}
+                with open(f"{file}.log", "w") as log:
+                    processes.append(subprocess.Popen(
+                        [sys.executable, str(self._program), json.dumps(request)],
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL,
+                        stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
             late = _wait(processes, limit, patient=step.loses_a_rank)
         finally:
             for process in processes:
                 # Also what a rank has started itself.
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        return late, [process.returncode for process in processes]
+            for process in processes:
+                # One that waits for a broken driver can't even be killed.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_DYING)
+        return late, [-signal.SIGKILL if process.returncode is None else process.returncode for process in processes]
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], limit: float, patient: bool) -> list[int]:
@@ -234,6 +242,27 @@ def _training(schedule: str, ranks: int, sizes: Sizes, on_one: list[float] | Non
                 of_training(on_one), _TRAINING, ranks, 100 if ranks == 1 else 150)
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_all(run: Run, options: argparse.Namespace, out: Path) -> None:
+    """Run the steps that `options` ask for on this machine."""
+    machine = run.step(Step("machine", "machine", {}, of_machine,
+                            "no GPU is found: nvidia-smi, CUDA_VISIBLE_DEVICES; a CPU build of torch finds none",
+                            seconds=_FIRST))
+    if machine.state != "ok":
+        return
+    found = len(machine.results[0]["devices"]) or 2
+    ranks = min(options.ranks or 8, found if options.device == "cuda" else options.ranks or found, 8)
+    run.minutes = options.minutes or (8 if ranks == 1 else 30)
+    every, results = steps(Sizes.on(options.device, ranks, options.hidden), ranks, out), None
+    with suppress(StopIteration):
+        while True:
+            step = every.send(results)  # type: ignore[arg-type]  # None starts it
+            results = run.step(step).results if options.only is None or step.name in options.only else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -243,22 +272,31 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="run the steps with these names alone")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     options = parser.parse_args()
+    for name, value, legal in (("ranks", options.ranks, "at least 1"), ("minutes", options.minutes, "more than 0")):
+        if value is not None and value <= 0:
+            parser.error(f"--{name} {value}: must be {legal}")
+    if options.hidden < 64 or options.hidden % 64:
+        parser.error(f"--hidden {options.hidden}: must be a multiple of 64, the width of a head")
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "result.json").write_text("[]")
+    except OSError as error:
+        parser.error(f"--out {options.out}: must be a folder that can be written to: {error}")
+    # A session that ends, and a batch system whose time is over: no rank is left behind on a GPU.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     run = Run(options.device, out)
-    machine = run.step(Step("machine", "machine", {}, of_machine,
-                            "no GPU is found: nvidia-smi, CUDA_VISIBLE_DEVICES; a CPU build of torch finds none"))
-    if machine.state == "ok":
-        found = len(machine.results[0]["devices"]) or 2
-        ranks = min(options.ranks or 8, found if options.device == "cuda" else options.ranks or found, 8)
-        run.minutes = options.minutes or (8 if ranks == 1 else 30)
-        sizes = Sizes.on(options.device, ranks, options.hidden)
-        every, results = steps(sizes, ranks, out), None
-        with suppress(StopIteration):
-            while True:
-                step = every.send(results)  # type: ignore[arg-type]  # None starts it
-                results = run.step(step).results if options.only is None or step.name in options.only else []
+    try:
+        _run_all(run, options, out)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    if not run.outcomes:
+        sys.exit("interrupted before the first step was done")
     print(f"\n{table([asdict(outcome) for outcome in run.outcomes])}\nall of it: {out / 'result.json'}")
+    if interrupted:
+        sys.exit("interrupted: what is in the table was done before")
     missing = set(options.only or ()) - {outcome.name for outcome in run.outcomes}
     if missing:
         sys.exit(f"there were no steps {sorted(missing)}: --only takes names as in the table, of steps for these GPUs")

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from split_cost import CONTENDERS, Case, measure
 from stopwatch import in_turn, ratio, stopwatch
 from torch import Tensor
@@ -24,17 +25,28 @@ _LARGEST_ERROR = 1e-4
 def machine(device: str) -> dict[str, Any]:
     """Versions, and the devices that torch finds."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("torch finds no GPU")
+        raise RuntimeError(f"torch finds no GPU: {_why_none()}")
     found: dict[str, Any] = {"torch": torch.__version__, "deepspeed": deepspeed.__version__,
                              "triton": importlib.util.find_spec("triton") is not None, "devices": []}
     if device == "cuda":
-        found["cuda"], found["nccl"] = torch.version.cuda, ".".join(map(str, torch.cuda.nccl.version()))
+        found["cuda"], found["nccl"] = torch.version.cuda, "none"
+        if dist.is_nccl_available():
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
             found["devices"].append({"name": properties.name, "bytes": properties.total_memory,
                                      "capability": f"{properties.major}.{properties.minor}",
                                      "multiprocessors": properties.multi_processor_count})
     return found
+
+
+def _why_none() -> str:
+    """What torch says when it's asked to use a GPU all the same."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return "the driver shows none"
 
 
 def products(device: str, sizes: list[list[int]], tokens: int, rounds: int) -> list[dict[str, Any]]:

@@ -62,7 +62,9 @@ def of_training(on_one: Sequence[float] | None) -> Callable[[list[Any]], str]:
                 f"simulated, {results[0]['tokens_per_second']:.0f} tokens/s",
                 f"bubble {results[0]['measured_bubble']:.3f} ({results[0]['predicted_bubble']:.3f} predicted)"]
         if "peak_bytes" in results[0]:
-            ratios = ", ".join(f"{result['peak_bytes'] / result['predicted_bytes']:.2f}" for result in results)
+            # Sizes that couldn't be measured are 0.
+            ratios = ", ".join(f"{result['peak_bytes'] / result['predicted_bytes']:.2f}" if result["predicted_bytes"]
+                               else "unknown" for result in results)
             told.append(f"peak over predicted {ratios}; at most {max(r['peak_total'] for r in results) / _GIB:.1f} GiB")
             waits = max((result["waits"] for result in results), key=lambda waits: sum(waits.values()))
             told.append(f"the host waits {sum(waits.values())} times a batch {list(waits)}")

@@ -54,16 +54,21 @@ def train(schedule: str, gpt: dict[str, int], batches: int) -> dict[str, Any]:
                 "predicted_bubble": report["predicted_bubble"], "measured_bubble": report["measured_bubble"],
                 "predicted_bytes": (memory.activations_peak or 0) + (memory.working or 0),
                 "predicted_total": memory.total}
-    if torch.cuda.is_available():
+    if _on_gpu():
         measured["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         measured["peak_total"] = torch.cuda.max_memory_allocated()
         measured["waits"] = waits(engine, workload.batch(batches))
     return measured
 
 
+def _on_gpu() -> bool:
+    """Whether this trains on a GPU, and not on the CPU of a machine that has one."""
+    return bool(get_accelerator().device_name() == "cuda")
+
+
 def _reset_peak() -> int:
     """The bytes that are allocated; the peak counts from here."""
-    if not torch.cuda.is_available():
+    if not _on_gpu():
         return 0
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
@@ -80,8 +85,16 @@ def waits(engine: Any, batch: Any) -> dict[str, int]:
                         if "synchronizing" in str(warning.message)))
 
 
+def _repeatable() -> None:
+    """Let torch's own operators give the same bits each time: the backward of its fused attention adds in any order
+    else. To be called before the first of them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def first_run(schedule: str, gpt: dict[str, int], batches: int, folder: str) -> dict[str, Any]:
     """Losses and weights, with a checkpoint on the way."""
+    _repeatable()
     workload = Gpt(dist.get_world_size(), **gpt)
     return _run(engine_of(schedule, workload, "equal", **CONFIG), workload, range(batches), folder)
 
@@ -89,6 +102,7 @@ def first_run(schedule: str, gpt: dict[str, int], batches: int, folder: str) -> 
 def same_again(schedule: str, gpt: dict[str, int], batches: int, folder: str, first: dict[str, Any]) -> dict[str, Any]:
     """The same from the start, and from the checkpoint in `folder`; RuntimeError unless both end with the same bits as
     `first`."""
+    _repeatable()
     workload = Gpt(dist.get_world_size(), **gpt)
     again = _run(engine_of(schedule, workload, "equal", **CONFIG), workload, range(batches))
     if again != first:

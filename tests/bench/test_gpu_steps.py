@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +105,93 @@ def trained(losses: list[float], **more: Any) -> dict[str, Any]:
             **more}
 
 
+MAIN = """
+import sys
+from functools import partial
+from pathlib import Path
+import gpu
+gpu.Run = partial(gpu.Run, program=Path(sys.argv.pop(1)))
+gpu.main()
+"""
+# The second step runs until it's killed, with a process of its own.
+LASTING = """
+import json, os, subprocess, sys, time
+request = json.loads(sys.argv[1])
+if request["step"] == "machine":
+    found = {"torch": "2", "deepspeed": "0", "triton": False, "devices": []}
+    open(request["result"], "w").write(json.dumps(found))
+else:
+    child = subprocess.Popen(["sleep", "600"])
+    open(request["result"] + ".draft", "w").write(f"{os.getpid()} {child.pid}")
+    os.rename(request["result"] + ".draft", request["result"] + ".started")
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whoever_ends_it_no_rank_is_left(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "lasting.py").write_text(LASTING)
+    out = tmp_path / "runs" / "gpu"
+    process = subprocess.Popen([sys.executable, "-c", MAIN, str(tmp_path / "lasting.py"), "--device", "cpu", "--out",
+                                str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = out / "products.0.json.started"
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors == "interrupted: what is in the table was done before\n"
+    assert "machine  ok" in output.split("\nstep ")[1]
+    assert not any(_runs(int(pid)) for pid in started.read_text().split())
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize(["options", "told"], [
+    (["--ranks", "0"], "--ranks 0: must be at least 1"),
+    (["--minutes", "-1"], "--minutes -1.0: must be more than 0"),
+    (["--hidden", "1000"], "--hidden 1000: must be a multiple of 64, the width of a head"),
+    (["--out", "/dev/null/gpu"], "--out /dev/null/gpu: must be a folder that can be written to: [Errno 20]"),
+])
+def test_illegal_options(options: list[str], told: str, monkeypatch: pytest.MonkeyPatch,
+                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *options])
+    with pytest.raises(SystemExit) as raised:
+        gpu.main()
+    assert raised.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", [gpu_training.first_run, partial(gpu_training.same_again, first={})])
+def test_runs_that_must_be_equal_use_no_operator_that_adds_in_any_order(
+        run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the backward of torch's fused attention does, unless it's told not to."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    def engine_of(*given: Any, **keys: Any) -> Any:
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise InterruptedError("that's all")
+
+    monkeypatch.setattr(gpu_training, "engine_of", engine_of)
+    gpt = gpu.Sizes.on("cpu", 1, 64).small
+    try:
+        with pytest.raises(InterruptedError, match="that's all"):
+            run("v-half", gpt, 6, "checkpoint")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_peak_that_could_not_be_predicted() -> None:
+    told = of_training(None)([trained([5.0], peak_bytes=2**30, peak_total=2**31, waits={}, predicted_bytes=0)])
+    assert "peak over predicted unknown; at most 2.0 GiB" in told
+
+
 def test_what_trainings_show() -> None:
     on_gpus = [trained([5.0, 4.0], peak_bytes=2**30 * share, peak_total=2**31, waits={"stage_1_and_2.py:7": count})
                for share, count in ((1, 1), (1.5, 2))]
@@ -138,6 +228,7 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("is_available", True), ("device_count", 2), ("get_device_properties", properties)):
         assert callable(getattr(torch.cuda, name))
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
     told = of_machine([json.loads(json.dumps(gpu_kernels.machine("cuda")))])
     assert told.startswith("2 x NVIDIA H100 (80 GiB); torch ") and "NCCL 2.27.5" in told
@@ -201,5 +292,5 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300)
     outcome, = json.loads((tmp_path / "result.json").read_text())
     assert done.returncode == 1 and outcome["state"] == "failed"
-    assert outcome["found"].endswith("RuntimeError: torch finds no GPU")
+    assert ": RuntimeError: torch finds no GPU: " in outcome["found"], "and why"
     assert "no GPU is found: nvidia-smi, CUDA_VISIBLE_DEVICES" in " ".join(done.stdout.split())
