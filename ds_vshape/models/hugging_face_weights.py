@@ -82,7 +82,12 @@ class Checkpoint:
             self._open[path] = opened.enter_context(safe_open(self.folder / path, framework="pt"))
             opened.callback(self._open.pop, path)
         file = self._open[path]
-        return file.get_tensor(name) if cut is None else cut.take(file.get_slice(name))
+        if cut is None:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+        try:
+            return cut.take(file.get_slice(name))
+        except ValueError as error:
+            raise ValueError(f"{name} in {self.folder}: {error}") from None
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -112,9 +117,28 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
         The tensors in `folder` that no rank took.
 
     Raises:
-        ValueError: if tensors are missing, or have other shapes than the config says.
+        ValueError: if tensors are missing, or have other shapes than the config says; on every rank, like any other
+            error.
     """
-    checkpoint, weights, shared = Checkpoint(folder), _model_weights(module), shared_by(module)
+    failed, sources = None, list[str]()
+    checkpoint = Checkpoint(folder)
+    try:
+        sources = _fill(module, checkpoint)
+    except Exception as error:
+        failed = error
+    of_ranks = _of_all_ranks((failed and f"{type(failed).__name__}: {failed}", sources))
+    if failed is not None:
+        raise failed
+    for rank, (told, _) in enumerate(of_ranks):
+        if told is not None:
+            raise ValueError(f"rank {rank} couldn't load its weights: {told}")
+    taken = {source for _, of_rank in of_ranks for source in of_rank}
+    return sorted(name for name in checkpoint.names - taken if not name.endswith(_CONSTANTS))
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Fill this rank's layers; returns the tensors that it took."""
+    weights, shared = _model_weights(module), shared_by(module)
     own = {target: stored for target, stored in _stored(shared.planned.without_adapters, checkpoint.names).items()
            if target in weights}
     missing = set(weights)
@@ -127,17 +151,15 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
                         cut = shared.cut_of(name)
                         found, wanted = ((list(shape) if cut is None else cut.of_shape(shape))
                                          for shape in (tensor.shape, weight.shape))
-                        raise ValueError(f"{name} is {found} in {folder}, its config.json says {wanted}")
+                        raise ValueError(f"{name} is {found} in {checkpoint.folder}, its config.json says {wanted}")
                     weight.copy_(tensor)
                 missing.discard(name)
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors, {min(missing)} among them: does its config.json "
-                         "belong to these weights?")
-    adapters = shared_by(module).planned.adapters
-    if adapters is not None:
-        adapters.set_magnitudes(module)
-    taken = set().union(*_of_all_ranks([source for stored in own.values() for source in stored.sources]))
-    return sorted(name for name in checkpoint.names - taken if not name.endswith(_CONSTANTS))
+        raise ValueError(f"{checkpoint.folder} lacks {len(missing)} tensors, {min(missing)} among them: does its "
+                         "config.json belong to these weights?")
+    if shared.planned.adapters is not None:
+        shared.planned.adapters.set_magnitudes(module)
+    return [source for stored in own.values() for source in stored.sources]
 
 
 def check_output(folder: Path) -> None:

@@ -24,6 +24,7 @@ from internals import wrap_accumulator
 from pipelines import BF16_ZERO1, FP32_ZERO1, Job
 from ranks import RanksFailed, run_ranks
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_model import save_tiny_model, tiny_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +33,7 @@ import ds_vshape
 from ds_vshape.models import hugging_face_weights
 from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
-from ds_vshape.models.hugging_face_weights import load_weights, save_model
+from ds_vshape.models.hugging_face_weights import load_weights, named_weights, save_model
 from ds_vshape.models.parallel_layers import tensor_group
 
 
@@ -166,6 +167,22 @@ def refused(rank: int, config: Any) -> str:
 
 
 @pytest.mark.slow
+def test_a_plan_of_the_users_own() -> None:
+    """One that names the norms of queries and keys, which transformers' leaves out, and leaves the MLP whole."""
+    def body(rank: int) -> set[str]:
+        config = tiny_config("cohere", use_qk_norm=True)
+        config.base_model_tp_plan = {f"layers.*.self_attn.{name}": style for name, style in {
+            **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise"), "o_proj": "rowwise",
+            **dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")}.items()}
+        group = tensor_group(PipeModelDataParallelTopology(num_pp=1, num_mp=2, num_dp=1))
+        layer = pipeline_layers(config, tensor_group=group)[1].build()
+        return {name for name in named_weights(layer) if layer.shared.cut_of(name)}
+
+    cut = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
+    assert run_ranks(2, body) == [cut, cut]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config, message", [
     (tiny_config("gpt2"), r"model_type = 'gpt2': transformers has no plan .*base_model_tp_plan.* must be a model with "
                           "one, or have 1 tensor parallel rank instead of 2"),
@@ -176,6 +193,9 @@ def refused(rank: int, config: Any) -> str:
     (tiny_config("llama", heads=3, hidden=24, num_key_value_heads=1), "num_attention_heads = 3: must be a multiple"),
     (tiny_config("llama", intermediate_size=65), r"65 in the shape \[65, 32\] of model.layers.0.mlp.gate_proj.weight "
                                                  "must be a multiple of the 2 tensor parallel ranks"),
+    (tiny_config("cohere", use_qk_norm=True), r"model_type = 'cohere': its plan .* cuts model.layers.0.self_attn and "
+                                              r"doesn't say what becomes of model.layers.0.self_attn.k_norm; must have "
+                                              r"1 tensor parallel rank, or a plan that names it"),
     (tiny_config("llama", vocab_size=257), "vocab_size = 257: must be a multiple of the 2 tensor parallel ranks"),
 ])
 def test_models_that_the_ranks_cannot_share_are_refused(config: Any, message: str) -> None:
@@ -245,6 +265,31 @@ def test_each_rank_reads_its_share_alone(name: str, tmp_path: Path) -> None:
     after = tensors_in(output)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[tensor], value) for tensor, value in before.items())
+
+
+def load(rank: int, layout: Layout) -> None:
+    layout.module()
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_are_refused_on_every_rank(tmp_path: Path) -> None:
+    """A first rank's tensor that is missing; and on both ranks those that have other shapes."""
+    save_tiny_model(model_config("llama"), tmp_path / "source")
+    tensors = tensors_in(tmp_path / "source")
+    up, name = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    for case, stages, tensor, content, messages in (
+            ("missing", 2, 1, {key: value for key, value in tensors.items() if key != name},
+             [f"ValueError: .* lacks 1 tensors, {name} among", f"rank 0 couldn't load its weights: .*{name}"]),
+            ("smaller", 1, 2, {**tensors, up: torch.ones(94, 32)},
+             [rf"{up} is \[94, 32\] in .*smaller, its config.json says \[96, 32\]"] * 2),
+            ("odd", 1, 2, {**tensors, up: torch.ones(95, 32)},
+             [rf"{up} in .*odd: 95 in \[95, 32\] must be a multiple of the 2 tensor parallel ranks"] * 2)):
+        AutoConfig.from_pretrained(tmp_path / "source").save_pretrained(tmp_path / case)
+        save_file(content, tmp_path / case / "model.safetensors")
+        with pytest.raises(RanksFailed) as failed:
+            run_ranks(2, load, Layout(tmp_path / case, "1f1b", stages=stages, tensor=tensor), timeout=60)
+        first, second = str(failed.value).split("rank 1:\n")
+        assert re.search(messages[0], first) and re.search(messages[1], second), failed.value
 
 
 def drawn(rank: int, config: Any, tensor: int, folder: Path) -> None:
