@@ -68,7 +68,7 @@ class Draft:
             raise CheckpointError(f"{self._place} is a mount point, which can't be replaced: save under another tag, "
                                   "or mount the save_dir there")
         if self._place.exists() and not self._place.is_dir():
-            raise CheckpointError(f"{self._place} is no folder: move it away, or save under another tag")
+            raise CheckpointError(f"{self._place} is not a folder: move it away, or save under another tag")
         if Path(self.parent, LATEST).is_dir():
             raise CheckpointError(f"{Path(self.parent, LATEST)} is a folder, where a file names the latest checkpoint: "
                                   "move it away")

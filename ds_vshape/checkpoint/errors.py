@@ -49,7 +49,7 @@ def unreadable(path: str, error: Exception) -> CheckpointError:
 def missing(path: str) -> CheckpointError:
     """The error for a missing file `path`; it lists the contents of the folder."""
     folder = Path(path).parent
-    present = f"its folder has {_few(sorted(os.listdir(folder)))}" if folder.is_dir() else f"{folder} is no folder"
+    present = f"its folder has {_few(sorted(os.listdir(folder)))}" if folder.is_dir() else f"{folder} is not a folder"
     return CheckpointError(f"{path} is missing ({present}): {_REPLACE}")
 
 

@@ -139,7 +139,7 @@ def _reference_points(file: Path, scale: _Scale) -> Iterable[Point]:
     """The points of the cell with this batch, whatever its unit of time; bench/compare_reference.py has the format."""
     try:
         if file.exists() and not file.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         found = [cell for cell in cells if _ratio(cell, scale) is not None]
         if not found:
@@ -157,7 +157,7 @@ def _reference_points(file: Path, scale: _Scale) -> Iterable[Point]:
 
 def _positive(figure: float) -> float:
     if not 0 < figure < inf:
-        raise ValueError(f"{figure!r} is no peak or makespan")
+        raise ValueError(f"{figure!r} is not a peak or makespan")
     return figure
 
 

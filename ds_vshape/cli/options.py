@@ -188,7 +188,8 @@ def _micro_batches(ds_config: Mapping[str, Any]) -> int | None:
     if batch is None or micro_batch is None:
         return 1
     if batch % micro_batch:
-        raise ValueError(f"train_batch_size = {batch} is no multiple of train_micro_batch_size_per_gpu = {micro_batch}")
+        raise ValueError(f"train_batch_size = {batch} is not a multiple of train_micro_batch_size_per_gpu = "
+                         f"{micro_batch}")
     return batch // micro_batch
 
 

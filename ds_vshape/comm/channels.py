@@ -307,7 +307,7 @@ class Channels:
             return Signature.decode(header.tolist())
         except ValueError as error:
             raise PeerLost(f"pipeline rank {channel.source} is out of step: what came from it in place of a message's "
-                           f"header is none ({error})") from error
+                           f"header isn't one ({error})") from error
 
     def _start_receives(self, message: Message, transfer: _Transfer) -> None:
         """Offer buffers for all tensors of `message`, or for none where there is no memory."""

@@ -177,7 +177,7 @@ class _FirstPlans:
                 raise PipelineError(f"{_asked(self.config)}: {failure}. No schedule of the table keeps to the limit, "
                                     "so there is none to train by without a plan") from failure
             if dist.get_rank() == 0:
-                logger.error(f"{_asked(self.config)}: {failure}. Training goes by {named.name}, the fastest schedule "
+                logger.error(f"{_asked(self.config)}: {failure}. Training uses {named.name}, the fastest schedule "
                              "of the table within the limit")
             return named
 
@@ -285,9 +285,9 @@ class MeasuredSchedules:
         if dist.get_rank() == 0:
             assert self._times is not None
             timeline = simulate(schedule, self._times)
-            logger.info(f"{KEY} {schedule.name}: planned in {found['planning_s']:.1f} s beside "
+            logger.info(f"{KEY} {schedule.name}: planned in {found['planning_s']:.1f} s during "
                         f"{self._batches} batches; makespan {timeline.makespan:.4f} s with the measured times, bubble "
-                        f"{timeline.bubble:.1%}, no schedule is below {found['lower_bound']:.4f} s")
+                        f"{timeline.bubble:.1%}, the lower bound is {found['lower_bound']:.4f} s")
         self._enter(_Phase.SETTLED)
         return schedule
 

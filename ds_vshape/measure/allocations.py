@@ -58,7 +58,7 @@ class AllocationWatcher:
         self._failure: Exception | None = None
 
     def start(self) -> None:
-        """Start to watch what happens in spans."""
+        """Start watching what happens in spans."""
         self.drop()
         self._watched, self._failure = Watched([], {}), None
         self._spans = self._time = 0
@@ -80,15 +80,15 @@ class AllocationWatcher:
             self._watched.spans[number] = start, self._tick()
 
     def stop(self) -> Watched:
-        """Stop to watch; CannotWatch where something couldn't be seen."""
+        """Stop watching. Raises CannotWatch where something couldn't be observed."""
         watched, failure = self._watched, self._failure
         self.drop()
         if watched is None or failure is not None:
-            raise CannotWatch(f"{type(failure).__name__}: {failure}" if failure is not None else "it was given up")
+            raise CannotWatch(f"{type(failure).__name__}: {failure}" if failure is not None else "it was stopped")
         return watched
 
     def drop(self) -> None:
-        """Stop, if it runs; nobody wants to know."""
+        """Stop if it runs, and discard what was seen."""
         self._watched = None
         self._alive.clear()
 

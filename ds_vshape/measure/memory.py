@@ -100,7 +100,7 @@ class ActivationMeter:
         self.unknown = None
         with self._measuring():
             if any(getattr(module, "_compiled_call_impl", None) for module in self._module.modules()):
-                raise CannotWatch("what compiled layers take isn't seen")
+                raise CannotWatch("the memory of compiled layers can't be observed")
             self._watcher.start()
 
     def stop(self) -> None:

@@ -56,7 +56,7 @@ class Observer:
     # -- while a batch runs
 
     def begin_batch(self, schedule: Schedule, training: bool) -> None:
-        """A batch begins, of training or evaluation."""
+        """A batch of training or evaluation starts."""
         self._recorder = PassRecorder()
         measured = training and self.batches == METERED_BATCH
         self._metered = _to_measure(schedule.orders[self._rank.stage_id]) if measured else set()
@@ -99,7 +99,7 @@ class Observer:
             self._meter.stop()
 
     def abandon_batch(self) -> None:
-        """To be called when the batch ends, well or not: nothing of it is measured after that."""
+        """To be called when the batch ends, whether it has succeeded or not: nothing of it is measured after that."""
         if self._metered:
             self._metered.clear()
             self._meter.drop()
@@ -110,7 +110,7 @@ class Observer:
             self._in_split.update(store.parameters())
 
     def end_batch(self, schedule: Schedule) -> None:
-        """A training batch has ended well."""
+        """A training batch has succeeded."""
         self._last = schedule, self._recorder
         self.batches += 1
         if self._in_split is not None:
@@ -118,7 +118,7 @@ class Observer:
             self._in_split = None
 
     def _report_split(self, schedule: Schedule, split: set[Parameter]) -> None:
-        """Say once which parameters have their gradients in B, and how much of the model that is."""
+        """Log once which parameters get their gradients in B, and which share of the model that is."""
         rank = self._rank
         trained = sum(parameter.numel() for parameter in rank.module.parameters() if parameter.requires_grad)
         self.split = sum(parameter.numel() for parameter in split), trained

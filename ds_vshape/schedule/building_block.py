@@ -79,7 +79,7 @@ class BuildingBlock:
             starts = [starts[stage] for stage in chunks for starts in (self.forward, self.input_grad)]
             taken = {start % self.interval for start in starts}
             if len(taken) < len(starts) or 3 * len(chunks) > self.interval:
-                raise ValueError(f"two passes of rank {rank} start at once in {self}")
+                raise ValueError(f"two passes of rank {rank} start at the same time in {self}")
             for stage in sorted(chunks, key=lambda stage: self.input_grad[stage]):
                 start = self.input_grad[stage] + 1
                 while start % self.interval in taken:
@@ -154,7 +154,7 @@ def reorder(schedule: Schedule, limit: int) -> Schedule:
                 left -= 1
         time += 1
         if left and not ending:
-            raise ValueError(f"{schedule.name}: the order waits for itself")
+            raise ValueError(f"{schedule.name}: its passes wait for each other in a circle")
     return schedule.with_orders(tuple(tuple(rank.done) for rank in ranks))
 
 

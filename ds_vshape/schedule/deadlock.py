@@ -167,7 +167,7 @@ def _check_communicators(programs: Sequence[Program],
         for number, (out, into) in enumerate(zip_longest(sent[place], posted[place])):
             if out is None or into is None:
                 raise DeadlockError(f"messages {source}->{target}: {out or into} is "
-                                    f"{'received' if out is None else 'sent'} by one end alone; {len(sent[place])} "
+                                    f"{'received' if out is None else 'sent'} by one end only; {len(sent[place])} "
                                     f"messages are sent and {len(posted[place])} received")
             if out != into:
                 raise DeadlockError(f"messages {source}->{target}: number {number} is sent as {out} and received as "

@@ -22,7 +22,7 @@ launch of a kernel) waits for all messages that it has posted. It gets them only
     not too late    before the first own pass that depends on a pass which the sender starts after it has sent; else a
                     synchronization of the sender waits for a post that waits for it
 
-Where messages are announced nobody knows their sizes before they are made, and a post waits on the host until its
+Where messages are announced, their sizes aren't known before they are made, and a post waits on the host until its
 message is sent. It stands before the first pass that starts when the message has been sent (`lower_announced`). So a
 pass waits only for what was started before it, even if all passes of all ranks synchronize their devices: for the
 posts of what its rank has sent, which stand after passes that started before this one; for makers of what its rank has

@@ -12,7 +12,7 @@ Order = tuple[Pass, ...]
 
 
 class ScheduleError(ValueError):
-    """A schedule that can't be run: a pass is missing, doubled, on the wrong rank, or waits for itself."""
+    """A schedule that can't be run: a pass is missing, duplicated, on the wrong rank, or in a circular wait."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def check(schedule: Schedule) -> None:
     seen: dict[Pass, int] = {}
     for rank, work in schedule.passes():
         if work in seen:
-            raise ScheduleError(f"{schedule.name}: {work} stands on rank {seen[work]} and again on rank {rank}")
+            raise ScheduleError(f"{schedule.name}: {work} is on rank {seen[work]} and again on rank {rank}")
         seen[work] = rank
         if not 0 <= work.stage < placement.stages or not 0 <= work.micro_batch < schedule.micro_batches:
             raise ScheduleError(f"{schedule.name}: {work} is outside {placement.stages} stages "
                                 f"and {schedule.micro_batches} micro-batches")
         if placement.rank_of(work.stage) != rank:
-            raise ScheduleError(f"{schedule.name}: {work} stands on rank {rank}, "
+            raise ScheduleError(f"{schedule.name}: {work} is on rank {rank}, "
                                 f"but its stage is on rank {placement.rank_of(work.stage)}")
     found: dict[tuple[int, int], list[Pass]] = {}
     for work in seen:

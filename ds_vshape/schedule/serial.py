@@ -51,7 +51,7 @@ def pass_to_json(action: Pass) -> list[Any]:
 
 
 def pass_from_json(entry: Sequence[Any]) -> Pass:
-    """The pass that `pass_to_json` wrote; ValueError if it is none."""
+    """The pass that `pass_to_json` wrote; ValueError for anything else."""
     kind, stage, micro_batch, *piece = entry
     return Pass(Kind(kind), stage, micro_batch, *(piece[0] if piece else ()))
 
@@ -84,7 +84,7 @@ def most_bytes(ranks: int, micro_batches: int, pieces: int) -> int:
 
 
 def read_json(text: bytes, kind: TypeAdapter[T]) -> T:
-    """`text` as `kind`; ValueError in one line for what is no JSON of that kind, however large or deep."""
+    """`text` as `kind`; ValueError in one line for anything that isn't JSON of that kind, however large or deep."""
     try:
         return kind.validate_json(text)
     except ValidationError as error:

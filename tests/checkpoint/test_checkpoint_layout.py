@@ -1,4 +1,4 @@
-"""The placement beside a checkpoint: optimizer state is loaded where it belongs, or not at all."""
+"""The placement stored with a checkpoint: optimizer state is loaded where it belongs, or not at all."""
 
 from __future__ import annotations
 

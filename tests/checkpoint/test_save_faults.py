@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[Preparation, Injection, Arguments, tuple[str, ...]]] = {
     "a save_dir below a file": (a_file("f"), none, below("f/g"), ("NotADirectoryError", "/f")),
     "a save_dir that is a dangling link": (a_link("f", "nowhere"), none, below("f"), ("must be a folder",)),
     "no save_dir": (nothing, none, options(save_dir=""), ("save_dir must be a non-empty string",)),
-    "a file in the checkpoint's place": (a_file("new"), none, options(tag="new"), ("new is no folder",)),
+    "a file in the checkpoint's place": (a_file("new"), none, options(tag="new"), ("new is not a folder",)),
     "a mount point in its place": (nothing, replaced(0, module(os.path), "ismount", lambda _: lambda path: True),
                                    options(), ("is a mount point",)),
     "a folder in latest's place": (a_folder("latest"), none, options(), ("latest is a folder",)),

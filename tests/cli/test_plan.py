@@ -261,7 +261,8 @@ def test_options_that_contradict_a_config_are_refused(tmp_path: Path, capsys: py
     ({"pipeline_schedule": {"name": "v-half", "memory_limit": 0}}, "memory_limit = 0"),
     ({"pipeline_schedule": "v-half", "pipeline": {"stages": 0}}, "pipeline.stages = 0"),
     ({"pipeline_schedule": "v-half", "gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps = 1.5"),
-    ({"pipeline_schedule": "v-half", "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}, "is no multiple of"),
+    ({"pipeline_schedule": "v-half", "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2},
+     "is not a multiple of"),
 ])
 def test_a_bad_config_gets_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                            ds_config: dict[str, Any], message: str) -> None:

@@ -464,4 +464,4 @@ def test_numbers_in_place_of_a_header_are_an_error() -> None:
         return str(error.value)
 
     assert run_ranks(2, body)[1] == ("pipeline rank 0 is out of step: what came from it in place of a message's header "
-                                     "is none (7 where a number from 0 to 1 must be)")
+                                     "isn't one (7 where a number from 0 to 1 must be)")

@@ -42,7 +42,7 @@ def initialized(module: Any, config: Any, **options: Any) -> Any:
 
 
 def key(message: str, **keys: Any) -> Case:
-    """A ds_config with other keys beside a good schedule."""
+    """A ds_config with other keys besides a good schedule."""
     config = {**V_HALF, **keys}
     return lambda: initialized(module_of(config), config), f"ConfigError: {message}"
 
@@ -325,19 +325,19 @@ def given(*micro_batches: Any) -> Callable[[Any], Any]:
 
 
 def loss(turn: Callable[[Tensor, Any], Any]) -> Callable[[Any], Any]:
-    def spoil(engine: Any) -> Any:
+    def corrupt(engine: Any) -> Any:
         TurnedLoss.turn = staticmethod(turn)
         return data(engine, 0)
 
-    return spoil
+    return corrupt
 
 
 def output(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def spoil(engine: Any) -> Any:
+    def corrupt(engine: Any) -> Any:
         Turned.turn = staticmethod(turn)
         return data(engine, 0)
 
-    return spoil
+    return corrupt
 
 
 def no_data(engine: Any) -> None:
@@ -360,7 +360,7 @@ IN_PAIRS = "must be a pair (inputs, labels)"
 OF_TENSORS = "must be a tensor or a tuple of tensors"
 DENSE = "only dense tensors on cpu and tuples of them can cross to another stage"
 # What the data become, what is told, and in which instruction.
-SPOILT: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+CORRUPTED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "no iterator": (no_data, "there is no data: this rank needs an iterator", LOAD + "0"),
     "data on the wrong rank": (on_other_ranks, "there is no data: this rank needs an iterator", LOAD + "0"),
     "a list": (lambda engine: [GOOD, GOOD], "'list' object is not an iterator", LOAD + "0"),
@@ -433,12 +433,12 @@ TURNABLE = {"1f1b": turnable("1f1b", 2, chosen=0), "v-half": turnable("v-half", 
 def train_through_all(rank: int, job: Job) -> tuple[list[float], list[float], dict[str, str]]:
     """The losses without bad batches, and with one before each good one; and what was told."""
     engine = job.engine(loss_fn=TurnedLoss())
-    count = len(SPOILT) + 1
+    count = len(CORRUPTED) + 1
     oracle = [float(engine.train_batch(data(engine, batch))) for batch in range(count)]
     engine = job.engine(loss_fn=TurnedLoss())
     losses, told = [float(engine.train_batch(data(engine, 0)))], {}
-    for batch, (name, (spoil, _, _)) in enumerate(SPOILT.items(), 1):
-        told[name] = told_by(lambda: engine.train_batch(spoil(engine)))
+    for batch, (name, (corrupt, _, _)) in enumerate(CORRUPTED.items(), 1):
+        told[name] = told_by(lambda: engine.train_batch(corrupt(engine)))
         Turned.turn = TurnedLoss.turn = None
         losses.append(float(engine.train_batch(data(engine, batch))))
     return oracle, losses, told
@@ -449,11 +449,11 @@ def trainings() -> dict[str, list[tuple[list[float], list[float], dict[str, str]
     return {schedule: run_ranks(2, train_through_all, job) for schedule, job in TURNABLE.items()}
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", CORRUPTED)
 @pytest.mark.parametrize("schedule", TURNABLE)
 def test_a_batch_that_cannot_be_trained_on(schedule: str, name: str, trainings: Any) -> None:
     """Told on both ranks, with the instruction and the rank where it was."""
-    _, message, place = SPOILT[name]
+    _, message, place = CORRUPTED[name]
     where = {LAST: f"ForwardPass of stage {3 if schedule == 'v-half' else 1}, micro-batch 0"}.get(place, place)
     for _, _, told in trainings[schedule]:
         assert message in told[name]

@@ -1,4 +1,4 @@
-"""What the engine does beside training by a schedule: evaluation, data, clipping, shapes, modules, reports."""
+"""What the engine does besides training by a schedule: evaluation, data, clipping, shapes, modules, reports."""
 
 from __future__ import annotations
 

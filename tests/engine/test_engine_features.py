@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine does beside training: monitors, timers, profiler, optimizers, schedulers, additional losses.
+"""What DeepSpeed's engine does besides training: monitors, timers, profiler, optimizers, schedulers, additional losses.
 
 The oracle is DeepSpeed's own pipeline engine, on as many ranks and the same data, wherever it works.
 """
@@ -145,7 +145,7 @@ def test_optimizers_and_schedulers(kind: str) -> None:
 
 
 class WithPenalty:
-    """What a subclass of PipelineModule may report beside its loss: values that the loss function leaves behind."""
+    """What a subclass of PipelineModule may report besides its loss: values that the loss function leaves behind."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {"confidence": torch.zeros(()), "squares": torch.zeros(())}

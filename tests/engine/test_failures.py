@@ -129,8 +129,9 @@ def loss_raises(engine: Any, batch: int) -> Iterator[Any]:
     return data(engine, batch)
 
 
-def train_through(rank: int, job: Job, spoil: Callable[[Any, int], Any]) -> tuple[list[float], list[float], list[str]]:
-    """The losses without failures and with, and the errors: `FAILING` are first tried with spoilt data."""
+def train_through(rank: int, job: Job,
+                  corrupt: Callable[[Any, int], Any]) -> tuple[list[float], list[float], list[str]]:
+    """The losses without failures and with, and the errors: `FAILING` are first tried with corrupt data."""
     engine = job.engine(loss_fn=FaultyLoss())
     oracle = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
     engine = job.engine(loss_fn=FaultyLoss())
@@ -138,7 +139,7 @@ def train_through(rank: int, job: Job, spoil: Callable[[Any, int], Any]) -> tupl
     for batch in BATCHES:
         if batch in FAILING:
             with pytest.raises(Exception) as error:
-                engine.train_batch(spoil(engine, batch))
+                engine.train_batch(corrupt(engine, batch))
             notes = getattr(error.value, "__notes__", [])
             errors.append("; ".join([f"{type(error.value).__name__}: {error.value}", *notes]))
         losses.append(float(engine.train_batch(data(engine, batch))))
@@ -166,7 +167,7 @@ def test_data_that_end_on_one_replica() -> None:
         assert all(error.startswith("StopIteration") for error in errors)
 
 
-@pytest.mark.parametrize(["schedule", "config", "spoil", "error", "place"], [
+@pytest.mark.parametrize(["schedule", "config", "corrupt", "error", "place"], [
     ("1f1b", "fp32", forward_raises, "ZeroDivisionError: a layer had enough", "ForwardPass of stage 1, micro-batch 2"),
     ("v-half", "bf16", forward_raises, "ZeroDivisionError: a layer had enough",
      "SplitForwardPass of stage 1, micro-batch 2"),
@@ -176,10 +177,10 @@ def test_data_that_end_on_one_replica() -> None:
      "InputGradPass of stage 1, micro-batch 1"),
     ("v-zb", "fp32 ZeRO-1", loss_raises, "KeyError: 'no loss today'", "SplitForwardPass of stage 5, micro-batch 1"),
 ])
-def test_a_pass_that_raises(schedule: str, config: str, spoil: Any, error: str, place: str) -> None:
+def test_a_pass_that_raises(schedule: str, config: str, corrupt: Any, error: str, place: str) -> None:
     """The error itself where it happened, elsewhere PipelineError with its text and its place."""
     results = run_ranks(3, train_through, Job(schedule, 3, 4, CONFIGS[config], layers(3, 3 if "1" in schedule else 2)),
-                        spoil)
+                        corrupt)
     for oracle, losses, errors in results:
         assert losses == oracle
         for told in errors:
@@ -188,7 +189,7 @@ def test_a_pass_that_raises(schedule: str, config: str, spoil: Any, error: str, 
     assert sum(told.startswith(error) for _, _, errors in results for told in errors) == len(FAILING)
 
 
-@pytest.mark.parametrize(["schedule", "spoil", "error", "place"], [
+@pytest.mark.parametrize(["schedule", "corrupt", "error", "place"], [
     ("v-half", no_memory_for_a_message, "OutOfMemoryError: no memory for a message", "Activation of stage"),
     ("zb-h1", no_memory_for_a_message, "OutOfMemoryError: no memory for a message", "Activation of stage"),
     ("v-zb", message_cannot_start, "RuntimeError: no message today", "Send"),
@@ -196,12 +197,12 @@ def test_a_pass_that_raises(schedule: str, config: str, spoil: Any, error: str, 
     ("v-half", not_here, "PipelineError: a stage's output holds a float32 tensor of shape [2, 3, 8] on meta",
      "ForwardPass of stage"),
 ])
-def test_a_message_that_fails_for_its_contents(schedule: str, spoil: Any, error: str, place: str) -> None:
+def test_a_message_that_fails_for_its_contents(schedule: str, corrupt: Any, error: str, place: str) -> None:
     """Not as the connection would: the batch fails with its cause, and what was on its way is taken in."""
     chosen = list(layers(3))
     chosen[3] = LayerSpec(ElsewhereOnce)
     job = Job(schedule, 3, 4, FP32, tuple(chosen))
-    for oracle, losses, errors in run_ranks(3, train_through, job, spoil):
+    for oracle, losses, errors in run_ranks(3, train_through, job, corrupt):
         assert losses == oracle
         assert all(error in told and place in told for told in errors)
 
@@ -230,12 +231,12 @@ def test_a_rank_that_cannot_take_in_a_message_says_why() -> None:
 VALIDATED_LATER = {"optimizer_post_validation": True}
 
 
-@pytest.mark.parametrize(["schedule", "spoil", "error"], [("v-zb", too_short, "StopIteration"),
+@pytest.mark.parametrize(["schedule", "corrupt", "error"], [("v-zb", too_short, "StopIteration"),
                                                           ("1f1b", forward_raises, "a layer had enough")])
-def test_forwards_that_fail_where_steps_are_validated_later(schedule: str, spoil: Any, error: str) -> None:
+def test_forwards_that_fail_where_steps_are_validated_later(schedule: str, corrupt: Any, error: str) -> None:
     """The batch itself fails, on all ranks."""
     job = Job({"name": schedule, **VALIDATED_LATER}, 3, 4, FP32_ZERO1, layers(3, 2))
-    for oracle, losses, errors in run_ranks(3, train_through, job, spoil):
+    for oracle, losses, errors in run_ranks(3, train_through, job, corrupt):
         assert losses == oracle
         assert len(errors) == len(FAILING) and all(error in told for told in errors)
 
@@ -350,7 +351,7 @@ class Spoiling(Block):
         return super().forward(x) * (float("nan") if Spoiling.forwards_left == 0 else 1.0)
 
 
-def train_spoilt(rank: int, job: Job) -> tuple[list[float], str]:
+def train_on_corrupt_data(rank: int, job: Job) -> tuple[list[float], str]:
     engine = job.engine()
     losses = [float(engine.train_batch(data(engine, 0)))]
     Spoiling.forwards_left = 3
@@ -370,7 +371,7 @@ def test_detect_anomaly_names_stage_and_micro_batch(schedule: str) -> None:
     chosen = specs(4)
     chosen[3] = LayerSpec(Spoiling)
     section = {"name": schedule, "detect_anomaly": True}
-    results = run_ranks(2, train_spoilt, Job(section, 2, 4, layers=tuple(chosen)))
+    results = run_ranks(2, train_on_corrupt_data, Job(section, 2, 4, layers=tuple(chosen)))
     plain = run_ranks(2, train_twice, Job(schedule, 2, 4, layers=tuple(chosen)))
     for (losses, told), expected in zip(results, plain, strict=True):
         assert losses == expected

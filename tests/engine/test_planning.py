@@ -238,7 +238,7 @@ def test_training_goes_on_whatever_the_planner_does() -> None:
         line, = lines
         assert not second[name][1]
         if name.startswith("first plan"):
-            assert f"Training goes by {schedule}, the fastest schedule of the table within the limit" in line
+            assert f"Training uses {schedule}, the fastest schedule of the table within the limit" in line
         else:
             assert schedule == "v-half" and "pipeline_schedule v-half stays as it is: the planning process" in line
 

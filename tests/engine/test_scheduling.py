@@ -1,4 +1,4 @@
-"""Schedules that know the measured times: found beside the training, swapped on all ranks at the same batch."""
+"""Schedules that know the measured times: found during training, swapped on all ranks at the same batch."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ FAULTS: dict[str, tuple[type[Block], str]] = {
 
 
 class Global(Block):
-    """A layer with state that nobody finds."""
+    """A layer with state that a snapshot doesn't find."""
 
     calls: list[int] = []
 

@@ -198,7 +198,7 @@ def test_channels_hold_every_message(run: Run, trace: dict[str, Any]) -> None:
                 assert event["dur"] >= -0.01, "nothing arrives before it is sent, whatever the clocks"
                 assert arrived <= wait["ts"] + wait["dur"] + 0.01 and wait["ts"] + wait["dur"] <= needs["ts"] + 0.01
                 late.append((arrived - sent["ts"], wait["ts"] + wait["dur"] - sent["ts"]))
-    # A message isn't on its way until somebody waits for it: that may be passes later.
+    # A message isn't in progress until its receiver waits for it: that may be passes later.
     assert median(arrival for arrival, _ in late) < 3000
     assert max(needed for _, needed in late) > 6000
 

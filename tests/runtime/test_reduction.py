@@ -1,4 +1,4 @@
-"""Gradients that are added up over replicas beside the passes: the weights are DeepSpeed's, bit for bit.
+"""Gradients that are added up over replicas concurrently with the passes: the weights are DeepSpeed's, bit for bit.
 
 Two replicas: a sum of two doesn't depend on how gradients are put together for it.
 """
@@ -98,7 +98,7 @@ def train_plainly(rank: int) -> Any:
 
 
 def train_with_a_slow_thread(rank: int) -> Any:
-    """What runs beside the passes starts late on one replica, as on a busy machine."""
+    """What runs concurrently with the passes starts late on one replica, as on a busy machine."""
     engine = Job("v-zb", 2, 4, FP32_ZERO1, tuple(MODELS["plain"])).engine()
     if engine.grid.get_data_parallel_rank() == 0:
         wrap_background(engine, lambda work: lambda: (time.sleep(0.1), work())[1])

@@ -81,10 +81,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
         r"rank 1 runs F1.1 without having waited for activation of 1.1 \(0->1\)"),
     "a message that is never sent": (
         lambda p, q: (without(p, Send(A1), AwaitSend(A1)), q),
-        r"messages 0->1: activation of 1.1 \(0->1\) is received by one end alone; 1 messages are sent and 2"),
+        r"messages 0->1: activation of 1.1 \(0->1\) is received by one end only; 1 messages are sent and 2"),
     "a message that nobody receives": (
         lambda p, q: (without(p, PostReceive(G1), AwaitReceive(G1), run(p, "BW0.1")), q),
-        r"messages 1->0: gradient of 0.1 \(1->0\) is sent by one end alone; 2 messages are sent and 1"),
+        r"messages 1->0: gradient of 0.1 \(1->0\) is sent by one end only; 2 messages are sent and 1"),
     "a send before the pass that makes its message": (
         lambda p, q: (moved(p, Send(A1), run(p, "F0.1")), q),
         r"rank 0 sends activation of 1.1 \(0->1\) before F0.1 has made it"),
@@ -366,7 +366,7 @@ class Machine:
         if places != [len(program) for program in self.programs]:
             raise Broken("stuck")
         if any(self.sent[line] != self.posted[line] for line in {*self.sent, *self.posted}):
-            raise Broken("one end alone")
+            raise Broken("one end only")
         for program, shelf in zip(self.programs, self.shelves):
             waited_for = {(type(step), step.message) for step in program if hasattr(step, "message")}
             if any((wait, step.message) not in waited_for for step in program for start, wait in

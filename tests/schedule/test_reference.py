@@ -61,6 +61,6 @@ def test_the_command_compares_and_counts(tmp_path: Path) -> None:
 def test_the_command_fails_where_ours_is_worse(tmp_path: Path) -> None:
     cell = json.loads(json.dumps(CELLS[0]))
     cell["schedules"]["v-half"]["makespan"] -= 100
-    spoilt = tmp_path / "spoilt.json"
-    spoilt.write_text(json.dumps({"cells": [cell]}))
-    assert compare(spoilt).returncode == 1
+    corrupt = tmp_path / "corrupt.json"
+    corrupt.write_text(json.dumps({"cells": [cell]}))
+    assert compare(corrupt).returncode == 1

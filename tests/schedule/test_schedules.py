@@ -213,7 +213,7 @@ def test_fusing_moves_no_pass(size: tuple[int, int], name: str, hop: float) -> N
 
 
 def test_fusing_leaves_alone_what_others_wait_for() -> None:
-    """Two stages: rank 0 waits for B1.0, so only its own backward, which nobody waits for, runs whole."""
+    """Two stages: rank 0 waits for B1.0, so only its own backward, which no rank waits for, runs whole."""
     split = Schedule("two", linear(2), 1, ((F(0, 0), B(0, 0), W(0, 0)), (F(1, 0), B(1, 0), W(1, 0))))
     assert fuse(split, Times.uniform(2)).orders == ((F(0, 0), BW(0, 0)), (F(1, 0), B(1, 0), W(1, 0)))
 
@@ -267,7 +267,7 @@ def test_no_forwards_without_micro_batches() -> None:
 # ---------------------------------------------------------------- checks
 
 
-@pytest.mark.parametrize("spoil, message", [
+@pytest.mark.parametrize("corrupt, message", [
     (lambda order: order[:-1], "it needs F with B and W"),
     (lambda order: order + order[-1:], "again on rank"),
     (lambda order: order + (F(1, 0),), "its stage is on rank 1|again on rank"),
@@ -275,10 +275,10 @@ def test_no_forwards_without_micro_batches() -> None:
     (lambda order: order + (F(99, 0),), "is outside"),
     (lambda order: order + (B(0, 0),), "it needs F with B and W"),
 ])
-def test_a_spoilt_schedule_is_refused(spoil, message: str) -> None:
+def test_a_corrupted_schedule_is_refused(corrupt, message: str) -> None:
     good = build("1f1b", 2, 3)
     with pytest.raises(ScheduleError, match=message):
-        check(good.with_orders((spoil(good.orders[0]), *good.orders[1:])))
+        check(good.with_orders((corrupt(good.orders[0]), *good.orders[1:])))
 
 
 def test_memory_limits() -> None:

@@ -1,4 +1,4 @@
-"""The split beside the rest of autograd: hooks, checkpointing, transforms, errors, and functions of the user's own."""
+"""The split and the rest of autograd: hooks, checkpointing, transforms, errors, and functions of the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks beside a split: those that look at a weight's gradient run when it is there, and those that change a gradient
+"""Hooks and a split: those that look at a weight's gradient run when it is there, and those that change a gradient
 in place change nothing of what W reads."""
 
 from __future__ import annotations

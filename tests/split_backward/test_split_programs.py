@@ -133,7 +133,7 @@ def plant_lost_bias(patch: pytest.MonkeyPatch) -> Operators:
 
 
 def plant_missing_guard(patch: pytest.MonkeyPatch) -> None:
-    """Defers whatever a run of autograd is for, and whoever waits for the gradient."""
+    """Defers whatever a run of autograd is for, and whatever waits for the gradient."""
     def careless(weight: Any) -> bool:
         return type(weight) is torch.nn.Parameter and weight.requires_grad
 

@@ -65,12 +65,12 @@ class Arrivals:
         return self._threads[channel][1]
 
     def close(self) -> None:
-        """The batch has ended, well or not: let the threads go."""
+        """The batch has ended, whether it has succeeded or not: end the threads."""
         for _, queue in self._threads.values():
             queue.put(None)
 
     def seen(self) -> dict[Message, float]:
-        """When each message arrived, by time.perf_counter; after a batch that ended well."""
+        """When each message arrived, by time.perf_counter; after a batch that succeeded."""
         return {message: watched.arrived for message, watched in self._watched.items()}
 
 

@@ -89,12 +89,12 @@ class Recorder:
         return message
 
     def close(self) -> None:
-        """The batch has ended, well or not."""
+        """The batch has ended, whether it has succeeded or not."""
         if self._arrivals is not None:
             self._arrivals.close()
 
     def trace(self) -> RankTrace:
-        """What happened, on this host's clock (time.perf_counter), after a batch that ended well."""
+        """What happened, on this host's clock (time.perf_counter), after a batch that succeeded."""
         times = iter(self._clock.on_host([mark for *_, start, end in self._marks for mark in (start, end)]))
         events = tuple(Event(*_of(kind, arguments), next(times), next(times)) for kind, arguments, _, _ in self._marks)
         seen = {} if self._arrivals is None else self._arrivals.seen()

@@ -72,12 +72,12 @@ def read(path: Path, problem: Problem) -> Schedule | None:
 
 
 def _content(path: Path, most: int) -> bytes:
-    """What is in a file of up to `most` bytes; OSError for what is no file or can't be read, ValueError for more."""
+    """What is in a file of up to `most` bytes; OSError for what isn't a file or can't be read, ValueError for more."""
     # Opening a FIFO would wait for a writer.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         with open(handle, "rb", closefd=False) as file:
             text = file.read(most + 1)
     finally:
@@ -117,7 +117,7 @@ def write(path: Path, schedule: Schedule) -> None:
             os.unlink(name)
             raise
     except OSError as error:
-        warnings.warn(f"the plan is not kept for the next time: {error}", stacklevel=2)
+        warnings.warn(f"the plan can't be cached: {error}", stacklevel=2)
 
 
 def _replace(draft: Path, path: Path) -> None:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def _silent(done: float) -> None:
-    """Progress that nobody watches."""
+    """Progress for no one to see."""
 
 
 def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float], None] = _silent,

@@ -54,11 +54,11 @@ def test_anything_else_is_planned_anew(tmp_path: Path, problem: Problem, limit: 
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def of_passes(spoil: Callable[[list[list[Any]]], object]) -> Callable[[Path], None]:
+def of_passes(corrupt: Callable[[list[list[Any]]], object]) -> Callable[[Path], None]:
     """Change the orders in a file."""
     def change(file: Path) -> None:
         data = json.loads(file.read_text())
-        spoil(data["schedule"]["orders"])
+        corrupt(data["schedule"]["orders"])
         file.write_text(json.dumps(data))
 
     return change
@@ -89,10 +89,10 @@ def reverse_first(orders: list[list[Any]]) -> None:
 
 
 def of_each(change: Callable[[list[Any]], list[Any]]) -> Callable[[list[list[Any]]], object]:
-    def spoil(orders: list[list[Any]]) -> None:
+    def corrupt(orders: list[list[Any]]) -> None:
         orders[:] = [[change(entry) for entry in order] for order in orders]
 
-    return spoil
+    return corrupt
 
 
 def cut_small(orders: list[list[Any]]) -> None:
@@ -116,7 +116,7 @@ def full_folder(file: Path) -> None:
     (file / "anything").write_text("mine")
 
 
-SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+CORRUPTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (text(""), "Invalid JSON"),
     "cut off": (lambda file: os.truncate(file, 100), "Invalid JSON"),
     "a list": (text("[]"), "should be an object"),
@@ -135,7 +135,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a placement of floats": (of_schedule(placement={"name": "v", "chunks": [[0.0, 5], [1, 4], [2, 3]]}), "chunks"),
     "a name that is none": (of_schedule(name=None), "name"),
     "fewer passes": (of_passes(lambda orders: orders[0].pop()), "it needs F with B and W"),
-    "a pass twice": (of_passes(lambda orders: orders[0].append(orders[0][-1])), "stands on rank 0 and again"),
+    "a pass twice": (of_passes(lambda orders: orders[0].append(orders[0][-1])), "is on rank 0 and again"),
     "another rank's pass": (of_passes(lambda orders: orders[0].append(orders[1].pop())), "its stage is on rank 1"),
     "one order more": (of_passes(lambda orders: orders.append([])), "orders for 4 ranks"),
     "one order less": (of_passes(list.pop), "orders for 2 ranks"),
@@ -149,22 +149,22 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "small pieces": (of_passes(cut_small), "more than 4 pieces"),
     "orders that get stuck": (of_passes(reverse_first), "can't run"),
     "too much memory": (of_passes(forwards_first), "more memory than the limits"),
-    "a folder": (instead(Path.mkdir), "it is no regular file"),
-    "a folder of files": (instead(full_folder), "it is no regular file"),
-    "a FIFO": (instead(os.mkfifo), "it is no regular file"),
-    "a device": (instead(lambda file: file.symlink_to("/dev/zero")), "it is no regular file"),
+    "a folder": (instead(Path.mkdir), "it is not a regular file"),
+    "a folder of files": (instead(full_folder), "it is not a regular file"),
+    "a FIFO": (instead(os.mkfifo), "it is not a regular file"),
+    "a device": (instead(lambda file: file.symlink_to("/dev/zero")), "it is not a regular file"),
     "a link to itself": (instead(lambda file: file.symlink_to(file)), "symbolic links"),
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_file_counts_as_missing_and_is_replaced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", CORRUPTED)
+def test_a_corrupt_file_counts_as_missing_and_is_replaced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          caplog: pytest.LogCaptureFixture) -> None:
     """One line says why; nothing hangs, and what comes out is a plan."""
-    spoil, reason = SPOILT[name]
+    corrupt, reason = CORRUPTED[name]
     path = plan_cache.path_of(tmp_path, PROBLEM, LIMIT, compiled=find_spec("numba") is not None)
     plan_cache.write(path, GOOD)
-    spoil(path)
+    corrupt(path)
     monkeypatch.setattr(planner_module, "_search", lambda *_: (GOOD, simulate(GOOD, PROBLEM.times)))
     again = plan(PROBLEM, LIMIT, cache=tmp_path)
     assert again.schedule == GOOD
@@ -223,6 +223,6 @@ def test_whatever_is_in_the_file_is_no_plan(content: bytes) -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="the plan is not kept"):
+    with pytest.warns(UserWarning, match="the plan can.t be cached"):
         found = plan(PROBLEM, LIMIT, cache=tmp_path / "file" / "plans")
     assert found.timeline.makespan >= found.lower_bound

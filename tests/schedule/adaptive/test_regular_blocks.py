@@ -1,4 +1,4 @@
-"""Blocks without a bubble, and cool-downs in haste: what the adaptive planner knows before it searches."""
+"""Blocks without a bubble, and rescheduled cool-downs: what the adaptive planner knows before it searches."""
 
 from __future__ import annotations
 
