@@ -8,7 +8,13 @@ from typing import Any
 from deepspeed.runtime.activation_checkpointing import checkpointing as _stock
 from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
 
-__all__ = ["forget_checkpoints", "non_reentrant_checkpoint", "set_tracked_random_states", "tracked_random_states"]
+__all__ = ["checkpoints_synchronize", "forget_checkpoints", "non_reentrant_checkpoint", "set_tracked_random_states",
+           "tracked_random_states"]
+
+
+def checkpoints_synchronize() -> bool:
+    """Whether each checkpointed layer waits for the whole device: by deepspeed.checkpointing.configure."""
+    return bool(_stock.SYNCHRONIZE)
 
 
 def forget_checkpoints() -> None:

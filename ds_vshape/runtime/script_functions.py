@@ -10,7 +10,7 @@ is constructed. The engine of this package treats them as follows:
 
 A function in the map of this package's engine class, or of one engine, gets the arguments of this package's
 instructions, which its author must know; one for whole passes only is refused if the schedule runs split ones. Methods
-that decide what a batch consists of are refused too.
+that decide what a batch consists of are refused too, and so is, on a GPU, what makes checkpointed layers wait for it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
 
+from ds_vshape.deepspeed_adapter.checkpointing import checkpoints_synchronize
 from ds_vshape.deepspeed_adapter.engine import (METHODS_OF_SCHEDULES, StockEngine, instructions_of, is_stock_code,
                                                 own_instructions)
 from ds_vshape.runtime import instructions as instr
@@ -77,6 +79,9 @@ class ScriptFunctions:
             self._functions = self._found(maps)
             self._seen = [(owner, dict(functions)) for owner, functions in maps]
         self._check_methods()
+        if checkpoints_synchronize() and not get_accelerator().is_synchronized_device():
+            raise PipelineError("deepspeed.checkpointing.configure(synchronize=True): must be False on a GPU, where it "
+                                "would wait within a pass for messages that other ranks have yet to send")
         own = instructions_of(self._engine)
         for whole, part in _SPLIT.items():
             if splits and _is_of_script(own[whole]) and not _is_of_script(own[part]):

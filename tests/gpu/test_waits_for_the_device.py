@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.pipe.module import PipelineError
 from pipelines import BATCHES, FP32_ZERO1, Block, Job, Outcome, data, specs, train
 from ranks import run_ranks
 from simulated_gpu.device import DEVICE_OF_RANK
@@ -86,6 +88,28 @@ def test_refused_in_the_environment(name: str, value: str, legal: str) -> None:
     assert str(raised.value) == f"{name} = '{value}' in the environment: must be {legal} {WHY}"
     for connections in ("8", "32"):
         check_asynchronous({}, {"CUDA_DEVICE_MAX_CONNECTIONS": connections})
+
+
+def configured(rank: int) -> tuple[list[str], list[float]]:
+    """What is said to batches for which the script of rank 1 has configured checkpoints, and the losses of all others.
+    """
+    engine, errors, losses = Job("v-half", 2, 2).engine(), [], []
+    for batch, synchronizes in enumerate((False, True, True, False)):
+        checkpointing.configure(None, synchronize=synchronizes and rank == 1)
+        try:
+            losses.append(float(engine.train_batch(data(engine, batch))))
+        except PipelineError as error:
+            errors.append(str(error))
+    return errors, losses
+
+
+def test_checkpoints_that_the_script_configures_are_refused_on_every_rank_of_a_gpu() -> None:
+    (told, losses), (own, same) = run_on_gpus(2, configured)
+    assert losses == same and len(losses) == 2
+    assert own == [f"deepspeed.checkpointing.configure(synchronize=True): must be False {WHY}"] * 2
+    for error, of_other in zip(told, own, strict=True):
+        assert error.startswith("the start of the batch on pipeline rank 1, ") and error.endswith(of_other)
+    assert run_ranks(2, configured)[0][0] == []
 
 
 # -- what is made safe
