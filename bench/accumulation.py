@@ -13,22 +13,18 @@ products.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from products import ways
 from rich.console import Console
 from rich.table import Table
 from stopwatch import add_device_option, in_turn, ratio, set_up, stopwatch
 from torch import Tensor
 
-from ds_vshape.split_backward.kernels import add_product_in_blas
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Add = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def size(text: str) -> tuple[int, int]:
@@ -37,32 +33,6 @@ def size(text: str) -> tuple[int, int]:
     if not (outputs.isdecimal() and inputs.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: must be like 16384x4096, outputs x inputs")
     return int(outputs), int(inputs)
-
-
-def product_then_sum(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    sums.add_(left.mm(right))
-
-
-def in_place(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    sums.addmm_(left, right)
-
-
-def wide_product_then_sum(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    sums.add_(torch.mm(left, right, out_dtype=sums.dtype))
-
-
-def ways(sums: Tensor, left: Tensor, right: Tensor) -> dict[str, Add]:
-    """The ways that these tensors can be added in, by name; the first is what the others are compared with."""
-    found: dict[str, Add] = {"product, then sum": product_then_sum}
-    if sums.dtype == left.dtype:
-        found["in place"] = in_place
-    elif sums.is_cuda:
-        found |= {"wide product, then sum": wide_product_then_sum, "BLAS in place": add_product_in_blas}
-        if importlib.util.find_spec("triton") is not None:
-            from ds_vshape.split_backward.kernels.product import add_product
-
-            found["Triton in place"] = add_product
-    return found
 
 
 def main() -> None:
@@ -100,7 +70,7 @@ def show(table: Table, title: str, pairs: list[tuple[Tensor, Tensor]], of_sums: 
     gradient, x = pairs[0]
     sums = torch.zeros(gradient.size(1), x.size(1), dtype=of_sums, device=x.device)
     contenders: dict[str, Callable[[], None]] = {}
-    for name, add in ways(sums, gradient.t(), x).items():
+    for name, add in ways(of_sums, x.dtype, x.device.type).items():
         contenders[name] = lambda add=add: [add(sums, gradient.t(), x) for gradient, x in pairs]  # type: ignore[misc]
         contenders[f"{name}, concatenated"] = lambda add=add: add(  # type: ignore[misc]
             sums, torch.cat([gradient for gradient, _ in pairs]).t(), torch.cat([x for _, x in pairs]))

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from products import TRITON, WIDE, Add, ways
 from split_cost import CONTENDERS, Case, measure
 from stopwatch import in_turn, ratio, stopwatch
 from torch import Tensor
 
-from ds_vshape.split_backward.kernels import add_product_in_blas
-
-Add = Callable[[Tensor, Tensor, Tensor], Any]
 # Of a sum of 32 bits, in relation to its norm; a product that is rounded to 16 bits on its way has 2e-3.
 _LARGEST_ERROR = 1e-4
 
@@ -81,18 +78,15 @@ def _once(add: Add, gradient: Tensor, x: Tensor) -> Tensor:
 
 def ways_to_add(device: str) -> dict[str, Add]:
     """The default, what it replaces, and the Triton kernel as it is and by each tiling."""
-    found: dict[str, Add] = {"product, then sum": lambda sums, left, right: sums.add_(left.mm(right))}
-    if device != "cuda":
-        return found
-    found["cuBLAS in place"] = add_product_in_blas
-    if importlib.util.find_spec("triton") is not None:
+    found = ways(torch.float32, torch.bfloat16, device)
+    found.pop(WIDE, None)
+    if TRITON in found:
         import triton.language as tl
 
-        from ds_vshape.split_backward.kernels.product import TILINGS, add_product, launch, with_even
+        from ds_vshape.split_backward.kernels.product import TILINGS, launch, with_even
 
-        found["Triton in place"] = add_product
         for tiling in TILINGS:
-            found[f"Triton in place, {tiling.rows} x {tiling.columns}"] = (
+            found[f"{TRITON}, {tiling.rows} x {tiling.columns}"] = (
                 lambda sums, left, right, tiling=tiling: launch(with_even, tiling, sums, left, right, tl.bfloat16))
     return found
 
