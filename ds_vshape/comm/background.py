@@ -25,15 +25,18 @@ class Handle(Protocol[T_co]):
     """Work that was started."""
 
     def result(self, timeout: float | None = None) -> T_co:
-        """What it gave, once it's done (on a GPU: for what the current stream does next); raises what it raised, and
-        TimeoutError where a CPU isn't done within `timeout` seconds."""
+        """The work's result. A CPU waits for it; on a GPU the current stream does, and the host goes on.
+
+        Raises what the work raised, and on a CPU TimeoutError after `timeout` seconds.
+        """
 
 
 class Background(Protocol):
     """Where work runs concurrently with the passes."""
 
     def start(self, work: Callable[[], T], uses: Iterable[Tensor] = ()) -> Handle[T]:
-        """Start `work`, which has no gradients to record; the tensors that it `uses` may be let go meanwhile."""
+        """Start `work`, for which no gradients are recorded. The tensors that it `uses` needn't be kept until its end.
+        """
 
 
 class Thread:
@@ -85,5 +88,5 @@ class _OnStream(Handle[T]):
 
 
 def background() -> Background:
-    """The one for this process's accelerator."""
+    """What runs work in the background on this process's accelerator."""
     return Thread() if get_accelerator().is_synchronized_device() else Stream()

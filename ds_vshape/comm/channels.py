@@ -147,8 +147,8 @@ class Channels:
                 group = new_group([ranks[place] for place in communicator], options=light_options())
                 if ranks is own and own.index(dist.get_rank()) in communicator:
                     self._groups[communicator] = group
-        # With the places of source and target in the group. Past dist.isend and dist.irecv, which find these out and
-        # check their arguments anew for each message, and take longer for that than the rest of sending does.
+        # By channel: its group, and the places of source and target in it. Messages bypass dist.isend and dist.irecv:
+        # these look the places up and check their arguments for each message, which takes longer than the rest.
         self._ends = {channel: (group, dist.get_group_rank(group, own[channel.source]),
                                 dist.get_group_rank(group, own[channel.target]))
                       for channel in channels if (group := self._groups.get(communicator_of(channel))) is not None}
@@ -231,7 +231,7 @@ class Channels:
             self._receiving[message] = _Transfer()
             self._noted[communicator_of(message.channel)].append(message)
         else:
-            # It may be there already, if there was no memory at first.
+            # There already is a transfer if this was called before, and there was no memory for the buffers.
             self._start_announced(message, self._receiving.setdefault(message, _Transfer()))
 
     def receive(self, message: Message) -> Payload:

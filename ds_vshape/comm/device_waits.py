@@ -1,4 +1,4 @@
-"""Where a device that runs behind its host stands: which message it waits for.
+"""Which message a device that runs behind its host is waiting for.
 
 On such a device a wait for a message is a wait of the stream. The host goes on, up to the end of the batch or to the
 first number that it wants from the device, and neither says which message doesn't come.
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 class DeviceWaits(Generic[T]):
-    """The waits that were put on the current stream, each with what it is for."""
+    """The waits on the current stream that the device may not have passed yet, each with what it waits for."""
 
     def __init__(self) -> None:
         self._waits: deque[tuple[T, Any]] = deque()
 
     def put(self, what: T) -> None:
-        """The stream waits for `what` from now on."""
+        """Note that the stream waits for `what`; to be called right after that wait was put on it."""
         event = get_accelerator().Event()
         event.record()
         self._waits.append((what, event))
@@ -29,7 +29,7 @@ class DeviceWaits(Generic[T]):
             self._waits.popleft()
 
     def first(self) -> T | None:
-        """The first that the device hasn't got past, in any thread; None if there is none."""
+        """What the device waits for, or will next; None if it has passed all waits. May be called in any thread."""
         return next((what for what, event in list(self._waits) if not _is_past(event)), None)
 
 

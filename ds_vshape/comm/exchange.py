@@ -86,13 +86,13 @@ class Exchange:
 
 
 class Numbers:
-    """What all ranks are telling each other."""
+    """Numbers of every rank, on their way to all ranks."""
 
     def __init__(self, boxes: list[Tensor], work: Any) -> None:
         self._boxes, self._work = boxes, work
 
     def result(self) -> list[list[float]]:
-        """Every rank's numbers, in rank order, once they are all there."""
+        """Wait for every rank's numbers [rank][number]."""
         self._work.wait()
         return [box.tolist() for box in self._boxes]
 

@@ -2,7 +2,7 @@
 
 torch gives each gloo group a device of its own, whose thread wakes a hundred times a second whether there is anything
 to do or not. A rank has a group for each neighbour and direction and a few more: with a dozen, these threads take 2% of
-a core, and sweep the caches of whatever computes meanwhile. Groups on one device behave alike otherwise.
+a core, and evict the caches of the passes. Apart from that, groups on one device behave as others do.
 """
 
 from __future__ import annotations

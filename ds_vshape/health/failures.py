@@ -26,8 +26,8 @@ from ds_vshape.health.step import Reached
 T = TypeVar("T")
 
 _TEXT_SIZE = 2048
-# Ranks that share layers come to the same error within the time that a pass takes.
-SHARERS_SECONDS = 10.0
+# Tensor parallel ranks come to the same error within the time that a pass takes.
+PEERS_SECONDS = 10.0
 
 
 class _State(IntEnum):
@@ -72,13 +72,13 @@ def _lost(what: str, error: RuntimeError) -> PeerLost:
 
 
 class PendingStatus:
-    """What all ranks are telling each other of a batch."""
+    """Numbers of every rank about a batch, on their way to all ranks."""
 
     def __init__(self, numbers: Numbers) -> None:
         self._numbers = numbers
 
     def result(self) -> list[list[float]]:
-        """Every rank's numbers, in rank order, once they are there; PeerLost if a rank doesn't come."""
+        """Wait for every rank's numbers [rank][number]; PeerLost if a rank doesn't send them."""
         try:
             return self._numbers.result()
         except RuntimeError as error:
@@ -90,7 +90,7 @@ class TensorParallelPeers:
 
     Args:
         groups: the global ranks of each such group of the job, the same on every rank.
-        seconds: how long the first to fail waits for the others, at most SHARERS_SECONDS.
+        seconds: how long the first to fail waits for the others, at most PEERS_SECONDS.
 
     Creating it is collective over the job.
     """
@@ -99,7 +99,7 @@ class TensorParallelPeers:
         self._exchange: Exchange | None = None
         self._ranks: Sequence[int] = ()
         for ranks in groups:
-            exchange = Exchange(ranks, min(seconds, SHARERS_SECONDS))
+            exchange = Exchange(ranks, min(seconds, PEERS_SECONDS))
             if dist.get_rank() in ranks and len(ranks) > 1:
                 self._exchange, self._ranks = exchange, ranks
 

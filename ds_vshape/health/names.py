@@ -29,8 +29,8 @@ class RankName:
 
     @property
     def _replica(self) -> str:
-        sharer = "" if self.tensor_rank is None else f", tensor parallel rank {self.tensor_rank}"
-        return f"replica {self.replica}{sharer}"
+        tensor = "" if self.tensor_rank is None else f", tensor parallel rank {self.tensor_rank}"
+        return f"replica {self.replica}{tensor}"
 
     def __str__(self) -> str:
         if self.pipeline_rank is None:

@@ -81,9 +81,9 @@ class EarlyReduction:
         return gradient
 
     def _await_started(self) -> None:
-        early, self._started = self._started, []
-        for started in early:
-            started.result()
+        handles, self._started = self._started, []
+        for handle in handles:
+            handle.result()
 
 
 def reduction_for(rank: Rank, background: Background, accumulator: GradientAccumulator) -> EarlyReduction | None:

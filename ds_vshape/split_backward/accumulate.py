@@ -1,8 +1,8 @@
-"""Weight gradients added where their sum lies: by the call that computes them, so without a tensor of their own and
-without a second pass over the sum.
+"""Weight gradients added to their sum by the call that computes them: without a temporary tensor, and without a second
+pass over the sum.
 
-Each function answers whether it has added. It has not, and nothing was computed, where there is no sum yet or no
-single call for its types: 16 bits into 32 on a CPU, say.
+Each function returns whether it has added. If it hasn't, nothing was computed: there is no sum yet, or no single call
+for these dtypes, such as 16 bits into 32 on a CPU.
 """
 
 from __future__ import annotations

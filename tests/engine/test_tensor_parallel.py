@@ -129,7 +129,7 @@ def raise_in(number: int) -> None:
 
 
 def train_through(rank: int, job: Job, victims: list[int]) -> tuple[list[float], str]:
-    failures.SHARERS_SECONDS = 2.0
+    failures.PEERS_SECONDS = 2.0
     engine = parallel_engine(job, 1, "parameters")
     losses = [float(engine.train_batch(data(engine, 0)))]
     if rank in victims:

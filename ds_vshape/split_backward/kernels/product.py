@@ -17,8 +17,8 @@ from torch import Tensor
 
 
 class Tiling(NamedTuple):
-    """How a product is cut up: a tile of the sums, the depth of one step, rows of tiles in a group, warps, and how many
-    steps loads run ahead."""
+    """How a product is tiled: rows and columns of a tile of the sums, the depth of one step, rows of tiles in a group,
+    warps, and how many steps loads run ahead."""
 
     rows: int
     columns: int
@@ -28,7 +28,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# From the one that reads least to the one that keeps most of a device busy.
+# From the largest tiles, which read least, to the smallest, which keep most of a device busy.
 TILINGS = [
     Tiling(128, 256, 64, 8, 8, 3),
     Tiling(128, 128, 64, 8, 8, 3),
@@ -73,7 +73,7 @@ def product_kernel(sums, left, right, rows, columns, depth,  # type: ignore[no-u
     row = (first + tile % of_group % height) * ROWS + tl.arange(0, ROWS)
     column = tile % of_group // height * COLUMNS + tl.arange(0, COLUMNS)
 
-    # [2] Its product. Beyond the last row and column, others are computed again, and not stored.
+    # [2] Its product. Rows and columns beyond the last wrap around, so that loads need no mask for them.
     step = tl.arange(0, DEPTH)
     of_left, of_right = (row % rows).to(tl.int64), (column % columns).to(tl.int64)
     at_left = left + of_left[:, None] * left_row + step.to(tl.int64)[None, :] * left_depth
@@ -100,15 +100,18 @@ with_even = triton.heuristics({"EVEN": lambda arguments: arguments["depth"] % ar
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums (n, m) += left (n, k) @ right (k, m); 32 bits, and 16 of one type; any strides.
+    """sums (n, m) += left (n, k) @ right (k, m) on a GPU: 32-bit sums, both operands of one 16-bit dtype, any strides.
 
-    Oracle: `add_product_in_torch`.
+    ValueError if the sizes don't agree. Oracle: `add_product_in_torch`.
     """
     launch(with_even, tiling(*sums.shape), sums, left, right, _TYPES[left.dtype])
 
 
 def launch(kernel: Any, cut: Tiling, sums: Tensor, left: Tensor, right: Tensor, multiplied_as: Any) -> None:
-    """Run `kernel`, with_even or a copy of it, on all tiles, which are multiplied in triton's type `multiplied_as`."""
+    """Run `kernel`, with_even or a copy of it, on all tiles, which are multiplied in triton's type `multiplied_as`.
+
+    ValueError unless sums (n, m), left (n, k) and right (k, m) agree.
+    """
     (rows, depth), columns = left.shape, right.size(1)
     if sums.shape != (rows, columns) or right.size(0) != depth:
         raise ValueError(f"sums {tuple(sums.shape)} += left {tuple(left.shape)} @ right {tuple(right.shape)}: "
@@ -122,5 +125,5 @@ def launch(kernel: Any, cut: Tiling, sums: Tensor, left: Tensor, right: Tensor, 
 
 
 def add_product_in_torch(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """What `add_product` computes, slowly: no rounding to 16 bits on the way."""
+    """What `add_product` computes, without a kernel of its own; nothing is rounded to 16 bits on the way."""
     sums += torch.mm(left.to(sums.dtype), right.to(sums.dtype))
