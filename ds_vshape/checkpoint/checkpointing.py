@@ -29,6 +29,7 @@ from ds_vshape.checkpoint.universal import check_universal, damaged, parameter_g
 from ds_vshape.checkpoint.weights_only import weights_only
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.deepspeed_adapter.engine import StockEngine
+from ds_vshape.deepspeed_adapter.optimizers import is_bf16
 from ds_vshape.health.failures import Agreement
 from ds_vshape.health.meeting import Meeting
 from ds_vshape.health.watch import Watch, in_phase
@@ -44,6 +45,8 @@ class SavingEngine(StockEngine):
 
     _agreement: Agreement
     _watch: Watch
+    # Whether any rank has an MoE layer.
+    _has_experts: bool
     checkpoint_engine: Any
     # Why this rank couldn't write its part of the checkpoint that is being saved.
     _unsaved: Exception | None = None
@@ -63,6 +66,9 @@ class SavingEngine(StockEngine):
         continue. Raises CheckpointError for a tag that can't name a folder, and PreflightError if the arguments differ
         between ranks.
         """
+        if self._has_experts and is_bf16(self.optimizer) and not self.zero_optimization():
+            raise CheckpointError("MoE layers with bf16 and without ZeRO: zero_optimization.stage must be 1, DeepSpeed "
+                                  "can't load the optimizer states that it would save")
         client_state = {} if client_state is None else client_state
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         # Hosts may keep their own folders under other names.

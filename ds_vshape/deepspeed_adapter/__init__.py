@@ -6,6 +6,7 @@
     timers.py        the names of DeepSpeed's timers
     optimizers.py    what its optimizers keep: gradients, master weights, states; their steps and reductions
     module.py        PipelineModule
+    experts.py       its MoE layers: their groups
     checkpoints.py   what is saved, and the functions around it
     checkpointing.py activation checkpoints and their random states
     utils.py         which parameters tensor parallel ranks share, seeds, names of dtypes

@@ -23,9 +23,9 @@ _SCALER = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
 # Private methods and class attributes that subclasses of ours override, outside of this folder.
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     _ENGINE: (
-        "_backward_epilogue", "_backward_prologue", "_backward_prologue_per_tensor", "_configure_optimizer",
-        "_copy_recovery_script", "_get_all_zero_checkpoints", "_load_checkpoint", "_load_zero_checkpoint",
-        "_save_checkpoint", "_save_moe_checkpoint", "_save_zero_checkpoint"),
+        "_backward_epilogue", "_backward_prologue", "_backward_prologue_per_tensor", "_configure_distributed_model",
+        "_configure_optimizer", "_copy_recovery_script", "_get_all_zero_checkpoints", "_load_checkpoint",
+        "_load_zero_checkpoint", "_save_checkpoint", "_save_moe_checkpoint", "_save_zero_checkpoint"),
     _PIPELINE_ENGINE: (
         "_INSTRUCTION_MAP", "_aggregate_total_loss", "_exec_backward_pass", "_exec_forward_pass",
         "_exec_load_micro_batch", "_exec_optimizer_step", "_exec_reduce_grads", "_exec_reduce_tied_grads",

@@ -31,6 +31,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_vshape.deepspeed_adapter.experts import expert_peers, is_moe_param
 from ds_vshape.deepspeed_adapter.optimizers import Bf16Sums, GradAccumSums, held_by, sums_of
 from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter
 from ds_vshape.split_backward import GradientAccumulator, WholeGradients, may_defer, never_defer
@@ -182,18 +183,30 @@ def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> Tens
 
     For a plain torch optimizer in fp32. DeepSpeed's own (clip_grad_norm_ in runtime/utils.py) counts only what the
     first pipeline rank holds. Here every parameter counts once: a tied one on its first rank, one that tensor
-    parallel ranks share on the first of them. Collective over the pipeline and tensor parallel ranks.
+    parallel ranks share on the first of them; an expert of a mixture on the replica that has it, where DeepSpeed takes
+    the mean over replicas. Collective over the pipeline, tensor parallel and expert parallel ranks.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     first_tensor_rank = is_first_tensor_rank(mpu)
-    counted = [p.grad.float().norm() for p in with_grad
+    counted = [p for p in with_grad
                if not p.ds_pipe_replicated and (first_tensor_rank or is_model_parallel_parameter(p))]
-    group = mpu.get_model_parallel_group()
-    nothing = torch.zeros((), device=get_accelerator().current_device_name())
-    square = torch.stack(counted).square().sum() if counted else nothing
-    dist.all_reduce(square, group=group)
+    square = _square([p for p in counted if not is_moe_param(p)])
+    # Replicas have the same layers, so they come to the same groups in the same order.
+    for name in sorted({p.group_name for p in with_grad if is_moe_param(p)}):
+        of_experts = [p for p in with_grad if is_moe_param(p) and p.group_name == name]
+        square_of_experts = _square([p for p in counted if is_moe_param(p) and p.group_name == name])
+        dist.all_reduce(square_of_experts, group=expert_peers(of_experts[0]))
+        square += square_of_experts
+    dist.all_reduce(square, group=mpu.get_model_parallel_group())
     norm = square.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in with_grad:
         parameter.grad.mul_(scale)
     return norm
+
+
+def _square(parameters: Iterable[Any]) -> Tensor:
+    """The sum of the squares of their gradients."""
+    norms = [p.grad.float().norm() for p in parameters]
+    nothing = torch.zeros((), device=get_accelerator().current_device_name())
+    return torch.stack(norms).square().sum() if norms else nothing
