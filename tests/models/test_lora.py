@@ -177,7 +177,7 @@ def costs_of_frozen_weights(rank: int, case: AdaptedCase, root: Path) -> dict[st
 
     WeightGradientStore.add = record  # type: ignore[method-assign]
     engine = case.engine()
-    stored = engine._deliver
+    stored = engine._accumulator
     gradients: set[str] = set()
     weights = named_weights(engine.module)
     step = engine._take_model_step
@@ -189,7 +189,7 @@ def costs_of_frozen_weights(rank: int, case: AdaptedCase, root: Path) -> dict[st
     engine._take_model_step = look
     for batch in range(2):
         engine.train_batch(case.batch(batch))
-    assert stored is engine._deliver
+    assert stored is engine._accumulator
     for exclude in (False, True):
         engine.save_checkpoint(str(root / str(exclude)), tag="two", exclude_frozen_parameters=exclude)
     third = float(engine.train_batch(case.batch(2)))
