@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as _stock
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
@@ -39,6 +41,18 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     def stock_backward(self, loss: Any) -> None:
         """The backward from a loss, scaled and divided as DeepSpeed's."""
         DeepSpeedEngine.backward(self, loss)
+
+    def gradient_of_loss(self) -> Tensor:
+        """The derivative of what `stock_backward` starts from by the loss: divided and scaled as in
+        DeepSpeedEngine.backward."""
+        loss = torch.ones((), device=self.device, requires_grad=True)
+        with torch.enable_grad():
+            root = loss / self.gradient_accumulation_steps()
+            if isinstance(self.optimizer, ZeROOptimizer):
+                root = self.optimizer.scale_if_loss(root)
+            elif self.torch_autocast_z0_gradscaler:
+                root = self.torch_autocast_z0_gradscaler.scale(root)
+        return torch.autograd.grad(root, loss)[0]
 
     def divide_gradient(self, grad: Tensor) -> Tensor:
         """A gradient of the loss, divided by the number of micro-batches where DeepSpeed wants that."""

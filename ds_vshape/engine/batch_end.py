@@ -35,6 +35,7 @@ from ds_vshape.runtime.micro_batch import added, as_number, detached
 from ds_vshape.runtime.reduction import reduction_for
 from ds_vshape.runtime.script_functions import ScriptFunctions
 from ds_vshape.runtime.token_mean import TokenMean
+from ds_vshape.split_backward.head import EarlyGradients
 
 
 class BatchEnd(StockEngine):
@@ -45,6 +46,7 @@ class BatchEnd(StockEngine):
     _agreement: Agreement
     _background: Background
     _channels: Channels
+    _early: EarlyGradients
     _guard: BatchGuard
     _stage_buffers: Buffers
     _released: ReleasedWeights
@@ -132,7 +134,8 @@ class BatchEnd(StockEngine):
         if torch.is_grad_enabled() and self._guard.failure is None:
             try:
                 self._released.check()
-            except PipelineError as error:
+                self._early.check()
+            except (PipelineError, RuntimeError) as error:
                 self._guard.failure = self._agreement.failure(error, "the passes of the batch")
         self._guard.agree_on_passes()
         if torch.is_grad_enabled():

@@ -72,6 +72,7 @@ from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS
+from ds_vshape.split_backward.head import EarlyGradients
 
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
@@ -109,6 +110,7 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Reh
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
         self._observer = Observer(self)
         self._background = background()
+        self._early = EarlyGradients(self.device)
         self._token_mean: TokenMean | None = None
         if self.module.averages_tokens and self.is_last_stage():
             self._token_mean = TokenMean(self.module.loss_fn, self._draw, self.is_first_stage(),

@@ -24,6 +24,7 @@ from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, Operators, SplitBackward, SplitForward
+from ds_vshape.split_backward.head import EarlyGradients, with_logits
 
 
 class StagePasses(StockEngine):
@@ -32,6 +33,7 @@ class StagePasses(StockEngine):
     placement: Placement
     _active_stage: int | None
     _accumulator: GradientAccumulator
+    _early: EarlyGradients
     _forwards_before: int
     _stage_buffers: Buffers
     _observer: Observer
@@ -84,20 +86,25 @@ class StagePasses(StockEngine):
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
         compute = self.computes_loss and self.module.loss_fn is not None
-        loss = outputs
-        if compute and self._token_mean is not None:
-            loss = self._token_mean.loss(outputs, labels)
-        elif compute:
-            loss = loss_of(self.module.loss_fn, outputs, labels)
+        with self._early.active(self._accumulator, self._gradient_of_loss):
+            if compute and self._token_mean is not None:
+                loss = self._token_mean.loss(outputs, labels)
+            else:
+                loss = loss_of(self.module.loss_fn, outputs, labels) if compute else with_logits(outputs)
         if torch.is_grad_enabled():
             check_loss(loss)
         if self.eval_return_logits:
-            self.outputs = outputs
+            self.outputs = with_logits(outputs)
         self.loss = detached(loss)
         self.fwd_outputs.append(self.loss)
         if torch.is_grad_enabled():
             self._add_to_batch_loss(self.loss)
         return loss
+
+    def _gradient_of_loss(self) -> Tensor:
+        """By what a backward multiplies the gradient of what the loss function has returned."""
+        share = 1 if self._token_mean is None else self._token_mean.share
+        return self.gradient_of_loss() * share
 
     # -- backward
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
+from ds_vshape.split_backward.head import HeadOutput, Projection
+
 VOCABULARY = 256
 
 
@@ -100,14 +102,23 @@ class Block(nn.Module):
         return output
 
 
-def gpt_layers(config: GPTConfig) -> list[LayerSpec]:
-    """The layers for a PipelineModule, in order; only those of the rank's own stages get built there."""
+def head_in_chunks(embedding: Embedding, hidden: Tensor) -> HeadOutput:
+    """As `head`, with the logits left to `loss_fn`, which computes them for some tokens at a time."""
+    return HeadOutput(hidden, Projection(embedding.weight))
+
+
+def gpt_layers(config: GPTConfig, chunked_head: bool = False) -> list[LayerSpec]:
+    """The layers for a PipelineModule, in order; only those of the rank's own stages get built there.
+
+    With a `chunked_head` the logits never exist whole (split_backward/head.py).
+    """
     return [
         TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden),
         LayerSpec(Positions, config),
         *(LayerSpec(Block, config) for _ in range(config.layers)),
         LayerSpec(nn.LayerNorm, config.hidden),
-        TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden, forward_fn=head),
+        TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden,
+                      forward_fn=head_in_chunks if chunked_head else head),
     ]
 
 
@@ -118,6 +129,8 @@ def seed_layer(seed: int) -> None:
     torch.manual_seed(int(seed))
 
 
-def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+def loss_fn(logits: Tensor | HeadOutput, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats a byte; `labels` [batch, length] are the bytes that come next."""
+    if isinstance(logits, HeadOutput):
+        return logits.loss(labels)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

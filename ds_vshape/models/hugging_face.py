@@ -15,6 +15,7 @@ attention wants, the rotary embedding) each stage makes for itself: it is cheape
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from ds_vshape.models.hugging_face_forward import Arguments, BaseForward, HeadForward
 from ds_vshape.models.hugging_face_plan import Plan, PlannedModel
-from ds_vshape.models.hugging_face_tensor_parallel import Cut, TensorParallelPlan, share_random_state
+from ds_vshape.models.hugging_face_tensor_parallel import Cut, TensorParallelPlan, parts_of, share_random_state
+from ds_vshape.models.parallel_layers import VocabularyLinear
+from ds_vshape.split_backward.head import HeadOutput, Projection
 from ds_vshape.split_backward.tensor_parallel import sum_gradient
 
 try:
@@ -50,7 +53,8 @@ Flow = Tensor | tuple[Tensor, ...]
 
 def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                     plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None,
-                    lora: LoraConfig | None = None, packed: bool = False) -> list[LayerSpec]:
+                    lora: LoraConfig | None = None, packed: bool = False,
+                    chunked_head: bool = False) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
@@ -67,6 +71,8 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
             modules_to_save.
         packed: rows hold several samples, whose position ids each start at 0 and which transformers keeps apart; a
             micro-batch is ((ids, position ids), labels).
+        chunked_head: leave the logits to next_token_loss (or TensorParallelLoss), which computes them for some tokens
+            at a time, so that they never exist whole (split_backward/head.py).
 
     Raises:
         ValueError: for a model that can't be cut into these layers, or not over these ranks, and for adapters that it
@@ -87,7 +93,7 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                              "adapters aren't cut")
         parallel = TensorParallelPlan(planned, tensor_group)
         share_random_state(tensor_group)
-    shared = Shared(planned, parallel)
+    shared = Shared(planned, parallel, chunked_head)
     if packed:
         shared.check_packed()
     if planned.is_tied:
@@ -114,9 +120,12 @@ def next_token_loss(outputs: Flow, labels: Tensor, num_items_in_batch: Tensor | 
 
     Returns the loss. Where there is a router loss: with `num_items_in_batch` both, else their sum.
     """
-    logits, *router_loss = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss: Tensor = ForCausalLMLoss(logits, None, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch,
-                                   shift_labels=labels)
+    logits, *router_loss = parts_of(outputs)
+    if isinstance(logits, HeadOutput):
+        loss = logits.loss(labels, num_items_in_batch)
+    else:
+        loss = ForCausalLMLoss(logits, None, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch,
+                               shift_labels=labels)
     if num_items_in_batch is None:
         return sum(router_loss, loss)
     return (loss, *router_loss) if router_loss else loss
@@ -129,9 +138,11 @@ class Shared:
     of the stage, and for all micro-batches where there is no mask.
     """
 
-    def __init__(self, planned: PlannedModel, parallel: TensorParallelPlan | None = None) -> None:
+    def __init__(self, planned: PlannedModel, parallel: TensorParallelPlan | None = None,
+                 chunked_head: bool = False) -> None:
         self.planned = planned
         self.parallel = parallel
+        self.chunked_head = chunked_head
         self.forward = BaseForward(planned)
         self.head = HeadForward(planned)
         self._layers = getattr(planned.owner, planned.layers)
@@ -183,6 +194,27 @@ class Shared:
                 raise ValueError(f"packed = True: model_type = {self.planned.model_type!r} doesn't keep the samples of "
                                  f"a row apart in decoder layer {index}; must be False")
 
+    def logits(self, head: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None, flow: Flow) -> Flow:
+        """The logits that `head`, a product with the weight, makes of what the norm has given, with a router loss if
+        there is one; or what the loss needs to make them."""
+        hidden, mask, router_logits = _to_head(flow)
+        if not self.chunked_head:
+            return self.head(head, hidden, mask, router_logits)
+        if self.parallel is not None:
+            hidden = sum_gradient(hidden, self.parallel.group)
+        output: Any = HeadOutput(hidden, Projection(weight, bias, self._logits_of_chunk))
+        if router_logits is None:
+            return output  # type: ignore[no-any-return]
+        # Of one word: the forward of the head gives the router loss with logits alone.
+        _, router_loss = self.head(lambda hidden: hidden.detach()[..., :1], hidden, mask, router_logits)
+        return output, router_loss
+
+    def _logits_of_chunk(self, project: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Logits [tokens, vocab_size] of hidden states [tokens, hidden], by transformers' forward of the head."""
+        logits = self.head(project, hidden[None])
+        assert isinstance(logits, Tensor)
+        return logits[0]
+
     def arguments(self, index: int, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Arguments:
         """Of decoder layer `index`, besides the hidden states."""
         given = [tensor for tensor in (mask, position_ids) if tensor is not None]
@@ -227,7 +259,7 @@ class Tokens(Part):
         def head(hidden: Tensor) -> Tensor:
             return F.linear(hidden if parallel is None else sum_gradient(hidden, parallel.group), weight)
 
-        return self.shared.head(head, *_to_head(flow))
+        return self.shared.logits(head, weight, None, flow)
 
 
 class Positions(Part):
@@ -294,8 +326,15 @@ class Head(Part):
         planned = shared.planned
         super().__init__(shared, planned.head, shared.made(planned.head, planned.model.get_output_embeddings()))
 
+        if shared.chunked_head and type(self.module) not in (nn.Linear, VocabularyLinear):
+            raise ValueError(f"chunked_head = True: the head {planned.head} is a {type(self.module).__name__}; must be "
+                             "a Linear, without adapters")
+
     def forward(self, flow: Flow) -> Flow:
-        return self.shared.head(self.module, *_to_head(flow))
+        module: Any = self.module
+        if not self.shared.chunked_head:
+            return self.shared.head(module, *_to_head(flow))
+        return self.shared.logits(module, module.weight, module.bias, flow)
 
 
 def _members(flow: Flow) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ds_vshape.models.hugging_face_plan import PlannedModel
 from ds_vshape.models.parallel_layers import ColumnLinear, GatheredColumnLinear, VocabularyEmbedding, VocabularyLinear
+from ds_vshape.split_backward.head import HeadOutput
 from ds_vshape.split_backward.tensor_parallel import sum_gradient
 
 _ROWS, _COLUMNS = -2, -1
@@ -246,16 +247,28 @@ class TensorParallelLoss:
 
     def __call__(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor,
                  num_items_in_batch: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
-        logits, *router_loss = outputs if isinstance(outputs, tuple) else (outputs,)
+        logits, *router_loss = parts_of(outputs)
+        if isinstance(logits, HeadOutput):
+            loss = logits.loss(labels, num_items_in_batch, partial(self._cross_entropy, reduction="sum"))
+        else:
+            loss = self._cross_entropy(logits, labels, "mean" if num_items_in_batch is None else "sum")
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        if num_items_in_batch is None:
+            return sum(router_loss, loss)
+        return (loss, *router_loss) if router_loss else loss
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         size, ranks = logits.shape[-1], dist.get_world_size(self._group)
         start = dist.get_rank(self._group) * size
         loss: Tensor = vocab_parallel_cross_entropy(
             logits, labels, self._group, vocab_start_index=start, vocab_end_index=start + size,
-            global_vocab_size=ranks * size, reduction="mean" if num_items_in_batch is None else "sum")
-        if num_items_in_batch is None:
-            return sum(router_loss, loss)
-        loss = loss / num_items_in_batch
-        return (loss, *router_loss) if router_loss else loss
+            global_vocab_size=ranks * size, reduction=reduction)
+        return loss
+
+
+def parts_of(outputs: Any) -> tuple[Any, ...]:
+    """Logits, or what is to make them, and a router loss if there is one."""
+    return outputs if type(outputs) is tuple else (outputs,)
 
 
 def share_random_state(group: Any) -> None:

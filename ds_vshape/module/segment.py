@@ -42,20 +42,23 @@ class Segment:
 
     def run_checkpointed(self, checkpoint: Checkpoint, inputs: Any) -> Any:
         """As `run`, keeping only the inputs for the backward, which runs the layers again."""
-        is_tuple, gave_tuple = isinstance(inputs, tuple), False
+        is_tuple, gave = isinstance(inputs, tuple), object
         parts = inputs if isinstance(inputs, tuple) else (inputs,)
         count = len(parts)
 
         def again(*parts: Any) -> Any:
-            nonlocal gave_tuple
+            nonlocal gave
             outputs = self.run(parts[:count] if is_tuple else parts[0])
-            gave_tuple = isinstance(outputs, tuple)
+            gave = type(outputs)
             return outputs
 
         witness = (torch.empty(0, requires_grad=True),) if self._needs_a_witness(checkpoint, parts) else ()
         outputs = checkpoint(again, *parts, *witness)
-        # DeepSpeed's gives back a tuple of one as its member.
-        return (outputs,) if gave_tuple and not isinstance(outputs, tuple) else outputs
+        if not issubclass(gave, tuple):
+            return outputs
+        # DeepSpeed's gives back a tuple of one as its member, and other functions a plain tuple for a named one.
+        members = outputs if isinstance(outputs, tuple) else (outputs,)
+        return gave(*members) if hasattr(gave, "_fields") else members
 
     def _needs_a_witness(self, checkpoint: Checkpoint, inputs: tuple[Any, ...]) -> bool:
         """Whether parameters are to be trained that no gradient of an input leads to."""

@@ -138,7 +138,12 @@ class TokenMean:
         if not torch.is_tensor(loss) or len(auxiliary) > 1:
             raise PipelineError(f"the loss function gave {_described(found)}: must be a tensor of one number, or "
                                 "(loss, auxiliary loss)")
-        return sum(auxiliary, loss * (self._micro_batches * self._replicas))
+        return sum(auxiliary, loss * self.share)
+
+    @property
+    def share(self) -> int:
+        """By what DeepSpeed will divide the sum of the losses."""
+        return self._micro_batches * self._replicas
 
     def forget(self) -> None:
         """Leave nothing of a batch that has failed."""

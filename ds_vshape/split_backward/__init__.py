@@ -8,6 +8,7 @@
     accumulate.py   gradients added to a sum in place
     matrix.py       linear, matmul, mm, addmm, embedding
     batched.py      bmm, grouped products, indexing: the experts of a mixture in one tensor
+    head.py         a head and its loss in chunks of tokens, whose weight gradient F makes
     convolution.py  conv1d, conv2d, conv3d
     norms.py        layer_norm, rms_norm
     casts.py        autocast's casts of the operands, made ahead of the operator

@@ -1,0 +1,256 @@
+"""A head and its loss in chunks of tokens: logits [tokens, vocabulary] never exist whole, and their gradients neither.
+
+    logits, their loss, the loss's gradient by them      of one chunk after the other, in F
+    gradient of the hidden states                        kept from F to B, as large as they are
+    gradient of the weight                               added to its sum over the micro-batches, in F
+
+So a head keeps hidden states and their gradient, where logits and what a cross-entropy keeps of them are vocabulary /
+hidden times as much each. Liger's fused_linear_cross_entropy.py computes alike, and keeps a gradient of the weight, as
+large as the weight, from F to B. Here F adds it where sums are, which takes no memory: it knows by which factor B will
+multiply, since an engine says so (`EarlyGradients`). Without an engine it is kept as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from ds_vshape.split_backward.accumulate import add_product
+from ds_vshape.split_backward.store import GradientAccumulator
+from ds_vshape.split_backward.weights import is_deferrable
+
+IGNORE_INDEX = -100
+# Fewer tokens than these use a processor's matrix product badly.
+_LEAST_CHUNK = 16
+# By how much B's factor may differ from the one that F was told, which is rounding.
+_TOLERANCE = 1e-3
+
+# The sum of the losses of logits [tokens, vocabulary] with labels [tokens].
+SummedLoss = Callable[[Tensor, Tensor], Tensor]
+# Logits of hidden states [tokens, hidden] by a function that multiplies with the weight.
+Forward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy in nats, in fp32, of all labels but -100."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def product_alone(project: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """A head that is nothing but a product."""
+    return project(hidden)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What makes logits: weight [vocabulary, hidden], bias [vocabulary] or None, and what surrounds the product."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    forward: Forward = product_alone
+
+
+class HeadOutput(NamedTuple):
+    """The output of a last layer that leaves its logits to the loss: hidden states [..., hidden], and what multiplies
+    them."""
+
+    hidden: Tensor
+    projection: Projection
+
+    def logits(self) -> Tensor:
+        """The whole logits [..., vocabulary]."""
+        by = self.projection
+        flat = by.forward(lambda hidden: F.linear(hidden, by.weight, by.bias), self.hidden.flatten(0, -2))
+        return flat.view(*self.hidden.shape[:-1], -1)
+
+    def loss(self, labels: Tensor, items: Tensor | int | None = None, summed: SummedLoss = summed_cross_entropy,
+             chunk: int | None = None) -> Tensor:
+        """The sum of the losses of all tokens, divided by `items`; by default their mean, of labels other than -100.
+
+        The result must be what the engine gets as the loss, or `loss` of (loss, auxiliary loss), and not be multiplied:
+        B raises RuntimeError else.
+
+        Args:
+            labels: [...], as the hidden states without their last dimension.
+            chunk: how many tokens are computed at a time; by default so many that their logits are as large as the
+                hidden states of all.
+        """
+        labels = labels.flatten()
+        if items is None:
+            items = (labels != IGNORE_INDEX).sum()
+        hidden, by = self.hidden.flatten(0, -2), self.projection
+        chunk = chunk or max(_LEAST_CHUNK, -(-hidden.numel() // by.weight.shape[0]))
+        may_add = torch.is_grad_enabled() and isinstance(by.weight, Parameter) and is_deferrable(by.weight)
+        early = _active if may_add else None
+        scale = None if early is None else early.factor() / items
+        total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, by.weight, by.bias, labels, by.forward, summed, chunk, early, scale, torch.is_grad_enabled())
+        return total / items
+
+
+def with_logits(outputs: Any) -> Any:
+    """Outputs of a last layer, with whole logits where it has left them to the loss."""
+    if isinstance(outputs, HeadOutput):
+        return outputs.logits()
+    return tuple(map(with_logits, outputs)) if type(outputs) is tuple else outputs
+
+
+class EarlyGradients:
+    """Where the F of a stage may add gradients of weights, and by what B will multiply the loss.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._worst = torch.zeros((), device=device)
+        self.accumulator: GradientAccumulator | None = None
+        self.factor: Callable[[], Tensor] = lambda: torch.ones((), device=device)
+
+    @contextmanager
+    def active(self, accumulator: GradientAccumulator, factor: Callable[[], Tensor]) -> Iterator[None]:
+        """Around the loss function. `factor` gives the derivative of what B starts from by the function's result."""
+        global _active
+        self.accumulator, self.factor = accumulator, factor
+        before, _active = _active, self
+        try:
+            yield
+        finally:
+            _active = before
+            self.accumulator = None
+
+    def note(self, ratio: Tensor) -> None:
+        """B has found its factor, as a multiple of the one that F was told."""
+        self._worst = torch.maximum(self._worst, (ratio.detach().float() - 1).abs())
+        if ratio.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raise RuntimeError if gradients were added with a wrong factor; waits for the device."""
+        worst, self._worst = float(self._worst), torch.zeros_like(self._worst)
+        if worst > _TOLERANCE:
+            raise RuntimeError("the loss of a head in chunks of tokens was multiplied or used twice after it was "
+                               f"computed, so that the head's gradient is wrong by {worst:.3g} of it: the loss "
+                               "function must return it as it is, or (it, auxiliary loss), or have whole logits")
+
+
+# Of this process: F runs in one thread.
+_active: EarlyGradients | None = None
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """hidden (n, h), weight (v, h), bias (v) or None, labels (n) -> the sum of the losses."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, forward: Forward,
+                summed: SummedLoss, chunk: int, early: EarlyGradients | None, scale: Tensor | None,
+                trains: bool) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        matrix, offset = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        weight_sum = _WeightSum(weight, early) if trains and weight.requires_grad else None
+        bias_sum = None
+        if trains and bias is not None and bias.requires_grad:
+            bias_sum = torch.zeros_like(bias, dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if trains and hidden.requires_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # An active mode would split the products of each chunk.
+        with torch._C.DisableTorchFunction():
+            for start in range(0, hidden.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                one = _Chunk(hidden[rows], matrix, offset, forward, trains)
+                with torch.set_grad_enabled(trains):
+                    loss = summed(one.logits, labels[rows])
+                total += loss.detach()
+                if not trains:
+                    continue
+                by_logits = one.differentiate(loss, scale)
+                if weight_sum is not None:
+                    weight_sum.add(by_logits, one.projected)
+                if bias_sum is not None:
+                    bias_sum += by_logits.sum(0)
+                if gradient is not None:
+                    gradient[rows] = one.by_hidden(by_logits.mm(matrix))
+        ctx.gradients = (gradient, None if weight_sum is None else weight_sum.finish(),
+                         None if bias_sum is None or bias is None else bias_sum.to(bias.dtype))
+        ctx.early, ctx.scale = early, scale
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_total: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss of a head in chunks of tokens can be differentiated once")
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = by_total
+        if ctx.scale is not None:
+            factor = by_total / ctx.scale
+            ctx.early.note(factor)
+        return (*(None if gradient is None else gradient.mul_(factor) for gradient in gradients), *[None] * 7)
+
+
+class _Chunk:
+    """The logits of some tokens, outside autograd's graph of the stage."""
+
+    def __init__(self, hidden: Tensor, matrix: Tensor, offset: Tensor | None, forward: Forward, trains: bool) -> None:
+        self._hidden = hidden.detach().requires_grad_(trains)
+        self._matrix, self._offset, self._trains = matrix, offset, trains
+        with torch.set_grad_enabled(trains):
+            self.logits = forward(self._project, self._hidden)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        self._received = hidden
+        self.projected = hidden.detach().flatten(0, -2).to(self._matrix.dtype)
+        product = F.linear(self.projected, self._matrix, self._offset)
+        self._product = product.requires_grad_(self._trains)
+        return self._product.view(*hidden.shape[:-1], -1)
+
+    def differentiate(self, loss: Tensor, scale: Tensor | None) -> Tensor:
+        """The gradient of the loss, times `scale`, by what the product gave; the logits go."""
+        of_loss = None if scale is None else scale.to(loss.dtype).reshape(loss.shape)
+        gradient, = torch.autograd.grad(loss, self._product, of_loss)
+        del self.logits, self._product
+        return gradient
+
+    def by_hidden(self, by_projected: Tensor) -> Tensor:
+        """The gradient by the hidden states."""
+        if self._received is self._hidden:
+            return by_projected
+        gradient, = torch.autograd.grad(self._received, self._hidden, by_projected.view_as(self._received).to(
+            self._received.dtype))
+        return gradient
+
+
+class _WeightSum:
+    """The gradient of a weight: added where the engine's sums are, or in a tensor of its own."""
+
+    def __init__(self, weight: Any, early: EarlyGradients | None) -> None:
+        self._weight, self._accumulator = weight, None if early is None else early.accumulator
+        sums = None if self._accumulator is None else self._accumulator.buffer(weight)
+        # Products of a few tokens would be rounded one by one in a narrow sum.
+        is_own = sums is None or sums.dtype != torch.float32
+        self._own = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if is_own else None
+        self._sums = sums if self._own is None else self._own
+
+    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
+        """by_logits (n, v), hidden (n, h)."""
+        assert self._sums is not None
+        if not add_product(self._sums, by_logits.t(), hidden):
+            self._sums.add_(by_logits.t().mm(hidden))
+
+    def finish(self) -> Tensor | None:
+        """What autograd has to add, if the engine hasn't."""
+        own = None if self._own is None else self._own.to(self._weight.dtype)
+        if self._accumulator is None:
+            return own
+        if own is not None:
+            self._accumulator.add(self._weight, own)
+        return None
