@@ -32,7 +32,7 @@ import ds_vshape
 from ds_vshape.config.section import ConfigError
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job import Job
-from ds_vshape.layouts.job_costs import bounds_of, training_of
+from ds_vshape.layouts.job_costs import training_of
 from ds_vshape.measure.own_engine import OwnEngineClock
 from ds_vshape.models.gpt import GPTConfig, gpt_layers, loss_fn, seed_layer
 from ds_vshape.models.gpt_parallel import parallel_gpt_layers
@@ -107,7 +107,7 @@ def build_engine(job: Job) -> Any:
     module = ds_vshape.PipelineModule(layers,
                                       topology=topology,
                                       loss_fn=loss_fn,
-                                      partition_method=bounds_of(training_of(job)),
+                                      partition_method=training_of(job).partition,
                                       seed_layers=True,
                                       seed_fn=seed_layer,
                                       config=ds_config)

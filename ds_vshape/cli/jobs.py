@@ -5,22 +5,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from ds_vshape.cli.extras import check_installed
 from ds_vshape.cli.files import check_writable, write_json
 from ds_vshape.cli.progress import progress_bar
 from ds_vshape.cli.report import console
 
+GIB = 1024 ** 3
+
 _DRY_RUN = """Shows what a job would do: each pipeline rank with its global ranks, hosts, layers and bytes, and the
 predicted step. Words choose a file of a group (schedule=v-half) or set a key (parallel.pipe=4)."""
 _LAYOUTS = """Ranks layouts, micro-batch sizes and schedules for a number of devices by the predicted step; what doesn't
 fit into memory is left out. The section search says what to try (search.ranks=24 search.batch=96); other words are
-those of dry-run."""
+those of dry-run. With --model it is done for a Hugging Face model, whose layers are measured on the meta device, and
+else for a GPT of the package."""
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `layouts` and `dry-run` to the command line."""
     layouts = commands.add_parser("layouts", help="rank the layouts of a number of devices", description=_LAYOUTS)
     layouts.set_defaults(run=run_layouts)
+    layouts.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face model: a folder with config.json")
+    layouts.add_argument("--ranks", type=int, metavar="N", help="devices that every layout must use")
+    layouts.add_argument("--memory", metavar="BYTES", help="of a device, like 80GiB (default: the machine's)")
+    layouts.add_argument("--batch", type=int, metavar="N", help="sequences that every layout must train in a step")
+    layouts.add_argument("--length", type=int, metavar="N", help="tokens in a sequence")
+    layouts.add_argument("--micro-batch", metavar="N,N", help="sizes of micro-batches to try, like 1,2,4")
+    layouts.add_argument("--schedules", metavar="NAME,NAME", help="schedules to try, like 1f1b,v-half")
     dry_run = commands.add_parser("dry-run", help="show what a job would do", description=_DRY_RUN)
     dry_run.add_argument("--multirun", action="store_true",
                          help="a job for each combination of values (parallel.pipe=2,4)")
@@ -35,19 +47,53 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run_layouts(arguments: argparse.Namespace) -> int:
     """Search, print the table, and write the file asked for; 1 if nothing fits. Raises ValueError on bad input."""
     _check(arguments)
+    if arguments.model is not None:
+        check_installed("transformers", "models of Hugging Face need transformers", "models")
     from ds_vshape.layouts.composition import CONFIGS, compose_search
+    from ds_vshape.layouts.job_costs import predict_job
     from ds_vshape.layouts.search import rank_layouts
 
-    search, config, schedules = compose_search(arguments.words, arguments.configs or CONFIGS)
+    search, config, schedules = compose_search(arguments.words + _words(arguments), arguments.configs or CONFIGS)
+    predict = predict_job
+    if arguments.model is not None:
+        from ds_vshape.layouts.hugging_face import ModelFolder  # needs torch and transformers
+
+        model = ModelFolder(arguments.model, arguments.length)
+        model.costs(search.micro_batch[0], config["precision"]["dtype"], 1)  # One error, instead of one a layout.
+        config, predict = {**config, "model": model.section}, model.predict
     with progress_bar("predicting") as progress:
-        ranking = rank_layouts(search, config, schedules, progress)
+        ranking = rank_layouts(search, config, schedules, progress, predict)
     if arguments.json is not None:
         write_json("--json", arguments.json, ranking.to_json())
     out = console()
     out.print(ranking.table())
     out.print(f"{ranking.tried} combinations: {ranking.impossible} impossible, {ranking.too_large} above "
               f"{ranking.memory:g} GiB, {len(ranking.found)} ranked.", highlight=False)
+    if not ranking.found:
+        out.print(ranking.why_nothing(), highlight=False)
     return 0 if ranking.found else 1
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    """The options of `layouts` as words."""
+    words = [f"search.{key}={value}" for key in ("ranks", "batch") if (value := getattr(arguments, key)) is not None]
+    words += [f"search.{key}=[{value}]" for key in ("micro_batch", "schedules") if (value := getattr(arguments, key))]
+    if arguments.memory is not None:
+        words.append(f"search.memory={_gibibytes(arguments.memory)}")
+    if arguments.length is not None:
+        words.append(f"model.length={arguments.length}")
+    return words
+
+
+def _gibibytes(text: str) -> float:
+    """"80GiB" or "80 GB" as GiB; ValueError for anything else."""
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size <= 0 or not text.strip()[-1:].isalpha():
+        raise ValueError(f"--memory {text!r}: must be bytes with their unit, like 80GiB or 80GB")
+    return size / GIB
 
 
 def run_dry(arguments: argparse.Namespace) -> int:

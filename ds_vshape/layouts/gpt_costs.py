@@ -36,6 +36,10 @@ from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Times
 
 
+# Layers of ds_vshape/models/gpt.py before the first block and after the last one; here there is one for each two.
+ENDS = 2
+
+
 @dataclass(frozen=True)
 class Bytes:
     """Of an activation's value; of a parameter's weight, of its gradient with all sums of it, and of what the optimizer
@@ -144,6 +148,13 @@ class Training:
         head = Layer(2 * t * h * vocabulary, 0, vocabulary * h, wide * t * (4 * h + code.logits * vocabulary),
                      wide * t * (2 * h + 2 * vocabulary))
         return (embedding, *[block] * self.shape.layers, head)
+
+    @property
+    def partition(self) -> list[int]:
+        """PipelineModule's: the first of ds_vshape/models/gpt.py's layers on each stage, and their number."""
+        assert self.bounds is not None
+        first, *inner, last = self.bounds
+        return [first, *(bound + 1 for bound in inner), last + ENDS]
 
     def stages(self, placement: Placement) -> list[Sequence[Layer]]:
         """The layers of each stage."""

@@ -7,33 +7,23 @@ from dataclasses import replace
 from itertools import pairwise
 
 from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.layouts.gpt_costs import GPT_PY, Bytes, Shape, Speeds, Training
+from ds_vshape.layouts.gpt_costs import ENDS, GPT_PY, Bytes, Shape, Speeds, Training
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.prediction import Prediction, predict
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 from ds_vshape.schedule.timeline import Times
-
-# Layers of ds_vshape/models/gpt.py before the first block and after the last one; the cost model has one for each two.
-ENDS = 2
 
 
 def training_of(job: Job) -> Training:
     """What the cost model takes; stages are balanced by it unless the config has bounds."""
     model = job.model
     shape = Shape("", model.layers, model.heads, model.hidden, job.ranks, model.vocabulary)
-    training = Training(shape, _speeds_of(job), model.length, job.data.micro_batch, job.micro_batches,
+    training = Training(shape, speeds_of(job), model.length, job.data.micro_batch, job.micro_batches,
                         job.parallel.pipe, job.parallel.tensor, job.replicas, bytes=bytes_of(job), code=GPT_PY)
     if job.section and isinstance(job.section.partition, tuple):
         first, *inner, last = job.section.partition
         return replace(training, bounds=(first, *(bound - 1 for bound in inner), last - ENDS))
     return training.balanced(job.placement)
-
-
-def bounds_of(training: Training) -> list[int]:
-    """PipelineModule's partition: the first of ds_vshape/models/gpt.py's layers on each stage, and their number."""
-    assert training.bounds is not None
-    first, *inner, last = training.bounds
-    return [first, *(bound + 1 for bound in inner), last + ENDS]
 
 
 def bytes_of(job: Job) -> Bytes:
@@ -64,7 +54,12 @@ def bytes_of(job: Job) -> Bytes:
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
     """The batch of `job`; ValueErrors as of prediction.predict."""
-    training = training_of(job)
+    return predict_training(job, training_of(job), progress)
+
+
+def predict_training(job: Job, training: Training,
+                     progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
+    """The batch of `job`, whose layers and stages are those of `training`; ValueErrors as of prediction.predict."""
     config = job.section or ScheduleConfig(name=job.schedule_name)
     return predict(config, training, _times(job, training), progress)
 
@@ -97,7 +92,8 @@ def _times(job: Job, training: Training) -> Times:
                                       for stage, (here, there) in enumerate(pairwise(ranks))))
 
 
-def _speeds_of(job: Job) -> Speeds:
+def speeds_of(job: Job) -> Speeds:
+    """What the job's machine reaches."""
     machine = job.machine
     inside, between = ((bandwidth * 1e9, microseconds * 1e-6)
                        for bandwidth, microseconds in (machine.inside, machine.between))

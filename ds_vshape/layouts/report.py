@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_vshape.layouts.job import Job
-from ds_vshape.layouts.job_costs import bounds_of, host_of, place_of
+from ds_vshape.layouts.job_costs import host_of, place_of
 from ds_vshape.layouts.prediction import Prediction
 from ds_vshape.measure.rank_memory import readable
 
@@ -34,7 +34,7 @@ def print_job(job: Job, prediction: Prediction, console: Console) -> None:
 
 def job_to_json(job: Job, prediction: Prediction) -> dict[str, Any]:
     """The same as plain values: times in seconds, memory in bytes; "stages" is the number of pipeline ranks."""
-    parts = list(pairwise(bounds_of(prediction.training)))
+    parts = list(pairwise(prediction.training.partition))
     return {
         "schedule": job.schedule["name"],
         "stages": job.parallel.pipe,
@@ -70,7 +70,7 @@ def _table(job: Job, prediction: Prediction) -> Table:
         table.add_column(column)
     for column in ("parameters", "gradients", "optimizer", "activations", "communicators", "all", "busy"):
         table.add_column(column, justify="right")
-    parts = list(pairwise(bounds_of(prediction.training)))
+    parts = list(pairwise(prediction.training.partition))
     for pipe, stages in enumerate(job.placement.chunks):
         memory = prediction.memory[pipe]
         table.add_row(

@@ -8,7 +8,7 @@ rules.py refuses is left out, and so is what needs more memory than there is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from ds_vshape.layouts.job_costs import predict_job
 from ds_vshape.layouts.prediction import Prediction
 from ds_vshape.layouts.report import GIB
 from ds_vshape.layouts.rules import read_job
+from ds_vshape.measure.rank_memory import readable
 
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
 
@@ -51,8 +52,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The layouts that fit into `memory` GiB, the fastest first; and how many combinations were impossible, and how
-    many too large.
+    """The layouts that fit into `memory` GiB, the fastest first; how many combinations were impossible, and how many
+    too large; and of these the one that needs least.
     """
 
     search: Search
@@ -60,6 +61,7 @@ class Ranking:
     found: tuple[Found, ...]
     impossible: int
     too_large: int
+    least: Found | None = None
 
     @property
     def tried(self) -> int:
@@ -82,6 +84,18 @@ class Ranking:
                           f"{prediction.mfu:.1%}", f"{base / prediction.seconds:.3f}" if base else "-")
         return shown
 
+    def why_nothing(self) -> str:
+        """Why nothing was found: the least that a layout needs, and what takes most of it."""
+        if self.least is None:
+            return "Nothing fits: no combination is possible."
+        job, prediction = self.least.job, self.least.prediction
+        fullest = max(prediction.memory, key=lambda memory: memory.total)
+        part, size = max(asdict(fullest).items(), key=lambda item: item[1] or 0)
+        return (f"Nothing fits into {self.memory:g} GiB. The least is {readable(fullest.total)}, with "
+                f"{job.schedule['name']} on {job.parallel.pipe} pipeline x {job.parallel.tensor} tensor x "
+                f"{job.replicas} data parallel ranks in micro-batches of {job.data.micro_batch}; most of it, "
+                f"{readable(size)}, is for {part.replace('_peak', '')}.")
+
     def to_json(self) -> dict[str, Any]:
         """All that was found as plain values: times in seconds, memory in bytes; "stages" counts pipeline ranks."""
         return {
@@ -96,6 +110,7 @@ class Ranking:
                          "data": each.job.replicas,
                          "micro_batch": each.job.data.micro_batch,
                          "micro_batches": each.job.micro_batches,
+                         "partition": each.prediction.training.partition,
                          "metrics": {"step_s": each.prediction.seconds, "bubble": each.prediction.bubble,
                                      "samples_per_second": each.prediction.samples_per_second,
                                      "mfu": each.prediction.mfu, "fullest": each.prediction.fullest}}
@@ -120,25 +135,26 @@ def candidates(search: Search, config: dict[str, Any],
 
 
 def rank_layouts(search: Search, config: dict[str, Any], schedules: Sequence[dict[str, Any]],
-                 progress: Callable[[float], None] = lambda fraction: None) -> Ranking:
+                 progress: Callable[[float], None] = lambda fraction: None,
+                 predict: Callable[[Job], Prediction] = predict_job) -> Ranking:
     """All layouts of `config`, a job's config whose layout and batch `search` replaces.
 
     `schedules` are "pipeline_schedule" sections; `progress` is called with the share that is done.
     """
     memory = search.memory or config["machine"]["memory"]
-    found, impossible, too_large = [], 0, 0
+    found: list[Found] = []
+    too_large: list[Found] = []
+    impossible = 0
     every = list(candidates(search, config, schedules))
     for place, candidate in enumerate(every):
         progress(place / len(every))
         try:
             job = read_job(candidate)
-            prediction = predict_job(job)
+            each = Found(job, predict(job))
         except ValueError:
             impossible += 1
             continue
-        if prediction.fullest > memory * GIB:
-            too_large += 1
-        else:
-            found.append(Found(job, prediction))
+        (too_large if each.prediction.fullest > memory * GIB else found).append(each)
     ranked = sorted(found, key=lambda each: each.prediction.seconds)
-    return Ranking(search, memory, tuple(ranked), impossible, too_large)
+    least = min(too_large, key=lambda each: each.prediction.fullest, default=None)
+    return Ranking(search, memory, tuple(ranked), impossible, len(too_large), least)

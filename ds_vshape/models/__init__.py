@@ -8,6 +8,7 @@
     hugging_face_forward.py    what a model does around its layers, by its own forwards
     hugging_face_tensor_parallel.py   which ranks hold what of a layer, by transformers' plan; the loss over them
     hugging_face_weights.py    their weights, from and to safetensors
+    layer_costs.py             what each of their layers costs, found on the meta device
     lora.py                    LoRA adapters by peft in these layers (the extra `lora`)
     lora_files.py              adapters from and to peft's files
 """

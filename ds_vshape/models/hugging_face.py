@@ -280,7 +280,7 @@ class DecoderLayer(Part):
     def __init__(self, shared: Shared, index: int) -> None:
         name = f"{shared.planned.layers}.{index}"
         super().__init__(shared, *shared.held(name))
-        self._index = index
+        self.index = index
         self._routed_before = shared.has_routed_before(index)
         self._router_logits: list[Tensor] = []
         for router, place in shared.planned.routers_in(self.module):
@@ -291,7 +291,7 @@ class DecoderLayer(Part):
         members = flow if isinstance(flow, tuple) else (flow,)
         routed = members[-1:] if self._routed_before else ()
         hidden, mask, position_ids = _members(members[:-1] if self._routed_before else members)
-        arguments = self.shared.arguments(self._index, hidden, mask, position_ids)
+        arguments = self.shared.arguments(self.index, hidden, mask, position_ids)
         self._router_logits.clear()
         output = _at(self.module(hidden, *arguments.args, **arguments.kwargs), 0)
         if self._router_logits:

@@ -91,6 +91,8 @@ class PlannedModel:
             self.model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention,
                 experts_implementation=experts)
+        # Whether the layers that are built from now on stay on the meta device, where they have no data.
+        self.on_meta = False
         # As its files know it; peft changes it in place.
         self.without_adapters: Any = self.model if lora is None else copy.deepcopy(self.model)
         self.adapters = None if lora is None else _adapters(self.model, lora)
@@ -130,8 +132,12 @@ class PlannedModel:
         return frozenset({self.embedding, *self.before, self.layers, *self.after})
 
     def made(self, module: nn.Module) -> Any:
-        """A copy of a module of the model on the CPU, with random weights as transformers draws them."""
-        made: Any = copy.deepcopy(module).to_empty(device="cpu")
+        """A copy of a module of the model on the CPU, with random weights as transformers draws them; or, if `on_meta`,
+        without any."""
+        made: Any = copy.deepcopy(module)
+        if self.on_meta:
+            return made
+        made = made.to_empty(device="cpu")
         with torch.no_grad(), guard_torch_init_functions():
             made.apply(self.model._init_weights)
         if self.adapters is not None:

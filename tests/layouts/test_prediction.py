@@ -11,7 +11,7 @@ from train_rank import batches_of, build_engine
 
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.job import Job
-from ds_vshape.layouts.job_costs import bounds_of, host_of, place_of, predict_job, training_of
+from ds_vshape.layouts.job_costs import host_of, place_of, predict_job, training_of
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 
@@ -44,7 +44,7 @@ def test_memory_and_stages_are_those_of_the_engine() -> None:
     jobs = [compose_job([*SHAPE, *words]) for words in JOBS]
     for job, (measured, parts) in zip(jobs, run_ranks(2, run, jobs, timeout=300)[0], strict=True):
         predicted = predict_job(job)
-        assert parts == bounds_of(predicted.training)
+        assert parts == predicted.training.partition
         for ours, theirs in zip(predicted.memory, measured, strict=True):
             # What passes need while they run is for the engine to measure.
             expected = astuple(replace(theirs, working=ours.working))

@@ -1,0 +1,136 @@
+"""Any Hugging Face model in the words of the cost model: its layers cost what its own modules cost on the meta device.
+
+This is the only part of the folder that imports torch and transformers; `ds-vshape layouts --model` asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ds_vshape.config.section import ConfigError
+from ds_vshape.layouts.gpt_costs import Code, Layer, Shape, Training
+from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.job_costs import bytes_of, predict_training, speeds_of
+from ds_vshape.layouts.prediction import Prediction
+from ds_vshape.models.layer_costs import LayerCosts, layer_costs
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A length that fits in with most training data, where the model has no limit below it.
+_LENGTH = 4096
+# The least vocabulary that a job's config may have.
+_VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class ModelTraining(Training):
+    """A training of a model whose layers have been measured; `costs` are one tensor parallel rank's."""
+
+    costs: tuple[LayerCosts, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those of pipeline_layers. The model's own products, for the share of the FLOPs, are F's of all ranks."""
+        return tuple(_MeasuredLayer(self.tensor * costs.flops[0], 0, costs.parameters, costs.whole, costs.kept,
+                                    costs=costs) for costs in self.costs)
+
+    @property
+    def partition(self) -> list[int]:
+        """PipelineModule's, of the layers of pipeline_layers."""
+        assert self.bounds is not None
+        return list(self.bounds)
+
+    @property
+    def _output(self) -> float:
+        # Every tensor parallel rank sends all of it.
+        return super()._output * self.tensor
+
+    def _share(self, layer: Layer) -> Layer:
+        return layer
+
+    def _times_of(self, layer: Layer) -> tuple[float, float, float]:
+        assert isinstance(layer, _MeasuredLayer)
+        f, b, w = (flops / (self.speeds.flops * share)
+                   for flops, share in zip(layer.costs.flops, self.speeds.efficiency, strict=True))
+        bandwidth, latency = self.speeds.inside
+        sums = [latency * count + 2 * (self.tensor - 1) / self.tensor * size / bandwidth
+                for count, size in (layer.costs.sums[:2], layer.costs.sums[2:])]
+        return f + sums[0], b + sums[1], w
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MeasuredLayer(Layer):
+    costs: LayerCosts
+
+
+class ModelFolder:
+    """The model that config.json in a folder describes; its weights needn't be there.
+
+    Raises:
+        ConfigError: for a folder without a config.json that transformers can read.
+    """
+
+    def __init__(self, folder: Path, length: int | None = None) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--model {folder}: holds no config.json; must be the folder of a Hugging Face model")
+        try:
+            self.config: Any = AutoConfig.from_pretrained(folder)
+        except (ValueError, KeyError, OSError) as error:
+            raise ConfigError(f"--model {folder}: {_first_line(error)}") from None
+        most = getattr(self.config, "max_position_embeddings", None) or _LENGTH
+        self.length = length or min(most, _LENGTH)
+        self._costs: dict[tuple[int, str, int], tuple[LayerCosts, ...]] = {}
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The section `model` of a job's config."""
+        config = self.config
+        return {"layers": config.num_hidden_layers, "hidden": config.hidden_size,
+                # What tensor parallel ranks may share is for `costs` to say.
+                "heads": gcd(config.hidden_size, config.num_attention_heads), "length": self.length,
+                "vocabulary": max(config.vocab_size, _VOCABULARY)}
+
+    def costs(self, samples: int, dtype: str, tensor: int) -> tuple[LayerCosts, ...]:
+        """Of each layer of the pipeline, for micro-batches of `samples` sequences.
+
+        Raises:
+            ConfigError: for a model that can't be cut into layers, or into shares for `tensor` ranks.
+        """
+        key = samples, dtype, tensor
+        if key not in self._costs:
+            try:
+                self._costs[key] = layer_costs(self.config, samples, self.length, _DTYPES[dtype], tensor)
+            except ValueError as error:
+                raise ConfigError(f"--model {self.folder}: {_first_line(error)}") from None
+        return self._costs[key]
+
+    def training(self, job: Job) -> ModelTraining:
+        """What the cost model takes, with the stages balanced by it unless the config has bounds."""
+        tensor = job.parallel.tensor
+        costs = self.costs(job.data.micro_batch, job.precision.dtype, tensor)
+        config = self.config
+        shape = Shape(self.folder.name, config.num_hidden_layers, config.num_attention_heads, config.hidden_size,
+                      job.ranks, config.vocab_size)
+        training = ModelTraining(
+            shape, speeds_of(job), self.length, job.data.micro_batch, job.micro_batches, job.parallel.pipe, tensor,
+            job.replicas, bytes=bytes_of(job), costs=costs,
+            code=Code(0, 0, 0, sequence_parallel=False, tied=bool(getattr(config, "tie_word_embeddings", False))))
+        balanced = training.balanced(job.placement)
+        assert isinstance(balanced, ModelTraining)
+        return balanced
+
+    def predict(self, job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
+        """The batch of `job` with this model; ValueErrors as of prediction.predict, and of `costs`."""
+        return predict_training(job, self.training(job), progress)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip("'\"").splitlines()[0] if str(error) else type(error).__name__
