@@ -15,6 +15,7 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec
+from internals import note_accumulated
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, VOCABULARY, WIDTH, Job, cross_entropy,
                        micro_batch)
 from ranks import run_ranks
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 from ds_vshape.checkpoint.errors import CheckpointError
 from ds_vshape.config.section import ConfigError
+from ds_vshape.engine.engine import PipelineEngine
 
 EXPERTS, REPLICAS, MICRO_BATCHES = 4, 2, 4
 BATCHES = range(3)
@@ -96,34 +98,19 @@ def data(engine: Any, batch: int) -> Any:
     return iter([micro_batch(batch, number, replica) for replica in replicas for number in range(MICRO_BATCHES)])
 
 
-class Recorded:
-    """`delivery`, with a note of whose gradients come from W."""
-
-    def __init__(self, delivery: Any) -> None:
-        self.delivery, self.parameters = delivery, set()
-
-    def add(self, parameter: Any, gradient: Tensor, /) -> None:
-        self.parameters.add(parameter)
-        self.delivery.add(parameter, gradient)
-
-    def buffer(self, parameter: Any, /) -> Tensor | None:
-        self.parameters.add(parameter)
-        return self.delivery.buffer(parameter)  # type: ignore[no-any-return]
-
-
 Trained = tuple[list[float], dict[str, Tensor], Any, set[str]]
 
 
 def train(engine: Any, batches: range = BATCHES) -> Trained:
     """Losses; weights, an expert's by its number among all; the last norm of the gradients; what came from W."""
-    ours = hasattr(engine, "_deliver")
-    if ours:
-        engine._deliver = recorded = Recorded(engine._deliver)
+    in_w: set[Any] = set()
+    if isinstance(engine, PipelineEngine):
+        note_accumulated(engine, in_w)
     losses = [float(engine.train_batch(data(engine, batch))) for batch in batches]
     name = {parameter: global_name(engine, name) for name, parameter in engine.module.named_parameters()}
     weights = {global_name(engine, name): value.clone() for name, value in engine.module.state_dict().items()}
     norm = engine.get_global_grad_norm()
-    return losses, weights, norm and float(norm), {name[p] for p in recorded.parameters} if ours else set()
+    return losses, weights, norm and float(norm), {name[parameter] for parameter in in_w}
 
 
 def global_name(engine: Any, name: str) -> str:
