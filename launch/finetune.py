@@ -13,29 +13,31 @@ ones where it holds an adapter_config.json alone (configs/lora).
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import logger
-from result import Result
-from text import load_corpus, micro_batches, tokens_of
-from torch import Tensor
-from train_rank import TRAINING_SEED, VALIDATION_SEED, start_distributed, train
-from transformers import AutoConfig
+from text import load_corpus, tokens_of
+from train_rank import start_distributed
+from transformers import AutoConfig, get_scheduler
 
 import ds_vshape
-from ds_vshape.finetuning.batches import MicroBatches
+from ds_vshape.finetuning.batches import Rows, WindowRows
+from ds_vshape.finetuning.training import Plan, Result, Training, batches_of
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.models.hugging_face_weights import check_output, load_weights, save_model
 from ds_vshape.models.parallel_layers import tensor_group
+
+# Of text there is more to evaluate on than anyone waits for.
+EVALUATED_BYTES = 4096
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +53,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--packed", action="store_true", help="several samples of the data in each row")
     parser.add_argument("--epochs", type=float, help="how often to train on the data, instead of --batches")
     parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--learning_rate", help="linear, cosine or another one of transformers' schedules (default: "
+                        "as the config says)")
+    parser.add_argument("--warmup", type=float, default=0.0, help="its share of the batches")
+    parser.add_argument("--evaluate_every", type=int, default=0, help="batches (default: after the last one alone)")
+    parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints, from whose last one training goes on")
+    parser.add_argument("--save_every", type=int, default=0, help="batches between checkpoints")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row, at most")
     parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
     parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks that share each layer")
@@ -71,24 +79,15 @@ def topology_of(stages: int, tensor: int) -> PipeModelDataParallelTopology:
     return PipeModelDataParallelTopology(num_pp=stages, num_mp=tensor, num_dp=world // (stages * tensor))
 
 
-def batches_of(args: argparse.Namespace, vocabulary: int, engine: Any) -> tuple[Iterator[Any], Iterator[Any], int]:
-    """Micro-batches of this rank's replica to train and to evaluate on, and the number of batches."""
-    size, replica = engine.train_micro_batch_size_per_gpu(), engine.grid.get_data_parallel_rank()
+def rows_of(args: argparse.Namespace, vocabulary: int) -> tuple[Rows, Rows]:
+    """To train and to evaluate on; collective."""
     if args.data is not None:
         from ds_vshape.finetuning.data import open_rows  # datasets is an extra of its own
-        rows = open_rows(args.data, args.validation, args.model, args.length, args.packed)
-        batches = args.batches if args.epochs is None else math.ceil(
-            args.epochs * len(rows[0]) / engine.train_batch_size())
-        replicas = engine.grid.get_data_parallel_world_size()
-        training, validation = (MicroBatches(each, size, TRAINING_SEED, replica, replicas) for each in rows)
-        return training, validation, batches
+        return open_rows(args.data, args.validation, args.model, args.length, args.packed)
     corpus = load_corpus(args.text)
-
-    def windows(text: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # A generator, so that a rank without the first or the last stage doesn't tokenize: it never draws.
-        yield from micro_batches(tokens_of(text, args.model, vocabulary), size, args.length, seed + 1000 * replica)
-
-    return windows(corpus.training, TRAINING_SEED), windows(corpus.validation, VALIDATION_SEED), args.batches
+    validation = corpus.validation[:EVALUATED_BYTES]
+    return (WindowRows(tokens_of(corpus.training, args.model, vocabulary), args.length),
+            WindowRows(tokens_of(validation, args.model, vocabulary), args.length))
 
 
 def finetune(args: argparse.Namespace) -> Result:
@@ -117,9 +116,13 @@ def finetune(args: argparse.Namespace) -> Result:
     if lora and lora.has_adapter(args.lora):
         lora.load_adapter(module, args.lora)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained)
-
-    result = train(engine, *batches_of(args, config.vocab_size, engine))
+    rows = rows_of(args, config.vocab_size)
+    batch = DeepSpeedConfig(args.deepspeed_config, mpu=module.mpu()).train_batch_size
+    batches = args.batches if args.epochs is None else batches_of(args.epochs, len(rows[0]), batch)
+    schedule = args.learning_rate and partial(get_scheduler, args.learning_rate, num_training_steps=batches,
+                                              num_warmup_steps=int(args.warmup * batches))
+    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained, lr_scheduler=schedule)
+    result = Training(engine, Plan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)).run()
     if lora:
         lora.save_adapter(engine.module, args.model, args.output)
     else:

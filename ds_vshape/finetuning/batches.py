@@ -1,8 +1,8 @@
 """Micro-batches of samples: in which order, and as which tensors.
 
-Rows are samples by themselves, padded to the longest of their micro-batch, or several samples in one row of a fixed
-length. Epoch follows epoch without a gap; a batch may have rows of two. Where a training stands is one number, the rows
-so far, whatever the number of replicas.
+Rows are samples by themselves, padded to the longest of their micro-batch, several samples in one row of a fixed
+length, or windows of one long text. Epoch follows epoch without a gap; a batch may have rows of two. Where a training
+stands is one number, the rows so far, whatever the number of replicas.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class Rows(Protocol):
     def micro_batch(self, rows: Sequence[int]) -> tuple[Any, Tensor]:
         """Inputs and labels of these rows. Labels [rows, length] are the tokens that come next, or IGNORED."""
 
+    def tokens(self, row: int) -> int:
+        """The number of tokens of a row, without padding."""
+
 
 class PaddedRows:
     """A sample in each row; inputs are ids [rows, length].
@@ -61,6 +64,9 @@ class PaddedRows:
             _put(sample, ids[row], labels[row])
         return ids, labels
 
+    def tokens(self, row: int) -> int:
+        return len(self._samples[row][IDS]) - 1
+
 
 class PackedRows:
     """Samples one after the other in rows of `length` tokens; inputs are (ids, position ids), each [rows, length].
@@ -75,7 +81,8 @@ class PackedRows:
         self._samples = samples
         self._length = length
         self._padding = padding
-        self._rows = pack([len(ids) - 1 for ids in samples[IDS]], length)
+        self._lengths = [len(ids) - 1 for ids in samples[IDS]]
+        self._rows = pack(self._lengths, length)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -92,6 +99,33 @@ class PackedRows:
                 start = stop
             positions[row, start:] = torch.arange(self._length - start)
         return (ids, positions), labels
+
+    def tokens(self, row: int) -> int:
+        return sum(self._lengths[sample] for sample in self._rows[row])
+
+
+class WindowRows:
+    """Windows of `length` tokens, one after the other, of a text; inputs are ids [rows, length].
+
+    Raises:
+        ValueError: for a text of `length` tokens or fewer.
+    """
+
+    def __init__(self, text: Tensor, length: int) -> None:
+        if len(text) <= length:
+            raise ValueError(f"a text of {len(text)} tokens has no window of {length} + 1")
+        self._text = text
+        self._length = length
+
+    def __len__(self) -> int:
+        return (len(self._text) - 1) // self._length
+
+    def micro_batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        windows = self._text[torch.tensor(rows)[:, None] * self._length + torch.arange(self._length + 1)].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def tokens(self, row: int) -> int:
+        return self._length
 
 
 def _put(sample: dict[str, list[Any]], ids: Tensor, labels: Tensor) -> int:
@@ -123,11 +157,14 @@ class MicroBatches(Iterator[tuple[Any, Tensor]]):
         self._seed = seed
         self._stride = size * replicas
         self._next = start + size * replica
+        # Of the rows that have been drawn, without padding.
+        self.tokens = 0
 
     def __next__(self) -> tuple[Any, Tensor]:
-        places = range(self._next, self._next + self._size)
+        rows = [self._row(place) for place in range(self._next, self._next + self._size)]
         self._next += self._stride
-        return self._rows.micro_batch([self._row(place) for place in places])
+        self.tokens += sum(map(self._rows.tokens, rows))
+        return self._rows.micro_batch(rows)
 
     def _row(self, place: int) -> int:
         epoch, place = divmod(place, len(self._rows))

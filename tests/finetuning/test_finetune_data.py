@@ -13,8 +13,8 @@ from conversations import conversations
 from finetune import arguments, finetune
 from pipelines import Job
 from ranks import RanksFailed, run_ranks
+from safetensors.torch import load_file
 from tiny_model import chat_tokenizer, save_tiny_model, tiny_config
-from train_rank import TRAINING_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_vshape.finetuning.batches import IGNORED, MicroBatches, PackedRows, PaddedRows, Rows
@@ -81,7 +81,7 @@ def plain_losses(folder: Path, packed: bool, epochs: int, micro_batches: int) ->
     rows = read_rows(folder / "data.jsonl").train_test_split(HELD_OUT, seed=HELD_OUT_SEED)["train"]
     samples = samples_of(rows, tokenizer, LENGTH + 1)
     made: Rows = PackedRows(samples, LENGTH) if packed else PaddedRows(samples)
-    drawn = MicroBatches(made, 1, TRAINING_SEED)
+    drawn = MicroBatches(made, 1, 0)
     losses = []
     for _ in range(math.ceil(epochs * len(made) / micro_batches)):
         batch = [next(drawn) for _ in range(micro_batches)]
@@ -107,6 +107,20 @@ def test_conversations_train_as_transformers_trains_them(folder: Path, tmp_path:
         *ours, _ = losses(folder, tmp_path, monkeypatch, schedule, "--epochs", "2", *words)
         assert ours == pytest.approx(oracle, rel=1e-4)
     assert oracle[0] > oracle[-1]
+
+
+def test_the_learning_rate_warms_up_from_zero(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first batch nothing changes."""
+    before = load_file(folder / "model" / "model.safetensors")
+    changed = []
+    for number, words in enumerate([(), ("--learning_rate", "cosine", "--warmup", "1")]):
+        (tmp_path / str(number)).mkdir()
+        losses(folder, tmp_path / str(number), monkeypatch, "v-half", "--batches", "1", *words)
+        after = {name: value for file in (tmp_path / str(number)).glob("v-half-2/*.safetensors")
+                 for name, value in load_file(file).items()}
+        assert after.keys() == before.keys()
+        changed.append(not all(torch.equal(after[name], value) for name, value in before.items()))
+    assert changed == [True, False]
 
 
 def test_replicas_share_a_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,143 @@
+"""A training from its first batch, or from its last checkpoint, to the last one, with evaluations and checkpoints.
+
+Where it stands is what the engine saves: its batches, and the rows that they had (`global_samples`). So a training goes
+on bit for bit where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ds_vshape.finetuning.batches import MicroBatches, Rows
+
+BEST = "best"
+_TAG = re.compile(r"batch(\d+)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained on, and how long.
+
+    Attributes:
+        batches: the number of the last batch.
+        evaluate_every, save_every: numbers of batches; 0 is never. After the last batch there is an evaluation anyway.
+        checkpoints: their folder; where it has some, the training goes on from the last one. None saves nothing.
+        kept: so many checkpoints stay, and the one with the best evaluation beside them.
+        seed: of the order of rows.
+    """
+
+    training: Rows
+    validation: Rows
+    batches: int
+    evaluate_every: int = 0
+    save_every: int = 0
+    checkpoints: Path | None = None
+    kept: int = 2
+    seed: int = 0
+
+
+@dataclass
+class Result:
+    """Of this run: `losses` of its batches, and `evaluations`, the loss after so many batches, both in nats a token."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: dict[int, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+
+    @property
+    def validation_loss(self) -> float:
+        """The last evaluation's loss."""
+        return self.evaluations[max(self.evaluations)]
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def batches_of(epochs: float, rows: int, batch_rows: int) -> int:
+    """The number of batches of `batch_rows` rows in so many epochs."""
+    return math.ceil(epochs * rows / batch_rows)
+
+
+class Training:
+    """The training of `plan` by an engine, on every rank (collective)."""
+
+    def __init__(self, engine: Any, plan: Plan) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._replica = (engine.train_micro_batch_size_per_gpu(), plan.seed, engine.grid.get_data_parallel_rank(),
+                         engine.grid.get_data_parallel_world_size())
+        self._best = math.inf
+        self.result = Result()
+
+    def run(self) -> Result:
+        """Train to the last batch."""
+        self._resume()
+        engine, plan = self._engine, self._plan
+        drawn = self._micro_batches(plan.training, engine.global_samples)
+        start = time.perf_counter()
+        progress = tqdm(range(engine.global_steps, plan.batches), desc="training", unit="batch",
+                        initial=engine.global_steps, total=plan.batches, disable=dist.get_rank() != 0)
+        for _ in progress:
+            self.result.losses.append(engine.train_batch(data_iter=drawn).item())
+            self.result.tokens_per_second = self._replica[-1] * drawn.tokens / (time.perf_counter() - start)
+            if _is_due(plan.evaluate_every, engine.global_steps) or engine.global_steps == plan.batches:
+                self._evaluate()
+            if _is_due(plan.save_every, engine.global_steps):
+                self._save(f"batch{engine.global_steps}")
+            progress.set_postfix(self._shown())
+        if not self.result.evaluations:  # a training that had come to its end before
+            self._evaluate()
+        return self.result
+
+    def _micro_batches(self, rows: Rows, start: int = 0) -> MicroBatches:
+        return MicroBatches(rows, *self._replica, start=start)
+
+    def _shown(self) -> dict[str, str]:
+        shown = {"loss": f"{self.result.losses[-1]:.3f}", "tokens/s": f"{self.result.tokens_per_second:.0f}"}
+        if self.result.evaluations:
+            shown["evaluation"] = f"{self.result.validation_loss:.3f}"
+        return shown
+
+    def _evaluate(self) -> None:
+        """On as many rows as fill the micro-batches of all replicas."""
+        rows = self._plan.validation
+        size, *_, replicas = self._replica
+        count = max(1, len(rows) // (size * replicas))
+        loss = self._engine.eval_batch(self._micro_batches(rows), num_micro_batches=count)
+        self.result.evaluations[self._engine.global_steps] = loss.item()
+        if self._plan.checkpoints is not None and loss.item() < self._best:
+            self._best = loss.item()
+            self._save(BEST)
+
+    def _resume(self) -> None:
+        folder = self._plan.checkpoints
+        found = [folder is not None and (folder / "latest").exists()]
+        dist.broadcast_object_list(found, 0)
+        if found[0]:
+            _, kept = self._engine.load_checkpoint(str(folder))
+            self._best = kept.get(BEST, math.inf)
+
+    def _save(self, tag: str) -> None:
+        folder = self._plan.checkpoints
+        if folder is None:
+            return
+        self._engine.save_checkpoint(str(folder), tag, client_state={BEST: self._best}, save_latest=tag != BEST)
+        if dist.get_rank() == 0:
+            numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := _TAG.fullmatch(path.name)))
+            for number in numbers[:-self._plan.kept]:
+                shutil.rmtree(folder / f"batch{number}")
+
+
+def _is_due(interval: int, batch: int) -> bool:
+    return interval > 0 and batch % interval == 0
