@@ -2,11 +2,14 @@
 
     python bench/memory.py                                           # the table of README.md
     python bench/memory.py --contenders "torch zbvzerobubble" v-half --checkpointing off
+    python bench/memory.py --contenders v-half --checkpointing off --head chunked --vocabulary 16384
 
 Each contender trains in processes of its own. A rank's peak is the high-water mark of its resident memory (Linux,
 /proc/self) over one batch, above what was resident when the batch began with all gradients there (zeros): activations,
 and what passes need while they run. glibc is told to map large tensors one by one, so that memory goes back when a
 tensor dies.
+
+With --head the model ends in a head of --vocabulary words, and the layers are divided by the multiplications in them.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import torch
 import torch.distributed as dist
-from contenders import engine_of
+from contenders import engine_of, section_of
 from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from workloads import Gpt
+from workloads import Gpt, GptWithHead
 
 DEFAULT_CONTENDERS = ["torch zbvzerobubble", "1f1b", "v-zb", "v-half", "v-min", "adaptive@0.9", "adaptive@0.75",
                       "adaptive@0.6", "adaptive@0.5"]
@@ -58,7 +61,12 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     """Bytes on this rank: the peak over a batch, and where it's known what activations should take, with what passes
     need while they run."""
     _map_large_tensors()
-    engine = engine_of(name, workload, times="equal", pipeline={"activation_checkpoint_interval": interval})
+    keys: dict[str, Any] = {"pipeline": {"activation_checkpoint_interval": interval}}
+    if isinstance(workload, GptWithHead):
+        section = section_of(name, "equal")
+        keys["pipeline_schedule"] = {**({"name": section} if isinstance(section, str) else section),
+                                     "partition": {"costs": workload.costs()}}
+    engine = engine_of(name, workload, times="equal", **keys)
     batches = [workload.batch(number) for number in range(_WARM_UP + 1)]
     for batch in batches[:-1]:
         engine.train_batch(iter(batch))
@@ -71,6 +79,10 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     before = _status("VmRSS")
     engine.train_batch(iter(batches[-1]))
     measured = {"peak": _status("VmHWM") - before}
+    if isinstance(workload, GptWithHead):
+        parts, costs = engine.module.parts, workload.costs()
+        of_rank = sum(sum(costs[parts[stage]:parts[stage + 1]]) for stage in engine.placement.chunks[rank])
+        measured["work"] = round(1000 * of_rank / sum(costs))
     if predicted is not None:
         measured["predicted"] = predicted.activations_peak + predicted.working
     return measured
@@ -79,13 +91,15 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
 def show(rows: list[dict[str, Any]], workload: Gpt) -> None:
     """A row for each contender and rank."""
     table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; MiB")
-    for column in ("contender", "checkpointing", "rank", "peak", "predicted", "ratio"):
+    for column in ("contender", "checkpointing", "rank", "peak", "predicted", "ratio", "work"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for row in rows:
         for rank, found in enumerate(row["ranks"]):
             cells = [f"{found['peak'] / MIB:.0f}"]
             if "predicted" in found:
                 cells += [f"{found['predicted'] / MIB:.0f}", f"{found['peak'] / found['predicted']:.3f}"]
+            if "work" in found:
+                cells.append(f"{found['work'] / 10:.1f}%")
             table.add_row(row["contender"], row["checkpointing"], str(rank), *cells)
     Console(width=140).print(table)
 
@@ -100,9 +114,14 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=DEFAULT_CONTENDERS, metavar="NAME",
                         help="as in run.py; adaptive@0.6 is planned for passes that take equally long")
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--head", choices=("whole", "chunked"), help="a head with whole logits, or in chunks of tokens")
+    parser.add_argument("--vocabulary", type=int, default=64 * 256, help="words of that head")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     workload = Gpt(options.ranks, options.ranks * options.layers, options.micro_batches, options.hidden, options.length)
+    if options.head is not None:
+        workload = GptWithHead(workload.ranks, workload.layers + 1, workload.micro_batches, workload.hidden,
+                               workload.length, vocabulary=options.vocabulary, chunked=options.head == "chunked")
     cases = [(name, checkpointing) for checkpointing in options.checkpointing for name in options.contenders
              if checkpointing == "off" or not name.startswith("torch")]
     rows = []

@@ -20,6 +20,7 @@ from torch.nn import functional
 from ds_vshape.models.gpt import VOCABULARY, Block, GPTConfig, Positions
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
+from ds_vshape.split_backward.head import HeadOutput, Projection
 
 Batch = list[tuple[Tensor, Tensor]]
 
@@ -110,6 +111,10 @@ class Gpt:
     samples: int = 4
 
     @property
+    def blocks(self) -> int:
+        return self.layers
+
+    @property
     def tokens(self) -> int:
         return self.micro_batches * self.samples * self.length
 
@@ -133,7 +138,7 @@ class Gpt:
         return float(engine.timelines()[0].makespan)
 
     def __str__(self) -> str:
-        return (f"a GPT of {self.layers} blocks, hidden {self.hidden}, {self.samples} sequences of {self.length} in a "
+        return (f"a GPT of {self.blocks} blocks, hidden {self.hidden}, {self.samples} sequences of {self.length} in a "
                 "micro-batch")
 
 
@@ -145,3 +150,38 @@ class _GptPart(nn.Sequential):
         before = [nn.Embedding(VOCABULARY, gpt.hidden), Positions(config)] if number == 0 else []
         after = [nn.LayerNorm(gpt.hidden), nn.Linear(gpt.hidden, VOCABULARY)] if number == gpt.layers - 1 else []
         super().__init__(*before, Block(config), *after)
+
+
+@dataclass(frozen=True)
+class GptWithHead(Gpt):
+    """A Gpt whose last layer is a head of `vocabulary` words, with whole logits or in chunks of tokens."""
+
+    vocabulary: int = VOCABULARY
+    chunked: bool = False
+
+    @property
+    def blocks(self) -> int:
+        return self.layers - 1
+
+    @staticmethod
+    def loss_fn(logits: Any, labels: Tensor) -> Tensor:
+        return logits.loss(labels) if isinstance(logits, HeadOutput) else Gpt.loss_fn(logits, labels)
+
+    def spec(self, number: int) -> LayerSpec:
+        if number < self.layers - 1:
+            return LayerSpec(_GptPart, self, number)
+        return LayerSpec(_ChunkedHead if self.chunked else nn.Linear, self.hidden, self.vocabulary, bias=False)
+
+    def costs(self) -> list[float]:
+        """Of each layer by its multiplications, in units of hidden^2 for each token."""
+        block = 12 + self.length / self.hidden
+        return [block] * (self.layers - 1) + [self.vocabulary / self.hidden]
+
+    def __str__(self) -> str:
+        kind = "in chunks of tokens" if self.chunked else "with whole logits"
+        return f"{super().__str__()}, a head of {self.vocabulary} words {kind}"
+
+
+class _ChunkedHead(nn.Linear):
+    def forward(self, hidden: Tensor) -> Any:
+        return HeadOutput(hidden, Projection(self.weight))

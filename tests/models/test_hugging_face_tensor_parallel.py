@@ -37,7 +37,7 @@ from ds_vshape.models.hugging_face_weights import load_weights, named_weights, s
 from ds_vshape.models.parallel_layers import tensor_group
 
 
-RATE = 0.2
+RATE = 0.1
 # Unlike Adam's, its steps show the size of a gradient.
 SGD = {**FP32_ZERO1, "optimizer": {"type": "SGD", "params": {"lr": RATE}}, "zero_allow_untested_optimizer": True}
 
