@@ -9,6 +9,7 @@
     experts.py       its MoE layers: their groups
     checkpoints.py   what is saved, and the functions around it
     checkpointing.py activation checkpoints and their random states
+    silent_group.py  process groups of ranks that aren't there
     utils.py         which parameters tensor parallel ranks share, seeds, names of dtypes
 
 Methods of DeepSpeed's that must be overridden are overridden in our subclasses; parts.py lists them.

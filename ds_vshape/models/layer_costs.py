@@ -12,6 +12,7 @@ and a number for each row of scores, and computes the scores again in B.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,8 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from ds_vshape.deepspeed_adapter.silent_group import silent_group
 from ds_vshape.measure.memory import Storages
 from ds_vshape.models.hugging_face import DecoderLayer, Flow, Shared, next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
 
 
@@ -45,10 +48,18 @@ class LayerCosts:
 
 def layer_costs(config: Any, samples: int, length: int, dtype: torch.dtype, tensor: int = 1) -> tuple[LayerCosts, ...]:
     """Of each of pipeline_layers(config), for micro-batches of `samples` x `length` tokens without masks; the loss is
-    part of the last one. ValueErrors as of pipeline_layers."""
-    if tensor > 1:
-        raise ValueError(f"{tensor} tensor parallel ranks: must be 1")
-    specs = pipeline_layers(config)
+    part of the last one. With `tensor` ranks that share each layer, of the first of them.
+
+    Raises:
+        ValueError: as pipeline_layers.
+    """
+    with nullcontext() if tensor == 1 else silent_group(tensor) as group:
+        return _costs_of(config, samples, length, dtype, group)
+
+
+def _costs_of(config: Any, samples: int, length: int, dtype: torch.dtype, group: Any) -> tuple[LayerCosts, ...]:
+    specs = pipeline_layers(config, tensor_group=group)
+    loss_fn = next_token_loss if group is None else TensorParallelLoss(group)
     shared: Shared = specs[0].module_args[0]
     shared.planned.on_meta = True
     labels = torch.zeros(samples, length, dtype=torch.long, device="meta")
@@ -59,7 +70,7 @@ def layer_costs(config: Any, samples: int, length: int, dtype: torch.dtype, tens
         layer = spec.build().to(dtype)
         call = layer if not getattr(spec, "forward_fn", None) else partial(spec.forward_fn, layer)
         if place == len(specs) - 1:
-            call = partial(_with_loss, call, labels)
+            call = partial(_with_loss, call, loss_fn, labels)
         # Layers alike are measured once.
         kind = kinds[layer.index] if isinstance(layer, DecoderLayer) and kinds else place == 0
         key = repr(layer), kind, tuple((tensor.shape, tensor.dtype) for tensor in tree_leaves(flow))
@@ -70,8 +81,9 @@ def layer_costs(config: Any, samples: int, length: int, dtype: torch.dtype, tens
     return tuple(found)
 
 
-def _with_loss(call: Callable[[Flow], Flow], labels: Tensor, flow: Flow) -> Flow:
-    return next_token_loss(call(flow), labels)
+def _with_loss(call: Callable[[Flow], Flow], loss_fn: Callable[[Flow, Tensor], Flow], labels: Tensor,
+               flow: Flow) -> Flow:
+    return loss_fn(call(flow), labels)
 
 
 def _measure(layer: nn.Module, call: Callable[[Flow], Any], flow: Flow) -> tuple[LayerCosts, Flow]:
@@ -82,7 +94,7 @@ def _measure(layer: nn.Module, call: Callable[[Flow], Any], flow: Flow) -> tuple
     with torch.no_grad(), _FusedAttention(watch), watch:
         call(inputs)  # What is made once for all, as masks and rotations are.
     watch.storages = Storages()
-    watch.flops = 0
+    watch.take()
     with _FusedAttention(watch), watch, SplitForward(store):
         outputs = call(inputs)
     handed_on = tree_map(partial(torch.empty_like, requires_grad=False), outputs)
@@ -90,17 +102,19 @@ def _measure(layer: nn.Module, call: Callable[[Flow], Any], flow: Flow) -> tuple
     edges, gradients = [get_gradient_edge(root) for root in roots], [torch.empty_like(root) for root in roots]
     del outputs, roots
     whole = (watch.storages - model).nbytes() + sum(tensor.nbytes for tensor in tree_leaves(inputs))
-    forward, watch.flops = watch.flops, 0
+    forward = watch.take()
     with watch, SplitBackward(store):
         torch.autograd.backward(edges, gradients)
-    backward, watch.flops = watch.flops, 0
+    backward = watch.take()
     kept = (Storages(store.tensors()) - model).nbytes()
     with watch:
         store.run(WholeGradients(lambda parameter, gradient: None))
     return LayerCosts(sum(parameter.numel() for parameter in layer.parameters()),
-                      (forward, backward, watch.flops), whole, kept), handed_on
+                      (forward[0], backward[0], watch.flops), whole, kept, (*forward[1:], *backward[1:])), handed_on
 
 
+# An attribute of what torch.any gave.
+_IS_ANY = "ds_vshape_is_any"
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
@@ -116,18 +130,29 @@ def _grouped(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any, *
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the memory of all that is computed inside, and adds up FLOPs. Where a forward asks what data are, the
-    answer is yes: it asks whether nothing is padded, and whether each row is one sequence."""
+    """Notes the memory of all that is computed inside, and adds up FLOPs. Where a forward asks what data are, all
+    are as they should be, and none are not: it asks whether nothing is padded, and whether any token is unknown."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages = Storages()
-        self.flops = 0
+        self.flops = self.sums = self.summed = 0
+
+    def take(self) -> tuple[int, int, int]:
+        """FLOPs, sums over ranks and their bytes, since the last time."""
+        taken = self.flops, self.sums, self.summed
+        self.flops = self.sums = self.summed = 0
+        return taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            return True
+            return not getattr(args[0], _IS_ANY, False)
         result = _grouped(*args, **(kwargs or {})) if func is _GROUPED_MM else func(*args, **(kwargs or {}))
+        if func._overloadpacket is torch.ops.aten.any:
+            setattr(result, _IS_ANY, True)
+        if func.namespace == "c10d":
+            self.sums += 1
+            self.summed += sum(tensor.nbytes for tensor in tree_leaves(args[0]))
         # Not views of what is there, which may be older.
         given = {_memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         self.storages.add(tensor for tensor in tree_leaves(result)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from ranks import run_ranks
 from tiny_model import tiny_config
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,12 @@ from ds_vshape.cli import main
 from ds_vshape.layouts.composition import compose_job
 from ds_vshape.layouts.hugging_face import ModelFolder
 from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.prediction import Prediction
 from ds_vshape.layouts.rules import read_job
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.models.hugging_face import next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
+from ds_vshape.models.parallel_layers import tensor_group
 
 LENGTH = 64
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -51,8 +55,12 @@ def run(rank: int, folder: Path, jobs: list[tuple[Job, list[int]]]) -> list[tupl
     found = []
     for job, partition in jobs:
         ds_config = job.ds_config()
-        module = ds_vshape.PipelineModule(pipeline_layers(ModelFolder(folder).config), num_stages=2,
-                                          loss_fn=next_token_loss, partition_method=partition, config=ds_config)
+        topology = PipeModelDataParallelTopology(num_pp=job.parallel.pipe, num_dp=1, num_mp=job.parallel.tensor)
+        group = tensor_group(topology) if job.parallel.tensor > 1 else None
+        module = ds_vshape.PipelineModule(
+            pipeline_layers(ModelFolder(folder).config, tensor_group=group), topology=topology,
+            loss_fn=TensorParallelLoss(group) if group else next_token_loss, partition_method=partition,
+            config=ds_config)
         engine, *_ = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=ds_config)
         ids = torch.randint(256, (2, LENGTH))
         for _ in range(3):
@@ -69,8 +77,22 @@ def test_memory_is_that_of_the_engine(family: str, tmp_path: Path) -> None:
     model = ModelFolder(tmp_path, LENGTH)
     jobs = [job_of(model, *words) for words in WORDS]
     predictions = [model.predict(job) for job in jobs]
-    measured = run_ranks(2, run, tmp_path, [(job, prediction.training.partition)
-                                            for job, prediction in zip(jobs, predictions)], timeout=300)[0]
+    assert_measured(tmp_path, jobs, predictions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_memory_of_tensor_parallel_ranks_is_that_of_the_engine(family: str, tmp_path: Path) -> None:
+    config_of(family).save_pretrained(tmp_path)
+    model = ModelFolder(tmp_path, LENGTH)
+    jobs = [job_of(model, "parallel.pipe=1", "parallel.tensor=2", *words) for words in WORDS]
+    assert_measured(tmp_path, jobs, [model.predict(job) for job in jobs])
+
+
+def assert_measured(folder: Path, jobs: list[Job], predictions: list[Prediction]) -> None:
+    """Two ranks measure what is predicted."""
+    measured = run_ranks(2, run, folder, [(job, prediction.training.partition)
+                                          for job, prediction in zip(jobs, predictions)], timeout=300)[0]
     for words, prediction, of_ranks in zip(WORDS, predictions, measured, strict=True):
         for ours, theirs in zip(prediction.memory, of_ranks, strict=True):
             told = f"{words}: predicted {ours}, measured {theirs}"
@@ -117,6 +139,15 @@ def test_the_ranking_is_that_of_single_predictions(tmp_path: Path) -> None:
         assert each["metrics"]["fullest"] == prediction.fullest
         assert each["partition"] == prediction.training.partition
         assert each["partition"][-1] == len(pipeline_layers(model.config))
+
+
+def test_tensor_parallel_ranks_are_tried_where_the_plan_allows_it(tmp_path: Path) -> None:
+    """Llama's does, for as many ranks as there are heads of keys; GPT-2 has none."""
+    for family, tensors in (("llama", {1, 2}), ("gpt2", {1})):
+        config_of(family).save_pretrained(tmp_path / family)
+        written = search(tmp_path, "--model", str(tmp_path / family), "--ranks", "4", "--batch", "8", "--length",
+                         str(LENGTH), "--micro-batch", "1", "--schedules", "1f1b", "machine=cpu", "precision=fp32")
+        assert {each["tensor"] for each in written["layouts"]} == tensors
 
 
 def test_a_step_takes_the_flops_of_the_model(tmp_path: Path) -> None:
