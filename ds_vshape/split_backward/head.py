@@ -111,7 +111,8 @@ class EarlyGradients:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._worst = torch.zeros((), device=device)
+        # Of what B has noted and nothing has checked.
+        self._worst: Tensor | None = None
         self.accumulator: GradientAccumulator | None = None
         self.factor: Callable[[], Tensor] = lambda: torch.ones((), device=device)
 
@@ -129,13 +130,16 @@ class EarlyGradients:
 
     def note(self, ratio: Tensor) -> None:
         """B has found its factor, as a multiple of the one that F was told."""
-        self._worst = torch.maximum(self._worst, (ratio.detach().float() - 1).abs())
+        off = (ratio.detach().float() - 1).abs()
+        self._worst = off if self._worst is None else torch.maximum(self._worst, off)
         if ratio.device.type == "cpu":
             self.check()
 
     def check(self) -> None:
-        """Raise RuntimeError if gradients were added with a wrong factor; waits for the device."""
-        worst, self._worst = float(self._worst), torch.zeros_like(self._worst)
+        """Raise RuntimeError if gradients were added with a wrong factor; waits for the device, if there were any."""
+        if self._worst is None:
+            return
+        worst, self._worst = float(self._worst), None
         if worst > _TOLERANCE:
             raise RuntimeError("the loss of a head in chunks of tokens was multiplied or used twice after it was "
                                f"computed, so that the head's gradient is wrong by {worst:.3g} of it: the loss "
