@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_vshape.split_backward.kernels import product_into_wider_sum
+from ds_vshape.split_backward.kernels import grouped_product_into_wider_sum, product_into_wider_sum
 
 
 def add_product(sums: Tensor | None, left: Tensor, right: Tensor) -> bool:
@@ -37,8 +37,14 @@ def add_batched_product(sums: Tensor | None, left: Tensor, right: Tensor) -> boo
 
 def add_grouped_product(sums: Tensor | None, left: Tensor, right: Tensor, ends: Tensor) -> bool:
     """sums (e, n, m)[i] += left (n, s)[:, group i] @ right (s, m)[group i], where group i is ends[i - 1] to ends[i]."""
+    if sums is None:
+        return False
+    kernel = grouped_product_into_wider_sum(sums, left, right)
+    if kernel is not None:
+        kernel(sums, left, right, ends)
+        return True
     # On other devices the host would have to wait for the ends.
-    if sums is None or sums.device.type != "cpu" or not sums.dtype == left.dtype == right.dtype:
+    if sums.device.type != "cpu" or not sums.dtype == left.dtype == right.dtype:
         return False
     start = 0
     for matrix, end in zip(sums, ends.tolist()):

@@ -3,16 +3,16 @@ where one is; which call is taken; and that nothing is chosen by timing."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from deepspeed.profiling.flops_profiler import FlopsProfiler
+from kernel_cases import LAYOUTS, WIDTHS, by_columns, by_rows, interpreted, like
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -21,40 +21,13 @@ from triton.compiler import ASTSource
 from ds_vshape.split_backward.kernels import add_product_in_blas, product, product_into_wider_sum
 from ds_vshape.split_backward.kernels.product import TILINGS, Tiling, add_product_in_torch, launch, tiling
 
-WIDTHS = [torch.bfloat16, torch.float16]
 # Rows, columns and depth: within one tile, of several whole ones, of several with a rest, and of odd strides.
 SIZES = [(5, 7, 3), (64, 128, 64), (100, 70, 130), (1, 1, 200), (33, 257, 64)]
-
-
-def interpreted(module: ModuleType) -> ModuleType:
-    """A copy of the module whose kernels run in triton's interpreter, which needs no GPU."""
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_interpreted", module.__file__)
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(copy)
-    return copy
 
 
 @pytest.fixture(scope="module")
 def interpreted_product() -> ModuleType:
     return interpreted(product)
-
-
-def by_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, columns).to(dtype)
-
-
-def by_columns(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(columns, rows).to(dtype).t()
-
-
-def in_a_larger_one(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(2 * rows, columns + 3).to(dtype)[::2, 1:-2]
-
-
-LAYOUTS: list[Callable[[int, int, torch.dtype], Tensor]] = [by_rows, by_columns, in_a_larger_one]
 
 
 def check(add: Callable[[Tensor, Tensor, Tensor], None], sums: Tensor, left: Tensor, right: Tensor) -> None:
@@ -151,10 +124,6 @@ def test_sizes_that_do_not_agree(left: tuple[int, int], right: tuple[int, int], 
 @pytest.mark.parametrize("left, right, sums", [((4, 0), (0, 5), (4, 5)), ((0, 3), (3, 5), (0, 5))])
 def test_nothing_to_add(left: tuple[int, int], right: tuple[int, int], sums: tuple[int, int]):
     launch(None, TILINGS[0], torch.zeros(sums), torch.zeros(left), torch.zeros(right), tl.float32)
-
-
-def like(device: str, dtype: torch.dtype, matrix: Tensor) -> SimpleNamespace:
-    return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=matrix.shape, stride=matrix.stride)
 
 
 def test_who_has_a_call():

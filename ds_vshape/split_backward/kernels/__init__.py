@@ -2,6 +2,7 @@
 
     add_product_in_blas   cuBLAS, for what it takes as it lies in memory: the default
     product.py            a Triton kernel for all else; without triton, the caller multiplies and then adds
+    grouped.py            a Triton kernel for many products at once, those of a mixture's experts
 
 cuBLAS is tuned for each GPU, and chooses by sizes and types, not by timing; so does the kernel. A repeated run, and one
 that goes on from a checkpoint, therefore have the same sums bit for bit. `bench/accumulation.py` and `bench/gpu.py`
@@ -17,16 +18,26 @@ import torch
 from torch import Tensor
 
 AddProduct = Callable[[Tensor, Tensor, Tensor], None]
+AddGroupedProduct = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def product_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> AddProduct | None:
     """What adds sums (n, m) += left (n, k) @ right (k, m) with 32-bit `sums` and both others of one 16-bit type; None
     where these tensors, or this machine, have no such call. Types and strides alone decide."""
-    if not (sums.is_cuda and sums.dtype is torch.float32):
-        return None
-    if left.dtype is not right.dtype or left.dtype not in (torch.bfloat16, torch.float16):
+    if not _is_into_wider_sum(sums, left, right):
         return None
     return add_product_in_blas if all(map(_is_taken_by_blas, (sums, left, right))) else _compiled()
+
+
+def grouped_product_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> AddGroupedProduct | None:
+    """What adds sums (e, n, m)[i] += left (n, s)[:, group i] @ right (s, m)[group i], types as above, given the ends
+    (e) of the groups as well; None as above."""
+    return _compiled_grouped() if _is_into_wider_sum(sums, left, right) else None
+
+
+def _is_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> bool:
+    return (sums.is_cuda and sums.dtype is torch.float32 and left.dtype is right.dtype
+            and left.dtype in (torch.bfloat16, torch.float16))
 
 
 def add_product_in_blas(sums: Tensor, left: Tensor, right: Tensor) -> None:
@@ -48,3 +59,12 @@ def _compiled() -> AddProduct | None:
     except ImportError:  # The extra "kernels" isn't installed.
         return None
     return add_product
+
+
+@cache
+def _compiled_grouped() -> AddGroupedProduct | None:
+    try:
+        from ds_vshape.split_backward.kernels.grouped import add_grouped_product
+    except ImportError:  # The extra "kernels" isn't installed.
+        return None
+    return add_grouped_product

@@ -40,18 +40,19 @@ TILINGS = [
 _ENOUGH = 128
 
 
-def tiling(rows: int, columns: int) -> Tiling:
-    """The tiling for sums (rows, columns): the largest tiles of which there are enough, or else the smallest.
+def tiling(rows: int, columns: int, sums: int = 1) -> Tiling:
+    """The tiling for so many sums (rows, columns): the largest tiles of which there are enough, or else the smallest.
 
     Sizes alone decide, so that a sum comes out bit for bit the same in each run. What was fastest in a trial could be
     another one after a restart, and with it the order in which a sum is added up.
     """
-    enough = (one for one in TILINGS if triton.cdiv(rows, one.rows) * triton.cdiv(columns, one.columns) >= _ENOUGH)
+    enough = (one for one in TILINGS if sums * triton.cdiv(rows, one.rows) * triton.cdiv(columns, one.columns)
+              >= _ENOUGH)
     return next(enough, TILINGS[-1])
 
 
 # In which type the tiles are multiplied: their own.
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -104,7 +105,7 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
     ValueError if the sizes don't agree. Oracle: `add_product_in_torch`.
     """
-    launch(with_even, tiling(*sums.shape), sums, left, right, _TYPES[left.dtype])
+    launch(with_even, tiling(*sums.shape), sums, left, right, TYPES[left.dtype])
 
 
 def launch(kernel: Any, cut: Tiling, sums: Tensor, left: Tensor, right: Tensor, multiplied_as: Any) -> None:
