@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -31,13 +30,12 @@ from torch import Tensor
 from ds_vshape.checkpoint.checkpointing import SavingEngine
 from ds_vshape.comm.background import Handle, background
 from ds_vshape.comm.channels import Channels, Signatures
-from ds_vshape.comm.payload import members
-from ds_vshape.config.section import ConfigError, ScheduleConfig
-from ds_vshape.deepspeed_adapter.experts import expert_parallel_sizes, make_expert_groups
-from ds_vshape.deepspeed_adapter.optimizers import core_of, is_bf16
+from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.engine.batch_end import BatchEnd
+from ds_vshape.engine.construction import Construction
 from ds_vshape.engine.flops_profile import flops_profile, is_flops_profiled
 from ds_vshape.engine.guard import BatchGuard
+from ds_vshape.engine.loading import Loading
 from ds_vshape.engine.messages import Messaging
 from ds_vshape.engine.passes import StagePasses
 from ds_vshape.engine.plans import BatchPlan, Plans
@@ -55,14 +53,13 @@ from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import Tracking
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.trace import Tracer
-from ds_vshape.module.dummy_parameter import add_to, keep_from_universal, with_stand_in
 from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.anomaly import checked
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.gradient_release import ReleasedWeights
 from ds_vshape.runtime.instructions import BufferId
-from ds_vshape.runtime.micro_batch import Intake, check_reduction, own_copy, own_labels
+from ds_vshape.runtime.micro_batch import Intake, check_reduction
 from ds_vshape.runtime.script_functions import ScriptFunctions
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.runtime.wall_clock import timed
@@ -77,7 +74,8 @@ from ds_vshape.split_backward.head import EarlyGradients
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
-class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Rehearsal, SavingEngine):
+class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, Messaging, BatchEnd, Rehearsal,
+                     SavingEngine):
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
     Made by :func:`ds_vshape.initialize`. All public methods are DeepSpeed's; `schedule` and `pipeline_report` are
@@ -148,43 +146,6 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Reh
             self._callbacks.append(Tracking(self, self._observer, self._stage_buffers, self._wrappers))
         self._log(schedule_line(self.schedule()))
         self.preflight()
-
-    def _configure_distributed_model(self, model: Any) -> None:
-        # Before DeepSpeed does, on the ranks with such layers alone.
-        of_ranks = model.preflight.gather({"sizes": expert_parallel_sizes(model)})
-        for size in sorted(set(chain.from_iterable(facts["sizes"] for facts in of_ranks))):
-            replicas = self.mpu.get_data_parallel_world_size()
-            if replicas % size:
-                raise ConfigError(f"an MoE layer has ep_size = {size}: must divide the {replicas} data parallel ranks "
-                                  "of a stage, among which its experts are divided")
-            make_expert_groups(self, size)
-        self._has_experts = any(facts["sizes"] for facts in of_ranks)
-        super()._configure_distributed_model(model)
-
-    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
-        # Scripts call it too, to make an optimizer from what `initialize` has given them.
-        if hasattr(client_optimizer, "param_groups"):
-            add_to(client_optimizer, self.module)
-        else:
-            model_parameters = with_stand_in(self.module, model_parameters)
-        self.param_names |= {parameter: name for name, parameter in self.module.named_parameters()}
-        super()._configure_optimizer(client_optimizer, model_parameters)
-        if self._has_experts and (self.zero_optimization() or is_bf16(self.optimizer)):
-            self._check_parameter_groups()
-        keep_from_universal(self.module)
-
-    def _check_parameter_groups(self) -> None:
-        """Collective; DeepSpeed sums the gradients' norm over pipeline ranks, one parameter group after another
-        (scaled_global_norm in runtime/zero/stage_1_and_2.py), and would wait forever for a group that only some have.
-        """
-        facts = self.module.preflight.gather({"groups": len(core_of(self.optimizer).param_groups),
-                                              "rank": self.module.stage_id})
-        counts = {of_rank["rank"]: of_rank["groups"] for of_rank in facts}
-        if len(set(counts.values())) > 1:
-            told = ", ".join(f"{count} on pipeline rank {rank}" for rank, count in sorted(counts.items()))
-            raise ConfigError(
-                "MoE layers with ZeRO or bf16: each pipeline rank must have as many parameter groups as the others, "
-                f"and there are {told}. Give every pipeline rank an MoE layer")
 
     def preflight(self) -> None:
         """Check that all ranks have the same plan and reach each other (ds_vshape/health/preflight.py); collective."""
@@ -361,9 +322,6 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Reh
         compares = self._verification.run_whole(plan.schedule)
         return BatchPlan(plan.schedule, instr.comparing(plan.instructions)) if compares else plan
 
-    def _next_batch(self) -> Any:
-        return self._samples.take(super()._next_batch)
-
     def _execute(self, instruction: instr.PipeInstruction) -> None:
         self._INSTRUCTION_MAP[type(instruction)](self, **instruction.kwargs)
 
@@ -404,41 +362,12 @@ class PipelineEngine(FastSetattr, Reports, StagePasses, Messaging, BatchEnd, Reh
         """Whether this rank holds the last stage: it loads the labels and computes the loss."""
         return self._holds(self.module.placement.last_stage) if self._constructed else super().is_last_stage()
 
-    def _holds(self, stage: int) -> bool:
-        return bool(self.module.placement.rank_of(stage) == self.stage_id)
-
     def _loss_stage_global_rank(self) -> int:
         return int(self.grid.stage_to_global(self.placement.rank_of(self.placement.last_stage)))
 
-    # -- the data
-
-    def _draw(self) -> tuple[Any, Any]:
-        return self._intake.pair(self._next_batch())
-
-    def draw_ahead(self, micro_batches: int) -> None:
-        """Draw the data of a batch whose loss is a mean over tokens, where it's computed."""
-        if self._token_mean is not None and self.computes_loss:
-            self._token_mean.start_batch(micro_batches, draws=self._guard.failure is None)
-
-    def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
-        if self._token_mean is not None and self.computes_loss:
-            inputs, labels = self._token_mean.take()
-        else:
-            inputs, labels = self._draw()
-        if self._holds(0):
-            inputs = own_copy(inputs, self.device, "inputs")
-            if self.recomputes_reentrantly():
-                for tensor in members(inputs):
-                    if tensor is not None:
-                        tensor.requires_grad_(tensor.is_floating_point())
-            self._stage_buffers.open(BufferId(0, buffer_id.micro_batch)).inputs = inputs
-        if self._holds(self.placement.last_stage):
-            buffer = self._stage_buffers.open(BufferId(self.placement.last_stage, buffer_id.micro_batch))
-            buffer.labels = own_labels(labels, self.device)
-
     # Plain functions, as in the stock engine: overriding a method alone would change nothing.
     _INSTRUCTION_MAP: dict[instr.Instruction, instr.Execute] = {
-        instr.LoadMicroBatch: _exec_load_micro_batch,
+        **Loading._INSTRUCTION_MAP,
         **StagePasses._INSTRUCTION_MAP,
         **Messaging._INSTRUCTION_MAP,
         **BatchEnd._INSTRUCTION_MAP,
