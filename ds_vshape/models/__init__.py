@@ -4,6 +4,8 @@
     gpt_parallel.py            the same with each block on several tensor parallel ranks
     parallel_layers.py         DeepSpeed's tensor parallel layers, with sums that run concurrently with W
     hugging_face.py            decoders of transformers, made of their own modules (the extra `models`)
+    hugging_face_layers.py     the classes of these layers
+    hugging_face_shared.py     what they share on a rank
     hugging_face_plan.py       which modules make which layer
     hugging_face_forward.py    what a model does around its layers, by its own forwards
     hugging_face_tensor_parallel.py   which ranks hold what of a layer, by transformers' plan; the loss over them

@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face import Part, Shared
+from ds_vshape.models.hugging_face_layers import Part
+from ds_vshape.models.hugging_face_shared import Shared
 from ds_vshape.models.hugging_face_tensor_parallel import Cut
 
 try:

@@ -27,8 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import ds_vshape
 from ds_vshape.models import hugging_face_weights
-from ds_vshape.models.hugging_face import PARTITION_METHOD, Shared, pipeline_layers
+from ds_vshape.models.hugging_face import PARTITION_METHOD, pipeline_layers
 from ds_vshape.models.hugging_face_plan import PlannedModel
+from ds_vshape.models.hugging_face_shared import Shared
 from ds_vshape.models.hugging_face_weights import INDEX, check_output, load_weights, named_weights, save_model
 
 pytestmark = pytest.mark.slow
