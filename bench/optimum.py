@@ -92,30 +92,32 @@ def least_makespan(cell: Cell, micro_batches: int, seconds: float) -> tuple[floa
     latest = round(known.timeline.makespan)
     model = cp_model.CpModel()
     every = [cell.passes_of(rank, micro_batches) for rank in range(cell.ranks)]
-    starts = {work: model.NewIntVar(0, latest, repr(work)) for passes in every for work in passes}
+    starts = {action: model.NewIntVar(0, latest, repr(action)) for passes in every for action in passes}
     makespan = model.NewIntVar(round(known.lower_bound), latest, "makespan")
     for micro_batch in range(micro_batches):
         for before, after, delay in cell.precedences(micro_batch):
             model.Add(starts[after] >= starts[before] + cell.duration(before) + delay)
     for passes in every:
         lives = []
-        for work in passes:
-            end = starts[work] + cell.duration(work)
+        for action in passes:
+            end = starts[action] + cell.duration(action)
             model.Add(makespan >= end)
-            if work.micro_batch:
+            if action.micro_batch:
                 # Micro-batches are alike: in their order, without loss.
-                model.Add(starts[work] >= starts[Pass(work.kind, work.stage, work.micro_batch - 1)]
-                          + cell.duration(work))
-            if work.kind is Kind.W:
+                model.Add(starts[action] >= starts[Pass(action.kind, action.stage, action.micro_batch - 1)]
+                          + cell.duration(action))
+            if action.kind is Kind.W:
                 length = model.NewIntVar(0, latest, "")
-                lives.append(model.NewIntervalVar(starts[Pass(Kind.F, work.stage, work.micro_batch)], length, end, ""))
-        model.AddNoOverlap([model.NewFixedSizeIntervalVar(starts[work], cell.duration(work), "") for work in passes])
+                start = starts[Pass(Kind.F, action.stage, action.micro_batch)]
+                lives.append(model.NewIntervalVar(start, length, end, ""))
+        model.AddNoOverlap([model.NewFixedSizeIntervalVar(starts[action], cell.duration(action), "")
+                            for action in passes])
         model.AddCumulative(lives, [1] * len(lives), cell.peak)
     for rank in known.timeline.ranks:
         for span in rank:
-            for kind in (Kind.B, Kind.W) if span.work.kind is Kind.BW else (span.work.kind,):
-                late = cell.times[1] if span.work.kind is Kind.BW and kind is Kind.W else 0
-                model.AddHint(starts[Pass(kind, span.work.stage, span.work.micro_batch)], round(span.start) + late)
+            for kind in (Kind.B, Kind.W) if span.action.kind is Kind.BW else (span.action.kind,):
+                late = cell.times[1] if span.action.kind is Kind.BW and kind is Kind.W else 0
+                model.AddHint(starts[Pass(kind, span.action.stage, span.action.micro_batch)], round(span.start) + late)
     model.Minimize(makespan)
     verdict, solver = solve(model, seconds)
     found = solver.ObjectiveValue() if verdict in ("optimal", "feasible") else known.timeline.makespan
@@ -137,27 +139,27 @@ def repeats(cell: Cell, group: int, interval: int, seconds: float) -> str:
 
     for rank in range(cell.ranks):
         passes = cell.passes_of(rank, group)
-        for work in passes:
-            new(work)
-        model.AddNoOverlap([model.NewFixedSizeIntervalVar(phase[work] + later, cell.duration(work), "")
-                            for work in passes for later in (0, interval)])
-        forwards = [work for work in passes if work.kind is Kind.F]
-        for work in forwards:
-            new((work, "end"))
-            last = Pass(Kind.W, work.stage, work.micro_batch)
-            model.Add(start[work, "end"] == start[last] + cell.duration(last))
+        for action in passes:
+            new(action)
+        model.AddNoOverlap([model.NewFixedSizeIntervalVar(phase[action] + later, cell.duration(action), "")
+                            for action in passes for later in (0, interval)])
+        forwards = [action for action in passes if action.kind is Kind.F]
+        for action in forwards:
+            new((action, "end"))
+            last = Pass(Kind.W, action.stage, action.micro_batch)
+            model.Add(start[action, "end"] == start[last] + cell.duration(last))
             # In micro-batch order, the next group's first after this one's last.
-            following = Pass(Kind.F, work.stage, (work.micro_batch + 1) % group)
+            following = Pass(Kind.F, action.stage, (action.micro_batch + 1) % group)
             if group > 1:
-                model.Add(start[work] < start[following] + (interval if following.micro_batch == 0 else 0))
+                model.Add(start[action] < start[following] + (interval if following.micro_batch == 0 else 0))
         for now in forwards:
             alive = []
-            for work in forwards:
+            for action in forwards:
                 begun, ended = model.NewBoolVar(""), model.NewBoolVar("")
-                for key, passed in ((work, begun), ((work, "end"), ended)):
+                for key, passed in ((action, begun), ((action, "end"), ended)):
                     model.Add(phase[key] <= phase[now]).OnlyEnforceIf(passed)
                     model.Add(phase[key] > phase[now]).OnlyEnforceIf(passed.Not())
-                alive.append(quotient[work, "end"] - quotient[work] + begun - ended)
+                alive.append(quotient[action, "end"] - quotient[action] + begun - ended)
             model.Add(sum(alive) <= cell.peak)
     for micro_batch in range(group):
         for before, after, delay in cell.precedences(micro_batch):

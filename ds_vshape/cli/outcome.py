@@ -63,7 +63,7 @@ class Outcome:
             "stages": self.schedule.placement.ranks,
             "micro_batches": self.schedule.micro_batches,
             "placement": [list(stages) for stages in self.schedule.placement.chunks],
-            "orders": [[pass_to_json(work) for work in order] for order in self.schedule.orders],
+            "orders": [[pass_to_json(action) for action in order] for order in self.schedule.orders],
             "metrics": {**asdict(self.metrics), "planning_s": self.planning_s},
         }
 

@@ -347,7 +347,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         Raises PipelineError for `compiled_autograd_enabled` with a schedule that has W: that isn't a whole backward.
         """
         schedule = self.schedule()
-        if compiled_autograd_enabled and any(work.kind is Kind.W for order in schedule.orders for work in order):
+        if compiled_autograd_enabled and any(action.kind is Kind.W for order in schedule.orders for action in order):
             raise PipelineError(f"compiled_autograd_enabled = True: must be False with {schedule.name}, which splits "
                                 "the backward; its layers can be compiled all the same")
         super().compile(*args, compiled_autograd_enabled=compiled_autograd_enabled, **kwargs)

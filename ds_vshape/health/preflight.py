@@ -182,7 +182,7 @@ def module_facts(arguments: Mapping[str, Any]) -> Facts:
 
 def plan_facts(schedule: Schedule, pipelines: Sequence[Sequence[int]]) -> Facts:
     """The schedule's orders as a hash, where its stages are, and the global ranks of each pipeline."""
-    orders = json.dumps([[repr(work) for work in order] for order in schedule.orders])
+    orders = json.dumps([[repr(action) for action in order] for order in schedule.orders])
     return {"schedule": schedule.name, "micro-batches": schedule.micro_batches, "orders": _digest(orders)[:12],
             "placement": schedule.placement.chunks, "pipelines": [list(ranks) for ranks in pipelines]}
 

@@ -134,7 +134,8 @@ class ActivationMeter:
         """Around the B or BW of what was measured in F."""
         span = _Span(action)
         with self._measuring():
-            forward = next(span for span in self._spans if span.work == Pass(Kind.F, action.stage, action.micro_batch))
+            first = Pass(Kind.F, action.stage, action.micro_batch)
+            forward = next(span for span in self._spans if span.action == first)
             span.apart = forward.apart
             saved = {address: size for ref, address, size in forward.labels if not _expired(ref)}
             span.alive = {**forward.alive, **saved}
@@ -196,14 +197,14 @@ class ActivationMeter:
         for span in self._spans:
             start, end = watched.spans[span.number]
             take_until(start, {})
-            work, buffer = span.work, (span.work.stage, span.work.micro_batch)
+            action, buffer = span.action, (span.action.stage, span.action.micro_batch)
             alive = _without({**span.alive, **left.pop(buffer, {})}, span.apart)
-            if work.kind.gives_input_gradient:
-                self.whole[work.stage] = sum(alive.values())
+            if action.kind.gives_input_gradient:
+                self.whole[action.stage] = sum(alive.values())
             before = set(alive)
-            kind = work.kind, work.stage
+            kind = action.kind, action.stage
             self._most[kind] = max(take_until(end, alive), self._most.get(kind, 0))
-            if work.kind is Kind.F:
+            if action.kind is Kind.F:
                 left[buffer] = _without({address: alive[address] for address in alive.keys() - before}, span.apart)
 
     def gather(self, placement: Placement, device: torch.device) -> tuple[Activations, Working] | None:
@@ -232,7 +233,7 @@ class ActivationMeter:
 class _Span:
     """A pass that is measured. Memory is a size in bytes by its address."""
 
-    work: Pass
+    action: Pass
     number: int = 0
     # What is alive when it starts, without what the forward left.
     alive: dict[int, int] = field(default_factory=dict)

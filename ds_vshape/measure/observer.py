@@ -122,7 +122,7 @@ class Observer:
         rank = self._rank
         trained = sum(parameter.numel() for parameter in rank.module.parameters() if parameter.requires_grad)
         self.split = sum(parameter.numel() for parameter in split), trained
-        splits = any(work.kind is Kind.W for work in schedule.orders[rank.stage_id])
+        splits = any(action.kind is Kind.W for action in schedule.orders[rank.stage_id])
         if splits and not rank.grid.data_parallel_id:
             logger.info(split_line(rank.stage_id, rank.module, split))
 
@@ -189,8 +189,8 @@ def _to_measure(order: Sequence[Pass]) -> set[Pass]:
     """All passes of a micro-batch of each stage whose backward is a B, and of one whose is a BW, if it has both. The
     second one, if there is one: after the first, allocators and caches are warm."""
     found: dict[tuple[Kind, int], list[BufferId]] = {}
-    for work in order:
-        if work.kind.gives_input_gradient:
-            found.setdefault((work.kind, work.stage), []).append(BufferId(work.stage, work.micro_batch))
+    for action in order:
+        if action.kind.gives_input_gradient:
+            found.setdefault((action.kind, action.stage), []).append(BufferId(action.stage, action.micro_batch))
     buffers = {alike[:2][-1] for alike in found.values()}
-    return {work for work in order if BufferId(work.stage, work.micro_batch) in buffers}
+    return {action for action in order if BufferId(action.stage, action.micro_batch) in buffers}

@@ -44,11 +44,11 @@ class OwnEngineClock:
             if not torch.is_grad_enabled():  # Evaluation is no part of a batch.
                 return execute(engine, **arguments)
             # DeepSpeed's instructions name buffers; 1F1B takes the micro-batches in turn, forwards and backwards.
-            work = Pass(kind, engine.stage_id, self._next[kind])
+            action = Pass(kind, engine.stage_id, self._next[kind])
             self._next[kind] += 1
-            start = self._recorder.start(work)
+            start = self._recorder.start(action)
             execute(engine, **arguments)
-            self._recorder.end(work, start)
+            self._recorder.end(action, start)
 
         return timed
 
@@ -56,7 +56,7 @@ class OwnEngineClock:
         """As ds_vshape's engine gives it: the last training batch in numbers (collective over the pipeline)."""
         stages, stage = self._engine.num_stages, self._engine.stage_id
         schedule = build("1f1b", stages, self._engine.micro_batches)
-        order = tuple(span.work for span in self._recorder.spans())
+        order = tuple(span.action for span in self._recorder.spans())
         if order != schedule.orders[stage]:
             raise RuntimeError(f"stage {stage} ran another order than 1f1b's: {order}")
         group = self._engine.grid.get_pipe_parallel_group()

@@ -80,7 +80,7 @@ class PassRecorder:
     def spans(self) -> tuple[Span, ...]:
         """Seconds since this rank's host began the batch."""
         times = iter(self._clock.on_host([mark for _, *marks in self._marks for mark in marks]))
-        return tuple(Span(work, next(times) - self._began, next(times) - self._began) for work, _, _ in self._marks)
+        return tuple(Span(action, next(times) - self._began, next(times) - self._began) for action, _, _ in self._marks)
 
 
 def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
@@ -95,7 +95,7 @@ def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, 
         own[place] = torch.tensor([span.start, span.end], dtype=torch.float64)
     gathered = [torch.empty(longest, 2, dtype=torch.float64, device=device) for _ in orders]
     dist.all_gather(gathered, own.to(device), group=group)
-    return Timeline(tuple(tuple(Span(work, *times) for work, times in zip(order, rank.tolist()))
+    return Timeline(tuple(tuple(Span(action, *times) for action, times in zip(order, rank.tolist()))
                           for order, rank in zip(orders, gathered)))
 
 
@@ -103,7 +103,7 @@ def seconds_taken(spans: Iterable[Span]) -> dict[tuple[Kind, int], list[float]]:
     """By kind and stage, how long the pass of each micro-batch took; the pieces of a W, which aren't alike, as one."""
     taken: dict[tuple[Kind, int], dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for span in spans:
-        taken[span.work.kind, span.work.stage][span.work.micro_batch] += span.end - span.start
+        taken[span.action.kind, span.action.stage][span.action.micro_batch] += span.end - span.start
     return {key: list(of_micro_batches.values()) for key, of_micro_batches in taken.items()}
 
 

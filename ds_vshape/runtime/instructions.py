@@ -229,9 +229,9 @@ def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
     places: dict[int, int] = {}
     running: int | None = None
     for place, step in enumerate(program):
-        if isinstance(step, Run) and step.work.kind in kinds:
-            places[step.work.stage] = place
-            running = step.work.stage
+        if isinstance(step, Run) and step.action.kind in kinds:
+            places[step.action.stage] = place
+            running = step.action.stage
         elif isinstance(step, Send) and running is not None:
             places[running] = place
         else:
@@ -285,8 +285,8 @@ def instruction_of(step: Step) -> PipeInstruction:
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
     if isinstance(step, Run):
-        work, buffer_id = step.work, BufferId(step.work.stage, step.work.micro_batch)
-        piece = {"piece": work.piece, "pieces": work.pieces} if work.kind is Kind.W else {}
-        return _PASSES[work.kind, step.split](buffer_id=buffer_id, **piece)
+        action, buffer_id = step.action, BufferId(step.action.stage, step.action.micro_batch)
+        piece = {"piece": action.piece, "pieces": action.pieces} if action.kind is Kind.W else {}
+        return _PASSES[action.kind, step.split](buffer_id=buffer_id, **piece)
     message: Message = step.message
     return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))

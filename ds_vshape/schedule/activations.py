@@ -65,10 +65,10 @@ def memory_curve(spans: Sequence[Span], activations: Activations) -> list[tuple[
     curve: list[tuple[float, float]] = []
     alive = 0.0
     for span in spans:
-        change = activations.change(span.work)
+        change = activations.change(span.action)
         if change:
             alive += change
-            time = span.start if span.work.kind is Kind.F else span.end
+            time = span.start if span.action.kind is Kind.F else span.end
             if curve and curve[-1][0] == time and curve[-1][1] <= alive:
                 curve.pop()
             curve.append((time, alive))
@@ -122,7 +122,7 @@ def _working_peak(program: Program, activations: Activations, working: Working) 
         elif isinstance(step, AwaitSend):
             alive -= working.size(step.message)
         elif isinstance(step, Run):
-            action = step.work
+            action = step.action
             change = activations.change(action)
             taken = received.pop(replace(action, kind=Kind.B) if action.kind is Kind.BW else action, 0.0)
             before, alive = alive, alive + change - taken

@@ -120,7 +120,7 @@ def repeat(block: BuildingBlock, micro_batches: int, name: str) -> Schedule:
                   for stage in chunks for start, kind in block.passes(stage) for micro_batch in range(micro_batches)]
         # Where whole backwards overlap a forward, the backward goes first: it frees what the forward takes.
         starts.sort(key=lambda entry: entry[:2])
-        orders.append(tuple(work for _, _, work in starts))
+        orders.append(tuple(action for _, _, action in starts))
     return Schedule(name, block.placement, micro_batches, tuple(orders))
 
 
@@ -142,8 +142,8 @@ def reorder(schedule: Schedule, limit: int) -> Schedule:
     ending: dict[int, list[Pass]] = {}
     time, left = 0, sum(len(order) for order in schedule.orders)
     while left:
-        for work in ending.pop(time, ()):
-            progress.end(work)
+        for action in ending.pop(time, ()):
+            progress.end(action)
         for index, rank in enumerate(ranks):
             if free_at[index] > time:
                 continue
@@ -194,8 +194,8 @@ class _Rank:
         self.head = 0
         self.taken = [False] * len(order)
         queues: dict[tuple[Kind, int], list[int]] = {}
-        for place, work in enumerate(order):
-            queues.setdefault((work.kind, work.stage), []).append(place)
+        for place, action in enumerate(order):
+            queues.setdefault((action.kind, action.stage), []).append(place)
         self.queues = [list(reversed(places)) for places in queues.values()]
 
     def choose(self, progress: _Progress) -> Pass | None:
@@ -206,14 +206,14 @@ class _Rank:
         next_forward = next((place for place in fronts if order[place].kind is Kind.F), len(order))
         first_weight_grad: int | None = None
         for place in fronts:
-            work = order[place]
+            action = order[place]
             if place > next_forward and first_weight_grad is not None:
                 break
-            if not progress.ready(work) or (place != self.head and UNITS[work.kind] > 1):
+            if not progress.ready(action) or (place != self.head and UNITS[action.kind] > 1):
                 continue  # [2]; a pass of 2 units would still run when one before it gets ready
-            if work.kind is Kind.W and place < next_forward:
+            if action.kind is Kind.W and place < next_forward:
                 first_weight_grad = place if first_weight_grad is None else first_weight_grad  # [1]
-            elif work.kind is not Kind.F or (first_weight_grad is None and self._fits(place)):
+            elif action.kind is not Kind.F or (first_weight_grad is None and self._fits(place)):
                 return self._take(place)
         return None if first_weight_grad is None else self._take(first_weight_grad)
 
@@ -222,18 +222,18 @@ class _Rank:
         if place == self.head:
             return True
         alive = most = self.alive
-        for work, taken in zip(self.order[self.head:place], self.taken[self.head:place]):
+        for action, taken in zip(self.order[self.head:place], self.taken[self.head:place]):
             if not taken:
-                alive += (work.kind is Kind.F) - work.kind.gives_weight_gradients
+                alive += (action.kind is Kind.F) - action.kind.gives_weight_gradients
                 most = max(most, alive)
         return most < self.limit
 
     def _take(self, place: int) -> Pass:
-        work = self.order[place]
+        action = self.order[place]
         next(places for places in self.queues if places and places[-1] == place).pop()
         self.taken[place] = True
         while self.head < len(self.order) and self.taken[self.head]:
             self.head += 1
-        self.alive += (work.kind is Kind.F) - work.kind.gives_weight_gradients
-        self.done.append(work)
-        return work
+        self.alive += (action.kind is Kind.F) - action.kind.gives_weight_gradients
+        self.done.append(action)
+        return action

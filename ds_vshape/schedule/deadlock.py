@@ -79,10 +79,10 @@ def _check_alone(rank: int, program: Program, placement: Placement) -> None:
     done: set[Pass] = set()
     for step in program:
         if isinstance(step, Run):
-            if step.work in done:
-                raise DeadlockError(f"rank {rank} runs {step.work} twice")
-            _check_input(rank, step.work, placement, received, done)
-            done.add(step.work)
+            if step.action in done:
+                raise DeadlockError(f"rank {rank} runs {step.action} twice")
+            _check_input(rank, step.action, placement, received, done)
+            done.add(step.action)
         elif isinstance(step, (Send, PostReceive)):
             channel = step.message.channel
             if rank != (channel.source if isinstance(step, Send) else channel.target):
@@ -254,10 +254,10 @@ def _check_passed_on(rank: int, program: Program, placement: Placement, loading:
     ends = (0, placement.last_stage)
     for step in program:
         if isinstance(step, Run):
-            work = step.work
-            if loading and work.kind is Kind.F and work.stage in ends and work.micro_batch not in loaded:
-                raise DeadlockError(f"rank {rank} runs {work} before it has loaded the micro-batch")
-            done.add(work)
+            action = step.action
+            if loading and action.kind is Kind.F and action.stage in ends and action.micro_batch not in loaded:
+                raise DeadlockError(f"rank {rank} runs {action} before it has loaded the micro-batch")
+            done.add(action)
         elif isinstance(step, Send):
             maker = step.message.maker
             if placement.rank_of(maker.stage) != rank:

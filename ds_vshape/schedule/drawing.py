@@ -50,8 +50,8 @@ def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
         return "(no passes)"
     origin = min(span.start for span in spans)
     # Characters a unit of time: every whole pass with a duration has room for its name and a blank.
-    scale = max(((len(_name(span.work, placement)) + 1) / (span.end - span.start)
-                 for span in spans if span.end > span.start and span.work.pieces == 1), default=1.0)
+    scale = max(((len(_name(span.action, placement)) + 1) / (span.end - span.start)
+                 for span in spans if span.end > span.start and span.action.pieces == 1), default=1.0)
     labels = [f"rank {rank}" for rank in range(placement.ranks)]
     margin = max(len("time"), *map(len, labels)) + 2
     # A hop may be a million times as long as a pass: only what is shown is drawn.
@@ -80,7 +80,7 @@ def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: fl
         if first >= shown:
             break
         if last > first:
-            name = _name(span.work, placement)
+            name = _name(span.action, placement)
             if len(name) > last - first:  # a piece of a W: no number rather than half of one
                 name = name.rstrip("0123456789").ljust(last - first, "-")
             ended = name.ljust(min(last, shown + 1) - first - 1, "-").ljust(min(last, shown) - first)

@@ -25,8 +25,8 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
     delays = times.delays(schedule.placement)
 
     def waits_not(b: Span, w: Span) -> bool:
-        stage, micro_batch = b.work.stage, b.work.micro_batch
-        if (b.work.kind, w.work) != (Kind.B, Pass(Kind.W, stage, micro_batch)):
+        stage, micro_batch = b.action.stage, b.action.micro_batch
+        if (b.action.kind, w.action) != (Kind.B, Pass(Kind.W, stage, micro_batch)):
             return False
         if stage == 0:
             return True
@@ -38,10 +38,10 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
         while place < len(spans):
             b = spans[place]
             if place + 1 < len(spans) and waits_not(b, spans[place + 1]):
-                order.append(Pass(Kind.BW, b.work.stage, b.work.micro_batch))
+                order.append(Pass(Kind.BW, b.action.stage, b.action.micro_batch))
                 place += 2
             else:
-                order.append(b.work)
+                order.append(b.action)
                 place += 1
         return tuple(order)
 
@@ -51,14 +51,14 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
 def unfused(schedule: Schedule) -> Schedule:
     """`schedule` with every BW as B and its W behind it, so that each of them can be timed."""
     return schedule.with_orders(tuple(
-        tuple(part for work in order for part in _parts(work)) for order in schedule.orders))
+        tuple(part for action in order for part in _parts(action)) for order in schedule.orders))
 
 
 def with_whole_backwards(schedule: Schedule) -> Schedule:
     """`schedule` with every B as BW and no W: the same order of everything else."""
     return schedule.with_orders(tuple(
-        tuple(Pass(Kind.BW, work.stage, work.micro_batch) if work.kind is Kind.B else work
-              for work in order if work.kind is not Kind.W) for order in schedule.orders))
+        tuple(Pass(Kind.BW, action.stage, action.micro_batch) if action.kind is Kind.B else action
+              for action in order if action.kind is not Kind.W) for order in schedule.orders))
 
 
 def _parts(action: Pass) -> tuple[Pass, ...]:
@@ -69,5 +69,5 @@ def _parts(action: Pass) -> tuple[Pass, ...]:
 
 def _starts_of_backwards(timeline: Timeline) -> dict[tuple[int, int], float]:
     """When the B or BW of each (stage, micro-batch) starts."""
-    return {(span.work.stage, span.work.micro_batch): span.start
-            for spans in timeline.ranks for span in spans if span.work.kind.gives_input_gradient}
+    return {(span.action.stage, span.action.micro_batch): span.start
+            for spans in timeline.ranks for span in spans if span.action.kind.gives_input_gradient}

@@ -113,7 +113,7 @@ class Load:
 class Run:
     """Compute a pass; `split` tells whether its micro-batch's backward on this stage comes as B and W."""
 
-    work: Pass
+    action: Pass
     split: bool
 
 
@@ -242,12 +242,12 @@ def _programs(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transf
         before[target][needed_at].append(AwaitReceive(message))
         before[source][bisect.bisect_left(starts[source], ends[target][needed_at])].append(AwaitSend(message))
     of_loss = schedule.placement.rank_of(schedule.placement.last_stage)
-    known_at = max(place for place, work in enumerate(schedule.orders[of_loss])
-                   if work.kind is Kind.F and work.stage == schedule.placement.last_stage)
+    known_at = max(place for place, action in enumerate(schedule.orders[of_loss])
+                   if action.kind is Kind.F and action.stage == schedule.placement.last_stage)
     for rank, started in enumerate(starts):
         place = known_at + 1 if rank == of_loss else bisect.bisect_left(started, ends[of_loss][known_at])
         meeting[rank][place].append((ends[of_loss][known_at], ShareLoss()))
-    split = {(work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.W}
+    split = {(action.stage, action.micro_batch) for _, action in schedule.passes() if action.kind is Kind.W}
 
     def met(rank: int, place: int) -> list[Step]:
         return [step for _, step in sorted(meeting[rank][place], key=lambda entry: entry[0])]
@@ -255,12 +255,12 @@ def _programs(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transf
     programs = []
     for rank, order in enumerate(schedule.orders):
         steps: list[Step] = []
-        for place, work in enumerate(order):
+        for place, action in enumerate(order):
             steps += met(rank, place)
             steps += before[rank][place]
-            if work.kind is Kind.F and _loads(work, schedule.placement):
-                steps.append(Load(work.micro_batch))
-            steps.append(Run(work, split=(work.stage, work.micro_batch) in split))
+            if action.kind is Kind.F and _loads(action, schedule.placement):
+                steps.append(Load(action.micro_batch))
+            steps.append(Run(action, split=(action.stage, action.micro_batch) in split))
             steps += after[rank][place]
         programs.append(tuple([*steps, *met(rank, len(order)), *before[rank][len(order)]]))
     return tuple(programs)
@@ -294,17 +294,17 @@ def _transfers(schedule: Schedule) -> Iterator[_Transfer]:
     activations: dict[tuple[int, int], int] = {}
     gradients: dict[tuple[int, int], int] = {}
     for order in schedule.orders:
-        for place, work in enumerate(order):
-            if work.kind is Kind.F:
-                activations[work.stage + 1, work.micro_batch] = place
-            elif work.kind is not Kind.W:
-                gradients[work.stage - 1, work.micro_batch] = place
+        for place, action in enumerate(order):
+            if action.kind is Kind.F:
+                activations[action.stage + 1, action.micro_batch] = place
+            elif action.kind is not Kind.W:
+                gradients[action.stage - 1, action.micro_batch] = place
     for order in schedule.orders:
-        for needed_at, work in enumerate(order):
-            message = message_into(work, placement)
+        for needed_at, action in enumerate(order):
+            message = message_into(action, placement)
             if message is not None:
-                made_at = activations if work.kind is Kind.F else gradients
-                yield _Transfer(message, made_at[work.stage, work.micro_batch], needed_at)
+                made_at = activations if action.kind is Kind.F else gradients
+                yield _Transfer(message, made_at[action.stage, action.micro_batch], needed_at)
 
 
 def _loads(action: Pass, placement: Placement) -> bool:

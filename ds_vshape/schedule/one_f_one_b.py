@@ -38,7 +38,7 @@ def interleaved_one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
         backwards = [BW(stage, i) for group in groups for stage in reversed(chunks) for i in group]
         # Before its first backward a rank does a group's first half, and two more for each rank that comes after it.
         order = _alternate(forwards, backwards, ranks + 2 * (ranks - 1 - rank))
-        orders.append(tuple(work for work in order if work.micro_batch < micro_batches))
+        orders.append(tuple(action for action in order if action.micro_batch < micro_batches))
     return Schedule("interleaved-1f1b", interleaved(ranks), micro_batches, tuple(orders))
 
 

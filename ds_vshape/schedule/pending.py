@@ -31,20 +31,20 @@ def with_few_pending(schedule: Schedule, most: int | None = None) -> Schedule:
 
 def _with_few_pending(order: Order, most: int) -> Order:
     pieces: dict[tuple[int, int], list[Pass]] = {}
-    for work in order:
-        if work.kind is Kind.W:
-            pieces.setdefault((work.stage, work.micro_batch), []).append(work)
+    for action in order:
+        if action.kind is Kind.W:
+            pieces.setdefault((action.stage, action.micro_batch), []).append(action)
     waiting: list[tuple[int, int]] = []
     done: list[Pass] = []
-    for work in order:
-        of = work.stage, work.micro_batch
-        if work.kind is Kind.B:
+    for action in order:
+        of = action.stage, action.micro_batch
+        if action.kind is Kind.B:
             while len(waiting) >= most:
                 done += pieces[waiting.pop(0)]
             waiting.append(of)
-            done.append(work)
-        elif work.kind is not Kind.W:
-            done.append(work)
+            done.append(action)
+        elif action.kind is not Kind.W:
+            done.append(action)
         elif of in waiting:
             done.append(pieces[of].pop(0))
             if not pieces[of]:

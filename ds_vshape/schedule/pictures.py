@@ -69,7 +69,7 @@ class Panel:
     @property
     def digits(self) -> int:
         """Of the highest micro-batch."""
-        return max((len(str(span.work.micro_batch)) for rank in self.timeline.ranks for span in rank), default=1)
+        return max((len(str(span.action.micro_batch)) for rank in self.timeline.ranks for span in rank), default=1)
 
     @property
     def height(self) -> float:
@@ -108,7 +108,7 @@ def _figure(panels: Sequence[Panel], time_label: str) -> Figure:
 
 def _whole_durations(panels: Sequence[Panel]) -> list[float]:
     return [span.end - span.start for panel in panels for rank in panel.timeline.ranks for span in rank
-            if span.work.pieces == 1] or [0.0]
+            if span.action.pieces == 1] or [0.0]
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ class _Drawer:
         self.axes.text(-0.1 / self.inches, y, text, fontsize=size, color=colour, ha="right", va="center")
 
     def _pass(self, span: Span, start: float, top: float) -> None:
-        work, duration = span.work, span.end - span.start
-        colour, ink = COLOURS[work.kind][min(self.panel.placement.chunk_of(work.stage), 1)]
+        action, duration = span.action, span.end - span.start
+        colour, ink = COLOURS[action.kind][min(self.panel.placement.chunk_of(action.stage), 1)]
         # W2.5[0/4] as W2.5-0of4: an id may have neither brackets nor slashes.
-        name = repr(work).replace("[", "-").replace("/", "of").removesuffix("]")
+        name = repr(action).replace("[", "-").replace("/", "of").removesuffix("]")
         self._box(name, start, duration, top, colour, "white")
-        number = str(work.micro_batch)
+        number = str(action.micro_batch)
         room = duration * self.inches * _POINTS * 0.85 / _DIGIT
         # All numbers or none on boxes of one width.
         if room / self.digits >= _SMALLEST:
@@ -195,7 +195,7 @@ class _Drawer:
 
 def _add_legend(figure: Figure, panels: Sequence[Panel], corner: tuple[float, float]) -> None:
     """In one line, of what is there."""
-    works = [(span.work.kind, min(panel.placement.chunk_of(span.work.stage), 1))
+    works = [(span.action.kind, min(panel.placement.chunk_of(span.action.stage), 1))
              for panel in panels for rank in panel.timeline.ranks for span in rank]
     chunks = sorted({chunk for _, chunk in works})
     handles: list[Any] = []

@@ -30,8 +30,8 @@ class Schedule:
     def passes(self) -> Iterator[tuple[int, Pass]]:
         """Every pass with its rank, rank by rank."""
         for rank, order in enumerate(self.orders):
-            for work in order:
-                yield rank, work
+            for action in order:
+                yield rank, action
 
     def with_orders(self, orders: tuple[Order, ...]) -> Schedule:
         """This schedule with other orders."""
@@ -58,7 +58,7 @@ def dependencies(action: Pass, last_stage: int, whole_backwards: frozenset[tuple
 
 def whole_backwards(schedule: Schedule) -> frozenset[tuple[int, int]]:
     """The (stage, micro-batch) whose backward runs in one go."""
-    return frozenset((work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.BW)
+    return frozenset((action.stage, action.micro_batch) for _, action in schedule.passes() if action.kind is Kind.BW)
 
 
 def check(schedule: Schedule) -> None:
@@ -71,19 +71,19 @@ def check(schedule: Schedule) -> None:
         raise ScheduleError(f"{schedule.name} has orders for {len(schedule.orders)} ranks, but its placement has "
                             f"{placement.ranks}")
     seen: dict[Pass, int] = {}
-    for rank, work in schedule.passes():
-        if work in seen:
-            raise ScheduleError(f"{schedule.name}: {work} is on rank {seen[work]} and again on rank {rank}")
-        seen[work] = rank
-        if not 0 <= work.stage < placement.stages or not 0 <= work.micro_batch < schedule.micro_batches:
-            raise ScheduleError(f"{schedule.name}: {work} is outside {placement.stages} stages "
+    for rank, action in schedule.passes():
+        if action in seen:
+            raise ScheduleError(f"{schedule.name}: {action} is on rank {seen[action]} and again on rank {rank}")
+        seen[action] = rank
+        if not 0 <= action.stage < placement.stages or not 0 <= action.micro_batch < schedule.micro_batches:
+            raise ScheduleError(f"{schedule.name}: {action} is outside {placement.stages} stages "
                                 f"and {schedule.micro_batches} micro-batches")
-        if placement.rank_of(work.stage) != rank:
-            raise ScheduleError(f"{schedule.name}: {work} is on rank {rank}, "
-                                f"but its stage is on rank {placement.rank_of(work.stage)}")
+        if placement.rank_of(action.stage) != rank:
+            raise ScheduleError(f"{schedule.name}: {action} is on rank {rank}, "
+                                f"but its stage is on rank {placement.rank_of(action.stage)}")
     found: dict[tuple[int, int], list[Pass]] = {}
-    for work in seen:
-        found.setdefault((work.stage, work.micro_batch), []).append(work)
+    for action in seen:
+        found.setdefault((action.stage, action.micro_batch), []).append(action)
     for stage in range(placement.stages):
         for micro_batch in range(schedule.micro_batches):
             passes = found.get((stage, micro_batch), [])
@@ -95,8 +95,8 @@ def check(schedule: Schedule) -> None:
 
 def _complete(passes: list[Pass]) -> bool:
     """Whether these passes of one stage and micro-batch, in the rank's order, are what it takes."""
-    weights = [work for work in passes if work.kind is Kind.W]
-    others = sorted(work.kind for work in passes if work.kind is not Kind.W)
+    weights = [action for action in passes if action.kind is Kind.W]
+    others = sorted(action.kind for action in passes if action.kind is not Kind.W)
     if not weights:
         return others == [Kind.BW, Kind.F]
     return others == [Kind.B, Kind.F] and weights == list(weights[0].cut(len(weights)))

@@ -62,7 +62,7 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
         "name": schedule.name,
         "placement": {"name": schedule.placement.name, "chunks": list(map(list, schedule.placement.chunks))},
         "micro_batches": schedule.micro_batches,
-        "orders": [[pass_to_json(work) for work in order] for order in schedule.orders],
+        "orders": [[pass_to_json(action) for action in order] for order in schedule.orders],
     }
 
 

@@ -65,7 +65,7 @@ class _Operations:
 
     def __init__(self, programs: Sequence[Program], communicator: Callable[[Channel], Hashable]) -> None:
         self.completed: dict[Message, Clock] = {}
-        self._passes = [[step.work for step in program if isinstance(step, Run)] for program in programs]
+        self._passes = [[step.action for step in program if isinstance(step, Run)] for program in programs]
         self._communicator = communicator
         self._sharing: dict[int, Clock] = {}
         self._started: dict[tuple[int, Message], Clock] = {}

@@ -60,7 +60,7 @@ class Times:
 class Span:
     """A pass with its start and end."""
 
-    work: Pass
+    action: Pass
     start: float
     end: float
 
@@ -119,11 +119,11 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
         rank = runnable.pop()
         done = spans[rank]
         free = done[-1].end if done else 0.0
-        for work in schedule.orders[rank][len(done):]:
-            stage, micro_batch = work.stage, work.micro_batch
-            if work.kind is Kind.F:
+        for action in schedule.orders[rank][len(done):]:
+            stage, micro_batch = action.stage, action.micro_batch
+            if action.kind is Kind.F:
                 needs, results = before_f[stage], outputs[stage]
-            elif work.kind is Kind.W:
+            elif action.kind is Kind.W:
                 needs, results = before_w[stage], None
             else:
                 needs, results = before_b[stage], gradients[stage]
@@ -136,8 +136,8 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
                 if end + delay > start:
                     start = end + delay
             else:
-                free = start + times.of(work)
-                done.append(Span(work, start, free))
+                free = start + times.of(action)
+                done.append(Span(action, start, free))
                 if results is not None:
                     results.ends[micro_batch] = free
                     if micro_batch in results.waiting:

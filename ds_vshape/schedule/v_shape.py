@@ -81,7 +81,7 @@ def zb_v(ranks: int, micro_batches: int) -> Schedule:
     """
     # With fewer micro-batches the counts don't fit: make them fit, and drop what was filled in.
     filled = max(micro_batches, 2 * ranks - 1)
-    orders = tuple(tuple(work for work in _zb_v_order(rank, ranks, filled) if work.micro_batch < micro_batches)
+    orders = tuple(tuple(action for action in _zb_v_order(rank, ranks, filled) if action.micro_batch < micro_batches)
                    for rank in range(ranks))
     return reorder(Schedule("zb-v", v(ranks), micro_batches, orders), 2 * ranks)
 

@@ -80,7 +80,7 @@ def test_json_holds_the_schedule_and_its_figures(name: str, tmp_path: Path) -> N
     assert metrics["lower_bound"] <= metrics["makespan"]
     alive, peaks = 0, []
     for order in orders:
-        kept = [alive := alive + share * ((work.kind is Kind.F) - work.frees_activations) for work in order]
+        kept = [alive := alive + share * ((action.kind is Kind.F) - action.frees_activations) for action in order]
         peaks.append(max(kept))
     assert metrics["peak_activations"] == peaks
     assert metrics["peak_fraction_of_1f1b"] == max(peaks) / 6
@@ -215,7 +215,7 @@ def test_a_config_says_all_that_the_options_say(tmp_path: Path) -> None:
                  gradient_accumulation_steps=8)
     for arguments in ([file], ["--config", file]):
         written = plan(tmp_path, *arguments)
-        assert written["orders"] == [[[work.kind.value, work.stage, work.micro_batch] for work in order]
+        assert written["orders"] == [[[action.kind.value, action.stage, action.micro_batch] for action in order]
                                      for order in wanted.orders]
 
 

@@ -78,17 +78,17 @@ def test_every_pass_is_a_box_at_its_place(name: str, tmp_path: Path) -> None:
     timeline = simulate(schedule, Times.uniform(schedule.placement.stages, 10, 12, 8, 1))
     picture = draw(tmp_path, schedule, timeline)
     boxes = picture.passes(0)
-    assert set(boxes) == {work for _, work in schedule.passes()}
-    spans = {span.work: span for rank in timeline.ranks for span in rank}
+    assert set(boxes) == {action for _, action in schedule.passes()}
+    spans = {span.action: span for rank in timeline.ranks for span in rank}
     first = box(boxes[Pass(Kind.F, 0, 0)])
     scale = (first[1] - first[0]) / (spans[Pass(Kind.F, 0, 0)].end - spans[Pass(Kind.F, 0, 0)].start)
     tops: dict[int, set[float]] = {}
-    for work, group in boxes.items():
+    for action, group in boxes.items():
         left, right, top, colour = box(group)
-        assert left == pytest.approx(first[0] + scale * spans[work].start, abs=0.01)
-        assert right == pytest.approx(first[0] + scale * spans[work].end, abs=0.01)
-        tops.setdefault(schedule.placement.rank_of(work.stage), set()).add(top)
-        assert colour == COLOURS[work.kind][schedule.placement.chunk_of(work.stage)][0]
+        assert left == pytest.approx(first[0] + scale * spans[action].start, abs=0.01)
+        assert right == pytest.approx(first[0] + scale * spans[action].end, abs=0.01)
+        tops.setdefault(schedule.placement.rank_of(action.stage), set()).add(top)
+        assert colour == COLOURS[action.kind][schedule.placement.chunk_of(action.stage)][0]
     # Each rank in a row of its own, from the top down.
     assert all(len(places) == 1 for places in tops.values())
     assert [min(tops[rank]) for rank in range(4)] == sorted(min(places) for places in tops.values())
@@ -120,7 +120,7 @@ def test_numbers_are_the_micro_batches(tmp_path: Path) -> None:
     picture = draw(tmp_path, schedule, simulate(schedule, Times.uniform(8)))
     axis = {"0", "10", "20", "30", "40", "50"}
     numbers = [text for text in picture.texts if text.isdigit() and text not in axis]
-    expected = [str(work.micro_batch) for _, work in schedule.passes() if work.micro_batch]
+    expected = [str(action.micro_batch) for _, action in schedule.passes() if action.micro_batch]
     assert sorted(numbers) == sorted(expected)
 
 
@@ -150,10 +150,11 @@ def line(group: ElementTree.Element) -> list[tuple[float, float]]:
 def test_a_measured_timeline_may_start_anywhere(tmp_path: Path) -> None:
     schedule = build("v-half", 2, 2)
     timeline = simulate(schedule, Times.uniform(4))
-    later = Timeline(tuple(tuple(type(span)(span.work, span.start + 64, span.end + 64) for span in rank)
+    later = Timeline(tuple(tuple(type(span)(span.action, span.start + 64, span.end + 64) for span in rank)
                            for rank in timeline.ranks))
     first, second = draw(tmp_path, schedule, timeline).passes(0), draw(tmp_path, schedule, later).passes(0)
-    assert {work: box(group) for work, group in first.items()} == {work: box(group) for work, group in second.items()}
+    assert ({action: box(group) for action, group in first.items()}
+            == {action: box(group) for action, group in second.items()})
 
 
 # ---------------------------------------------------------------- from the command line
@@ -185,7 +186,7 @@ def test_compare_draws_a_panel_for_each_on_one_scale(tmp_path: Path) -> None:
     scales = []
     for panel, name in enumerate(names):
         boxes = picture.passes(panel)
-        assert set(boxes) == {work for _, work in build(name, 4, 8).passes()}
+        assert set(boxes) == {action for _, action in build(name, 4, 8).passes()}
         left, right, _, _ = box(boxes[Pass(Kind.F, 0, 0)])
         scales.append((right - left) / (2 if name == "1f1b" else 1))
     assert scales == [pytest.approx(scales[0], rel=1e-3)] * 3

@@ -33,7 +33,7 @@ def example() -> BatchTrace:
 
     predicted = simulate(schedule, Times.uniform(placement.stages, 0.010, 0.011, 0.009, 0.001))
     ran = simulate(schedule, Times(varied(0.010), varied(0.011), varied(0.009), varied(0.001)[1:]))
-    ranks = tuple(RankTrace(tuple(Event(PASS, span.work, span.start, span.end) for span in spans), {})
+    ranks = tuple(RankTrace(tuple(Event(PASS, span.action, span.start, span.end) for span in spans), {})
                   for spans in ran.ranks)
     return BatchTrace(10, schedule, ranks, (Clock(0.0, 2e-5),) * RANKS, predicted, "mean measured times",
                       Activations.counted(placement), "activations of 1/8 of the model")

@@ -108,7 +108,7 @@ def test_other_precisions(precision: str) -> None:
 def cut_weights(schedule: Schedule) -> Schedule:
     """`schedule` with every W in three pieces."""
     return schedule.with_orders(tuple(
-        tuple(piece for work in order for piece in (work.cut(3) if work.kind is Kind.W else (work,)))
+        tuple(piece for action in order for piece in (action.cut(3) if action.kind is Kind.W else (action,)))
         for order in schedule.orders))
 
 

@@ -279,10 +279,10 @@ def test_programs_tell_and_wait_where_nobody_is_held_up() -> None:
                 assert [i for i in instructions[:-2] if type(i) not in (AwaitVerdict, TellForwards)] == plain[:-4]
                 passes = [pass_of(instruction) for instruction in instructions]
                 await_at, tell_at = kinds.index(AwaitVerdict), kinds.index(TellForwards)
-                assert all(work.kind is Kind.F for work in passes[:await_at] if work)
-                following = next(work for work in passes[await_at:] if work)
+                assert all(action.kind is Kind.F for action in passes[:await_at] if action)
+                following = next(action for action in passes[await_at:] if action)
                 assert following.kind in (Kind.B, Kind.BW) or tell_at == await_at - 1
-                assert not any(work and work.kind is Kind.F for work in passes[tell_at:])
+                assert not any(action and action.kind is Kind.F for action in passes[tell_at:])
 
 
 @pytest.mark.parametrize("config, message", [

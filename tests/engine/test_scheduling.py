@@ -123,7 +123,7 @@ def test_times_are_measured_and_used() -> None:
                 assert min(slept) <= of_kind[stage] <= max(slept) + 0.008, (times, own["slept"])
     # Both boundaries between the ranks; none at the turn.
     assert times.hops[1] == 0 and all(0 < times.hops[boundary] < 0.05 for boundary in (0, 2))
-    assert not any(work.kind is Kind.BW for _, work in first["first"].passes()), "B and W must be timed apart"
+    assert not any(action.kind is Kind.BW for _, action in first["first"].passes()), "B and W must be timed apart"
     schedule = first["schedule"]
     limit = 0.75 * peak_of_1f1b(2, 6)
     assert max(peak_activations(schedule, Activations.counted(v(2)))) <= limit + 1e-9
@@ -139,7 +139,7 @@ def test_times_are_measured_and_used() -> None:
 
 def test_pieces_of_a_weight_gradient_count_together() -> None:
     """They are cut by layers, so a stage of one layer has all of it in one piece."""
-    pieces = [Span(work, start, end) for work, (start, end) in
+    pieces = [Span(action, start, end) for action, (start, end) in
               zip(Pass.parse("W1.0").cut(2), ((4.0, 7.0), (7.0, 7.0)), strict=True)]
     spans = (Span(Pass.parse("F1.0"), 0.0, 1.0), Span(Pass.parse("B1.0"), 2.0, 4.0), *pieces,
              Span(Pass.parse("W1.1"), 8.0, 11.0))

@@ -385,7 +385,7 @@ def test_whole_backwards_in_the_order_of_a_schedule(name: str) -> None:
         whole = with_whole_backwards(schedule)
         check(whole)
         deadlock.check(lower(whole, Times.uniform(whole.placement.stages)), whole.placement)
-        assert {work.kind for _, work in whole.passes()} == {Kind.F, Kind.BW}
+        assert {action.kind for _, action in whole.passes()} == {Kind.F, Kind.BW}
 
 
 def test_how_far_values_agree() -> None:

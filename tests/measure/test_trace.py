@@ -155,9 +155,9 @@ def test_rows_hold_what_ranks_did(run: Run, trace: dict[str, Any]) -> None:
             for event, after in zip(events, events[1:]):
                 assert event["ts"] + event["dur"] <= after["ts"] + 0.01
             passes = [event for event in events if event["cat"] == "pass"]
-            assert [event["name"] for event in passes] == [repr(work) for work in run.schedule.orders[rank]]
+            assert [event["name"] for event in passes] == [repr(action) for action in run.schedule.orders[rank]]
             assert [(event["args"]["stage"], event["args"]["micro_batch"]) for event in passes] == [
-                (work.stage, work.micro_batch) for work in run.schedule.orders[rank]]
+                (action.stage, action.micro_batch) for action in run.schedule.orders[rank]]
             # The engine measures around what the trace measures.
             around = [span.end - span.start - event["dur"] / 1e6
                       for event, span in zip(passes, measured.ranks[rank], strict=True)]
@@ -174,7 +174,7 @@ def test_rows_hold_what_ranks_did(run: Run, trace: dict[str, Any]) -> None:
 def test_channels_hold_every_message(run: Run, trace: dict[str, Any]) -> None:
     placement = run.schedule.placement
     expected = sorted(f"{message.channel.content} of {message.stage}.{message.micro_batch}"
-                      for _, work in run.schedule.passes() if (message := message_into(work, placement)))
+                      for _, action in run.schedule.passes() if (message := message_into(action, placement)))
     names = {(event["pid"], event["tid"]): event["args"]["name"] for event in trace["traceEvents"]
              if event["name"] == "thread_name"}
     late = []
@@ -258,8 +258,8 @@ def test_predicted_and_measured_figures(run: Run, trace: dict[str, Any]) -> None
 
 
 def test_a_rank_trace_survives_its_text() -> None:
-    work = Pass.parse("W2.5[1/4]"), Pass.parse("F0.0")
-    trace = RankTrace((Event("pass", work[0], 0.1, 1 / 3), Event("optimizer step", None, 1e-9, 2e9)), {work[1]: 1 / 7})
+    last, first = Pass.parse("W2.5[1/4]"), Pass.parse("F0.0")
+    trace = RankTrace((Event("pass", last, 0.1, 1 / 3), Event("optimizer step", None, 1e-9, 2e9)), {first: 1 / 7})
     assert RankTrace.parse(trace.text()) == trace
 
 
@@ -379,7 +379,7 @@ def test_a_browser_shows_every_pass_once_in_each_timeline(run: Run, page: Path, 
     elements = Elements(document)
     root = elements.found[0][1]
     assert root["data-ready"] == "3" and "data-error" not in root
-    expected = Counter(repr(work) for _, work in run.schedule.passes())
+    expected = Counter(repr(action) for _, action in run.schedule.passes())
     predicted, measured = document.split('id="measured"')
     for timeline in (predicted, measured):
         assert Counter(re.findall(r'data-pass="([^"]+)"', timeline)) == expected
@@ -433,7 +433,7 @@ def test_a_browser_zooms_pans_and_tells(run: Run, page: Path, tmp_path: Path) ->
     assert root["data-pointed"] == "2" and "F2.1  forward" in (root["data-tip"] or "")
     details = root["data-details"] or ""
     assert "stage 2, micro-batch 1, rank 2" in details and "predicted" in details and "from rank 1" in details
-    of_micro_batch = {repr(work) for _, work in run.schedule.passes() if work.micro_batch == 1}
+    of_micro_batch = {repr(action) for _, action in run.schedule.passes() if action.micro_batch == 1}
     assert set((root["data-followed"] or "").split(",")) == of_micro_batch
     assert root["data-ready"] == "4"
     assert root["data-passes"] == str(sum(1 for _ in run.schedule.passes()))

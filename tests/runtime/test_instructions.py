@@ -71,12 +71,12 @@ def test_what_needs_some_of_the_passes_starts_behind_the_last_of_them() -> None:
         batch = training_instructions(program)
         passes = [instr.pass_of(instruction) for instruction in batch]
         returned, = (place for place, instruction in enumerate(batch) if type(instruction) is instr.ReturnLoss)
-        assert not any(work and work.kind is Kind.F for work in passes[returned:])
+        assert not any(action and action.kind is Kind.F for action in passes[returned:])
         reduced = {i.stage: place for place, i in enumerate(batch) if type(i) is instr.StartReduceGrads}
-        assert set(reduced) == {work.stage for work in passes if work and work.kind in (Kind.W, Kind.BW)}
+        assert set(reduced) == {action.stage for action in passes if action and action.kind in (Kind.W, Kind.BW)}
         for stage, place in reduced.items():
-            last = max(at for at, work in enumerate(passes) if work and work.stage == stage
-                       and work.kind in (Kind.W, Kind.BW))
+            last = max(at for at, action in enumerate(passes) if action and action.stage == stage
+                       and action.kind in (Kind.W, Kind.BW))
             # The gradient that another rank waits for goes first.
             assert {type(i) for i in batch[last + 1:place]} <= {stock.SendGrad}
             assert type(batch[place + 1]) is not stock.SendGrad
@@ -115,6 +115,6 @@ def test_instructions_read_as_deepspeeds() -> None:
 
 
 def test_a_half_without_its_other_half_is_no_instruction() -> None:
-    for work, split in ((B(0, 0), False), (W(0, 0), False), (BW(0, 0), True)):
+    for action, split in ((B(0, 0), False), (W(0, 0), False), (BW(0, 0), True)):
         with pytest.raises(KeyError):
-            evaluation_instructions((Run(work, split),))
+            evaluation_instructions((Run(action, split),))

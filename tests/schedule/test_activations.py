@@ -52,10 +52,10 @@ def alive_at(time: float, spans: tuple[Span, ...], activations: Activations) -> 
     """By the definition: all of it from the start of F to the end of B, then what B leaves to the end of the last piece
     of W."""
     found = 0.0
-    starts = {(span.work.stage, span.work.micro_batch): span.start for span in spans if span.work.kind is Kind.F}
+    starts = {(span.action.stage, span.action.micro_batch): span.start for span in spans if span.action.kind is Kind.F}
     for (stage, micro_batch), start in starts.items():
-        ends = {span.work.kind: span.end for span in spans
-                if (span.work.stage, span.work.micro_batch) == (stage, micro_batch)}
+        ends = {span.action.kind: span.end for span in spans
+                if (span.action.stage, span.action.micro_batch) == (stage, micro_batch)}
         if start <= time < ends.get(Kind.B, ends.get(Kind.BW, 0.0)):
             found += activations.after_forward[stage]
         elif Kind.B in ends and ends[Kind.B] <= time < ends[Kind.W]:
@@ -78,4 +78,4 @@ def test_the_first_piece_of_a_w_frees_nothing() -> None:
     spans = simulate(schedule, Times.uniform(2)).ranks[0]
     falls = memory_curve(spans, Activations((10, 10), (10, 10)))
     assert [time for (_, before), (time, after) in zip(falls, falls[1:]) if after < before] == [
-        span.end for span in spans if span.work.frees_activations]
+        span.end for span in spans if span.action.frees_activations]

@@ -92,12 +92,13 @@ def test_reordering_is_never_slower_and_stays_within_the_limit(ranks: int, micro
     assert max(peak_activations(reordered, unit)) <= limit
     for old, new in zip(squeezed.orders, reordered.orders):
         assert sorted(old) == sorted(new)
-    starts = {span.work: span.start for spans in before.ranks for span in spans}
-    assert all(span.start <= starts[span.work]
-               for spans in after.ranks for span in spans if span.work.kind in (Kind.F, Kind.B, Kind.BW))
+    starts = {span.action: span.start for spans in before.ranks for span in spans}
+    assert all(span.start <= starts[span.action]
+               for spans in after.ranks for span in spans if span.action.kind in (Kind.F, Kind.B, Kind.BW))
     for stage in range(block.placement.stages):
         for kind in Kind:
-            order = [work.micro_batch for _, work in reordered.passes() if (work.kind, work.stage) == (kind, stage)]
+            order = [action.micro_batch for _, action in reordered.passes()
+                     if (action.kind, action.stage) == (kind, stage)]
             assert order == sorted(order)
 
 

@@ -61,7 +61,7 @@ def moved(program: Program, step: Step, before: Step) -> Program:
 
 
 def run(program: Program, text: str) -> Step:
-    return next(step for step in program if isinstance(step, Run) and str(step.work) == text)
+    return next(step for step in program if isinstance(step, Run) and str(step.action) == text)
 
 
 Break = Callable[[Program, Program], tuple[Program, Program]]
@@ -172,7 +172,7 @@ def test_a_whole_backward_is_an_input_gradient_too() -> None:
     order = (F(0, 0), F(1, 0), BW(1, 0), BW(0, 0))
     check(lower(Schedule("whole", on_one_rank, 1, (order,)), Times.uniform(2)), on_one_rank)
     with pytest.raises(DeadlockError, match="rank 0 runs BW0.0 before B1.0"):
-        check([tuple(Run(work, split=False) for work in (F(0, 0), F(1, 0), BW(0, 0), BW(1, 0)))], on_one_rank)
+        check([tuple(Run(action, split=False) for action in (F(0, 0), F(1, 0), BW(0, 0), BW(1, 0)))], on_one_rank)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -380,7 +380,7 @@ class Machine:
         if isinstance(step, Load):
             self.give(rank, ("data", step.micro_batch))
         elif isinstance(step, Run):
-            self.compute(rank, step.work)
+            self.compute(rank, step.action)
         elif isinstance(step, (Send, PostReceive)):
             channel, stage, micro_batch = step.message
             if rank != (channel.source if isinstance(step, Send) else channel.target):
@@ -481,7 +481,7 @@ def runs(programs: Programs, placement: Placement, communicator: Communicator) -
 def in_pieces(name: str, ranks: int, micro_batches: int) -> tuple[Programs, Placement]:
     """As `lowered`, each W in two pieces."""
     schedule = build(name, ranks, micro_batches)
-    orders = tuple(tuple(piece for work in order for piece in (work.cut(2) if work.kind is Kind.W else (work,)))
+    orders = tuple(tuple(piece for action in order for piece in (action.cut(2) if action.kind is Kind.W else (action,)))
                    for order in schedule.orders)
     return lower(schedule.with_orders(orders), Times.uniform(schedule.placement.stages)), schedule.placement
 
@@ -542,7 +542,7 @@ def test_pieces_run_in_turn_behind_their_input_gradient() -> None:
     for order, message in (((F(0, 0), B(0, 0), second, first), r"rank 0 runs W0.0\[1/2\] before W0.0\[0/2\]"),
                            ((F(0, 0), BW(0, 0), W(0, 0)), "rank 0 runs W0.0 before B0.0")):
         with pytest.raises(DeadlockError, match=message):
-            check([tuple(Run(work, split=True) for work in order)], linear(1))
+            check([tuple(Run(action, split=True) for action in order)], linear(1))
 
 
 def test_large_programs_are_checked_quickly() -> None:

@@ -66,13 +66,13 @@ def test_every_pass_is_found_by_its_colour(name: str) -> None:
     rows = "\n".join(drawing.draw(simulate(schedule, Times.uniform(schedule.placement.stages)),
                                   schedule.placement, 1000).splitlines()[1:4])
     for kind, pattern in drawing.PASSES.items():
-        assert len(re.findall(pattern, rows)) == sum(work.kind.value == kind for _, work in schedule.passes())
+        assert len(re.findall(pattern, rows)) == sum(action.kind.value == kind for _, action in schedule.passes())
 
 
 def test_a_measured_timeline_may_start_anywhere() -> None:
     schedule = Schedule("one", linear(1), 1, ((F(0, 0), BW(0, 0)),))
     timeline = simulate(schedule, Times.uniform(1))
-    later = Timeline(tuple(tuple(type(span)(span.work, span.start + 1e6, span.end + 1e6) for span in rank)
+    later = Timeline(tuple(tuple(type(span)(span.action, span.start + 1e6, span.end + 1e6) for span in rank)
                            for rank in timeline.ranks))
     assert drawing.draw(later, linear(1)) == drawing.draw(timeline, linear(1))
 

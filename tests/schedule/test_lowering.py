@@ -74,7 +74,7 @@ def test_every_message_once_and_in_one_sequence_and_no_deadlock(case: tuple[Sche
 def sent_by_passes(schedule: Schedule) -> Counter[Message]:
     """What must be sent, from the placement alone: each hop of the chain of stages that changes ranks, both ways."""
     expected: Counter[Message] = Counter()
-    backward = any(work.kind is not Kind.F for _, work in schedule.passes())
+    backward = any(action.kind is not Kind.F for _, action in schedule.passes())
     for stage in range(schedule.placement.last_stage):
         here, there = schedule.placement.rank_of(stage), schedule.placement.rank_of(stage + 1)
         for micro_batch in range(schedule.micro_batches if here != there else 0):
@@ -97,18 +97,18 @@ def sequences(programs: tuple[Program, ...], kind: type[Step]) -> dict[Channel, 
 @given(cases())
 def test_passes_keep_their_order_and_stand_between_their_messages(case: tuple[Schedule, Times]) -> None:
     schedule, times = case
-    split = {(work.stage, work.micro_batch) for _, work in schedule.passes() if work.kind is Kind.W}
+    split = {(action.stage, action.micro_batch) for _, action in schedule.passes() if action.kind is Kind.W}
     for order, program in zip(schedule.orders, lower(schedule, times), strict=True):
-        assert tuple(step.work for step in program if isinstance(step, Run)) == order
+        assert tuple(step.action for step in program if isinstance(step, Run)) == order
         for number, step in enumerate(program):
             if isinstance(step, Run):
-                assert step.split == ((step.work.stage, step.work.micro_batch) in split)
-                need = message_into(step.work, schedule.placement)
+                assert step.split == ((step.action.stage, step.action.micro_batch) in split)
+                need = message_into(step.action, schedule.placement)
                 assert need is None or AwaitReceive(need) in program[:number]
             if isinstance(step, Send):
                 # At once: only sends may stand between a message and the pass that made it.
                 makers = [earlier for earlier in program[:number] if not isinstance(earlier, Send)]
-                assert isinstance(makers[-1], Run) and makers[-1].work in makers_of(step.message)
+                assert isinstance(makers[-1], Run) and makers[-1].action in makers_of(step.message)
 
 
 def makers_of(message: Message) -> set[Pass]:
@@ -123,27 +123,27 @@ def test_receives_are_posted_before_the_sender_begins_and_sends_released_after_u
         schedule: Schedule, hop: float, costs: tuple[int, int, int]) -> None:
     times = Times.uniform(schedule.placement.stages, *costs, hop)
     timeline = simulate(schedule, times)
-    spans = {span.work: span for rank in timeline.ranks for span in rank}
+    spans = {span.action: span for rank in timeline.ranks for span in rank}
     before = ancestors(schedule)
     for rank, (own, program) in enumerate(zip(timeline.ranks, lower(schedule, times), strict=True)):
         passes_before = 0
         for step in program:
             passes_before += isinstance(step, Run)
             if isinstance(step, PostReceive):
-                maker, = (spans[work] for work in makers_of(step.message) if work in spans)
+                maker, = (spans[action] for action in makers_of(step.message) if action in spans)
                 order = schedule.orders[step.message.channel.source]
-                afterwards = set(order[order.index(maker.work) + 1:])
+                afterwards = set(order[order.index(maker.action) + 1:])
                 # The device may be synchronized in any pass, on either side.
-                assert not before[maker.work] & {span.work for span in own[passes_before:]}, "posted too early"
-                assert not any(before[span.work] & afterwards for span in own[:passes_before]), "posted too late"
+                assert not before[maker.action] & {span.action for span in own[passes_before:]}, "posted too early"
+                assert not any(before[span.action] & afterwards for span in own[:passes_before]), "posted too late"
                 # One whole pass before the sender begins, as far as that allows, and no earlier: it costs memory.
-                last = own[passes_before - 1].work if passes_before else None
-                assert last is None or last in before[maker.work] or own[passes_before + 1].start <= maker.start
-                following = own[passes_before].work
+                last = own[passes_before - 1].action if passes_before else None
+                assert last is None or last in before[maker.action] or own[passes_before + 1].start <= maker.start
+                following = own[passes_before].action
                 assert (before[following] & afterwards or following in users_of(step.message)
                         or passes_before + 2 >= len(own) or own[passes_before + 2].start >= maker.start)
             if isinstance(step, AwaitSend):
-                user, = (spans[work] for work in users_of(step.message) if work in spans)
+                user, = (spans[action] for action in users_of(step.message) if action in spans)
                 assert passes_before == len(own) or own[passes_before].start >= user.end
                 assert own[passes_before - 1].start <= user.end
 
@@ -153,12 +153,13 @@ def ancestors(schedule: Schedule) -> dict[Pass, set[Pass]]:
     whole = whole_backwards(schedule)
     direct: dict[Pass, set[Pass]] = {}
     for order in schedule.orders:
-        for earlier, work in zip((None, *order), order):
-            direct[work] = {*dependencies(work, schedule.placement.last_stage, whole), *([earlier] if earlier else ())}
+        for earlier, action in zip((None, *order), order):
+            direct[action] = {*dependencies(action, schedule.placement.last_stage, whole),
+                              *([earlier] if earlier else ())}
     found: dict[Pass, set[Pass]] = {}
     for span in sorted((span for rank in simulate(schedule, Times.uniform(schedule.placement.stages)).ranks
                         for span in rank), key=lambda span: span.start):
-        found[span.work] = direct[span.work].union(*(found[need] for need in direct[span.work]))
+        found[span.action] = direct[span.action].union(*(found[need] for need in direct[span.action]))
     return found
 
 
@@ -333,7 +334,7 @@ def written(step: Step) -> str:
     if isinstance(step, Load):
         return f"load {step.micro_batch}"
     if isinstance(step, Run):
-        return str(step.work)
+        return str(step.action)
     if isinstance(step, ShareLoss):
         return "share the loss"
     verb = {Send: "send", AwaitSend: "release", PostReceive: "post", AwaitReceive: "await"}[type(step)]

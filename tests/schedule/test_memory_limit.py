@@ -23,11 +23,11 @@ def peak_fraction(schedule: Schedule) -> Fraction:
     most = Fraction(0)
     for order in schedule.orders:
         held: set[tuple[int, int]] = set()
-        for work in order:
-            if work.kind.value == "F":
-                held.add((work.stage, work.micro_batch))
-            elif work.kind.value in ("W", "BW"):
-                held.remove((work.stage, work.micro_batch))
+        for action in order:
+            if action.kind.value == "F":
+                held.add((action.stage, action.micro_batch))
+            elif action.kind.value in ("W", "BW"):
+                held.remove((action.stage, action.micro_batch))
             most = max(most, share * len(held))
     ranks = schedule.placement.ranks
     # 1F1B's first rank holds a p-th of the model for p micro-batches, or for all where there are fewer.

@@ -20,21 +20,21 @@ def most_waiting(order: Order) -> int:
     """How many micro-batches' Ws wait at most, counted by hand."""
     left: Counter[tuple[int, int]] = Counter()
     most = 0
-    for work in order:
-        if work.kind is Kind.B:
-            left[work.stage, work.micro_batch] = -1
-        elif work.kind is Kind.W:
-            if left[work.stage, work.micro_batch] == -1:
-                left[work.stage, work.micro_batch] = work.pieces
-            left[work.stage, work.micro_batch] -= 1
+    for action in order:
+        if action.kind is Kind.B:
+            left[action.stage, action.micro_batch] = -1
+        elif action.kind is Kind.W:
+            if left[action.stage, action.micro_batch] == -1:
+                left[action.stage, action.micro_batch] = action.pieces
+            left[action.stage, action.micro_batch] -= 1
         most = max(most, sum(pieces != 0 for pieces in left.values()))
     return most
 
 
 def cut(schedule: Schedule, pieces: int) -> Schedule:
     """`schedule` with each W in pieces, which run one after another."""
-    orders = tuple(tuple(piece for work in order
-                         for piece in (work.cut(pieces) if work.kind is Kind.W else (work,)))
+    orders = tuple(tuple(piece for action in order
+                         for piece in (action.cut(pieces) if action.kind is Kind.W else (action,)))
                    for order in schedule.orders)
     return Schedule(schedule.name, schedule.placement, schedule.micro_batches, orders)
 
@@ -48,7 +48,7 @@ def test_is_valid_and_keeps_the_limit(name: str, ranks: int, micro_batches: int,
     simulate(fewer, Times.uniform(schedule.placement.stages))
 
     def others(order: Order) -> list[Pass]:
-        return [work for work in order if work.kind is not Kind.W]
+        return [action for action in order if action.kind is not Kind.W]
 
     for before, after in zip(schedule.orders, fewer.orders, strict=True):
         assert sorted(map(str, before)) == sorted(map(str, after))

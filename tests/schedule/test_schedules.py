@@ -105,10 +105,10 @@ def test_every_pass_once_in_micro_batch_order_and_to_the_end(size: tuple[int, in
     assert (schedule.name, schedule.micro_batches) == (name, micro_batches)
     assert schedule.placement == placement_of(name, ranks)
     counts: dict[tuple[str, int], list[int]] = {}
-    for rank, work in schedule.passes():
-        assert schedule.placement.rank_of(work.stage) == rank
-        for half in ("B", "W") if work.kind is Kind.BW else (work.kind.value,):
-            counts.setdefault((half, work.stage), []).append(work.micro_batch)
+    for rank, action in schedule.passes():
+        assert schedule.placement.rank_of(action.stage) == rank
+        for half in ("B", "W") if action.kind is Kind.BW else (action.kind.value,):
+            counts.setdefault((half, action.stage), []).append(action.micro_batch)
     # Gradients are summed in the order of W: in micro-batch order everywhere, the sums equal 1F1B's bit for bit.
     assert counts == {(kind, stage): list(range(micro_batches))
                       for kind in "FBW" for stage in range(schedule.placement.stages)}
@@ -137,17 +137,17 @@ def test_peaks_are_the_papers(size: tuple[int, int]) -> None:
 def test_times_are_the_papers(size: tuple[int, int]) -> None:
     """F, B and W of a chunk take 1, so a rank's work is 6 m."""
     p, m = size
-    work = 6 * m
-    assert run(build("gpipe", p, m)).makespan == run(build("1f1b", p, m)).makespan == work + 6 * (p - 1)
+    action = 6 * m
+    assert run(build("gpipe", p, m)).makespan == run(build("1f1b", p, m)).makespan == action + 6 * (p - 1)
     if m % p == 0:
-        assert run(build("interleaved-1f1b", p, m)).makespan == work + 3 * (p - 1)
+        assert run(build("interleaved-1f1b", p, m)).makespan == action + 3 * (p - 1)
     if m >= p:
-        assert run(build("zb-h1", p, m)).makespan == work + 2 * (p - 1)
+        assert run(build("zb-h1", p, m)).makespan == action + 2 * (p - 1)
     if m >= 2 * p - 1:
         for name in ("zb-h2", "zb-v", "v-zb"):
-            assert run(build(name, p, m)).longest_span == work, name
+            assert run(build(name, p, m)).longest_span == action, name
         for name in ("zb-v", "v-zb"):
-            assert run(build(name, p, m)).makespan == work + p - 1, name
+            assert run(build(name, p, m)).makespan == action + p - 1, name
 
 
 @pytest.mark.parametrize("ranks", range(1, 17))
@@ -203,13 +203,13 @@ def test_fusing_moves_no_pass(size: tuple[int, int], name: str, hop: float) -> N
     fused = fuse(split, times)
     assert peak_activations(fused) == peak_activations(split)
     for before, after in zip(simulate(split, times).ranks, simulate(fused, times).ranks):
-        starts = {span.work: span.start for span in before}
-        ends = {span.work: span.end for span in before}
+        starts = {span.action: span.start for span in before}
+        ends = {span.action: span.end for span in before}
         for span in after:
-            stage, micro_batch = span.work.stage, span.work.micro_batch
-            whole = span.work.kind is Kind.BW
-            assert span.start == starts[B(stage, micro_batch) if whole else span.work]
-            assert span.end == pytest.approx(ends[W(stage, micro_batch) if whole else span.work])
+            stage, micro_batch = span.action.stage, span.action.micro_batch
+            whole = span.action.kind is Kind.BW
+            assert span.start == starts[B(stage, micro_batch) if whole else span.action]
+            assert span.end == pytest.approx(ends[W(stage, micro_batch) if whole else span.action])
 
 
 def test_fusing_leaves_alone_what_others_wait_for() -> None:
@@ -219,7 +219,7 @@ def test_fusing_leaves_alone_what_others_wait_for() -> None:
 
 
 def test_w_at_once_after_b_runs_whole_on_one_rank() -> None:
-    kinds = {work.kind for _, work in build("zb-h1", 1, 3).passes()}
+    kinds = {action.kind for _, action in build("zb-h1", 1, 3).passes()}
     assert kinds == {Kind.F, Kind.BW}
 
 
@@ -233,9 +233,9 @@ def test_forwards_alone(size: tuple[int, int], name: str) -> None:
     placement = PLACEMENTS[name](ranks)
     schedule = forward_only(placement, micro_batches)
     everything = {F(stage, i) for stage in range(placement.stages) for i in range(micro_batches)}
-    assert {work for _, work in schedule.passes()} == everything
+    assert {action for _, action in schedule.passes()} == everything
     assert sum(1 for _ in schedule.passes()) == len(everything)
-    assert all(placement.rank_of(work.stage) == rank for rank, work in schedule.passes())
+    assert all(placement.rank_of(action.stage) == rank for rank, action in schedule.passes())
     timeline = simulate(schedule, Times.uniform(placement.stages))
     chunks = placement.stages // ranks
     if name != "interleaved":
@@ -248,9 +248,9 @@ def _most_waiting(timeline: Timeline, last_stage: int) -> int:
     events = []
     for spans in timeline.ranks:
         for span in spans:
-            if span.work.stage < last_stage:
+            if span.action.stage < last_stage:
                 events.append((span.end, 1))
-            if span.work.stage:
+            if span.action.stage:
                 events.append((span.start, -1))
     waiting = most = 0
     for _, change in sorted(events, key=lambda event: (event[0], event[1])):
@@ -297,4 +297,4 @@ def test_memory_limits() -> None:
 
 def test_orders_are_passes_of_the_notation() -> None:
     schedule = build("v-zb", 2, 3)
-    assert tuple(tuple(Pass.parse(repr(work)) for work in order) for order in schedule.orders) == schedule.orders
+    assert tuple(tuple(Pass.parse(repr(action)) for action in order) for order in schedule.orders) == schedule.orders

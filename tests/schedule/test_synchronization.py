@@ -50,7 +50,7 @@ def any_orders(draw: st.DrawFn) -> Schedule:
     for rank in mixed:
         if draw(st.booleans()):
             rank.sort(key=lambda span: (span.end, span.start))
-    schedule = regular.with_orders(tuple(tuple(span.work for span in rank) for rank in mixed))
+    schedule = regular.with_orders(tuple(tuple(span.action for span in rank) for rank in mixed))
     try:
         simulate(schedule, Times.uniform(stages))
     except ValueError:
@@ -243,7 +243,7 @@ def test_a_loss_that_is_shared_too_early_is_found() -> None:
 
 def shared_after_the_last_forward(program: Program) -> Program:
     steps = [step for step in program if not isinstance(step, ShareLoss)]
-    last = max(place for place, step in enumerate(steps) if isinstance(step, Run) and step.work.kind is Kind.F)
+    last = max(place for place, step in enumerate(steps) if isinstance(step, Run) and step.action.kind is Kind.F)
     return (*steps[:last + 1], ShareLoss(), *steps[last + 1:])
 
 
@@ -265,8 +265,8 @@ def first_uses(programs: Programs) -> set[tuple[int, int]]:
         seen: Counter[tuple[Kind, int]] = Counter()
         for number, step in enumerate(program):
             if isinstance(step, Run):
-                key = step.work.kind, step.work.stage
+                key = step.action.kind, step.action.stage
                 seen[key] += 1
-                if seen[key] <= 1 + step.work.kind.gives_weight_gradients:
+                if seen[key] <= 1 + step.action.kind.gives_weight_gradients:
                     found.add((rank, number))
     return found

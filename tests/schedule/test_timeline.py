@@ -26,14 +26,14 @@ def needs(action: Pass, schedule: Schedule) -> list[Pass]:
 
 def slow_simulation(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:
     """Push every start later until no rule is broken any more: O(passes^2), and no events."""
-    length = {work: times.of(work) for _, work in schedule.passes()}
+    length = {action: times.of(action) for _, action in schedule.passes()}
     start = dict.fromkeys(length, 0.0)
     rules = []
     for rank, order in enumerate(schedule.orders):
         rules += [(before, after, 0.0) for before, after in zip(order, order[1:])]
-        rules += [(need, work, times.hops[min(need.stage, work.stage)]
+        rules += [(need, action, times.hops[min(need.stage, action.stage)]
                    if schedule.placement.rank_of(need.stage) != rank else 0.0)
-                  for work in order for need in needs(work, schedule)]
+                  for action in order for need in needs(action, schedule)]
     moved = True
     while moved:
         moved = False
@@ -41,18 +41,18 @@ def slow_simulation(schedule: Schedule, times: Times) -> dict[Pass, tuple[float,
             earliest = start[before] + length[before] + hop
             if start[after] < earliest:
                 start[after], moved = earliest, True
-    return {work: (start[work], start[work] + length[work]) for work in start}
+    return {action: (start[action], start[action] + length[action]) for action in start}
 
 
 def random_schedule(ranks: int, micro_batches: int, placement_name: str, dice: random.Random) -> Schedule:
     """Any order that can run: take ready passes at random, some backwards whole and some split."""
     placement = PLACEMENTS[placement_name](ranks)
-    work = []
+    action = []
     for stage in range(placement.stages):
         for i in range(micro_batches):
-            work += [F(stage, i)] + ([BW(stage, i)] if dice.random() < 0.5 else [B(stage, i), W(stage, i)])
-    everything = Schedule("random", placement, micro_batches, (tuple(work),))
-    waits_for = {one: set(needs(one, everything)) for one in work}
+            action += [F(stage, i)] + ([BW(stage, i)] if dice.random() < 0.5 else [B(stage, i), W(stage, i)])
+    everything = Schedule("random", placement, micro_batches, (tuple(action),))
+    waits_for = {one: set(needs(one, everything)) for one in action}
     orders: list[list[Pass]] = [[] for _ in range(ranks)]
     while waits_for:
         chosen = dice.choice([one for one, waits in waits_for.items() if not waits])
@@ -74,12 +74,13 @@ def test_agrees_with_the_slow_simulator(ranks: int, micro_batches: int, placemen
     timeline = simulate(schedule, times)
     slow = slow_simulation(schedule, times)
     for spans, order in zip(timeline.ranks, schedule.orders):
-        assert tuple(span.work for span in spans) == order
+        assert tuple(span.action for span in spans) == order
         for span in spans:
-            assert (span.start, span.end) == pytest.approx(slow[span.work])
+            assert (span.start, span.end) == pytest.approx(slow[span.action])
     ends = [end for _, end in slow.values()]
     assert timeline.makespan == pytest.approx(max(ends) - min(start for start, _ in slow.values()))
-    own = [max(slow[work][1] for work in order) - min(slow[work][0] for work in order) for order in schedule.orders]
+    own = [max(slow[action][1] for action in order) - min(slow[action][0] for action in order)
+           for order in schedule.orders]
     assert timeline.longest_span == pytest.approx(max(own))
     assert timeline.work == pytest.approx(sum(end - start for start, end in slow.values()))
 

@@ -215,9 +215,9 @@ def test_functions_of_the_users_own(function: type[SplitFunction]) -> None:
 def in_pieces(schedule: Schedule, pieces: int) -> Schedule:
     """The same order with each W cut into pieces."""
     orders = tuple(
-        tuple(part for work in order for part in
-              ([Pass(Kind.W, work.stage, work.micro_batch, piece, pieces) for piece in range(pieces)]
-               if work.kind is Kind.W else [work]))
+        tuple(part for action in order for part in
+              ([Pass(Kind.W, action.stage, action.micro_batch, piece, pieces) for piece in range(pieces)]
+               if action.kind is Kind.W else [action]))
         for order in schedule.orders)
     return Schedule(schedule.name, schedule.placement, schedule.micro_batches, orders)
 

@@ -72,7 +72,7 @@ def test_orders_are_legal_and_whole() -> None:
     program = Program(((Step("linear"),),) * 3, micro_batches=3, order=(2, 5, 1, 4, 0, 3, 2, 1, 5, 4), pieces=2)
     passes = program.passes()
     assert len(passes) == len(set(passes)) == 3 * 3 * 4
-    place = {work: number for number, work in enumerate(passes)}
+    place = {action: number for number, action in enumerate(passes)}
     for kind, stage, micro_batch, piece in passes:
         before = {"F": ("F", stage - 1, micro_batch, 0), "B": ("B", stage + 1, micro_batch, 0),
                   "W": ("B", stage, micro_batch, 0) if piece == 0 else ("W", stage, micro_batch, 0)}[kind]

@@ -26,8 +26,8 @@ class _Watched:
     def watch(self) -> None:
         """Wait for the works, in the thread."""
         try:
-            for work in self._works:
-                work.wait()
+            for action in self._works:
+                action.wait()
         except Exception as error:
             self._error = error
         self.arrived = time.perf_counter()

@@ -25,12 +25,12 @@ PASS, LOAD, WAIT, SEND, RELEASE = "pass", "load", "wait", "send", "release"
 class Event:
     """Something that a rank did.
 
-    `work` is the pass that ran, that the data were loaded for, or that a message goes into (F takes an activation, B a
-    gradient); None at the end of a batch.
+    `action` is the pass that ran, that the data were loaded for, or that a message goes into (F takes an activation, B
+    a gradient); None at the end of a batch.
     """
 
     what: str
-    work: Pass | None
+    action: Pass | None
     start: float
     end: float
 
@@ -44,23 +44,23 @@ class RankTrace:
 
     def text(self) -> str:
         """As JSON, for `parse`."""
-        events = [[event.what, repr(event.work) if event.work else "", event.start, event.end]
+        events = [[event.what, repr(event.action) if event.action else "", event.start, event.end]
                   for event in self.events]
-        return json.dumps([events, {repr(work): time for work, time in self.arrivals.items()}])
+        return json.dumps([events, {repr(action): time for action, time in self.arrivals.items()}])
 
     @classmethod
     def parse(cls, text: str) -> RankTrace:
         """What `text` wrote."""
         events, arrivals = json.loads(text)
-        return cls(tuple(Event(what, Pass.parse(work) if work else None, start, end)
-                         for what, work, start, end in events),
-                   {Pass.parse(work): time for work, time in arrivals.items()})
+        return cls(tuple(Event(what, Pass.parse(action) if action else None, start, end)
+                         for what, action, start, end in events),
+                   {Pass.parse(action): time for action, time in arrivals.items()})
 
     def earlier(self, seconds: float) -> RankTrace:
         """On a clock that is behind by `seconds`."""
-        return RankTrace(tuple(Event(event.what, event.work, event.start - seconds, event.end - seconds)
+        return RankTrace(tuple(Event(event.what, event.action, event.start - seconds, event.end - seconds)
                                for event in self.events),
-                         {work: time - seconds for work, time in self.arrivals.items()})
+                         {action: time - seconds for action, time in self.arrivals.items()})
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,17 @@ class BatchTrace:
 
 def deliveries(ranks: Sequence[RankTrace], placement: Placement) -> Iterator[Delivery]:
     """All messages, by receiver and there in the order in which they were waited for."""
-    sends = {event.work: event for rank in ranks for event in rank.events if event.what == SEND}
+    sends = {event.action: event for rank in ranks for event in rank.events if event.what == SEND}
     for rank in ranks:
         for event in rank.events:
-            if event.what == WAIT and event.work is not None:
-                message = message_into(event.work, placement)
+            if event.what == WAIT and event.action is not None:
+                message = message_into(event.action, placement)
                 assert message is not None
                 # Where the arrival itself wasn't observed, it is known from the wait for it.
-                yield Delivery(message, sends[event.work], rank.arrivals.get(event.work, event.end), event)
+                yield Delivery(message, sends[event.action], rank.arrivals.get(event.action, event.end), event)
 
 
 def measured(ranks: Sequence[RankTrace]) -> Timeline:
     """The passes of all ranks."""
-    return Timeline(tuple(tuple(Span(event.work, event.start, event.end) for event in rank.events
-                                if event.what == PASS and event.work is not None) for rank in ranks))
+    return Timeline(tuple(tuple(Span(event.action, event.start, event.end) for event in rank.events
+                                if event.what == PASS and event.action is not None) for rank in ranks))

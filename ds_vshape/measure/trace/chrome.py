@@ -108,7 +108,7 @@ class _Writer:
     def slice(self, batch: BatchTrace, rank: int, event: Event) -> _Json:
         """Something that a rank did, on its row."""
         return self._slice(_RANKS, rank, _name(event), event.what, _colour(event), event.start, event.end,
-                           {"batch": batch.number, **_arguments(event.work)})
+                           {"batch": batch.number, **_arguments(event.action)})
 
     def memory(self, batch: BatchTrace, rank: int) -> Iterator[_Json]:
         """A rank's activations over time."""
@@ -141,20 +141,20 @@ class _Writer:
 
 def _name(event: Event) -> str:
     """F2.5 and W2.5[0/4] for passes, "wait activation 2.5" for messages, "optimizer step" for the end."""
-    work = event.work
-    if work is None:
+    action = event.action
+    if action is None:
         return event.what
     if event.what == PASS:
-        return repr(work)
+        return repr(action)
     if event.what == LOAD:
-        return f"load {work.micro_batch}"
-    return f"{event.what} {Content.into(work)} {work.stage}.{work.micro_batch}"
+        return f"load {action.micro_batch}"
+    return f"{event.what} {Content.into(action)} {action.stage}.{action.micro_batch}"
 
 
 def _colour(event: Event) -> str:
-    if event.what == PASS and event.work is not None:
-        return _COLOURS[event.work.kind]
-    return _IDLE if event.work is not None else _END
+    if event.what == PASS and event.action is not None:
+        return _COLOURS[event.action.kind]
+    return _IDLE if event.action is not None else _END
 
 
 def _arguments(action: Pass | None) -> _Json:

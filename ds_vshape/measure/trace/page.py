@@ -14,6 +14,7 @@ from typing import Any
 
 from ds_vshape.measure.trace.batch import BatchTrace
 from ds_vshape.schedule.activations import memory_curve
+from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.timeline import Timeline
 
 _Json = dict[str, Any]
@@ -55,24 +56,27 @@ def _timeline(timeline: Timeline, batch: BatchTrace) -> _Json:
         curve = memory_curve(spans, batch.activations)
         ranks.append({
             # Kind, stage, micro-batch, piece, of pieces, start, end.
-            "passes": [[span.work.kind, span.work.stage, span.work.micro_batch, span.work.piece, span.work.pieces,
-                        span.start - start, span.end - start] for span in spans],
+            "passes": [[*_described(span.action), span.start - start, span.end - start] for span in spans],
             "memory": [[time - start, alive] for time, alive in curve],
             "bubble": 1 - sum(span.end - span.start for span in spans) / makespan if makespan else 0.0,
         })
     return {"makespan": makespan, "bubble": timeline.bubble, "ranks": ranks}
 
 
+def _described(action: Pass) -> tuple[Any, ...]:
+    return action.kind, action.stage, action.micro_batch, action.piece, action.pieces
+
+
 def _others(batch: BatchTrace) -> list[list[list[Any]]]:
     """Of each rank (what, start, end) of the end of the batch."""
     start = _start(batch.measured)
-    return [[[event.what, event.start - start, event.end - start] for event in rank.events if event.work is None]
+    return [[[event.what, event.start - start, event.end - start] for event in rank.events if event.action is None]
             for rank in batch.ranks]
 
 
 def _messages(batch: BatchTrace) -> _Json:
     """(Sender, start of the send, arrival, start and end of the wait for it), by the pass that a message goes into."""
     start = _start(batch.measured)
-    return {repr(delivery.awaited.work): [delivery.message.channel.source, *(time - start for time in (
+    return {repr(delivery.awaited.action): [delivery.message.channel.source, *(time - start for time in (
         delivery.sent.start, delivery.arrived, delivery.awaited.start, delivery.awaited.end))]
         for delivery in batch.deliveries()}

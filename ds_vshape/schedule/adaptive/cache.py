@@ -94,7 +94,7 @@ def _check(schedule: Schedule, problem: Problem) -> None:
                          f"{schedule.micro_batches} micro-batches, not for {problem.ranks} ({problem.placement.name}) "
                          f"and {problem.micro_batches}")
     check(schedule)
-    if max(work.pieces for _, work in schedule.passes()) > problem.max_pieces:
+    if max(action.pieces for _, action in schedule.passes()) > problem.max_pieces:
         raise ValueError(f"it has weight gradients in more than {problem.max_pieces} pieces")
     if not within(schedule, problem):
         raise ValueError("it takes more memory than the limits allow")

@@ -163,15 +163,15 @@ class ListScheduler:
         rows = []
         for chunks, order in zip(schedule.placement.chunks, schedule.orders):
             row = []
-            for work in order:
-                chunk = chunks.index(work.stage)
-                if work.kind is Kind.F:
+            for action in order:
+                chunk = chunks.index(action.stage)
+                if action.kind is Kind.F:
                     row.append(F0 + chunk)
-                elif work.kind is not Kind.W:
+                elif action.kind is not Kind.W:
                     row.append(B0 + chunk)
-                if work.kind is Kind.W and self.fused:
+                if action.kind is Kind.W and self.fused:
                     return None
-                if work.kind in (Kind.W, Kind.BW) and not self.fused:
+                if action.kind in (Kind.W, Kind.BW) and not self.fused:
                     row.append(W0 + chunk)
             rows.append(row)
         return np.array(rows, np.int64)
@@ -199,23 +199,23 @@ class ListScheduler:
 def _joined(row: list[Pass]) -> Order:
     """`row` with each W in as few equal pieces as keep its order."""
     runs: dict[tuple[int, int], list[list[int]]] = {}
-    for place, work in enumerate(row):
-        if work.pieces > 1:
-            run = runs.setdefault((work.stage, work.micro_batch), [])
+    for place, action in enumerate(row):
+        if action.pieces > 1:
+            run = runs.setdefault((action.stage, action.micro_batch), [])
             if run and run[-1][-1] == place - 1:
                 run[-1].append(place)
             else:
                 run.append([place])
     replaced: dict[int, list[Pass]] = {}
     for run in runs.values():
-        work = row[run[0][0]]
-        size = work.pieces
+        action = row[run[0][0]]
+        size = action.pieces
         while any(len(places) % size for places in run):
             size -= 1
-            while work.pieces % size:
+            while action.pieces % size:
                 size -= 1
-        new = iter(Pass(Kind.W, work.stage, work.micro_batch).cut(work.pieces // size))
+        new = iter(Pass(Kind.W, action.stage, action.micro_batch).cut(action.pieces // size))
         for places in run:
             replaced[places[0]] = [next(new) for _ in range(len(places) // size)]
             replaced.update((place, []) for place in places[1:])
-    return tuple(chain.from_iterable(replaced.get(place, [work]) for place, work in enumerate(row)))
+    return tuple(chain.from_iterable(replaced.get(place, [action]) for place, action in enumerate(row)))

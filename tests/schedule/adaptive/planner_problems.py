@@ -40,30 +40,30 @@ def problems(draw: st.DrawFn) -> Problem:
 def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:
     """Starts and ends by relaxing every constraint until nothing moves any more: slow, and nothing like the first."""
     placement = schedule.placement
-    rank_of = {work: rank for rank, order in enumerate(schedule.orders) for work in order}
-    giver = {(work.stage, work.micro_batch): work for work in rank_of if work.kind in (Kind.B, Kind.BW)}
-    start = {work: 0.0 for work in rank_of}
+    rank_of = {action: rank for rank, order in enumerate(schedule.orders) for action in order}
+    giver = {(action.stage, action.micro_batch): action for action in rank_of if action.kind in (Kind.B, Kind.BW)}
+    start = {action: 0.0 for action in rank_of}
     moved = True
     while moved:
         moved = False
         for order in schedule.orders:
-            for place, work in enumerate(order):
+            for place, action in enumerate(order):
                 needs = [(order[place - 1], 0.0)] if place else []
                 inputs = []
-                if work.kind is Kind.F and work.stage > 0:
-                    inputs.append(Pass(Kind.F, work.stage - 1, work.micro_batch))
-                if work.kind in (Kind.B, Kind.BW):
-                    inputs.append(Pass(Kind.F, work.stage, work.micro_batch))
-                    if work.stage < placement.last_stage:
-                        inputs.append(giver[work.stage + 1, work.micro_batch])
-                if work.kind is Kind.W:
-                    inputs.append(giver[work.stage, work.micro_batch])
-                needs += [(need, times.hops[min(need.stage, work.stage)] if rank_of[need] != rank_of[work] else 0.0)
+                if action.kind is Kind.F and action.stage > 0:
+                    inputs.append(Pass(Kind.F, action.stage - 1, action.micro_batch))
+                if action.kind in (Kind.B, Kind.BW):
+                    inputs.append(Pass(Kind.F, action.stage, action.micro_batch))
+                    if action.stage < placement.last_stage:
+                        inputs.append(giver[action.stage + 1, action.micro_batch])
+                if action.kind is Kind.W:
+                    inputs.append(giver[action.stage, action.micro_batch])
+                needs += [(need, times.hops[min(need.stage, action.stage)] if rank_of[need] != rank_of[action] else 0.0)
                           for need in inputs]
                 earliest = max((start[need] + times.of(need) + delay for need, delay in needs), default=0.0)
-                if earliest > start[work] + 1e-12:
-                    start[work], moved = earliest, True
-    return {work: (begin, begin + times.of(work)) for work, begin in start.items()}
+                if earliest > start[action] + 1e-12:
+                    start[action], moved = earliest, True
+    return {action: (begin, begin + times.of(action)) for action, begin in start.items()}
 
 
 def assert_plan_is_right(found: Plan, problem: Problem) -> None:
@@ -72,14 +72,15 @@ def assert_plan_is_right(found: Plan, problem: Problem) -> None:
     check(schedule)
     # Micro-batches in order on every stage, and the pieces of a W too: gradients are summed in a fixed order.
     for order in schedule.orders:
-        for stage in {work.stage for work in order}:
+        for stage in {action.stage for action in order}:
             for kinds in ((Kind.F,), (Kind.B, Kind.BW), (Kind.W, Kind.BW)):
-                line = [(work.micro_batch, work.piece) for work in order if work.stage == stage and work.kind in kinds]
+                line = [(action.micro_batch, action.piece) for action in order
+                        if action.stage == stage and action.kind in kinds]
                 assert line == sorted(line)
     spans = second_simulator(schedule, problem.times)
     for rank in found.timeline.ranks:
         for span in rank:
-            assert (span.start, span.end) == pytest.approx(spans[span.work], abs=1e-9)
+            assert (span.start, span.end) == pytest.approx(spans[span.action], abs=1e-9)
     assert found.timeline.makespan == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
     assert found.peaks == peak_activations(schedule, problem.activations)
     assert all(peak <= limit * (1 + 1e-6) for peak, limit in zip(found.peaks, problem.limits))

@@ -176,4 +176,4 @@ def test_the_same_steps_give_the_same_schedule() -> None:
 def test_backwards_are_whole_where_no_rank_waits() -> None:
     """With one rank none ever waits, and with enough free memory many ranks don't."""
     alone = plan(counted(1, 3, (10, 12, 8, 1), 2), 0.2).schedule
-    assert {work.kind for work in alone.orders[0]} == {Kind.F, Kind.BW}
+    assert {action.kind for action in alone.orders[0]} == {Kind.F, Kind.BW}

@@ -36,8 +36,8 @@ def test_steady_states_have_no_bubble(ranks: int, times: tuple[float, float, flo
     """Each further micro-batch costs just its work, with 1F1B's activations."""
     few, many = (runs(counted(ranks, micro_batches, times, 2 * ranks)) for micro_batches in (4 * ranks, 6 * ranks))
     assert few and len(few) == len(many)
-    work = 2 * sum(times[:3])
-    assert [run.makespan for run in many] == pytest.approx([run.makespan + 2 * ranks * work for run in few])
+    action = 2 * sum(times[:3])
+    assert [run.makespan for run in many] == pytest.approx([run.makespan + 2 * ranks * action for run in few])
 
 
 def test_less_memory_has_none() -> None:

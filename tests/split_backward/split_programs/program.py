@@ -80,7 +80,7 @@ class Program(_Shown):
         choices: list[int] = list(self.order)
         while True:
             candidates = [self._next(kind, stage, done) for kind in "WBF" for stage in range(len(self.stages))]
-            ready = [work for work in candidates if work and self._needs(work) <= done]
+            ready = [action for action in candidates if action and self._needs(action) <= done]
             if not ready:
                 return ordered
             chosen = ready[choices.pop(0) % len(ready) if choices else 0]
