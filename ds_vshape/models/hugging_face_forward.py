@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ds_vshape.models.hugging_face_plan import PlannedModel, tensors_in
+
+try:
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+except ImportError as error:
+    raise ImportError("models of Hugging Face need transformers: pip install 'ds-vshape[models]'") from error
 
 
 class StandIn(nn.Module):
