@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ try:
 except ImportError as error:
     raise ImportError("weights of Hugging Face need safetensors: pip install 'ds-vshape[models]'") from error
 
+T = TypeVar("T")
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Copied besides the weights: the files of the tokenizer and of generation.
@@ -50,6 +51,8 @@ _COPIED = {".json", ".jinja", ".model", ".txt"}
 _NOT_COPIED = {INDEX, "config.json"}
 # Constants that old checkpoints hold and that transformers computes: GPT-2's causal masks, rotary frequencies.
 _CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# The file of a pipeline rank.
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # What peft's wrappers add to the names of a model's own weights.
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.\w+)(?=\.)")
 
@@ -121,19 +124,9 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
         ValueError: if tensors are missing, or have other shapes than the config says; on every rank, like any other
             error.
     """
-    failed, sources = None, list[str]()
     checkpoint = Checkpoint(folder)
-    try:
-        sources = _fill(module, checkpoint)
-    except Exception as error:
-        failed = error
-    of_ranks = _of_all_ranks((failed and f"{type(failed).__name__}: {failed}", sources))
-    if failed is not None:
-        raise failed
-    for rank, (told, _) in enumerate(of_ranks):
-        if told is not None:
-            raise ValueError(f"rank {rank} couldn't load its weights: {told}")
-    taken = {source for _, of_rank in of_ranks for source in of_rank}
+    taken = {source for of_rank in on_all_ranks(partial(_fill, module, checkpoint), "load its weights")
+             for source in of_rank}
     return sorted(name for name in checkpoint.names - taken if not name.endswith(_CONSTANTS))
 
 
@@ -164,8 +157,9 @@ def _fill(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
 
 
 def check_output(folder: Path) -> None:
-    """FileExistsError if `folder` holds weights already: old and new files together would mix two models."""
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+    """FileExistsError if `folder` holds weights already: old and new files together would mix two models. What a job
+    has left that ended while it wrote isn't a model, for lack of an index."""
+    if any(not _SHARD.fullmatch(path.name) for path in folder.glob("*.safetensors")) or (folder / INDEX).exists():
         raise FileExistsError(f"{folder} holds a model already: must be a new folder")
 
 
@@ -177,11 +171,11 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
 
     Raises:
         ValueError: for a model with adapters.
+        OSError: for files that can't be written; on the other ranks ValueError.
     """
     if shared_by(module).planned.adapters is not None:
         raise ValueError("the model has LoRA adapters: save_adapter of ds_vshape.models.lora_files writes them, and "
                          "peft's merge_and_unload makes one model of both")
-    folder.mkdir(parents=True, exist_ok=True)
     grid, ranks = module.mpu(), module.num_pipeline_stages()
     shard = f"model-{module.stage_id + 1:05}-of-{ranks:05}.safetensors"
     shared = shared_by(module)
@@ -189,21 +183,33 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
            if grid.data_parallel_id == 0 and not getattr(tensor, "ds_pipe_replicated", False)
            and (whole := shared.whole(name, tensor.detach())) is not None}
     own = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(shared.planned.model, own).items()}
-    if own:
-        save_file(own, folder / shard, metadata={"format": "pt"})
-    of_ranks = _of_all_ranks({name: (shard, tensor.nbytes) for name, tensor in own.items()})
-    if dist.get_rank() == 0:
-        places = {name: place for of_rank in of_ranks for name, place in sorted(of_rank.items())}
-        index = {"metadata": {"total_size": sum(size for _, size in places.values())},
-                 "weight_map": {name: shard for name, (shard, _) in places.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        config = copy.deepcopy(config)
-        config.dtype = next(iter(own.values())).dtype
-        config.save_pretrained(folder)
+
+    def write_shard() -> dict[str, tuple[str, int]]:
+        folder.mkdir(parents=True, exist_ok=True)
+        if own:
+            save_file(own, folder / shard, metadata={"format": "pt"})
+        return {name: (shard, tensor.nbytes) for name, tensor in own.items()}
+
+    of_ranks = on_all_ranks(write_shard, "write its weights")
+
+    def write_others() -> None:
+        if dist.get_rank():
+            return
+        saved = copy.deepcopy(config)
+        saved.dtype = next(iter(own.values())).dtype
+        saved.save_pretrained(folder)
         for path in source.iterdir():
             if path.suffix in _COPIED and path.name not in _NOT_COPIED:
                 shutil.copy(path, folder)
-    dist.barrier()
+        places = {name: place for of_rank in of_ranks for name, place in sorted(of_rank.items())}
+        index = {"metadata": {"total_size": sum(size for _, size in places.values())},
+                 "weight_map": {name: shard for name, (shard, _) in places.items()}}
+        # Last: with it the model is there.
+        draft = folder / f"{INDEX}.draft"
+        draft.write_text(json.dumps(index, indent=2) + "\n")
+        draft.replace(folder / INDEX)
+
+    on_all_ranks(write_others, "write the model's files")
 
 
 class _Stored:
@@ -262,7 +268,21 @@ def shared_by(module: nn.Module) -> Shared:
     return next(part.shared for part in module.modules() if isinstance(part, Part))
 
 
-def _of_all_ranks(own: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered
+def on_all_ranks(work: Callable[[], T], what: str) -> list[T]:
+    """What `work` gives on each rank; if it raises on one, that error there and ValueError on the others. Collective.
+
+    `what` says after "couldn't" what was tried.
+    """
+    failed, own = None, None
+    try:
+        own = work()
+    except Exception as error:
+        failed = error
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (failed and f"{type(failed).__name__}: {failed}", own))
+    if failed is not None:
+        raise failed
+    for rank, (told, _) in enumerate(of_ranks):
+        if told is not None:
+            raise ValueError(f"rank {rank} couldn't {what}: {told}")
+    return [of_rank for _, of_rank in of_ranks]

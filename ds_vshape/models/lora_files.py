@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_vshape.models.hugging_face_weights import named_weights, shared_by
+from ds_vshape.models.hugging_face_weights import named_weights, on_all_ranks, shared_by
 from ds_vshape.models.lora import Adapters
 
 try:
@@ -83,20 +83,28 @@ def save_adapter(module: Any, source: Path, folder: Path) -> None:
 
     Raises:
         ValueError: if the model has no adapters.
+        OSError: for files that can't be written, on rank 0; on the others ValueError.
     """
     adapters, weights = _adapters(module), named_weights(module)
     own = {name: weights[in_model].detach().cpu().contiguous() for name, in_model in adapters.stored_names().items()
            if in_model in weights and module.mpu().data_parallel_id == 0}
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(own, of_ranks if dist.get_rank() == 0 else None)
-    if dist.get_rank() == 0:
+
+    def write() -> None:
+        if dist.get_rank():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.copy(adapters.config)
         config.inference_mode, config.base_model_name_or_path = True, str(source)
         config.save_pretrained(str(folder))
-        save_file({name: tensor for of_rank in of_ranks for name, tensor in of_rank.items()},
-                  folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    dist.barrier()
+        # Last, and at once: with it the adapters are there.
+        draft = folder / f"{SAFETENSORS_WEIGHTS_NAME}.draft"
+        save_file({name: tensor for of_rank in of_ranks for name, tensor in of_rank.items()}, draft,
+                  metadata={"format": "pt"})
+        draft.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+
+    on_all_ranks(write, "write the adapters")
 
 
 def _adapters(module: nn.Module) -> Adapters:

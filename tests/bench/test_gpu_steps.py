@@ -133,7 +133,8 @@ def test_whoever_ends_it_no_rank_is_left(number: signal.Signals, tmp_path: Path)
     (tmp_path / "lasting.py").write_text(LASTING)
     out = tmp_path / "runs" / "gpu"
     process = subprocess.Popen([sys.executable, "-c", MAIN, str(tmp_path / "lasting.py"), "--device", "cpu", "--out",
-                                str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     started = out / "products.0.json.started"
     deadline = time.monotonic() + 60
     while not started.exists() and time.monotonic() < deadline:

@@ -222,6 +222,27 @@ def test_a_folder_with_a_model_is_no_output(folders: dict[str, Path], tmp_path: 
             check_output(folders[name])
 
 
+def save_over(rank: int, source: Path, output: Path) -> None:
+    case = Case(source, "v-half")
+    save_model(case.module(), AutoConfig.from_pretrained(source), source, output)
+
+
+def test_a_rank_that_cannot_write_ends_all(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What has been written is no model, and the next one takes its place."""
+    blocked = tmp_path / "model-00002-of-00002.safetensors"
+    blocked.mkdir()
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(2, save_over, folders["llama"], tmp_path)
+    assert "ValueError: rank 1 couldn't write its weights" in str(failed.value)
+    blocked.rmdir()
+    assert (tmp_path / "model-00001-of-00002.safetensors").exists() and not (tmp_path / INDEX).exists()
+    check_output(tmp_path)
+    run_ranks(2, save_over, folders["llama"], tmp_path)
+    assert tensors_in(tmp_path).keys() == tensors_in(folders["llama"]).keys()
+    with pytest.raises(FileExistsError, match="must be a new folder"):
+        check_output(tmp_path)
+
+
 # -- models
 
 
