@@ -66,6 +66,19 @@ def test_files_that_a_page_names_exist(file: str) -> None:
         assert (ROOT / file).parent.joinpath(link).exists(), link
 
 
+def headings(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.M)}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_headings_that_a_page_links_to_exist(file: str) -> None:
+    page = ROOT / file
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+        assert heading in headings(page.parent / path if path else page), f"{path}#{heading}"
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_code_on_a_page_is_valid(file: str) -> None:
     """JSON can be read, and its section is accepted; Python compiles."""
