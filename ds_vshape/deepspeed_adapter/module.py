@@ -78,3 +78,10 @@ class StockModule(_stock.PipelineModule):  # type: ignore[misc]
     def file_name_part(self) -> str:
         """What layer files have in their names for this rank's place among tensor parallel ranks."""
         return self._grid._topo.get_rank_repr(rank=self.global_rank)  # type: ignore[no-any-return]
+
+    def _get_frozen_parameter_names(self, layer: nn.Module) -> list[str]:
+        """What a checkpoint without frozen parameters leaves out of `layer`: also what a quantized one saves behind its
+        own name, by which it is decoded."""
+        frozen: list[str] = super()._get_frozen_parameter_names(layer)
+        starts = tuple(f"{name}." for name in frozen)
+        return [*frozen, *(name for name in layer.state_dict() if name.startswith(starts))]

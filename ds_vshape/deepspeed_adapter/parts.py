@@ -41,8 +41,9 @@ USED: Mapping[str, tuple[str, ...]] = {
         "_step_applied", "global_samples", "global_steps", "skipped_steps"),
     _PIPELINE_ENGINE: ("_compute_loss", "_force_grad_boundary"),
     _MODULE: (
-        "_find_layer_type", "_grid", "_layer_specs", "_local_start", "_local_stop", "_num_layers", "_recursive_getattr",
-        "_set_bounds", "_topo", "forward_funcs", "is_checkpointable_results", "is_checkpointable_results_interval"),
+        "_find_layer_type", "_get_frozen_parameter_names", "_grid", "_layer_specs", "_local_start", "_local_stop",
+        "_num_layers", "_recursive_getattr", "_set_bounds", "_topo", "forward_funcs", "is_checkpointable_results",
+        "is_checkpointable_results_interval"),
     _ZERO: (
         "_global_grad_norm", "_hp_optimizer_states_linked", "_param_slice_mappings", "_release_ipg_buffers",
         "averaged_gradients", "bit16_groups", "fill_grad_accum_attribute", "get_gradient_for_reduction",

@@ -314,4 +314,14 @@ def optimizer_bytes(module: nn.Module, optimizer: Any) -> int:
 
 
 def _model(module: nn.Module) -> Storages:
-    return Storages([*module.parameters(), *module.buffers()])
+    return Storages([*module.parameters(), *module.buffers(), *_states(module)])
+
+
+def _states(module: nn.Module) -> Iterator[Tensor]:
+    """What quantized parameters (bitsandbytes' Params4bit) are decoded by, of which torch doesn't know."""
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            values = vars(state)
+            yield from (value for value in values.values() if isinstance(value, Tensor))
+            state = values.get("state2")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_vshape.models.hugging_face_layers import DecoderLayer, Head, Norm, Positions, Tokens
 from ds_vshape.models.hugging_face_plan import Plan, PlannedModel
+from ds_vshape.models.hugging_face_quantization import quantization_of
 from ds_vshape.models.hugging_face_shared import Flow, Shared
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelPlan, parts_of, share_random_state
 from ds_vshape.split_backward.head import HeadOutput
@@ -35,6 +36,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
 # DeepSpeed's partition method: stages get equal numbers of decoder layers; other layers go to the stage of a neighbour.
 PARTITION_METHOD = "type:DecoderLayer"
@@ -46,7 +48,8 @@ CHECKPOINTABLE_LAYERS = ["DecoderLayer"]
 def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                     plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None,
                     lora: LoraConfig | None = None, packed: bool = False,
-                    chunked_head: bool = False) -> list[LayerSpec]:
+                    chunked_head: bool = False,
+                    quantization_config: BitsAndBytesConfig | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
@@ -65,24 +68,25 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
             micro-batch is ((ids, position ids), labels).
         chunked_head: leave the logits to next_token_loss (or TensorParallelLoss), which computes them for some tokens
             at a time, so that they never exist whole (split_backward/head.py).
+        quantization_config: with `lora`, of a model that has none in its config: what transformers' from_pretrained
+            takes, for 4 bits. load_weights quantizes each weight as it reads it.
 
     Raises:
-        ValueError: for a model that can't be cut into these layers, or not over these ranks, and for adapters that it
-            can't have.
-        ImportError: for adapters without peft.
+        ValueError: for a model that can't be cut into these layers, or not over these ranks, for adapters that it
+            can't have, and for quantization that can't be trained.
+        ImportError: for adapters without peft, and for 4 bits without bitsandbytes.
     """
     if getattr(config, "add_cross_attention", False):
         raise ValueError("add_cross_attention = True: must be False, a pipeline has a decoder alone")
-    if getattr(config, "quantization_config", None):
-        raise ValueError("the config has a quantization_config: quantized weights can't be trained")
     if getattr(config, "layerdrop", 0):
         raise ValueError(f"layerdrop = {config.layerdrop}: must be 0, each stage would drop layers for itself")
-    planned = PlannedModel(config, attention, plan, experts, lora)
+    ranks = 1 if tensor_group is None else dist.get_world_size(tensor_group)
+    quantization = quantization_of(config, quantization_config, lora, ranks)
+    planned = PlannedModel(config, attention, plan, experts, lora, quantization)
     parallel = None
-    if tensor_group is not None and dist.get_world_size(tensor_group) > 1:
+    if ranks > 1:
         if lora is not None:
-            raise ValueError(f"lora with {dist.get_world_size(tensor_group)} tensor parallel ranks: must have 1, "
-                             "adapters aren't cut")
+            raise ValueError(f"lora with {ranks} tensor parallel ranks: must have 1, adapters aren't cut")
         parallel = TensorParallelPlan(planned, tensor_group)
         share_random_state(tensor_group)
     shared = Shared(planned, parallel, chunked_head)

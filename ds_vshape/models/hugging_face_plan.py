@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +71,17 @@ class PlannedModel:
         plan: instead of transformers' or ours.
         experts: "grouped_mm", "batched_mm" or "eager"; by default transformers chooses.
         lora: adapters to put into the model.
+        quantization: the settings of a BitsAndBytesConfig, for layers of 4 bits where transformers would have them.
 
     Raises:
         ValueError: for a model without a plan, for one that can't be cut by its plan, and for adapters that it can't
             have.
-        ImportError: for adapters without peft.
+        ImportError: for adapters without peft, and for quantization without bitsandbytes.
     """
 
     def __init__(self, config: PreTrainedConfig, attention: str | None = None, plan: Plan | None = None,
-                 experts: str | None = None, lora: LoraConfig | None = None) -> None:
+                 experts: str | None = None, lora: LoraConfig | None = None,
+                 quantization: dict[str, Any] | None = None) -> None:
         plan = plan or getattr(config, "base_model_pp_plan", None) or PLANS.get(config.model_type)
         if plan is None:
             raise ValueError(
@@ -93,9 +96,14 @@ class PlannedModel:
                 experts_implementation=experts)
         # Whether the layers that are built from now on stay on the meta device, where they have no data.
         self.on_meta = False
+        self.four_bit = None if quantization is None else _four_bit()
+        if quantization is not None and self.four_bit is not None:
+            self.four_bit.replace_linears(self.model, quantization)
         # As its files know it; peft changes it in place.
-        self.without_adapters: Any = self.model if lora is None else copy.deepcopy(self.model)
+        self.without_adapters: Any = self.model if lora is None else _copy_on_meta(self.model)
         self.adapters = None if lora is None else _adapters(self.model, lora)
+        if self.four_bit is not None:
+            self.four_bit.check_frozen(self.model)
         self.config = self.model.config
         self.model_type = config.model_type
         base: Any = self.model.base_model
@@ -134,11 +142,13 @@ class PlannedModel:
     def made(self, module: nn.Module) -> Any:
         """A copy of a module of the model on the CPU, with random weights as transformers draws them; or, if `on_meta`,
         without any."""
-        made: Any = copy.deepcopy(module)
+        made: Any = _copy_on_meta(module)
         if self.on_meta:
             return made
-        made = made.to_empty(device="cpu")
-        with torch.no_grad(), guard_torch_init_functions():
+        whole: AbstractContextManager[None] = (nullcontext() if self.four_bit is None
+                                               else self.four_bit.whole_while_drawn(made))
+        with whole, torch.no_grad(), guard_torch_init_functions():
+            made = made.to_empty(device="cpu")
             made.apply(self.model._init_weights)
         if self.adapters is not None:
             self.adapters.draw(made)
@@ -182,6 +192,18 @@ def _adapters(model: Any, config: LoraConfig) -> Adapters:
     from ds_vshape.models.lora import Adapters  # peft is an extra
 
     return Adapters(model, config)
+
+
+def _copy_on_meta(module: nn.Module) -> Any:
+    """Of a module on the meta device, where weights of 4 bits can be copied only if it is the default one."""
+    with torch.device("meta"):
+        return copy.deepcopy(module)
+
+
+def _four_bit() -> Any:
+    from ds_vshape.models import four_bit  # bitsandbytes is an extra
+
+    return four_bit
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:

@@ -96,9 +96,15 @@ class Checkpoint:
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and saved buffers of this rank's layers, by their names in the transformers model."""
-    return {f"{part.name}.{name}": tensor
-            for part in module.modules() if isinstance(part, Part)
-            for name, tensor in part.module.state_dict(keep_vars=True).items()}
+    weights: dict[str, Tensor] = {}
+    for part in module.modules():
+        if isinstance(part, Part):
+            own = {name for of in (part.module.named_parameters, part.module.named_buffers)
+                   for name, _ in of(remove_duplicate=False)}
+            # A layer of 4 bits saves besides these what its weight is decoded by.
+            weights |= {f"{part.name}.{name}": tensor for name, tensor in part.module.state_dict(keep_vars=True).items()
+                        if name in own}
+    return weights
 
 
 def _model_weights(module: nn.Module) -> dict[str, list[Tensor]]:
@@ -133,14 +139,24 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
 def _fill(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Fill this rank's layers; returns the tensors that it took."""
     weights, shared = _model_weights(module), shared_by(module)
-    own = {target: stored for target, stored in _stored(shared.planned.without_adapters, checkpoint.names).items()
+    four_bit = shared.planned.four_bit
+    of_state = {} if four_bit is None else _states_of_weights(checkpoint.names)
+    names = checkpoint.names - {name for state in of_state.values() for name in state.values()}
+    own = {target: stored for target, stored in _stored(shared.planned.without_adapters, names).items()
            if target in weights}
-    missing = set(weights)
+    missing, taken = set(weights), [source for stored in own.values() for source in stored.sources]
     with ExitStack() as opened, torch.no_grad():
         for stored in own.values():
             read = partial(checkpoint.read, opened=opened)
+            state = {key: read(name) for source in stored.sources for key, name in of_state.get(source, {}).items()}
             for name, tensor in stored.tensors(read, shared.cut_of).items():
                 for weight in weights[name]:
+                    if four_bit is not None and four_bit.is_four_bit(weight):
+                        try:
+                            four_bit.fill(weight, tensor, state)
+                        except ValueError as error:
+                            raise ValueError(f"{name} in {checkpoint.folder} is {error}") from None
+                        continue
                     if tensor.shape != weight.shape:
                         cut = shared.cut_of(name)
                         found, wanted = ((list(shape) if cut is None else cut.of_shape(shape))
@@ -153,7 +169,18 @@ def _fill(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
                          "config.json belong to these weights?")
     if shared.planned.adapters is not None:
         shared.planned.adapters.set_magnitudes(module)
-    return [source for stored in own.values() for source in stored.sources]
+    return [*taken, *(name for source in taken for name in of_state.get(source, {}).values())]
+
+
+def _states_of_weights(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By weights of 4 bits among tensors in files: the names of the tensors that tell how to decode them, by what they
+    have behind the weight's name."""
+    states: dict[str, dict[str, str]] = {}
+    for name in names:
+        layer, found, key = name.rpartition(".weight.")
+        if found:
+            states.setdefault(f"{layer}.weight", {})[key] = name
+    return states
 
 
 def check_output(folder: Path) -> None:
