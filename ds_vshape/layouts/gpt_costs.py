@@ -101,13 +101,13 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Layer:
-    """FLOPs of F, parameters, and bytes of one micro-batch, as in the module's table."""
+    """FLOPs of F, parameters, and bytes that F and B leave of one micro-batch, as in the module's table."""
 
     products: float
     attention: float
     parameters: float
-    whole: float
-    kept: float
+    after_forward: float
+    after_backward: float
     recomputed: bool = False
 
 
@@ -176,8 +176,8 @@ class Training:
     def activations(self, placement: Placement) -> Activations:
         """Bytes of each stage."""
         stages = [[self._share(layer) for layer in stage] for stage in self.stages(placement)]
-        return Activations(tuple(sum(layer.whole for layer in stage) for stage in stages),
-                           tuple(sum(layer.kept for layer in stage) for stage in stages))
+        return Activations(tuple(sum(layer.after_forward for layer in stage) for stage in stages),
+                           tuple(sum(layer.after_backward for layer in stage) for stage in stages))
 
     def state(self, placement: Placement) -> list[tuple[float, float, float]]:
         """Bytes of weights, gradients and optimizer on each rank."""
@@ -221,8 +221,8 @@ class Training:
         everywhere = 0.0 if self.code.sequence_parallel else 4 * self._output
         return replace(layer, products=layer.products / self.tensor, attention=layer.attention / self.tensor,
                        parameters=layer.parameters / self.tensor,
-                       whole=everywhere + max(0.0, layer.whole - everywhere) / self.tensor,
-                       kept=everywhere + (layer.kept - everywhere) / self.tensor)
+                       after_forward=everywhere + max(0.0, layer.after_forward - everywhere) / self.tensor,
+                       after_backward=everywhere + (layer.after_backward - everywhere) / self.tensor)
 
     def _times_of(self, layer: Layer) -> tuple[float, float, float]:
         f, b, w = (self.speeds.flops * share for share in self.speeds.efficiency)

@@ -20,7 +20,7 @@ from ds_vshape.layouts.gpt_costs import Code, Layer, Shape, Training
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bytes_of, predict_training, speeds_of
 from ds_vshape.layouts.prediction import Prediction
-from ds_vshape.models.layer_costs import LayerCosts, layer_costs
+from ds_vshape.models.layer_costs import MeasuredCosts, layer_costs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A length that fits in with most training data, where the model has no limit below it.
@@ -33,13 +33,13 @@ _VOCABULARY = 256
 class ModelTraining(Training):
     """A training of a model whose layers have been measured; `costs` are one tensor parallel rank's."""
 
-    costs: tuple[LayerCosts, ...] = ()
+    costs: tuple[MeasuredCosts, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """Those of pipeline_layers. The model's own products, for the share of the FLOPs, are F's of all ranks."""
-        return tuple(_MeasuredLayer(self.tensor * costs.flops[0], 0, costs.parameters, costs.whole, costs.kept,
-                                    costs=costs) for costs in self.costs)
+        return tuple(_MeasuredLayer(self.tensor * costs.flops[0], 0, costs.parameters, costs.after_forward,
+                                    costs.after_backward, costs=costs) for costs in self.costs)
 
     @property
     def partition(self) -> list[int]:
@@ -61,13 +61,13 @@ class ModelTraining(Training):
                    for flops, share in zip(layer.costs.flops, self.speeds.efficiency, strict=True))
         bandwidth, latency = self.speeds.inside
         sums = [latency * count + 2 * (self.tensor - 1) / self.tensor * size / bandwidth
-                for count, size in (layer.costs.sums[:2], layer.costs.sums[2:])]
+                for count, size in (layer.costs.sums_in_f, layer.costs.sums_in_b)]
         return f + sums[0], b + sums[1], w
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MeasuredLayer(Layer):
-    costs: LayerCosts
+    costs: MeasuredCosts
 
 
 class ModelFolder:
@@ -87,7 +87,7 @@ class ModelFolder:
             raise ConfigError(f"--model {folder}: {_first_line(error)}") from None
         most = getattr(self.config, "max_position_embeddings", None) or _LENGTH
         self.length = length or min(most, _LENGTH)
-        self._costs: dict[tuple[int, str, int], tuple[LayerCosts, ...]] = {}
+        self._costs: dict[tuple[int, str, int], tuple[MeasuredCosts, ...]] = {}
 
     @property
     def section(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class ModelFolder:
                 "heads": gcd(config.hidden_size, config.num_attention_heads), "length": self.length,
                 "vocabulary": max(config.vocab_size, _VOCABULARY)}
 
-    def costs(self, samples: int, dtype: str, tensor: int) -> tuple[LayerCosts, ...]:
+    def costs(self, samples: int, dtype: str, tensor: int) -> tuple[MeasuredCosts, ...]:
         """Of each layer of the pipeline, for micro-batches of `samples` sequences.
 
         Raises:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +35,37 @@ from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
 
 
+class Sums(NamedTuple):
+    """All-reduces over tensor parallel ranks: how many, and the bytes of all of them."""
+
+    count: int = 0
+    nbytes: int = 0
+
+
 @dataclass(frozen=True)
-class LayerCosts:
-    """Of a layer and, but for `parameters`, one micro-batch: FLOPs of F, B and W; bytes that F leaves for the backward
-    with the layer's inputs, and that B leaves to W; and the sums over tensor parallel ranks, their number and their
-    bytes in F, then in B."""
+class MeasuredCosts:
+    """The costs of one layer, for one micro-batch.
+
+    Attributes:
+        parameters: their number; no costs of a micro-batch.
+        flops: of F, B and W.
+        after_forward: bytes that F leaves for the backward, the layer's inputs included.
+        after_backward: bytes that B leaves to W.
+        sums_in_f, sums_in_b: of these passes.
+    """
 
     parameters: int
     flops: tuple[int, int, int]
-    whole: int
-    kept: int
-    sums: tuple[int, int, int, int] = (0, 0, 0, 0)
+    after_forward: int
+    after_backward: int
+    sums_in_f: Sums = Sums()
+    sums_in_b: Sums = Sums()
 
 
-def layer_costs(config: Any, samples: int, length: int, dtype: torch.dtype, tensor: int = 1) -> tuple[LayerCosts, ...]:
-    """Of each of pipeline_layers(config), for micro-batches of `samples` x `length` tokens without masks; the loss is
-    part of the last one. With `tensor` ranks that share each layer, of the first of them.
+def layer_costs(config: Any, samples: int, length: int, dtype: torch.dtype,
+                tensor: int = 1) -> tuple[MeasuredCosts, ...]:
+    """The costs of each of pipeline_layers(config), for micro-batches of `samples` x `length` tokens without masks; the
+    loss is part of the last layer. With `tensor` ranks that share each layer, the costs of the first of them.
 
     Raises:
         ValueError: as pipeline_layers.
@@ -59,7 +74,7 @@ def layer_costs(config: Any, samples: int, length: int, dtype: torch.dtype, tens
         return _costs_of(config, samples, length, dtype, group)
 
 
-def _costs_of(config: Any, samples: int, length: int, dtype: torch.dtype, group: Any) -> tuple[LayerCosts, ...]:
+def _costs_of(config: Any, samples: int, length: int, dtype: torch.dtype, group: Any) -> tuple[MeasuredCosts, ...]:
     specs = pipeline_layers(config, tensor_group=group)
     loss_fn = next_token_loss if group is None else TensorParallelLoss(group)
     shared: Shared = specs[0].module_args[0]
@@ -73,7 +88,7 @@ def _costs_of(config: Any, samples: int, length: int, dtype: torch.dtype, group:
         call = layer if not getattr(spec, "forward_fn", None) else partial(spec.forward_fn, layer)
         if place == len(specs) - 1:
             call = partial(_with_loss, call, loss_fn, labels)
-        # Layers alike are measured once.
+        # Equal layers are measured once.
         kind = kinds[layer.index] if isinstance(layer, DecoderLayer) and kinds else place == 0
         key = repr(layer), kind, tuple((tensor.shape, tensor.dtype) for tensor in tree_leaves(flow))
         if key not in measured:
@@ -88,34 +103,35 @@ def _with_loss(call: Callable[[Flow], Flow], loss_fn: Callable[[Flow, Tensor], F
     return loss_fn(call(flow), labels)
 
 
-def _measure(layer: nn.Module, call: Callable[[Flow], Any], flow: Flow) -> tuple[LayerCosts, Flow]:
-    """Its costs, and what it hands on."""
+def _measure(layer: nn.Module, call: Callable[[Flow], Any], flow: Flow) -> tuple[MeasuredCosts, Flow]:
+    """The costs of a layer, and its outputs."""
     inputs = tree_map(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), flow)
     store, watch = WeightGradientStore(), _Watch()
     model = Storages([*layer.parameters(), *layer.buffers()])
     with torch.no_grad(), _FusedAttention(watch), watch:
-        call(inputs)  # What is made once for all, as masks and rotations are.
+        call(inputs)  # masks and rotary embeddings, which are made once for all layers
     watch.storages = Storages()
     watch.take()
     with _FusedAttention(watch), watch, SplitForward(store):
         outputs = call(inputs)
-    handed_on = tree_map(partial(torch.empty_like, requires_grad=False), outputs)
+    passed_on = tree_map(partial(torch.empty_like, requires_grad=False), outputs)
     roots = [output for output in tree_leaves(outputs) if output.requires_grad]
     edges, gradients = [get_gradient_edge(root) for root in roots], [torch.empty_like(root) for root in roots]
     del outputs, roots
-    whole = (watch.storages - model).nbytes() + sum(tensor.nbytes for tensor in tree_leaves(inputs))
-    forward = watch.take()
+    after_forward = (watch.storages - model).nbytes() + sum(tensor.nbytes for tensor in tree_leaves(inputs))
+    flops_f, sums_in_f = watch.take()
     with watch, SplitBackward(store):
         torch.autograd.backward(edges, gradients)
-    backward = watch.take()
-    kept = (Storages(store.tensors()) - model).nbytes()
+    flops_b, sums_in_b = watch.take()
+    after_backward = (Storages(store.tensors()) - model).nbytes()
     with watch:
         store.run(WholeGradients(lambda parameter, gradient: None))
-    return LayerCosts(sum(parameter.numel() for parameter in layer.parameters()),
-                      (forward[0], backward[0], watch.flops), whole, kept, (*forward[1:], *backward[1:])), handed_on
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    flops = flops_f, flops_b, watch.flops
+    return MeasuredCosts(parameters, flops, after_forward, after_backward, sums_in_f, sums_in_b), passed_on
 
 
-# An attribute of what torch.any gave.
+# The attribute of a tensor that torch.any has returned.
 _IS_ANY = "ds_vshape_is_any"
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 
@@ -132,18 +148,22 @@ def _grouped(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any, *
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the memory of all that is computed inside, and adds up FLOPs. Where a forward asks what data are, all
-    are as they should be, and none are not: it asks whether nothing is padded, and whether any token is unknown."""
+    """Notes the memory of all that is computed inside, and adds up FLOPs.
+
+    Where a forward asks for the value of a tensor, which has none here, it is False if the tensor comes from torch.any,
+    and True otherwise: forwards ask whether all tokens count (no padding), and whether any of them is illegal.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages = Storages()
-        self.flops = self.sums = self.summed = 0
+        self.flops = 0
+        self._sums = Sums()
 
-    def take(self) -> tuple[int, int, int]:
-        """FLOPs, sums over ranks and their bytes, since the last time."""
-        taken = self.flops, self.sums, self.summed
-        self.flops = self.sums = self.summed = 0
+    def take(self) -> tuple[int, Sums]:
+        """FLOPs and sums over ranks since the last call."""
+        taken = self.flops, self._sums
+        self.flops, self._sums = 0, Sums()
         return taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,9 +173,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._overloadpacket is torch.ops.aten.any:
             setattr(result, _IS_ANY, True)
         if func.namespace == "c10d":
-            self.sums += 1
-            self.summed += sum(tensor.nbytes for tensor in tree_leaves(args[0]))
-        # Not views of what is there, which may be older.
+            nbytes = sum(tensor.nbytes for tensor in tree_leaves(args[0]))
+            self._sums = Sums(self._sums.count + 1, self._sums.nbytes + nbytes)
+        # Without views of the arguments, whose memory may be older.
         given = {_memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         self.storages.add(tensor for tensor in tree_leaves(result)
                           if isinstance(tensor, Tensor) and _memory(tensor) not in given)

@@ -58,12 +58,12 @@ def test_a_step_does_all_the_work(name: str, recompute: bool) -> None:
 def test_memory_is_state_and_activations() -> None:
     """1F1B's fullest rank is the first or the second one: p or p - 1 micro-batches of its layers."""
     embedding, block, head = (SMALL.layers[place] for place in (0, 1, -1))
-    first = 18 * (embedding.parameters + block.parameters) + 16 * (embedding.whole + block.whole)
-    second = 2 * (18 * block.parameters + 15 * block.whole)
+    first = 18 * (embedding.parameters + block.parameters) + 16 * (embedding.after_forward + block.after_forward)
+    second = 2 * (18 * block.parameters + 15 * block.after_forward)
     assert step("1f1b", SMALL).memory == max(first, second)
     # v-half keeps (p + 2) // 2 micro-batches of two blocks, some of them behind their B.
-    most = 2 * (18 * block.parameters + 9 * block.whole)
-    assert most - 9 * 2 * (block.whole - block.kept) <= step("v-half", SMALL).memory <= most
+    most = 2 * (18 * block.parameters + 9 * block.after_forward)
+    assert most - 9 * 2 * (block.after_forward - block.after_backward) <= step("v-half", SMALL).memory <= most
     shared = [sum(parts) for parts in replace(SMALL, tensor=2, data=4).state(linear(16))]
     assert shared[1] == (6 + 12 / 4) / 2 * 2 * block.parameters
     assert shared[-1] == (6 + 12 / 4) / 2 * (block.parameters + head.parameters)
