@@ -29,7 +29,7 @@ from transformers import AutoConfig, get_scheduler
 
 import ds_vshape
 from ds_vshape.finetuning.batches import Rows, WindowRows
-from ds_vshape.finetuning.training import Plan, Result, Training, batches_of
+from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batches_of
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
 from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
@@ -122,7 +122,8 @@ def finetune(args: argparse.Namespace) -> Result:
     schedule = args.learning_rate and partial(get_scheduler, args.learning_rate, num_training_steps=batches,
                                               num_warmup_steps=int(args.warmup * batches))
     engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained, lr_scheduler=schedule)
-    result = Training(engine, Plan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)).run()
+    plan = TrainingPlan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)
+    result = Training(engine, plan).run()
     if lora:
         lora.save_adapter(engine.module, args.model, args.output)
     else:

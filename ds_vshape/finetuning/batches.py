@@ -1,8 +1,8 @@
 """Micro-batches of samples: in which order, and as which tensors.
 
-Rows are samples by themselves, padded to the longest of their micro-batch, several samples in one row of a fixed
-length, or windows of one long text. Epoch follows epoch without a gap; a batch may have rows of two. Where a training
-stands is one number, the rows so far, whatever the number of replicas.
+A row is one sample, padded to the longest of its micro-batch; or several samples in a fixed length; or a window of one
+long text. Epochs follow each other without a gap: a batch may have rows of two. One number says how far a training has
+come, the rows so far, whatever the number of replicas.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from ds_vshape.finetuning.packing import pack
+from ds_vshape.split_backward.head import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # The columns of samples: token ids, and for each whether it is learned.
 IDS, LEARNED = "ids", "learned"
-# The label where nothing is learned, as in torch's cross_entropy.
-IGNORED = -100
-# Lengths of padded micro-batches are multiples of it, which matrix products on GPUs want.
+# Lengths of padded micro-batches are multiples of it, because matrix products on GPUs are faster then.
 MULTIPLE = 8
 
 
@@ -35,7 +34,7 @@ class Rows(Protocol):
         """The number of rows of an epoch."""
 
     def micro_batch(self, rows: Sequence[int]) -> tuple[Any, Tensor]:
-        """Inputs and labels of these rows. Labels [rows, length] are the tokens that come next, or IGNORED."""
+        """Inputs and labels of these rows. Labels [rows, length] are the tokens that come next, or IGNORE_INDEX."""
 
     def tokens(self, row: int) -> int:
         """The number of tokens of a row, without padding."""
@@ -44,7 +43,7 @@ class Rows(Protocol):
 class PaddedRows:
     """A sample in each row; inputs are ids [rows, length].
 
-    There is no attention mask: what stands behind a sample isn't seen from it.
+    There is no attention mask: a causal model doesn't see the padding after a sample from within it.
     """
 
     def __init__(self, samples: Dataset, padding: int = 0) -> None:
@@ -59,7 +58,7 @@ class PaddedRows:
         length = max(len(sample[IDS]) - 1 for sample in samples)
         length = -(-length // MULTIPLE) * MULTIPLE
         ids = torch.full((len(rows), length), self._padding)
-        labels = torch.full((len(rows), length), IGNORED)
+        labels = torch.full((len(rows), length), IGNORE_INDEX)
         for row, sample in enumerate(samples):
             _put(sample, ids[row], labels[row])
         return ids, labels
@@ -71,7 +70,7 @@ class PaddedRows:
 class PackedRows:
     """Samples one after the other in rows of `length` tokens; inputs are (ids, position ids), each [rows, length].
 
-    Positions start at 0 with each sample, by which transformers keeps the samples of a row apart.
+    The positions of each sample start at 0, by which transformers keeps the samples of a row apart.
 
     Raises:
         ValueError: for a sample of more than `length` + 1 tokens.
@@ -89,7 +88,7 @@ class PackedRows:
 
     def micro_batch(self, rows: Sequence[int]) -> tuple[tuple[Tensor, Tensor], Tensor]:
         ids = torch.full((len(rows), self._length), self._padding)
-        labels = torch.full((len(rows), self._length), IGNORED)
+        labels = torch.full((len(rows), self._length), IGNORE_INDEX)
         positions = torch.empty_like(ids)
         for row, place in enumerate(rows):
             start = 0
@@ -133,7 +132,7 @@ def _put(sample: dict[str, list[Any]], ids: Tensor, labels: Tensor) -> int:
     tokens, learned = torch.tensor(sample[IDS]), torch.tensor(sample[LEARNED])
     length = len(tokens) - 1
     ids[:length] = tokens[:-1]
-    labels[:length] = torch.where(learned[1:], tokens[1:], IGNORED)
+    labels[:length] = torch.where(learned[1:], tokens[1:], IGNORE_INDEX)
     return length
 
 
@@ -142,8 +141,8 @@ class MicroBatches(Iterator[tuple[Any, Tensor]]):
 
     Args:
         size: rows in a micro-batch.
-        replica, replicas: each of the replicas has its own micro-batch of every `replicas` x `size` rows.
-        start: the rows that all replicas have had before.
+        replica, replicas: of every `replicas` x `size` rows, each replica gets its own `size`.
+        start: how many rows all replicas together have had before.
 
     Raises:
         ValueError: if there are no rows.

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 from ds_vshape.finetuning.batches import PackedRows, PaddedRows, Rows
 from ds_vshape.finetuning.samples import read_rows, samples_of
 
-# Of rows without a file of their own for evaluation, so many are kept for it, chosen by this seed.
+# Without a file for evaluation, this share of the rows is kept for it, chosen by this seed.
 HELD_OUT, HELD_OUT_SEED = 0.05, 0
 
 
 def open_rows(training: Path, validation: Path | None, model: Path, length: int, packed: bool) -> tuple[Rows, Rows]:
     """Rows of at most `length` tokens to train and to evaluate on; without `validation`, HELD_OUT of the rows are for
-    evaluation. To be called on every rank: datasets keeps the tokens that the first one makes for the others.
+    evaluation. To be called on every rank: the others read from datasets' cache what rank 0 has tokenized.
 
     Raises:
         ValueError: for files and folders that can't be used, as samples.py says.
@@ -42,7 +42,7 @@ def open_rows(training: Path, validation: Path | None, model: Path, length: int,
 
 @contextmanager
 def _first_rank_first() -> Iterator[None]:
-    """The others wait for rank 0, even if it raises: they come to the same error then."""
+    """The others wait for rank 0, even if it raises: they then meet the same error."""
     if dist.get_rank():
         dist.barrier()
     try:

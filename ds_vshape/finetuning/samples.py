@@ -62,7 +62,7 @@ def samples_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) ->
     """
     encode = partial(_conversation if MESSAGES in rows.column_names else _text, tokenizer=tokenizer, limit=limit)
     samples = rows.map(encode, remove_columns=rows.column_names, desc="tokens")
-    # Nothing comes before the first token that could tell it.
+    # The first token is never a label.
     samples = samples.filter(lambda learned: any(learned[1:]), input_columns=[LEARNED], desc="samples")
     if not len(samples):
         raise ValueError(f"of {len(rows)} rows none has a token to learn among the first {limit}")

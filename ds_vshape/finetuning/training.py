@@ -1,7 +1,7 @@
-"""A training from its first batch, or from its last checkpoint, to the last one, with evaluations and checkpoints.
+"""A training from its first batch, or from its last checkpoint, to its last batch, with evaluations and checkpoints.
 
-Where it stands is what the engine saves: its batches, and the rows that they had (`global_samples`). So a training goes
-on bit for bit where it was.
+The engine saves how far it has come: its batches, and the rows that they had (`global_samples`). A training therefore
+continues from a checkpoint bit for bit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _TAG = re.compile(r"batch(\d+)")
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What is trained on, and how long.
 
     Attributes:
         batches: the number of the last batch.
         evaluate_every, save_every: numbers of batches; 0 is never. After the last batch there is an evaluation anyway.
-        checkpoints: their folder; where it has some, the training goes on from the last one. None saves nothing.
-        kept: so many checkpoints stay, and the one with the best evaluation beside them.
+        checkpoints: their folder; if it has any, the training continues from the last one. None saves nothing.
+        kept: how many checkpoints are kept, besides the one with the best evaluation.
         seed: of the order of rows.
     """
 
@@ -48,7 +48,14 @@ class Plan:
 
 @dataclass
 class Result:
-    """Of this run: `losses` of its batches, and `evaluations`, the loss after so many batches, both in nats a token."""
+    """What a run has measured.
+
+    Attributes:
+        losses: of its batches, in nats a token.
+        evaluations: the loss on the validation rows by the number of batches before it, in nats a token.
+        tokens_per_second: of all replicas, without padding; the time includes evaluations and checkpoints. 0 on ranks
+            that draw no data.
+    """
 
     losses: list[float] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
@@ -70,9 +77,9 @@ def batches_of(epochs: float, rows: int, batch_rows: int) -> int:
 
 
 class Training:
-    """The training of `plan` by an engine, on every rank (collective)."""
+    """Trains by `plan` with an engine (collective over all ranks)."""
 
-    def __init__(self, engine: Any, plan: Plan) -> None:
+    def __init__(self, engine: Any, plan: TrainingPlan) -> None:
         self._engine = engine
         self._plan = plan
         self._replica = (engine.train_micro_batch_size_per_gpu(), plan.seed, engine.grid.get_data_parallel_rank(),
@@ -96,7 +103,7 @@ class Training:
             if _is_due(plan.save_every, engine.global_steps):
                 self._save(f"batch{engine.global_steps}")
             progress.set_postfix(self._shown())
-        if not self.result.evaluations:  # a training that had come to its end before
+        if not self.result.evaluations:  # the last checkpoint is that of the last batch
             self._evaluate()
         return self.result
 
@@ -110,7 +117,8 @@ class Training:
         return shown
 
     def _evaluate(self) -> None:
-        """On as many rows as fill the micro-batches of all replicas."""
+        """On all validation rows but the last ones that don't fill a micro-batch of each replica; if none are filled,
+        on some rows twice."""
         rows = self._plan.validation
         size, *_, replicas = self._replica
         count = max(1, len(rows) // (size * replicas))

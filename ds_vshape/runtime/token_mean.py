@@ -28,9 +28,10 @@ from ds_vshape.comm.background import Background, Handle
 from ds_vshape.config.section import KEY, ConfigError
 from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.runtime.micro_batch import loss_of
+from ds_vshape.split_backward.head import IGNORE_INDEX
 
-# As transformers calls them.
-ITEMS, IGNORE_INDEX = "num_items_in_batch", -100
+# As transformers calls it.
+ITEMS = "num_items_in_batch"
 TOKENS, MICRO_BATCHES = "tokens", "micro_batches"
 
 

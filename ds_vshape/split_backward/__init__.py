@@ -1,7 +1,7 @@
 """The B/W split: a backward that gives input gradients at once and leaves weight gradients for later.
 
     store.py        what waits between B and W
-    targets.py      what a gradient is the gradient of: a parameter, a part of one, a cast
+    targets.py      what a gradient is the gradient of: a parameter, an element of one, a cast
     weights.py      which tensors take part
     ownership.py    which tensors others may write to before W
     function.py     SplitFunction, an autograd Function in two halves; the base of user kernels and of the built-in ones

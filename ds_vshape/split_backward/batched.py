@@ -1,6 +1,6 @@
 """Split counterparts of the products with a batch of weight matrices, as the experts of a mixture keep theirs.
 
-    weight[index]              a weight like any other, by targets.py: its gradient is a part of the batch's
+    weight[index]              a weight like any other, by targets.py: its gradient is an element of the batch's
     weight[indices]            here: a copy, which batched products multiply
     bmm, matmul, @             b matrices by b matrices, one of the two a weight
     grouped_mm                 the rows of a matrix, sorted into groups, by one matrix of the batch each

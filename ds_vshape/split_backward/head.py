@@ -27,6 +27,7 @@ from ds_vshape.split_backward.accumulate import add_product
 from ds_vshape.split_backward.store import GradientAccumulator
 from ds_vshape.split_backward.weights import is_deferrable
 
+# The label of a token that doesn't count, as in torch's cross_entropy and in transformers.
 IGNORE_INDEX = -100
 # Fewer tokens than these use a processor's matrix product badly.
 _LEAST_CHUNK = 16

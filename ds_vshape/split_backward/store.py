@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_vshape.split_backward.autocast import autocast_as, is_autocast_enabled
-from ds_vshape.split_backward.targets import Cast, Part, Selection, Target, becomes_whole, parameter_of, shape_of
+from ds_vshape.split_backward.targets import Cast, Element, Selection, Target, becomes_whole, parameter_of, shape_of
 
 if TYPE_CHECKING:
     from ds_vshape.split_backward.function import HalfContext, SplitFunction
@@ -243,7 +243,7 @@ class WeightGradientStore:
         self._finish_use(target.of, None, accumulator)
 
 
-def _add_into_buffer(target: Cast | Part | Selection, total: Tensor, accumulator: GradientAccumulator) -> bool:
+def _add_into_buffer(target: Cast | Element | Selection, total: Tensor, accumulator: GradientAccumulator) -> bool:
     """Add the gradient of some elements of a parameter to the parameter's sum, if there is one: a gradient of the
     whole would be mostly zeros."""
     if isinstance(target, Cast):

@@ -1,8 +1,8 @@
-"""What a late gradient is the gradient of: a parameter, or something made of one.
+"""What a deferred gradient is the gradient of: a parameter, or something made of one.
 
     Parameter    its gradient is delivered
-    Part         one element of a batch of matrices, `weight[index]`: a view
-    Selection    some elements of such a batch, `weight[indices]`: a copy
+    Element      one matrix of a batch of matrices, `weight[index]`: a view
+    Selection    some matrices of such a batch, `weight[indices]`: a copy
     Cast         autocast's cast of a parameter, of its transpose, or of one of the above
 
 What is made of a parameter is a tensor with a graph of its own. The gradients of its uses add up before their sum
@@ -32,7 +32,7 @@ class Cast:
 
     @classmethod
     def mark(cls, values: Tensor, of: Target, transposed: bool = False) -> Tensor:
-        """`values`, known from now on for a cast of `of` (recorded by autograd) or of its transpose."""
+        """`values`, known from now on as a cast of `of` (recorded by autograd) or of its transpose."""
         setattr(values, _MADE, cls(of, values.dtype, transposed))
         return values
 
@@ -46,7 +46,7 @@ class Cast:
         return sums
 
 
-class Part:
+class Element:
     """`of[index]`."""
 
     __slots__ = ("index", "of")
@@ -63,7 +63,7 @@ class Part:
         return self.of.shape[1:]
 
     def add_to(self, total: Tensor | None, gradient: Tensor) -> Tensor:
-        """The gradient of `of` so far, and that of this part."""
+        """The gradient of `of` so far, and that of this element."""
         return self.add_in_place(torch.zeros_like(self.of, requires_grad=False) if total is None else total, gradient)
 
     def add_in_place(self, sums: Tensor, gradient: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Selection:
 
     @classmethod
     def mark(cls, values: Tensor, of: Parameter, indices: Tensor) -> Tensor:
-        """`values`, known from now on for `of[indices]` (recorded by autograd)."""
+        """`values`, known from now on as `of[indices]` (recorded by autograd)."""
         setattr(values, _MADE, cls(of, indices, values.shape))
         return values
 
@@ -106,7 +106,7 @@ class Selection:
         return None
 
 
-Made = Cast | Part | Selection
+Made = Cast | Element | Selection
 Target = Parameter | Made
 
 
@@ -136,7 +136,7 @@ def made_from(tensor: Tensor) -> Made | None:
     for. The same for each call with one tensor."""
     made: Made | None = getattr(tensor, _MADE, None)
     if made is None and type(tensor._base) is Parameter:
-        made = _part(tensor, tensor._base)
+        made = _element(tensor, tensor._base)
         if made is not None:
             setattr(tensor, _MADE, made)
     if made is None or tensor.grad_fn is None or tensor._backward_hooks or tensor.retains_grad:
@@ -151,9 +151,9 @@ def _comes_from(tensor: Tensor, node_name: str, base: Parameter) -> bool:
     return node.name() == node_name and getattr(node.next_functions[0][0], "variable", None) is base
 
 
-def _part(view: Tensor, base: Parameter) -> Part | None:
-    """Which part of `base` the view is, by the node that made it; None for a view of another kind, for a view of a view
-    and for one that someone wrote to."""
+def _element(view: Tensor, base: Parameter) -> Element | None:
+    """Which element of `base` the view is, by the node that made it; None for a view of another kind, for a view of a
+    view and for one that someone wrote to."""
     node: Any = view.grad_fn
     if node is None:
         return None
@@ -163,7 +163,7 @@ def _part(view: Tensor, base: Parameter) -> Part | None:
         index = view.output_nr
     else:
         return None
-    return Part(base, index % base.size(0)) if _signed(node._saved_dim) in (0, -base.dim()) else None
+    return Element(base, index % base.size(0)) if _signed(node._saved_dim) in (0, -base.dim()) else None
 
 
 def _signed(number: int) -> int:

@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_vshape.finetuning.batches import IGNORED, MicroBatches, PackedRows, PaddedRows
+from ds_vshape.finetuning.batches import MicroBatches, PackedRows, PaddedRows
+from ds_vshape.split_backward.head import IGNORE_INDEX
 
 SAMPLES = Dataset.from_list([
     {"ids": [10 * sample + token for token in range(2 + sample % 5)],
@@ -42,7 +43,7 @@ def test_replicas_share_the_order_and_it_goes_on_anywhere(replicas: int) -> None
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED,
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX,
                                              reduction="sum")
 
 
@@ -56,7 +57,7 @@ def test_padded_and_packed_rows_have_the_losses_of_samples_alone(family: str, at
     alone = torch.zeros((), dtype=torch.double)
     for sample in SAMPLES:
         ids, learned = torch.tensor([sample["ids"]]), torch.tensor([sample["learned"]])
-        alone = alone + losses(model(ids).logits[:, :-1], torch.where(learned, ids, IGNORED)[:, 1:])
+        alone = alone + losses(model(ids).logits[:, :-1], torch.where(learned, ids, IGNORE_INDEX)[:, 1:])
     ids, labels = ROWS.micro_batch(range(13))
     assert ids.shape == (13, 8)
     assert torch.allclose(losses(model(ids).logits, labels), alone)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny_model import chat_tokenizer, save_tiny_model, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_vshape.finetuning.batches import IGNORED, MicroBatches, PackedRows, PaddedRows, Rows
+from ds_vshape.finetuning.batches import MicroBatches, PackedRows, PaddedRows, Rows
 from ds_vshape.finetuning.data import HELD_OUT, HELD_OUT_SEED
 from ds_vshape.finetuning.samples import read_rows, samples_of
+from ds_vshape.split_backward.head import IGNORE_INDEX
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def plain_losses(folder: Path, packed: bool, epochs: int, micro_batches: int) ->
     losses = []
     for _ in range(math.ceil(epochs * len(made) / micro_batches)):
         batch = [next(drawn) for _ in range(micro_batches)]
-        tokens = sum(int((labels != IGNORED).sum()) for _, labels in batch)
+        tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batch)
         total = 0.0
         for inputs, labels in batch:
             ids, positions = inputs if packed else (inputs, None)
