@@ -38,7 +38,7 @@ from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradient
 class Sums(NamedTuple):
     """All-reduces over tensor parallel ranks: how many, and the bytes of all of them."""
 
-    count: int = 0
+    number: int = 0
     nbytes: int = 0
 
 
@@ -174,7 +174,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             setattr(result, _IS_ANY, True)
         if func.namespace == "c10d":
             nbytes = sum(tensor.nbytes for tensor in tree_leaves(args[0]))
-            self._sums = Sums(self._sums.count + 1, self._sums.nbytes + nbytes)
+            self._sums = Sums(self._sums.number + 1, self._sums.nbytes + nbytes)
         # Without views of the arguments, whose memory may be older.
         given = {_memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         self.storages.add(tensor for tensor in tree_leaves(result)
