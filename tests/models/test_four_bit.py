@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import weakref
 from dataclasses import dataclass, field, replace
@@ -12,17 +13,20 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from finetune import arguments, finetune
 from hugging_face_models import evaluate, model_config, pipelines_of, tensors_in, train_plainly
 from lora_models import (PREFIX, SETTINGS, SMALL, AdaptedCase, assert_trained_alike, costs_of_frozen_weights, saved)
 from peft import LoraConfig, PeftModel
-from pipelines import BF16_ZERO1
+from pipelines import BF16_ZERO1, Job
 from ranks import run_ranks
 from safetensors.torch import save_file
+from tiny_model import save_tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from ds_vshape.measure.memory import parameter_bytes
 from ds_vshape.models.hugging_face import pipeline_layers
+from ds_vshape.models.hugging_face_layers import Part
 from ds_vshape.models.hugging_face_weights import Checkpoint, load_weights
 from ds_vshape.models.lora_files import read_config
 
@@ -44,6 +48,7 @@ QUANTIZATIONS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "stored, double": ("rslora", {**NF4, **DOUBLE, **BF16}, True),
     "stored Conv1D": ("lora_bias", {"load_in_4bit": True}, True),
     "tied": ("tied", {**NF4, **DOUBLE}, False),
+    "mixture": ("experts", NF4, False),  # whose experts transformers leaves whole
 }
 SETTINGS_HERE = {"one layer of qwen2": ("qwen2", {**SMALL, "layers_to_transform": [3]})}
 
@@ -100,6 +105,17 @@ def test_trains_what_peft_trains(kind: str, tmp_path: Path, monkeypatch: pytest.
         assert loss == outcome.evaluated
         assert torch.equal(logits, outcome.logits)
         assert tensors_in(output).keys() == tensors_in(case.adapter).keys()
+
+
+@pytest.mark.slow
+def test_layers_that_run_again(tmp_path: Path) -> None:
+    """Under activation checkpointing, on four ranks in a V."""
+    first = saved_four_bit("all-linear", {**NF4, **DOUBLE}, False, tmp_path)
+    oracle = train_plainly(first)
+    before = {name.removeprefix(PREFIX): value for name, value in first.plain_model().named_parameters()}
+    cases = [replace(first, schedule=schedule, stages=4, checkpointing=1) for schedule in ("v-half", "v-zb")]
+    for outcome in pipelines_of([(case, None) for case in cases], world=4):
+        assert_trained_alike(outcome, oracle, before)
 
 
 @pytest.mark.slow
@@ -188,6 +204,31 @@ def test_whole_checkpoints_hold_the_base(double: bool, tmp_path: Path) -> None:
 # -- files
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # of experts, in peft
+@pytest.mark.parametrize("name", ["opt-projected", "gpt_neox", "phi3", "gemma3_text-tied", "qwen3_moe", "gpt2"])
+def test_layers_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same are quantized, to the same bits; read from whole files, and from those of 4 bits."""
+    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    save_tiny_model(model_config(name), tmp_path)
+    model = base(tmp_path, {**NF4, **DOUBLE})
+    model.save_pretrained(tmp_path / "stored")
+    expected = model.state_dict()
+    assert sum(name.endswith("nested_absmax") for name in expected) > 10
+    for folder, given in ((tmp_path, BitsAndBytesConfig(**NF4, **DOUBLE)), (tmp_path / "stored", None)):
+        layers = nn.ModuleList(spec.build() for spec in pipeline_layers(
+            AutoConfig.from_pretrained(folder), quantization_config=given,
+            lora=LoraConfig(target_modules="all-linear")))
+        load_weights(layers, folder)
+        found = {f"{part.name}.{name}".replace(".base_layer", ""): tensor
+                 for part in layers.modules() if isinstance(part, Part)
+                 for name, tensor in part.module.state_dict().items() if "lora_" not in name}
+        if model.config.tie_word_embeddings:
+            found["lm_head.weight"] = found["model.embed_tokens.weight"]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("is_stored", [False, True])
 def test_weights_are_read_one_by_one(is_stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank reads those of its layers alone. Two are in memory at once, or what decodes two weights and the first."""
@@ -245,6 +286,35 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.M
         layers = nn.ModuleList(spec.build() for spec in case.layers()[:3])
         with pytest.raises(ValueError, match=message):
             load_weights(layers, case.folder)
+
+
+# -- the program
+
+
+def run_finetune(rank: int, words: list[str]) -> list[float]:
+    return finetune(arguments(words)).losses
+
+
+@pytest.mark.slow
+def test_the_program_trains_on_a_base_of_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where config.json says so; with a checkpoint, from which the same command goes on."""
+    case = saved_four_bit("plain", {**NF4, **DOUBLE}, True, tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(Job("v-half", 2, 4).ds_config()))
+    words = ["--model", str(case.folder), "--text", str(Path(__file__).parents[1]), "--length", "16", "--lora",
+             str(case.adapter), "--deepspeed_config", str(config), "--save_every", "2"]
+    runs = []
+    for output, batches in (("all", "4"), ("half", "2"), ("more", "4")):
+        checkpoints = tmp_path / ("all-checkpoints" if output == "all" else "checkpoints")
+        own = [*words, "--output", str(tmp_path / output), "--batches", batches, "--checkpoints", str(checkpoints)]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *own])
+        first, second = run_ranks(2, run_finetune, own)
+        assert first == second
+        runs.append(first)
+    found, expected = tensors_in(tmp_path / "more"), tensors_in(tmp_path / "all")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert runs[0][-1] < runs[0][0]
+    PeftModel.from_pretrained(base(case.folder, None), str(tmp_path / "more"))
 
 
 # -- what is refused
