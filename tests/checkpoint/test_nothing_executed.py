@@ -17,11 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from pipelines import BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, data
 from ranks import run_ranks
 from torch.distributed import distributed_c10d
 
 from ds_vshape.checkpoint.layout import CheckpointError
+from ds_vshape.checkpoint.weights_only import refusal, weights_only
 
 JOB = Job("v-half", 2, 2, FP32_ZERO1)
 FILES = ("mp_rank_*", "layer_*", "zero_pp_rank_*")
@@ -148,3 +150,25 @@ def test_no_pickle_crosses_the_network(tmp_path: Path, monkeypatch: pytest.Monke
     for path in written:
         if path.endswith(".json"):
             json.loads(Path(path).read_text())
+
+
+class ByGetattr:
+    """A pickle of what `getattr` gives."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.args = (kind, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, self.args
+
+
+def test_members_of_an_enum_as_early_versions_of_python_pickle_them(tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 do, by getattr, which gives nothing else."""
+    torch.save({"stage": ByGetattr(ZeroStageEnum, "weights")}, tmp_path / "member")
+    for kind, name in ((ZeroStageEnum, "mro"), (ZeroStageEnum, "__init__"), (np.ndarray, "tofile")):
+        torch.save(ByGetattr(kind, name), tmp_path / "other")
+        with weights_only(), pytest.raises(pickle.UnpicklingError) as raised:
+            torch.load(tmp_path / "other", weights_only=False)
+        assert "holds more than tensors and plain data: " in str(refusal(str(tmp_path / "other"), raised.value))
+    with weights_only():
+        assert torch.load(tmp_path / "member", weights_only=False) == {"stage": ZeroStageEnum.weights}
