@@ -51,6 +51,19 @@ def check_frozen(model: nn.Module) -> None:
 
 
 @contextmanager
+def decodable(model: nn.Module) -> Iterator[None]:
+    """While it lasts, weights of 4 bits on the meta device can be decoded there, as peft does for DoRA."""
+    weights: list[Any] = [layer.weight for layer in model.modules() if isinstance(layer, Linear4bit)]
+    state: Any = QuantState
+    for weight in weights:
+        scales, table = (torch.empty(size, device="meta") for size in (-(-weight.numel() // weight.blocksize), 16))
+        weight.quant_state = state(scales, weight.shape, table, weight.blocksize, weight.quant_type, torch.float32)
+    yield
+    for weight in weights:
+        weight.quant_state = None
+
+
+@contextmanager
 def whole_while_drawn(module: nn.Module) -> Iterator[None]:
     """While it lasts, layers of 4 bits in `module` have whole weights, on the meta device at first; then these are
     quantized."""
@@ -90,20 +103,20 @@ def fill(weight: Any, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: for another shape.
     """
-    wanted = shape_of(weight)
+    wanted, decoded = shape_of(weight), None
     if state:
         # Copies: what has been read may be a part of the file in memory.
-        own, copies = (tensor.to(weight.device, copy=True),
-                       {key: value.to(weight.device, copy=True) for key, value in state.items()})
-        _set(weight, own, QuantState.from_dict(copies, device=weight.device))
-    else:
-        if issubclass(weight.module.source_cls, Conv1D):  # whose weight is [in, out]
-            tensor = tensor.T
-        if tensor.shape == wanted:
-            _quantize(weight, tensor)
-    found = shape_of(weight) if state else tensor.shape
+        copies = {key: value.to(weight.device, copy=True) for key, value in state.items()}
+        decoded = QuantState.from_dict(copies, device=weight.device)
+    elif issubclass(weight.module.source_cls, Conv1D):  # whose weight is [in, out]
+        tensor = tensor.T
+    found = tensor.shape if decoded is None else decoded.shape
     if found != wanted:
         raise ValueError(f"{list(found)}, its config.json says {list(wanted)}")
+    if decoded is None:
+        _quantize(weight, tensor)
+    else:
+        _set(weight, tensor.to(weight.device, copy=True), decoded)
 
 
 def _quantize(weight: Any, tensor: Tensor) -> None:

@@ -101,7 +101,8 @@ class PlannedModel:
             self.four_bit.replace_linears(self.model, quantization)
         # As its files know it; peft changes it in place.
         self.without_adapters: Any = self.model if lora is None else _copy_on_meta(self.model)
-        self.adapters = None if lora is None else _adapters(self.model, lora)
+        with nullcontext() if self.four_bit is None else self.four_bit.decodable(self.model):
+            self.adapters = None if lora is None else _adapters(self.model, lora)
         if self.four_bit is not None:
             self.four_bit.check_frozen(self.model)
         self.config = self.model.config

@@ -55,9 +55,6 @@ def quantization_of(config: Any, given: Any, lora: Any, tensor_parallel_ranks: i
     if lora is None:
         raise ValueError("quantization_config: load_in_4bit = True with lora = None: must be a LoraConfig, weights of "
                          "4 bits can't be trained themselves")
-    if getattr(lora, "use_dora", False):
-        raise ValueError("LoraConfig: use_dora = True with load_in_4bit = True: must be False in a pipeline, where "
-                         "peft prepares layers before they have weights")
     return settings
 
 

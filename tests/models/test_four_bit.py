@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from finetune import arguments, finetune
 from hugging_face_models import evaluate, model_config, pipelines_of, tensors_in, train_plainly
 from lora_models import (PREFIX, SETTINGS, SMALL, AdaptedCase, assert_trained_alike, costs_of_frozen_weights, saved)
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from pipelines import BF16_ZERO1, Job
 from ranks import run_ranks
 from safetensors.torch import save_file
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from ds_vshape.measure.memory import parameter_bytes
 from ds_vshape.models.hugging_face import pipeline_layers
 from ds_vshape.models.hugging_face_layers import Part
-from ds_vshape.models.hugging_face_weights import Checkpoint, load_weights
+from ds_vshape.models.hugging_face_weights import Checkpoint, load_weights, named_weights
 from ds_vshape.models.lora_files import read_config
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -44,6 +44,8 @@ QUANTIZATIONS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "head too": ("plain", {**NF4, "llm_int8_skip_modules": ["model.layers.3.mlp"]}, False),
     "Conv1D": ("lora_bias", NF4, False),
     "biases of the base": ("one layer of qwen2", NF4, False),
+    "dora": ("dora", NF4, False),
+    "stored dora": ("dora", {**NF4, **DOUBLE}, True),
     "stored": ("plain", NF4, True),
     "stored, double": ("rslora", {**NF4, **DOUBLE, **BF16}, True),
     "stored Conv1D": ("lora_bias", {"load_in_4bit": True}, True),
@@ -150,6 +152,7 @@ def sizes(rank: int, case: FourBitCase) -> tuple[int, int, int, int]:
             sum(layer.in_features * layer.out_features for layer in layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double", [False, True])
 def test_base_stays_in_4_bits(double: bool, tmp_path: Path) -> None:
     """On each rank, after initialize."""
@@ -163,6 +166,7 @@ def test_base_stays_in_4_bits(double: bool, tmp_path: Path) -> None:
         assert total == weights + (numbers / 64 + layers * (64 + 1024 + 8) if double else numbers / 16 + layers * 64)
 
 
+@pytest.mark.slow
 def test_frozen_base_costs_nothing(tmp_path: Path) -> None:
     """No entry for W, no gradient, no optimizer state, no bytes in checkpoints that leave it out."""
     case = saved_four_bit("plain", {**NF4, **DOUBLE}, False, tmp_path)
@@ -269,6 +273,20 @@ def test_config_json_may_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
 
 
+def test_new_magnitudes_are_those_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA's, which follow from weights of 4 bits."""
+    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    case, lora = saved_four_bit("plain", NF4, False, tmp_path), LoraConfig(**SMALL, use_dora=True)
+    model = get_peft_model(base(case.folder, NF4), lora)
+    expected = {name: weight for name, weight in model.named_parameters() if "magnitude" in name}
+    layers = nn.ModuleList(spec.build() for spec in pipeline_layers(
+        AutoConfig.from_pretrained(case.folder), lora=lora, quantization_config=BitsAndBytesConfig(**NF4)))
+    load_weights(layers, case.folder)
+    found = {PREFIX + name: weight for name, weight in named_weights(layers).items() if "magnitude" in name}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
     for is_stored, message in ((False, r"q_proj.weight in .* is \[32, 31\], its config.json says \[32, 32\]"),
@@ -329,7 +347,6 @@ def test_the_program_trains_on_a_base_of_4_bits(tmp_path: Path, monkeypatch: pyt
     ({**NF4, "bnb_4bit_quant_type": "int4"}, SMALL, "bnb_4bit_quant_type = 'int4': must be 'nf4' or 'fp4'"),
     ({**NF4, "bnb_4bit_quant_storage": "bfloat16"}, SMALL, "bnb_4bit_quant_storage = 'bfloat16': must be 'uint8'"),
     ({**NF4, "bnb_4bit_compute_dtype": torch.int8}, SMALL, "bnb_4bit_compute_dtype = 'int8': must be 'float32' or"),
-    (NF4, {**SMALL, "use_dora": True}, "use_dora = True with load_in_4bit = True: must be False"),
     (NF4, {**SMALL, "modules_to_save": ["up_proj"]}, r"name weights of .*up_proj.*, a layer of 4 bits"),
 ])
 @pytest.mark.parametrize("is_given", [True, False])
