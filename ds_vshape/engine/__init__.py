@@ -16,7 +16,7 @@
     rollback.py          takes a step back to the last bit
     verdict.py           whether such a step stands
     verification.py      compares the split backward with a whole one
-    rehearsal.py         runs the passes of a batch aside
+    rehearsal.py         runs the passes of a batch before the batch itself
     batch_snapshot.py    what a batch changes, so that it can run again
     comparison.py        how far two runs of a batch agree
 """

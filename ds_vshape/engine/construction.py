@@ -13,13 +13,13 @@ from ds_vshape.module.dummy_parameter import add_to, keep_from_universal, with_s
 
 
 class Construction(StockEngine):
-    """The steps of the constructor that are other than DeepSpeed's."""
+    """The steps of the constructor that differ from DeepSpeed's."""
 
     # Whether any rank has a layer of experts.
     _has_experts: bool
 
     def _configure_distributed_model(self, model: Any) -> None:
-        # Before DeepSpeed does, on the ranks with such layers alone.
+        # DeepSpeed would make them on the ranks with such layers alone, and every rank must take part.
         of_ranks = model.preflight.gather({"sizes": expert_parallel_sizes(model)})
         for size in sorted(set(chain.from_iterable(facts["sizes"] for facts in of_ranks))):
             replicas = self.mpu.get_data_parallel_world_size()

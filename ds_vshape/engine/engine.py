@@ -78,8 +78,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
                      SavingEngine):
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
-    Made by :func:`ds_vshape.initialize`. All public methods are DeepSpeed's; `schedule` and `pipeline_report` are
-    added.
+    Made by :func:`ds_vshape.initialize`. Its public methods are DeepSpeed's and those that ds_vshape/docs/api.md lists.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

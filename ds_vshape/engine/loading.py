@@ -1,4 +1,4 @@
-"""Where a batch's data come in: inputs at the first stage, labels at the last one."""
+"""Loads a batch's data: inputs for the first stage, labels for the last one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Loading(StockEngine):
         return self._intake.pair(self._next_batch())
 
     def draw_ahead(self, micro_batches: int) -> None:
-        """Draw the data of a batch whose loss is a mean over tokens, where it's computed."""
+        """Draw all data of a batch whose loss is a mean over tokens, on the rank that computes it."""
         if self._token_mean is not None and self.computes_loss:
             self._token_mean.start_batch(micro_batches, draws=self._guard.failure is None)
 

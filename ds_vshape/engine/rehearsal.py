@@ -1,6 +1,6 @@
-"""The passes of a batch, run aside: without the end of the batch, and as if it hadn't run for whatever watches batches.
+"""A rehearsal of a batch: its passes run without the end of the batch, unseen by timers, traces and monitors.
 
-The same batch runs again afterwards, from the same samples.
+The batch itself runs afterwards, from the same samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ds_vshape.schedule.schedule import Schedule
 
 
 class Rehearsal(StockEngine):
-    """How a PipelineEngine runs the passes of a batch aside; it has what is declared here."""
+    """How a PipelineEngine rehearses a batch; it has what is declared here."""
 
     _active_stage: int | None
     _channels: Channels
@@ -52,9 +52,11 @@ class Rehearsal(StockEngine):
 
     @contextmanager
     def rehearsed(self, schedule: Schedule) -> Iterator[None]:
-        """Run the passes of the next batch by `schedule`, without timers, traces and monitors. Within the context their
-        losses and gradients are there, and the failure, if this rank has failed; after it all that is gone except for
-        gradients and what layers have changed."""
+        """Run the passes of the next batch by `schedule`, without timers, traces and monitors.
+
+        Within the context there are their losses and gradients, and the failure if this rank has failed. Afterwards
+        only the gradients are left, and what layers have changed.
+        """
         lowering = lower_announced if self._announces else lower
         instructions = instr.passes_alone(self._plans.program(schedule, lowering))
         self._samples.keep()
@@ -74,7 +76,7 @@ class Rehearsal(StockEngine):
     def gradient_so_far(self, parameter: Parameter) -> Tensor | None:
         """What the batch has added up for a parameter so far, wherever the optimizer wants it; None if nothing."""
         total: Tensor | None = self._sums.total(parameter) if self._sums.holds(parameter) else parameter.grad
-        # Where sums are kept in another place, `.grad` has what came since the last backward.
+        # Where sums are kept elsewhere, `.grad` has what was added since the last backward.
         rest: Tensor | None = parameter.grad
         if total is None or rest is None or total is rest:
             return rest if total is None else total

@@ -70,8 +70,8 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells the others, in numbers: flags, how many gradients it has compared, how many are equal bit for
-    bit, and the largest share by which one differs."""
+    """What a rank tells the others, in numbers: flags, how many gradients it has compared, how many of them are equal
+    bit for bit, and the largest difference as a share of the gradient's norm."""
 
     batch_failed: bool
     whole_failed: bool
@@ -94,7 +94,7 @@ class _Report:
 
 
 class VerifiedRank(ProfiledRank, Protocol):
-    """A rank that can run the passes of a batch aside (rehearsal.py); the dtypes of autocast are DeepSpeedEngine's."""
+    """A rank that can rehearse a batch (rehearsal.py); the dtypes of autocast are DeepSpeedEngine's."""
 
     module: PipelineModule
     micro_batches: int
@@ -102,7 +102,7 @@ class VerifiedRank(ProfiledRank, Protocol):
     fwd_outputs: list[Any]
 
     def rehearsed(self, schedule: Schedule) -> AbstractContextManager[None]:
-        """Around what is done with the passes of the next batch, run by `schedule`."""
+        """Runs the passes of the next batch by `schedule`; their results are there within the context."""
 
     def gradient_so_far(self, parameter: Parameter) -> Tensor | None:
         """What the batch has added up for a parameter."""

@@ -25,7 +25,8 @@ from ds_vshape.models.hugging_face_layers import DecoderLayer, Head, Norm, Posit
 from ds_vshape.models.hugging_face_plan import Plan, PlannedModel
 from ds_vshape.models.hugging_face_quantization import quantization_of
 from ds_vshape.models.hugging_face_shared import Flow, Shared
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelPlan, parts_of, share_random_state
+from ds_vshape.models.hugging_face_tensor_parallel import (TensorParallelPlan, parts_of, share_random_state,
+                                                            with_router_loss)
 from ds_vshape.split_backward.head import HeadOutput
 
 try:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-# DeepSpeed's partition method: stages get equal numbers of decoder layers; other layers go to the stage of a neighbour.
+# DeepSpeed's partition method: stages get equal numbers of decoder layers; other layers join the stage of a neighbour.
 PARTITION_METHOD = "type:DecoderLayer"
 # Which layers activation checkpointing may run again. Not the embedding: a reentrant checkpoint gives no gradients to
 # a layer whose inputs are integers.
@@ -112,9 +113,9 @@ def next_token_loss(outputs: Flow, labels: Tensor, num_items_in_batch: Tensor | 
 
     Args:
         labels: [batch, length], the tokens that come next, -100 where there is none to learn.
-        num_items_in_batch: by which the sum over tokens is divided; without it the loss is the mean of these tokens.
+        num_items_in_batch: what the sum over tokens is divided by; without it, the number of these tokens.
 
-    Returns the loss. Where there is a router loss: with `num_items_in_batch` both, else their sum.
+    Returns the loss. Where there is a router loss: both with `num_items_in_batch`, otherwise their sum.
     """
     logits, *router_loss = parts_of(outputs)
     if isinstance(logits, HeadOutput):
@@ -122,6 +123,4 @@ def next_token_loss(outputs: Flow, labels: Tensor, num_items_in_batch: Tensor | 
     else:
         loss = ForCausalLMLoss(logits, None, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch,
                                shift_labels=labels)
-    if num_items_in_batch is None:
-        return sum(router_loss, loss)
-    return (loss, *router_loss) if router_loss else loss
+    return with_router_loss(loss, router_loss, num_items_in_batch)

@@ -18,7 +18,7 @@ A layer is drawn whole and cut then, so that weights don't depend on t.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ _EXPERTS = "moe_tp_experts"
 # Of the weights of experts: the dimension that is cut, and how many weights lie there one after another.
 _EXPERT_WEIGHTS = {"colwise": (_ROWS, 1), "packed_colwise": (_ROWS, 2), "rowwise": (_COLUMNS, 1)}
 _SUMMED = "replicated_with_grad_allreduce"
-# What beside column parallel layers works on the heads, or the part of the intermediate size, that the rank has.
+# Modules that sit next to column parallel layers, and work on the rank's heads or its part of the intermediate size.
 _ON_A_SHARE = re.compile(r"(q|k|v|query|key|value)_?(layer_?|rms_?)?norm|act|act_fn|activation|activation_fn")
 
 
@@ -253,9 +253,7 @@ class TensorParallelLoss:
         else:
             loss = self._cross_entropy(logits, labels, "mean" if num_items_in_batch is None else "sum")
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        if num_items_in_batch is None:
-            return sum(router_loss, loss)
-        return (loss, *router_loss) if router_loss else loss
+        return with_router_loss(loss, router_loss, num_items_in_batch)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         size, ranks = logits.shape[-1], dist.get_world_size(self._group)
@@ -267,12 +265,21 @@ class TensorParallelLoss:
 
 
 def parts_of(outputs: Any) -> tuple[Any, ...]:
-    """Logits, or what is to make them, and a router loss if there is one."""
+    """Logits, or the HeadOutput that makes them, and a router loss if there is one."""
     return outputs if type(outputs) is tuple else (outputs,)
 
 
+def with_router_loss(loss: Tensor, router_loss: Sequence[Tensor],
+                     num_items_in_batch: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """The sum of a mean over tokens and a router loss, if there is one. With `num_items_in_batch` both: the engine
+    averages them differently."""
+    if num_items_in_batch is None:
+        return sum(router_loss, loss)
+    return (loss, *router_loss) if router_loss else loss
+
+
 def share_random_state(group: Any) -> None:
-    """Let all ranks of `group` draw the same numbers on the CPU from now on, those of its first rank (collective)."""
+    """Give all ranks of `group` the random state of its first rank on the CPU (collective)."""
     state = torch.get_rng_state().to(get_accelerator().current_device_name())
     dist.broadcast(state, dist.get_global_rank(group, 0), group)
     torch.set_rng_state(state.cpu())
@@ -285,7 +292,7 @@ def _summed(group: Any, gradient: Tensor) -> Tensor:
 
 
 def _sum_gradients(group: Any, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of experts, of whose gradients each rank has a part."""
+    """The arguments of experts, with their gradients, of which each rank has a part, summed over the ranks."""
     def of(value: Any) -> Any:
         return sum_gradient(value, group) if isinstance(value, Tensor) and value.is_floating_point() else value
     return tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}

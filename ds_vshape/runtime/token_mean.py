@@ -1,6 +1,6 @@
-"""A batch's loss as the mean over its tokens, wherever these are: in any micro-batch, on any replica.
+"""A batch's loss as the mean over its tokens, whichever micro-batch and replica they are in.
 
-DeepSpeed averages the means of micro-batches, and so a token counts for more in a micro-batch that has few. A loss
+DeepSpeed averages the means of micro-batches, so that a token counts for more in a micro-batch with few tokens. A loss
 function that takes `num_items_in_batch`, as those of transformers do (`fixed_cross_entropy` in loss/loss_utils.py),
 divides the sum over a micro-batch's tokens by the number of all tokens of the batch instead:
 
@@ -68,14 +68,14 @@ def _named(loss_fn: Any) -> str:
 
 
 class TokenMean:
-    """Of the batches of one rank that computes losses.
+    """The losses of one rank's batches.
 
     Args:
-        loss_fn: takes (outputs, labels, num_items_in_batch) and gives the loss of a micro-batch, or (loss, auxiliary
-            loss) with one that is no sum over tokens, and is averaged over micro-batches. If it has `count_tokens`,
-            that gives the number of tokens in labels; else they must be a tensor, of which all but -100 count.
-        draw: gives the next (inputs, labels) of the data.
-        keeps_inputs: whether this rank needs them.
+        loss_fn: takes (outputs, labels, num_items_in_batch) and returns the loss of a micro-batch, or (loss, auxiliary
+            loss), of which the second is averaged over micro-batches. Its attribute `count_tokens`, if it has one,
+            returns the number of tokens in labels; otherwise labels must be a tensor, of which all but -100 count.
+        draw: returns the next (inputs, labels) of the data.
+        keeps_inputs: whether this rank needs the inputs.
         group, replicas: the ranks that compute the losses of other replicas, and how many there are.
         device: where losses are.
     """
@@ -90,8 +90,8 @@ class TokenMean:
         self._tokens: Handle[Tensor] | None = None
 
     def start_batch(self, micro_batches: int, draws: bool) -> None:
-        """Draw and count a batch. All replicas must start theirs, even one that has failed and `draws` nothing; an
-        error is raised where its micro-batch is taken."""
+        """Draw and count a batch (collective over replicas, so that one that has failed takes part and `draws`
+        nothing). An error of the data is raised when its micro-batch is taken."""
         self.forget()
         self._micro_batches = micro_batches
         counts: list[Any] = []
@@ -110,7 +110,7 @@ class TokenMean:
         self._tokens = self._background.start(partial(self._over_replicas, tokens), (tokens,))
 
     def _added(self, counts: list[Any]) -> Tensor:
-        """On the device, for which the host doesn't wait."""
+        """The sum of the counts, on the device, without a wait of the host."""
         there = [count for count in counts if torch.is_tensor(count) and count.device == self._device]
         here = sum(int(count) for count in counts if not any(count is other for other in there))
         total = torch.full((), here, dtype=torch.int64, device=self._device)
@@ -121,7 +121,7 @@ class TokenMean:
     def _over_replicas(self, tokens: Tensor) -> Tensor:
         if self._replicas > 1:
             dist.all_reduce(tokens, group=self._group)
-        # Of a batch without any token all sums are zero.
+        # Without any token all sums are zero, and so is the loss.
         return tokens.clamp_(min=1)
 
     def take(self) -> tuple[Any, Any]:
@@ -132,7 +132,7 @@ class TokenMean:
         return drawn
 
     def loss(self, outputs: Any, labels: Any) -> Any:
-        """The loss of a micro-batch, of which the mean over micro-batches and replicas is that over tokens."""
+        """The loss of a micro-batch, scaled so that the mean over micro-batches and replicas is that over tokens."""
         assert self._tokens is not None
         found = loss_of(partial(self._loss_fn, **{ITEMS: self._tokens.result()}), outputs, labels)
         loss, *auxiliary = found if isinstance(found, tuple) else (found,)
@@ -143,11 +143,11 @@ class TokenMean:
 
     @property
     def share(self) -> int:
-        """By what DeepSpeed will divide the sum of the losses."""
+        """The number by which DeepSpeed will divide the sum of the losses."""
         return self._micro_batches * self._replicas
 
     def forget(self) -> None:
-        """Leave nothing of a batch that has failed."""
+        """Drop what is left of a batch that has failed."""
         self._drawn.clear()
         if self._tokens is not None:
             self._tokens.result()

@@ -1,13 +1,13 @@
-"""A head and its loss in chunks of tokens: logits [tokens, vocabulary] never exist whole, and their gradients neither.
+"""A head and its loss in chunks of tokens: neither logits [tokens, vocabulary] nor their gradients ever exist whole.
 
     logits, their loss, the loss's gradient by them      of one chunk after the other, in F
     gradient of the hidden states                        kept from F to B, as large as they are
     gradient of the weight                               added to its sum over the micro-batches, in F
 
-So a head keeps hidden states and their gradient, where logits and what a cross-entropy keeps of them are vocabulary /
-hidden times as much each. Liger's fused_linear_cross_entropy.py computes alike, and keeps a gradient of the weight, as
-large as the weight, from F to B. Here F adds it where sums are, which takes no memory: it knows by which factor B will
-multiply, since an engine says so (`EarlyGradients`). Without an engine it is kept as there.
+Such a head keeps hidden states and their gradient; logits, and what a cross-entropy keeps of them, would each be larger
+by vocabulary / hidden. Liger's fused_linear_cross_entropy.py computes in the same way, and keeps a gradient of the
+weight, as large as the weight, from F to B. Here F adds it to the engine's sums, which takes no memory: F knows the
+factor by which B will multiply, because the engine tells it (`EarlyGradients`). Without an engine it is kept as there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ds_vshape.split_backward.weights import is_deferrable
 
 # The label of a token that doesn't count, as in torch's cross_entropy and in transformers.
 IGNORE_INDEX = -100
-# Fewer tokens than these use a processor's matrix product badly.
+# With fewer tokens, matrix products are slow.
 _LEAST_CHUNK = 16
-# By how much B's factor may differ from the one that F was told, which is rounding.
+# By how much B's factor may differ, by rounding, from the one that F was told.
 _TOLERANCE = 1e-3
 
 # The sum of the losses of logits [tokens, vocabulary] with labels [tokens].
@@ -76,8 +76,8 @@ class HeadOutput(NamedTuple):
              chunk: int | None = None) -> Tensor:
         """The sum of the losses of all tokens, divided by `items`; by default their mean, of labels other than -100.
 
-        The result must be what the engine gets as the loss, or `loss` of (loss, auxiliary loss), and not be multiplied:
-        B raises RuntimeError else.
+        The engine must get the result as the loss, or as `loss` in (loss, auxiliary loss); if it was multiplied, B
+        raises RuntimeError.
 
         Args:
             labels: [...], as the hidden states without their last dimension.
@@ -105,14 +105,14 @@ def with_logits(outputs: Any) -> Any:
 
 
 class EarlyGradients:
-    """Where the F of a stage may add gradients of weights, and by what B will multiply the loss.
+    """Where F of a stage may add gradients of weights, and by which factor B will multiply the loss.
 
     Args:
         device: of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Of what B has noted and nothing has checked.
+        # The largest deviation that B has noted and `check` hasn't looked at.
         self._worst: Tensor | None = None
         self.accumulator: GradientAccumulator | None = None
         self.factor: Callable[[], Tensor] = lambda: torch.ones((), device=device)
@@ -203,7 +203,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Chunk:
-    """The logits of some tokens, outside autograd's graph of the stage."""
+    """The logits of some tokens, outside the autograd graph of the stage."""
 
     def __init__(self, hidden: Tensor, matrix: Tensor, offset: Tensor | None, forward: Forward, trains: bool) -> None:
         self._hidden = hidden.detach().requires_grad_(trains)
@@ -219,14 +219,14 @@ class _Chunk:
         return self._product.view(*hidden.shape[:-1], -1)
 
     def differentiate(self, loss: Tensor, scale: Tensor | None) -> Tensor:
-        """The gradient of the loss, times `scale`, by what the product gave; the logits go."""
+        """The gradient of the loss, times `scale`, with respect to the product; frees the logits."""
         of_loss = None if scale is None else scale.to(loss.dtype).reshape(loss.shape)
         gradient, = torch.autograd.grad(loss, self._product, of_loss)
         del self.logits, self._product
         return gradient
 
     def by_hidden(self, by_projected: Tensor) -> Tensor:
-        """The gradient by the hidden states."""
+        """The gradient with respect to the hidden states."""
         if self._received is self._hidden:
             return by_projected
         gradient, = torch.autograd.grad(self._received, self._hidden, by_projected.view_as(self._received).to(
@@ -252,7 +252,7 @@ class _WeightSum:
             self._sums.add_(by_logits.t().mm(hidden))
 
     def finish(self) -> Tensor | None:
-        """What autograd has to add, if the engine hasn't."""
+        """The gradient for autograd to add; None if the engine's sums have it."""
         own = None if self._own is None else self._own.to(self._weight.dtype)
         if self._accumulator is None:
             return own

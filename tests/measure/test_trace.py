@@ -22,7 +22,7 @@ from deepspeed.pipe import LayerSpec
 from deepspeed.utils import logger
 from hypothesis import given
 from hypothesis import strategies as st
-from internals import followers
+from internals import callbacks_of
 from layers import SleepingLinear
 from logged import Lines
 from PIL import Image
@@ -285,8 +285,9 @@ def on_the_side(rank: int, folder: str) -> dict[str, Any]:
         failing.train_batch(watched(failing, seen, iter(list(data(failing, 1))[:1])))
     restored = failing._INSTRUCTION_MAP is type(failing)._INSTRUCTION_MAP
     again = float(failing.train_batch(data(failing, 1)))
-    return {"replica": off.grid.get_data_parallel_rank(), "callbacks": followers(off), "plain": plain, "losses": losses,
-            "error": repr(caught.value), "recorded": seen, "restored": restored, "again": again, "said": lines.told}
+    return {"replica": off.grid.get_data_parallel_rank(), "callbacks": callbacks_of(off), "plain": plain,
+            "losses": losses, "error": repr(caught.value), "recorded": seen, "restored": restored, "again": again,
+            "said": lines.told}
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def planner_of(process: PlanningProcess) -> subprocess.Popen[bytes]:
     return process._process
 
 
-# -- the start of a job, and what follows batches
+# -- the start of a job, and what runs around batches
 
 
 def replace_probe(strike: Callable[[], Any]) -> None:
@@ -215,6 +215,6 @@ def replace_probe(strike: Callable[[], Any]) -> None:
     Preflight._unanswered = lambda *_: strike()  # type: ignore[assignment, method-assign, return-value]
 
 
-def followers(engine: Any) -> list[Any]:
-    """What follows whole batches: where it's nothing, nothing is to be seen."""
+def callbacks_of(engine: Any) -> list[Any]:
+    """What the engine calls around each batch. Nothing public shows that there is none."""
     return list(engine._callbacks)
