@@ -1,4 +1,4 @@
-"""Trains a Hugging Face model on text with a pipeline of all ranks: safetensors in, safetensors out.
+"""Trains a Hugging Face model with a pipeline of all ranks: safetensors in, safetensors out.
 
     python launch/tiny_model.py llama runs/tiny-llama
     deepspeed --num_gpus 2 launch/finetune.py --model runs/tiny-llama --output runs/tuned-llama \\
@@ -6,8 +6,9 @@
 
 The model is a folder with config.json and safetensors, of any family in ds_vshape/docs/hugging-face.md. The schedule is
 whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
+It is trained on the sources of Python's standard library, or with --data on text and conversations.
 With --lora FOLDER, adapters are trained and written instead of the model: those that peft has saved in FOLDER, or new
-ones where it holds an adapter_config.json alone (configs/lora).
+ones if it holds an adapter_config.json alone (configs/lora).
 """
 
 from __future__ import annotations
@@ -90,44 +91,63 @@ def rows_of(args: argparse.Namespace, vocabulary: int) -> tuple[Rows, Rows]:
             WindowRows(tokens_of(validation, args.model, vocabulary), args.length))
 
 
+def build(args: argparse.Namespace, config: Any) -> Any:
+    """The PipelineModule of `config`, a model's; its weights are random (collective)."""
+    topology = topology_of(args.stages, args.tensor_parallel)
+    group = tensor_group(topology) if args.tensor_parallel > 1 else None
+    lora = None
+    if args.lora is not None:
+        from ds_vshape.models.lora_files import read_config  # peft is an extra of its own
+        lora = read_config(args.lora)
+    layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group, lora=lora,
+                             packed=args.packed)
+    # seed_layers: dropout then doesn't depend on the order of the passes.
+    return ds_vshape.PipelineModule(layers,
+                                    topology=topology,
+                                    loss_fn=TensorParallelLoss(group) if group else next_token_loss,
+                                    partition_method=PARTITION_METHOD,
+                                    checkpointable_layers=CHECKPOINTABLE_LAYERS,
+                                    dynamic_shape=args.data is not None and not args.packed,
+                                    seed_layers=True,
+                                    seed_fn=seed_layer)
+
+
+def load(args: argparse.Namespace, module: Any) -> None:
+    """Read the model's weights, and adapters if there are any (collective)."""
+    unknown = load_weights(module, args.model)
+    if unknown and torch.distributed.get_rank() == 0:
+        logger.warning(f"{args.model} has tensors that its config.json doesn't mention: {', '.join(unknown)}")
+    if args.lora is not None:
+        from ds_vshape.models.lora_files import has_adapter, load_adapter
+        if has_adapter(args.lora):
+            load_adapter(module, args.lora)
+
+
+def save(args: argparse.Namespace, module: Any, config: Any) -> None:
+    """Write what has been trained (collective)."""
+    if args.lora is None:
+        save_model(module, config, args.model, args.output)
+        return
+    from ds_vshape.models.lora_files import save_adapter
+    save_adapter(module, args.model, args.output)
+
+
 def finetune(args: argparse.Namespace) -> Result:
     """Trains the model and writes it; to be called on every rank."""
     check_output(args.output)
     config = AutoConfig.from_pretrained(args.model)
-    topology = topology_of(args.stages, args.tensor_parallel)
-    group = tensor_group(topology) if args.tensor_parallel > 1 else None
-    lora: Any = None
-    if args.lora is not None:
-        from ds_vshape.models import lora_files as lora  # peft is an extra of its own
-    layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group,
-                             lora=lora and lora.read_config(args.lora), packed=args.packed)
-    # seed_layers: dropout then doesn't depend on the order of the passes.
-    module = ds_vshape.PipelineModule(layers,
-                                      topology=topology,
-                                      loss_fn=TensorParallelLoss(group) if group else next_token_loss,
-                                      partition_method=PARTITION_METHOD,
-                                      checkpointable_layers=CHECKPOINTABLE_LAYERS,
-                                      dynamic_shape=args.data is not None and not args.packed,
-                                      seed_layers=True,
-                                      seed_fn=seed_layer)
-    unknown = load_weights(module, args.model)
-    if unknown and torch.distributed.get_rank() == 0:
-        logger.warning(f"{args.model} has tensors that its config.json doesn't mention: {', '.join(unknown)}")
-    if lora and lora.has_adapter(args.lora):
-        lora.load_adapter(module, args.lora)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module = build(args, config)
+    load(args, module)
     rows = rows_of(args, config.vocab_size)
     batch = DeepSpeedConfig(args.deepspeed_config, mpu=module.mpu()).train_batch_size
     batches = args.batches if args.epochs is None else batches_of(args.epochs, len(rows[0]), batch)
     schedule = args.learning_rate and partial(get_scheduler, args.learning_rate, num_training_steps=batches,
                                               num_warmup_steps=int(args.warmup * batches))
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained, lr_scheduler=schedule)
     plan = TrainingPlan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)
     result = Training(engine, plan).run()
-    if lora:
-        lora.save_adapter(engine.module, args.model, args.output)
-    else:
-        save_model(engine.module, config, args.model, args.output)
+    save(args, engine.module, config)
     return result
 
 
