@@ -1,4 +1,4 @@
-"""Any Hugging Face model in the words of the cost model: its layers cost what its own modules cost on the meta device.
+"""A Hugging Face model for the cost model: the costs of its layers are those of its own modules on the meta device.
 
 This is the only part of the folder that imports torch and transformers; `ds-vshape layouts --model` asks for it.
 """
@@ -23,7 +23,7 @@ from ds_vshape.layouts.prediction import Prediction
 from ds_vshape.models.layer_costs import MeasuredCosts, layer_costs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A length that fits in with most training data, where the model has no limit below it.
+# The default length, in tokens; less if the model has a lower limit.
 _LENGTH = 4096
 # The least vocabulary that a job's config may have.
 _VOCABULARY = 256
@@ -94,7 +94,7 @@ class ModelFolder:
         """The section `model` of a job's config."""
         config = self.config
         return {"layers": config.num_hidden_layers, "hidden": config.hidden_size,
-                # What tensor parallel ranks may share is for `costs` to say.
+                # `costs` checks what tensor parallel ranks can share.
                 "heads": gcd(config.hidden_size, config.num_attention_heads), "length": self.length,
                 "vocabulary": max(config.vocab_size, _VOCABULARY)}
 

@@ -28,7 +28,7 @@ class Part(nn.Module):
 
 
 class Tokens(Part):
-    """Token ids to embeddings; what comes with them goes on."""
+    """Token ids to embeddings; passes on what comes with them."""
 
     def __init__(self, shared: Shared, packed: bool = False) -> None:
         super().__init__(shared, *shared.held(shared.planned.embedding))
@@ -39,7 +39,7 @@ class Tokens(Part):
             return self.module(inputs)  # type: ignore[no-any-return]
         ids, *others = inputs
         if not self._packed:
-            # An eighth of the integers to send; transformers takes either.
+            # Booleans take an eighth of the bytes to send; transformers accepts both.
             others[0] = others[0].bool()
         return self.module(ids), *others
 
@@ -94,7 +94,7 @@ class DecoderLayer(Part):
 
 
 class Norm(Part):
-    """The norm after the last decoder layer; position ids end here, and the mask where no router loss wants it."""
+    """The norm after the last decoder layer. It passes on the mask for a router loss alone, and no position ids."""
 
     def __init__(self, shared: Shared) -> None:
         super().__init__(shared, *shared.held(*shared.planned.after))
@@ -140,16 +140,16 @@ def _with_hidden(flow: Flow, hidden: Tensor) -> Flow:
 
 
 def _to_head(flow: Flow) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Hidden states, mask and router logits; without these there is no mask either."""
+    """Hidden states, mask and router logits; there is no mask without router logits."""
     hidden, *others = flow if isinstance(flow, tuple) else (flow,)
     return hidden, others[0] if len(others) > 1 else None, others[-1] if others else None
 
 
 def _by_name(module: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The modules of the base model that Shared.held put into one."""
+    """The modules of the base model, by their names, that Shared.held put into one module."""
     return {names[0]: module} if len(names) == 1 else {name: module.get_submodule(name) for name in names}
 
 
 def _at(output: Any, place: int) -> Tensor:
-    """What a module returned, one tensor or several."""
+    """The tensor at `place` of what a module returned, or the only one."""
     return output[place] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

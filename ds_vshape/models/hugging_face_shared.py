@@ -47,7 +47,7 @@ class Shared:
         return any(self._routed[:index])
 
     def held(self, *names: str) -> tuple[str, nn.Module]:
-        """Modules of the base model, made to be trained, in one module; and where they are in the model."""
+        """Where modules of the base model are in the model, and their copies with weights, in one module."""
         owner, owner_name = self.planned.owner, self.planned.owner_name
         modules = {name: self.made(f"{owner_name}.{name}", owner.get_submodule(name)) for name in names}
         if len(modules) == 1:
@@ -56,7 +56,7 @@ class Shared:
         return owner_name, nn.ModuleDict(modules)
 
     def made(self, name: str, module: nn.Module) -> nn.Module:
-        """This rank's share of a module of the model, which is at `name` there, to be trained."""
+        """A copy, with weights, of this rank's share of a module of the model, which is at `name` there."""
         made: nn.Module = self.planned.made(module)
         return made if self.parallel is None else self.parallel.cut(name, made)
 
@@ -93,7 +93,7 @@ class Shared:
         output: Any = HeadOutput(hidden, Projection(weight, bias, self._logits_of_chunk))
         if router_logits is None:
             return output  # type: ignore[no-any-return]
-        # Of one word: the forward of the head gives the router loss with logits alone.
+        # The head's forward computes the router loss only along with logits: those of a single token of the vocabulary.
         _, router_loss = self.head(lambda hidden: hidden.detach()[..., :1], hidden, mask, router_logits)
         return output, router_loss
 

@@ -240,7 +240,7 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
 
 
 class _Stored:
-    """Tensors of the model as they lie in files: under other names, or cut otherwise, as transformers knows."""
+    """How tensors of the model are stored in files, renamed or divided otherwise, by transformers' mapping."""
 
     def __init__(self, model: Any, target: str, transform: WeightTransform) -> None:
         self._model = model
@@ -271,8 +271,8 @@ class _Stored:
 
 
 def _stored(model: Any, names: Iterable[str]) -> dict[str, _Stored]:
-    """How transformers would make the model's tensors of the tensors `names` in files, by the first tensor that each
-    way makes. A checkpoint of the base model lacks the prefix."""
+    """How transformers makes the model's tensors from the tensors `names` in files, by the name of the first one that
+    each conversion makes. In a checkpoint of the base model names lack the prefix."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

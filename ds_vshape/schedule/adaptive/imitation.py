@@ -11,7 +11,7 @@ from ds_vshape.schedule.adaptive.extended import extended, lengthened
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun, TargetStarts
 from ds_vshape.schedule.adaptive.trials import Trials
 
-# `lengthen` takes no more than that share of the time.
+# `lengthen` takes no more than this share of the time.
 _LENGTHENING = 0.06
 
 
@@ -33,7 +33,7 @@ def lengthen(trials: Trials, runs: Iterable[PolicyRun]) -> None:
         # Nothing repeats faster than the slowest rank works.
         least = run.makespan + (micro_batches - run.starts.shape[2]) * trials.scheduler.work
         longer = lengthened(run, micro_batches)
-        # Looked at first: finding what a run repeats takes time too.
+        # Checked before each: finding what a run repeats takes time too.
         while not (trials.done or trials.left() < until
                    or trials.best is not None and trials.best.makespan <= least):
             orders = next(longer, None)

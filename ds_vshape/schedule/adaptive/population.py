@@ -8,7 +8,7 @@ from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
 from ds_vshape.schedule.adaptive.list_scheduler import PolicyRun
 from ds_vshape.schedule.adaptive.trials import Trials
 
-# As many blocks are kept for each number of pieces of W.
+# How many blocks are kept for each number of pieces of W.
 _SIZE = 10
 # How often a descendant has two parents, and how often a late one has single ranks moved.
 _MIXED, _SHIFTED = 0.3, 0.5
@@ -70,7 +70,7 @@ class Population:
         self.add(Block.random(self._trials.problem.max_pieces, self._trials.random))
 
     def add_descendant(self, late: bool) -> None:
-        """A block like the best ones; ranks depart from the common pattern only when that is settled (`late`)."""
+        """A variant of a good block. Only a `late` one may move single ranks out of the common pattern."""
         self.add(self._descendant(late))
 
     def add_those_of(self, other: Population) -> None:

@@ -20,11 +20,11 @@ from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.adaptive.trials import Progress, Trials
 
 # Temperatures in units of the slowest rank's work on one micro-batch, at the start of a round and at its end. A round
-# takes so much of the time.
+# takes the share _ROUND of the time.
 _HOT = (0.02, 0.06, 0.2)
 _COLD = 0.005
 _ROUND = 0.15
-# Runs that are longer than the best by more than that are not annealed.
+# Runs longer than the best by more than this factor aren't annealed.
 _CHANCE = 1.03
 # How often a run's Ws are cut once more before a round.
 _FINER = 0.25
@@ -41,7 +41,7 @@ class AnnealingRounds:
 
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
-        # How well annealing did lately, for each temperature to start from.
+        # How often annealing has lately improved a run, by the temperature that it started from.
         self._successes = [1.0] * len(_HOT)
 
     def anneal_one(self) -> None:

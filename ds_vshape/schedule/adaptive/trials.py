@@ -27,7 +27,7 @@ class Trials:
     def __init__(self, problem: Problem, goal: float, left: Callable[[], float]) -> None:
         self.problem, self.goal, self.left = problem, goal, left
         self.scheduler = ListScheduler(problem)
-        # All chance of a search comes from here.
+        # The only source of random numbers of a search.
         self.random = Random(0)
         # By the number of pieces of W: those of fewer pieces have less to gain, but are easier to improve.
         self.incumbents: dict[int, PolicyRun] = {}

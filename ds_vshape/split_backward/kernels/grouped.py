@@ -1,8 +1,8 @@
 """sums[i] += left[:, group i] @ right[group i] for all groups in one launch, operands of 16 bits and sums of 32.
 
-The weight gradients of a mixture's experts: one launch for each expert would leave most of a GPU idle, and the host
-would have to wait for the groups' ends. Each tile of the sums is one program's, which adds up its group from first to
-last, so that the result is the same bit for bit in each run.
+These are the weight gradients of a mixture's experts: one launch for each expert would leave most of a GPU idle, and
+the host would have to wait for the groups' ends. Each program computes one tile of the sums, and adds up its group from
+first to last, so that the result is the same bit for bit in each run.
 
 Importing this needs triton.
 """
@@ -32,7 +32,7 @@ def grouped_kernel(sums, left, right, ends, rows, columns,  # type: ignore[no-un
     first = tl.where(group > 0, tl.load(ends + tl.maximum(group - 1, 0)), 0).to(tl.int64)
     last = tl.load(ends + group).to(tl.int64)
 
-    # [2] Its product. Beyond the last row and column, others are computed again, and not stored.
+    # [2] Its product. Rows and columns beyond the last wrap around, and aren't stored.
     step = tl.arange(0, DEPTH).to(tl.int64)
     at_left = left + (row % rows).to(tl.int64)[:, None] * left_row
     at_right = right + (column % columns).to(tl.int64)[None, :] * right_column
@@ -43,7 +43,7 @@ def grouped_kernel(sums, left, right, ends, rows, columns,  # type: ignore[no-un
         b = tl.load(at_right + depth[:, None] * right_depth, mask=(depth < last)[:, None], other=0.0)
         product = tl.dot(a.to(MULTIPLIED_AS), b.to(MULTIPLIED_AS), product)
 
-    # [3] Added; of an empty group, zeros.
+    # [3] Added; the product of an empty group is zero.
     at_sums = (sums + group.to(tl.int64) * sums_group + row.to(tl.int64)[:, None] * sums_row
                + column.to(tl.int64)[None, :] * sums_column)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
