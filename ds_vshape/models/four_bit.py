@@ -101,13 +101,17 @@ def fill(weight: Any, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
     tensors of its `state` by their names behind the weight's, of 4 bits already.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for another shape, and for an incomplete state.
     """
     wanted, decoded = shape_of(weight), None
     if state:
         # Copies: what has been read may be a part of the file in memory.
         copies = {key: value.to(weight.device, copy=True) for key, value in state.items()}
-        decoded = QuantState.from_dict(copies, device=weight.device)
+        try:
+            decoded = QuantState.from_dict(copies, device=weight.device)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(f"of 4 bits, and {', '.join(sorted(state))} don't tell how to decode it: "
+                             f"{type(error).__name__}: {error}") from None
     elif issubclass(weight.module.source_cls, Conv1D):  # whose weight is [in, out]
         tensor = tensor.T
     found = tensor.shape if decoded is None else decoded.shape

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pipelines import BF16_ZERO1, Job
 from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny_model import save_tiny_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from ds_vshape.measure.memory import parameter_bytes
@@ -238,9 +239,9 @@ def test_weights_are_read_one_by_one(is_stored: bool, tmp_path: Path, monkeypatc
     """A rank reads those of its layers alone. Two are in memory at once, or what decodes two weights and the first."""
     case = saved_four_bit("plain", NF4, is_stored, tmp_path)
     layers = nn.ModuleList(spec.build() for spec in case.layers()[:3])
-    read, tensors, names = Checkpoint.read, list[weakref.ref[torch.Tensor]](), list[str]()
+    read, tensors, names = Checkpoint.read, list[weakref.ref[Tensor]](), list[str]()
 
-    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
         alive = sum(tensor() is not None and "layers" in name for tensor, name in zip(tensors, names, strict=True))
         assert alive <= (7 if is_stored else 1), names[-5:]
         tensor = read(*args, **kwargs)
@@ -287,23 +288,41 @@ def test_new_magnitudes_are_those_of_peft(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def narrower(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:, :31].contiguous()
+
+
+def of_another_layer(tensors: dict[str, Tensor], name: str) -> None:
+    other = name.replace("self_attn.q_proj", "mlp.up_proj")
+    tensors |= {key.replace(other, name): value for key, value in tensors.items() if key.startswith(other)}
+
+
+def without_scales(tensors: dict[str, Tensor], name: str) -> None:
+    del tensors[f"{name}.absmax"]
+
+
+def without_a_state(tensors: dict[str, Tensor], name: str) -> None:
+    for key in [key for key in tensors if key.startswith(f"{name}.")]:
+        del tensors[key]
+
+
+@pytest.mark.parametrize("spoil, is_stored, message", [
+    (narrower, False, r"is \[32, 31\], its config.json says \[32, 32\]"),
+    (of_another_layer, True, r"is \[96, 32\], its config.json says \[32, 32\]"),
+    (without_scales, True, "is of 4 bits, and quant_map, quant_state.bitsandbytes__nf4 don't tell how to decode it"),
+    (without_a_state, True, r"is \[512, 1\], its config.json says \[32, 32\]"),
+])
+def test_files_that_do_not_fit_are_refused(spoil: Callable[[dict[str, Tensor], str], None], is_stored: bool,
+                                           message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
-    for is_stored, message in ((False, r"q_proj.weight in .* is \[32, 31\], its config.json says \[32, 32\]"),
-                               (True, r"q_proj.weight in .* is \[96, 32\], its config.json says \[32, 32\]")):
-        case = saved_four_bit("plain", NF4, is_stored, tmp_path / str(is_stored))
-        tensors = tensors_in(case.folder)
-        name = "model.layers.1.self_attn.q_proj.weight"
-        if is_stored:
-            other = name.replace("self_attn.q_proj", "mlp.up_proj")
-            tensors |= {key.replace(other, name): value for key, value in tensors.items() if key.startswith(other)}
-        else:
-            tensors[name] = tensors[name][:, :31].contiguous()
-        save_file({key: value.clone() for key, value in tensors.items()}, case.folder / "model.safetensors",
-                  metadata={"format": "pt"})
-        layers = nn.ModuleList(spec.build() for spec in case.layers()[:3])
-        with pytest.raises(ValueError, match=message):
-            load_weights(layers, case.folder)
+    case = saved_four_bit("plain", NF4, is_stored, tmp_path)
+    tensors, name = tensors_in(case.folder), "model.layers.1.self_attn.q_proj.weight"
+    spoil(tensors, name)
+    save_file({key: value.clone() for key, value in tensors.items()}, case.folder / "model.safetensors",
+              metadata={"format": "pt"})
+    layers = nn.ModuleList(spec.build() for spec in case.layers()[:3])
+    with pytest.raises(ValueError, match=f"{name} in .* {message}"):
+        load_weights(layers, case.folder)
 
 
 # -- the program
