@@ -42,7 +42,7 @@ EVALUATED_BYTES = 4096
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Of the command line, or of `words`."""
+    """Of the command line, or of `words`; SystemExit if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the trained model")
@@ -68,7 +68,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
                         help="how the experts of a mixture are computed; by default transformers chooses")
     parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    return deepspeed.add_config_arguments(parser).parse_args(words)
+    args = deepspeed.add_config_arguments(parser).parse_args(words)
+    # Options that would be passed over in silence.
+    for option, value, needed, is_there in (("--save_every", args.save_every, "--checkpoints", args.checkpoints),
+                                            ("--validation", args.validation, "--data", args.data),
+                                            ("--packed", args.packed, "--data", args.data),
+                                            ("--warmup", args.warmup, "--learning_rate", args.learning_rate)):
+        if value and not is_there:
+            parser.error(f"{option} {value}: must come with {needed}")
+    return args
 
 
 def topology_of(stages: int, tensor: int) -> PipeModelDataParallelTopology:
