@@ -50,7 +50,7 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                     plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None,
                     lora: LoraConfig | None = None, packed: bool = False,
                     chunked_head: bool = False,
-                    quantization_config: BitsAndBytesConfig | None = None) -> list[LayerSpec]:
+                    quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
@@ -69,8 +69,8 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
             micro-batch is ((ids, position ids), labels).
         chunked_head: leave the logits to next_token_loss (or TensorParallelLoss), which computes them for some tokens
             at a time, so that they never exist whole (split_backward/head.py).
-        quantization_config: with `lora`, of a model that has none in its config: what transformers' from_pretrained
-            takes, for 4 bits. load_weights quantizes each weight as it reads it.
+        quantization_config: with `lora`, for a model whose config has none: a base of 4 bits, by what transformers'
+            from_pretrained takes. load_weights quantizes each weight when it has read it.
 
     Raises:
         ValueError: for a model that can't be cut into these layers, or not over these ranks, for adapters that it

@@ -46,9 +46,8 @@ QUANTIZATIONS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Conv1D": ("lora_bias", NF4, False),
     "biases of the base": ("one layer of qwen2", NF4, False),
     "dora": ("dora", NF4, False),
-    "stored dora": ("dora", {**NF4, **DOUBLE}, True),
+    "stored dora in bf16": ("dora", {**NF4, **DOUBLE, **BF16}, True),
     "stored": ("plain", NF4, True),
-    "stored, double": ("rslora", {**NF4, **DOUBLE, **BF16}, True),
     "stored Conv1D": ("lora_bias", {"load_in_4bit": True}, True),
     "tied": ("tied", {**NF4, **DOUBLE}, False),
     "mixture": ("experts", NF4, False),  # whose experts transformers leaves whole
@@ -211,7 +210,7 @@ def test_whole_checkpoints_hold_the_base(double: bool, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # of experts, in peft
-@pytest.mark.parametrize("name", ["opt-projected", "gpt_neox", "phi3", "gemma3_text-tied", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("name", ["opt-projected", "gpt_neox", "phi3", "gemma3_text-tied", "qwen3_moe"])
 def test_layers_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same are quantized, to the same bits; read from whole files, and from those of 4 bits."""
     monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
@@ -334,24 +333,18 @@ def run_finetune(rank: int, words: list[str]) -> list[float]:
 
 @pytest.mark.slow
 def test_the_program_trains_on_a_base_of_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where config.json says so; with a checkpoint, from which the same command goes on."""
+    """Where config.json says so; with an evaluation and a checkpoint between batches."""
     case = saved_four_bit("plain", {**NF4, **DOUBLE}, True, tmp_path)
-    config = tmp_path / "config.json"
+    config, output = tmp_path / "config.json", tmp_path / "output"
     config.write_text(json.dumps(Job("v-half", 2, 4).ds_config()))
     words = ["--model", str(case.folder), "--text", str(Path(__file__).parents[1]), "--length", "16", "--lora",
-             str(case.adapter), "--deepspeed_config", str(config), "--save_every", "2"]
-    runs = []
-    for output, batches in (("all", "4"), ("half", "2"), ("more", "4")):
-        checkpoints = tmp_path / ("all-checkpoints" if output == "all" else "checkpoints")
-        own = [*words, "--output", str(tmp_path / output), "--batches", batches, "--checkpoints", str(checkpoints)]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *own])
-        first, second = run_ranks(2, run_finetune, own)
-        assert first == second
-        runs.append(first)
-    found, expected = tensors_in(tmp_path / "more"), tensors_in(tmp_path / "all")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert runs[0][-1] < runs[0][0]
-    PeftModel.from_pretrained(base(case.folder, None), str(tmp_path / "more"))
+             str(case.adapter), "--deepspeed_config", str(config), "--save_every", "2", "--evaluate_every", "2",
+             "--batches", "4", "--checkpoints", str(tmp_path / "checkpoints"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    first, second = run_ranks(2, run_finetune, words)
+    assert first == second
+    assert first[-1] < first[0]
+    PeftModel.from_pretrained(base(case.folder, None), str(output))
 
 
 # -- what is refused
@@ -376,7 +369,7 @@ def test_what_cannot_be_trained_is_refused(quantization: dict[str, Any], lora: d
         config.quantization_config = quantization
     with pytest.raises(ValueError, match=message):
         pipeline_layers(config, lora=adapters,
-                        quantization_config=quantization if is_given else None)  # type: ignore[arg-type]
+                        quantization_config=quantization if is_given else None)
 
 
 def test_two_quantizations_are_refused() -> None:
