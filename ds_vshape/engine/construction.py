@@ -9,7 +9,7 @@ from ds_vshape.config.section import ConfigError
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.deepspeed_adapter.experts import expert_parallel_sizes, make_expert_groups
 from ds_vshape.deepspeed_adapter.optimizers import core_of, is_bf16
-from ds_vshape.module.dummy_parameter import add_to, keep_from_universal, with_stand_in
+from ds_vshape.module.dummy_parameter import add_dummy, keep_from_universal, with_dummy
 
 
 class Construction(StockEngine):
@@ -33,9 +33,9 @@ class Construction(StockEngine):
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         # Scripts call it too, to make an optimizer from what `initialize` has given them.
         if hasattr(client_optimizer, "param_groups"):
-            add_to(client_optimizer, self.module)
+            add_dummy(client_optimizer, self.module)
         else:
-            model_parameters = with_stand_in(self.module, model_parameters)
+            model_parameters = with_dummy(self.module, model_parameters)
         self.param_names |= {parameter: name for name, parameter in self.module.named_parameters()}
         super()._configure_optimizer(client_optimizer, model_parameters)
         if self._has_experts and (self.zero_optimization() or is_bf16(self.optimizer)):

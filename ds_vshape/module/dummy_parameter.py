@@ -24,11 +24,11 @@ from ds_vshape.deepspeed_adapter.optimizers import UNIVERSAL_WEIGHT, load_univer
 from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter
 from ds_vshape.split_backward import GradientAccumulator
 
-# Its name in the module; layer files hold layers only, so that it is in none of them.
+# Its name in the module, unchanged for older checkpoints. Layer files hold layers only, so that it is in none of them.
 NAME = "stand_in"
 
 
-def with_stand_in(module: Any, parameters: Iterable[Any] | None) -> list[Any]:
+def with_dummy(module: Any, parameters: Iterable[Any] | None) -> list[Any]:
     """The parameters to pass to deepspeed.initialize: `parameters`, with a dummy parameter if this rank needs one.
 
     A rank needs one unless each of the ranks that share its layers trains a parameter that counts in the norm of the
@@ -42,25 +42,25 @@ def with_stand_in(module: Any, parameters: Iterable[Any] | None) -> list[Any]:
     everything = [parameter for entry in given
                   for parameter in (entry["params"] if isinstance(entry, dict) else [entry])]
     trained = [parameter for parameter in everything if parameter.requires_grad]
-    stand_in = getattr(module, NAME, None)
-    if _is_wanted(module, trained) and stand_in is None:
-        stand_in = _registered(module)
-    if stand_in is None or any(parameter is stand_in for parameter in everything):
+    dummy = getattr(module, NAME, None)
+    if _is_wanted(module, trained) and dummy is None:
+        dummy = _registered(module)
+    if dummy is None or any(parameter is dummy for parameter in everything):
         return given
     kept = given if trained else given[:1]
     if kept and isinstance(kept[0], dict):
-        return [{**kept[0], "params": [*(kept[0]["params"] if trained else ()), stand_in]}, *kept[1:]]
-    return [*(kept if trained else ()), stand_in]
+        return [{**kept[0], "params": [*(kept[0]["params"] if trained else ()), dummy]}, *kept[1:]]
+    return [*(kept if trained else ()), dummy]
 
 
 def _registered(module: nn.Module) -> nn.Parameter:
     """A new dummy parameter, registered in `module`."""
     like = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(()))
-    stand_in: Any = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    dummy: Any = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
     # It counts in the norm on every rank.
-    stand_in.ds_pipe_replicated, stand_in.tensor_model_parallel = False, True
-    module.register_parameter(NAME, stand_in)
-    return stand_in  # type: ignore[no-any-return]
+    dummy.ds_pipe_replicated, dummy.tensor_model_parallel = False, True
+    module.register_parameter(NAME, dummy)
+    return dummy  # type: ignore[no-any-return]
 
 
 def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
@@ -74,10 +74,10 @@ def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
     return any(of_ranks[rank] for ranks in groups if module.global_rank in ranks for rank in ranks)
 
 
-def add_to(optimizer: Any, module: nn.Module) -> None:
+def add_dummy(optimizer: Any, module: nn.Module) -> None:
     """Add a dummy parameter to an optimizer that the script has made, if this rank needs one."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    *_, last = with_stand_in(module, parameters)
+    *_, last = with_dummy(module, parameters)
     if not any(last is parameter for parameter in parameters):
         optimizer.param_groups[0]["params"].append(last)
 
@@ -87,15 +87,15 @@ def keep_from_universal(module: Any) -> None:
 
     To be called after its optimizer has been made.
     """
-    stand_in: Any = getattr(module, NAME, None)
-    if stand_in is not None:
-        load_universal_by(stand_in, partial(_stay_zero, stand_in))
+    dummy: Any = getattr(module, NAME, None)
+    if dummy is not None:
+        load_universal_by(dummy, partial(_stay_zero, dummy))
 
 
-def _stay_zero(stand_in: Any, folder: str, *ranks: Any, **of_experts: Any) -> Any:
+def _stay_zero(dummy: Any, folder: str, *ranks: Any, **of_experts: Any) -> Any:
     """Replaces DeepSpeed's method: gives the dummy parameter the optimizer states of other parameters, filled with
     zeros, and returns their step."""
-    mapping, step = mapping_of(stand_in), None
+    mapping, step = mapping_of(dummy), None
     mapping.optim_fragment = {}
     for path in _files_of_a_parameter(Path(folder).parent):
         if path.stem == "step":
@@ -117,6 +117,6 @@ def _listed(parameters: Any) -> list[Any]:
 
 def give_gradient(module: nn.Module, accumulator: GradientAccumulator) -> None:
     """Add the dummy parameter's zero gradient of a batch, if there is one."""
-    stand_in = getattr(module, NAME, None)
-    if stand_in is not None:
-        accumulator.add(stand_in, torch.zeros_like(stand_in))
+    dummy = getattr(module, NAME, None)
+    if dummy is not None:
+        accumulator.add(dummy, torch.zeros_like(dummy))
