@@ -55,7 +55,7 @@ def test_the_block_of_1f1b_gives_1f1b() -> None:
 
 
 def test_passes_that_meet_are_refused() -> None:
-    with pytest.raises(ValueError, match="two passes of rank 0 start at once"):
+    with pytest.raises(ValueError, match="two passes of rank 0 start at the same time"):
         v_block(3, (1, 1, 1, 1), (1, 1, 1)).split()
 
 

@@ -42,11 +42,12 @@ def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: 
     run = scheduler.run(Block.random(8, Random(seed)).policy(scheduler))
     assert run is not None
     schedule = scheduler.schedule(run)
-    assert simulate(schedule, problem.times).makespan == pytest.approx(run.makespan)
     assert max(peak_activations(schedule)) <= problem.limits[0]
-    # Strictly in the order found, nothing can be earlier, and nothing is later than the list scheduler had it.
-    squeezed = scheduler.left_shift(run.orders, run.policy)
-    assert squeezed is not None and squeezed.makespan == pytest.approx(run.makespan)
+    # Strictly in the order found, nothing can be earlier; the list scheduler may have waited for a target start.
+    shifted = scheduler.left_shift(run.orders, run.policy)
+    assert shifted is not None
+    assert simulate(schedule, problem.times).makespan == pytest.approx(shifted.makespan)
+    assert shifted.makespan <= run.makespan + 1e-9
     # Starts as target starts, with no eagerness, give the same again.
     again = scheduler.run(Policy(run.starts, 0.0, scheduler.least_reserves, 0.0))
     assert again is not None and again.makespan == pytest.approx(run.makespan)
