@@ -87,7 +87,8 @@ def test_dropout_of_adapters_does_not_depend_on_the_schedule(tmp_path: Path) -> 
     """Where layers have seeds of their own, as in launch/finetune.py; checkpointed layers draw the same again."""
     folder, adapter = saved("plain", tmp_path, lora_dropout=0.3)
     seeds = {"seed_layers": True, "seed_fn": seed_layer}
-    kinds = [(None, 0), ("v-half", 0), ("v-zb", 0), ("v-half", 1)]
+    v_half, v_zb = map(as_deepspeed_averages, ("v-half", "v-zb"))
+    kinds = [(None, 0), (v_half, 0), (v_zb, 0), (v_half, 1)]
     outcomes = pipelines_of([(AdaptedCase(folder, schedule, adapter=adapter, seeds=seeds, checkpointing=interval), None)
                              for schedule, interval in kinds])
     assert outcomes[0].losses != train_plainly(AdaptedCase(*saved("plain", tmp_path / "without")[:1], None,
