@@ -95,7 +95,8 @@ class LayerProfiler:
                     if last and self.loss_fn is not None and labels is not None:
                         call = partial(_with_loss, module, self.loss_fn, labels)
                     times.append(self._time(call, inputs))
-                    inputs = leaves(module(enter(_copied(inputs))))
+                    if not last:
+                        inputs = leaves(module(enter(_copied(inputs))))
                 except Exception as error:
                     name = getattr(spec, "typename", type(spec)).__name__
                     raise PartitionError(f"layer {layer} ({name}): {type(error).__name__}: {error}") from error

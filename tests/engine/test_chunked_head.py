@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, VOCABULARY, WIDTH, Job,
-                       Outcome, data, merged, specs)
+                       Outcome, data, merged, micro_batch, specs)
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -114,6 +114,19 @@ def test_replicas_precisions_and_checkpoints(tied: bool) -> None:
     rounded = [{**config, **SGD} for config in (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP16_ZERO1)]
     check([Job(fused, 2, MICRO_BATCHES, config) for config in exact], tied, 4)
     check([Job(fused, 2, MICRO_BATCHES, config) for config in rounded], tied, 4, 1e-2, 3e-2)
+
+
+def profiled(rank: int) -> tuple[int, ...]:
+    job = Job("v-half", 2, MICRO_BATCHES, layers=layers(True, True))
+    engine = job.engine(loss_fn=gpt.loss_fn, partition_method="profile", example=micro_batch(0, 0, 0))
+    assert min(engine.module.layer_times.costs) > 0
+    return tuple(engine.module.parts)
+
+
+def test_layers_are_profiled_with_it() -> None:
+    """The last of them gives no tensors that another could take."""
+    one, other = run_ranks(2, profiled)
+    assert one == other and one[-1] == len(layers(True, True))
 
 
 def changed(outputs: Any, labels: Tensor) -> Tensor:
