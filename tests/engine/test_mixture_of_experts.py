@@ -273,7 +273,8 @@ def test_a_checkpoint_of_another_placement_is_refused(tmp_path: Path) -> None:
     run_ranks(4, save_and_go_on, before, tmp_path, timeout=100)
     for whole, weights in run_ranks(4, cannot_load, after, tmp_path):
         assert "was saved with stages [[0, 3], [1, 2]]" in whole
-        assert "is missing" in weights and "layer_1_expert_" in weights
+        # The weights alone would go anywhere, but for the experts': the first file that isn't there or has other names.
+        assert "_expert_" in weights and ("is missing" in weights or "can't be loaded" in weights)
 
 
 @pytest.mark.slow
