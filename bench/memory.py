@@ -9,8 +9,7 @@ Each contender trains in processes of its own. A rank's peak is the high-water m
 and what passes need while they run. glibc is told to map large tensors one by one, so that memory goes back when a
 tensor dies.
 
-With --head the model ends in a head of --vocabulary words, and the layers are divided by their times, which are
-measured first; each rank's share of them is in the table.
+With --head the model ends in a head of --vocabulary words, and the layers are divided by the multiplications in them.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from workloads import Gpt, GptWithHead
-
-from ds_vshape.schedule.balance import rank_loads
 
 DEFAULT_CONTENDERS = ["torch zbvzerobubble", "1f1b", "v-zb", "v-half", "v-min", "adaptive@0.9", "adaptive@0.75",
                       "adaptive@0.6", "adaptive@0.5"]
@@ -68,7 +65,7 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     if isinstance(workload, GptWithHead):
         section = section_of(name, "equal")
         keys["pipeline_schedule"] = {**({"name": section} if isinstance(section, str) else section),
-                                     "partition": "profile"}
+                                     "partition": {"costs": workload.costs()}}
     engine = engine_of(name, workload, times="equal", **keys)
     batches = [workload.batch(number) for number in range(_WARM_UP + 1)]
     for batch in batches[:-1]:
@@ -83,9 +80,9 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     engine.train_batch(iter(batches[-1]))
     measured = {"peak": _status("VmHWM") - before}
     if isinstance(workload, GptWithHead):
-        costs = engine.module.layer_times.costs
-        load = rank_loads(costs, engine.module.parts, engine.placement)[rank]
-        measured["time"] = round(1000 * load / sum(costs))
+        parts, costs = engine.module.parts, workload.costs()
+        of_rank = sum(sum(costs[parts[stage]:parts[stage + 1]]) for stage in engine.placement.chunks[rank])
+        measured["work"] = round(1000 * of_rank / sum(costs))
     if predicted is not None:
         measured["predicted"] = predicted.activations_peak + predicted.working
     return measured
@@ -94,15 +91,15 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
 def show(rows: list[dict[str, Any]], workload: Gpt) -> None:
     """A row for each contender and rank."""
     table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; MiB")
-    for column in ("contender", "checkpointing", "rank", "peak", "predicted", "ratio", "time"):
+    for column in ("contender", "checkpointing", "rank", "peak", "predicted", "ratio", "work"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for row in rows:
         for rank, found in enumerate(row["ranks"]):
             cells = [f"{found['peak'] / MIB:.0f}"]
             if "predicted" in found:
                 cells += [f"{found['predicted'] / MIB:.0f}", f"{found['peak'] / found['predicted']:.3f}"]
-            if "time" in found:
-                cells.append(f"{found['time'] / 10:.1f}%")
+            if "work" in found:
+                cells.append(f"{found['work'] / 10:.1f}%")
             table.add_row(row["contender"], row["checkpointing"], str(rank), *cells)
     Console(width=140).print(table)
 

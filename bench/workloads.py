@@ -172,6 +172,11 @@ class GptWithHead(Gpt):
             return LayerSpec(_GptPart, self, number)
         return LayerSpec(_ChunkedHead if self.chunked else nn.Linear, self.hidden, self.vocabulary, bias=False)
 
+    def costs(self) -> list[float]:
+        """Of each layer by its multiplications, in units of hidden^2 for each token."""
+        block = 12 + self.length / self.hidden
+        return [block] * (self.layers - 1) + [self.vocabulary / self.hidden]
+
     def __str__(self) -> str:
         kind = "in chunks of tokens" if self.chunked else "with whole logits"
         return f"{super().__str__()}, a head of {self.vocabulary} words {kind}"
