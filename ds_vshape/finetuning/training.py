@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ds_vshape.checkpoint.commit import LATEST
 from ds_vshape.finetuning.batches import MicroBatches, Rows
 
 BEST = "best"
@@ -130,7 +131,7 @@ class Training:
 
     def _resume(self) -> None:
         folder = self._plan.checkpoints
-        found = [folder is not None and (folder / "latest").exists()]
+        found = [folder is not None and (folder / LATEST).exists()]
         dist.broadcast_object_list(found, 0)
         if found[0]:
             _, kept = self._engine.load_checkpoint(str(folder))

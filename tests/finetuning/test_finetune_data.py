@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversations import conversations
-from finetune import arguments, finetune
+from finetune_runs import run_finetune
 from pipelines import Job
 from ranks import RanksFailed, run_ranks
 from safetensors.torch import load_file
@@ -53,11 +53,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(found) == 40
     (folder / "data.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in found))
     return folder
-
-
-def run_finetune(rank: int, words: list[str]) -> list[float]:
-    result = finetune(arguments(words))
-    return [*result.losses, result.validation_loss]
 
 
 def losses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str | None, *words: str,

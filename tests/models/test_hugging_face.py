@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune import arguments, finetune
+from finetune_runs import run_finetune
 from hugging_face_models import (BATCHES, LAYERS, LENGTH, MICRO_BATCHES, SAMPLES, Case, evaluate, model_config,
                                  pipelines_of, tensors_in)
 from pipelines import BF16_ZERO1, Job
@@ -308,11 +308,6 @@ def test_a_missing_package_names_the_extra(package: str, module: str, monkeypatc
 
 
 # -- the program
-
-
-def run_finetune(rank: int, words: list[str]) -> list[float]:
-    result = finetune(arguments(words))
-    return [*result.losses, result.validation_loss]
 
 
 def test_the_program_trains_the_same_under_every_schedule(folders: dict[str, Path], tmp_path: Path,

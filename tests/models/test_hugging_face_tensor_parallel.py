@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from finetune import arguments, finetune
+from finetune_runs import run_finetune
 from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, evaluate, model_config, tensors_in,
                                  train_plainly)
 from internals import wrap_accumulator
@@ -347,11 +347,6 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 # -- the program
-
-
-def run_finetune(rank: int, words: list[str]) -> list[float]:
-    result = finetune(arguments(words))
-    return [*result.losses, result.validation_loss]
 
 
 @pytest.mark.slow

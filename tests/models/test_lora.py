@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune import arguments, finetune
+from finetune_runs import run_finetune
 from hugging_face_models import (EVALUATED, Case, evaluate, model_config, pipelines_of, plain_outputs, tensors_in,
                                  train_plainly)
 from lora_models import (PREFIX, SETTINGS, SMALL, AdaptedCase, assert_trained_alike, costs_of_frozen_weights, saved,
@@ -167,11 +167,6 @@ def save_new(rank: int, folder: Path, config: LoraConfig, output: Path) -> None:
 
 
 # -- the program
-
-
-def run_finetune(rank: int, words: list[str]) -> list[float]:
-    result = finetune(arguments(words))
-    return [*result.losses, result.validation_loss]
 
 
 @pytest.mark.slow
