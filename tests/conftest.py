@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clusters import Cluster
 
 # Helpers that assert for tests: their failures show values, as those in tests do.
-pytest.register_assert_rewrite("hugging_face_models", "pipelines", "planner_problems", "split_cases")
+pytest.register_assert_rewrite("hugging_face_models", "kernel_cases", "pipelines", "planner_problems", "split_cases")
 
 
 @pytest.fixture

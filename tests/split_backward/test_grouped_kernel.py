@@ -7,13 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
-import triton
 import triton.language as tl
-from kernel_cases import LAYOUTS, WIDTHS, by_columns, by_rows, interpreted, like
+from kernel_cases import LAYOUTS, WIDTHS, assert_compiles, by_columns, by_rows, interpreted, like
 from split_cases import grouped as grouped_rows
 from torch import Tensor, nn
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore, accumulate
 from ds_vshape.split_backward.kernels import grouped, grouped_product_into_wider_sum
@@ -78,16 +75,7 @@ def test_every_tiling_compiles(cut: Tiling, capability: int) -> None:
     constants = {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth, "MULTIPLIED_AS": tl.bfloat16,
                  "left_row": 1, "right_column": 1, "sums_column": 1}
     types = {"sums": "*fp32", "left": "*bf16", "right": "*bf16", "ends": "*i32"}
-    names = grouped.grouped_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    divisible = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name not in constants}
-    source = ASTSource(grouped.grouped_kernel, signature, {(names.index(name),): value
-                                                           for name, value in constants.items()}, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": cut.warps, "num_stages": cut.stages})
-    assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
-    assert "wgmma.mma_async" in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"]
-    assert ".local" not in compiled.asm["ptx"]
+    assert_compiles(grouped.grouped_kernel, constants, types, capability, cut.warps, cut.stages)
 
 
 def test_who_has_a_call() -> None:

@@ -12,11 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from deepspeed.profiling.flops_profiler import FlopsProfiler
-from kernel_cases import LAYOUTS, WIDTHS, by_columns, by_rows, interpreted, like
+from kernel_cases import LAYOUTS, WIDTHS, assert_compiles, by_columns, by_rows, interpreted, like
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from ds_vshape.split_backward.kernels import add_product_in_blas, product, product_into_wider_sum
 from ds_vshape.split_backward.kernels.product import TILINGS, Tiling, add_product_in_torch, launch, tiling
@@ -103,16 +101,7 @@ def test_every_tiling_compiles(cut: Tiling, capability: int):
     constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": group, "MULTIPLIED_AS": tl.bfloat16,
                  "EVEN": True, "left_row": 1, "right_column": 1, "sums_column": 1}
     types = {"sums": "*fp32", "left": "*bf16", "right": "*bf16"}
-    names = product.product_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    divisible = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name not in constants}
-    source = ASTSource(product.product_kernel, signature, {(names.index(name),): value
-                                                           for name, value in constants.items()}, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": warps, "num_stages": stages})
-    assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
-    assert "wgmma.mma_async" in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"]
-    assert ".local" not in compiled.asm["ptx"]  # no spilled registers
+    assert_compiles(product.product_kernel, constants, types, capability, warps, stages)
 
 
 @pytest.mark.parametrize("left, right, sums", [((4, 3), (2, 5), (4, 5)), ((4, 3), (3, 5), (5, 4))])
