@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from internals import note_accumulated
 from pipelines import Job
 from ranks import run_ranks
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_model import tiny_config
 from torch import Tensor
@@ -76,6 +77,43 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
         assert not in_file.keys() & tensors.keys()
         tensors.update(in_file)
     return tensors
+
+
+class Counted:
+    """safetensors' safe_open, which counts the bytes that are read of each tensor."""
+
+    read: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self._file = safe_open(path, **options)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def keys(self) -> Any:
+        return self._file.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._count(name, self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> Any:
+        whole, count = self._file.get_slice(name), self._count
+
+        class Slice:
+            def get_shape(self) -> Any:
+                return whole.get_shape()
+
+            def __getitem__(self, index: Any) -> Tensor:
+                return count(name, whole[index])
+
+        return Slice()
+
+    def _count(self, name: str, tensor: Tensor) -> Tensor:
+        self.read[name] = self.read.get(name, 0) + tensor.nbytes
+        return tensor
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from finetune_runs import run_finetune
-from hugging_face_models import (BATCHES, LAYERS, LENGTH, MICRO_BATCHES, SAMPLES, Case, evaluate, model_config,
-                                 pipelines_of, tensors_in)
+from hugging_face_models import (BATCHES, LAYERS, LENGTH, MICRO_BATCHES, SAMPLES, Case, Counted, evaluate,
+                                 model_config, pipelines_of, tensors_in)
 from pipelines import BF16_ZERO1, Job
 from ranks import RanksFailed, run_ranks
-from safetensors import safe_open
 from safetensors.torch import save_file
 from text import tokens_of
 from tiny_model import TOKENS, save_tiny_model, tiny_config
@@ -110,29 +109,10 @@ def load_and_save(rank: int, models: dict[str, Path], output: Path) -> list[tupl
     """For each model: this rank's weights by name, and the tensors that it read from the files."""
     seen = []
     for name, folder in models.items():
-        read: set[str] = set()
-
-        class Recording:
-            def __init__(self, path: Path, **options: Any) -> None:
-                self._file = safe_open(path, **options)
-
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: Any) -> None:
-                pass
-
-            def keys(self) -> Any:
-                return self._file.keys()
-
-            def get_tensor(self, name: str) -> Tensor:
-                read.add(name)
-                return self._file.get_tensor(name)
-
-        hugging_face_weights.safe_open = Recording
+        hugging_face_weights.safe_open, Counted.read = Counted, {}
         module = Case(folder, "v-half").module()
         save_model(module, AutoConfig.from_pretrained(folder), folder, output / name)
-        seen.append((set(named_weights(module)), read))
+        seen.append((set(named_weights(module)), set(Counted.read)))
     return seen
 
 

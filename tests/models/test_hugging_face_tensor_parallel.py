@@ -12,18 +12,17 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from finetune_runs import run_finetune
-from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, evaluate, model_config, tensors_in,
-                                 train_plainly)
+from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, Counted, evaluate, model_config,
+                                 tensors_in, train_plainly)
 from internals import wrap_accumulator
 from pipelines import BF16_ZERO1, FP32_ZERO1, Job
 from ranks import RanksFailed, run_ranks
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_model import save_tiny_model, tiny_config
 from torch import Tensor
@@ -205,43 +204,6 @@ def test_models_that_the_ranks_cannot_share_are_refused(config: Any, message: st
 
 
 # -- weights
-
-
-class Counted:
-    """safetensors' safe_open, which counts the bytes that are read of each tensor."""
-
-    read: ClassVar[dict[str, int]] = {}
-
-    def __init__(self, path: Path, **options: Any) -> None:
-        self._file = safe_open(path, **options)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def keys(self) -> Any:
-        return self._file.keys()
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._count(name, self._file.get_tensor(name))
-
-    def get_slice(self, name: str) -> Any:
-        whole, count = self._file.get_slice(name), self._count
-
-        class Slice:
-            def get_shape(self) -> Any:
-                return whole.get_shape()
-
-            def __getitem__(self, index: Any) -> Tensor:
-                return count(name, whole[index])
-
-        return Slice()
-
-    def _count(self, name: str, tensor: Tensor) -> Tensor:
-        self.read[name] = self.read.get(name, 0) + tensor.nbytes
-        return tensor
 
 
 def load_counted(rank: int, layout: Layout, output: Path) -> dict[str, int]:
