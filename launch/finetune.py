@@ -31,9 +31,8 @@ import ds_vshape
 from ds_vshape.finetuning.batches import Rows, WindowRows
 from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batches_of
 from ds_vshape.models.gpt import seed_layer
-from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
-from ds_vshape.models.hugging_face_weights import check_output, load_weights, save_model
+from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss, check_output,
+                                           load_weights, next_token_loss, pipeline_layers, save_model)
 from ds_vshape.models.parallel_layers import tensor_group
 
 # Of text there is more to evaluate on than anyone waits for.
@@ -66,7 +65,7 @@ def build(args: argparse.Namespace, config: Any) -> Any:
     group = tensor_group(topology) if args.tensor_parallel > 1 else None
     lora = None
     if args.lora is not None:
-        from ds_vshape.models.lora_files import read_config  # peft is an extra of its own
+        from ds_vshape.models.hugging_face.lora_files import read_config  # peft is an extra of its own
         lora = read_config(args.lora)
     layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group, lora=lora,
                              packed=args.packed)
@@ -87,7 +86,7 @@ def load(args: argparse.Namespace, module: Any) -> None:
     if unknown and torch.distributed.get_rank() == 0:
         logger.warning(f"{args.model} has tensors that its config.json doesn't mention: {', '.join(unknown)}")
     if args.lora is not None:
-        from ds_vshape.models.lora_files import has_adapter, load_adapter
+        from ds_vshape.models.hugging_face.lora_files import has_adapter, load_adapter
         if has_adapter(args.lora):
             load_adapter(module, args.lora)
 
@@ -97,7 +96,7 @@ def save(args: argparse.Namespace, module: Any, config: Any) -> None:
     if args.lora is None:
         save_model(module, config, args.model, args.output)
         return
-    from ds_vshape.models.lora_files import save_adapter
+    from ds_vshape.models.hugging_face.lora_files import save_adapter
     save_adapter(module, args.model, args.output)
 
 

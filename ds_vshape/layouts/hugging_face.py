@@ -20,7 +20,7 @@ from ds_vshape.layouts.gpt_costs import Code, Layer, Shape, Training
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bytes_of, predict_training, speeds_of
 from ds_vshape.layouts.prediction import Prediction
-from ds_vshape.models.layer_costs import MeasuredCosts, layer_costs
+from ds_vshape.models.hugging_face.layer_costs import MeasuredCosts, layer_costs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The default length, in tokens; less if the model has a lower limit.

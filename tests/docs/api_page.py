@@ -24,10 +24,8 @@ from ds_vshape.config.section import KEY, MOST_TRACED, ConfigError, ScheduleConf
 from ds_vshape.engine import PipelineEngine, PostValidatingEngine
 from ds_vshape.measure.profiling import report
 from ds_vshape.measure.rank_memory import RankMemory
-from ds_vshape.models.hugging_face import next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
-from ds_vshape.models.hugging_face_weights import load_weights, save_model
-from ds_vshape.models.lora_files import load_adapter, read_config, save_adapter
+from ds_vshape.models.hugging_face import TensorParallelLoss, load_weights, next_token_loss, pipeline_layers, save_model
+from ds_vshape.models.hugging_face.lora_files import load_adapter, read_config, save_adapter
 from ds_vshape.models.parallel_layers import tensor_group
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
 from ds_vshape.split_backward import SplitFunction
@@ -72,12 +70,12 @@ def page() -> str:
         *_function("ds_vshape.models.hugging_face.pipeline_layers", pipeline_layers),
         *_function("ds_vshape.models.hugging_face.next_token_loss", next_token_loss),
         *_function("ds_vshape.models.parallel_layers.tensor_group", tensor_group),
-        "### `ds_vshape.models.hugging_face_tensor_parallel.TensorParallelLoss`", *_docstring(TensorParallelLoss),
-        *_function("ds_vshape.models.hugging_face_weights.load_weights", load_weights),
-        *_function("ds_vshape.models.hugging_face_weights.save_model", save_model),
-        *_function("ds_vshape.models.lora_files.read_config", read_config),
-        *_function("ds_vshape.models.lora_files.load_adapter", load_adapter),
-        *_function("ds_vshape.models.lora_files.save_adapter", save_adapter),
+        "### `ds_vshape.models.hugging_face.TensorParallelLoss`", *_docstring(TensorParallelLoss),
+        *_function("ds_vshape.models.hugging_face.load_weights", load_weights),
+        *_function("ds_vshape.models.hugging_face.save_model", save_model),
+        *_function("ds_vshape.models.hugging_face.lora_files.read_config", read_config),
+        *_function("ds_vshape.models.hugging_face.lora_files.load_adapter", load_adapter),
+        *_function("ds_vshape.models.hugging_face.lora_files.save_adapter", save_adapter),
         "## Kernels of your own", "### `ds_vshape.split_backward.SplitFunction`", *_docstring(SplitFunction),
         *_methods("SplitFunction", HALVES),
         *_function("ds_vshape.split_backward.tensor_parallel.sum_gradient", sum_gradient),

@@ -23,8 +23,7 @@ from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.prediction import Prediction
 from ds_vshape.layouts.rules import read_job
 from ds_vshape.measure.rank_memory import RankMemory
-from ds_vshape.models.hugging_face import next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
+from ds_vshape.models.hugging_face import TensorParallelLoss, next_token_loss, pipeline_layers
 from ds_vshape.models.parallel_layers import tensor_group
 
 LENGTH = 64

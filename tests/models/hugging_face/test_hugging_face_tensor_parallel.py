@@ -29,12 +29,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
-from ds_vshape.models import hugging_face_weights
-from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
-from ds_vshape.models.hugging_face_weights import load_weights, named_weights, save_model
+from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss, load_weights,
+                                           next_token_loss, pipeline_layers, save_model)
+from ds_vshape.models.hugging_face import weights as weight_files
+from ds_vshape.models.hugging_face.weights import named_weights
 from ds_vshape.models.parallel_layers import tensor_group
-
 
 RATE = 0.1
 # Unlike Adam's, its steps show the size of a gradient.
@@ -207,7 +206,7 @@ def test_models_that_the_ranks_cannot_share_are_refused(config: Any, message: st
 
 
 def load_counted(rank: int, layout: Layout, output: Path) -> dict[str, int]:
-    hugging_face_weights.safe_open = Counted  # type: ignore[misc]
+    weight_files.safe_open = Counted  # type: ignore[misc]
     save_model(layout.module(), AutoConfig.from_pretrained(layout.folder), layout.folder, output)
     return Counted.read
 

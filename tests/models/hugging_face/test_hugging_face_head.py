@@ -19,9 +19,8 @@ from tiny_model import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
-from ds_vshape.models.hugging_face import PARTITION_METHOD, next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
-from ds_vshape.models.hugging_face_weights import load_weights
+from ds_vshape.models.hugging_face import (PARTITION_METHOD, TensorParallelLoss, load_weights, next_token_loss,
+                                           pipeline_layers)
 from ds_vshape.models.parallel_layers import tensor_group
 
 FUSED = {"name": "v-half", "gradient_accumulation_fusion": True}

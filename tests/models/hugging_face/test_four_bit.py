@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from ds_vshape.measure.memory import parameter_bytes
-from ds_vshape.models.hugging_face import pipeline_layers
-from ds_vshape.models.hugging_face_layers import Part
-from ds_vshape.models.hugging_face_weights import Checkpoint, load_weights, named_weights
-from ds_vshape.models.lora_files import read_config
+from ds_vshape.models.hugging_face import load_weights, pipeline_layers
+from ds_vshape.models.hugging_face.layers import Part
+from ds_vshape.models.hugging_face.lora_files import read_config
+from ds_vshape.models.hugging_face.weights import Checkpoint, named_weights
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
               pytest.mark.filterwarnings("ignore::UserWarning:peft.*")]
@@ -213,7 +213,7 @@ def test_whole_checkpoints_hold_the_base(double: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["opt-projected", "gpt_neox", "phi3", "gemma3_text-tied", "qwen3_moe"])
 def test_layers_are_those_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same are quantized, to the same bits; read from whole files, and from those of 4 bits."""
-    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    monkeypatch.setattr("ds_vshape.models.hugging_face.weights.on_all_ranks", lambda action, name: [action()])
     save_tiny_model(model_config(name), tmp_path)
     model = base(tmp_path, {**NF4, **DOUBLE})
     model.save_pretrained(tmp_path / "stored")
@@ -249,7 +249,7 @@ def test_weights_are_read_one_by_one(is_stored: bool, tmp_path: Path, monkeypatc
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", watched)
-    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    monkeypatch.setattr("ds_vshape.models.hugging_face.weights.on_all_ranks", lambda action, name: [action()])
     unknown = load_weights(layers, case.folder)
     assert len(names) == len(set(names)) == 1 + 2 * (2 + 7 * (4 if is_stored else 1))
     assert {name.split(".")[2] for name in unknown if "layers" in name} == {"2", "3", "4", "5", "6", "7"}
@@ -257,7 +257,7 @@ def test_weights_are_read_one_by_one(is_stored: bool, tmp_path: Path, monkeypatc
 
 def test_config_json_may_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the files are whole, they are quantized as for an argument."""
-    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    monkeypatch.setattr("ds_vshape.models.hugging_face.weights.on_all_ranks", lambda action, name: [action()])
     case = saved_four_bit("plain", {**NF4, **DOUBLE}, False, tmp_path)
     found = []
     for each in (case, replace(case, quantization=None)):
@@ -275,7 +275,7 @@ def test_config_json_may_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_new_magnitudes_are_those_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DoRA's, which follow from weights of 4 bits."""
-    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    monkeypatch.setattr("ds_vshape.models.hugging_face.weights.on_all_ranks", lambda action, name: [action()])
     case, lora = saved_four_bit("plain", NF4, False, tmp_path), LoraConfig(**SMALL, use_dora=True)
     model = get_peft_model(base(case.folder, NF4), lora)
     expected = {name: weight for name, weight in model.named_parameters() if "magnitude" in name}
@@ -313,7 +313,7 @@ def without_a_state(tensors: dict[str, Tensor], name: str) -> None:
 ])
 def test_files_that_do_not_fit_are_refused(spoil: Callable[[dict[str, Tensor], str], None], is_stored: bool,
                                            message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ds_vshape.models.hugging_face_weights.on_all_ranks", lambda action, name: [action()])
+    monkeypatch.setattr("ds_vshape.models.hugging_face.weights.on_all_ranks", lambda action, name: [action()])
     case = saved_four_bit("plain", NF4, is_stored, tmp_path)
     tensors, name = tensors_in(case.folder), "model.layers.1.self_attn.q_proj.weight"
     spoil(tensors, name)
@@ -397,6 +397,6 @@ def test_tensor_parallel_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "bitsandbytes" or name.startswith("bitsandbytes.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "ds_vshape.models.four_bit", raising=False)
+    monkeypatch.delitem(sys.modules, "ds_vshape.models.hugging_face.four_bit", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'ds-vshape\[lora4bit\]'"):
-        importlib.import_module("ds_vshape.models.four_bit")
+        importlib.import_module("ds_vshape.models.hugging_face.four_bit")

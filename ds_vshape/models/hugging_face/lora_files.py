@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_vshape.models.hugging_face_weights import named_weights, on_all_ranks, shared_by
-from ds_vshape.models.lora import Adapters
+from ds_vshape.models.hugging_face.weights import named_weights, on_all_ranks, shared_by
+from ds_vshape.models.hugging_face.lora import Adapters
 
 try:
     from peft import LoraConfig, PeftConfig

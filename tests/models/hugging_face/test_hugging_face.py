@@ -25,11 +25,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ds_vshape
-from ds_vshape.models import hugging_face_weights
-from ds_vshape.models.hugging_face import PARTITION_METHOD, pipeline_layers
-from ds_vshape.models.hugging_face_plan import PlannedModel
-from ds_vshape.models.hugging_face_shared import Shared
-from ds_vshape.models.hugging_face_weights import INDEX, check_output, load_weights, named_weights, save_model
+from ds_vshape.models.hugging_face import (PARTITION_METHOD, check_output, load_weights, pipeline_layers, save_model)
+from ds_vshape.models.hugging_face import weights as weight_files
+from ds_vshape.models.hugging_face.plan import PlannedModel
+from ds_vshape.models.hugging_face.shared import Shared
+from ds_vshape.models.hugging_face.weights import INDEX, named_weights
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def load_and_save(rank: int, models: dict[str, Path], output: Path) -> list[tupl
     """For each model: this rank's weights by name, and the tensors that it read from the files."""
     seen = []
     for name, folder in models.items():
-        hugging_face_weights.safe_open, Counted.read = Counted, {}
+        weight_files.safe_open, Counted.read = Counted, {}
         module = Case(folder, "v-half").module()
         save_model(module, AutoConfig.from_pretrained(folder), folder, output / name)
         seen.append((set(named_weights(module)), set(Counted.read)))
@@ -276,7 +276,7 @@ def test_a_plan_of_the_users_own() -> None:
 
 
 @pytest.mark.parametrize("package, module", [("transformers", "hugging_face"),
-                                             ("safetensors", "hugging_face_weights")])
+                                             ("safetensors", "hugging_face.weights")])
 def test_a_missing_package_names_the_extra(package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith((f"{package}.", "ds_vshape.models."))]:
         if name.startswith("ds_vshape"):  # the import sets it again

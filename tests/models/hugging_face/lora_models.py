@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_vshape.models.hugging_face import pipeline_layers
-from ds_vshape.models.hugging_face_weights import named_weights
-from ds_vshape.models.lora_files import load_adapter, read_config, save_adapter
+from ds_vshape.models.hugging_face.lora_files import load_adapter, read_config, save_adapter
+from ds_vshape.models.hugging_face.weights import named_weights
 from ds_vshape.split_backward.store import Entry, WeightGradientStore
 from ds_vshape.split_backward.weights import parameter_of
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
-from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_layers import DecoderLayer
-from ds_vshape.models.hugging_face_weights import load_weights, named_weights, save_model
+from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, load_weights, next_token_loss,
+                                           pipeline_layers, save_model)
+from ds_vshape.models.hugging_face.layers import DecoderLayer
+from ds_vshape.models.hugging_face.weights import named_weights
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 # Layers alternate between attention over everything and over the last four tokens.

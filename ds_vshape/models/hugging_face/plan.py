@@ -29,7 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from ds_vshape.models.lora import Adapters
+    from ds_vshape.models.hugging_face.lora import Adapters
 
 Plan = dict[str, tuple[list[str], list[str]]]
 
@@ -190,7 +190,7 @@ class PlannedModel:
 
 
 def _adapters(model: Any, config: LoraConfig) -> Adapters:
-    from ds_vshape.models.lora import Adapters  # peft is an extra
+    from ds_vshape.models.hugging_face.lora import Adapters  # peft is an extra
 
     return Adapters(model, config)
 
@@ -202,7 +202,7 @@ def _copy_on_meta(module: nn.Module) -> Any:
 
 
 def _four_bit() -> Any:
-    from ds_vshape.models import four_bit  # bitsandbytes is an extra
+    from ds_vshape.models.hugging_face import four_bit  # bitsandbytes is an extra
 
     return four_bit
 

@@ -28,10 +28,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ds_vshape.deepspeed_adapter.silent_group import silent_group
 from ds_vshape.measure.memory import Storages
-from ds_vshape.models.hugging_face import next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_layers import DecoderLayer
-from ds_vshape.models.hugging_face_shared import Flow, Shared
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
+from ds_vshape.models.hugging_face.layer_list import next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face.layers import DecoderLayer
+from ds_vshape.models.hugging_face.shared import Flow, Shared
+from ds_vshape.models.hugging_face.tensor_parallel import TensorParallelLoss
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
 
 

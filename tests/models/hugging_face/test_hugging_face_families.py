@@ -21,9 +21,8 @@ from tiny_model import save_tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_vshape.models.hugging_face import next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_tensor_parallel import TensorParallelLoss
-from ds_vshape.models.hugging_face_weights import named_weights
+from ds_vshape.models.hugging_face import TensorParallelLoss, next_token_loss, pipeline_layers
+from ds_vshape.models.hugging_face.weights import named_weights
 from ds_vshape.models.parallel_layers import tensor_group
 
 FAMILIES = list(CONFIGS)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face_plan import PlannedModel, tensors_in
+from ds_vshape.models.hugging_face.plan import PlannedModel, tensors_in
 
 try:
     from transformers.modeling_outputs import MoeModelOutputWithPast

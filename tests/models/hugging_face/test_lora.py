@@ -25,9 +25,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_vshape.models.gpt import seed_layer
-from ds_vshape.models.hugging_face import pipeline_layers
-from ds_vshape.models.hugging_face_weights import save_model
-from ds_vshape.models.lora_files import load_adapter, read_config, save_adapter
+from ds_vshape.models.hugging_face import pipeline_layers, save_model
+from ds_vshape.models.hugging_face.lora_files import load_adapter, read_config, save_adapter
 
 # A name of transformers' that peft uses.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -248,6 +247,6 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_missing_peft_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name == "peft" or name.startswith("peft.")]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, f"ds_vshape.models.{module}")
+    monkeypatch.delitem(sys.modules, f"ds_vshape.models.hugging_face.{module}")
     with pytest.raises(ImportError, match=r"pip install 'ds-vshape\[lora\]'"):
-        importlib.import_module(f"ds_vshape.models.{module}")
+        importlib.import_module(f"ds_vshape.models.hugging_face.{module}")

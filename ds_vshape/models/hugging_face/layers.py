@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face_shared import Flow, Shared
+from ds_vshape.models.hugging_face.shared import Flow, Shared
 from ds_vshape.models.parallel_layers import VocabularyLinear
 from ds_vshape.split_backward.tensor_parallel import sum_gradient
 

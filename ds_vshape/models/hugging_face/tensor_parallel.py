@@ -30,7 +30,7 @@ from deepspeed.module_inject.layers import LinearAllreduce, LinearAllreduceWithR
 from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face_plan import PlannedModel
+from ds_vshape.models.hugging_face.plan import PlannedModel
 from ds_vshape.models.parallel_layers import ColumnLinear, GatheredColumnLinear, VocabularyEmbedding, VocabularyLinear
 from ds_vshape.split_backward.head import HeadOutput
 from ds_vshape.split_backward.tensor_parallel import sum_gradient
@@ -239,7 +239,7 @@ class TensorParallelPlan:
 
 
 class TensorParallelLoss:
-    """next_token_loss (ds_vshape/models/hugging_face.py) where each rank of `group` has the logits [batch, length,
+    """next_token_loss (layer_list.py) where each rank of `group` has the logits [batch, length,
     vocab_size / ranks] of its part of the vocabulary. Every rank gets the whole loss."""
 
     def __init__(self, group: Any) -> None:

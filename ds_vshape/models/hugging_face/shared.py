@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face_forward import Arguments, BaseForward, HeadForward
-from ds_vshape.models.hugging_face_plan import PlannedModel
-from ds_vshape.models.hugging_face_tensor_parallel import Cut, TensorParallelPlan
+from ds_vshape.models.hugging_face.forward import Arguments, BaseForward, HeadForward
+from ds_vshape.models.hugging_face.plan import PlannedModel
+from ds_vshape.models.hugging_face.tensor_parallel import Cut, TensorParallelPlan
 from ds_vshape.split_backward.head import HeadOutput, Projection
 from ds_vshape.split_backward.tensor_parallel import sum_gradient
 

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor
 
-from ds_vshape.models.hugging_face_layers import DecoderLayer, Head, Norm, Positions, Tokens
-from ds_vshape.models.hugging_face_plan import Plan, PlannedModel
-from ds_vshape.models.hugging_face_quantization import quantization_of
-from ds_vshape.models.hugging_face_shared import Flow, Shared
-from ds_vshape.models.hugging_face_tensor_parallel import (TensorParallelPlan, parts_of, share_random_state,
+from ds_vshape.models.hugging_face.layers import DecoderLayer, Head, Norm, Positions, Tokens
+from ds_vshape.models.hugging_face.plan import Plan, PlannedModel
+from ds_vshape.models.hugging_face.quantization import quantization_of
+from ds_vshape.models.hugging_face.shared import Flow, Shared
+from ds_vshape.models.hugging_face.tensor_parallel import (TensorParallelPlan, parts_of, share_random_state,
                                                             with_router_loss)
 from ds_vshape.split_backward.head import HeadOutput
 
@@ -53,7 +53,7 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                     quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
-    With a `tensor_group` each layer is cut over its ranks (hugging_face_tensor_parallel.py), and the pipeline returns
+    With a `tensor_group` each layer is cut over its ranks (tensor_parallel.py), and the pipeline returns
     logits [batch, length, vocab_size / ranks], for TensorParallelLoss. Collective over the group.
 
     Args:

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
-from ds_vshape.models.hugging_face import PARTITION_METHOD, next_token_loss, pipeline_layers
-from ds_vshape.models.hugging_face_weights import load_weights
+from ds_vshape.models.hugging_face import PARTITION_METHOD, load_weights, next_token_loss, pipeline_layers
 
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
 # Of the samples of each row; all rows have 16 tokens.

@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_vshape.models.hugging_face_layers import Part
-from ds_vshape.models.hugging_face_shared import Shared
-from ds_vshape.models.hugging_face_tensor_parallel import Cut
+from ds_vshape.models.hugging_face.layers import Part
+from ds_vshape.models.hugging_face.shared import Shared
+from ds_vshape.models.hugging_face.tensor_parallel import Cut
 
 try:
     from safetensors import safe_open
@@ -201,8 +201,8 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
         OSError: for files that can't be written; on the other ranks ValueError.
     """
     if shared_by(module).planned.adapters is not None:
-        raise ValueError("the model has LoRA adapters: save_adapter of ds_vshape.models.lora_files writes them, and "
-                         "peft's merge_and_unload makes one model of both")
+        raise ValueError("the model has LoRA adapters: save_adapter of ds_vshape.models.hugging_face.lora_files writes "
+                         "them, and peft's merge_and_unload makes one model of both")
     grid, ranks = module.mpu(), module.num_pipeline_stages()
     shard = f"model-{module.stage_id + 1:05}-of-{ranks:05}.safetensors"
     shared = shared_by(module)
