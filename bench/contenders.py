@@ -61,7 +61,7 @@ def engine_of(name: str, workload: Workload, times: str = "profile", **config_ke
         module_class, options = _DEEPSPEED_MODULES[name], {}
     else:
         config.setdefault("pipeline_schedule", section_of(name, times))
-        module_class, options = ds_vshape.PipelineModule, {"config": config}
+        module_class, options = ds_vshape.PipelineModule, {"config": config, "example": workload.batch(0)[0]}
     specs = [workload.spec(number) for number in range(workload.layers)]
     module = module_class(specs, num_stages=workload.ranks, loss_fn=workload.loss_fn, seed_layers=True,
                           partition_method="uniform", **options)

@@ -2,14 +2,16 @@
 
     python bench/memory.py                                           # the table of README.md
     python bench/memory.py --contenders "torch zbvzerobubble" v-half --checkpointing off
-    python bench/memory.py --contenders v-half --checkpointing off --head chunked --vocabulary 16384
+    python bench/memory.py --contenders v-half --checkpointing off --head chunked --partition blocks multiplications
 
 Each contender trains in processes of its own. A rank's peak is the high-water mark of its resident memory (Linux,
 /proc/self) over one batch, above what was resident when the batch began with all gradients there (zeros): activations,
 and what passes need while they run. glibc is told to map large tensors one by one, so that memory goes back when a
 tensor dies.
 
-With --head the model ends in a head of --vocabulary words, and the layers are divided by the multiplications in them.
+With --head the model ends in a head of --vocabulary words. --partition says how the layers are divided: as many blocks
+on each rank, and the head on rank 0; by the multiplications in them; or by times measured at the start. Each rank's
+share of all multiplications, and of the time of all passes in the measured batch, stands beside its memory.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from rich.table import Table
 from tqdm import tqdm
 from workloads import Gpt, GptWithHead
 
+from ds_vshape.schedule.timeline import Timeline
+
 DEFAULT_CONTENDERS = ["torch zbvzerobubble", "1f1b", "v-zb", "v-half", "v-min", "adaptive@0.9", "adaptive@0.75",
                       "adaptive@0.6", "adaptive@0.5"]
 _M_MMAP_THRESHOLD = -3
@@ -57,7 +61,18 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int]:
+def _section_of_partition(partition: str, workload: GptWithHead) -> Any:
+    if partition == "times":
+        return "profile"
+    return {"costs": workload.costs() if partition == "multiplications" else [1] * workload.blocks + [0]}
+
+
+def _share_of_time(timeline: Timeline, rank: int) -> float:
+    """What this rank's passes took of the time of all ranks' passes."""
+    return sum(span.end - span.start for span in timeline.ranks[rank]) / timeline.work
+
+
+def measure(rank: int, name: str, workload: Gpt, interval: int, partition: str) -> dict[str, float]:
     """Bytes on this rank: the peak over a batch, and where it's known what activations should take, with what passes
     need while they run."""
     _map_large_tensors()
@@ -65,7 +80,7 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     if isinstance(workload, GptWithHead):
         section = section_of(name, "equal")
         keys["pipeline_schedule"] = {**({"name": section} if isinstance(section, str) else section),
-                                     "partition": {"costs": workload.costs()}}
+                                     "partition": _section_of_partition(partition, workload)}
     engine = engine_of(name, workload, times="equal", **keys)
     batches = [workload.batch(number) for number in range(_WARM_UP + 1)]
     for batch in batches[:-1]:
@@ -78,11 +93,12 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = _status("VmRSS")
     engine.train_batch(iter(batches[-1]))
-    measured = {"peak": _status("VmHWM") - before}
+    measured: dict[str, float] = {"peak": _status("VmHWM") - before}
     if isinstance(workload, GptWithHead):
         parts, costs = engine.module.parts, workload.costs()
         of_rank = sum(sum(costs[parts[stage]:parts[stage + 1]]) for stage in engine.placement.chunks[rank])
-        measured["work"] = round(1000 * of_rank / sum(costs))
+        measured["multiplications"] = of_rank / sum(costs)
+        measured["time"] = _share_of_time(engine.timelines()[1], rank)
     if predicted is not None:
         measured["predicted"] = predicted.activations_peak + predicted.working
     return measured
@@ -91,16 +107,21 @@ def measure(rank: int, name: str, workload: Gpt, interval: int) -> dict[str, int
 def show(rows: list[dict[str, Any]], workload: Gpt) -> None:
     """A row for each contender and rank."""
     table = Table(title=f"{workload.ranks} ranks, {workload.micro_batches} micro-batches, {workload}; MiB")
-    for column in ("contender", "checkpointing", "rank", "peak", "predicted", "ratio", "work"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
+    with_head = isinstance(workload, GptWithHead)
+    columns = ["contender", "checkpointing", "rank", "peak", "predicted", "ratio"]
+    if with_head:
+        columns = [*columns[:2], "partition", *columns[2:], "multiplications", "time"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("contender", "partition") else "right")
     for row in rows:
         for rank, found in enumerate(row["ranks"]):
             cells = [f"{found['peak'] / MIB:.0f}"]
             if "predicted" in found:
                 cells += [f"{found['predicted'] / MIB:.0f}", f"{found['peak'] / found['predicted']:.3f}"]
-            if "work" in found:
-                cells.append(f"{found['work'] / 10:.1f}%")
-            table.add_row(row["contender"], row["checkpointing"], str(rank), *cells)
+            if with_head:
+                cells += [f"{found[share]:.1%}" for share in ("multiplications", "time")]
+            table.add_row(row["contender"], row["checkpointing"], *([row["partition"]] if with_head else []), str(rank),
+                          *cells)
     Console(width=140).print(table)
 
 
@@ -116,18 +137,21 @@ def main() -> None:
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--head", choices=("whole", "chunked"), help="a head with whole logits, or in chunks of tokens")
     parser.add_argument("--vocabulary", type=int, default=64 * 256, help="words of that head")
+    parser.add_argument("--partition", nargs="+", choices=("blocks", "multiplications", "times"),
+                        default=["multiplications"], help="how the layers are divided where there is that head")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     workload = Gpt(options.ranks, options.ranks * options.layers, options.micro_batches, options.hidden, options.length)
     if options.head is not None:
         workload = GptWithHead(workload.ranks, workload.layers + 1, workload.micro_batches, workload.hidden,
                                workload.length, vocabulary=options.vocabulary, chunked=options.head == "chunked")
-    cases = [(name, checkpointing) for checkpointing in options.checkpointing for name in options.contenders
-             if checkpointing == "off" or not name.startswith("torch")]
+    partitions = options.partition if options.head is not None else [""]
+    cases = [(name, checkpointing, partition) for checkpointing in options.checkpointing for name in options.contenders
+             for partition in partitions if checkpointing == "off" or not name.startswith("torch")]
     rows = []
-    for name, checkpointing in tqdm(cases, desc="measuring", disable=None):
-        ranks = run_ranks(options.ranks, measure, name, workload, int(checkpointing == "on"), timeout=900)
-        rows.append({"contender": name, "checkpointing": checkpointing, "ranks": ranks})
+    for name, checkpointing, partition in tqdm(cases, desc="measuring", disable=None):
+        ranks = run_ranks(options.ranks, measure, name, workload, int(checkpointing == "on"), partition, timeout=900)
+        rows.append({"contender": name, "checkpointing": checkpointing, "partition": partition, "ranks": ranks})
     show(rows, workload)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

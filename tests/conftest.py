@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# As tests/run.sh has them, before torch is imported: with more threads sums are taken in another order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 if TYPE_CHECKING:
     from clusters import Cluster
