@@ -68,7 +68,7 @@ def build(args: argparse.Namespace, config: Any) -> Any:
         from ds_vshape.models.hugging_face.lora_files import read_config  # peft is an extra of its own
         lora = read_config(args.lora)
     layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group, lora=lora,
-                             packed=args.packed)
+                             packed=args.packed, chunked_head=args.chunked_head)
     # seed_layers: dropout then doesn't depend on the order of the passes.
     return ds_vshape.PipelineModule(layers,
                                     topology=topology,

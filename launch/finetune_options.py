@@ -36,6 +36,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=["sdpa", "eager"], help="by default transformers chooses")
     parser.add_argument("--experts", choices=["grouped_mm", "batched_mm", "eager"],
                         help="how the experts of a mixture are computed; by default transformers chooses")
+    parser.add_argument("--chunked_head", action="store_true", help="compute logits for some tokens at a time, which "
+                        "saves their memory")
     parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     args = deepspeed.add_config_arguments(parser).parse_args(words)

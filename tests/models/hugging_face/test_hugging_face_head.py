@@ -5,6 +5,8 @@ Sums are taken in another order, so losses and weights are equal up to rounding.
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from finetune_runs import run_finetune
 from hugging_face_models import CONFIGS, Case, evaluate, model_config, pipelines_of, train_plainly
-from pipelines import FP32_ZERO1
+from pipelines import FP32_ZERO1, Job
 from ranks import run_ranks
 from tiny_model import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +25,7 @@ import ds_vshape
 from ds_vshape.models.hugging_face import (PARTITION_METHOD, TensorParallelLoss, load_weights, next_token_loss,
                                            pipeline_layers)
 from ds_vshape.models.parallel_layers import tensor_group
+from ds_vshape.split_backward.head import HeadOutput
 
 FUSED = {"name": "v-half", "gradient_accumulation_fusion": True}
 
@@ -83,3 +87,24 @@ def test_on_tensor_parallel_ranks(name: str, tmp_path: Path) -> None:
     oracle = train_plainly(case)
     for losses in run_ranks(4, losses_of, case, timeout=300):
         assert losses == pytest.approx(oracle.losses, rel=1e-5)
+
+
+def run_and_count(rank: int, words: list[str]) -> tuple[list[float], int]:
+    """What the program finds, and how many losses a head in chunks has computed."""
+    counted, loss = [], HeadOutput.loss
+    HeadOutput.loss = lambda *args: (counted.append(1), loss(*args))[1]  # type: ignore[method-assign]
+    return run_finetune(rank, words), len(counted)
+
+
+@pytest.mark.slow
+def test_the_program_has_an_option_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, config = saved("llama", tmp_path / "source"), tmp_path / "ds_config.json"
+    config.write_text(json.dumps(Job("v-half", 2, 4).ds_config()))
+    words = ["--model", str(source), "--text", str(Path(__file__).parents[1]), "--batches", "2", "--length", "16",
+             "--deepspeed_config", str(config)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    chunked, whole = (run_ranks(2, run_and_count, [*words, "--output", str(tmp_path / f"{len(option)}"), *option],
+                                timeout=200) for option in (["--chunked_head"], []))
+    for (losses, _), (oracle, none) in zip(chunked, whole, strict=True):
+        assert losses == pytest.approx(oracle, rel=1e-5) and none == 0
+    assert sum(count for _, count in chunked) >= 2 * 4
