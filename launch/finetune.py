@@ -14,6 +14,7 @@ ones if it holds an adapter_config.json alone (configs/lora).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -59,8 +60,14 @@ def rows_of(args: argparse.Namespace, vocabulary: int) -> tuple[Rows, Rows]:
             WindowRows(tokens_of(validation, args.model, vocabulary), args.length))
 
 
-def build(args: argparse.Namespace, config: Any) -> Any:
-    """The PipelineModule of `config`, a model's; its weights are random (collective)."""
+def token_loss(group: Any) -> Any:
+    """The loss of the next tokens, over the tensor parallel ranks of `group` if there are any."""
+    return TensorParallelLoss(group) if group else next_token_loss
+
+
+def build(args: argparse.Namespace, config: Any, loss: Callable[[Any], Any] = token_loss) -> Any:
+    """The PipelineModule of `config`, a model's; its weights are random (collective). `loss` makes the loss function
+    for the group of this rank's tensor parallel ranks, or for None."""
     topology = topology_of(args.stages, args.tensor_parallel)
     group = tensor_group(topology) if args.tensor_parallel > 1 else None
     lora = None
@@ -72,7 +79,7 @@ def build(args: argparse.Namespace, config: Any) -> Any:
     # seed_layers: dropout then doesn't depend on the order of the passes.
     return ds_vshape.PipelineModule(layers,
                                     topology=topology,
-                                    loss_fn=TensorParallelLoss(group) if group else next_token_loss,
+                                    loss_fn=loss(group),
                                     partition_method=PARTITION_METHOD,
                                     checkpointable_layers=CHECKPOINTABLE_LAYERS,
                                     dynamic_shape=args.data is not None and not args.packed,
@@ -100,20 +107,25 @@ def save(args: argparse.Namespace, module: Any, config: Any) -> None:
     save_adapter(module, args.model, args.output)
 
 
-def finetune(args: argparse.Namespace) -> Result:
-    """Trains the model and writes it; to be called on every rank."""
-    check_output(args.output)
-    config = AutoConfig.from_pretrained(args.model)
-    module = build(args, config)
-    load(args, module)
-    rows = rows_of(args, config.vocab_size)
+def start(args: argparse.Namespace, module: Any, rows: tuple[Rows, Rows]) -> tuple[Any, TrainingPlan]:
+    """The engine that trains `module`, and how it trains on the first of `rows` and evaluates on the others
+    (collective)."""
     batch = DeepSpeedConfig(args.deepspeed_config, mpu=module.mpu()).train_batch_size
     batches = args.batches if args.epochs is None else batches_of(args.epochs, len(rows[0]), batch)
     schedule = args.learning_rate and partial(get_scheduler, args.learning_rate, num_training_steps=batches,
                                               num_warmup_steps=int(args.warmup * batches))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained, lr_scheduler=schedule)
-    plan = TrainingPlan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)
+    return engine, TrainingPlan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)
+
+
+def finetune(args: argparse.Namespace) -> Result:
+    """Trains the model and writes it; to be called on every rank."""
+    check_output(args.output)
+    config = AutoConfig.from_pretrained(args.model)
+    module = build(args, config)
+    load(args, module)
+    engine, plan = start(args, module, rows_of(args, config.vocab_size))
     result = Training(engine, plan).run()
     save(args, engine.module, config)
     return result
