@@ -86,7 +86,7 @@ class StagePasses(StockEngine):
     def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
         compute = self.computes_loss and self.module.loss_fn is not None
-        with self._early.active(self._accumulator, self._gradient_of_loss):
+        with self._early.active(outputs, self._accumulator, self._gradient_of_loss) as outputs:
             if compute and self._token_mean is not None:
                 loss = self._token_mean.loss(outputs, labels)
             else:

@@ -61,10 +61,11 @@ class Projection:
 
 class HeadOutput(NamedTuple):
     """The output of a last layer that leaves its logits to the loss: hidden states [..., hidden], and what multiplies
-    them."""
+    them. The engine adds where gradients may go in F."""
 
     hidden: Tensor
     projection: Projection
+    early: EarlyGradients | None = None
 
     def logits(self) -> Tensor:
         """The whole logits [..., vocabulary]."""
@@ -90,7 +91,7 @@ class HeadOutput(NamedTuple):
         hidden, by = self.hidden.flatten(0, -2), self.projection
         chunk = chunk or max(_LEAST_CHUNK, -(-hidden.numel() // by.weight.shape[0]))
         may_add = torch.is_grad_enabled() and isinstance(by.weight, Parameter) and is_deferrable(by.weight)
-        early = _active if may_add else None
+        early = self.early if may_add and self.early is not None and self.early.accumulator is not None else None
         scale = None if early is None else early.factor() / items
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             hidden, by.weight, by.bias, labels, by.forward, summed, chunk, early, scale, torch.is_grad_enabled())
@@ -118,16 +119,19 @@ class EarlyGradients:
         self.factor: Callable[[], Tensor] = lambda: torch.ones((), device=device)
 
     @contextmanager
-    def active(self, accumulator: GradientAccumulator, factor: Callable[[], Tensor]) -> Iterator[None]:
-        """Around the loss function. `factor` gives the derivative of what B starts from by the function's result."""
-        global _active
+    def active(self, outputs: Any, accumulator: GradientAccumulator, factor: Callable[[], Tensor]) -> Iterator[Any]:
+        """Around the loss function: gives the outputs of the last layer as the function is to get them. `factor` gives
+        the derivative of what B starts from by the function's result."""
         self.accumulator, self.factor = accumulator, factor
-        before, _active = _active, self
         try:
-            yield
+            yield self._joined_to(outputs)
         finally:
-            _active = before
             self.accumulator = None
+
+    def _joined_to(self, outputs: Any) -> Any:
+        if isinstance(outputs, HeadOutput):
+            return outputs._replace(early=self)
+        return tuple(map(self._joined_to, outputs)) if type(outputs) is tuple else outputs
 
     def note(self, ratio: Tensor) -> None:
         """B has found its factor, as a multiple of the one that F was told."""
@@ -145,10 +149,6 @@ class EarlyGradients:
             raise RuntimeError("the loss of a head in chunks of tokens was multiplied or used twice after it was "
                                f"computed, so that the head's gradient is wrong by {worst:.3g} of it: the loss "
                                "function must return it as it is, or (it, auxiliary loss), or have whole logits")
-
-
-# Of this process: F runs in one thread.
-_active: EarlyGradients | None = None
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -68,14 +68,14 @@ def test_equals_the_loss_of_whole_logits(forward: Any, items: int | None, chunk:
 
     sums, early = Sums(), EarlyGradients(torch.device("cpu"))
     for times in (1, 2):  # the first makes the sum, the second adds to it
-        with early.active(sums, lambda: torch.tensor(FACTOR)), SplitForward(WeightGradientStore()):
-            loss = output.loss(labels, items, chunk=chunk)
+        with early.active(output, sums, lambda: torch.tensor(FACTOR)) as told, SplitForward(WeightGradientStore()):
+            loss = told.loss(labels, items, chunk=chunk)
         (FACTOR * loss).backward()
         assert weights[0].grad is None, "added already"
         torch.testing.assert_close(sums.sum, times * oracle[1])
         torch.testing.assert_close([hidden.grad, weights[1].grad], [times * oracle[0], times * oracle[2]])
-    with torch.no_grad(), early.active(sums, lambda: torch.tensor(FACTOR)):
-        torch.testing.assert_close(output.loss(labels, items, chunk=chunk), expected.detach())
+    with torch.no_grad(), early.active(output, sums, lambda: torch.tensor(FACTOR)) as told:
+        torch.testing.assert_close(told.loss(labels, items, chunk=chunk), expected.detach())
     torch.testing.assert_close(sums.sum, 2 * oracle[1])
 
 
@@ -99,8 +99,8 @@ def test_in_low_precision_sums_are_rounded_once(dtype: torch.dtype) -> None:
         expected = F.cross_entropy(F.linear(hidden, weight).float(), labels)
         oracle = torch.autograd.grad(expected, [hidden, weight])
         sums, early = Sums(dtype), EarlyGradients(torch.device("cpu"))
-        with early.active(sums, lambda: torch.ones(())):
-            loss = HeadOutput(hidden, Projection(weight)).loss(labels, chunk=2)
+        with early.active(HeadOutput(hidden, Projection(weight)), sums, lambda: torch.ones(())) as output:
+            loss = output.loss(labels, chunk=2)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for found, wanted in zip((hidden.grad, sums.sum), oracle, strict=True):
@@ -113,18 +113,39 @@ def test_a_weight_with_a_hook_gets_its_gradient_in_b(tensors: Any) -> None:
     seen: list[Tensor] = []
     weight.register_hook(seen.append)
     sums, early = Sums(), EarlyGradients(torch.device("cpu"))
-    with early.active(sums, lambda: torch.ones(())):
-        loss = HeadOutput(hidden, Projection(weight)).loss(labels, chunk=4)
+    with early.active(HeadOutput(hidden, Projection(weight)), sums, lambda: torch.ones(())) as output:
+        loss = output.loss(labels, chunk=4)
     loss.backward()
     assert sums.sum is None and len(seen) == 1 and weight.grad is not None
+
+
+def test_gradients_go_early_where_the_engine_has_said_so_alone(tensors: Any) -> None:
+    """Not those of another head, of another engine's, nor after the loss function."""
+    hidden, weight, _, labels = tensors
+    sums, others, early = Sums(), Sums(), EarlyGradients(torch.device("cpu"))
+    plain = HeadOutput(hidden, Projection(weight))
+    with early.active((plain, (hidden, plain)), sums, lambda: torch.ones(())) as (told, (same, nested)):
+        assert same is hidden
+        with EarlyGradients(torch.device("cpu")).active(plain, others, lambda: torch.ones(())) as of_others:
+            of_others.loss(labels)
+            assert others.sum is not None and sums.sum is None
+            told.loss(labels)
+        torch.testing.assert_close(sums.sum, others.sum)
+        nested.loss(labels)
+        torch.testing.assert_close(sums.sum, 2 * others.sum)
+        for_autograd = plain.loss(labels)
+    later = told.loss(labels)
+    torch.testing.assert_close(sums.sum, 2 * others.sum)
+    for loss in (for_autograd, later):
+        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], others.sum)
 
 
 @pytest.mark.parametrize("use", [lambda loss: 2 * loss, lambda loss: loss + loss.square()])
 def test_a_loss_that_is_changed_afterwards_is_refused(use: Any, tensors: Any) -> None:
     hidden, weight, _, labels = tensors
     early = EarlyGradients(torch.device("cpu"))
-    with early.active(Sums(), lambda: torch.ones(())):
-        loss = HeadOutput(hidden, Projection(weight)).loss(labels, chunk=4)
+    with early.active(HeadOutput(hidden, Projection(weight)), Sums(), lambda: torch.ones(())) as output:
+        loss = output.loss(labels, chunk=4)
     with pytest.raises(RuntimeError, match="must return it as it is, or .it, auxiliary loss., or have whole logits"):
         use(loss).backward()
     early.check()  # said once
@@ -153,8 +174,8 @@ def test_a_head_keeps_two_units_and_logits_never_exist_whole() -> None:
             return value
 
     apart = [hidden, weight, labels, sums.sum]
-    with Peak() as watched, early.active(sums, lambda: torch.ones(())):
-        loss = output.loss(labels)
+    with Peak() as watched, early.active(output, sums, lambda: torch.ones(())) as told:
+        loss = told.loss(labels)
         kept = watched.live(apart)
     assert unit <= kept <= 1.1 * unit, "the gradient of the hidden states; these themselves are the second"
     assert Peak.peak - sum(tensor.nbytes for tensor in apart) < 7 * unit
