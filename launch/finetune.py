@@ -3,6 +3,8 @@
     python launch/tiny_model.py llama runs/tiny-llama
     deepspeed --num_gpus 2 launch/finetune.py --model runs/tiny-llama --output runs/tuned-llama \\
         --deepspeed_config configs/finetune.json
+    deepspeed --num_gpus 2 launch/finetune.py model=runs/tiny-llama output=runs/tuned-llama schedule=v-zb
+    deepspeed --num_gpus 2 launch/finetune.py --config my.yaml schedule=v-zb
 
 The model is a folder with config.json and safetensors, of any family in ds_vshape/docs/hugging-face.md. The schedule is
 whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
@@ -83,6 +85,7 @@ def build(args: argparse.Namespace, config: Any, loss: Callable[[Any], Any] = to
                                     partition_method=PARTITION_METHOD,
                                     checkpointable_layers=CHECKPOINTABLE_LAYERS,
                                     dynamic_shape=args.data is not None and not args.packed,
+                                    config=args.ds_config,
                                     seed_layers=True,
                                     seed_fn=seed_layer)
 
@@ -110,12 +113,13 @@ def save(args: argparse.Namespace, module: Any, config: Any) -> None:
 def start(args: argparse.Namespace, module: Any, rows: tuple[Rows, Rows]) -> tuple[Any, TrainingPlan]:
     """The engine that trains `module`, and how it trains on the first of `rows` and evaluates on the others
     (collective)."""
-    batch = DeepSpeedConfig(args.deepspeed_config, mpu=module.mpu()).train_batch_size
+    batch = DeepSpeedConfig(args.ds_config, mpu=module.mpu()).train_batch_size
     batches = args.batches if args.epochs is None else batches_of(args.epochs, len(rows[0]), batch)
     schedule = args.learning_rate and partial(get_scheduler, args.learning_rate, num_training_steps=batches,
                                               num_warmup_steps=int(args.warmup * batches))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    engine, *_ = ds_vshape.initialize(args=args, model=module, model_parameters=trained, lr_scheduler=schedule)
+    engine, *_ = ds_vshape.initialize(model=module, model_parameters=trained, lr_scheduler=schedule,
+                                      config=args.ds_config)
     return engine, TrainingPlan(*rows, batches, args.evaluate_every, args.save_every, args.checkpoints)
 
 

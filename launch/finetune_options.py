@@ -1,62 +1,64 @@
-"""What launch/finetune.py is told on its command line, and what programs like it are told too."""
+"""What launch/finetune.py is told, and programs like it: options, words like `schedule=v-zb`, a config in YAML.
+
+All three have the same keys: those of ds_vshape/finetuning/settings.py, which configs/finetune.yaml lists.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import deepspeed
+from ds_vshape.config.section import ConfigError
+from ds_vshape.finetuning.settings import Settings, read_settings
 
-DESCRIPTION = ("Trains a Hugging Face model with a pipeline of all ranks: safetensors in, safetensors out. The "
-               "schedule is what \"pipeline_schedule\" in the config names.")
-# An option, and the one that it must come with.
-Needs = tuple[str, str]
-_NEEDS: Sequence[Needs] = (("save_every", "checkpoints"), ("validation", "data"), ("warmup", "learning_rate"))
+DESCRIPTION = ("Trains a Hugging Face model with a pipeline of all ranks: safetensors in, safetensors out. "
+               "configs/finetune.yaml has all keys.")
+# Settings that other programs replace by their own.
+_OF_TEXT = ("text", "data", "packed")
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Of the command line, or of `words`; SystemExit if they are wrong."""
-    parser = argparse.ArgumentParser(prog="finetune.py", description=DESCRIPTION)
+    """Of the command line, or of `words`: the settings, and `ds_config`; SystemExit if they are wrong."""
+    parser = argparse.ArgumentParser(prog="finetune.py", description=DESCRIPTION, allow_abbrev=False)
     add_options(parser)
-    parser.add_argument("--text", type=Path, help="folder with .py files (default: Python's own standard library)")
-    parser.add_argument("--data", type=Path, help="instead of text: .jsonl, .json or .parquet with \"text\" or "
-                        "\"messages\", or a folder of datasets")
-    parser.add_argument("--packed", action="store_true", help="several samples of the data in each row")
-    return parsed(parser, words, (*_NEEDS, ("packed", "data")))
+    _add(parser, _OF_TEXT)
+    return parsed(parser, words)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a program that trains by ds_vshape.finetuning."""
-    parser.add_argument("--model", type=Path, required=True, help="folder with config.json and safetensors")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the trained model")
-    parser.add_argument("--lora", type=Path, help="folder with adapter_config.json: train adapters, not the model")
-    parser.add_argument("--validation", type=Path, help="as --data, for evaluation (default: a twentieth of the data)")
-    parser.add_argument("--epochs", type=float, help="how often to train on the data, instead of --batches")
-    parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--learning_rate", help="linear, cosine or another one of transformers' schedules (default: "
-                        "as the config says)")
-    parser.add_argument("--warmup", type=float, default=0.0, help="its share of the batches")
-    parser.add_argument("--evaluate_every", type=int, default=0, help="batches (default: after the last one alone)")
-    parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints, from whose last one training goes on")
-    parser.add_argument("--save_every", type=int, default=0, help="batches between checkpoints")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a row, at most")
-    parser.add_argument("--stages", type=int, default=0, help="pipeline ranks (default: all ranks)")
-    parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks that share each layer")
-    parser.add_argument("--attention", choices=["sdpa", "eager"], help="by default transformers chooses")
-    parser.add_argument("--experts", choices=["grouped_mm", "batched_mm", "eager"],
-                        help="how the experts of a mixture are computed; by default transformers chooses")
-    parser.add_argument("--chunked_head", action="store_true", help="compute logits for some tokens at a time, which "
-                        "saves their memory")
-    parser.add_argument("--result", type=Path, help="where rank 0 writes what it measured, as JSON")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    _add(parser, [name for name in Settings.model_fields if name not in _OF_TEXT])
+    parser.add_argument("--config", type=Path, help="a YAML file of your own that extends configs/finetune.yaml")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="keys of configs/finetune.yaml: schedule=v-zb")
+    # The launcher's, which says the same by LOCAL_RANK.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
-def parsed(parser: argparse.ArgumentParser, words: list[str] | None,
-           needs: Sequence[Needs] = _NEEDS) -> argparse.Namespace:
-    """The options in `words`; SystemExit for one of `needs` alone, which would be passed over in silence."""
-    args = deepspeed.add_config_arguments(parser).parse_args(words)
-    for option, needed in needs:
-        if getattr(args, option) and not getattr(args, needed):
-            parser.error(f"--{option} {getattr(args, option)}: must come with --{needed}")
-    return args
+def parsed(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """The settings in `words`, with what the parser has in addition, and `ds_config` as deepspeed.initialize takes it;
+    SystemExit for what is wrong."""
+    given = vars(parser.parse_intermixed_args(words))
+    options = {key: given.pop(key) for key in Settings.model_fields if key in given}
+    overrides, config, _ = given.pop("words"), given.pop("config"), given.pop("local_rank")
+    try:
+        if "deepspeed_config" in options and not overrides and config is None:
+            settings, ds_config = read_settings(options), options["deepspeed_config"]
+        else:
+            # hydra is an extra of its own
+            from ds_vshape.finetuning.composition import compose_settings
+            settings, ds_config = compose_settings(overrides, options, config)
+    except ConfigError as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f"words, a config and what is composed without --deepspeed_config need hydra ({error}): "
+                     "pip install 'ds-vshape[launch]'")
+    return argparse.Namespace(**dict(settings), ds_config=ds_config, **given)
+
+
+def _add(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    for name in names:
+        field = Settings.model_fields[name]
+        switch: dict[str, Any] = {"action": "store_true"} if field.annotation is bool else {}
+        parser.add_argument(f"--{name}", help=field.description, default=argparse.SUPPRESS, **switch)

@@ -1,12 +1,12 @@
 """Jobs from words like "schedule=v-half parallel.pipe=4": hydra composes them from a folder of configs.
 
-The folder has train.yaml for a job, layouts.yaml for a search, and a folder for each group that they choose from. hydra
-comes with the extra `launch`.
+The folder has train.yaml for a job, layouts.yaml for a search, finetune.yaml for a fine-tuning, and a folder for each
+group that they choose from. hydra comes with the extra `launch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -31,6 +31,8 @@ from ds_vshape.layouts.search import Search
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Keys below these belong to hydra and to DeepSpeed, which check them.
 _OPEN = ("hydra", "deepspeed")
+# Groups that aren't a section.
+_GROUPS = ("bench", "monitor")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def compose_jobs(words: Sequence[str], multirun: bool, configs: Path = CONFIGS) 
     values. ConfigError if any of them can't run.
     """
     check_keys(words, legal_keys())
-    single = [word.input_line or "" for word in _parsed(words) if not word.is_sweep_override()]
+    single = [word.input_line or "" for word in parse_words(words) if not word.is_sweep_override()]
     hydras = _hydra_section(single, configs)
     if not multirun and hydras.mode != RunMode.MULTIRUN:
         return [Composed(tuple(words), compose_job(words, configs))]
-    overrides = _parsed([*(f"{key}={value}" for key, value in (hydras.sweeper.params or {}).items()), *words])
+    overrides = parse_words([*(f"{key}={value}" for key, value in (hydras.sweeper.params or {}).items()), *words])
     found = []
     for each in chain.from_iterable(BasicSweeper.split_arguments(overrides, None)):
         try:
@@ -77,18 +79,24 @@ def compose_search(words: Sequence[str],
     return search, config, [_schedule(name, config["schedule"], configs) for name in search.schedules]
 
 
-def compose_config(name: str, words: Sequence[str], configs: Path = CONFIGS) -> dict[str, Any]:
-    """`name`.yaml in `configs` with `words`, as plain values; ConfigError for what hydra refuses."""
-    with _refusals(), _folder(configs):
-        config: Any = OmegaConf.to_container(compose(name, list(words)), resolve=True, throw_on_missing=True)
+def compose_config(name: str, words: Sequence[str], configs: Path = CONFIGS,
+                   values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`name`.yaml in `configs` with `words`, then with `values` by key, as plain values; ConfigError for what hydra
+    refuses.
+    """
+    with _refusals(), _folder(configs, name):
+        composed = compose(name, list(words))
+        for key, value in (values or {}).items():
+            OmegaConf.update(composed, key, value)
+        config: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         return dict(config)
 
 
 def check_keys(words: Sequence[str], legal: Sequence[str]) -> None:
     """Raises ConfigError for a word whose key is neither in `legal` nor hydra's nor DeepSpeed's."""
-    for override in _parsed(words):
+    for override in parse_words(words):
         key = override.key_or_group
-        if key not in (*legal, "bench") and key.partition(".")[0].partition("/")[0] not in _OPEN:
+        if key not in (*legal, *_GROUPS) and key.partition(".")[0].partition("/")[0] not in _OPEN:
             raise unknown_key(key, override.get_value_element_as_str(), legal)
 
 
@@ -104,11 +112,12 @@ def _schedule(name: str, given: dict[str, Any], configs: Path) -> dict[str, Any]
 
 def _hydra_section(words: Sequence[str], configs: Path) -> Any:
     """hydra's own settings, as the words change them."""
-    with _refusals(), _folder(configs):
+    with _refusals(), _folder(configs, "train"):
         return compose("train", list(words), return_hydra_config=True).hydra
 
 
-def _parsed(words: Sequence[str]) -> list[Override]:
+def parse_words(words: Sequence[str]) -> list[Override]:
+    """Raises ConfigError for words that hydra can't read."""
     try:
         parsed: list[Override] = OverridesParser.create().parse_overrides(list(words))
         return parsed
@@ -118,10 +127,10 @@ def _parsed(words: Sequence[str]) -> list[Override]:
 
 
 @contextmanager
-def _folder(configs: Path) -> Iterator[None]:
-    """hydra composes from `configs`; ConfigError if there is no job's config."""
-    if not (configs / "train.yaml").is_file():
-        raise ConfigError(f"--configs {configs}: has no train.yaml; must be a folder of configs, such as configs/ of "
+def _folder(configs: Path, name: str) -> Iterator[None]:
+    """hydra composes from `configs`; ConfigError if `name`.yaml isn't there."""
+    if not (configs / f"{name}.yaml").is_file():
+        raise ConfigError(f"--configs {configs}: has no {name}.yaml; must be a folder of configs, such as configs/ of "
                           "the ds_vshape checkout")
     with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
         yield

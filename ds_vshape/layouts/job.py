@@ -178,19 +178,25 @@ class Job(Section):
 
     def ds_config(self) -> dict[str, Any]:
         """What deepspeed.initialize gets."""
-        optimizer = self.optimizer.model_dump(exclude={"clipping"})
-        return {
-            **({} if self.section is None else {KEY: self._given}),
-            "train_micro_batch_size_per_gpu": self.data.micro_batch,
-            "gradient_accumulation_steps": self.micro_batches,
-            # torch's own AdamW: DeepSpeed's would be compiled first.
-            "optimizer": {"type": "AdamW", "params": {**optimizer, "torch_adam": True}},
-            "gradient_clipping": self.optimizer.clipping,
-            "zero_optimization": {"stage": self.parallel.zero},
-            **({} if self.precision.dtype == "fp32" else {self.precision.dtype: {"enabled": True}}),
-            **({} if self.precision.sums is None else {"data_types": {"grad_accum_dtype": self.precision.sums}}),
-            **self.deepspeed,
-        }
+        return compose_ds_config(None if self.section is None else self._given, self.data.micro_batch,
+                                 self.micro_batches, self.optimizer, self.parallel.zero, self.precision, self.deepspeed)
+
+
+def compose_ds_config(schedule: dict[str, Any] | None, micro_batch: int, micro_batches: int, optimizer: Optimizer,
+                      zero: int, precision: Precision, others: dict[str, Any]) -> dict[str, Any]:
+    """A ds_config; without a `schedule`, its section, DeepSpeed's own engine trains."""
+    return {
+        **({} if schedule is None else {KEY: schedule}),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        # torch's own AdamW: DeepSpeed's would be compiled first.
+        "optimizer": {"type": "AdamW", "params": {**optimizer.model_dump(exclude={"clipping"}), "torch_adam": True}},
+        "gradient_clipping": optimizer.clipping,
+        "zero_optimization": {"stage": zero},
+        **({} if precision.dtype == "fp32" else {precision.dtype: {"enabled": True}}),
+        **({} if precision.sums is None else {"data_types": {"grad_accum_dtype": precision.sums}}),
+        **others,
+    }
 
 
 def read_hostfile(path: Path) -> Iterator[Host]:

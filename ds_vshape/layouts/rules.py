@@ -181,7 +181,7 @@ def unknown_key(key: str, value: Any, legal: Sequence[str]) -> ConfigError:
 def _explain(problem: Any, kind: type[BaseModel], name: str) -> str:
     key = ".".join(map(str, [*([name] if name else []), *problem["loc"]]))
     if problem["type"] == "extra_forbidden":
-        legal = legal_keys() if kind is Job else [f"{name}.{each}" for each in kind.model_fields]
+        legal = legal_keys() if kind is Job else [f"{name}.{each}" if name else each for each in kind.model_fields]
         return str(unknown_key(key, problem["input"], legal))
     if problem["type"] == "missing":
         return f"{key} is missing"
