@@ -34,7 +34,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.layouts.gpt_costs import Shape, Speeds, Training
+from ds_vshape.layouts.gpt_costs import Shape, Speeds, TrainingCosts
 from ds_vshape.layouts.prediction import predict
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive import LimitError
@@ -72,7 +72,7 @@ class Step:
     mfu: float
 
 
-def _config(name: str, training: Training, time_limit: float) -> ScheduleConfig:
+def _config(name: str, training: TrainingCosts, time_limit: float) -> ScheduleConfig:
     """Schedule `name`, or for adaptive@x the plan for these times within x of 1F1B's bytes of activations."""
     if not name.startswith(ADAPTIVE):
         return ScheduleConfig(name=name)
@@ -81,7 +81,7 @@ def _config(name: str, training: Training, time_limit: float) -> ScheduleConfig:
     return ScheduleConfig(name=ADAPTIVE, memory_limit=f"{ceil(limit)}B", times="profile", planning_seconds=time_limit)
 
 
-def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
+def step(name: str, training: TrainingCosts, time_limit: float = 5.0) -> Step:
     """The simulated batch of `training` by schedule `name`; LimitError where an adaptive one can't keep its limit."""
     speeds, placement = training.speeds, placement_of(name.partition("@")[0], training.ranks)
     found = predict(_config(name, training, time_limit), training, training.times(placement, speeds.between))
@@ -90,7 +90,7 @@ def step(name: str, training: Training, time_limit: float = 5.0) -> Step:
                 found.mfu)
 
 
-def layouts(training: Training, batch: int, samples: Sequence[int]) -> Iterator[Training]:
+def layouts(training: TrainingCosts, batch: int, samples: Sequence[int]) -> Iterator[TrainingCosts]:
     """`training` in every way to share its GPUs among pipeline, tensor and data parallel ranks."""
     for tensor, data, each in product((1, 2, 4, 8), (1, 2, 4, 5, 8, 10), samples):
         ranks, rest = divmod(training.shape.gpus, tensor * data)
@@ -99,14 +99,14 @@ def layouts(training: Training, batch: int, samples: Sequence[int]) -> Iterator[
             yield replace(training, samples=each, micro_batches=micro_batches, ranks=ranks, tensor=tensor, data=data)
 
 
-def best_layout(name: str, candidates: Sequence[Training], memory: float) -> tuple[Training, Step] | None:
+def best_layout(name: str, candidates: Sequence[TrainingCosts], memory: float) -> tuple[TrainingCosts, Step] | None:
     """The layout in which schedule `name` has the highest MFU within `memory` bytes; None if none fits."""
     found = [(training, step(name, training)) for training in candidates]
     return max(((training, result) for training, result in found if result.memory <= memory),
                key=lambda pair: pair[1].mfu, default=None)
 
 
-def paper_mfu(training: Training, batch: int) -> dict[str, float]:
+def paper_mfu(training: TrainingCosts, batch: int) -> dict[str, float]:
     """What the paper measured for this model, length and batch; empty where it doesn't tell."""
     return PAPER_MFU.get((training.length, batch), {}) if training.shape.name == "98.5B" else {}
 
@@ -116,7 +116,7 @@ def compared(theirs: dict[str, float], name: str) -> list[str]:
     return [f"{theirs[name]:.2f}", f"{theirs[name] / theirs['1f1b']:.3f}"] if name in theirs else ["-", "-"]
 
 
-def show_steps(training: Training, steps: Sequence[Step], memory: float) -> None:
+def show_steps(training: TrainingCosts, steps: Sequence[Step], memory: float) -> None:
     """A model's table. What doesn't fit is marked, as in the paper, and simulated all the same."""
     base = next(result for result in steps if result.schedule == "1f1b")
     shape = training.shape
@@ -139,8 +139,8 @@ def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
     written = []
     for name, each in product(options.models, options.micro_batches_per_rank):
         shape = SHAPES[name]
-        training = Training(shape, speeds_of(options), options.length, options.samples, each * shape.gpus, shape.gpus,
-                            recompute=options.recompute)
+        training = TrainingCosts(shape, speeds_of(options), options.length, options.samples, each * shape.gpus,
+                                 shape.gpus, recompute=options.recompute)
         steps = []
         for schedule in tqdm(options.schedules, desc=f"{name} m={training.micro_batches}", disable=None):
             try:
@@ -154,7 +154,8 @@ def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every schedule in its best layout, beside the paper's MFU where it tells one."""
-    start = Training(SHAPES[options.model], speeds_of(options), options.length, 1, 1, 1, recompute=options.recompute)
+    start = TrainingCosts(SHAPES[options.model], speeds_of(options), options.length, 1, 1, 1,
+                          recompute=options.recompute)
     candidates = list(layouts(start, options.batch, options.samples))
     theirs = paper_mfu(start, options.batch)
     table = Table(title=f"{options.model}, sequence {options.length}, batch {options.batch}: best of "

@@ -17,7 +17,7 @@ from layers import SleepingLinear, SleepingPaths
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ds_vshape.models.gpt import VOCABULARY, Block, GPTConfig, Positions
+from ds_vshape.models.gpt import VOCABULARY, Block, GPTConfig, PositionEmbedding
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.split_backward.head import HeadOutput, Projection
@@ -147,7 +147,7 @@ class _GptPart(nn.Sequential):
 
     def __init__(self, gpt: Gpt, number: int) -> None:
         config = GPTConfig(gpt.layers, gpt.hidden, gpt.hidden // 64, gpt.length)
-        before = [nn.Embedding(VOCABULARY, gpt.hidden), Positions(config)] if number == 0 else []
+        before = [nn.Embedding(VOCABULARY, gpt.hidden), PositionEmbedding(config)] if number == 0 else []
         after = [nn.LayerNorm(gpt.hidden), nn.Linear(gpt.hidden, VOCABULARY)] if number == gpt.layers - 1 else []
         super().__init__(*before, Block(config), *after)
 

@@ -12,8 +12,8 @@ from ds_vshape.layouts.job import Job
 _RANK_SCRIPT = Path(__file__).resolve().with_name("train_rank.py")
 
 
-def command(job: Job, words: Sequence[str]) -> list[str]:
-    """The command that starts all ranks of `job` from the present folder; `words` make the job.
+def command(job: Job, overrides: Sequence[str]) -> list[str]:
+    """The command that starts all ranks of `job` from the present folder; `overrides` choose the job.
 
     It has the placeholder HOSTFILE where hosts are needed and not named.
     """
@@ -25,7 +25,7 @@ def command(job: Job, words: Sequence[str]) -> list[str]:
         where = ["--hostfile", job.hostfile or "HOSTFILE"]
     # The launcher would add the option --local_rank, which hydra can't parse; LOCAL_RANK is enough.
     return ["deepspeed", *where, "--master_port", str(job.port), "--no_local_rank", str(script),
-            *(word for word in words if not word.startswith("hostfile="))]  # a file of this host alone
+            *(each for each in overrides if not each.startswith("hostfile="))]  # a file of this host alone
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -35,6 +35,6 @@ def environment(job: Job) -> dict[str, str]:
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
-def command_line(job: Job, words: Sequence[str]) -> str:
+def command_line(job: Job, overrides: Sequence[str]) -> str:
     """Command and environment as a line for a shell."""
-    return shlex.join([*(f"{key}={value}" for key, value in environment(job).items()), *command(job, words)])
+    return shlex.join([*(f"{key}={value}" for key, value in environment(job).items()), *command(job, overrides)])

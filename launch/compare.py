@@ -13,14 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from result import Result
+from result import JobResult
 from rich.console import Console
 from rich.table import Table
 
 LOSS_TOLERANCE = 1e-5
 
 
-def largest_difference(result: Result, reference: Result) -> float:
+def largest_difference(result: JobResult, reference: JobResult) -> float:
     """The largest relative difference of two runs' losses, validation included."""
     if len(result.losses) != len(reference.losses):
         raise ValueError(f"{result.schedule} ran {len(result.losses)} batches, "
@@ -34,7 +34,7 @@ def _difference(loss: float, expected: float) -> float:
     return difference if difference == difference else float("inf")  # A NaN is no agreement.
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[JobResult]) -> Table:
     reference = results[0]
     view = Table(title=f"{reference.stages} ranks, {reference.micro_batches} micro-batches, "
                        f"{len(reference.losses)} batches",
@@ -56,7 +56,7 @@ def table(results: list[Result]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
-    results = [Result.read(path) for path in parser.parse_args().results]
+    results = [JobResult.read(path) for path in parser.parse_args().results]
     Console(width=120).print(table(results))
     wrong = [result.schedule for result in results if largest_difference(result, results[0]) > LOSS_TOLERANCE]
     if wrong:

@@ -1,4 +1,4 @@
-"""What launch/finetune.py is told, and programs like it: options, words like `schedule=v-zb`, a config in YAML.
+"""What launch/finetune.py is told, and programs like it: options, overrides like `schedule=v-zb`, a config in YAML.
 
 All three have the same keys: those of ds_vshape/finetuning/settings.py, which configs/finetune.yaml lists.
 """
@@ -52,7 +52,7 @@ def parsed(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse
     except ConfigError as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"words, a config and what is composed without --deepspeed_config need hydra ({error}): "
+        parser.error(f"overrides, a config and what is composed without --deepspeed_config need hydra ({error}): "
                      "pip install 'ds-vshape[launch]'")
     return argparse.Namespace(**dict(settings), ds_config=ds_config, **given)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Result:
+class JobResult:
     """`losses` holds one loss a batch (nats a byte). `batch_seconds` and the bubbles (fractions) are medians over the
     batches after the first few. `stages` counts ranks; each rank's `peak_activations` are in 1/(2 x stages) of the
     model for one micro-batch.
@@ -36,6 +36,6 @@ class Result:
         path.write_text(json.dumps({**exact, **dataclasses.asdict(self)}, indent=2) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Result:
+    def read(cls, path: Path) -> JobResult:
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in json.loads(path.read_text()).items() if key in fields})

@@ -24,7 +24,7 @@ import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from result import Result
+from result import JobResult
 from text import load_corpus, micro_batches
 from tqdm import tqdm
 
@@ -55,11 +55,11 @@ def start_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def job_of(words: list[str]) -> Job:
+def job_of(overrides: list[str]) -> Job:
     """The job of the command line; SystemExit if it is wrong, or if another number of ranks has been started."""
     try:
         # DeepSpeed's launcher adds the option unless it is told --no_local_rank; LOCAL_RANK says the same.
-        job = compose_job([word for word in words if not word.startswith("--local_rank=")])
+        job = compose_job([each for each in overrides if not each.startswith("--local_rank=")])
     except ConfigError as error:
         raise SystemExit(f"train_rank.py: error: {error}") from None
     started = int(os.environ.get("WORLD_SIZE", job.ranks))
@@ -69,7 +69,7 @@ def job_of(words: list[str]) -> Job:
     return job
 
 
-def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batches: int) -> Result:
+def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batches: int) -> JobResult:
     """Trains and measures each batch, then evaluates once."""
     # DeepSpeed's own engine doesn't measure itself.
     measured = engine if hasattr(engine, "pipeline_report") else OwnEngineClock(engine)
@@ -85,7 +85,7 @@ def train(engine: Any, training: Iterator[Any], validation: Iterator[Any], batch
     def typical(values: list[float]) -> float:
         return statistics.median(values[WARM_UP_BATCHES:] or values)
 
-    return Result(schedule=reports[-1]["schedule"],
+    return JobResult(schedule=reports[-1]["schedule"],
                   stages=len(reports[-1]["peak_activations"]),
                   micro_batches=engine.micro_batches,
                   losses=losses,

@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_parser(commands)
     jobs.add_parsers(commands)
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(parsed, "words") or any(word.startswith("-") for word in rest)):
+    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # words after an option that follows words, which argparse leaves over
-        parsed.words += rest
+    if rest:  # overrides after an option that follows overrides, which argparse leaves over
+        parsed.overrides += rest
     try:
         status = int(parsed.run(parsed))
         sys.stdout.flush()

@@ -15,11 +15,11 @@ from ds_vshape.cli.report import console
 GIB = 1024 ** 3
 
 _DRY_RUN = """Shows what a job would do: each pipeline rank with its global ranks, hosts, layers and bytes, and the
-predicted step. Words choose a file of a group (schedule=v-half) or set a key (parallel.pipe=4)."""
+predicted step. Overrides choose a file of a group (schedule=v-half) or set a key (parallel.pipe=4)."""
 _LAYOUTS = """Ranks layouts, micro-batch sizes and schedules for a number of devices by the predicted step; what doesn't
-fit into memory is left out. The section search says what to try (search.ranks=24 search.batch=96); other words are
-those of dry-run. With --model it is done for a Hugging Face model, whose layers are measured on the meta device, and
-else for a GPT of the package."""
+fit into memory is left out. The section search says what to try (search.ranks=24 search.batch=96); other overrides
+are those of dry-run. The model is a GPT of the package, or with --model a Hugging Face model, whose layers are measured
+on the meta device."""
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,7 +38,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
                          help="a job for each combination of values (parallel.pipe=2,4)")
     dry_run.set_defaults(run=run_dry)
     for parser in (layouts, dry_run):
-        parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="what differs from the configs")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the configs")
         parser.add_argument("--configs", type=Path, metavar="FOLDER",
                             help="where train.yaml, layouts.yaml and their groups are (default: the checkout's)")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there as well")
@@ -53,13 +53,14 @@ def run_layouts(arguments: argparse.Namespace) -> int:
     from ds_vshape.layouts.job_costs import predict_job
     from ds_vshape.layouts.search import rank_layouts
 
-    search, config, schedules = compose_search(arguments.words + _words(arguments), arguments.configs or CONFIGS)
+    search, config, schedules = compose_search([*arguments.overrides, *_overrides(arguments)],
+                                               arguments.configs or CONFIGS)
     predict = predict_job
     if arguments.model is not None:
         from ds_vshape.layouts.hugging_face import ModelFolder  # needs torch and transformers
 
         model = ModelFolder(arguments.model, arguments.length)
-        model.costs(search.micro_batch[0], config["precision"]["dtype"], 1)  # One error, instead of one a layout.
+        model.costs(search.micro_batch[0], config["precision"]["dtype"], 1)  # one error, instead of one for each layout
         config, predict = {**config, "model": model.section}, model.predict
     with progress_bar("predicting") as progress:
         ranking = rank_layouts(search, config, schedules, progress, predict)
@@ -74,15 +75,17 @@ def run_layouts(arguments: argparse.Namespace) -> int:
     return 0 if ranking.found else 1
 
 
-def _words(arguments: argparse.Namespace) -> list[str]:
-    """The options of `layouts` as words."""
-    words = [f"search.{key}={value}" for key in ("ranks", "batch") if (value := getattr(arguments, key)) is not None]
-    words += [f"search.{key}=[{value}]" for key in ("micro_batch", "schedules") if (value := getattr(arguments, key))]
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """The options of `layouts` as overrides."""
+    numbers = {key: getattr(arguments, key) for key in ("ranks", "batch")}
+    lists = {key: getattr(arguments, key) for key in ("micro_batch", "schedules")}
+    overrides = [f"search.{key}={value}" for key, value in numbers.items() if value is not None]
+    overrides += [f"search.{key}=[{value}]" for key, value in lists.items() if value]
     if arguments.memory is not None:
-        words.append(f"search.memory={_gibibytes(arguments.memory)}")
+        overrides.append(f"search.memory={_gibibytes(arguments.memory)}")
     if arguments.length is not None:
-        words.append(f"model.length={arguments.length}")
-    return words
+        overrides.append(f"model.length={arguments.length}")
+    return overrides
 
 
 def _gibibytes(text: str) -> float:
@@ -103,7 +106,7 @@ def run_dry(arguments: argparse.Namespace) -> int:
     from ds_vshape.layouts.job_costs import predict_job
     from ds_vshape.layouts.report import job_to_json, print_job
 
-    jobs = [composed.job for composed in compose_jobs(arguments.words, arguments.multirun,
+    jobs = [composed.job for composed in compose_jobs(arguments.overrides, arguments.multirun,
                                                       arguments.configs or CONFIGS)]
     predicted = [(job, predict_job(job)) for job in jobs]
     if arguments.json is not None:

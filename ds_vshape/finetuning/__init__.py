@@ -1,7 +1,7 @@
 """Fine-tuning of Hugging Face models on text and conversations (the extra `finetuning`).
 
     settings.py   what a fine-tuning is told: one table
-    composition.py    settings from words and configs, by hydra
+    composition.py    settings from overrides and configs, by hydra
     data.py       rows to train and to evaluate on, on every rank
     samples.py    files to token ids, and which of them are learned
     packing.py    which samples share a row

@@ -1,4 +1,4 @@
-"""Settings from words like "length=512 schedule=v-zb" and from a config; hydra composes them from a folder of configs.
+"""Settings from overrides like "length=512 schedule=v-zb" and from a config; hydra composes them from a folder of configs.
 
 configs/finetune.yaml has all keys, with their defaults. A config of a user's own extends it:
 
@@ -17,21 +17,21 @@ from pydantic import BaseModel
 
 from ds_vshape.config.section import ConfigError, ScheduleConfig, TraceConfig
 from ds_vshape.finetuning.settings import Settings, Training, read_settings
-from ds_vshape.layouts.composition import CONFIGS, check_keys, compose_config, parse_words
+from ds_vshape.layouts.composition import CONFIGS, check_keys, compose_config, parse_overrides
 from ds_vshape.layouts.rules import section_of, unknown_key
 
 NAME = "finetune"
 
 
-def compose_settings(words: Sequence[str], options: Mapping[str, Any],
+def compose_settings(overrides: Sequence[str], options: Mapping[str, Any],
                      config: Path | None = None) -> tuple[Settings, str | dict[str, Any]]:
-    """The settings of a `config` (None: configs/finetune.yaml) with `words` and `options`, and the ds_config.
+    """The settings of a `config` (None: configs/finetune.yaml) with `overrides` and `options`, and the ds_config.
 
     Raises:
         ConfigError: for what can't be used, and for a key that is given twice.
     """
-    check_keys(words, legal_keys())
-    parsed = {override.key_or_group: override for override in parse_words(words)}
+    check_keys(overrides, legal_keys())
+    parsed = {override.key_or_group: override for override in parse_overrides(overrides)}
     twice = [key for key in parsed if key in options]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice: as --{twice[0]} and as {parsed[twice[0]].input_line}")

@@ -44,8 +44,8 @@ _threads: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
 
 
 @dataclass
-class _Line:
-    """A connection for lines of JSON, on which neither sending nor receiving blocks."""
+class _Connection:
+    """A socket for lines of JSON, on which neither sending nor receiving blocks."""
 
     socket: socket.socket
     rank: int | None = None
@@ -114,7 +114,7 @@ class Heartbeat(threading.Thread):
         # Rank 0 watches over all ranks, the others over rank 0.
         self._attendance = Attendance(range(ranks) if rank == 0 else [0], seconds)
         self._hosts = {rank: socket.gethostname()}
-        self._lines: list[_Line] = []
+        self._connections: list[_Connection] = []
         self._listener: socket.socket | None = None
         self._secret = ""
         self._selector = selectors.DefaultSelector()
@@ -184,8 +184,8 @@ class Heartbeat(threading.Thread):
 
     def abandon(self) -> None:
         """Close the connections, as a forked process must: while its copies are open, its parent seems to be alive."""
-        for line in self._lines:
-            line.socket.close()
+        for connection in self._connections:
+            connection.socket.close()
         if self._listener is not None:
             self._listener.close()
 
@@ -229,41 +229,41 @@ class Heartbeat(threading.Thread):
 
     def _add(self, connection: socket.socket, rank: int | None) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        line = _Line(connection, rank)
-        self._lines.append(line)
-        self._selector.register(connection, selectors.EVENT_READ, line)
+        made = _Connection(connection, rank)
+        self._connections.append(made)
+        self._selector.register(connection, selectors.EVENT_READ, made)
 
-    def _receive(self, line: _Line, now: float) -> None:
+    def _receive(self, connection: _Connection, now: float) -> None:
         try:
-            for message in line.receive():
-                self._take(line, message, now)
-            line.flush()
+            for message in connection.receive():
+                self._take(connection, message, now)
+            connection.flush()
         except (OSError, ValueError, LookupError, TypeError):
-            self._close(line)
+            self._close(connection)
 
-    def _close(self, line: _Line) -> None:
-        if line in self._lines:
-            self._drop(line)
-            if line.rank is not None:
-                self._attendance.gone(line.rank)
+    def _close(self, connection: _Connection) -> None:
+        if connection in self._connections:
+            self._drop(connection)
+            if connection.rank is not None:
+                self._attendance.gone(connection.rank)
 
-    def _take(self, line: _Line, message: Any, now: float) -> None:
-        if line.rank is None:
+    def _take(self, connection: _Connection, message: Any, now: float) -> None:
+        if connection.rank is None:
             secret, rank, host = message["hello"]
             if not secrets.compare_digest(secret, self._secret):
                 raise ValueError("a stranger")
-            line.rank, self._hosts[rank] = int(rank), str(host)
-            line.outgoing += b"\n"
+            connection.rank, self._hosts[rank] = int(rank), str(host)
+            connection.outgoing += b"\n"
             if self._found is not None:
-                line.send({"loss": asdict(self._found)})
-        self._attendance.heard(line.rank, now)
+                connection.send({"loss": asdict(self._found)})
+        self._attendance.heard(connection.rank, now)
         if "status" in message:
-            self._attendance.heard(line.rank, now, Status(**message["status"]))
+            self._attendance.heard(connection.rank, now, Status(**message["status"]))
         elif "silent" in message:
             self.silent = message["silent"]
         elif "left" in message:
-            self._attendance.left(line.rank, message["left"])
-            self._drop(line)
+            self._attendance.left(connection.rank, message["left"])
+            self._drop(connection)
         elif "here" in message:
             self._all_here(message["here"])
         elif "loss" in message:
@@ -305,39 +305,39 @@ class Heartbeat(threading.Thread):
         If a process ends before, while it has received something that it hasn't read, its last message may be lost.
         """
         self._say(message)
-        parting = [line for line in self._lines if line.rank is not None]
-        for line in parting:
+        parting = [connection for connection in self._connections if connection.rank is not None]
+        for connection in parting:
             with suppress(OSError):
-                line.socket.shutdown(socket.SHUT_WR)
+                connection.socket.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + _PARTING_SECONDS
         while self._rank == 0 and parting and (left := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(left):
-                line = key.data
-                if line in parting:
+                connection = key.data
+                if connection in parting:
                     try:
-                        line.receive()
+                        connection.receive()
                     except (OSError, ValueError):
-                        parting.remove(line)
-                        self._drop(line)
+                        parting.remove(connection)
+                        self._drop(connection)
                 elif key.fileobj is self._woken:
                     self._wake_up()
                 else:
                     # A rank that connects now is accepted when this is over.
                     time.sleep(0.01)
-        for line in list(self._lines):
-            self._drop(line)
+        for connection in list(self._connections):
+            self._drop(connection)
 
-    def _drop(self, line: _Line) -> None:
-        if line in self._lines:
-            self._lines.remove(line)
-            self._selector.unregister(line.socket)
-            line.socket.close()
+    def _drop(self, connection: _Connection) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+            self._selector.unregister(connection.socket)
+            connection.socket.close()
 
     def _say(self, message: Mapping[str, Any]) -> None:
-        for line in list(self._lines):
-            if line.rank is not None:
+        for connection in list(self._connections):
+            if connection.rank is not None:
                 try:
-                    line.send(message)
+                    connection.send(message)
                 except OSError:
                     # It is closed, which `_receive` finds after it has read what came before.
                     continue

@@ -2,7 +2,7 @@
 
     job.py            a job's config, section by section
     rules.py          what must be legal together; a mapping becomes a job
-    composition.py    jobs from words like parallel.pipe=4, composed by hydra from a folder of configs
+    composition.py    jobs from overrides like parallel.pipe=4, composed by hydra from a folder of configs
     gpt_costs.py      times and bytes of a GPT, by a cost model
     hugging_face.py   the same of any Hugging Face model, by its own modules on the meta device
     job_costs.py      a job in the terms of the cost model

@@ -1,4 +1,4 @@
-"""Jobs from words like "schedule=v-half parallel.pipe=4": hydra composes them from a folder of configs.
+"""Jobs from overrides like "schedule=v-half parallel.pipe=4": hydra composes them from a folder of configs.
 
 The folder has train.yaml for a job, layouts.yaml for a search, finetune.yaml for a fine-tuning, and a folder for each
 group that they choose from. hydra comes with the extra `launch`.
@@ -25,9 +25,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from ds_vshape.config.section import ConfigError, nearest
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.rules import legal_keys, read_job, section_of, unknown_key
-from ds_vshape.layouts.search import Search
+from ds_vshape.layouts.search import SearchSpace
 
-# Those of the checkout.
+# The checkout's folder.
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Keys below these belong to hydra and to DeepSpeed, which check them.
 _OPEN = ("hydra", "deepspeed")
@@ -37,30 +37,30 @@ _GROUPS = ("bench", "monitor")
 
 @dataclass(frozen=True)
 class Composed:
-    """A job, and the words that make it."""
+    """A job, and the overrides that choose it."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     job: Job
 
 
-def compose_job(words: Sequence[str], configs: Path = CONFIGS) -> Job:
-    """The one job of `words`; ConfigError for words that can't be used."""
-    check_keys(words, legal_keys())
-    return read_job(compose_config("train", words, configs))
+def compose_job(overrides: Sequence[str], configs: Path = CONFIGS) -> Job:
+    """The one job of `overrides`; ConfigError for illegal overrides."""
+    check_keys(overrides, legal_keys())
+    return read_job(compose_config("train", overrides, configs))
 
 
-def compose_jobs(words: Sequence[str], multirun: bool, configs: Path = CONFIGS) -> list[Composed]:
-    """The job of `words`; with `multirun`, or where the chosen bench asks for a sweep, one for each combination of all
-    values. ConfigError if any of them can't run.
+def compose_jobs(overrides: Sequence[str], multirun: bool, configs: Path = CONFIGS) -> list[Composed]:
+    """The job of `overrides`; with `multirun`, or where the chosen bench asks for a sweep, one for each combination of
+    all values. ConfigError if any of them can't run.
     """
-    check_keys(words, legal_keys())
-    single = [word.input_line or "" for word in parse_words(words) if not word.is_sweep_override()]
+    check_keys(overrides, legal_keys())
+    single = [each.input_line or "" for each in parse_overrides(overrides) if not each.is_sweep_override()]
     hydras = _hydra_section(single, configs)
     if not multirun and hydras.mode != RunMode.MULTIRUN:
-        return [Composed(tuple(words), compose_job(words, configs))]
-    overrides = parse_words([*(f"{key}={value}" for key, value in (hydras.sweeper.params or {}).items()), *words])
+        return [Composed(tuple(overrides), compose_job(overrides, configs))]
+    parsed = parse_overrides([*(f"{key}={value}" for key, value in (hydras.sweeper.params or {}).items()), *overrides])
     found = []
-    for each in chain.from_iterable(BasicSweeper.split_arguments(overrides, None)):
+    for each in chain.from_iterable(BasicSweeper.split_arguments(parsed, None)):
         try:
             found.append(Composed(tuple(each), compose_job(each, configs)))
         except ConfigError as error:
@@ -68,33 +68,31 @@ def compose_jobs(words: Sequence[str], multirun: bool, configs: Path = CONFIGS) 
     return found
 
 
-def compose_search(words: Sequence[str],
-                   configs: Path = CONFIGS) -> tuple[Search, dict[str, Any], list[dict[str, Any]]]:
-    """What to search, the job's config, and the section of each schedule to try; ConfigError for words that can't be
-    used.
-    """
-    check_keys(words, [*legal_keys(), "search", *(f"search.{key}" for key in Search.model_fields)])
-    config = compose_config("layouts", words, configs)
-    search = section_of(Search, config.pop("search"), "search")
+def compose_search(overrides: Sequence[str],
+                   configs: Path = CONFIGS) -> tuple[SearchSpace, dict[str, Any], list[dict[str, Any]]]:
+    """What to search, the job's config, and the section of each schedule to try; ConfigError for illegal overrides."""
+    check_keys(overrides, [*legal_keys(), "search", *(f"search.{key}" for key in SearchSpace.model_fields)])
+    config = compose_config("layouts", overrides, configs)
+    search = section_of(SearchSpace, config.pop("search"), "search")
     return search, config, [_schedule(name, config["schedule"], configs) for name in search.schedules]
 
 
-def compose_config(name: str, words: Sequence[str], configs: Path = CONFIGS,
+def compose_config(name: str, overrides: Sequence[str], configs: Path = CONFIGS,
                    values: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`name`.yaml in `configs` with `words`, then with `values` by key, as plain values; ConfigError for what hydra
+    """`name`.yaml in `configs` with `overrides`, then with `values` by key, as plain values; ConfigError for what hydra
     refuses.
     """
     with _refusals(), _folder(configs, name):
-        composed = compose(name, list(words))
+        composed = compose(name, list(overrides))
         for key, value in (values or {}).items():
             OmegaConf.update(composed, key, value)
         config: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         return dict(config)
 
 
-def check_keys(words: Sequence[str], legal: Sequence[str]) -> None:
-    """Raises ConfigError for a word whose key is neither in `legal` nor hydra's nor DeepSpeed's."""
-    for override in parse_words(words):
+def check_keys(overrides: Sequence[str], legal: Sequence[str]) -> None:
+    """Raises ConfigError for an override whose key is neither in `legal` nor hydra's nor DeepSpeed's."""
+    for override in parse_overrides(overrides):
         key = override.key_or_group
         if key not in (*legal, *_GROUPS) and key.partition(".")[0].partition("/")[0] not in _OPEN:
             raise unknown_key(key, override.get_value_element_as_str(), legal)
@@ -110,25 +108,25 @@ def _schedule(name: str, given: dict[str, Any], configs: Path) -> dict[str, Any]
     return {**chosen, **{key: value for key, value in given.items() if value is not None and key != "name"}}
 
 
-def _hydra_section(words: Sequence[str], configs: Path) -> Any:
-    """hydra's own settings, as the words change them."""
+def _hydra_section(overrides: Sequence[str], configs: Path) -> Any:
+    """hydra's own settings, with those of the overrides."""
     with _refusals(), _folder(configs, "train"):
-        return compose("train", list(words), return_hydra_config=True).hydra
+        return compose("train", list(overrides), return_hydra_config=True).hydra
 
 
-def parse_words(words: Sequence[str]) -> list[Override]:
-    """Raises ConfigError for words that hydra can't read."""
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Raises ConfigError for overrides that hydra can't read."""
     try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(list(words))
+        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
         return parsed
     except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}: words must be like schedule=v-half or "
+        raise ConfigError(f"{str(error).splitlines()[0]}: overrides must be like schedule=v-half or "
                           "parallel.pipe=4") from None
 
 
 @contextmanager
 def _folder(configs: Path, name: str) -> Iterator[None]:
-    """hydra composes from `configs`; ConfigError if `name`.yaml isn't there."""
+    """Let hydra compose from `configs`; ConfigError if `name`.yaml isn't there."""
     if not (configs / f"{name}.yaml").is_file():
         raise ConfigError(f"--configs {configs}: has no {name}.yaml; must be a folder of configs, such as configs/ of "
                           "the ds_vshape checkout")
@@ -138,7 +136,7 @@ def _folder(configs: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turns what hydra refuses into a ConfigError of one line."""
+    """Turn an error of hydra into a ConfigError of one line."""
     try:
         yield
     except MissingConfigException as error:

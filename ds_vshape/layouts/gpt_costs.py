@@ -112,8 +112,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Training:
-    """A `shape` trained with `samples` sequences of `length` in a micro-batch, and how it is spread over devices.
+class TrainingCosts:
+    """The costs of training a `shape` with `samples` sequences of `length` in a micro-batch, spread over devices.
 
     `bounds` are the first layer of each stage and the number of layers, embedding and head included; without them the
     stages have as many layers each, as in the paper.
@@ -210,7 +210,7 @@ class Training:
         """Bytes of what a block gives the next one."""
         return self.bytes.value * self.tokens * self.shape.hidden
 
-    def balanced(self, placement: Placement) -> Training:
+    def balanced(self, placement: Placement) -> TrainingCosts:
         """With the bounds that give all ranks about as much to do."""
         return replace(self, bounds=balance([sum(self._times_of(layer)) for layer in self.layers], placement))
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from ds_vshape.config.section import ConfigError
-from ds_vshape.layouts.gpt_costs import Code, Layer, Shape, Training
+from ds_vshape.layouts.gpt_costs import Code, Layer, Shape, TrainingCosts
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bytes_of, predict_training, speeds_of
 from ds_vshape.layouts.prediction import Prediction
@@ -30,7 +30,7 @@ _VOCABULARY = 256
 
 
 @dataclass(frozen=True)
-class ModelTraining(Training):
+class MeasuredTrainingCosts(TrainingCosts):
     """A training of a model whose layers have been measured; `costs` are one tensor parallel rank's."""
 
     costs: tuple[MeasuredCosts, ...] = ()
@@ -112,19 +112,19 @@ class ModelFolder:
                 raise ConfigError(f"--model {self.folder}: {_first_line(error)}") from None
         return self._costs[key]
 
-    def training(self, job: Job) -> ModelTraining:
+    def training(self, job: Job) -> MeasuredTrainingCosts:
         """What the cost model takes, with the stages balanced by it unless the config has bounds."""
         tensor = job.parallel.tensor
         costs = self.costs(job.data.micro_batch, job.precision.dtype, tensor)
         config = self.config
         shape = Shape(self.folder.name, config.num_hidden_layers, config.num_attention_heads, config.hidden_size,
                       job.ranks, config.vocab_size)
-        training = ModelTraining(
+        training = MeasuredTrainingCosts(
             shape, speeds_of(job), self.length, job.data.micro_batch, job.micro_batches, job.parallel.pipe, tensor,
             job.replicas, bytes=bytes_of(job), costs=costs,
             code=Code(0, 0, 0, sequence_parallel=False, tied=bool(getattr(config, "tie_word_embeddings", False))))
         balanced = training.balanced(job.placement)
-        assert isinstance(balanced, ModelTraining)
+        assert isinstance(balanced, MeasuredTrainingCosts)
         return balanced
 
     def predict(self, job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:

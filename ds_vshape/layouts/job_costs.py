@@ -1,4 +1,4 @@
-"""A job in the words of the cost model: how its layers are cut into stages, and what its batch will take."""
+"""A job as the cost model sees it: how its layers are cut into stages, and what its batch will take."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import replace
 from itertools import pairwise
 
 from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.layouts.gpt_costs import ENDS, GPT_PY, Bytes, Shape, Speeds, Training
+from ds_vshape.layouts.gpt_costs import ENDS, GPT_PY, Bytes, Shape, Speeds, TrainingCosts
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.prediction import Prediction, predict
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 from ds_vshape.schedule.timeline import Times
 
 
-def training_of(job: Job) -> Training:
+def training_of(job: Job) -> TrainingCosts:
     """What the cost model takes; stages are balanced by it unless the config has bounds."""
     model = job.model
     shape = Shape("", model.layers, model.heads, model.hidden, job.ranks, model.vocabulary)
-    training = Training(shape, speeds_of(job), model.length, job.data.micro_batch, job.micro_batches,
+    training = TrainingCosts(shape, speeds_of(job), model.length, job.data.micro_batch, job.micro_batches,
                         job.parallel.pipe, job.parallel.tensor, job.replicas, bytes=bytes_of(job), code=GPT_PY)
     if job.section and isinstance(job.section.partition, tuple):
         first, *inner, last = job.section.partition
@@ -57,7 +57,7 @@ def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: N
     return predict_training(job, training_of(job), progress)
 
 
-def predict_training(job: Job, training: Training,
+def predict_training(job: Job, training: TrainingCosts,
                      progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
     """The batch of `job`, whose layers and stages are those of `training`; ValueErrors as of prediction.predict."""
     config = job.section or ScheduleConfig(name=job.schedule_name)
@@ -78,7 +78,7 @@ def host_of(job: Job, rank: int) -> str:
     raise ValueError(f"rank {rank} is on no host")
 
 
-def _times(job: Job, training: Training) -> Times:
+def _times(job: Job, training: TrainingCosts) -> Times:
     """Each hop as its two ranks stand: the slowest replica's counts."""
     placement, speeds = job.placement, training.speeds
     inside, between = (training.times(placement, message) for message in (speeds.inside, speeds.between))

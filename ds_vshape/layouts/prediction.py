@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.config.to_schedule import is_planned, request_for
-from ds_vshape.layouts.gpt_costs import Training
+from ds_vshape.layouts.gpt_costs import TrainingCosts
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.communicators import communicators_of_ranks
@@ -24,7 +24,7 @@ class Prediction:
     """The simulated batch of a training; `seconds` with the reduction after the passes, without the optimizer's step.
     """
 
-    training: Training
+    training: TrainingCosts
     schedule: Schedule
     timeline: Timeline
     seconds: float
@@ -52,7 +52,7 @@ class Prediction:
         return training.samples * training.micro_batches * training.data / self.seconds
 
 
-def predict(config: ScheduleConfig, training: Training, times: Times,
+def predict(config: ScheduleConfig, training: TrainingCosts, times: Times,
             progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
     """The batch of `training` by the schedule of `config`, whose stages take `times`.
 
@@ -78,7 +78,7 @@ def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
     return build(name, ranks, micro_batches)
 
 
-def _schedule(config: ScheduleConfig, training: Training, times: Times, activations: Activations,
+def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, activations: Activations,
               progress: Callable[[float], None]) -> Schedule:
     """The one that the job will train by, once its times are measured if `config` says so."""
     ranks, micro_batches = training.ranks, training.micro_batches

@@ -25,7 +25,7 @@ from ds_vshape.measure.rank_memory import readable
 Sizes = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
-class Search(Section):
+class SearchSpace(Section):
     """What to search: `ranks` devices that every layout must use, `batch` sequences that every layout must train in a
     step, and the sizes and schedules to try; None for all that divide. `memory` is GiB of a device, None for the
     machine's; `show` is a number of rows.
@@ -56,7 +56,7 @@ class Ranking:
     too large; and of these the one that needs least.
     """
 
-    search: Search
+    search: SearchSpace
     memory: float
     found: tuple[Found, ...]
     impossible: int
@@ -118,7 +118,7 @@ class Ranking:
         }
 
 
-def candidates(search: Search, config: dict[str, Any],
+def candidates(search: SearchSpace, config: dict[str, Any],
                schedules: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """`config` with every layout that uses all ranks, every micro-batch size and every one of `schedules`."""
     divisors = [size for size in range(1, search.ranks + 1) if search.ranks % size == 0]
@@ -134,7 +134,7 @@ def candidates(search: Search, config: dict[str, Any],
                             "batch": search.batch}}
 
 
-def rank_layouts(search: Search, config: dict[str, Any], schedules: Sequence[dict[str, Any]],
+def rank_layouts(search: SearchSpace, config: dict[str, Any], schedules: Sequence[dict[str, Any]],
                  progress: Callable[[float], None] = lambda fraction: None,
                  predict: Callable[[Job], Prediction] = predict_job) -> Ranking:
     """All layouts of `config`, a job's config whose layout and batch `search` replaces.

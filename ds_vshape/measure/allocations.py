@@ -30,7 +30,7 @@ class CannotWatch(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Change:
+class MemoryChange:
     """Memory that was taken at an address, or was given back there (a negative size)."""
 
     time: int
@@ -42,7 +42,7 @@ class Change:
 class Watched:
     """All changes in the order of time, and the start and end of each span, by its number."""
 
-    changes: list[Change]
+    changes: list[MemoryChange]
     spans: dict[int, tuple[int, int]]
 
 
@@ -119,7 +119,7 @@ class AllocationWatcher:
 
     def _note(self, address: int, size: int) -> None:
         if self._watched is not None:
-            self._watched.changes.append(Change(self._tick(), address, size))
+            self._watched.changes.append(MemoryChange(self._tick(), address, size))
 
     def _tick(self) -> int:
         self._time += 1

@@ -1,7 +1,7 @@
 """A byte-level GPT as a list of pipeline layers.
 
     bytes [batch, length]
-      -> Embedding (tied to the head) -> Positions -> Block x layers -> LayerNorm -> head
+      -> TokenEmbedding (tied to the head) -> PositionEmbedding -> Block x layers -> LayerNorm -> head
       -> logits [batch, length, vocabulary]
 
 Each layer takes one tensor and gives one, so that the list can be cut into stages anywhere.
@@ -40,7 +40,7 @@ class GPTConfig:
             raise ValueError(f"hidden = {self.hidden} must be a multiple of heads = {self.heads}")
 
 
-class Embedding(nn.Embedding):
+class TokenEmbedding(nn.Embedding):
     """Bytes to vectors; `head` uses the same weight the other way round."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
@@ -48,12 +48,12 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-def head(embedding: Embedding, hidden: Tensor) -> Tensor:
+def head(embedding: TokenEmbedding, hidden: Tensor) -> Tensor:
     """Vectors [batch, length, hidden] to logits [batch, length, vocabulary]."""
     return F.linear(hidden, embedding.weight)
 
 
-class Positions(nn.Module):
+class PositionEmbedding(nn.Module):
     """Adds a learned vector for each position."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -102,7 +102,7 @@ class Block(nn.Module):
         return output
 
 
-def head_in_chunks(embedding: Embedding, hidden: Tensor) -> HeadOutput:
+def head_in_chunks(embedding: TokenEmbedding, hidden: Tensor) -> HeadOutput:
     """As `head`, with the logits left to `loss_fn`, which computes them for some tokens at a time."""
     return HeadOutput(hidden, Projection(embedding.weight))
 
@@ -113,11 +113,11 @@ def gpt_layers(config: GPTConfig, chunked_head: bool = False) -> list[LayerSpec]
     With a `chunked_head` the logits never exist whole (split_backward/head.py).
     """
     return [
-        TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden),
-        LayerSpec(Positions, config),
+        TiedLayerSpec("embedding", TokenEmbedding, config.vocabulary, config.hidden),
+        LayerSpec(PositionEmbedding, config),
         *(LayerSpec(Block, config) for _ in range(config.layers)),
         LayerSpec(nn.LayerNorm, config.hidden),
-        TiedLayerSpec("embedding", Embedding, config.vocabulary, config.hidden,
+        TiedLayerSpec("embedding", TokenEmbedding, config.vocabulary, config.hidden,
                       forward_fn=head_in_chunks if chunked_head else head),
     ]
 

@@ -56,12 +56,12 @@ def check(programs: Sequence[Program], placement: Placement,
     """
     for rank, program in enumerate(programs):
         _check_alone(rank, program, placement)
-    lines = _check_communicators(programs, communicator)
-    actions = [[_Action(step, lines[step.message.channel]) for step in program
+    directions = _check_communicators(programs, communicator)
+    actions = [[_Action(step, directions[step.message.channel]) for step in program
                 if isinstance(step, (Send, PostReceive, AwaitSend, AwaitReceive))] for program in programs]
     for receives in Receives:
-        for line in set(lines.values()):
-            line.reset()
+        for direction in set(directions.values()):
+            direction.reset()
         _run_together(actions, receives)
     # Programs may be made without the data.
     loading = any(isinstance(step, Load) for program in programs for step in program)
@@ -126,16 +126,16 @@ def _is_done(need: Pass, done: set[Pass]) -> bool:
 # -- [2] each communicator
 
 
-class _Line:
-    """One direction of a communicator in the run of [3]: how many of its messages are sent, have a receive, and are
-    through.
+class _Direction:
+    """One direction of a communicator in the run of [3]: how many of its messages are sent, have a receive, and have
+    arrived.
 
-    `queues` are those of the communicator at either end: lines of started operations, in the order of their start.
+    `queues` are those of the communicator at either end: directions of started operations, in the order of their start.
     """
 
     __slots__ = ("number", "queues", "received", "sent", "through")
 
-    def __init__(self, messages: Sequence[Message], queues: tuple[deque[_Line], deque[_Line]]) -> None:
+    def __init__(self, messages: Sequence[Message], queues: tuple[deque[_Direction], deque[_Direction]]) -> None:
         self.number = {message: number for number, message in enumerate(messages)}
         self.queues = queues
         self.reset()
@@ -148,7 +148,7 @@ class _Line:
 
 
 def _check_communicators(programs: Sequence[Program],
-                         communicator: Callable[[Channel], Hashable]) -> dict[Channel, _Line]:
+                         communicator: Callable[[Channel], Hashable]) -> dict[Channel, _Direction]:
     sent: dict[tuple[int, int, Hashable], list[Message]] = defaultdict(list)
     posted: dict[tuple[int, int, Hashable], list[Message]] = defaultdict(list)
     places: dict[Channel, tuple[int, int, Hashable]] = {}
@@ -160,8 +160,8 @@ def _check_communicators(programs: Sequence[Program],
                 if place is None:
                     place = places[channel] = channel.source, channel.target, communicator(channel)
                 (sent if isinstance(step, Send) else posted)[place].append(step.message)
-    queues: dict[tuple[int, Hashable], deque[_Line]] = defaultdict(deque)
-    lines = {}
+    queues: dict[tuple[int, Hashable], deque[_Direction]] = defaultdict(deque)
+    directions = {}
     for source, target, shared in sorted(sent.keys() | posted.keys(), key=lambda place: place[:2]):
         place = source, target, shared
         for number, (out, into) in enumerate(zip_longest(sent[place], posted[place])):
@@ -175,23 +175,23 @@ def _check_communicators(programs: Sequence[Program],
         twice = [message for message, times in Counter(sent[place]).items() if times > 1]
         if twice:
             raise DeadlockError(f"messages {source}->{target}: {twice[0]} is sent twice")
-        lines[place] = _Line(sent[place], (queues[source, shared], queues[target, shared]))
-    return {channel: lines[place] for channel, place in places.items()}
+        directions[place] = _Direction(sent[place], (queues[source, shared], queues[target, shared]))
+    return {channel: directions[place] for channel, place in places.items()}
 
 
 # -- [3] all programs together
 
 
 class _Action:
-    """A step of communication, with its message's line and the number on it."""
+    """A step of communication, with its message's direction and the number on it."""
 
-    __slots__ = ("kind", "line", "number", "step")
+    __slots__ = ("direction", "kind", "number", "step")
 
-    def __init__(self, step: Send | PostReceive | AwaitSend | AwaitReceive, line: _Line) -> None:
+    def __init__(self, step: Send | PostReceive | AwaitSend | AwaitReceive, direction: _Direction) -> None:
         self.step: Step = step
         self.kind = type(step)
-        self.line = line
-        self.number = line.number[step.message]
+        self.direction = direction
+        self.number = direction.number[step.message]
 
 
 def _run_together(actions: Sequence[Sequence[_Action]], receives: Receives) -> None:
@@ -213,35 +213,36 @@ def _run_together(actions: Sequence[Sequence[_Action]], receives: Receives) -> N
 
 def _act(action: _Action, receives: Receives) -> bool:
     """Do `action`, or return False if it has to wait."""
-    kind, line = action.kind, action.line
+    kind, direction = action.kind, action.direction
     if kind is Send:
-        line.sent += 1
-        _start(line, 0)
+        direction.sent += 1
+        _start(direction, 0)
         return True
     if kind is PostReceive:
         if receives is Receives.EARLY:
-            line.received += 1
-            _start(line, 1)
+            direction.received += 1
+            _start(direction, 1)
         return True
     if kind is AwaitReceive:
         # The runtime starts what was posted before the message on its communicator, too.
-        while line.received <= action.number:
-            line.received += 1
-            _start(line, 1)
-    return line.through > action.number
+        while direction.received <= action.number:
+            direction.received += 1
+            _start(direction, 1)
+    return direction.through > action.number
 
 
-def _start(line: _Line, end: int) -> None:
-    """Start an operation at one end of `line`; complete all that is set free."""
-    line.queues[end].append(line)
-    candidates = [line]
+def _start(direction: _Direction, end: int) -> None:
+    """Start an operation at one end of `direction`; complete all operations that it unblocks."""
+    direction.queues[end].append(direction)
+    candidates = [direction]
     while candidates:
-        line = candidates.pop()
-        source, target = line.queues
-        if line.through < min(line.sent, line.received) and source[0] is line and target[0] is line:
+        direction = candidates.pop()
+        source, target = direction.queues
+        both = min(direction.sent, direction.received)
+        if direction.through < both and source[0] is direction and target[0] is direction:
             source.popleft()
             target.popleft()
-            line.through += 1
+            direction.through += 1
             candidates += [queue[0] for queue in (source, target) if queue]
 
 

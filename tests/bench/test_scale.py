@@ -11,11 +11,11 @@ import pytest
 import scale
 from scale import SHAPES, best_layout, layouts, parser, plan_cost, speeds_of, step
 
-from ds_vshape.layouts.gpt_costs import Training
+from ds_vshape.layouts.gpt_costs import TrainingCosts
 from ds_vshape.schedule.placement import linear, v
 
 OPTIONS = parser().parse_args(["paper"])
-SMALL = Training(SHAPES["9.6B"], speeds_of(OPTIONS), length=1024, samples=1, micro_batches=32, ranks=16)
+SMALL = TrainingCosts(SHAPES["9.6B"], speeds_of(OPTIONS), length=1024, samples=1, micro_batches=32, ranks=16)
 
 
 @pytest.mark.parametrize(("samples", "milliseconds"), [(4, 13.0), (8, 26.3), (12, 39.5)])
@@ -28,7 +28,7 @@ def test_the_papers_forward_passes(samples: int, milliseconds: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
 def test_shapes_have_the_parameters_of_their_names(shape: scale.Shape) -> None:
     """The paper counts a tied embedding once."""
-    layers = Training(shape, SMALL.speeds, 1024, 1, 1, shape.gpus).layers
+    layers = TrainingCosts(shape, SMALL.speeds, 1024, 1, 1, shape.gpus).layers
     assert sum(layer.parameters for layer in layers[:-1]) == pytest.approx(float(shape.name[:-1]) * 1e9, rel=0.015)
 
 

@@ -98,7 +98,7 @@ optimizer: {lr: 2.0e-5}
     (["model=other"], "model is given twice: as --model and as model=other"),
     (["--deepspeed_config", FILE, "schedule=v-zb"], f"schedule=v-zb: with deepspeed_config = {FILE} that file says it"),
     (["--config", "mine.yml"], "--config mine.yml: must be a file *.yaml"),
-    (["length"], "Error parsing override 'length': words must be like"),
+    (["length"], "Error parsing override 'length': overrides must be like"),
 ])
 def test_what_is_wrong_is_told_in_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, *WORDS, *words).startswith(told)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from clusters import AS_ROOT, ROOT, SCRIPTS, Cluster
 from hosts import Host, ssh_between, two_hosts
-from result import Result
+from result import JobResult
 
 BATCHES = 3
 WORDS = ["model=tiny", "schedule=v-half", "parallel.pipe=4", "data.micro_batches=4", f"batches={BATCHES}"]
@@ -43,7 +43,7 @@ def test_the_losses_of_two_hosts_are_those_of_one(cluster: Cluster) -> None:
         said = start()
         # pdsh puts the host before each line.
         assert all((f"{host.name}: " in said) == named for host in cluster.hosts), said
-    across, alone, by_mpirun = map(Result.read, results)
+    across, alone, by_mpirun = map(JobResult.read, results)
     assert (across.schedule, across.stages, len(across.losses)) == ("v-half", 4, BATCHES)
     for one in (alone, by_mpirun):
         assert across.losses == one.losses and across.validation_loss == one.validation_loss

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from compare import LOSS_TOLERANCE, largest_difference
 from ports import free_port
-from result import Result
+from result import JobResult
 
 ROOT = Path(__file__).parents[2]
 RANKS, BATCHES = 2, 4
@@ -37,19 +37,19 @@ def start(*words: str) -> tuple[str, str]:
     return output, errors
 
 
-def launch(folder: Path, name: str, *words: str) -> Result:
+def launch(folder: Path, name: str, *words: str) -> JobResult:
     """One job on RANKS pipeline ranks; without `result`, rank 0 writes it into the run's folder."""
     start(f"parallel.pipe={RANKS}", f"hydra.run.dir={folder / name}", *words)
-    return Result.read(folder / name / "result.json")
+    return JobResult.read(folder / name / "result.json")
 
 
 @pytest.fixture(scope="module")
-def v_half(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def v_half(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
     return launch(tmp_path_factory.mktemp("runs"), "v-half", "schedule=v-half")
 
 
 @pytest.mark.launcher
-def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half: Result):
+def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half: JobResult):
     own = launch(tmp_path, "own", "schedule=deepspeed")
 
     assert own.schedule == "DeepSpeed's 1f1b" and v_half.schedule == "v-half"
@@ -65,7 +65,7 @@ def test_one_key_changes_the_schedule_and_not_the_losses(tmp_path: Path, v_half:
 
 @pytest.mark.launcher
 @pytest.mark.slow
-def test_tensor_parallel_blocks_have_the_same_losses(tmp_path: Path, v_half: Result):
+def test_tensor_parallel_blocks_have_the_same_losses(tmp_path: Path, v_half: JobResult):
     """With ZeRO-1. Gradients aren't clipped; what that does here is tests/engine/test_tensor_parallel.py's."""
     shared = launch(tmp_path, "shared", "parallel.tensor=2", "parallel.zero=1", "schedule=v-half")
     assert (shared.schedule, shared.stages) == ("v-half", RANKS)
@@ -78,7 +78,7 @@ def test_a_sweep_trains_each_of_its_jobs(tmp_path: Path):
     """Two schedules, and one table at the end; nothing is left in the checkout."""
     before = files_of_the_checkout()
     output, _ = start("--multirun", "schedule=1f1b,v-zb", "parallel.pipe=2", f"hydra.sweep.dir={tmp_path}")
-    results = [Result.read(tmp_path / str(number) / "result.json") for number in range(2)]
+    results = [JobResult.read(tmp_path / str(number) / "result.json") for number in range(2)]
     assert [result.schedule for result in results] == ["1f1b", "v-zb"]
     assert largest_difference(*results) <= LOSS_TOLERANCE
     for result in results:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import compare
 import pytest
-from result import Result
+from result import JobResult
 
-RESULT = Result(schedule="1f1b",
+RESULT = JobResult(schedule="1f1b",
                 stages=2,
                 micro_batches=4,
                 losses=[5.5, 0.1 + 0.2],
@@ -21,7 +21,7 @@ RESULT = Result(schedule="1f1b",
                 peak_activations=[4, 2])
 
 
-def run_compare(monkeypatch: pytest.MonkeyPatch, folder: Path, *results: Result) -> int:
+def run_compare(monkeypatch: pytest.MonkeyPatch, folder: Path, *results: JobResult) -> int:
     paths = [folder / f"{place}.json" for place in range(len(results))]
     for path, result in zip(paths, results, strict=True):
         result.write(path)
@@ -31,7 +31,7 @@ def run_compare(monkeypatch: pytest.MonkeyPatch, folder: Path, *results: Result)
 
 def test_a_result_comes_back_from_its_file_exactly(tmp_path: Path):
     RESULT.write(tmp_path / "new" / "result.json")
-    assert Result.read(tmp_path / "new" / "result.json") == RESULT
+    assert JobResult.read(tmp_path / "new" / "result.json") == RESULT
     raw = json.loads((tmp_path / "new" / "result.json").read_text())
     assert float.fromhex(raw["loss_hex"]) == raw["loss"] == 0.1 + 0.2
 

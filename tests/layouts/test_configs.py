@@ -91,7 +91,7 @@ def test_a_sweep_has_every_combination() -> None:
     jobs = compose_jobs(["schedule=v-half,v-zb", "parallel.pipe=2,4", "model=tiny"], multirun=True)
     assert [(each.job.schedule_name, each.job.parallel.pipe) for each in jobs] == list(
         product(["v-half", "v-zb"], [2, 4]))
-    assert jobs[0].words == ("schedule=v-half", "parallel.pipe=2", "model=tiny")
+    assert jobs[0].overrides == ("schedule=v-half", "parallel.pipe=2", "model=tiny")
     layouts = compose_jobs(["bench=layouts"], multirun=False)
     assert [(each.job.schedule_name, each.job.parallel.pipe, each.job.replicas) for each in layouts] == [
         ("1f1b", 2, 2), ("1f1b", 4, 1), ("v-half", 2, 2), ("v-half", 4, 1)]
@@ -153,7 +153,7 @@ REFUSED = {
     "hostfile=/nowhere": "hostfile = '/nowhere': No such file or directory",
     "+deepspeed.gradient_clipping=2": "deepspeed.gradient_clipping = 2: this key of the ds_config comes from the other",
     "schedule=v-half,v-zb": "To sweep over it, add --multirun",
-    "parallel.pipe": "words must be like schedule=v-half or parallel.pipe=4",
+    "parallel.pipe": "overrides must be like schedule=v-half or parallel.pipe=4",
 }
 
 

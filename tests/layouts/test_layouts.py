@@ -73,7 +73,7 @@ def test_less_memory_leaves_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert ("1f1b", "2") not in {(row[1], row[5]) for row in tight}
 
 
-def test_options_may_be_anywhere_among_words(tmp_path: Path) -> None:
+def test_options_may_be_anywhere_among_overrides(tmp_path: Path) -> None:
     words = [*WORDS, "search.pipe=[4]", "search.memory=60"]
     first = search(tmp_path, *words)
     file = tmp_path / "between.json"
@@ -107,7 +107,7 @@ def test_a_schedules_file_is_tried_with_the_keys_of_all(tmp_path: Path) -> None:
     (["search.micro_batch=[]"], "search.micro_batch = []"),
     (["search.ranks=0"], "search.ranks = 0: must be greater than or equal to 1"),
     (["model=nobody"], "model = 'nobody': Legal: 21b"),
-    (["model"], "words must be like schedule=v-half or parallel.pipe=4"),
+    (["model"], "overrides must be like schedule=v-half or parallel.pipe=4"),
     (["--configs", "/nowhere"], "--configs /nowhere: has no train.yaml; must be a folder of configs"),
     (["--json", "/nowhere/layouts.json"], "--json /nowhere/layouts.json: No such file or directory"),
 ])

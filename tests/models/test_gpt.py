@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from deepspeed.pipe import TiedLayerSpec
 from torch import Tensor, nn
 
-from ds_vshape.models.gpt import Embedding, GPTConfig, gpt_layers, loss_fn, seed_layer
+from ds_vshape.models.gpt import TokenEmbedding, GPTConfig, gpt_layers, loss_fn, seed_layer
 
 CONFIG = GPTConfig(layers=3, hidden=24, heads=3, length=10)
 
@@ -109,7 +109,7 @@ def test_the_layers_in_sequence_are_the_plain_model(model, inputs):
 
 def test_embedding_and_head_are_one_weight(model):
     embedding, final = model[0], model[-1]
-    assert isinstance(embedding, Embedding) and final.args[0] is embedding
+    assert isinstance(embedding, TokenEmbedding) and final.args[0] is embedding
     torch.testing.assert_close(final(torch.eye(CONFIG.hidden).double()), embedding.weight.T)
 
 
