@@ -1,4 +1,4 @@
-"""Settings from overrides like "length=512 schedule=v-zb" and from a config; hydra composes them from a folder of configs.
+"""Settings from overrides like "length=512 schedule=v-zb" and from a config, which hydra composes.
 
 configs/finetune.yaml has all keys, with their defaults. A config of a user's own extends it:
 

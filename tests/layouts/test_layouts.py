@@ -108,7 +108,7 @@ def test_a_schedules_file_is_tried_with_the_keys_of_all(tmp_path: Path) -> None:
     (["search.ranks=0"], "search.ranks = 0: must be greater than or equal to 1"),
     (["model=nobody"], "model = 'nobody': Legal: 21b"),
     (["model"], "overrides must be like schedule=v-half or parallel.pipe=4"),
-    (["--configs", "/nowhere"], "--configs /nowhere: has no train.yaml; must be a folder of configs"),
+    (["--configs", "/nowhere"], "--configs /nowhere: has no layouts.yaml; must be a folder of configs"),
     (["--json", "/nowhere/layouts.json"], "--json /nowhere/layouts.json: No such file or directory"),
 ])
 def test_wrong_input_is_one_error(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
