@@ -160,9 +160,15 @@ class BaseForward:
 
 
 class HeadForward:
-    """The forward of the causal language model, in which the base model is a stand-in."""
+    """The forward of the causal language model, in which the base model is a stand-in.
 
-    def __init__(self, planned: PlannedModel) -> None:
+    Args:
+        shares_vocabulary: whether the head gives the rank's part of the logits, which is noted in them as DeepSpeed
+            notes it in parameters (`tensor_model_parallel`).
+    """
+
+    def __init__(self, planned: PlannedModel, shares_vocabulary: bool = False) -> None:
+        self._shares_vocabulary = shares_vocabulary
         self._base = BaseOutput()
         self._model = _copy_with(planned.model, {planned.head: HeadStandIn(getattr(planned.model, planned.head))})
         *path, name = planned.owner_name.split(".")
@@ -185,6 +191,7 @@ class HeadForward:
             output = self._model(attention_mask=mask, use_cache=False)
         finally:
             self._base.hidden = self._base.router_logits = self._head.function = None
+        output.logits.tensor_model_parallel = self._shares_vocabulary
         if router_logits is None:
             return output.logits  # type: ignore[no-any-return]
         return output.logits, self._coefficient * output.aux_loss

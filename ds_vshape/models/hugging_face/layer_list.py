@@ -26,7 +26,7 @@ from ds_vshape.models.hugging_face.plan import Plan, PlannedModel
 from ds_vshape.models.hugging_face.quantization import quantization_of
 from ds_vshape.models.hugging_face.shared import Flow, Shared
 from ds_vshape.models.hugging_face.tensor_parallel import (TensorParallelPlan, parts_of, share_random_state,
-                                                            with_router_loss)
+                                                            shares_vocabulary, with_router_loss)
 from ds_vshape.split_backward.head import HeadOutput
 
 try:
@@ -116,8 +116,14 @@ def next_token_loss(outputs: Flow, labels: Tensor, num_items_in_batch: Tensor | 
         num_items_in_batch: what the sum over tokens is divided by; without it, the number of these tokens.
 
     Returns the loss. Where there is a router loss: both with `num_items_in_batch`, otherwise their sum.
+
+    Raises:
+        ValueError: for logits of a part of the vocabulary, as with a `tensor_group`.
     """
     logits, *router_loss = parts_of(outputs)
+    if shares_vocabulary(logits):
+        raise ValueError("loss_fn = next_token_loss, and each of the tensor parallel ranks has logits of a part of the "
+                         "vocabulary: must be TensorParallelLoss(tensor_group)")
     if isinstance(logits, HeadOutput):
         loss = logits.loss(labels, num_items_in_batch)
     else:

@@ -32,7 +32,7 @@ class Shared:
         self.parallel = parallel
         self.chunked_head = chunked_head
         self.forward = BaseForward(planned)
-        self.head = HeadForward(planned)
+        self.head = HeadForward(planned, parallel is not None)
         self._layers = getattr(planned.owner, planned.layers)
         self._routed = [bool(planned.routers_in(layer)) for layer in self._layers]
         self._made_of: tuple[Any, ...] = ()

@@ -240,7 +240,11 @@ class TensorParallelPlan:
 
 class TensorParallelLoss:
     """next_token_loss (layer_list.py) where each rank of `group` has the logits [batch, length,
-    vocab_size / ranks] of its part of the vocabulary. Every rank gets the whole loss."""
+    vocab_size / ranks] of its part of the vocabulary. Every rank gets the whole loss.
+
+    Raises:
+        ValueError: for logits of the whole vocabulary.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -248,6 +252,10 @@ class TensorParallelLoss:
     def __call__(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor,
                  num_items_in_batch: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         logits, *router_loss = parts_of(outputs)
+        ranks = dist.get_world_size(self._group)
+        if ranks > 1 and not shares_vocabulary(logits):
+            raise ValueError(f"loss_fn = TensorParallelLoss over {ranks} tensor parallel ranks, and the head isn't cut "
+                             "over them: must be next_token_loss, or pipeline_layers must have their tensor_group")
         if isinstance(logits, HeadOutput):
             loss = logits.loss(labels, num_items_in_batch, partial(self._cross_entropy, reduction="sum"))
         else:
@@ -267,6 +275,12 @@ class TensorParallelLoss:
 def parts_of(outputs: Any) -> tuple[Any, ...]:
     """Logits, or the HeadOutput that makes them, and a router loss if there is one."""
     return outputs if type(outputs) is tuple else (outputs,)
+
+
+def shares_vocabulary(logits: Tensor | HeadOutput) -> bool:
+    """Whether these are a rank's part of the logits."""
+    noted = logits.projection.weight if isinstance(logits, HeadOutput) else logits
+    return getattr(noted, "tensor_model_parallel", False)
 
 
 def with_router_loss(loss: Tensor, router_loss: Sequence[Tensor],

@@ -11,6 +11,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from finetune_runs import run_finetune
-from hugging_face_models import (BATCHES, EVALUATED, MICRO_BATCHES, Case, Counted, evaluate, model_config,
+from hugging_face_models import (BATCHES, CONFIGS, EVALUATED, MICRO_BATCHES, Case, Counted, evaluate, model_config,
                                  tensors_in, train_plainly)
 from internals import wrap_accumulator
 from pipelines import BF16_ZERO1, FP32_ZERO1, Job
@@ -305,6 +306,38 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     save_tiny_model(model_config("mixtral"), folder)
     for whole, later in run_ranks(4, resumed, Layout(folder, "v-half", config=FP32_ZERO1), tmp_path / "checkpoint"):
         assert later == whole
+
+
+# -- loss functions that don't go with the head
+
+
+def refused_losses(rank: int) -> list[str]:
+    """What training says of each loss with the other's logits, whole of an untied head and in chunks of a tied one."""
+    topology = PipeModelDataParallelTopology(num_pp=1, num_mp=2, num_dp=1)
+    group = tensor_group(topology)
+    errors = []
+    for (name, chunked), is_cut in product((("llama", False), ("llama-tied", True)), (False, True)):
+        job = Job("v-half", 1, 1)
+        layers = pipeline_layers(tiny_config("llama", 2, **CONFIGS[name]), tensor_group=group if is_cut else None,
+                                 chunked_head=chunked)
+        module = ds_vshape.PipelineModule(layers, topology=topology, partition_method=PARTITION_METHOD,
+                                          loss_fn=next_token_loss if is_cut else TensorParallelLoss(group),
+                                          config=job.ds_config())
+        engine = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=job.ds_config())[0]
+        # Labels of the first half of the vocabulary: on rank 0 a cross-entropy would find all of them.
+        tokens = torch.ones(1, 4, dtype=torch.long)
+        with pytest.raises(Exception) as error:
+            engine.train_batch(iter([(tokens, tokens)]))
+        errors.append(str(error.value))
+    return errors
+
+
+def test_a_loss_that_does_not_go_with_the_head_is_refused() -> None:
+    for errors in run_ranks(2, refused_losses):
+        assert len(errors) == 4
+        for whole, cut in zip(errors[::2], errors[1::2], strict=True):
+            assert "loss_fn = TensorParallelLoss over 2 tensor parallel ranks" in whole and "next_token_loss" in whole
+            assert "loss_fn = next_token_loss" in cut and "must be TensorParallelLoss(tensor_group)" in cut
 
 
 # -- the program
