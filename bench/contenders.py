@@ -43,7 +43,8 @@ def section_of(name: str, times: str) -> Any:
     return section if limit == "profile" else {**section, "memory_limit": float(limit)}
 
 
-def engine_of(name: str, workload: Workload, times: str = "profile", **config_keys: Any) -> Any:
+def engine_of(name: str, workload: Workload, times: str = "profile", *, dynamic_shape: bool = False,
+              **config_keys: Any) -> Any:
     """The engine of contender `name`, with more `config_keys` in its ds_config; collective."""
     if name in TORCH_SCHEDULES:
         return TorchPipeline(TORCH_SCHEDULES[name], workload, LEARNING_RATE)
@@ -64,7 +65,7 @@ def engine_of(name: str, workload: Workload, times: str = "profile", **config_ke
         module_class, options = ds_vshape.PipelineModule, {"config": config, "example": workload.batch(0)[0]}
     specs = [workload.spec(number) for number in range(workload.layers)]
     module = module_class(specs, num_stages=workload.ranks, loss_fn=workload.loss_fn, seed_layers=True,
-                          partition_method="uniform", **options)
+                          partition_method="uniform", dynamic_shape=dynamic_shape, **options)
     # The seeds are for equal weights. Seeding before every layer call takes a CPU build of torch over a millisecond.
     module.seed_layers = False
     return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]

@@ -57,6 +57,18 @@ class SleepingLinear(nn.Module):
         return x + product
 
 
+class LengthSleepingLinear(SleepingLinear):
+    """The same layer, of which the passes of x [length, width] take `seconds` for `length` of `mean`."""
+
+    def __init__(self, width: int, seconds: tuple[float, ...], mean: int) -> None:
+        super().__init__(width, seconds)
+        self.for_mean, self.mean = seconds, mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seconds = tuple(seconds * len(x) / self.mean for seconds in self.for_mean)
+        return super().forward(x)
+
+
 class _SleepingGradient(torch.autograd.Function):
     """The identity, whose gradient takes `seconds`."""
 

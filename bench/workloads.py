@@ -1,11 +1,13 @@
 """What the contenders compute: layers, data and loss, the same for every engine.
 
-    Sleeping    layers that take a set time and no core: what a schedule does on as many devices as there are ranks
-    Gpt         a byte-level GPT with real matrix products: one thread for each rank, and no more ranks than cores
+    Sleeping            layers that take a set time and no core: what a schedule does on as many devices as ranks
+    SleepingByLength    the same, in proportion to the length of a micro-batch
+    Gpt                 a byte-level GPT with real matrix products: one thread a rank, and no more ranks than cores
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
-from layers import SleepingLinear, SleepingPaths
+from layers import LengthSleepingLinear, SleepingLinear, SleepingPaths
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -89,6 +91,29 @@ class Sleeping:
         milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in self.seconds)
         work = self.micro_batches * self.layers * sum(self.seconds) / self.ranks
         return f"{self.layers} layers of {milliseconds} ms (F/B/W), the work alone {work:.2f} s"
+
+
+@dataclass(frozen=True)
+class SleepingByLength(Sleeping):
+    """Layers that sleep in proportion to a micro-batch's length, `mean` on average: lognormal with `sigma`."""
+
+    sigma: float = 0.0
+    mean: int = 64
+
+    def spec(self, number: int) -> LayerSpec:
+        return LayerSpec(LengthSleepingLinear, self.width, self.seconds, self.mean)
+
+    def batch(self, number: int) -> Batch:
+        generator = torch.Generator().manual_seed(number)
+        lengths = [round(self.mean * scale) for scale in self.scales(number)]
+        return [(torch.randn(length, self.width, generator=generator),
+                 torch.randn(length, self.width, generator=generator)) for length in lengths]
+
+    def scales(self, number: int) -> list[float]:
+        """The lengths of batch `number` as multiples of their mean."""
+        dice = random.Random(number)
+        lengths = [dice.lognormvariate(0, self.sigma) for _ in range(self.micro_batches)]
+        return [max(1, round(self.mean * length * len(lengths) / sum(lengths))) / self.mean for length in lengths]
 
 
 def _sleep_of(seconds: float, times: int = 20) -> float:

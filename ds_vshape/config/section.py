@@ -200,6 +200,11 @@ class ScheduleConfig(BaseModel):
     planning_seconds: PlanningTime = 10.0
     """The longest time that planning takes. With `"times": "profile"` training continues meanwhile."""
 
+    micro_batch_order: Literal["data", "length"] = "data"
+    """The order in which a batch's micro-batches are trained: that of the data, or, where they are of different
+    lengths, the one in which ranks wait least. Gradients and losses are then sums in another order, so equal up to
+    rounding."""
+
     detect_anomaly: StrictBool = False
     """End a batch at the first NaN or infinity in a stage's output or in the loss; the error names the stage and the
     micro-batch."""

@@ -3,6 +3,7 @@
     engine.py            train_batch and eval_batch, instruction by instruction
     construction.py      what DeepSpeed's constructor makes: groups of experts, the optimizer
     loading.py           a batch's inputs and labels
+    ordering.py          the order of micro-batches of different lengths
     passes.py            forwards and backwards of a stage
     messages.py          activations and gradients between stages
     batch_end.py         the end of a batch: loss, gradients, step

@@ -34,6 +34,7 @@ from ds_vshape.runtime.gradients import (accumulator_of, clip_gradients, leave_t
 from ds_vshape.runtime.micro_batch import added, as_number, detached
 from ds_vshape.runtime.reduction import reduction_for
 from ds_vshape.runtime.script_functions import ScriptFunctions
+from ds_vshape.runtime.drawn_batch import DrawnBatch
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.split_backward.head import EarlyGradients
 
@@ -52,6 +53,7 @@ class BatchEnd(StockEngine):
     _released: ReleasedWeights
     _returning_loss: Handle[Tensor] | None
     _script: ScriptFunctions
+    _drawn: DrawnBatch
     _token_mean: TokenMean | None
     _verification: Verification | None
 
@@ -191,6 +193,7 @@ class BatchEnd(StockEngine):
             self._aggregate_total_loss()
         if self._reduction is not None:
             self._reduction.forget()
+        self._drawn.forget()
         if self._token_mean is not None:
             self._token_mean.forget()
         for parameter in self.module.parameters():

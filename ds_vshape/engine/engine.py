@@ -37,6 +37,7 @@ from ds_vshape.engine.flops_profile import flops_profile, is_flops_profiled
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.loading import Loading
 from ds_vshape.engine.messages import Messaging
+from ds_vshape.engine.ordering import Ordering, ordering_for
 from ds_vshape.engine.passes import StagePasses
 from ds_vshape.engine.plans import BatchPlan, Plans
 from ds_vshape.engine.rehearsal import Rehearsal
@@ -57,6 +58,7 @@ from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.anomaly import checked
 from ds_vshape.runtime.buffers import Buffers
+from ds_vshape.runtime.drawn_batch import DrawnBatch
 from ds_vshape.runtime.gradient_release import ReleasedWeights
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.micro_batch import Intake, check_reduction
@@ -110,9 +112,13 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         self._early = EarlyGradients(self.device)
         self._token_mean: TokenMean | None = None
         if self.module.averages_tokens and self.is_last_stage():
-            self._token_mean = TokenMean(self.module.loss_fn, self._draw, self.is_first_stage(),
-                                         self.grid.get_data_parallel_group(), self.dp_world_size, self.device,
-                                         self._background)
+            self._token_mean = TokenMean(self.module.loss_fn, self.grid.get_data_parallel_group(), self.dp_world_size,
+                                         self.device, self._background)
+        self._drawn = DrawnBatch(self._draw, self.is_first_stage())
+        self._ordering: Ordering | None = None
+        if config.micro_batch_order == "length":
+            pipelines = self.grid.topology().get_axis_comm_lists("pipe")
+            self._ordering = ordering_for(self.placement, pipelines, self.global_rank)
         self._returning_loss: Handle[Tensor] | None = None
         self._script = ScriptFunctions(self)
         self._released = ReleasedWeights(self.module)
@@ -284,7 +290,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         except PipelineError as error:
             # All ranks raise it at the end of the batch.
             self._guard.fail(error, "the start of the batch")
-        self.draw_ahead(pipe_schedule.schedule.micro_batches)
+        self.draw_ahead(pipe_schedule.schedule)
         try:
             self._run(pipe_schedule.instructions, pipe_schedule.passes)
         finally:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ds_vshape.comm.payload import members
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.guard import BatchGuard
+from ds_vshape.engine.ordering import Ordering
+from ds_vshape.engine.plans import Plans
 from ds_vshape.engine.rollback import Samples
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
+from ds_vshape.runtime.drawn_batch import DrawnBatch
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.micro_batch import Intake, own_copy, own_labels
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Times
 
 
 class Loading(StockEngine):
@@ -21,7 +28,12 @@ class Loading(StockEngine):
 
     placement: Placement
     _guard: BatchGuard
+    _drawn: DrawnBatch
+    # Whether the present batch was drawn when it started.
+    _draws_ahead: bool
     _intake: Intake
+    _ordering: Ordering | None
+    _plans: Plans
     _samples: Samples
     _stage_buffers: Buffers
     _token_mean: TokenMean | None
@@ -36,16 +48,29 @@ class Loading(StockEngine):
     def _draw(self) -> tuple[Any, Any]:
         return self._intake.pair(self._next_batch())
 
-    def draw_ahead(self, micro_batches: int) -> None:
-        """Draw all data of a batch whose loss is a mean over tokens, on the rank that computes it."""
-        if self._token_mean is not None and self.computes_loss:
-            self._token_mean.start_batch(micro_batches, draws=self._guard.failure is None)
+    @property
+    def _counts_tokens(self) -> bool:
+        return self._token_mean is not None and self.computes_loss
+
+    def draw_ahead(self, schedule: Schedule) -> None:
+        """Draw all data of a batch whose loss is a mean over tokens, or whose micro-batches are put in order, on the
+        ranks that need it; collective over replicas, and over the ranks of the first and the last stage."""
+        orders = self._ordering is not None and torch.is_grad_enabled()
+        self._draws_ahead = self._counts_tokens or orders
+        if self._draws_ahead:
+            self._drawn.draw(schedule.micro_batches if self._guard.failure is None else 0, self._look)
+        if self._token_mean is not None and self._counts_tokens:
+            self._token_mean.start_batch(schedule.micro_batches)
+        if self._ordering is not None and orders:
+            times = self._plans.times or Times.uniform(self.placement.stages)
+            self._drawn.reorder(self._ordering.order(schedule, times, self._drawn.sizes))
+
+    def _look(self, labels: Any) -> None:
+        if self._token_mean is not None and self._counts_tokens:
+            self._token_mean.count(labels)
 
     def _exec_load_micro_batch(self, buffer_id: BufferId) -> None:
-        if self._token_mean is not None and self.computes_loss:
-            inputs, labels = self._token_mean.take()
-        else:
-            inputs, labels = self._draw()
+        inputs, labels = self._drawn.take() if self._draws_ahead else self._draw()
         if self._holds(0):
             inputs = own_copy(inputs, self.device, "inputs")
             if self.recomputes_reentrantly():

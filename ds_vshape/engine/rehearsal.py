@@ -46,7 +46,7 @@ class Rehearsal(StockEngine):
     def _run(self, instructions: Sequence[instr.PipeInstruction], passes: Sequence[Pass | None]) -> None:
         raise NotImplementedError
 
-    def draw_ahead(self, micro_batches: int) -> None:
+    def draw_ahead(self, schedule: Schedule) -> None:
         """The engine's."""
         raise NotImplementedError
 
@@ -63,7 +63,8 @@ class Rehearsal(StockEngine):
         self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(None if self._announces else self._signatures)
         self._active_stage = None
-        self.draw_ahead(schedule.micro_batches)
+        # Micro-batches in the places that they have in the batch itself, whose schedule may order them otherwise.
+        self.draw_ahead(self._plans.training(schedule.micro_batches).schedule)
         with self._wrappers.none():
             self._run(instructions, [None] * len(instructions))
         yield

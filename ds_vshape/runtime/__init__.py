@@ -4,6 +4,7 @@
     wrappers.py           what is put around the instructions
     rank.py               what others know of the engine: this rank's place and training
     micro_batch.py        what a micro-batch brings in, and the losses that come out of it
+    drawn_batch.py        a batch's data, drawn when it starts
     token_mean.py         a batch's loss as the mean over its tokens
     buffers.py            what a stage holds of a micro-batch from its forward to the end of its backward
     gradients.py          where gradients add up, and their clipping

@@ -13,7 +13,6 @@ divides the sum over a micro-batch's tokens by the number of all tokens of the b
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,11 +21,9 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ds_vshape.comm.background import Background, Handle
 from ds_vshape.config.section import KEY, ConfigError
-from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.runtime.micro_batch import loss_of
 from ds_vshape.split_backward.head import IGNORE_INDEX
 
@@ -74,38 +71,28 @@ class TokenMean:
         loss_fn: takes (outputs, labels, num_items_in_batch) and returns the loss of a micro-batch, or (loss, auxiliary
             loss), of which the second is averaged over micro-batches. Its attribute `count_tokens`, if it has one,
             returns the number of tokens in labels; otherwise labels must be a tensor, of which all but -100 count.
-        draw: returns the next (inputs, labels) of the data.
-        keeps_inputs: whether this rank needs the inputs.
         group, replicas: the ranks that compute the losses of other replicas, and how many there are.
         device: where losses are.
     """
 
-    def __init__(self, loss_fn: Callable[..., Any], draw: Callable[[], tuple[Any, Any]], keeps_inputs: bool, group: Any,
-                 replicas: int, device: torch.device, background: Background) -> None:
-        self._loss_fn, self._draw, self._keeps_inputs = loss_fn, draw, keeps_inputs
+    def __init__(self, loss_fn: Callable[..., Any], group: Any, replicas: int, device: torch.device,
+                 background: Background) -> None:
+        self._loss_fn = loss_fn
         self._group, self._replicas, self._device, self._background = group, replicas, device, background
         self._count_tokens = getattr(loss_fn, "count_tokens", _count_labels)
-        self._drawn: deque[tuple[Any, Any] | Exception] = deque()
+        self._counts: list[Any] = []
         self._micro_batches = 1
         self._tokens: Handle[Tensor] | None = None
 
-    def start_batch(self, micro_batches: int, draws: bool) -> None:
-        """Draw and count a batch (collective over replicas, so that one that has failed takes part and `draws`
-        nothing). An error of the data is raised when its micro-batch is taken."""
+    def count(self, labels: Any) -> None:
+        """Count the labels of a micro-batch of the batch that is about to start. PipelineError if they can't be."""
+        self._counts.append(_checked(self._count_tokens(labels)))
+
+    def start_batch(self, micro_batches: int) -> None:
+        """Add up what has been counted (collective over replicas, so that one that has failed takes part)."""
+        counts, self._counts = self._counts, []
         self.forget()
         self._micro_batches = micro_batches
-        counts: list[Any] = []
-        for _ in range(micro_batches if draws else 0):
-            try:
-                # Copies: the data's memory may hold another micro-batch at the next draw.
-                inputs, labels = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._draw())
-                counts.append(_checked(self._count_tokens(labels)))
-            except Exception as error:
-                if is_ended_wait(error):
-                    raise
-                self._drawn.append(error)
-                break
-            self._drawn.append((inputs if self._keeps_inputs else None, labels))
         tokens = self._added(counts)
         self._tokens = self._background.start(partial(self._over_replicas, tokens), (tokens,))
 
@@ -124,13 +111,6 @@ class TokenMean:
         # Without any token all sums are zero, and so is the loss.
         return tokens.clamp_(min=1)
 
-    def take(self) -> tuple[Any, Any]:
-        """The inputs and labels of the next micro-batch; raises what drawing or counting it has raised."""
-        drawn = self._drawn.popleft()
-        if isinstance(drawn, Exception):
-            raise drawn
-        return drawn
-
     def loss(self, outputs: Any, labels: Any) -> Any:
         """The loss of a micro-batch, scaled so that the mean over micro-batches and replicas is that over tokens."""
         assert self._tokens is not None
@@ -148,7 +128,7 @@ class TokenMean:
 
     def forget(self) -> None:
         """Drop what is left of a batch that has failed."""
-        self._drawn.clear()
+        self._counts.clear()
         if self._tokens is not None:
             self._tokens.result()
             self._tokens = None

@@ -17,6 +17,7 @@ Schedules by name:
     fuse.py              whole backwards where the split gains nothing
     pending.py           fewer weight gradients that wait at once
     adaptive/            schedules made for measured times under a memory limit
+    micro_batch_order.py the order of micro-batches that take different times
 
 What it costs:
     timeline.py          the simulator

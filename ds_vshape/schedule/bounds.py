@@ -47,7 +47,7 @@ The first F can't start before its input is there, and the last B's gradient mus
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, inf
 
 from ds_vshape.schedule.activations import Activations
@@ -72,11 +72,30 @@ def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: fl
 
 def lower_bound_of_limits(placement: Placement, micro_batches: int, times: Times, activations: Activations,
                           limits: Sequence[float]) -> float:
-    """The least makespan if rank r never keeps more than `limits[r]`, by `activations.peak_activations`."""
+    """The least makespan if rank r never keeps more than `limits[r]`, by `activations.peak_activations`.
+
+    Where micro-batches take different times, three bounds are known: that of a batch of the shortest alone; the way of
+    the longest one alone; and each rank's work after the shortest way to it.
+    """
+    if times.scales:
+        shortest, longest = min(times.scales), max(times.scales)
+        alike = replace(times, scales=())
+        ways = _Ways.of(placement, _scaled(alike, shortest))
+        work = [min(ways.to_forward[s] for s in stages) + sum(times.scales) * sum(alike.of_stage(s) for s in stages)
+                for stages in placement.chunks]
+        return max(_Ways.of(placement, _scaled(alike, longest)).after_forward[0], *work,
+                   lower_bound_of_limits(placement, micro_batches, _scaled(alike, shortest), activations, limits))
     ways = _Ways.of(placement, times)
     bounds = (_Rank(stages, micro_batches, times, activations, limit).bound(ways)
               for stages, limit in zip(placement.chunks, limits, strict=True))
     return max(ways.after_forward[0], *bounds)
+
+
+def _scaled(times: Times, scale: float) -> Times:
+    """All passes `scale` times as long."""
+    forward, input_grad, weight_grad = (tuple(scale * seconds for seconds in of_stages) for of_stages in
+                                        (times.forward, times.input_grad, times.weight_grad))
+    return replace(times, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
 
 
 @dataclass(frozen=True)

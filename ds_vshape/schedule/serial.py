@@ -101,7 +101,7 @@ def times_to_json(times: Times) -> dict[str, Any]:
 def times_from_json(data: Mapping[str, Any]) -> Times:
     """The times that `times_to_json` wrote."""
     return Times(tuple(data["forward"]), tuple(data["input_grad"]), tuple(data["weight_grad"]),
-                 tuple(data["hops"]))
+                 tuple(data["hops"]), tuple(data["scales"]))
 
 
 def activations_to_json(activations: Activations) -> dict[str, Any]:

@@ -20,13 +20,15 @@ class Times:
     """Seconds (or any one unit) of F, B and W for each stage, and of a hop for each boundary between stages.
 
     `hops[s]` is the time from stage s to stage s + 1, and as much back; it counts only if they are on different ranks.
-    Without any, hops take no time.
+    Without any, hops take no time. Where micro-batches differ, as sequences of mixed lengths do, all passes of
+    micro-batch i take `scales[i]` times as long; without any, all are alike.
     """
 
     forward: tuple[float, ...]
     input_grad: tuple[float, ...]
     weight_grad: tuple[float, ...]
     hops: tuple[float, ...] = ()
+    scales: tuple[float, ...] = ()
 
     @classmethod
     def uniform(cls, stages: int, forward: float = 1, input_grad: float = 1, weight_grad: float = 1,
@@ -36,6 +38,10 @@ class Times:
 
     def of(self, action: Pass) -> float:
         """How long `action` takes."""
+        seconds = self._unscaled(action)
+        return seconds * self.scales[action.micro_batch] if self.scales else seconds
+
+    def _unscaled(self, action: Pass) -> float:
         stage = action.stage
         if action.kind is Kind.F:
             return self.forward[stage]
@@ -46,7 +52,7 @@ class Times:
         return self.input_grad[stage] + self.weight_grad[stage]
 
     def of_stage(self, stage: int) -> float:
-        """How long a micro-batch takes on `stage`, forward and backward."""
+        """How long a micro-batch of scale 1 takes on `stage`, forward and backward."""
         return self.forward[stage] + self.input_grad[stage] + self.weight_grad[stage]
 
     def delays(self, placement: Placement) -> tuple[float, ...]:

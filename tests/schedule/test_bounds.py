@@ -42,7 +42,9 @@ def test_no_schedule_is_below(ranks: int, micro_batches: int, name: str, data: s
     stages = schedule.placement.stages
     lengths = st.lists(st.floats(0.1, 5), min_size=stages, max_size=stages).map(tuple)
     hops = st.lists(st.floats(0, 3), min_size=stages - 1, max_size=stages - 1).map(tuple)
-    times = Times(data.draw(lengths), data.draw(lengths), data.draw(lengths), data.draw(hops))
+    of_micro_batches = st.lists(st.floats(0.1, 5), min_size=micro_batches, max_size=micro_batches).map(tuple)
+    scales = data.draw(st.just(()) | of_micro_batches)
+    times = Times(data.draw(lengths), data.draw(lengths), data.draw(lengths), data.draw(hops), scales)
     bound = lower_bound(schedule.placement, micro_batches, times, max(peak_activations(schedule)))
     assert bound <= simulate(schedule, times).makespan * (1 + 1e-9)
 
