@@ -23,13 +23,14 @@ from ds_vshape.checkpoint.commit import (LATEST, LATEST_UNIVERSAL, Draft, latest
 from ds_vshape.checkpoint.errors import CheckpointError, in_one_line, missing
 from ds_vshape.checkpoint.files import Reading, Writing
 from ds_vshape.checkpoint.layout import SavedLayout, check_layout, save_layout
+from ds_vshape.checkpoint.replicas import OPTIMIZER_STATE, redistribute
 from ds_vshape.checkpoint.tags import check_tag
 from ds_vshape.checkpoint.training_state import TrainingState
 from ds_vshape.checkpoint.universal import check_universal, damaged, parameter_groups
 from ds_vshape.checkpoint.weights_only import weights_only
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.deepspeed_adapter.engine import StockEngine
-from ds_vshape.deepspeed_adapter.optimizers import is_bf16
+from ds_vshape.deepspeed_adapter.optimizers import flat_groups, is_bf16
 from ds_vshape.health.failures import Agreement
 from ds_vshape.health.meeting import Meeting
 from ds_vshape.health.watch import Watch, in_phase
@@ -55,6 +56,7 @@ class SavingEngine(StockEngine):
     # While a checkpoint is loaded.
     _loading: Meeting | None = None
     _reading: Reading
+    _saved_replicas: int
 
     @in_phase
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
@@ -286,15 +288,31 @@ class SavingEngine(StockEngine):
         return None
 
     def _get_all_zero_checkpoints(self, load_dir: str, tag: str) -> Any:
-        states = super()._get_all_zero_checkpoints(load_dir, tag)
+        states = self._of_other_replicas(load_dir, tag) or super()._get_all_zero_checkpoints(load_dir, tag)
         # The optimizer may exchange them with other replicas, where parameters were aligned otherwise.
         self._meet()
         return states
+
+    def _of_other_replicas(self, load_dir: str, tag: str) -> list[Any] | None:
+        """The optimizer's state by replica, of this one alone, where another number of replicas has saved; else None.
+        """
+        now, replica = self.grid.get_data_parallel_world_size(), self.grid.get_data_parallel_rank()
+        groups = flat_groups(self.optimizer, now)
+        if self._saved_replicas == now or groups is None:
+            return None
+        files = self.optimizer_files(load_dir, tag, self._saved_replicas)
+        parts = [self.checkpoint_engine.load(file, map_location="cpu")[OPTIMIZER_STATE] for file in files]
+        own = redistribute(parts, groups, replica)
+        return [own if number == replica else None for number in range(now)]
 
     def _load_zero_checkpoint(self, load_dir: str, tag: str, **kwargs: Any) -> Any:
         if self.load_universal_checkpoint():
             loaded = self._load_universal(load_dir, tag, **kwargs)
         else:
+            self._saved_replicas, now = self.replicas_of_checkpoint, self.grid.get_data_parallel_world_size()
+            if flat_groups(self.optimizer, now) is not None:
+                # DeepSpeed would refuse any other number.
+                self.replicas_of_checkpoint = now
             loaded = super()._load_zero_checkpoint(load_dir, tag, **kwargs)
         # The weights of a universal checkpoint are gathered from other replicas.
         self._meet()

@@ -108,6 +108,20 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         """Of the checkpoint that is loaded."""
         return self._curr_ckpt_path  # type: ignore[no-any-return]
 
+    @property
+    def replicas_of_checkpoint(self) -> int:
+        """How many data parallel ranks saved the checkpoint that is loaded."""
+        return self.loaded_checkpoint_dp_world_size
+
+    @replicas_of_checkpoint.setter
+    def replicas_of_checkpoint(self, replicas: int) -> None:
+        self.loaded_checkpoint_dp_world_size = replicas
+
+    def optimizer_files(self, folder: str, tag: str, replicas: int) -> list[str]:
+        """The paths of the optimizer states that so many replicas have saved of this rank's layers."""
+        return self._get_mp_rank_zero_checkpoint_names(  # type: ignore[no-any-return]
+            folder, tag, self.checkpoint_mp_rank, replicas, self.bfloat16_enabled())
+
     def execute_plan(self, plan: Any) -> None:
         """Run a batch by what `_train_schedule` or `_inference_schedule` has given."""
         raise NotImplementedError

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import FP32_WEIGHT_KEY
+from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, FP32_WEIGHT_KEY, SINGLE_PARTITION_OF_FP32_GROUPS
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -297,6 +298,32 @@ def groups_with_master_weights(optimizer: Any) -> list[list[Parameter]]:
     return [[parameter for parameter in group if mapping_of(parameter) is not None] for group in groups]
 
 
+@dataclass(frozen=True)
+class FlatGroup:
+    """A parameter group as one flat tensor that replicas share: how many `numbers` its parameters have, and how many
+    each replica's `part` has, with zeros at the end."""
+
+    numbers: int
+    part: int
+
+
+def flat_groups(optimizer: Any, replicas: int) -> list[FlatGroup] | None:
+    """The groups of an optimizer of which `replicas` have a part each; None where the order of parameters depends on
+    the number of replicas, or not all groups have as many parts, as those of experts."""
+    if isinstance(optimizer, BF16_Optimizer):
+        groups, parts = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        groups, parts = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        if optimizer.round_robin_gradients or any(map(any, optimizer.round_robin_bit16_padding)):
+            return None
+    else:
+        return None
+    if any(count != replicas for count in optimizer.partition_count):
+        return None
+    return [FlatGroup(sum(parameter.numel() for parameter in group), part.numel())
+            for group, part in zip(groups, parts, strict=True)]
+
+
 def convert_without(optimizer: Any, names: Iterable[str]) -> None:
     """Make DeepSpeed's ds_to_universal.py skip the parameters `names` in the file that `optimizer` saves."""
     for group in getattr(optimizer, "_param_slice_mappings", ()):
@@ -313,3 +340,6 @@ def load_universal_by(parameter: Any, load: Callable[..., Any]) -> None:
 
 # The name of a weight's file in a universal checkpoint; the others are parts of its state.
 UNIVERSAL_WEIGHT: str = FP32_WEIGHT_KEY
+# Parts of what an optimizer of flat groups saves: each group's master weights, and the state of torch's optimizer.
+MASTER_WEIGHTS: str = SINGLE_PARTITION_OF_FP32_GROUPS
+CORE_STATE: str = BASE_OPTIMIZER_STATE

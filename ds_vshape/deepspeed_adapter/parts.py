@@ -37,8 +37,9 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 # What only this folder touches.
 USED: Mapping[str, tuple[str, ...]] = {
     _ENGINE: (
-        "_curr_ckpt_path", "_get_ckpt_name", "_global_grad_norm", "_running_engine_backward",
-        "_step_applied", "global_samples", "global_steps", "skipped_steps"),
+        "_curr_ckpt_path", "_get_ckpt_name", "_get_mp_rank_zero_checkpoint_names", "_global_grad_norm",
+        "_running_engine_backward", "_step_applied", "checkpoint_mp_rank", "global_samples", "global_steps",
+        "loaded_checkpoint_dp_world_size", "skipped_steps"),
     _PIPELINE_ENGINE: ("_compute_loss", "_force_grad_boundary"),
     _MODULE: (
         "_find_layer_type", "_get_frozen_parameter_names", "_grid", "_layer_specs", "_local_start", "_local_stop",
@@ -48,13 +49,14 @@ USED: Mapping[str, tuple[str, ...]] = {
         "_global_grad_norm", "_hp_optimizer_states_linked", "_param_slice_mappings", "_release_ipg_buffers",
         "averaged_gradients", "bit16_groups", "fill_grad_accum_attribute", "get_gradient_for_reduction",
         "gradient_accumulation_dtype", "loss_scaler", "micro_step_id", "model_parallel_group", "overflow",
-        "overlapping_partition_gradients_reduce_epilogue", "params_already_reduced", "partition_gradients",
-        "reduce_independent_p_g_buckets_and_remove_grads", "reduce_ipg_grads", "scaled_global_norm",
+        "overlapping_partition_gradients_reduce_epilogue", "params_already_reduced", "partition_count",
+        "partition_gradients", "reduce_independent_p_g_buckets_and_remove_grads", "reduce_ipg_grads",
+        "round_robin_bit16_padding", "round_robin_gradients", "scaled_global_norm",
         "set_gradient_accumulation_boundary", "setup_buckets", "single_partition_of_fp32_groups", "update_lp_params",
         "use_grad_accum_attribute"),
     _BF16: (
-        "_param_slice_mappings", "bf16_groups", "fp32_groups_gradients", "fp32_groups_gradients_flat",
-        "fp32_groups_has_gradients"),
+        "_param_slice_mappings", "bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradients",
+        "fp32_groups_gradients_flat", "fp32_groups_has_gradients", "partition_count"),
     _SCALER: ("raise_error_at_min_scale",),
 }
 
