@@ -16,7 +16,9 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import record
 import torch
 from products import ways
 from rich.console import Console
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--sums", choices=DTYPES, help="the sums' own dtype, if they have one")
     add_device_option(parser)
     parser.add_argument("--rounds", type=int, default=30)
+    record.add_json_option(parser)
     options = parser.parse_args()
     set_up(options.device)
     dtype, of_sums = DTYPES[options.dtype], DTYPES[options.sums or options.dtype]
@@ -55,18 +58,22 @@ def main() -> None:
     table = Table(title=title)
     for column in ("outputs x inputs, tokens", "way", "median ms", "least ms", "GFLOP/s", "over the first"):
         table.add_column(column, justify="left" if column[0] in "ow" else "right")
+    written: list[dict[str, Any]] = []
     for tokens in options.tokens:
         for outputs, inputs in options.sizes:
             torch.manual_seed(0)
             pairs = [(torch.randn(tokens, outputs, device=options.device).to(dtype),
                       torch.randn(tokens, inputs, device=options.device).to(dtype))
                      for _ in range(options.micro_batches)]
-            show(table, f"{outputs} x {inputs}, {tokens}", pairs, of_sums, options.rounds)
+            seconds = measure(table, f"{outputs} x {inputs}, {tokens}", pairs, of_sums, options.rounds)
+            written.append({"outputs": outputs, "inputs": inputs, "tokens": tokens, "seconds": seconds})
     Console(width=130).print(table)
+    record.write(options.json, written)
 
 
-def show(table: Table, title: str, pairs: list[tuple[Tensor, Tensor]], of_sums: torch.dtype, rounds: int) -> None:
-    """Measure every way on `pairs` of gradient and x, and add its rows."""
+def measure(table: Table, title: str, pairs: list[tuple[Tensor, Tensor]], of_sums: torch.dtype,
+            rounds: int) -> dict[str, list[float]]:
+    """The seconds of every way in each round, on `pairs` of gradient and x; adds its rows."""
     gradient, x = pairs[0]
     sums = torch.zeros(gradient.size(1), x.size(1), dtype=of_sums, device=x.device)
     contenders: dict[str, Callable[[], None]] = {}
@@ -89,12 +96,13 @@ def show(table: Table, title: str, pairs: list[tuple[Tensor, Tensor]], of_sums: 
     watch = stopwatch(x.device.type)
     seconds = in_turn({name: [contender] for name, contender in contenders.items()}, rounds, watch)
     first = next(iter(seconds.values()))
+    whole = {name: [of_round[0] for of_round in of_rounds] for name, of_rounds in seconds.items()}
     operations = 2 * sums.numel() * sum(x.size(0) for _, x in pairs)
     for name, of_rounds in seconds.items():
-        whole = [of_round[0] for of_round in of_rounds]
-        median = statistics.median(whole)
-        table.add_row(title, name, f"{1000 * median:.3f}", f"{1000 * min(whole):.3f}",
+        median = statistics.median(whole[name])
+        table.add_row(title, name, f"{1000 * median:.3f}", f"{1000 * min(whole[name]):.3f}",
                       f"{operations / median / 1e9:.0f}", f"{ratio(of_rounds, first):.3f}")
+    return whole
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
+import record
 import torch
 import torch.distributed as dist
 from contenders import contender_name
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contenders", nargs="+", type=contender_name, metavar="NAME",
                         default=["1f1b", "v-half", "v-zb", "adaptive@1.0"], help="as those of run.py")
+    record.add_json_option(parser)
     parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_rank:
@@ -111,13 +113,17 @@ def main() -> None:
     table.add_column("wire ms")
     for column in ("hop ms", "contender", "median s", "least", "most", f"speed over {options.contenders[0]}"):
         table.add_column(column, justify="right")
+    written = []
     for milliseconds in options.wire:
         took, results = run_job(milliseconds, options)
         compare_losses(results)
-        for name, row in summarize(results, workload).items():
+        summary = summarize(results, workload)
+        written.append({"wire_ms": milliseconds, "hop": took, "summary": summary})
+        for name, row in summary.items():
             table.add_row(f"{milliseconds:g}", f"{1000 * took:.2f}", name,
                           *(f"{row[key]:.3f}" for key in ("seconds", "least", "most")), f"{row['speed']:.2f}")
     Console(width=150).print(table)
+    record.write(options.json, written)
 
 
 if __name__ == "__main__":

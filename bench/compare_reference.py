@@ -22,11 +22,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import record
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -251,6 +253,7 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float,
                         help="plan `adaptive`, too, with so many processor seconds for each plan")
     parser.add_argument("--peaks-of", metavar="SCHEDULE", help="plan at the peaks of this one of the reference alone")
+    record.add_json_option(parser)
     parser.add_argument("--cache", type=Path, help="the folder where plans are kept")
     arguments = parser.parse_args()
     cells = json.loads(arguments.reference.read_text())["cells"]
@@ -261,10 +264,12 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(cell_table(comparisons), summary_table(comparisons))
     broken = [c for c in comparisons if c.equal_times and not c.holds]
-    fine = True
+    fine, planned = True, []
     if arguments.time_limit is not None:
         planned = list(plan_cells(cells, arguments.time_limit, arguments.peaks_of, arguments.cache))
         fine = compare_planned(planned, console)
+    record.write(arguments.json, {"named": [asdict(c) for c in comparisons], "planned": [
+        {**asdict(p), "least": p.least if isfinite(p.least) else None} for p in planned]})
     return 0 if fine and not broken else 1
 
 

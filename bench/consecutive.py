@@ -9,7 +9,6 @@ not between them. A batch is compared with its work alone: what a rank would tak
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
+import record
 import torch.distributed as dist
 from contenders import engine_of
 from ranks import run_ranks
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--ms", type=float, nargs=3, default=[20, 20, 20], metavar=("F", "B", "W"), help="of one layer")
     parser.add_argument("--batches", type=int, default=4, help="one after another")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    record.add_json_option(parser)
     options = parser.parse_args()
     workload = Sleeping(options.ranks, options.ranks * options.layers, options.micro_batches,
                         tuple(ms / 1000 for ms in options.ms))
@@ -83,8 +83,8 @@ def main() -> None:
         table.add_row(name, f"{statistics.median(seconds):.3f}", f"{min(seconds):.3f}", f"{max(seconds):.3f}",
                       f"{over:.3f}")
     Console(width=120).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    record.write(options.json, {name: [{"seconds": took, "work": work} for took, work in rounds]
+                                for name, rounds in found.items()})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
+import record
 import torch
 import torch.distributed as dist
 from contenders import engine_of, section_of
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=64 * 256, help="words of that head")
     parser.add_argument("--partition", nargs="+", choices=("blocks", "multiplications", "times"),
                         default=["multiplications"], help="how the layers are divided where there is that head")
-    parser.add_argument("--json", type=Path)
+    record.add_json_option(parser)
     options = parser.parse_args()
     workload = Gpt(options.ranks, options.ranks * options.layers, options.micro_batches, options.hidden, options.length)
     if options.head is not None:
@@ -153,8 +153,7 @@ def main() -> None:
         ranks = run_ranks(options.ranks, measure, name, workload, int(checkpointing == "on"), partition, timeout=900)
         rows.append({"contender": name, "checkpointing": checkpointing, "partition": partition, "ranks": ranks})
     show(rows, workload)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    record.write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
+import record
+
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycles import best_cycles, periods
@@ -189,19 +191,23 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=1, help="micro-batches of a block")
     parser.add_argument("--intervals", type=int, nargs="*", default=[], help="of a block")
     parser.add_argument("--seconds", type=float, default=120, help="that the solver may take for each answer")
+    record.add_json_option(parser)
     arguments = parser.parse_args()
     forward, input_grad, weight_grad, hop = map(int, arguments.times.split(","))
     cell = Cell(arguments.ranks, arguments.peak, (forward, input_grad, weight_grad, hop))
     if arguments.question == "batch":
         planned, found, proved = least_makespan(cell, arguments.micro_batches, arguments.seconds)
         print(f"planned {planned:g}, best found {found:g}, none below {proved:g}")
+        record.write(arguments.json, {"planned": planned, "found": found, "none_below": proved})
         return
     known = annealed(cell, arguments.group, 10)
     print("the planner's: " + ("none" if known is None else f"{known / arguments.group:g}"), flush=True)
+    verdicts = {}
     for interval in arguments.intervals:
         began = time.perf_counter()
-        verdict = repeats(cell, arguments.group, interval, arguments.seconds)
+        verdict = verdicts[interval] = repeats(cell, arguments.group, interval, arguments.seconds)
         print(f"interval {interval / arguments.group:g}: {verdict} ({time.perf_counter() - began:.1f} s)", flush=True)
+    record.write(arguments.json, {"planned_interval": known, "intervals": verdicts})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
+import record
 import torch.distributed as dist
 from contenders import ADAPTIVE, CONTENDERS, contender_name, engine_of
 from ranks import run_ranks
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", type=contender_name, default=DEFAULT_CONTENDERS, metavar="NAME",
                         help=f"the first is what the others are compared with; of: {', '.join(CONTENDERS)}, and "
                              "adaptive@0.5 (planned for the times it measures, within half of 1F1B's peak)")
-    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    record.add_json_option(parser)
     options = parser.parse_args()
     f, b, w = (ms / 1000 for ms in options.ms)
     written = []
@@ -157,8 +157,7 @@ def main() -> None:
         measured = {name: {"losses": result.losses, "seconds": result.seconds} for name, result in results.items()}
         written.append({"ranks": options.ranks, "workload": str(workload), "micro_batches": micro_batches,
                         "results": measured, "summary": summary})
-    if options.json:
-        options.json.write_text(json.dumps(written, indent=1))
+    record.write(options.json, written)
 
 
 if __name__ == "__main__":

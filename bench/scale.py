@@ -14,7 +14,6 @@ efficiency, which the paper's own F passes show. `host` measures all that it pri
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
+import record
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -308,7 +308,7 @@ def parser() -> argparse.ArgumentParser:
     gpus.add_argument("--latency-us", type=float, default=20, help="of a message")
     gpus.add_argument("--recompute", action="store_true", help="recompute blocks in B")
     for_all = argparse.ArgumentParser(add_help=False)
-    for_all.add_argument("--json", type=Path, help="write all figures to this file")
+    record.add_json_option(for_all)
 
     of_paper = programs.add_parser("paper", parents=[gpus, for_all], help="the paper's models, every schedule")
     of_paper.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -341,8 +341,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     written = options.run(options)
-    if options.json:
-        options.json.write_text(json.dumps(written, indent=1))
+    record.write(options.json, written)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if "cuda" in sys.argv else "cpu")
 
+import record
 import torch
 from stopwatch import Phase, add_device_option, in_turn, ratio, set_up, stopwatch
 from torch import Tensor, nn
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--sums", choices=DTYPES, help="the dtype that gradients add up in; the layer's if not given")
     add_device_option(parser)
     parser.add_argument("--rounds", type=int, default=25)
+    record.add_json_option(parser)
     options = parser.parse_args()
     set_up(options.device)
     # An embedding has no input gradient, which torch's split needs.
@@ -222,12 +224,16 @@ def main() -> None:
     for column in ("hidden, tokens, dtype", "", "F ms", "B or all ms", "W ms", "least ms", "over unsplit"):
         table.add_column(column, justify="left" if column in ("", "hidden, tokens, dtype") else "right")
     sizes: Any = itertools.product(options.dtype, options.hidden, options.length, options.samples)
+    written = []
     for dtype, hidden, length, samples in sizes:
         case = Case(options.layer, hidden, length, samples, dtype, options.sums or dtype, options.device,
                     options.vocabulary)
-        for row in rows(case, measure(case, names, options.rounds)):
+        seconds = measure(case, names, options.rounds)
+        written.append({**asdict(case), "seconds": seconds})
+        for row in rows(case, seconds):
             table.add_row(*row)
     Console(width=130).print(table)
+    record.write(options.json, written)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
                                       "--schedules", "1f1b", "v-half", "gpipe", "--samples", "16",
                                       "--json", str(written)])
     scale.main()
-    [model] = json.loads(written.read_text())
+    [model] = json.loads(written.read_text())["results"]
     steps = {each["schedule"]: each for each in model["steps"]}
     assert steps["v-half"]["memory"] < 80 * scale.GIB < steps["1f1b"]["memory"] < steps["gpipe"]["memory"]
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 2}

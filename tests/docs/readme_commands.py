@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tables import RUNS
+
 ROOT = Path(__file__).parents[2]
 _FOLDERS = ("launch", "configs", "bench", "ds_vshape", "tests")
 FILES = ["README.md", "CONTRIBUTING.md",
@@ -19,7 +21,8 @@ _PROGRAMS = {"python", "bash", "deepspeed", "pip", "sbatch", "export", "cp", "mk
 _LANGUAGES = {"bash", "json", "python", "text"}
 
 TINY = "model=tiny batches=2"
-LITTLE = "--ranks 2 --layers 2 --micro-batches 8 --ms 1 1 1 --rounds 1"
+# Of the tables of bench/README.md; tests/bench/test_all.py runs them, as bench/tables.py shortens them.
+OF_TABLES = {shlex.join(["python", *run.words]) for run in RUNS}
 
 
 @dataclass(frozen=True)
@@ -75,27 +78,14 @@ CHANGES = [
     Change("ds_vshape layouts", "all layouts take a quarter of a minute", "search.micro_batch=[4] search.tensor=[2]"),
     Change("launch/train.py (?!.*(--dry-run|--cfg))", "30 batches of the larger model take half a minute",
            f"{TINY} port=PORT"),
-    Change("bench/run.py", "measurements take minutes", LITTLE),
-    Change("bench/consecutive.py", "measurements take minutes", f"{LITTLE} --batches 2"),
-    Change("bench/memory.py", "measurements take minutes",
-           "--layers 2 --micro-batches 2 --hidden 64 --length 64 --contenders v-zb --checkpointing off"),
-    Change("bench/cluster.py", "measurements take minutes",
-           "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
-    Change("compare_reference.py .*--time-limit", "plans of all cells take minutes", "--time-limit 0.01"),
-    Change("bench/optimum.py", "proofs take minutes", "--seconds 1"),
-    Change("--time-limit 120", "two minutes of planning", "--time-limit 1 --stages 8 --micro-batches 16"),
-    Change("bench/split_cost.py", "measurements take minutes, and GPUs aren't there",
-           "--rounds 1 --hidden 64 --length 16 --samples 1 --device cpu"),
-    Change("bench/accumulation.py", "measurements take minutes, and GPUs aren't there",
-           "--rounds 1 --sizes 64x64 --tokens 64 --device cpu"),
+    Change("bench/all.py --quick$", "test_all.py measures every table quickly", "split"),
+    Change("bench/all.py", "tables take minutes to hours", "--list"),
+    Change("bench/figures.py", "the figures stay as they are; test_figures.py draws them again", "--output ."),
     Change("bench/gpu.py --only", "GPUs aren't there", "--device cpu --ranks 2", (("on 8", "on 2"),)),
     Change("bench/gpu.py --device cpu", "test_gpu_steps.py runs all steps, which take minutes", "--only links"),
     Change("bench/gpu.py", "measurements take minutes, and GPUs aren't there",
            "--device cpu --ranks 1 --only products"),
     Change("split_programs", "20,000 programs take minutes", "--programs 20"),
-    Change("bench/scale.py paper", "large models take minutes to simulate",
-           "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"),
-    Change("bench/scale.py host", "measurements take minutes", "--ranks 2 --micro-batches 8"),
 ]
 
 
@@ -139,6 +129,11 @@ def commands(file: str) -> list[str]:
                 raise ValueError(f"{file}: {line!r} starts with no program that is known here: {sorted(_PROGRAMS)}")
         found += [re.sub(r"\s+#.*", "", re.sub(r"\s+", " ", line)) for line in whole]
     return found
+
+
+def runs_here(command: str) -> bool:
+    """Whether test_readme_commands.py runs it, and not test_all.py."""
+    return shlex.join(shlex.split(command)) not in OF_TABLES
 
 
 def change_for(command: str) -> Change | None:

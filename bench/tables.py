@@ -1,0 +1,104 @@
+"""Every command of bench/README.md by the name of its table, with what makes it quick.
+
+A new table is one line here and its command on the page; tests/bench/test_all.py compares the two.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+# Sizes with which a program shows that it works, added to a command; of an option given twice the last one counts.
+_SLEEPING = "--ranks 2 --layers 2 --micro-batches 8 --ms 1 1 1 --rounds 1"
+_TWO = f"{_SLEEPING} --contenders 1f1b v-half"
+_MEMORY = "--layers 2 --micro-batches 2 --hidden 64 --length 64 --contenders v-zb --checkpointing off"
+_HEAD = "--ranks 2 --layers 2 --micro-batches 2 --hidden 64 --length 64 --vocabulary 256"
+_PLAN = "--time-limit 1 --stages 8 --micro-batches 16"
+_PAPER = "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"
+_SPLIT = "--rounds 1 --hidden 64 --length 16 --samples 1"
+_SUMS = "--rounds 1 --sizes 64x64 --tokens 64"
+# Of any quick command: what stands for a GPU, and for the schedules of another scheduler.
+_INSTEAD = {"cuda": "cpu", "schedules.json": "tests/data/reference.json"}
+
+_OURS = "1f1b zb-h1 v-min v-half v-zb adaptive@0.75 adaptive@1.0"
+_TORCHS = ('"torch 1f1b" "torch interleaved1f1b" "torch interleavedzerobubble" "torch zbvzerobubble" '
+           '"torch dualpipev"')
+_BY_HEAD = "--contenders v-half --checkpointing off --partition blocks multiplications times"
+_GPU_SUMS = ("--device cuda --dtype bfloat16 --sums float32 --tokens 2048 4096 "
+             "--sizes 4096x4096 12288x4096 16384x4096 4096x16384 20480x5120")
+_GPU_SPLIT = "--device cuda --dtype bfloat16 --sums float32 --hidden 4096 5120 --length 2048 4096 --samples 1"
+_HALF = "-m ds_vshape plan --schedule adaptive --memory-limit 0.5 --times 10,12,8,1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """`command` is what follows `python` on the page; with `quick` at its end it only shows that it works."""
+
+    name: str
+    command: str
+    quick: str
+
+    @property
+    def words(self) -> list[str]:
+        """The command as on the page."""
+        return shlex.split(self.command)
+
+    @property
+    def quick_words(self) -> list[str]:
+        """The same with small sizes, for any machine."""
+        return [_INSTEAD.get(word, word) for word in self.words] + shlex.split(self.quick)
+
+
+RUNS = [
+    Run("sleeping", 'bench/run.py --rounds 3 --micro-batches 8 16 32 '
+                    f'--contenders "deepspeed 1f1b" "deepspeed dualpipev" {_OURS}', _SLEEPING),
+    Run("sleeping-20ms", 'bench/run.py --rounds 1 --ms 20 20 20 --micro-batches 8 16 32 '
+                         f'--contenders "deepspeed 1f1b" {_OURS}', _TWO),
+    Run("sleeping-8-ranks", 'bench/run.py --ranks 8 --layers 2 --micro-batches 16 --rounds 2 --ms 20 20 20 '
+                            '--contenders "deepspeed 1f1b" 1f1b zb-h1 v-min v-half v-zb', _TWO),
+    Run("sleeping-torch", 'bench/run.py --rounds 3 --micro-batches 8 '
+                          f'--contenders "deepspeed 1f1b" {_TORCHS} v-zb adaptive@1.0',
+        f"{_SLEEPING} --contenders 1f1b {_TORCHS}"),
+    Run("gpt", 'bench/run.py --workload gpt --ranks 2 --micro-batches 4 8 --rounds 5 '
+               '--contenders "deepspeed 1f1b" "torch zbvzerobubble" 1f1b zb-h1 v-half v-zb', f"{_TWO} --hidden 64"),
+    Run("measured-times", 'bench/run.py --rounds 3 --micro-batches 8 --ms 5 8 3 '
+                          '--contenders "deepspeed 1f1b" v-half v-half@profile adaptive@0.75',
+        f"{_SLEEPING} --contenders 1f1b v-half@profile"),
+    Run("two-hosts", "bench/cluster.py --rounds 5",
+        "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
+    Run("consecutive", "bench/consecutive.py --batches 8 --rounds 2", f"{_SLEEPING} --batches 2"),
+    Run("consecutive-24", "bench/consecutive.py --batches 24 --rounds 1", f"{_SLEEPING} --batches 2"),
+    Run("consecutive-50ms", "bench/consecutive.py --batches 6 --rounds 1 --ms 50 50 50", f"{_SLEEPING} --batches 2"),
+    Run("memory", 'bench/memory.py --contenders "torch zbvzerobubble" 1f1b v-zb v-half v-min adaptive@0.75 '
+                  'adaptive@0.5', _MEMORY),
+    Run("memory-head", f"bench/memory.py --head whole {_BY_HEAD}", _HEAD),
+    Run("memory-head-chunked", f"bench/memory.py --head chunked {_BY_HEAD}", _HEAD),
+    Run("reference", "bench/compare_reference.py schedules.json", ""),
+    Run("reference-plans", "bench/compare_reference.py schedules.json --time-limit 8",
+        "--time-limit 0.01 --peaks-of v-half"),
+    Run("reference-v-min", "bench/compare_reference.py schedules.json --time-limit 25 --peaks-of v-min",
+        "--time-limit 0.01"),
+    Run("optimum-batch", "bench/optimum.py batch --ranks 4 --micro-batches 8 --peak 4 --times 10,20,10,1",
+        "--ranks 2 --micro-batches 2 --seconds 1"),
+    Run("optimum-block", "bench/optimum.py block --ranks 4 --peak 4 --times 10,9,7,3 --intervals 68 69",
+        "--seconds 1"),
+    Run("optimum-group", "bench/optimum.py block --ranks 8 --peak 8 --times 10,9,7,3 --group 3", "--seconds 1"),
+    Run("plan-8", f"{_HALF} --stages 8 --micro-batches 32 --time-limit 8", _PLAN),
+    Run("plan-32", f"{_HALF} --stages 32 --micro-batches 128 --time-limit 55", _PLAN),
+    Run("plan-64", f"{_HALF} --stages 64 --micro-batches 256 --time-limit 120", _PLAN),
+    Run("split", "bench/split_cost.py --rounds 24", _SPLIT),
+    Run("split-embedding", "bench/split_cost.py --layer embedding --hidden 512 --samples 1", _SPLIT),
+    Run("sums-fp32", "bench/accumulation.py --rounds 20 --dtype float32", _SUMS),
+    Run("sums-bf16", "bench/accumulation.py --rounds 20 --dtype bfloat16", _SUMS),
+    Run("sums-gpu", f"bench/accumulation.py {_GPU_SUMS}", _SUMS),
+    Run("split-gpu", f"bench/split_cost.py {_GPU_SPLIT}", _SPLIT),
+    Run("paper", "bench/scale.py paper --models 9.6B 21B 38.5B", _PAPER),
+    Run("paper-98.5B", "bench/scale.py paper --models 98.5B --samples 1 --micro-batches-per-rank 2 4", _PAPER),
+    Run("grid", "bench/scale.py grid", "--schedules v-half --samples 4"),
+    Run("grid-3072", "bench/scale.py grid --length 3072 --batch 640 --samples 1 --schedules 1f1b v-half v-zb",
+        "--model 9.6B --batch 64 --schedules v-half"),
+    Run("hops", "-m ds_vshape plan --stages 16 --micro-batches 32 --schedule v-half --times 1,1,1,0.5 "
+                "--compare 1f1b,zb-h1,v-half", "--stages 4 --micro-batches 8"),
+    Run("host", "bench/scale.py host --ranks 8 64", "--ranks 2 --micro-batches 8"),
+    Run("host-measured", "bench/scale.py host --measure", "--ranks 2 --micro-batches 8"),
+]
