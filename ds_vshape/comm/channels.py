@@ -40,9 +40,11 @@ class PeerLost(PipelineError):  # type: ignore[misc]
     """The connection to another rank broke, or it didn't answer in time: the job can't go on."""
 
 
-# Words of the transports' errors, which torch raises as plain RuntimeErrors.
-_TRANSPORTS = ("gloo", "nccl", "connection", "pair closure", "socket", "timed out", "timeout", "broken pipe",
-               "no route to host", "aborted")
+# Words of the transports' errors, which torch raises as plain RuntimeErrors: those that no other error has, and those
+# that decide only for an error that is raised while a rank communicates. In lower case.
+TRANSPORT_WORDS = ("gloo", "nccl", "pair closure", "connection closed by peer")
+_COMMUNICATION_WORDS = (*TRANSPORT_WORDS, "connection", "socket", "timed out", "timeout", "broken pipe",
+                        "no route to host", "aborted")
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -51,7 +53,7 @@ def is_connection_error(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return False
     return isinstance(error, (dist.DistError, TimeoutError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TRANSPORTS))
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COMMUNICATION_WORDS))
 
 
 # What goes out instead of a message in an announced batch.

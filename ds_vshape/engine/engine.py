@@ -51,7 +51,7 @@ from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import Watch
 from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
-from ds_vshape.measure.monitor import Tracking
+from ds_vshape.measure.monitor import MonitorReports
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.trace import Tracer
 from ds_vshape.module.fast_setattr import FastSetattr
@@ -144,11 +144,11 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         if self.wall_clock_breakdown():
             self._wrappers.add(partial(timed, timers=self.timers))
         # What follows whole batches, where it was asked for; the first is outermost.
-        self._callbacks: list[Tracer | Tracking] = []
+        self._callbacks: list[Tracer | MonitorReports] = []
         if config.trace is not None:
             self._callbacks.append(Tracer(self, self._observer, self._channels, self._wrappers, config.trace))
         if self.monitor.enabled:
-            self._callbacks.append(Tracking(self, self._observer, self._stage_buffers, self._wrappers))
+            self._callbacks.append(MonitorReports(self, self._observer, self._stage_buffers, self._wrappers))
         self._log(schedule_line(self.schedule()))
         self.preflight()
 

@@ -16,22 +16,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from ds_vshape.comm.channels import PeerLost
+from ds_vshape.comm.channels import TRANSPORT_WORDS, PeerLost
 
-# Of a message that no rank sends.
+# The tag of a message that no rank sends.
 _TAG = 2**31 - 5
-# Words in the errors of waits that torch raises as plain RuntimeErrors. Fewer than in comm/channels.py: these are
-# looked for in errors of the script's code, too.
-_OF_WAITS = ("gloo", "Application timeout caused pair closure", "Connection closed by peer", "NCCL")
 # Modules that wait for other ranks, and modules that wait for a thread which does so.
 _WAITING_MODULES = ("torch.distributed", "ds_vshape.comm.exchange", "ds_vshape.comm.channels")
 _HANDING_OVER = ("ds_vshape.engine", "ds_vshape.runtime.reduction", "ds_vshape.health")
 
 
 def is_ended_wait(error: BaseException) -> bool:
-    """Whether `error` is one of torch.distributed's, or our PeerLost, about a rank that is lost."""
+    """Whether `error`, which may be of the script's code as well, is one of torch.distributed's, or our PeerLost, about
+    a rank that is lost."""
     return isinstance(error, (PeerLost, dist.DistError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_WAITS))
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in TRANSPORT_WORDS))
 
 
 def end_waits() -> None:

@@ -44,7 +44,7 @@ from ds_vshape.schedule.timeline import Timeline
 _PREFIX = "Train/Pipeline/"
 
 
-class Tracking:
+class MonitorReports:
     """Reports to the monitor of this `rank`, which is on; on every rank, since reports are collective."""
 
     def __init__(self, rank: TrainingRank, observer: Observer, held: Buffers, wrappers: InstructionWrappers) -> None:
@@ -73,10 +73,10 @@ class Tracking:
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Around a training batch, on every rank."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         self._of_batch.clear()
         yield
-        self._seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - started
         self._tokens += sum(self._of_batch.values())
         self._samples += self._rank.train_batch_size()
         every = self._rank.steps_per_print()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
+from instruction_functions import around_instruction
 from internals import count_rollbacks, kept_for_rollback
 from pipelines import (BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data, post_validated,
                        tied_specs)
@@ -207,16 +208,15 @@ def step_times(rank: int) -> tuple[float, float]:
     """When the step of a batch began and ended on this rank; rank 1 comes late."""
     engine = Job({"name": "v-zb", "optimizer_post_validation": True}, 2, 4, FP32_ZERO1).engine()
     times: list[float] = []
-    step = engine._INSTRUCTION_MAP[StepAhead]
 
-    def timed(engine: Any) -> None:
+    def timed(step: Callable[[], None]) -> None:
         if rank == 1:
             time.sleep(0.5)
         times.append(time.monotonic())
-        step(engine)
+        step()
         times.append(time.monotonic())
 
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, StepAhead: timed}
+    around_instruction(engine, StepAhead, timed)
     for batch in range(3):
         times.clear()
         engine.train_batch(data(engine, batch))

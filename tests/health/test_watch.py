@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from deepspeed.runtime.pipe import engine as stock
+from instruction_functions import around_instruction
 from internals import replace_probe
 from pipelines import FP32_ZERO1, Block, Job, data, specs
 from ranks import RanksFailed, run_ranks
@@ -80,14 +81,12 @@ STARTS = {start.__name__: (start, waits) for start, waits in (
 
 
 def in_instruction(engine: Any, kind: Any, strike: Callable[[], None]) -> None:
-    execute = engine._INSTRUCTION_MAP[kind]
-
-    def struck(engine: Any, **kwargs: Any) -> None:
+    def struck(execute: Callable[[], None]) -> None:
         if engine.global_steps == BATCH:
             strike()
-        execute(engine, **kwargs)
+        execute()
 
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, kind: struck}
+    around_instruction(engine, kind, struck)
 
 
 INSTRUCTIONS = [instr.SplitForwardPass, instr.WeightGradPass, instr.ReturnLoss, instr.AgreeOnBatch,

@@ -11,6 +11,7 @@ import torch
 from counted_blocks import (BLOCK_KEPT, BLOCK_WHOLE, LENGTH, SAMPLES, UNIT, WIDTH, WORDS, GPTBlock, allocated, job,
                             tokens)
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from instruction_functions import around_instruction
 from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -168,16 +169,15 @@ def test_sizes_of_stages_counted_by_hand() -> None:
 def model_state(rank: int, job: Job) -> Any:
     engine = job.engine()
     accumulated: list[int] = []
-    reduce_gradients = engine._INSTRUCTION_MAP[instr.ReduceGrads]
 
-    def counted(engine: Any) -> None:
+    def counted(reduce_gradients: Callable[[], None]) -> None:
         held = [p.grad for p in engine.module.parameters()] + [getattr(p, "grad_accum", None)
                                                                for p in engine.module.parameters()]
         held += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
         accumulated.append(sum(t.nbytes for t in held if t is not None))
-        reduce_gradients(engine)
+        reduce_gradients()
 
-    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, instr.ReduceGrads: counted}
+    around_instruction(engine, instr.ReduceGrads, counted)
     for _ in range(2):
         engine.train_batch(tokens(engine.micro_batches))
     numbers = sum(p.numel() for p in engine.module.parameters())

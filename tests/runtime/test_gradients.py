@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -14,6 +15,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, ReduceTie
 from deepspeed.runtime.pipe.topology import (PipeDataParallelTopology, PipelineParallelGrid,
                                              PipeModelDataParallelTopology)
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from instruction_functions import around_instruction
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -81,28 +83,28 @@ def train(config: dict[str, Any], kind: type, place: str, delay: int | None,
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     assert isinstance(engine.optimizer, kind)
     accumulator, stores, results = accumulator_of(place_of(engine.optimizer), fusion), [], []
-    stock = type(engine)._INSTRUCTION_MAP
 
-    def split_forward(engine: Any, **kwargs: Any) -> None:
+    def split_forward(forward: Callable[[], None]) -> None:
         stores.append(WeightGradientStore())
         with SplitBackward(stores[-1]):
-            stock[ForwardPass](engine, **kwargs)
+            forward()
 
-    def split_backward(engine: Any, **kwargs: Any) -> None:
-        stock[BackwardPass](engine, **kwargs)
+    def split_backward(backward: Callable[[], None]) -> None:
+        backward()
         assert len(stores[-1]) > 0, "nothing was split"
         while len(stores) > delay:
             stores.pop(0).run(accumulator)
 
-    def end_of_backwards(engine: Any) -> None:
+    def end_of_backwards(reduce_tied: Callable[[], None]) -> None:
         while stores:
             stores.pop(0).run(accumulator)
         results.append(accumulated(engine, place))
-        stock[ReduceTiedGrads](engine)
+        reduce_tied()
 
-    engine._INSTRUCTION_MAP = {**stock, ReduceTiedGrads: end_of_backwards}
+    around_instruction(engine, ReduceTiedGrads, end_of_backwards)
     if delay is not None:
-        engine._INSTRUCTION_MAP |= {ForwardPass: split_forward, BackwardPass: split_backward}
+        around_instruction(engine, ForwardPass, split_forward)
+        around_instruction(engine, BackwardPass, split_backward)
     random = torch.Generator().manual_seed(5)
     for _ in range(2):
         engine.train_batch(iter([(torch.randint(11, (2, 6), generator=random), torch.randn(2, 6, 3, generator=random))

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from instruction_functions import around_instruction
 from internals import replace_background
 from pipelines import BF16_ZERO1_FP32, FP32, FP32_ZERO1, Block, Job, data, specs
 from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_vshape.runtime import instructions as instr
+from ds_vshape.deepspeed_adapter.engine import instructions_of
 
 # What hands a value, or a shape that depends on values, to the host.
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_consecutive", "_unique2"}
@@ -64,15 +66,13 @@ def reads(rank: int, job: Job) -> dict[str, int]:
     replace_background(engine, AtOnce())
     seen = Reads()
 
-    def watched(kind: type[instr.PipeInstruction], execute: Callable[..., None]) -> Callable[..., None]:
-        def run(engine: Any, **arguments: Any) -> None:
-            seen.instruction = kind.__name__
-            execute(engine, **arguments)
-            seen.instruction = ""
+    def watched(name: str, execute: Callable[[], None]) -> None:
+        seen.instruction = name
+        execute()
+        seen.instruction = ""
 
-        return run
-
-    engine._INSTRUCTION_MAP = {kind: watched(kind, execute) for kind, execute in engine._INSTRUCTION_MAP.items()}
+    for kind in instructions_of(engine):
+        around_instruction(engine, kind, partial(watched, kind.__name__))
     with seen:
         engine.train_batch(data(engine, 3))
     return dict(seen.found)

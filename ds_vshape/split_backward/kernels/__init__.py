@@ -5,7 +5,7 @@
     grouped.py            a Triton kernel for many products at once, those of a mixture's experts
 
 cuBLAS is tuned for each GPU, and chooses by sizes and types, not by timing; so does the kernel. A repeated run, and one
-that goes on from a checkpoint, therefore have the same sums bit for bit. `bench/accumulation.py` and `bench/gpu.py`
+that continues from a checkpoint, therefore have the same sums bit for bit. `bench/accumulation.py` and `bench/gpu.py`
 measure both.
 """
 
@@ -26,13 +26,13 @@ def product_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> AddProd
     where these tensors, or this machine, have no such call. Types and strides alone decide."""
     if not _is_into_wider_sum(sums, left, right):
         return None
-    return add_product_in_blas if all(map(_is_taken_by_blas, (sums, left, right))) else _compiled()
+    return add_product_in_blas if all(map(_is_taken_by_blas, (sums, left, right))) else _kernels()[0]
 
 
 def grouped_product_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> AddGroupedProduct | None:
     """What adds sums (e, n, m)[i] += left (n, s)[:, group i] @ right (s, m)[group i], types as above, given the ends
     (e) of the groups as well; None as above."""
-    return _compiled_grouped() if _is_into_wider_sum(sums, left, right) else None
+    return _kernels()[1] if _is_into_wider_sum(sums, left, right) else None
 
 
 def _is_into_wider_sum(sums: Tensor, left: Tensor, right: Tensor) -> bool:
@@ -53,18 +53,11 @@ def _is_taken_by_blas(matrix: Tensor) -> bool:
 
 
 @cache
-def _compiled() -> AddProduct | None:
-    try:
-        from ds_vshape.split_backward.kernels.product import add_product
-    except ImportError:  # The extra "kernels" isn't installed.
-        return None
-    return add_product
-
-
-@cache
-def _compiled_grouped() -> AddGroupedProduct | None:
+def _kernels() -> tuple[AddProduct, AddGroupedProduct] | tuple[None, None]:
+    """Those in Triton; None where the extra "kernels" isn't installed."""
     try:
         from ds_vshape.split_backward.kernels.grouped import add_grouped_product
-    except ImportError:  # The extra "kernels" isn't installed.
-        return None
-    return add_grouped_product
+        from ds_vshape.split_backward.kernels.product import add_product
+    except ImportError:
+        return None, None
+    return add_product, add_grouped_product
