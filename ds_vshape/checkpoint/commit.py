@@ -63,7 +63,7 @@ class Draft:
         Raises CheckpointError if something that can't be replaced is in the checkpoint's place.
         """
         if os.path.lexists(self.parent) and not os.path.isdir(self.parent):
-            raise CheckpointError(f"save_dir = {self.parent!r}: must be a folder, or not be there yet")
+            raise CheckpointError(f"save_dir = {self.parent!r}: must be a folder, or must not exist yet")
         if os.path.ismount(self._place):
             raise CheckpointError(f"{self._place} is a mount point, which can't be replaced: save under another tag, "
                                   "or mount the save_dir there")
@@ -108,8 +108,8 @@ class Draft:
         self._committed = True
 
     def _overtaken(self) -> CheckpointError:
-        return CheckpointError(f"{self._place} wasn't saved: another job has saved it meanwhile. Give each job a "
-                               "save_dir of its own")
+        return CheckpointError(f"{self._place} wasn't saved: another job has saved it meanwhile. Give each job its "
+                               "own save_dir")
 
     def discard(self) -> None:
         """Restore the previous checkpoint as far as possible, and remove what has been written."""

@@ -42,7 +42,7 @@ def unreadable(path: str, error: Exception) -> CheckpointError:
     size = Path(path).stat().st_size if os.path.isfile(path) else None
     if size == 0:
         return CheckpointError(f"{path} is empty (0 bytes): {_REPLACE}")
-    return CheckpointError(f"{path} is cut or damaged ({'no file' if size is None else f'{size:,} bytes'}; "
+    return CheckpointError(f"{path} is truncated or damaged ({'no file' if size is None else f'{size:,} bytes'}; "
                            f"{in_one_line(error)}): {_REPLACE}")
 
 

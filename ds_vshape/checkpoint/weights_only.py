@@ -64,13 +64,13 @@ def weights_only() -> Iterator[None]:
 
 
 def refusal(path: str, error: Exception) -> CheckpointError | None:
-    """What is said of the file `path` where loading it raised `error`, if that is since it holds more than data."""
+    """The error for the file `path`, if loading it raised `error` because it holds more than data; else None."""
     found = _found(error)
     if found is None or _is_cut(path):
         return None
     return CheckpointError(f"{path} holds more than tensors and plain data: {found}. If you trust it: "
-                           f"torch.serialization.add_safe_globals lets a class in, {_TRUST}=1 in the environment "
-                           "everything")
+                           f"torch.serialization.add_safe_globals allows a class, {_TRUST}=1 in the environment "
+                           "allows everything")
 
 
 def _found(error: Exception) -> str | None:

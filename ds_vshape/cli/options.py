@@ -148,7 +148,7 @@ def _check_modes(arguments: argparse.Namespace) -> None:
         rule = "needs --curve"
     else:
         wrong = [_option(key) for key in _NOT_WITH_CURVE if getattr(arguments, key) is not None]
-        rule = "has no use with --curve, which shows all schedules at the limits of --limits"
+        rule = "can't be used with --curve, which shows all schedules at the limits of --limits"
     if wrong:
         raise ValueError(f"{wrong[0]} {rule}")
 

@@ -308,8 +308,8 @@ class Channels:
         try:
             return Signature.decode(header.tolist())
         except ValueError as error:
-            raise PeerLost(f"pipeline rank {channel.source} is out of step: what came from it in place of a message's "
-                           f"header isn't one ({error})") from error
+            raise PeerLost(f"pipeline rank {channel.source} is out of step: it sent something else where a "
+                           f"message's header was expected ({error})") from error
 
     def _start_receives(self, message: Message, transfer: _Transfer) -> None:
         """Offer buffers for all tensors of `message`, or for none where there is no memory."""

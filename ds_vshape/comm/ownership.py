@@ -88,4 +88,4 @@ def check_unwritten(tensors: Iterable[Tensor | None], before: Versions, what: st
     """Raises PipelineError if the memory of `tensors`, which errors call `what`, was written since `before`."""
     if versions(tensors) != before:
         raise PipelineError(f"the {what} was written to after its stage had passed it on, and before it was used: "
-                            "something keeps its memory and changes it. Let it pass on a copy, as clone() makes one")
+                            "something keeps its memory and changes it. Pass on a copy instead, made by clone()")

@@ -99,7 +99,7 @@ class Signature:
         if not is_tuple and count != 1:
             raise ValueError(f"{count} tensors without a tuple")
         if any(stream):
-            raise ValueError("it goes on after the last tensor")
+            raise ValueError("it continues after the last tensor")
         return cls(tensors, bool(is_tuple))
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ def _within(stream: Iterator[int], least: int, most: float) -> int:
     if number is None:
         raise ValueError("it ends too early")
     if not least <= number <= most:
-        raise ValueError(f"{number} where a number from {least} to {most} must be")
+        raise ValueError(f"{number} isn't a number from {least} to {most}")
     return number
 
 

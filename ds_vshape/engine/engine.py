@@ -271,9 +271,9 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
 
     def execute_plan(self, pipe_schedule: BatchPlan) -> None:
         if not isinstance(pipe_schedule, BatchPlan):
-            raise PipelineError(f"the script runs a {type(pipe_schedule).__name__} of its own, but what a batch "
-                                "consists of is the schedule's: train without \"pipeline_schedule\" in the config, "
-                                "or by train_batch and eval_batch as they are")
+            raise PipelineError(f"the script runs a {type(pipe_schedule).__name__} of its own, but the schedule "
+                                "decides what a batch consists of: train without \"pipeline_schedule\" in the "
+                                "config, or by train_batch and eval_batch")
         training = torch.is_grad_enabled()
         if self.optimizer is not self._followed:
             self._follow_optimizer()
@@ -354,10 +354,10 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         schedule = self.schedule()
         if compiled_autograd_enabled and any(action.kind is Kind.W for order in schedule.orders for action in order):
             raise PipelineError(f"compiled_autograd_enabled = True: must be False with {schedule.name}, which splits "
-                                "the backward; its layers can be compiled all the same")
+                                "the backward; its layers can still be compiled")
         super().compile(*args, compiled_autograd_enabled=compiled_autograd_enabled, **kwargs)
 
-    # -- where this rank stands
+    # -- the rank's place in the pipeline
 
     def is_first_stage(self) -> bool:
         """Whether this rank holds the first stage: it loads the inputs."""

@@ -113,7 +113,7 @@ class PlanningProcess:
             if "schedule" in found:
                 check_schedule(found["schedule"], self._request)
         except ValueError as error:
-            raise PlannerFailed(f"the planning process gave no answer that can be used: {error}") from None
+            raise PlannerFailed(f"the planning process gave an invalid answer: {error}") from None
         return text
 
     def stop(self) -> None:
@@ -175,7 +175,7 @@ class Planner:
         try:
             told = self._exchange.text_of_first(self._news(seconds) if self._is_first else "")
         except RuntimeError as error:
-            raise PeerLost("not all ranks came to ask for the planner's answer: "
+            raise PeerLost("not all ranks asked for the planner's answer: "
                            f"{str(error).partition(chr(10))[0]}") from error
         if told.startswith(_FAILURE):
             raise PlannerFailed(told.removeprefix(_FAILURE))

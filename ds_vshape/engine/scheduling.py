@@ -81,7 +81,7 @@ def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placem
     try:
         every = exchange.start_numbers([*own, *hops]).result()
     except RuntimeError as error:
-        raise PeerLost(f"not all ranks told their times: {str(error).partition(chr(10))[0]}") from error
+        raise PeerLost(f"not all ranks reported their times: {str(error).partition(chr(10))[0]}") from error
     pipelines = len(every) // placement.ranks
     means = [sum(seconds) / pipelines for seconds in zip(*(numbers[:3 * stages] for numbers in every))]
     slowest = map(max, zip(*(numbers[3 * stages:] for numbers in every)))
@@ -174,8 +174,8 @@ class _FirstPlans:
         except PlannerFailed as failure:
             named = table_schedule(self.config, self.placement.ranks, micro_batches)
             if named is None:
-                raise PipelineError(f"{_asked(self.config)}: {failure}. No schedule of the table keeps to the limit, "
-                                    "so there is none to train by without a plan") from failure
+                raise PipelineError(f"{_asked(self.config)}: {failure}. No schedule of the table is within the limit, "
+                                    "so training can't start without a plan") from failure
             if dist.get_rank() == 0:
                 logger.error(f"{_asked(self.config)}: {failure}. Training uses {named.name}, the fastest schedule "
                              "of the table within the limit")
@@ -260,20 +260,20 @@ class MeasuredSchedules:
         self._enter(_Phase.PLAN)
 
     def _within_least(self, request: Request) -> Request:
-        """`request` with the memory of the schedule that has run till now, which keeps least: for a limit in bytes
-        where sizes are unknown.
+        """`request` with the memory of the schedule that has run so far, which needs least: for a limit in bytes when
+        sizes are unknown.
         """
         if dist.get_rank() == 0:
             logger.warning(f"{KEY}.memory_limit = {self._config.memory_limit} bytes can't be planned for, because the "
                            "sizes of activations are unknown; planning for the memory of the schedule of the table "
-                           "that keeps least")
+                           "that needs least")
         return replace(request, limits=peak_activations(self._safe_schedule(), request.activations))
 
     def _take_plan(self) -> Schedule | None:
         try:
             answer = self._planner.poll()
         except PlannerFailed as failure:
-            # Training goes on as it is: a plan is worth something, but not the batches done.
+            # Training continues unchanged: a plan isn't worth the finished batches.
             if dist.get_rank() == 0:
                 logger.error(f"{KEY} {self._config.name} stays as it is: {failure}")
             self._enter(_Phase.SETTLED)

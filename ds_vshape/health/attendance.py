@@ -94,7 +94,7 @@ class Attendance:
                                         "stopped, or its host cut off")
         if self._absent:
             if now > self.seconds:
-                self._lose(min(self._absent), f"it hasn't come to its PipelineModule within {self.seconds:g} seconds")
+                self._lose(min(self._absent), f"it hasn't reached its PipelineModule within {self.seconds:g} seconds")
             return None
         failures = {rank: status.failure for rank, status in self._status.items() if status.failure is not None}
         limit = min(self.seconds, STUCK_SECONDS) if failures or self._left else self.seconds

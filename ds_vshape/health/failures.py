@@ -68,7 +68,7 @@ def is_raised_by_all(error: Exception) -> bool:
 
 
 def _lost(what: str, error: RuntimeError) -> PeerLost:
-    return PeerLost(f"not all ranks came to the end of the {what}: {str(error).splitlines()[0]}")
+    return PeerLost(f"not all ranks reached the end of the {what}: {str(error).splitlines()[0]}")
 
 
 class PendingStatus:

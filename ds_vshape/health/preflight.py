@@ -93,17 +93,17 @@ class Preflight:
         Args:
             ends: this rank's ends of them.
 
-        Raises PreflightError on every rank else, which names the pairs that don't hear each other.
+        Otherwise raises PreflightError on every rank, which names the pairs that can't reach each other.
         """
         self._exchange.largest(0)
         silent = sorted({tuple(sorted((end.source, end.target))) for end in self._unanswered(ends, seconds)})
         reports = self._exchange.texts(json.dumps(silent))
         pairs = sorted({tuple(pair) for report in reports for pair in json.loads(report)})
         if pairs:
-            told = [f"{self._named([one])} and {self._named([other])} don't hear each other" for one, other in pairs]
+            told = [f"{self._named([one])} and {self._named([other])} can't reach each other" for one, other in pairs]
             raise PreflightError(f"no messages between pipeline ranks within {seconds:g} s: {'; '.join(told)}. All of "
-                                 "them are there, so is a port closed, or the wrong network interface in use "
-                                 "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?")
+                                 "them are running: check for closed ports, and for the wrong network interface "
+                                 "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)")
 
     def _unanswered(self, ends: Iterable[End], seconds: float) -> list[End]:
         """The ends of communicators through which no byte got within `seconds`."""

@@ -119,7 +119,7 @@ class Watch:
         looking.start()
         looking.join(seconds)
         if not found:
-            self._loss = JobLost(0, f"it hasn't come to its PipelineModule within {seconds:g} seconds")
+            self._loss = JobLost(0, f"it hasn't reached its PipelineModule within {seconds:g} seconds")
             self.check()
         return Address.read(found[0])
 

@@ -131,7 +131,7 @@ class Observer:
     def last_batch(self) -> tuple[Schedule, PassRecorder]:
         """The last training batch; PipelineError if there is none yet."""
         if self._last is None:
-            raise PipelineError("no batch was trained yet")
+            raise PipelineError("no batch has been trained yet")
         return self._last
 
     def timelines(self, planned: Times | None) -> tuple[Timeline, Timeline]:

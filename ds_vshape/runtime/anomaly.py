@@ -1,14 +1,13 @@
-"""`"detect_anomaly": true`: a batch ends where the first NaN or infinity comes up, and the error says where that is.
+"""`"detect_anomaly": true`: a batch ends at the first NaN or infinity, and the error says where it is.
 
-Each forward's outputs are looked at, which waits for a GPU to compute them: for finding an error, not for training.
-Gradients aren't looked at: with fp16 they overflow now and then, and the loss scaler answers that.
+The outputs of each forward are checked, which waits for the GPU to compute them: use it to find an error, not to train.
+Gradients aren't checked: with fp16 they overflow now and then, which the loss scaler handles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import wraps
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ def checked(instructions: Mapping[Instruction, Execute], buffers: Buffers,
 
 def _checked(execute: Execute, buffers: Buffers, last_stage: int) -> Execute:
     @wraps(execute)
-    def run(engine: Any, buffer_id: instr.BufferId) -> None:
+    def run(engine: object, buffer_id: instr.BufferId) -> None:
         execute(engine, buffer_id)
         if not torch.is_grad_enabled():
             return

@@ -35,8 +35,8 @@ class Intake:
             raise PipelineError(f"the data iterator gave {given}: must be a pair (inputs, labels)")
         if len(sample) > 2 and self._tells:
             self._tells = False
-            logger.warning(f"the data iterator gives {_counted(len(sample))}: the first two are taken for (inputs, "
-                           "labels), as DeepSpeed does, and the others are left out")
+            logger.warning(f"the data iterator gives {_counted(len(sample))}: the first two are used as (inputs, "
+                           "labels), as in DeepSpeed, and the others are ignored")
         return sample[0], sample[1] if len(sample) > 1 else None
 
 
@@ -87,9 +87,9 @@ def check_loss(loss: Any) -> None:
     if not torch.is_tensor(loss):
         raise PipelineError(f"the loss is a {type(loss).__name__}: must be a tensor of one number")
     if loss.numel() != 1:
-        raise PipelineError(f"the loss has the shape {list(loss.shape)}: must be one number, as of a mean or a sum")
+        raise PipelineError(f"the loss has the shape {list(loss.shape)}: must be one number, such as a mean or a sum")
     if not loss.requires_grad:
-        raise PipelineError("the loss has no gradient: it is detached, or nothing that is trained leads to it")
+        raise PipelineError("the loss has no gradient: it is detached, or depends on nothing that is trained")
 
 
 def check_reduction(reduction: str | None, is_sent: bool) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineError
@@ -85,7 +84,7 @@ class ScriptFunctions:
         own = instructions_of(self._engine)
         for whole, part in _SPLIT.items():
             if splits and _is_of_script(own[whole]) and not _is_of_script(own[part]):
-                raise PipelineError(f"the script has a function of its own for {whole.__name__}, but this schedule "
+                raise PipelineError(f"the script has its own function for {whole.__name__}, but this schedule "
                                     f"splits the backward and runs {part.__name__}: {_WAY_OUT}")
 
     def _found(self, maps: list[tuple[type, dict[Instruction, Execute]]]) -> dict[Instruction, Execute]:
@@ -100,16 +99,16 @@ class ScriptFunctions:
             found |= of_script
         if own_instructions(self._engine) is not None and (
                 _of_passes(instructions_of(type(self._engine))) != self._at_start):
-            raise PipelineError(f"{type(self._engine).__name__}._INSTRUCTION_MAP has changed, but this engine has a "
-                                "map of its own by now: put the functions into that one")
+            raise PipelineError(f"{type(self._engine).__name__}._INSTRUCTION_MAP has changed, but this engine already "
+                                "has its own map: put the functions into that one")
         return found
 
     def _check_methods(self) -> None:
         for owner in (self._engine, *type(self._engine).__mro__):
             for name in METHODS_OF_SCHEDULES:
                 if name in vars(owner) and _is_of_script(vars(owner)[name]):
-                    raise PipelineError(f"the script has a {name} of its own, but what a batch consists of is the "
-                                        f"schedule's: {_WAY_OUT}")
+                    raise PipelineError(f"the script has a {name} of its own, but the schedule decides what a "
+                                        f"batch consists of: {_WAY_OUT}")
 
 
 def _of_passes(functions: Mapping[Instruction, Execute]) -> dict[Instruction, Execute]:
@@ -121,7 +120,7 @@ def _is_ours(owner: type) -> bool:
     return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _is_of_script(function: Any) -> bool:
+def _is_of_script(function: object) -> bool:
     """Whether it, or what it's wrapped around, is neither DeepSpeed's nor ours: its code is in another file."""
     while function is not None:
         code = getattr(function, "__code__", None)

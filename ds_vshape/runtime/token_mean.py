@@ -39,8 +39,8 @@ def averages_tokens(of_config: str | None, of_module: str | None, loss_fn: Any) 
     Raises ConfigError for an illegal value, and for one that the loss function can't follow.
     """
     if of_module not in (None, TOKENS, MICRO_BATCHES):
-        raise ConfigError(f"loss_average = {of_module!r}: must be {TOKENS!r} or {MICRO_BATCHES!r}, or None for what "
-                          "the loss function does")
+        raise ConfigError(f"loss_average = {of_module!r}: must be {TOKENS!r} or {MICRO_BATCHES!r}, or None, "
+                          "which leaves it to the loss function")
     where, wanted = (f"{KEY}.loss_average", of_config) if of_config else ("PipelineModule's loss_average", of_module)
     parameter = _items_of(loss_fn)
     if wanted == TOKENS and parameter is None:

@@ -165,8 +165,8 @@ def of_rank(name: str, *values: Any) -> Callable[[int], dict[str, Any]]:
 
 
 FAULTS: dict[str, Fault] = {
-    "a layer file cut in half": (cut(LAYER), none, options(), ("layer_02-model_states.pt", "cut or damaged")),
-    "a layer file cut early": (cut(LAYER, 0.01), none, options(), ("layer_02-model_states.pt", "cut or damaged")),
+    "a layer file cut in half": (cut(LAYER), none, options(), ("layer_02-model_states.pt", "truncated or damaged")),
+    "a layer file cut early": (cut(LAYER, 0.01), none, options(), ("layer_02-model_states.pt", "truncated or damaged")),
     "an empty layer file": (cut(LAYER, 0), none, options(), ("layer_02-model_states.pt is empty (0 bytes)",)),
     "a missing layer file": (removed(LAYER), none, options(), ("layer_02-model_states.pt is missing", "layer_01")),
     "another layer file is missing": (removed("layer_00*"), none, options(), ("layer_00-model_states.pt is missing",)),
@@ -179,7 +179,7 @@ FAULTS: dict[str, Fault] = {
     "a missing state file": (removed(STATES), none, options(), ("mp_rank_01_model_states.pt is missing",)),
     "no state file": (lambda folder: [path.unlink() for path in folder.glob("mp_rank*")], none, options(),
                       ("_model_states.pt is missing",)),
-    "a cut state file": (cut(STATES), none, options(), ("mp_rank_01_model_states.pt is cut or damaged",)),
+    "a cut state file": (cut(STATES), none, options(), ("mp_rank_01_model_states.pt is truncated or damaged",)),
     "an empty state file": (cut(STATES, 0), none, options(), ("mp_rank_01_model_states.pt is empty",)),
     "a state without the counts": (changed(STATES, lambda state: state.pop("skipped_steps")), none, options(),
                                    ("mp_rank_01_model_states.pt", "KeyError: 'skipped_steps'")),
@@ -188,7 +188,7 @@ FAULTS: dict[str, Fault] = {
     "a client_state of a class": (changed(STATES, lambda state: state.update(mine=Unknown())), none, options(),
                                   ("mp_rank_01_model_states.pt holds more than tensors", "Unknown")),
     "a cut placement": (cut("pipeline_placement.json"), none, options(),
-                        ("pipeline_placement.json is cut or damaged",)),
+                        ("pipeline_placement.json is truncated or damaged",)),
     "another placement": (text("pipeline_placement.json", '{"chunks": [[0]], "bounds": []}'), none, options(),
                           ("belongs to other layers",)),
     "latest is empty": (text("../latest", " \n"), none, options(tag=None), ("latest is empty", "global_step2")),
@@ -209,13 +209,13 @@ FAULTS: dict[str, Fault] = {
     "ranks ask for other states": (nothing, none, of_rank("load_module_only", True, False),
                                    ("load_module_only = true on",)),
     "a custom_load_fn": (nothing, none, options(custom_load_fn=print), ("custom_load_fn not supported",)),
-    "weights alone, a cut layer": (cut(LAYER), none, options(load_module_only=True), ("layer_02", "cut or damaged")),
+    "weights alone, a cut layer": (cut(LAYER), none, options(load_module_only=True), ("layer_02", "truncated or damaged")),
     "weights alone, a missing layer": (removed(LAYER), none, options(load_module_only=True),
                                        ("layer_02", "is missing")),
     "no optimizer states, a cut layer": (cut(LAYER), none, options(load_optimizer_states=False),
                                          ("layer_02", "cut or")),
     "no optimizer states, a cut state file": (cut(STATES), none, options(load_optimizer_states=False),
-                                              ("mp_rank_01", "cut or damaged")),
+                                              ("mp_rank_01", "truncated or damaged")),
     "not strict, a layer of another shape": (changed(LAYER, other_shape), none, options(load_module_strict=False),
                                              ("layer_02-model_states.pt", "size mismatch")),
     "a disk that can't be read": (nothing, raising(1, "checkpoint_engine.load", OSError(5, "Input/output error", "/f")),
@@ -237,7 +237,7 @@ FAULTS: dict[str, Fault] = {
 }
 OF_ZERO: dict[str, Fault] = {
     "a missing shard": (removed(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is missing",)),
-    "a cut shard": (cut(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is cut or damaged",)),
+    "a cut shard": (cut(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is truncated or damaged",)),
     "an empty shard": (cut(SHARD, 0), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is empty",)),
     "a shard of another optimizer": (changed(SHARD, other_optimizer), none, options(),
                                      ("zero_pp_rank_0_mp_rank_01_optim_states.pt can't be loaded: ValueError",)),

@@ -66,7 +66,7 @@ def cut(path: Path) -> None:
 # What is wrong, and what is told on both ranks.
 FAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a cut weight": (lambda folder: cut(folder / "zero/2.up.weight/fp32.pt"),
-                     ("2.up.weight/fp32.pt is cut or damaged",)),
+                     ("2.up.weight/fp32.pt is truncated or damaged",)),
     "a missing weight": (lambda folder: (folder / "zero/2.up.weight/fp32.pt").unlink(),
                          ("2.up.weight/fp32.pt is missing",)),
     "a missing state": (lambda folder: (folder / "zero/2.up.weight/exp_avg.pt").unlink(),
@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a cut state": (lambda folder: cut(folder / "zero/8.weight/exp_avg_sq.pt"), ("8.weight/exp_avg_sq.pt is cut or",)),
     "a missing parameter": (lambda folder: shutil.rmtree(folder / "zero/2.up.weight"), ("2.up.weight/", "is missing")),
     "a cut state of the optimizer": (lambda folder: cut(folder / "zero/optimizer_state.pt"),
-                                     ("optimizer_state.pt is cut or damaged",)),
+                                     ("optimizer_state.pt is truncated or damaged",)),
     "no state of the optimizer": (lambda folder: (folder / "zero/optimizer_state.pt").unlink(),
                                   ("optimizer_state.pt is missing",)),
     "a weight of another shape": (

@@ -322,8 +322,8 @@ def test_a_limit_that_is_exceeded_names_value_peak_and_what_fits(capsys: pytest.
     ([*options(), "--compare", "v-hlf"], "did you mean 'v-half'"),
     ([*options(), "--limits", "0.5"], "--limits needs --curve"),
     ([*options(), "--reference", "x.json"], "--reference needs --curve"),
-    ([*options(), "--curve", "x.json"], "--schedule has no use with --curve"),
-    (["--compare", "v-half", "--curve", "x.json"], "--compare has no use with --curve"),
+    ([*options(), "--curve", "x.json"], "--schedule can't be used with --curve"),
+    (["--compare", "v-half", "--curve", "x.json"], "--compare can't be used with --curve"),
     (["--curve", "x.pdf"], "must end in .svg, .png or .json"),
     (["--curve", "x.json", "--stages", "4"], "missing: --micro-batches"),
 ])

@@ -463,5 +463,5 @@ def test_numbers_in_place_of_a_header_are_an_error() -> None:
             ends.receive(forward(0))
         return str(error.value)
 
-    assert run_ranks(2, body)[1] == ("pipeline rank 0 is out of step: what came from it in place of a message's header "
-                                     "isn't one (7 where a number from 0 to 1 must be)")
+    assert run_ranks(2, body)[1] == ("pipeline rank 0 is out of step: it sent something else where a message's "
+                                     "header was expected (7 isn't a number from 0 to 1)")

@@ -395,11 +395,11 @@ CORRUPTED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "one micro-batch of more samples": (given((TOKENS.repeat(2, 1), LABELS.repeat(2, 1)), GOOD), "[[4, 3, 8] float32 "
                                         "with gradient] in micro-batch 0 now. Set dynamic_shape=True", CROSSING),
     "a loss without gradient": (loss(lambda logits, labels: cross_entropy(logits, labels).detach()),
-                                "the loss has no gradient: it is detached, or nothing that is trained leads to it",
+                                "the loss has no gradient: it is detached, or depends on nothing that is trained",
                                 LAST),
     "a loss of many numbers": (loss(lambda logits, labels: functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="none")),
-        "the loss has the shape [6]: must be one number, as of a mean or a sum", LAST),
+        "the loss has the shape [6]: must be one number, such as a mean or a sum", LAST),
     "a loss that is a float": (loss(lambda logits, labels: 1.0), "the loss is a float: must be a tensor of one number",
                                LAST),
     "no loss": (loss(lambda logits, labels: None), "the loss is a NoneType: must be a tensor of one number", LAST),

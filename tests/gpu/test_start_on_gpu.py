@@ -82,5 +82,5 @@ def test_only_the_pair_that_is_silent_is_named() -> None:
     assert len(told) == 1
     error, = told
     assert error.startswith("PreflightError: no messages between pipeline ranks within 3 s: ")
-    assert error.count("don't hear each other") == 1
+    assert error.count("can't reach each other") == 1
     assert "rank 1 (" in error and "rank 2 (" in error

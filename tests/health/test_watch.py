@@ -162,7 +162,7 @@ def assert_named(place: str, victim: int, number: int, folder: Path) -> None:
     others = sorted({*range(RANKS)} - {victim})
     assert sorted(told) == others, str(failed.value)
     if place == "before_the_module":
-        assert all(f"global rank {victim} is lost: it hasn't come to its PipelineModule within" in words
+        assert all(f"global rank {victim} is lost: it hasn't reached its PipelineModule within" in words
                    for words in told.values())
         return
     why = "its process has ended" if number == signal.SIGKILL else (

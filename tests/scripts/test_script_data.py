@@ -71,8 +71,8 @@ def test_micro_batches_of_more_members() -> None:
         assert [found for found, _ in of_ranks] == [oracle] * 2
         lines = [line for _, told in of_ranks for line in told]
         assert lines == ([] if schedule in (UNTOUCHED, NO_KEY) else [
-            "the data iterator gives 3 members: the first two are taken for (inputs, labels), as DeepSpeed does, and "
-            "the others are left out"])
+            "the data iterator gives 3 members: the first two are used as (inputs, labels), as in DeepSpeed, and "
+            "the others are ignored"])
 
 
 def test_inputs_alone_where_no_loss_is_computed() -> None:

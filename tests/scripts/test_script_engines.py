@@ -364,9 +364,9 @@ def test_a_subclass_in_the_place_of_deepspeeds() -> None:
 
 
 REFUSED: dict[Any, str] = {
-    OwnSchedule: "the script runs a TrainSchedule of its own, but what a batch consists of is the schedule's",
+    OwnSchedule: "the script runs a TrainSchedule of its own, but the schedule decides what a batch consists of",
     OwnMap: "OwnMap._INSTRUCTION_MAP has functions of the script's own for ForwardPass",
-    OwnMethods: "the script has a _train_schedule of its own, but what a batch consists of is the schedule's",
+    OwnMethods: "the script has a _train_schedule of its own, but the schedule decides what a batch consists of",
 }
 
 
