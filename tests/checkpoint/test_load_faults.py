@@ -209,7 +209,7 @@ FAULTS: dict[str, Fault] = {
     "ranks ask for other states": (nothing, none, of_rank("load_module_only", True, False),
                                    ("load_module_only = true on",)),
     "a custom_load_fn": (nothing, none, options(custom_load_fn=print), ("custom_load_fn not supported",)),
-    "weights alone, a cut layer": (cut(LAYER), none, options(load_module_only=True), ("layer_02", "truncated or damaged")),
+    "weights alone, a cut layer": (cut(LAYER), none, options(load_module_only=True), ("layer_02", "or damaged")),
     "weights alone, a missing layer": (removed(LAYER), none, options(load_module_only=True),
                                        ("layer_02", "is missing")),
     "no optimizer states, a cut layer": (cut(LAYER), none, options(load_optimizer_states=False),
@@ -237,7 +237,7 @@ FAULTS: dict[str, Fault] = {
 }
 OF_ZERO: dict[str, Fault] = {
     "a missing shard": (removed(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is missing",)),
-    "a cut shard": (cut(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is truncated or damaged",)),
+    "a cut shard": (cut(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is truncated",)),
     "an empty shard": (cut(SHARD, 0), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is empty",)),
     "a shard of another optimizer": (changed(SHARD, other_optimizer), none, options(),
                                      ("zero_pp_rank_0_mp_rank_01_optim_states.pt can't be loaded: ValueError",)),
