@@ -1,8 +1,8 @@
-"""Bubble against memory limit, as in the paper's Figure 9: what a little more memory buys, for given times.
+"""Bubble against memory limit, as in the paper's Figure 9, for given times.
 
-    named        the table's schedules, each one point: their orders are made for equal times
+    named        the schedules of the table, one point each: their orders are made for equal times
     adaptive     the best plan for the times at each limit
-    bound        no schedule on the V placement is below (schedule/bounds.py; with equal times the paper's bound)
+    bound        a lower bound for the V placement (schedule/bounds.py; with equal times the paper's bound)
     reference    other schedulers' points, from a file
 """
 
@@ -32,9 +32,10 @@ _DEFAULT_LIMITS = 13
 
 @dataclass(frozen=True)
 class Point:
-    """One schedule at one memory; `memory` and `makespan` may be limit and bound.
+    """One schedule, or one bound.
 
-    `memory` counts chunk activations, `fraction` is of 1F1B's peak, `makespan` in the unit of the times.
+    `memory` is the peak, or the limit, in chunk activations; `fraction` is relative to 1F1B's peak; `makespan`, or the
+    bound on it, is in the unit of the times.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points for one batch; `bound[i]` and `adaptive[i]` are at the i-th limit that can be met."""
+    """The points for one batch; `bound[i]` and `adaptive[i]` belong to the i-th feasible limit."""
 
     stages: int
     micro_batches: int
@@ -58,14 +59,14 @@ class Curve:
     too_small: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values; times that are all alike as one number."""
+        """Everything as plain values; times that are all equal as one number."""
         times = {name: values[0] if len(values) == 1 else values for name, values in vars(self.times).items()}
         return {**asdict(self), "times": times}
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Turns peaks and makespans of a batch into points."""
+    """Converts peaks and makespans of a batch to points."""
 
     ranks: int
     micro_batches: int
@@ -73,7 +74,7 @@ class _Scale:
 
     @property
     def work(self) -> float:
-        """Of a rank in the mean: two chunks for each micro-batch."""
+        """The mean time of a rank's passes: two chunks for each micro-batch."""
         return self.micro_batches * self.times.work(self.ranks) / self.ranks
 
     def point(self, name: str, memory: float, makespan: float) -> Point:
@@ -86,8 +87,8 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
           progress: Callable[[float], None]) -> Curve:
     """Plan at each limit (by default from a quarter of 1F1B's peak to all of it) and collect the other points.
 
-    Limits that no schedule meets are listed, not planned. A plan for less memory counts where one for more is slower.
-    Raises ValueError if `reference` can't be read or knows nothing of this batch.
+    Limits that no schedule meets are listed, not planned. If a plan for more memory is slower than one for less, the
+    latter is used for both. Raises ValueError if `reference` can't be read or has no cell for this batch.
     """
     scale = _Scale(options.stages, options.micro_batches, options.times)
     others = tuple(_reference_points(reference, scale)) if reference is not None else ()
@@ -113,7 +114,7 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
 
 
 def _part(progress: Callable[[float], None], place: int, parts: int) -> Callable[[float], None]:
-    """Turns the progress of one of `parts` equal parts into that of the whole."""
+    """Reports the progress of part `place`, of `parts` equal ones, as progress of the whole."""
     return lambda done: progress((place + done) / parts)
 
 
@@ -136,10 +137,10 @@ def _named_points(scale: _Scale) -> Iterable[Point]:
 
 
 def _reference_points(file: Path, scale: _Scale) -> Iterable[Point]:
-    """The points of the cell with this batch, whatever its unit of time; bench/compare_reference.py has the format."""
+    """The points of the cell for this batch, in any unit of time; bench/compare_reference.py describes the format."""
     try:
         if file.exists() and not file.is_file():
-            raise ValueError("it is not a file")
+            raise ValueError("not a file")
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
         found = [cell for cell in cells if _ratio(cell, scale) is not None]
         if not found:
@@ -151,7 +152,7 @@ def _reference_points(file: Path, scale: _Scale) -> Iterable[Point]:
     except OSError as error:
         raise ValueError(f"--reference {file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"--reference {file}: {reason}") from None
 
 
@@ -162,13 +163,13 @@ def _positive(figure: float) -> float:
 
 
 def _ratio(cell: Mapping[str, Any], scale: _Scale) -> float | None:
-    """Our unit of time over that of `cell`, or None if it is of another batch."""
+    """Our unit of time relative to that of `cell`; None if the cell is for another batch."""
     if (cell["stages"], cell["micro_batches"]) != (scale.ranks, scale.micro_batches):
         return None
     ratio: float = scale.times.forward[0] / cell["forward"]
-    alike = all(abs(ratio * cell[key] - our) <= 1e-9 * scale.times.forward[0]
-                for key, ours in vars(scale.times).items() for our in ours)
-    return ratio if alike else None
+    is_equal = all(abs(ratio * cell[key] - our) <= 1e-9 * scale.times.forward[0]
+                   for key, ours in vars(scale.times).items() for our in ours)
+    return ratio if is_equal else None
 
 
 def table(curve: Curve) -> Table:
@@ -186,5 +187,5 @@ def table(curve: Curve) -> Table:
         shown.add_row(f"{point.memory:g}", f"{point.fraction:.3f}", f"{point.makespan:g}", f"{point.bubble:.1%}", name,
                       style="bold" if name == ADAPTIVE else None)
     for count in curve.too_small:
-        shown.add_row(f"{count:g}", "", "", "", "no schedule needs so little", style="dim")
+        shown.add_row(f"{count:g}", "", "", "", "below the minimum of any schedule", style="dim")
     return shown

@@ -19,7 +19,7 @@ from ds_vshape.schedule.named import SCHEDULES
 
 _ADAPTIVE, _BOUND, _V, _OTHER, _REFERENCE = "#2f62b5", "#7a7a7a", "#d9772f", "#8c8c8c", "#8f2d8f"
 _MARKERS = "sD^vPXo*<>phHd"
-# The height of a line of the legend, of the axes' height.
+# The height of a line of the legend, relative to the axes.
 _ROW = 0.046
 
 
@@ -40,12 +40,12 @@ class _Drawer:
         self._curve = curve
         points = [*curve.adaptive, *curve.bound, *curve.reference]
         fractions = [point.fraction for point in points] or [point.fraction for point in curve.named]
-        # What needs more memory than 1F1B and than all limits would squeeze the rest.
+        # Points beyond 1F1B's memory and all limits are left out: they would squeeze the rest.
         self._right = max(*fractions, 1.0) * 1.03
         self._left = min(fractions) - 0.03
 
     def draw(self) -> None:
-        """Everything, with a legend for each kind of point beside it."""
+        """Draw all points, with a legend for each kind of point."""
         curve = self._curve
         lines = [self._line(curve.bound, "lower bound (V placement)", _BOUND, linestyle="--", linewidth=1.2),
                  self._line(curve.adaptive, "adaptive", _ADAPTIVE, marker="o", markersize=5, linewidth=1.8, zorder=3)]
@@ -60,7 +60,7 @@ class _Drawer:
         self._style([point for point in curve.named if point.fraction > self._right])
 
     def _legends(self, groups: Mapping[str, list[Line2D]]) -> None:
-        """One below the other, to the right of the axes."""
+        """Put the legends below each other, to the right of the axes."""
         top = 1.0
         for title, lines in groups.items():
             if lines:
@@ -84,7 +84,7 @@ class _Drawer:
         axes, curve = self._axes, self._curve
         axes.set_xlim(self._left, self._right)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("memory limit or peak, of 1F1B's peak activations")
+        axes.set_xlabel("memory limit or peak, relative to 1F1B's peak of activations")
         axes.set_ylabel("bubble")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
         axes.grid(color="#e4e4e4", linewidth=0.7)

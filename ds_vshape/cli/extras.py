@@ -1,4 +1,4 @@
-"""What only some commands need."""
+"""The check that a package which only some commands need is installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import importlib.util
 
 
 def check_installed(module: str, purpose: str, extra: str) -> None:
-    """ValueError that names the package's `extra` if `module` isn't installed."""
+    """Raise ValueError, which names the `extra` to install, if `module` is missing."""
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"{purpose}, which is not installed: pip install 'ds-vshape[{extra}]'")

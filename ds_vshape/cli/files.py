@@ -1,4 +1,4 @@
-"""Files that the command line writes; one that can't be written is refused before anything is planned."""
+"""Output files of the commands; it is checked that they can be written before anything is planned."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from typing import Any
 
 
 def check_writable(outputs: Mapping[str, Path], inputs: Iterable[Path]) -> None:
-    """ValueError for an output (by its option) that can't be written, or that is an input or another output too."""
-    taken = {os.path.realpath(file): "is read" for file in inputs}
+    """Raise ValueError, with the option, for an output that can't be written, or is an input or another output too."""
+    taken = {os.path.realpath(file): "is an input" for file in inputs}
     for option, file in outputs.items():
         with writing(option, file):
             is_regular = _try(file)
             path = os.path.realpath(file)
         if is_regular and path in taken:
             raise ValueError(f"{option} {file}: {taken[path]} too")
-        taken[path] = f"is written for {option}"
+        taken[path] = f"is the output of {option}"
 
 
 def _try(file: Path) -> bool:
-    """Whether `file` is or can become a regular one; OSError if it can't be written. Devices aren't opened."""
+    """Whether `file` is a regular file, or would be created as one. Raises OSError if it can't be written.
+
+    Devices aren't opened.
+    """
     try:
         mode = os.stat(file).st_mode
     except FileNotFoundError:
@@ -40,7 +43,7 @@ def _try(file: Path) -> bool:
 
 @contextmanager
 def writing(option: str, file: Path) -> Iterator[None]:
-    """Turn an error of writing `file` into a ValueError that names the option: it is the user's."""
+    """Convert an error of writing `file` to a ValueError that names the option."""
     try:
         yield
     except OSError as error:
@@ -50,6 +53,6 @@ def writing(option: str, file: Path) -> Iterator[None]:
 
 
 def write_json(option: str, file: Path, content: Any) -> None:
-    """Write `content` to the file that `option` names; ValueError if that fails."""
+    """Write `content` to `file`, which `option` names; ValueError if that fails."""
     with writing(option, file):
         file.write_text(json.dumps(content) + "\n", encoding="utf-8")

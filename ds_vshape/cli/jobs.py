@@ -1,4 +1,4 @@
-"""`ds-vshape layouts` and `ds-vshape dry-run`: what jobs would do, by prediction, before anything is launched."""
+"""`ds-vshape layouts` and `ds-vshape dry-run`: predictions for jobs, before anything is launched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     layouts.set_defaults(run=run_layouts)
     layouts.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face model: a folder with config.json")
     layouts.add_argument("--ranks", type=int, metavar="N", help="devices that every layout must use")
-    layouts.add_argument("--memory", metavar="BYTES", help="of a device, like 80GiB (default: the machine's)")
+    layouts.add_argument("--memory", metavar="BYTES", help="memory of a device, like 80GiB (default: the machine's)")
     layouts.add_argument("--batch", type=int, metavar="N", help="sequences that every layout must train in a step")
     layouts.add_argument("--length", type=int, metavar="N", help="tokens in a sequence")
     layouts.add_argument("--micro-batch", metavar="N,N", help="sizes of micro-batches to try, like 1,2,4")
@@ -41,7 +41,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the configs")
         parser.add_argument("--configs", type=Path, metavar="FOLDER",
                             help="where train.yaml, layouts.yaml and their groups are (default: the checkout's)")
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there as well")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
 
 
 def run_layouts(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What to plan: options where there are any, a ds_config.json elsewhere."""
+"""What to plan: from options, and from a ds_config.json for those that aren't given."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory
 from ds_vshape.schedule.named import ADAPTIVE, MOST_RANKS, SCHEDULES, most_micro_batches, placement_of
 from ds_vshape.schedule.schedule import Schedule
 
-# Seconds of planning; times of passes and hops, in any unit; their greatest ratio, which sums over a batch still tell
-# apart; counts of chunk activations; limits of a curve, each of which is planned for.
+# Bounds of the options: seconds of planning; times of passes and hops, in any unit; the greatest ratio between them,
+# which sums over a batch still resolve; counts of chunk activations; the number of limits of a curve, each of which
+# takes a plan.
 SECONDS = 0.001, 86400.0
 TIMES = 1e-9, 1e9
 MOST_RATIO = 1e9
 MOST_ACTIVATIONS = 1e9
 MOST_LIMITS = 100
-# What --curve replaces: it shows all schedules, at all limits.
+# Options that --curve replaces: it shows all schedules, at all limits.
 _NOT_WITH_CURVE = ("schedule", "compare", "memory_limit", "json", "svg", "png")
 _ONLY_WITH_CURVE = ("limits", "reference")
 
@@ -60,7 +61,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What to plan: schedules by name, or none for the curve; `times` as the user knows them."""
+    """What to plan: schedules by name, or none for the curve; `times` as the user gives them."""
 
     schedules: tuple[str, ...]
     stages: int
@@ -72,7 +73,7 @@ class PlanOptions:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
-        """Put options and file together; ValueError where both are silent, or where they disagree."""
+        """Combine options and file; ValueError if neither has a value, or if they disagree."""
         _check_modes(arguments)
         given = {key: getattr(arguments, key) for key in ("schedule", "stages", "micro_batches", "memory_limit")}
         paths = [path for path in (arguments.config, arguments.config_option) if path is not None]
@@ -108,7 +109,7 @@ class PlanOptions:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what to plan."""
+    """Add the options that say what to plan."""
     parser.add_argument("config", nargs="?", type=Path, metavar="DS_CONFIG",
                         help="a ds_config.json; the options below fill what it lacks")
     parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")
@@ -121,11 +122,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "12:10:10:14,20,10,0.5 for P = 2")
     parser.add_argument("--memory-limit", type=Limit.parse, metavar="X",
                         help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
-                             "activations (6u); adaptive plans for it, other schedules must keep to it")
+                             "activations (6u); adaptive plans for it, other schedules must be within it")
     parser.add_argument("--time-limit", type=_seconds, default=10.0, metavar="SECONDS",
-                        help="planning for given times ends with the best so far (default: 10)")
+                        help="planning ends after this time with the best plan so far (default: 10)")
     parser.add_argument("--no-cache", action="store_true",
-                        help="plan again what is known already (plans are kept in $XDG_CACHE_HOME/ds_vshape)")
+                        help="ignore cached plans (in $XDG_CACHE_HOME/ds_vshape)")
     parser.add_argument("--compare", type=_names, metavar="A,B,C", help="these schedules side by side")
     parser.add_argument("--limits", type=_limits, metavar="X,Y,Z",
                         help="of the curve (default: from a quarter of 1F1B's peak to all of it)")
@@ -134,7 +135,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_size(stages: int, micro_batches: int) -> None:
-    """ValueError for more than any schedule is made for."""
+    """Raise ValueError for more ranks or micro-batches than a schedule may have."""
     if stages > MOST_RANKS:
         raise ValueError(f"stages = {stages}: must be at most {MOST_RANKS} pipeline ranks")
     most = most_micro_batches(stages)
@@ -154,9 +155,9 @@ def _check_modes(arguments: argparse.Namespace) -> None:
 
 
 def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any]:
-    """What a ds_config says about the schedule, by the options' names; "auto" counts as missing.
+    """The ds_config's values, by the names of options; "auto" counts as missing.
 
-    A limit in bytes is refused unless the caller `has_limit` in other words.
+    A limit in bytes is refused unless the caller `has_limit` from an option.
     """
     found: dict[str, Any] = {}
     section = read_section(ds_config)
@@ -165,8 +166,8 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
         if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
         elif section.memory_limit is not None and not has_limit:
-            raise ValueError(f"pipeline_schedule.memory_limit = {section.memory_limit} bytes: how large activations "
-                             "are is known in training only; say --memory-limit as a fraction of 1F1B's peak")
+            raise ValueError(f"pipeline_schedule.memory_limit = {section.memory_limit} bytes: the sizes of activations "
+                             "are only known in training; give --memory-limit as a fraction of 1F1B's peak")
     pipeline = ds_config.get("pipeline")
     stages = _whole(pipeline, "stages", "pipeline.stages") if isinstance(pipeline, Mapping) else None
     if stages is not None:

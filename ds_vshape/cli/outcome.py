@@ -1,4 +1,4 @@
-"""One planned schedule with its figures, and how it is written for other programs."""
+"""One planned schedule with its figures, also as JSON."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """What it is, in a line."""
+        """A line with its name and sizes."""
         placement = self.schedule.placement
         return (f"{self.schedule.name}: {placement.ranks} ranks, {placement.stages} stages ({placement.name}), "
                 f"{self.schedule.micro_batches} micro-batches")
 
     @property
     def figures(self) -> str:
-        """What it costs, in a line."""
+        """A line with its figures."""
         metrics = self.metrics
         return (f"makespan {metrics.makespan:g} (lower bound {metrics.lower_bound:g}),  bubble {metrics.bubble:.1%},  "
                 f"peak {self.peak:g} = {metrics.peak_fraction_of_1f1b:.3g} of 1F1B's,  {self.origin}")

@@ -22,7 +22,7 @@ from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
 
 _PICTURES = ("svg", "png")
-# Of a picture: matplotlib draws some hundred passes a second, and no more than 2^16 pixels upwards.
+# The most in one picture: matplotlib draws some hundred passes a second, and at most 2^16 pixels in height.
 _MOST_PASSES, _MOST_ROWS = 40_000, 512
 
 
@@ -32,9 +32,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("plan", help="show what a schedule costs", description=description)
     add_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE",
-                        help="write schedule and figures there as well; with --compare, a list of them")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline there, with memory under each rank")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="the same as pixels")
+                        help="also write schedule and figures to FILE; with --compare, a list of them")
+    parser.add_argument("--svg", type=Path, metavar="FILE",
+                        help="draw the timeline, with the memory of each rank, to FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the same as PNG")
     parser.add_argument("--curve", type=_curve_file, metavar="FILE",
                         help="bubble against memory limit, as FILE.svg, FILE.png or FILE.json")
     parser.set_defaults(run=run)
@@ -110,14 +111,14 @@ def _curve_file(text: str) -> Path:
 
 
 def _need_matplotlib() -> None:
-    """Raise ValueError before any planning if what draws isn't there."""
+    """Raise ValueError before any planning if matplotlib is missing."""
     check_installed("matplotlib", "SVG and PNG are drawn by matplotlib", "plots")
 
 
 def _check_size(options: PlanOptions) -> None:
-    """Raise ValueError before any planning for a picture that would take minutes, or be higher than any may be."""
+    """Raise ValueError before any planning for a picture that would take minutes, or exceed matplotlib's height."""
     passes = 6 * options.stages * options.micro_batches * len(options.schedules)
     rows = options.stages * len(options.schedules)
     if passes > _MOST_PASSES or rows > _MOST_ROWS:
         raise ValueError(f"a picture of {rows} rows with about {passes} passes: must be at most {_MOST_ROWS} rows and "
-                         f"{_MOST_PASSES} passes; --json has room for all")
+                         f"{_MOST_PASSES} passes; --json has no such limit")

@@ -30,7 +30,7 @@ def print_outcome(outcome: Outcome) -> None:
     for figure, value, meaning in (
             ("makespan", f"{metrics.makespan:g}", "first start to last end"),
             ("longest span", f"{metrics.longest_span:g}", "the longest of a rank's own first start to last end"),
-            ("bubble", f"{metrics.bubble:.1%}", "share of all ranks' time without work"),
+            ("bubble", f"{metrics.bubble:.1%}", "share of the makespan in which ranks are idle"),
             ("lower bound", f"{metrics.lower_bound:g}", "no order with this placement and peak has a shorter makespan"),
             ("peak activations", f"{outcome.peak:g}", "of one of 2P chunks for one micro-batch"),
             ("of 1F1B's peak", f"{metrics.peak_fraction_of_1f1b:.3g}", "on as many ranks and micro-batches"),
@@ -49,7 +49,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def print_comparison(outcomes: Sequence[Outcome], limit: Limit | None) -> None:
-    """A line for each; with a `limit`, whether it keeps to it."""
+    """A row for each; with a `limit`, whether it is within it."""
     first = outcomes[0]
     table = Table(title=f"{first.schedule.placement.ranks} ranks, {first.schedule.micro_batches} micro-batches",
                   caption="lower bound: no order with the same placement and peak has a shorter makespan",

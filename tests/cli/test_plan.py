@@ -446,10 +446,10 @@ def test_a_file_that_is_there_is_kept_until_the_plan_is(tmp_path: Path, capsys: 
 def test_no_file_is_written_twice_or_read_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(tmp_path, pipeline_schedule="v-half", pipeline={"stages": 4}, gradient_accumulation_steps=8)
     before = Path(config).read_text()
-    assert "is read too" in error_of([config, "--json", config], capsys)
+    assert "is an input too" in error_of([config, "--json", config], capsys)
     assert Path(config).read_text() == before
     both = str(tmp_path / "both.svg")
-    assert "is written for --json too" in error_of([*options(), "--json", both, "--svg", both], capsys)
+    assert "is the output of --json too" in error_of([*options(), "--json", both, "--svg", both], capsys)
 
 
 @pytest.mark.parametrize("target, status", [("/dev/full", 2), ("closed", 1)])
