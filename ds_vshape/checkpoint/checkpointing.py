@@ -270,11 +270,14 @@ class SavingEngine(StockEngine):
         with _without_ties(module):
             try:
                 super().load_module_state_dict(*args, **kwargs)
-            except AssertionError as error:
-                absent = self._missing_layer()
-                if absent is None:
+            except CheckpointError:
+                raise
+            except Exception as error:
+                absent = self._missing_layer() if isinstance(error, AssertionError) else None
+                cause = absent or self._other_shares(error)
+                if cause is None:
                     raise
-                raise absent from error
+                raise cause from error
         self._reading.path = state_file
         self._meet()
         module._synchronize_tied_weights()
@@ -285,6 +288,18 @@ class SavingEngine(StockEngine):
         for number, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict") and not self.module.ckpt_layer_path_list(folder, number):
                 return missing(self.module.ckpt_layer_path(folder, number))
+        return None
+
+    def _other_shares(self, error: Exception) -> CheckpointError | None:
+        """What is raised for a layer that can't be loaded, where another number of tensor parallel ranks saved it:
+        DeepSpeed joins and divides the layers of Megatron's GPT alone."""
+        folder, now = self.folder_of_layers, self.grid.get_slice_parallel_world_size()
+        for number, layer in enumerate(self.module.forward_funcs):
+            saved = len(self.module.ckpt_layer_path_list(folder, number))
+            if hasattr(layer, "load_state_dict") and saved not in (0, now):
+                return CheckpointError(f"{folder} was saved with {saved} tensor parallel ranks, now there are {now}: "
+                                       f"must be {saved}, or training must start from weights that were saved whole "
+                                       f"({in_one_line(error)})")
         return None
 
     def _get_all_zero_checkpoints(self, load_dir: str, tag: str) -> Any:

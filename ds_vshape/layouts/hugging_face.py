@@ -74,7 +74,7 @@ class ModelFolder:
     """The model that config.json in a folder describes; its weights needn't be there.
 
     Raises:
-        ConfigError: for a folder without a config.json that transformers can read.
+        ConfigError: for a folder without a config.json that transformers can read, and for quantized weights.
     """
 
     def __init__(self, folder: Path, length: int | None = None) -> None:
@@ -85,6 +85,11 @@ class ModelFolder:
             self.config: Any = AutoConfig.from_pretrained(folder)
         except (ValueError, KeyError, OSError) as error:
             raise ConfigError(f"--model {folder}: {_first_line(error)}") from None
+        if getattr(self.config, "quantization_config", None):
+            raise ConfigError(f"--model {folder}: its config.json has a quantization_config; on quantized weights "
+                              "adapters alone are trained, and layouts are those of a training of all weights: must "
+                              "be the folder of the model that was quantized, or a copy of this config.json without "
+                              "quantization_config")
         most = getattr(self.config, "max_position_embeddings", None) or _LENGTH
         self.length = length or min(most, _LENGTH)
         self._costs: dict[tuple[int, str, int], tuple[MeasuredCosts, ...]] = {}

@@ -184,6 +184,8 @@ def test_where_nothing_fits_the_least_is_told(tmp_path: Path, capsys: pytest.Cap
     ("{", [], "--model "),
     ('{"model_type": "nobody"}', [], "nobody"),
     ('{"model_type": "bloom"}', [], "model_type = 'bloom': neither transformers"),
+    ('{"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}}', [],
+     "layouts are those of a training of all weights: must be the folder of the model that was quantized"),
     ('{"model_type": "llama"}', ["--memory", "much"], "--memory 'much': must be bytes with their unit, like 80GiB"),
     ('{"model_type": "llama"}', ["--memory", "80"], "--memory '80': must be bytes with their unit"),
     ('{"model_type": "llama"}', ["--memory=-1GiB"], "--memory '-1GiB': must be bytes"),

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_vshape
+from ds_vshape.checkpoint.errors import CheckpointError
 from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss, load_weights,
                                            next_token_loss, pipeline_layers, save_model)
 from ds_vshape.models.hugging_face import weights as weight_files
@@ -306,6 +307,30 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     save_tiny_model(model_config("mixtral"), folder)
     for whole, later in run_ranks(4, resumed, Layout(folder, "v-half", config=FP32_ZERO1), tmp_path / "checkpoint"):
         assert later == whole
+
+
+def save_training(rank: int, layout: Layout, folder: Path) -> None:
+    layout.engine().save_checkpoint(str(folder))
+
+
+def refused_checkpoint(rank: int, layout: Layout, folder: Path) -> list[str]:
+    engine, errors = layout.engine(), []
+    for module_alone in (False, True):
+        with pytest.raises(CheckpointError) as error:
+            engine.load_checkpoint(str(folder), load_module_only=module_alone)
+        errors.append(str(error.value))
+    return errors
+
+
+def test_a_checkpoint_of_other_tensor_parallel_ranks_is_refused(tmp_path: Path) -> None:
+    save_tiny_model(tiny_config("llama", 2), tmp_path / "source")
+    for saved, now in ((1, 2), (2, 1)):
+        layouts = [Layout(tmp_path / "source", "v-half", stages=1, tensor=tensor) for tensor in (saved, now)]
+        folder = tmp_path / f"{saved}"
+        run_ranks(saved, save_training, layouts[0], folder)
+        for errors in run_ranks(now, refused_checkpoint, layouts[1], folder):
+            for error in errors:
+                assert f"was saved with {saved} tensor parallel ranks, now there are {now}: must be {saved}" in error
 
 
 # -- loss functions that don't go with the head
