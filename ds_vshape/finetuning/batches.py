@@ -33,8 +33,9 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """The number of rows of an epoch."""
 
-    def micro_batch(self, rows: Sequence[int]) -> tuple[Any, Tensor]:
-        """Inputs and labels of these rows. Labels [rows, length] are the tokens that come next, or IGNORE_INDEX."""
+    def micro_batch(self, rows: Sequence[int]) -> tuple[Any, Any]:
+        """Inputs and labels of these rows. Labels [rows, length] are the tokens that come next, or IGNORE_INDEX; other
+        labels are possible where the loss function knows them."""
 
     def tokens(self, row: int) -> int:
         """The number of tokens of a row, without padding."""
@@ -54,14 +55,7 @@ class PaddedRows:
         return len(self._samples)
 
     def micro_batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        samples = [self._samples[row] for row in rows]
-        length = max(len(sample[IDS]) - 1 for sample in samples)
-        length = -(-length // MULTIPLE) * MULTIPLE
-        ids = torch.full((len(rows), length), self._padding)
-        labels = torch.full((len(rows), length), IGNORE_INDEX)
-        for row, sample in enumerate(samples):
-            _put(sample, ids[row], labels[row])
-        return ids, labels
+        return padded([self._samples[row] for row in rows], self._padding)
 
     def tokens(self, row: int) -> int:
         return len(self._samples[row][IDS]) - 1
@@ -127,6 +121,17 @@ class WindowRows:
         return self._length
 
 
+def padded(samples: Sequence[dict[str, list[Any]]], padding: int) -> tuple[Tensor, Tensor]:
+    """Ids and labels [samples, length of the longest, rounded up] with a sample in each row."""
+    length = max(len(sample[IDS]) - 1 for sample in samples)
+    length = -(-length // MULTIPLE) * MULTIPLE
+    ids = torch.full((len(samples), length), padding)
+    labels = torch.full((len(samples), length), IGNORE_INDEX)
+    for row, sample in enumerate(samples):
+        _put(sample, ids[row], labels[row])
+    return ids, labels
+
+
 def _put(sample: dict[str, list[Any]], ids: Tensor, labels: Tensor) -> int:
     """Write a sample at the start of a row; returns the number of its tokens there."""
     tokens, learned = torch.tensor(sample[IDS]), torch.tensor(sample[LEARNED])
@@ -136,7 +141,7 @@ def _put(sample: dict[str, list[Any]], ids: Tensor, labels: Tensor) -> int:
     return length
 
 
-class MicroBatches(Iterator[tuple[Any, Tensor]]):
+class MicroBatches(Iterator[tuple[Any, Any]]):
     """The endless micro-batches of one replica, in an order that depends on `seed` and the epoch alone.
 
     Args:
@@ -159,7 +164,7 @@ class MicroBatches(Iterator[tuple[Any, Tensor]]):
         # Of the rows that have been drawn, without padding.
         self.tokens = 0
 
-    def __next__(self) -> tuple[Any, Tensor]:
+    def __next__(self) -> tuple[Any, Any]:
         rows = [self._row(place) for place in range(self._next, self._next + self._size)]
         self._next += self._stride
         self.tokens += sum(map(self._rows.tokens, rows))

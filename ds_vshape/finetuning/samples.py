@@ -18,6 +18,7 @@ from ds_vshape.finetuning.batches import IDS, LEARNED
 
 try:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 except ImportError as error:
     raise ImportError("data to fine-tune on need datasets: pip install 'ds-vshape[finetuning]'") from error
 
@@ -28,10 +29,22 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def read_rows(path: Path) -> Dataset:
+    """The rows of a file or folder, as read_file says.
+
+    Raises:
+        ValueError: as read_file does, and for rows that have no text and no messages.
+    """
+    rows = read_file(path)
+    if not {TEXT, MESSAGES} & set(rows.column_names):
+        raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}: must have {TEXT!r} or {MESSAGES!r}")
+    return rows
+
+
+def read_file(path: Path) -> Dataset:
     """The rows of a file, or of a folder that Dataset.save_to_disk has written.
 
     Raises:
-        ValueError: for a path that holds neither, and for rows that have no text and no messages.
+        ValueError: for a path that holds neither, and for a file that can't be read.
     """
     if not path.exists():
         raise ValueError(f"{path} isn't there: must be {_LEGAL}")
@@ -43,11 +56,13 @@ def read_rows(path: Path) -> Dataset:
         if isinstance(rows, DatasetDict):
             raise ValueError(f"{path} holds several datasets: name one of its folders, {', '.join(rows)}")
     elif path.suffix in _READERS:
-        rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        try:
+            rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        except DatasetGenerationError as error:
+            raise ValueError(f"{path} can't be read ({error.__cause__ or error}): each of its rows must be an object "
+                             "with the same keys, and with values of the same types") from None
     else:
         raise ValueError(f"{path}: must be {_LEGAL}")
-    if not {TEXT, MESSAGES} & set(rows.column_names):
-        raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}: must have {TEXT!r} or {MESSAGES!r}")
     return rows
 
 

@@ -22,6 +22,8 @@ from ds_vshape.checkpoint.commit import LATEST
 from ds_vshape.finetuning.batches import MicroBatches, Rows
 
 BEST = "best"
+# Before the names of metrics that are an evaluation's, as in TRL.
+_EVALUATED = "eval_"
 _TAG = re.compile(r"batch(\d+)")
 
 
@@ -52,14 +54,18 @@ class Result:
     """What a run has measured.
 
     Attributes:
-        losses: of its batches, in nats a token.
-        evaluations: the loss on the validation rows by the number of batches before it, in nats a token.
+        losses: of its batches, in nats a token, or in what the loss function counts.
+        evaluations: the loss on the validation rows, in the same unit, by the number of batches before it.
+        metrics: what else the loss function has measured, by the number of the batch; names that start with "eval_"
+            are of the evaluation after it. Empty for a loss function without a method `measured`, which returns such
+            numbers by their names since its last call (collective over all ranks).
         tokens_per_second: of all replicas, without padding; the time includes evaluations and checkpoints. 0 on ranks
             that draw no data.
     """
 
     losses: list[float] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     tokens_per_second: float = 0.0
 
     @property
@@ -98,6 +104,7 @@ class Training:
                         initial=engine.global_steps, total=plan.batches, disable=dist.get_rank() != 0)
         for _ in progress:
             self.result.losses.append(engine.train_batch(data_iter=drawn).item())
+            self._measure()
             self.result.tokens_per_second = self._replica[-1] * drawn.tokens / (time.perf_counter() - start)
             if _is_due(plan.evaluate_every, engine.global_steps) or engine.global_steps == plan.batches:
                 self._evaluate()
@@ -115,7 +122,20 @@ class Training:
         shown = {"loss": f"{self.result.losses[-1]:.3f}", "tokens/s": f"{self.result.tokens_per_second:.0f}"}
         if self.result.evaluations:
             shown["evaluation"] = f"{self.result.validation_loss:.3f}"
-        return shown
+        metrics = self.result.metrics.get(self._engine.global_steps, {})
+        return shown | {name: f"{value:.3f}" for name, value in metrics.items() if not name.startswith(_EVALUATED)}
+
+    def _measure(self, prefix: str = "") -> None:
+        """Note what the loss function has measured, and give it to DeepSpeed's monitor."""
+        engine = self._engine
+        measured = getattr(engine.module.loss_fn, "measured", None)
+        if measured is None:
+            return
+        values = {prefix + name: value for name, value in measured().items()}
+        self.result.metrics.setdefault(engine.global_steps, {}).update(values)
+        if dist.get_rank() == 0 and engine.monitor.enabled:
+            engine.monitor.write_events([(f"Train/Samples/{name}", value, engine.global_samples)
+                                         for name, value in values.items()])
 
     def _evaluate(self) -> None:
         """On all validation rows but the last ones that don't fill a micro-batch of each replica; if none are filled,
@@ -125,6 +145,7 @@ class Training:
         count = max(1, len(rows) // (size * replicas))
         loss = self._engine.eval_batch(self._micro_batches(rows), num_micro_batches=count)
         self.result.evaluations[self._engine.global_steps] = loss.item()
+        self._measure(_EVALUATED)
         if self._plan.checkpoints is not None and loss.item() < self._best:
             self._best = loss.item()
             self._save(BEST)

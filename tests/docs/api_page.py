@@ -22,9 +22,12 @@ from pydantic_core import PydanticUndefined
 import ds_vshape
 from ds_vshape.config.section import KEY, MOST_TRACED, ConfigError, ScheduleConfig, TraceConfig, read_section
 from ds_vshape.engine import PipelineEngine, PostValidatingEngine
+from ds_vshape.finetuning.dpo import DPOLoss, disable_dropout, with_reference
+from ds_vshape.finetuning.pairs import PairRows, open_pairs
 from ds_vshape.measure.profiling import report
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.models.hugging_face import TensorParallelLoss, load_weights, next_token_loss, pipeline_layers, save_model
+from ds_vshape.models.hugging_face.lora import adapters_off
 from ds_vshape.models.hugging_face.lora_files import load_adapter, read_config, save_adapter
 from ds_vshape.models.parallel_layers import tensor_group
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
@@ -76,6 +79,13 @@ def page() -> str:
         *_function("ds_vshape.models.hugging_face.lora_files.read_config", read_config),
         *_function("ds_vshape.models.hugging_face.lora_files.load_adapter", load_adapter),
         *_function("ds_vshape.models.hugging_face.lora_files.save_adapter", save_adapter),
+        "## Preference pairs",
+        *_function("ds_vshape.finetuning.pairs.open_pairs", open_pairs),
+        "### `ds_vshape.finetuning.pairs.PairRows`", *_docstring(PairRows),
+        "### `ds_vshape.finetuning.dpo.DPOLoss`", *_docstring(DPOLoss),
+        *_function("ds_vshape.finetuning.dpo.with_reference", with_reference),
+        *_function("ds_vshape.finetuning.dpo.disable_dropout", disable_dropout),
+        *_function("ds_vshape.models.hugging_face.lora.adapters_off", adapters_off),
         "## Kernels of your own", "### `ds_vshape.split_backward.SplitFunction`", *_docstring(SplitFunction),
         *_methods("SplitFunction", HALVES),
         *_function("ds_vshape.split_backward.tensor_parallel.sum_gradient", sum_gradient),

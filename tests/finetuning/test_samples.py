@@ -64,12 +64,14 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\none\n")
+    (tmp_path / "cut.jsonl").write_text('{"text": "one"}\n{"text": ')
     (tmp_path / "others.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "several"))
     for name, words in [("missing.jsonl", "isn't there: must be a file"),
                         ("rows.csv", "must be a file"),
                         (".", "a folder that datasets hasn't saved"),
                         ("several", "several datasets: name one of its folders, train, test"),
+                        ("cut.jsonl", "cut.jsonl can't be read .*: each of its rows must be an object"),
                         ("others.jsonl", "has the columns question, answer: must have 'text' or 'messages'")]:
         with pytest.raises(ValueError, match=words):
             read_rows(tmp_path / name)

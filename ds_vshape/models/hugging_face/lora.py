@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch import nn
 try:
     from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 except ImportError as error:
     raise ImportError("LoRA adapters need peft: pip install 'ds-vshape[lora]'") from error
 
@@ -101,6 +105,20 @@ class Adapters:
         name_of = {id(tensor): name.removeprefix(_PREFIX) for name, tensor in weights.items()}
         stored = get_peft_model_state_dict(self.model, weights, ADAPTER, save_embedding_layers=False)
         return {name: name_of[id(tensor)] for name, tensor in stored.items()}
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Within it, this rank's layers compute what they do without their adapters (and modules_to_save), as
+    PeftModel.disable_adapter does. No gradients may be computed meanwhile."""
+    adapted = [part for part in module.modules() if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    for part in adapted:
+        part.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for part in adapted:
+            part.enable_adapters(True)
 
 
 def _lora_layers(module: nn.Module) -> list[Any]:

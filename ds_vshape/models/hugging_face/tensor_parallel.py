@@ -252,16 +252,24 @@ class TensorParallelLoss:
     def __call__(self, outputs: Tensor | tuple[Tensor, ...], labels: Tensor,
                  num_items_in_batch: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         logits, *router_loss = parts_of(outputs)
-        ranks = dist.get_world_size(self._group)
-        if ranks > 1 and not shares_vocabulary(logits):
-            raise ValueError(f"loss_fn = TensorParallelLoss over {ranks} tensor parallel ranks, and the head isn't cut "
-                             "over them: must be next_token_loss, or pipeline_layers must have their tensor_group")
+        self._check(logits)
         if isinstance(logits, HeadOutput):
             loss = logits.loss(labels, num_items_in_batch, partial(self._cross_entropy, reduction="sum"))
         else:
             loss = self._cross_entropy(logits, labels, "mean" if num_items_in_batch is None else "sum")
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return with_router_loss(loss, router_loss, num_items_in_batch)
+
+    def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each token [batch, length] in nats; 0 where the label is -100."""
+        self._check(logits)
+        return self._cross_entropy(logits, labels, "none")
+
+    def _check(self, logits: Tensor | HeadOutput) -> None:
+        ranks = dist.get_world_size(self._group)
+        if ranks > 1 and not shares_vocabulary(logits):
+            raise ValueError(f"loss_fn = TensorParallelLoss over {ranks} tensor parallel ranks, and the head isn't cut "
+                             "over them: must be next_token_loss, or pipeline_layers must have their tensor_group")
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         size, ranks = logits.shape[-1], dist.get_world_size(self._group)
