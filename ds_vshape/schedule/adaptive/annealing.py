@@ -4,7 +4,7 @@ Most of an order is unchanged by a move, so only the passes after the first chan
 the rest of the batch is known to take too long: the tails of job-shop scheduling tell that. `left_shift` times whole
 orders.
 
-    times     _cut, _replay, _take, _settled, _find_tails
+    times     _duration, _cut, _replay, _take, _settled, _find_tails
     moves     _shift, _move, _allowed, _move_on_ranks
     anneal    _critical, anneal
 
@@ -130,25 +130,33 @@ def _position(line: Any, value: float) -> int:
 
 
 @jit
-def _cut(layout: Layout, streams: Ints, timing: Timing, firsts: Ints) -> int:
+def _duration(layout: Layout, orders: Orders, rank: int, place: int) -> float:
+    """How long the pass at `place` of a rank's order takes."""
+    stream, number = orders.streams[rank, place], orders.numbers[rank, place]
+    duration: float = layout.durations[rank, stream] * layout.scales[number // layout.pieces if stream >= 4 else number]
+    return duration
+
+
+@jit
+def _cut(layout: Layout, orders: Orders, timing: Timing, firsts: Ints) -> int:
     """Into `timing.prefix`: what stays as it is when orders change from `firsts` [rank] on. The number of the other
     passes."""
     now, prefix = timing.now, timing.prefix
-    ranks, length = streams.shape
+    ranks, length = orders.streams.shape
     time = _NEVER
     for rank in range(ranks):
         place = firsts[rank]
         if place == 0:
             time = 0.0
         elif place < length:
-            time = min(time, now.starts[rank, place - 1] + layout.durations[rank, streams[rank, place - 1]])
+            time = min(time, now.starts[rank, place - 1] + _duration(layout, orders, rank, place - 1))
     left = 0
     for other in range(ranks):
         here = min(firsts[other], _position(now.starts[other], time)) if time > 0 else 0
         prefix.place[other] = here
         prefix.free[other] = 0.0
         if here > 0:
-            prefix.free[other] = now.starts[other, here - 1] + layout.durations[other, streams[other, here - 1]]
+            prefix.free[other] = now.starts[other, here - 1] + _duration(layout, orders, other, here - 1)
         for stream in range(6):
             line = now.places[other, stream]
             of_stream = line if stream >= 4 else line[:layout.batch]
@@ -195,7 +203,7 @@ def _find_tails(layout: Layout, orders: Orders, timing: Timing) -> None:
                 if to < settled[target] and target != rank:
                     break
                 tail = max(tail, layout.delay[rank, stream] + tails[target, to])
-            tails[rank, place] = tail + layout.durations[rank, stream]
+            tails[rank, place] = tail + _duration(layout, orders, rank, place)
             place -= 1
         left -= settled[rank] - 1 - place
         settled[rank] = place + 1
@@ -234,7 +242,7 @@ def _replay(layout: Layout, orders: Orders, timing: Timing, left: int, rank: int
                 return False
             new.places[rank, stream, number] = place
             new.starts[rank, place] = free
-            free += layout.durations[rank, stream]
+            free += _duration(layout, orders, rank, place)
             at.counts[rank, stream] = number + 1
             place += 1
             target = layout.next_rank[rank, stream]
@@ -295,7 +303,7 @@ def _critical(layout: Layout, orders: Orders, timing: Timing, path: Ints, chance
         start, stream = now.starts[rank, place], orders.streams[rank, place]
         if start <= _CLOSE:
             return length
-        follows = place > 0 and (now.starts[rank, place - 1] + layout.durations[rank, orders.streams[rank, place - 1]]
+        follows = place > 0 and (now.starts[rank, place - 1] + _duration(layout, orders, rank, place - 1)
                                  >= start - _CLOSE)
         fed = stream < 4 and layout.from_rank[rank, stream] >= 0 and (
             now.arrivals[rank, stream, orders.numbers[rank, place]] >= start - _CLOSE)
@@ -458,7 +466,7 @@ def _replay_all(layout: Layout, orders: Orders, timing: Timing) -> bool:
     """Into `timing.now`: the times of all passes; False if ranks wait for each other."""
     # Not with literal numbers, for which numba would compile these a second time.
     rank = len(orders.streams) - 1
-    left = _cut(layout, orders.streams, timing, timing.at.place)
+    left = _cut(layout, orders, timing, timing.at.place)
     fine = _replay(layout, orders, timing, left, rank, _NEVER)
     if fine:
         _take(layout, timing)
@@ -518,7 +526,7 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
         if fine:
             chance = _random(chance)
             cutoff = makespan - temperature * log(((chance >> 8) + 1) / 2 ** 23)
-            left = _cut(layout, orders, timing, change.firsts)
+            left = _cut(layout, numbered, timing, change.firsts)
             _settled(timing, change.lasts)
             fine = _replay(layout, numbered, timing, left, rank, cutoff)
         if not fine:

@@ -30,36 +30,37 @@ def reschedule_cooldown(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:
 def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler) -> list[int]:
     """The order of `rank` in which the passes from place `first` on are B as in `fastest`, and W wherever one fits."""
     pieces = fastest.policy.pieces
-    durations = scheduler.layouts(pieces).durations[rank]
+    layout = scheduler.layouts(pieces)
+    durations, scales = layout.durations[rank], layout.scales
     order: list[int] = fastest.orders[rank, :first].tolist()
     counts = np.bincount(order, minlength=len(durations))
     last = order[-1]
-    free = fastest.starts[rank, last, counts[last] - 1, 0] + durations[last]
+    free = fastest.starts[rank, last, counts[last] - 1, 0] + durations[last] * scales[counts[last] - 1]
 
     def fill(until: float) -> None:
         nonlocal free
         while True:
-            waiting = []
+            waiting: list[tuple[float, float, int, float]] = []
             for stream in (W0, W0 + 1):
                 micro_batch = counts[stream] // pieces
                 if micro_batch < fastest.starts.shape[2]:
-                    ready = fastest.starts[rank, stream - 2, micro_batch, 0] + durations[stream - 2]
-                    waiting.append((max(free, ready), ready, stream))
-            fitting = [(start, ready, stream) for start, ready, stream in waiting
-                       if start + durations[stream] <= until * (1 + SLACK)]
+                    before, seconds = (durations[which] * scales[micro_batch] for which in (stream - 2, stream))
+                    ready = fastest.starts[rank, stream - 2, micro_batch, 0] + before
+                    waiting.append((max(free, ready), ready, stream, seconds))
+            fitting = [each for each in waiting if each[0] + each[3] <= until * (1 + SLACK)]
             if not fitting:
                 return
-            start, _, stream = min(fitting)
+            start, _, stream, seconds = min(fitting)
             order.append(stream)
             counts[stream] += 1
-            free = start + durations[stream]
+            free = start + seconds
 
     for stream in fastest.orders[rank, first:].tolist():
         if stream < W0:
             start = fastest.starts[rank, stream, counts[stream], 0]
             fill(start)
+            free = start + durations[stream] * scales[counts[stream]]
             order.append(stream)
             counts[stream] += 1
-            free = start + durations[stream]
     fill(float("inf"))
     return order

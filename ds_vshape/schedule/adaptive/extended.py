@@ -27,7 +27,12 @@ def fewer_micro_batches(problem: Problem) -> Problem | None:
     """`problem` with fewer micro-batches, but enough for the whole ramps; None if it has no more than these."""
     least = max(8, 2 * problem.ranks)
     left_out = (problem.micro_batches - least) // _WHOLE_PERIODS * _WHOLE_PERIODS
-    return replace(problem, micro_batches=problem.micro_batches - left_out) if left_out > 0 else None
+    return with_micro_batches(problem, problem.micro_batches - left_out) if left_out > 0 else None
+
+
+def with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
+    """`problem` with another number of them, all alike: the scales are for just as many as there were."""
+    return replace(problem, micro_batches=micro_batches, times=replace(problem.times, scales=()))
 
 
 def extended(run: PolicyRun, micro_batches: int) -> Iterator[TargetStarts]:

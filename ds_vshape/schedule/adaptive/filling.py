@@ -57,7 +57,8 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
                 number = counts[rank, stream]
                 if number < counts[rank, stream - 2] * pieces:
                     urgency = target_starts[rank, stream, number // pieces, number % pieces]
-                    fits = layout.durations[rank, stream] <= wait and urgency < filler
+                    duration = layout.durations[rank, stream] * layout.scales[number // pieces]
+                    fits = duration <= wait and urgency < filler
                     if urgency < best or fits:
                         best, pick, at = urgency, stream, now
                         filler = urgency
@@ -68,10 +69,10 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
         elif best - eagerness > now:
             wake[rank] = best - eagerness
         else:
-            end = now + layout.durations[rank, pick]
+            number = counts[rank, pick]
+            end = now + layout.durations[rank, pick] * layout.scales[number // pieces if pick >= 4 else number]
             if end > cutoff:
                 return _NEVER, _NEVER
-            number = counts[rank, pick]
             counts[rank, pick] += 1
             orders[rank, placed[rank]] = pick
             placed[rank] += 1

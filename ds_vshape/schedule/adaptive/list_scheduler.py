@@ -121,10 +121,11 @@ class ListScheduler:
             if rank != target:
                 boundary = min(self.chunks[rank][stream % 2], self.chunks[target][fed % 2])
                 delay[rank, stream] = delays[boundary]
-        durations, *sizes = (np.array(values, np.float64) for values in (
-            self.durations(pieces), self.limits, self.taken, self.freed, self.kept))
+        durations, limits, taken, freed, kept, scales = (np.array(values, np.float64) for values in (
+            self.durations(pieces), self.limits, self.taken, self.freed, self.kept,
+            self.problem.times.scales or (1.0,) * self.problem.micro_batches))
         return Layout(self.problem.micro_batches, pieces, self.fused, durations, next_rank, next_stream, delay,
-                      from_rank, from_stream, *sizes)
+                      from_rank, from_stream, limits, taken, freed, kept, scales)
 
     def run(self, policy: Policy, cutoff: float = float("inf")) -> PolicyRun | None:
         """What `policy` comes to; None if the makespan would be above `cutoff`."""
@@ -155,7 +156,8 @@ class ListScheduler:
                     change[np.delete(here, slice(layout.pieces - 1, None, layout.pieces))] = 0.0
             if change.cumsum().max() > layout.limits[rank]:
                 return None
-        ends = begun[:, -1] + layout.durations[np.arange(len(orders)), orders[:, -1]]
+        # The last pass of a rank is the last of its stream, and so of the last micro-batch.
+        ends = begun[:, -1] + layout.durations[np.arange(len(orders)), orders[:, -1]] * layout.scales[-1]
         return PolicyRun(float(ends.max()), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
 
     def orders_of(self, schedule: Schedule) -> NDArray[np.int64] | None:

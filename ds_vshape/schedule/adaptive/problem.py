@@ -46,8 +46,7 @@ class Problem:
         if self.times.hops:
             _check("times.hops", self.times.hops, stages - 1, "boundary between stages")
         if self.times.scales:
-            raise ValueError("times.scales must be empty: micro-batches are planned alike, and put in order afterwards "
-                             "(schedule/micro_batch_order.py)")
+            _check("times.scales", self.times.scales, self.micro_batches, "micro-batch")
         _check("activations.after_forward", self.activations.after_forward, stages, "stage")
         _check("activations.after_backward", self.activations.after_backward, stages, "stage")
         if len(self.limits) != self.ranks:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
+from ds_vshape.schedule.adaptive.extended import with_micro_batches
 from ds_vshape.schedule.adaptive.imitation import imitate
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, PolicyRun
 from ds_vshape.schedule.adaptive.population import Population
@@ -33,7 +34,7 @@ def find_cycles(trials: Trials, population: Population) -> list[Cycle]:
     if problem.micro_batches < _PER_RANK * problem.ranks or is_large(problem) or trials.scheduler.fused:
         return []
     until = trials.left() * (1 - _SHARE)
-    scheduler = ListScheduler(replace(problem, micro_batches=_SETTLED * problem.ranks))
+    scheduler = ListScheduler(with_micro_batches(problem, _SETTLED * problem.ranks))
     starts: list[Cycle] = []
     for orders in map(scheduler.orders_of, known_schedules(scheduler.problem)):
         if orders is not None:

@@ -32,8 +32,9 @@ def problems(draw: st.DrawFn) -> Problem:
     whole, kept = each(0.5, 4), each(0, 4)
     if draw(st.booleans()):
         kept = tuple(min(size, left) for size, left in zip(whole, kept))
+    scales = tuple(draw(st.lists(st.floats(0.2, 4), min_size=micro_batches, max_size=micro_batches) | st.just([])))
     limits = tuple((whole[rank] + whole[2 * ranks - 1 - rank]) * draw(st.floats(1, 3)) for rank in range(ranks))
-    return Problem(ranks, micro_batches, Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:]),
+    return Problem(ranks, micro_batches, Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:], scales),
                    Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
 
 

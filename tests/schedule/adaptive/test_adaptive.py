@@ -16,6 +16,7 @@ from planner_problems import assert_plan_is_right, counted, problems
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Problem, plan
 from ds_vshape.schedule.adaptive.compilation import compile_loops
+from ds_vshape.schedule.micro_batch_order import in_order, rising_and_falling
 from ds_vshape.schedule.timeline import Times, simulate
 
 CELLS = json.loads((Path(__file__).parents[2] / "data" / "adaptive.json").read_text())["cells"]
@@ -66,6 +67,21 @@ def test_a_slow_link_slows_no_other() -> None:
     assert known.timeline.makespan < simulate(all_slow.schedule, times).makespan
 
 
+def test_knows_which_micro_batches_are_long() -> None:
+    """A plan for equal micro-batches waits for the long ones; one that knows them wins half of it back in the order of
+    places, and something in any order."""
+    problem = counted(4, 8, (10, 10, 10, 0), 8)
+    even = plan(problem, 0.5, clock=time.process_time)
+    scales = (0.4, 2.1, 0.6, 1.3, 0.3, 1.7, 0.9, 0.7)
+    mixed = replace(problem.times, scales=scales)
+    ordered = in_order(mixed, rising_and_falling(scales, 0.5))
+    added = simulate(even.schedule, mixed).makespan - even.timeline.makespan
+    for times, share in ((mixed, 0.9), (ordered, 0.5)):
+        known = plan(replace(problem, times=times), 0.5, clock=time.process_time)
+        assert_plan_is_right(known, replace(problem, times=times))
+        assert known.timeline.makespan - even.timeline.makespan < share * added
+
+
 def test_more_memory_than_any_batch_needs() -> None:
     found = plan(counted(4, 4, (10, 12, 8, 1), 1000), 1.0)
     assert found.timeline.makespan <= 294
@@ -97,6 +113,7 @@ def test_limits_that_cannot_be_met_say_what_is_least() -> None:
     ({"times": Times.uniform(4, forward=float("nan"))}, "finite"),
     ({"times": replace(Times.uniform(4), hops=(1.0,) * 4)}, "times.hops must be 3"),
     ({"times": Times.uniform(4, hop=-1)}, "times.hops must be 3 finite numbers of 0 or more"),
+    ({"times": replace(Times.uniform(4), scales=(1.0,) * 3)}, "times.scales must be 4 .* one for each micro-batch"),
     ({"activations": Activations((1.0,) * 4, (1.0,) * 3)}, "activations.after_backward must be 4")])
 def test_bad_problems_are_refused(change: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"ranks": 2, "micro_batches": 4, "times": Times.uniform(4),

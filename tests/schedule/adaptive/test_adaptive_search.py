@@ -37,7 +37,8 @@ def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: 
                                                      data: st.DataObject) -> None:
     problem = counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1)))
     hops = data.draw(st.lists(st.integers(0, 30), min_size=2 * ranks - 1, max_size=2 * ranks - 1))
-    problem = replace(problem, times=replace(problem.times, hops=tuple(map(float, hops))))
+    scales = data.draw(st.lists(st.sampled_from((0.5, 1.0, 3.0)), min_size=micro_batches, max_size=micro_batches))
+    problem = replace(problem, times=replace(problem.times, hops=tuple(map(float, hops)), scales=tuple(scales)))
     scheduler = ListScheduler(problem)
     run = scheduler.run(Block.random(8, Random(seed)).policy(scheduler))
     assert run is not None

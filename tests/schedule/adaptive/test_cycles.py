@@ -17,7 +17,7 @@ from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
-from ds_vshape.schedule.adaptive.extended import lengthened
+from ds_vshape.schedule.adaptive.extended import lengthened, with_micro_batches
 from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.schedule import check
@@ -41,7 +41,7 @@ def annealed(problem: Problem, start: Cycle, seed: int = 0, passes: int = 100) -
 
 def makespan(problem: Problem, cycle: Cycle, micro_batches: int) -> float:
     """Of a batch that repeats `cycle`, checked, and within the limits."""
-    scheduler = ListScheduler(replace(problem, micro_batches=micro_batches))
+    scheduler = ListScheduler(with_micro_batches(problem, micro_batches))
     target_starts = np.zeros((problem.ranks, 6, micro_batches, cycle.pieces))
     run = scheduler.left_shift(cycle.of_batch(micro_batches), Policy(target_starts, 0.0, scheduler.least_reserves))
     assert run is not None
@@ -49,7 +49,7 @@ def makespan(problem: Problem, cycle: Cycle, micro_batches: int) -> float:
     check(schedule)
     assert all(peak <= limit for peak, limit in
                zip(peak_activations(schedule, problem.activations), scheduler.limits, strict=True))
-    return simulate(schedule, problem.times).makespan
+    return simulate(schedule, scheduler.problem.times).makespan
 
 
 @given(problems(), st.integers(1, 3), st.sampled_from((1, 2)), st.integers(0, 1000))
@@ -105,7 +105,7 @@ def test_a_middle_that_is_not_regular_is_none() -> None:
 @given(problems())
 @settings(deadline=None, max_examples=20)
 def test_batches_that_are_long_enough_for_cycles(problem: Problem) -> None:
-    problem = replace(problem, micro_batches=4 * problem.ranks)
+    problem = with_micro_batches(problem, 4 * problem.ranks)
     assert_plan_is_right(plan(problem, 0.3), problem)
 
 
