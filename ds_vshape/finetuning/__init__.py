@@ -9,4 +9,26 @@
     dpo.py        direct preference optimization: the loss of pairs, and their reference
     batches.py    rows to micro-batches, in an order that continues where a training stopped
     training.py   batches, with evaluations and checkpoints at intervals, from the last checkpoint on
+    trainer/      the Trainer of transformers, and TRL's SFTTrainer, with a pipeline in the place of their step
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_vshape.finetuning.trainer.pipeline_trainer import PipelineTrainer
+    from ds_vshape.finetuning.trainer.sft_trainer import PipelineSFTTrainer
+
+__all__ = ["PipelineSFTTrainer", "PipelineTrainer"]
+
+# Imported when asked for: each needs an extra that the others do without.
+_HOMES = {"PipelineTrainer": "ds_vshape.finetuning.trainer.pipeline_trainer",
+          "PipelineSFTTrainer": "ds_vshape.finetuning.trainer.sft_trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

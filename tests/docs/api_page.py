@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 import ds_vshape
 from ds_vshape.config.section import KEY, MOST_TRACED, ConfigError, ScheduleConfig, TraceConfig, read_section
 from ds_vshape.engine import PipelineEngine, PostValidatingEngine
+from ds_vshape.finetuning import PipelineSFTTrainer, PipelineTrainer
 from ds_vshape.finetuning.dpo import DPOLoss, disable_dropout, with_reference
 from ds_vshape.finetuning.pairs import PairRows, open_pairs
 from ds_vshape.measure.profiling import report
@@ -86,6 +87,9 @@ def page() -> str:
         *_function("ds_vshape.finetuning.dpo.with_reference", with_reference),
         *_function("ds_vshape.finetuning.dpo.disable_dropout", disable_dropout),
         *_function("ds_vshape.models.hugging_face.lora.adapters_off", adapters_off),
+        "## The Trainer of transformers",
+        *_function("ds_vshape.finetuning.PipelineTrainer", PipelineTrainer),
+        *_function("ds_vshape.finetuning.PipelineSFTTrainer", PipelineSFTTrainer),
         "## Kernels of your own", "### `ds_vshape.split_backward.SplitFunction`", *_docstring(SplitFunction),
         *_methods("SplitFunction", HALVES),
         *_function("ds_vshape.split_backward.tensor_parallel.sum_gradient", sum_gradient),

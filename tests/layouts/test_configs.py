@@ -312,5 +312,6 @@ def test_a_dry_run_of_wrong_input_is_one_error(capsys: pytest.CaptureFixture[str
 
 
 def test_the_files_of_other_programs_are_legal() -> None:
-    section = read_section(load_ds_config(str(CONFIGS / "finetune.json")))
-    assert section is not None and section.name in SCHEDULES
+    for file in ("finetune.json", "trainer.json"):
+        section = read_section(load_ds_config(str(CONFIGS / file)))
+        assert section is not None and section.name in SCHEDULES

@@ -190,8 +190,21 @@ def check_output(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds a model already: must be a new folder")
 
 
-def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
+def remove_weights(folder: Path) -> None:
+    """Remove the weights of a model in `folder`, if there is one, so that another can be written (collective)."""
+
+    def remove() -> None:
+        if dist.get_rank() == 0:
+            # The index first: without it, what is left isn't a model.
+            for path in [folder / INDEX, *folder.glob("model*.safetensors")]:
+                path.unlink(missing_ok=True)
+
+    on_all_ranks(remove, "remove the weights of another model")
+
+
+def save_model(module: Any, config: Any, source: Path | None, folder: Path) -> None:
     """Write the model of `module`, a PipelineModule of Parts, as a folder like `source`; to be called on every rank.
+    Without `source` it has no files besides config.json and the weights.
 
     Weights have the dtype in which they are trained. A tied weight is written once, and one replica writes; the first
     of tensor parallel ranks gathers the whole weights and writes them.
@@ -225,7 +238,7 @@ def save_model(module: Any, config: Any, source: Path, folder: Path) -> None:
         saved = copy.deepcopy(config)
         saved.dtype = next(iter(own.values())).dtype
         saved.save_pretrained(folder)
-        for path in source.iterdir():
+        for path in () if source is None else source.iterdir():
             if path.suffix in _COPIED and path.name not in _NOT_COPIED:
                 shutil.copy(path, folder)
         places = {name: place for of_rank in of_ranks for name, place in sorted(of_rank.items())}
