@@ -1,8 +1,8 @@
-"""What a job's configuration says, read and checked before any rank waits for another one.
+"""A job's configuration, read and checked before any rank waits for another one.
 
-    section.py         the "pipeline_schedule" section of ds_config.json, and where it is looked for
+    section.py         the "pipeline_schedule" section of ds_config.json, and where it is read from
     to_schedule.py     the schedule of the table that the section names, or the request to the planner
-    compatibility.py   which keys of that section go together, and what the rest of a ds_config may say
+    compatibility.py   which keys of that section, and of the rest of a ds_config, can be combined
     arguments.py       the arguments of a PipelineModule
 """
 

@@ -1,7 +1,7 @@
 """Checks the arguments of a PipelineModule before DeepSpeed uses them.
 
-DeepSpeed's own checks (runtime/pipe/module.py) run one by one while it builds the module, or only in the first batch,
-and their errors name neither the argument nor what would be legal ("Invalid Grid", "integer modulo by zero").
+DeepSpeed checks them (runtime/pipe/module.py) one by one while it builds the module, or only in the first batch, and
+its errors name neither the argument nor the legal values ("Invalid Grid", "integer modulo by zero").
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def bound(layers: Any, *arguments: Any, **options: Any) -> Arguments:
 
 
 def check_arguments(arguments: Arguments, world: int) -> None:
-    """Raise PipelineError if a job of `world` ranks can't build the module; it names the argument, its value and what
-    is legal."""
+    """Raise PipelineError, with the argument, its value and what is legal, if a job of `world` ranks can't build the
+    module."""
     topology, stages = arguments.get("topology"), arguments.get("num_stages")
     if topology is not None:
         if topology.world_size() != world:
@@ -60,7 +60,7 @@ def _check_layers(layers: Any) -> None:
 
 
 def check_method(method: str) -> None:
-    """Raise PartitionError for a `partition_method` that neither DeepSpeed nor this package has."""
+    """Raise PartitionError for a `partition_method` that neither DeepSpeed nor this package supports."""
     name = method.lower()
     if name in _METHODS:
         return

@@ -1,14 +1,15 @@
-"""Checks which keys of the "pipeline_schedule" section go together, and the other keys of a ds_config: only precisions
-and ZeRO stages that train correctly in a pipeline are accepted, and on a GPU nothing that makes the host wait for it in
-the middle of a batch.
+"""Checks combinations of keys, in the "pipeline_schedule" section and in the rest of a ds_config.
+
+Only precisions and ZeRO stages that train correctly in a pipeline are accepted, and on a GPU nothing that makes the
+host wait for it in the middle of a batch.
 
     precision   ZeRO-0, sums in            ZeRO-1, sums in
     fp32        fp32                       fp32, bf16, fp16
     bf16        bf16                       bf16, fp32, fp16
     fp16        refused                    fp16, fp32, bf16
 
-Sums: "data_types": {"grad_accum_dtype": ...}, by default the precision itself. Of all other combinations DeepSpeed
-refuses some without naming a key (_do_optimizer_sanity_check in runtime/engine.py), and trains incorrectly with others.
+Sums: "data_types": {"grad_accum_dtype": ...}, by default the precision itself. DeepSpeed refuses some of the other
+combinations without naming a key (_do_optimizer_sanity_check in runtime/engine.py), and trains incorrectly with others.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
 _SUMS = ("fp32", "bf16", "fp16")
 # Keys that make DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
 _WAITING = (("activation_checkpointing", "synchronize_checkpoint_boundary"), ("comms_logger", "enabled"))
-# Connections over which a host gives work to a GPU: as many as CUDA has by default, and as a middle rank of a V has
-# streams. What waits in one stream holds up all that comes after it over the same connection.
+# Connections over which a host submits work to a GPU: CUDA's default, and the number of streams of a middle rank of a
+# V. A wait in one stream holds up everything that is submitted later over the same connection.
 _LEAST_CONNECTIONS = 8
-# Variables of the environment: which values let passes run while messages wait, and how an error says so.
+# Environment variables: which values let passes run while messages wait, and how an error states them.
 _ENVIRONMENT: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     ("CUDA_LAUNCH_BLOCKING", lambda value: value in ("", "0"), "0, or unset,"),
-    # torch looks only whether it is set. Each tensor's memory is given back then, for which the device must be idle.
+    # Any value counts. The memory of each tensor is then freed at once, for which the device must be idle.
     ("PYTORCH_NO_CUDA_MEMORY_CACHING", lambda value: False, "unset"),
     ("CUDA_DEVICE_MAX_CONNECTIONS", lambda value: value.isdecimal() and int(value) >= _LEAST_CONNECTIONS,
      f"at least {_LEAST_CONNECTIONS}, or unset,"),
@@ -77,12 +78,12 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
 
 
 def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Raises ConfigError, with the key, its value and what is legal, for what would make the host wait for the device,
-    or the device for messages, in each pass. Receives are posted before the passes of others that they need, so on two
-    ranks that wait at once neither pass would ever start.
+    """Raise ConfigError, with the key, its value and what is legal, for settings that make the host wait for the
+    device, or the device for messages, in each pass.
 
-    `overlap_comm` isn't among it: DeepSpeed switches it off for pipelines. Its timers record events, which are read
-    when the batch is done.
+    A rank posts receives before other ranks have run the passes whose results it receives. So if two ranks waited for
+    each other's messages, neither would ever start its next pass. `overlap_comm` isn't refused, because DeepSpeed
+    switches it off for pipelines; nor are its timers, which record events that are read after the batch.
     """
     why = "must be {} on a GPU, where it would wait within a pass for messages that other ranks have yet to send"
     for section, key in _WAITING:
@@ -95,8 +96,8 @@ def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, s
 
 
 def check_post_validation(ds_config: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with the key, its value and what is legal, where no DeepSpeedZeroOptimizer on the device
-    steps, whose step alone can be taken back (ds_vshape/engine/rollback.py)."""
+    """Raise ConfigError, with the key, its value and what is legal, unless the optimizer is a DeepSpeedZeroOptimizer on
+    the device: only its step can be rolled back (ds_vshape/engine/rollback.py)."""
     key = f"{KEY}.optimizer_post_validation = true"
     if _zero_stage(ds_config) != 1:
         raise ConfigError(f"{key} with zero_optimization.stage = 0: must be 1, or the key false")
@@ -123,7 +124,7 @@ def _section(ds_config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _zero_stage(ds_config: Mapping[str, Any]) -> int:
-    # DeepSpeed's old form.
+    # The old form of the key.
     if isinstance(ds_config.get("zero_optimization"), bool):
         return int(ds_config["zero_optimization"])
     stage = _section(ds_config, "zero_optimization").get("stage", 0)
@@ -140,7 +141,7 @@ def _precision(ds_config: Mapping[str, Any]) -> str:
 
 
 def _sums(ds_config: Mapping[str, Any]) -> str | None:
-    """The accumulation dtype by the first of DeepSpeed's names for it."""
+    """The dtype in which gradients accumulate, by DeepSpeed's main name; None if the config has none."""
     asked = _section(ds_config, "data_types").get("grad_accum_dtype")
     if asked is None:
         return None
@@ -151,7 +152,7 @@ def _sums(ds_config: Mapping[str, Any]) -> str | None:
 
 
 def _dtype_name(asked: Any) -> str | None:
-    """DeepSpeed's main name of a dtype, given any of its names."""
+    """DeepSpeed's main name of a dtype, given any of its names; None for others."""
     # Imported here because the commands check sections without torch.
     from ds_vshape.deepspeed_adapter.utils import dtype_name
     return dtype_name(asked)

@@ -29,9 +29,9 @@ ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
 _OPTION = "--deepspeed_config"
 # How long torch's collectives over gloo wait by default.
 TIMEOUT_SECONDS = 1800.0
-# Characters of a value in an error.
+# The longest value that an error shows, in characters.
 _SHOWN = 300
-# DeepSpeed's own keys that are spelt somewhat like ours.
+# DeepSpeed's own keys whose spelling is similar to ours.
 _DEEPSPEED_KEYS = {"pipeline", "scheduler"}
 
 DsConfig = str | Mapping[str, Any]
@@ -39,7 +39,7 @@ _BYTES = TypeAdapter(ByteSize)
 
 
 def _text(value: Any) -> str:
-    """`value`, which must be a string, because a number is a fraction."""
+    """`value`, which must be a string: a number would be a fraction."""
     if not isinstance(value, str):
         raise ValueError("not a string")
     return value
@@ -49,9 +49,9 @@ class ConfigError(ValueError):
     """An illegal config. The message names the key, the value and what would be legal."""
 
 
-# Strict, or true would be 1.0.
+# Strict, because true would be 1.0 otherwise.
 Fraction = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False, strict=True)]
-# The memory of one rank; more than any machine has.
+# The limit for the memory of one rank: more than any machine has.
 MOST_BYTES = 2**50
 Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0, le=MOST_BYTES)]
 
@@ -64,8 +64,8 @@ def _from_to(low: float, high: float, unit: str) -> WrapValidator:
         try:
             number = validate(value)
         except ValidationError as error:
-            told = {"told": error.errors()[0]["msg"], "legal": legal}
-            raise PydanticCustomError("range", "{told}; {legal}", told) from None
+            texts = {"found": error.errors()[0]["msg"], "legal": legal}
+            raise PydanticCustomError("range", "{found}; {legal}", texts) from None
         if not low <= number <= high:
             raise PydanticCustomError("range", "{legal}", {"legal": legal})
         return number
@@ -88,7 +88,7 @@ class LayerCosts(BaseModel):
     costs: tuple[StrictFloat | tuple[StrictFloat, StrictFloat, StrictFloat], ...]
 
 
-# The type of a validation error for a well-formed value outside its bounds; the message names the bounds.
+# The type of a validation error for a well-formed value outside its bounds, which its message states.
 _BEYOND = "beyond"
 
 
@@ -141,7 +141,7 @@ class TraceConfig(BaseModel):
     @field_validator("path")
     @classmethod
     def _a_folder(cls, path: str) -> str:
-        """The path with the user's home in place of ~."""
+        """The path with ~ expanded."""
         folder = os.path.expanduser(path)
         if folder.startswith("~"):
             raise PydanticCustomError(_BEYOND, "there is no user with the home {path}", {"path": path})
@@ -171,7 +171,7 @@ class ScheduleConfig(BaseModel):
             if name != ADAPTIVE:
                 named(name)
         except ValueError as error:
-            raise PydanticCustomError(_BEYOND, "{told}", {"told": str(error)}) from None
+            raise PydanticCustomError(_BEYOND, "{error}", {"error": str(error)}) from None
         return name
 
     memory_limit: Fraction | Bytes | None = None
@@ -229,7 +229,7 @@ class ScheduleConfig(BaseModel):
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
-    """A hint for error messages: the legal word that is closest to `word`, and the list of all legal words."""
+    """The end of an error message: the legal word that is closest to `word`, and the list of all legal words."""
     close = difflib.get_close_matches(word, legal, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Legal: {', '.join(legal)}"

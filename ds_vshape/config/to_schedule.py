@@ -1,7 +1,7 @@
-"""From the "pipeline_schedule" section to a schedule: the same for training and for predictions of it.
+"""From the "pipeline_schedule" section to a schedule, for training and for predictions.
 
-A schedule of the table is built from its name. The planner makes an adaptive one, and one of a level of memory that is
-to fit the job's own times. Nothing here imports torch.
+A schedule of the table is built from its name. The planner makes adaptive ones, and those with a fixed level of memory
+for the job's own times. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     """The planner's request for a batch whose passes take `times`.
 
     Args:
-        sizes: bytes of each stage's activations. Only a limit in bytes needs them, and is left out without them; else
-            activations are counted as the paper does.
-        cache: the folder of known plans.
+        sizes: bytes of each stage's activations, for a limit in bytes, which is ignored without them. For all other
+            limits activations are counted as in the paper.
+        cache: the folder of cached plans.
 
     Raises:
         MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
@@ -47,10 +47,10 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
 
 
 def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
-    """The schedule of the table that `config` names; for an adaptive one the fastest within its limit, None if there is
-    none, and for a limit in bytes, which says nothing before sizes are known, the one that keeps least.
+    """The schedule of the table that `config` names. For an adaptive one, the fastest within its limit, or None if
+    there is none; for a limit in bytes, which can't be checked before sizes are known, the one that needs least memory.
 
-    Raises MemoryLimitError if the schedule that is named peaks above the limit.
+    Raises MemoryLimitError if the named schedule peaks above the limit.
     """
     if config.name != ADAPTIVE:
         schedule = build(config.name, ranks, micro_batches)

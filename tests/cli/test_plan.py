@@ -275,7 +275,7 @@ def test_a_bad_config_gets_one_clear_error(tmp_path: Path, capsys: pytest.Captur
 def test_a_config_with_bytes_needs_a_limit_in_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, pipeline_schedule={"name": ADAPTIVE, "memory_limit": "6GiB"}, pipeline={"stages": 3},
                  gradient_accumulation_steps=4)
-    assert "say --memory-limit as a fraction" in error_of([file], capsys)
+    assert "give --memory-limit as a fraction" in error_of([file], capsys)
     assert plan(tmp_path, file, "--memory-limit", "0.7", "--time-limit", "0.2")["schedule"] == ADAPTIVE
 
 
