@@ -122,7 +122,7 @@ def _ours(of_script: type[StockPipelineEngine], ours: type[PipelineEngine]) -> A
         with _starting(_model_of(*args, **kwargs)):
             super(made, engine).__init__(*args, **kwargs)
 
-    # The map of a script's class has none of our instructions; what it has of its own is found all the same.
+    # The map of a script's class lacks our instructions; its own functions are found nevertheless.
     members = {"__init__": construct, "__module__": ours.__module__, "__doc__": of_script.__doc__}
     made: Any = class_with_instructions(of_script.__name__, (of_script, ours), instructions_of(ours), members)
     return made
@@ -163,7 +163,7 @@ def _shown(section: Any) -> str:
 @contextmanager
 def _names_of_deepspeed(section: ScheduleConfig | None) -> Iterator[None]:
     """deepspeed.initialize takes the engine's class, and what a pipeline is, from globals of its module
-    (deepspeed/__init__.py); the first may be the script's own, the second ours by now (ds_vshape/run.py)."""
+    (deepspeed/__init__.py); the first may be the script's own, the second is already ours (ds_vshape/run.py)."""
     before = deepspeed.PipelineEngine, deepspeed.PipelineModule
     if section is not None:
         deepspeed.PipelineEngine = _ours(deepspeed.PipelineEngine, _engine_class(section))

@@ -19,7 +19,7 @@ _LOCAL_RANK = "--local_rank"
 
 
 def substitute() -> None:
-    """Let DeepSpeed's public names stand for ours, in this process, from now on.
+    """Replace DeepSpeed's public names by ours in this process.
 
     DeepSpeed's own code keeps what it imported before: it asks only whether a model is one of its PipelineModules,
     and ours are.

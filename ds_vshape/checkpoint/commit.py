@@ -6,10 +6,10 @@ incomplete; and saving again under the same tag destroys the old checkpoint from
 
     [1] all ranks write into TAG.ID.draft                             a kill leaves a draft, which the next save clears
     [2] when all have written, TAG becomes TAG.replaced, if there is one
-    [3] TAG.ID.draft becomes TAG                                      between the two, TAG.replaced is what is loaded
-    [4] "latest" names TAG, in one write; TAG.replaced goes
+    [3] TAG.ID.draft becomes TAG                                      between the two, TAG.replaced is loaded
+    [4] "latest" names TAG, in one write; TAG.replaced is removed
 
-Each save has an ID of its own, so that two jobs that save under one TAG never write into one folder: the later one
+Each save has its own ID, so that two jobs that save under one TAG never write into one folder: the later one
 removes the earlier one's draft, or replaces it. Other files in TAG (a tokenizer's, say) stay there.
 """
 
@@ -28,10 +28,10 @@ from ds_vshape.checkpoint.errors import CheckpointError, replace_text
 from ds_vshape.checkpoint.tags import DRAFT, REPLACED
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
-# In a draft whose save goes on.
+# A file in the draft of a save that is in progress.
 _MARK = ".saving"
 _ID = "[0-9a-f]{16}"
-# What the operating system says where another save has moved files meanwhile.
+# Errors of the operating system if another save has moved files meanwhile.
 _OVERTAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 # What DeepSpeed and this package write into a checkpoint's folder.
 _OWN = re.compile(r".*states\.pt.*|pipeline_placement\.json|zero_to_(fp32|torch)\.py|offloaded_tensors|\.saving")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ds_vshape.deepspeed_adapter.optimizers import chain_of, mapping_of, set_mapping
 from ds_vshape.runtime.rank import Rank
 
-# What else has a state of its own in a checkpoint, besides the module and the optimizer.
+# What has a state in a checkpoint besides the module and the optimizer.
 _SCHEDULERS = ("lr_scheduler", "random_ltd_scheduler")
 
 
@@ -44,7 +44,7 @@ class TrainingState:
         loader = rank.training_dataloader
         others = [getattr(rank, name, None) for name in _SCHEDULERS] + [getattr(loader, "data_sampler", None)]
         self._undo += [_scheduler(other) for other in others if hasattr(other, "load_state_dict")]
-        # In-place changes of one tensor under two names, as of a tied weight, are kept and taken back once.
+        # A tensor under two names, such as a tied weight, is copied and restored once.
         seen: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
         for tensor in _tensors(module, optimizers):
             seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor)

@@ -53,7 +53,7 @@ def damaged(checkpoint: str, groups: list[list[str]]) -> CheckpointError | None:
 
 def parameter_groups(optimizer: Any, names: Mapping[Any, str]) -> list[list[str]]:
     """The names of the parameters of which this rank has master weights, by group of DeepSpeed's `optimizer`; without
-    the stand-in, of which nothing is loaded."""
+    the dummy parameter, for which nothing is loaded."""
     return [[names[parameter] for parameter in group if names[parameter] != NAME]
             for group in groups_with_master_weights(optimizer)]
 

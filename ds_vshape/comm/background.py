@@ -1,7 +1,7 @@
 """Runs exchanges with other ranks concurrently with the passes, one after another.
 
-On a GPU collectives run concurrently with the host anyway, so a stream of their own is enough; a CPU's block the thread
-that calls them, so that must be another one. The pieces run in the order in which they were started: ranks that start
+On a GPU collectives are asynchronous anyway, so another stream is enough; on a CPU they block the thread that calls
+them, so another thread is needed. The pieces run in the order in which they were started: ranks that start
 theirs in the same order meet in the same collectives.
 """
 
@@ -25,7 +25,7 @@ class Handle(Protocol[T_co]):
     """Work that was started."""
 
     def result(self, timeout: float | None = None) -> T_co:
-        """The work's result. A CPU waits for it; on a GPU the current stream does, and the host goes on.
+        """The work's result. On a CPU the caller waits for it; on a GPU the current stream does.
 
         Raises what the work raised, and on a CPU TimeoutError after `timeout` seconds.
         """
@@ -40,7 +40,7 @@ class Background(Protocol):
 
 
 class Thread:
-    """A thread of its own. It dies with the process, even while it waits for a rank that is lost."""
+    """A daemon thread: it ends with the process, even while it waits for a rank that is lost."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
 """Which message a device that runs behind its host is waiting for.
 
-On such a device a wait for a message is a wait of the stream. The host goes on, up to the end of the batch or to the
-first number that it wants from the device, and neither says which message doesn't come.
+On such a device a wait for a message is a wait of the stream. The host continues to the end of the batch, or until it
+needs a number from the device, and then can't tell which message is missing.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ def _is_past(event: Any) -> bool:
     try:
         return bool(event.query())
     except RuntimeError:
-        # The device is broken, and gets no further.
+        # The device has failed.
         return False

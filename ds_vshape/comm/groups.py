@@ -1,7 +1,7 @@
 """Makes this package's process groups; those over gloo share one thread.
 
-torch gives each gloo group a device of its own, whose thread wakes a hundred times a second whether there is anything
-to do or not. A rank has a group for each neighbour and direction and a few more: with a dozen, these threads take 2% of
+torch gives each gloo group a device of its own, whose thread wakes a hundred times a second, even if there is nothing
+to do. A rank has a group for each neighbour and direction and a few more: with a dozen, these threads take 2% of
 a core, and evict the caches of the passes. Apart from that, groups on one device behave as others do.
 """
 

@@ -59,7 +59,10 @@ class _Result:
                    weakref.ref(tensor))
 
     def owned(self, others: set[int]) -> Tensor:
-        """The numbers, copied if anybody else may write them, or has them: `others` are memory of other members."""
+        """The numbers, copied if something else may write to them, or holds them.
+
+        `others` is the memory of other members.
+        """
         memory = self.numbers.untyped_storage()._cdata
         shared = (self.original() is not None or memory in others
                   or self.may_be_kept and (type(self.numbers) not in _PLAIN or _holders(self.numbers) > _ALONE

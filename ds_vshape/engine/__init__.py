@@ -15,7 +15,7 @@
     flops_profile.py     DeepSpeed's flops profiler around a batch
     post_validation.py   steps that aren't held up by other pipeline ranks
     rollback.py          takes a step back to the last bit
-    verdict.py           whether such a step stands
+    verdict.py           whether such a step is accepted
     verification.py      compares the split backward with a whole one
     rehearsal.py         runs the passes of a batch before the batch itself
     batch_snapshot.py    what a batch changes, so that it can run again

@@ -50,7 +50,7 @@ class Construction(StockEngine):
                                               "rank": self.module.stage_id})
         counts = {of_rank["rank"]: of_rank["groups"] for of_rank in facts}
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{count} on pipeline rank {rank}" for rank, count in sorted(counts.items()))
+            counted = ", ".join(f"{count} on pipeline rank {rank}" for rank, count in sorted(counts.items()))
             raise ConfigError(
-                "MoE layers with ZeRO or bf16: each pipeline rank must have as many parameter groups as the others, "
-                f"and there are {told}. Give every pipeline rank an MoE layer")
+                "MoE layers with ZeRO or bf16: each pipeline rank must have the same number of parameter groups, "
+                f"but there are {counted}. Give every pipeline rank an MoE layer")

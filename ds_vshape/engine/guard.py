@@ -24,16 +24,16 @@ _MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActi
 
 
 class BatchGuard:
-    """Of one rank's batches.
+    """Keeps a batch that fails on one rank from hanging the others.
 
     Args:
         agreement: of all ranks of the job.
         peers: the ranks that share layers with this one.
-        watch: over the job; other ranks hear from it what has failed here.
+        watch: of the job, by which other ranks learn what has failed here.
         channels: this rank's.
         message: the message that an instruction is about.
         execute: executes an instruction.
-        forget: leaves nothing of a batch: no messages, no activations, no gradients.
+        forget: drops everything of a batch: messages, activations, gradients.
     """
 
     def __init__(self, agreement: Agreement, peers: TensorParallelPeers, watch: Watch, channels: Channels,

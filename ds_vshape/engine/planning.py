@@ -1,13 +1,12 @@
 """The job's planner: a process that runs while one rank trains, and whose answer all ranks get in the same call.
 
-A failed plan must not end a training. Whatever happens to the process (it can't start, is killed or stopped, answers
-nonsense), all ranks are told in the same call, by PlannerFailed, and none waits longer than
+A failed plan must not end the training. Whatever happens to the process (it can't start, is killed or stopped, returns
+an invalid plan), all ranks get PlannerFailed in the same call, and none waits longer than
 
     SILENT_SECONDS    without a sign of life from it (ds_vshape/schedule/worker.py), or
     LATE_SECONDS      after the time that it may plan for; it starts, compiles and ends in that.
 
-Of the time between two looks at it no more than a few seconds count: where the whole job was suspended, the planner
-isn't late.
+Of the time between two checks at most a few seconds count, so the planner isn't late if the whole job was suspended.
 """
 
 from __future__ import annotations
@@ -173,16 +172,16 @@ class Planner:
 
     def _share(self, seconds: float) -> Answer | None:
         try:
-            told = self._exchange.text_of_first(self._news(seconds) if self._is_first else "")
+            answer = self._exchange.text_of_first(self._news(seconds) if self._is_first else "")
         except RuntimeError as error:
             raise PeerLost("not all ranks asked for the planner's answer: "
                            f"{str(error).partition(chr(10))[0]}") from error
-        if told.startswith(_FAILURE):
-            raise PlannerFailed(told.removeprefix(_FAILURE))
-        return read_answer(told.removeprefix(_ANSWER).encode()) if told else None
+        if answer.startswith(_FAILURE):
+            raise PlannerFailed(answer.removeprefix(_FAILURE))
+        return read_answer(answer.removeprefix(_ANSWER).encode()) if answer else None
 
     def _news(self, seconds: float) -> str:
-        """What global rank 0 has to tell after waiting for up to `seconds`."""
+        """What global rank 0 has to report after waiting for up to `seconds`."""
         failure, text = self._failure, None
         if self._process is not None:
             try:

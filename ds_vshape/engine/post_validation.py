@@ -1,18 +1,18 @@
 """`"optimizer_post_validation": true`: a step isn't held up by other pipeline ranks, and is validated afterwards.
 
-DeepSpeed's step asks all ranks for overflows and for the norm of all gradients, and all of them wait for the last: the
-bubbles between batches are back that a schedule has removed. But nearly always the answer is that nothing overflowed
-and nothing is to be clipped. So each rank steps at once on that assumption, and tells the others what its own gradients
-say ("Zero Bubble Pipeline Parallelism", section 4, of which this is a general form: any optimizer, bf16 too).
+DeepSpeed's step reduces overflows and the norm of all gradients over all ranks, which all wait for the last one: the
+bubbles between batches, which the schedule had removed, return. But nearly always nothing has overflowed and nothing
+has to be clipped. So each rank steps at once on that assumption, and sends the others a report of its own gradients
+("Zero Bubble Pipeline Parallelism", section 4, in a more general form: for any optimizer, and for bf16).
 
-    [1] the end of batch n      its forwards were done everywhere, which is long known; reduce, snapshot, step
+    [1] the end of batch n      its forwards succeeded everywhere, which is known by then; reduce, snapshot, step
     [2] the start of batch n+1  forwards with the new weights
-    [3] before its backwards    the verdict: the step stands, and the snapshot goes; or
-    [4]                         batch n+1 is given up as one that failed (failures.py), the step is taken back and done
-                                again by DeepSpeed with all ranks, and batch n+1 runs again, with the same data and
-                                the same random numbers
+    [3] before its backwards    the verdict: the step is accepted, and the snapshot is dropped; or
+    [4]                         batch n+1 is abandoned like one that failed (failures.py), the step is rolled back and
+                                repeated by DeepSpeed with all ranks, and batch n+1 runs again, with the same data
+                                and the same random numbers
 
-Ranks of other replicas are waited for all the same: they add up gradients together. A batch whose forward fails raises
+Ranks of other replicas are still waited for: they add up gradients together. A batch whose forward fails raises
 at its own end; if a backward fails later than that, the next batch raises it, on all ranks, and neither counts.
 """
 
@@ -42,11 +42,11 @@ from ds_vshape.schedule.lowering import Program
 
 
 class _GivenUp(Exception):
-    """This batch began with weights that weren't right."""
+    """This batch started with weights from a step that was rejected."""
 
 
 class _HeldEvents:
-    """Takes what a step tells the monitors until it's known to stand."""
+    """Keeps what a step reports to the monitors until it is accepted."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -58,7 +58,7 @@ class _HeldEvents:
 
 @dataclass
 class _Ahead:
-    """A step that isn't validated yet: what takes it back, and what all ranks are saying of it."""
+    """A step that isn't validated yet: its snapshot, and the reports of all ranks, which are on their way."""
 
     snapshot: StepSnapshot
     telling: PendingStatus
@@ -69,7 +69,7 @@ class _Ahead:
 
 
 class PostValidatingEngine(PipelineEngine):
-    """A PipelineEngine whose step is validated while the next batch begins.
+    """A PipelineEngine whose step is validated while the next batch starts.
 
     Between batches the last step may not be validated yet. `settle` does it, and so do evaluating, saving, loading,
     changing the batch size and the module's state_dict(); all of these are to be called on every rank.
@@ -123,7 +123,7 @@ class PostValidatingEngine(PipelineEngine):
             return
         ahead, self._ahead = self._ahead, None
         verdict, norm = self._judged(ahead)
-        if verdict is Verdict.STANDS:
+        if verdict is Verdict.ACCEPTED:
             self._accept(ahead, norm)
         else:
             self._take_back(ahead, verdict)
@@ -246,7 +246,7 @@ class PostValidatingEngine(PipelineEngine):
             super().execute_plan(pipe_schedule)
             return
         if self._verification is not None and self._verification.is_due:
-            # Both of its runs start with weights that stand.
+            # Both of its runs start with validated weights.
             self.settle()
         announced = self._signatures is None and not self.dynamic_shape
         self._samples.drop()
@@ -280,7 +280,7 @@ class PostValidatingEngine(PipelineEngine):
         if self._ahead is None:
             return
         verdict, norm = self._judged(self._ahead)
-        if verdict is not Verdict.STANDS:
+        if verdict is not Verdict.ACCEPTED:
             self._guard.failure = Failure(_GivenUp(), "step before")
             return
         self._accept(self._ahead, norm)
@@ -310,7 +310,7 @@ class PostValidatingEngine(PipelineEngine):
     def _training_instructions(self, program: Program) -> list[instr.PipeInstruction]:
         return instr.stepping_ahead(super()._training_instructions(program))
 
-    # -- what needs a step that stands
+    # -- what needs a validated step
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()

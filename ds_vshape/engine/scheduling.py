@@ -1,4 +1,4 @@
-"""Which schedule trains the next batch: one for equal times, or one that knows the real ones.
+"""Which schedule trains the next batch: one for equal times, or one for the measured ones.
 
     NamedSchedules      a schedule of the table
     PlannedSchedules    the planner's, for equal times
@@ -6,9 +6,9 @@
 
         warm up     batches that aren't timed
         measure     some batches on a schedule made for equal times: F, B and W of every stage, then the hops
-        plan        the planner works; training goes on, and all ranks ask it together after each batch
-        settled     the new schedule runs; now and then a stage's time is compared with the plan's: if it has moved,
-                    back to measuring
+        plan        the planner works while training continues; after each batch all ranks ask for its answer together
+        settled     the new schedule runs; now and then the stages' times are compared with the plan's: if they have
+                    changed, back to measuring
 
 All ranks go through the phases together, so every exchange here is a collective over the whole job.
 """

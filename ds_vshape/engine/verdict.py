@@ -1,7 +1,7 @@
-"""Whether a step that each rank took on its own stands: what every rank says of it, and what follows from that.
+"""Whether a step that each rank took on its own is accepted: the reports of all ranks, and the verdict on them.
 
-A step on a rank's own gradients is the right one as long as no rank of the job finds an overflow in its gradients, and
-the norm of all of them together isn't clipped. All ranks judge the same reports, so they come to the same verdict.
+A step on a rank's own gradients is right if no rank of the job finds an overflow in its gradients, and the norm of all
+gradients isn't clipped. All ranks judge the same reports, so they reach the same verdict.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-# DeepSpeed adds norms up in another order (scaled_global_norm in runtime/zero/stage_1_and_2.py). Closer than this to
-# the limit the difference counts, and DeepSpeed's own step decides.
+# DeepSpeed adds norms up in another order (scaled_global_norm in runtime/zero/stage_1_and_2.py). If the norm is closer
+# than this to the limit, the order could matter, and DeepSpeed's own step decides.
 _MARGIN = 1e-5
-# DeepSpeed adds up squares in fp32 and takes an infinite sum for an overflow.
+# DeepSpeed adds up squares in fp32, and treats an infinite sum as an overflow.
 _LARGEST_SQUARE = 1e38
 
 
 class Verdict(enum.Enum):
     """What becomes of a step."""
 
-    STANDS = enum.auto()
-    REDO = enum.auto()  # with gradients clipped, or not at all after an overflow; or it's too close to say
+    ACCEPTED = enum.auto()
+    REDO = enum.auto()  # with clipped gradients, or skipped after an overflow; also if the norm is near the limit
     FAILED = enum.auto()  # the batch doesn't count
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a rank says of its own part: its batch failed, its gradients overflowed, and their 2-norm, loss scale
-    included (0 where either of the first two is true)."""
+    """A rank's report: whether its batch failed, whether its gradients overflowed, and their 2-norm, loss scale
+    included (0 if either of the first two is true)."""
 
     failed: bool
     overflow: bool
@@ -41,7 +41,7 @@ class StepReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> StepReport:
-        """The report that `numbers` wrote."""
+        """The report from its `numbers`."""
         failed, overflow, norm = numbers
         return cls(bool(failed), bool(overflow), norm)
 
@@ -56,7 +56,7 @@ class NormLimits:
 
 
 def judge(reports: Sequence[StepReport], replicas: int, limits: NormLimits) -> tuple[Verdict, float]:
-    """The verdict of all ranks' reports, and the norm of all gradients without the loss scale; infinite for an
+    """The verdict on all ranks' reports, and the norm of all gradients without the loss scale; infinite for an
     overflow.
 
     Each part of the norm is in the reports of all its `replicas`.
@@ -68,4 +68,4 @@ def judge(reports: Sequence[StepReport], replicas: int, limits: NormLimits) -> t
         return Verdict.REDO, math.inf
     norm = math.sqrt(square) / limits.scale
     fits = not limits.clip or norm * (1 + _MARGIN) + 1e-6 <= limits.clip
-    return Verdict.STANDS if fits else Verdict.REDO, norm
+    return Verdict.ACCEPTED if fits else Verdict.REDO, norm

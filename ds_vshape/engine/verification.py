@@ -1,14 +1,14 @@
-"""`"verify_gradients": true`: whether the split backward gives this model the gradients of a whole one.
+"""`"verify_gradients": true`: whether the split backward computes the same gradients as a whole one for this model.
 
-A split backward is right for any layer that autograd is right for, as long as the layer keeps some rules that a whole
-backward doesn't ask for: what B leaves to W mustn't be overwritten, and both halves of a SplitFunction must be right.
+A split backward is right for all layers for which autograd is, provided that they keep two rules that a whole backward
+doesn't require: what B leaves to W mustn't be overwritten, and both halves of a SplitFunction must be right.
 So one early batch runs twice, from the same state, with the same data and the same random numbers:
 
     [1] with whole backwards        in the schedule's order, each B a BW and no W; nothing is split, reduced or stepped
-    [2] all is put back             batch_snapshot.py
+    [2] the state is restored       batch_snapshot.py
     [3] as scheduled                the batch itself, as without the key
     [4] before a reduction          gradients of the stage are compared, and at the end all others and the losses
-    [5] all ranks agree             they go on, with one line in the log; or the job ends on all of them
+    [5] all ranks agree             training continues, with one line in the log; or the job ends on all ranks
 
 It is the third batch. In the first, layers make caches and shapes are announced; in the second, activations are
 measured, and a copy of all gradients would be among them. Where gradients aren't finite (a loss scale that is still too
@@ -202,37 +202,37 @@ class Verification:
         self._compare(list(whole.gradients))
         report, difference = self._report(whole)
         self._whole, self._found = None, {}
-        told = [_Report.of(numbers) for numbers in self._agreement.start_status(report.numbers()).result()]
-        if any(rank.batch_failed for rank in told):
+        reports = [_Report.of(numbers) for numbers in self._agreement.start_status(report.numbers()).result()]
+        if any(rank.batch_failed for rank in reports):
             return
-        if any(rank.whole_failed for rank in told) or not any(rank.infinite for rank in told) and (
-                any(rank.differs for rank in told)):
+        if any(rank.whole_failed for rank in reports) or not any(rank.infinite for rank in reports) and (
+                any(rank.differs for rank in reports)):
             if difference is not None:
                 error = VerificationError(difference)
                 self._guard.failure = self._agreement.failure(error, f"{KEY}.verify_gradients")
             self._guard.agree_on_passes()
-        self._done = not any(rank.infinite for rank in told)
+        self._done = not any(rank.infinite for rank in reports)
         if self._done:
-            self._log(self._line(told))
+            self._log(self._line(reports))
 
     def _log(self, line: str) -> None:
         if self._rank.global_rank == 0:
             logger.info(line)
 
     def _report(self, whole: _Whole) -> tuple[_Report, str | None]:
-        """What this rank tells the others, and in words what differs."""
+        """This rank's report to the others, and a text about what differs."""
         failed = self._guard.failure is not None
         if failed or whole.failed:
             own = whole.failure is not None and not isinstance(whole.failure.error, Withdrawn)
             text = f"the batch runs as scheduled, and fails with whole backwards: {whole.failure}" if own else None
             return _Report(failed, whole.failed, False, False, 0, 0, 0.0), text
-        texts = [*self._losses_in_words(whole.losses), *self._gradients_in_words()]
+        texts = [*self._differing_losses(whole.losses), *self._differing_gradients()]
         shares = [found.share for found in self._found.values()]
         report = _Report(False, False, not whole.finite, bool(texts), len(shares), shares.count(0.0),
                          max(shares, default=0.0))
         return report, f"{'; '.join(texts)}. {_ADVICE}" if texts else None
 
-    def _losses_in_words(self, whole: Sequence[Any]) -> Iterator[str]:
+    def _differing_losses(self, whole: Sequence[Any]) -> Iterator[str]:
         pairs = list(zip(self._rank.fwd_outputs, whole, strict=True))
         differing = [pair for pair in pairs if not compare(*pair, tolerance(pair[0].dtype, 1)).is_close]
         if differing:
@@ -241,7 +241,7 @@ class Verification:
                    f"{expected:.6g} with whole backwards: forwards depend on state that isn't put back between the "
                    "two, which is anything but buffers and plain attributes of modules")
 
-    def _gradients_in_words(self) -> Iterator[str]:
+    def _differing_gradients(self) -> Iterator[str]:
         module = self._rank.module
         differing = sorted(((found.share, parameter) for parameter, found in self._found.items() if not found.is_close),
                            key=lambda pair: pair[0], reverse=True)
@@ -256,13 +256,13 @@ class Verification:
         if len(differing) > _SHOWN:
             yield f"{len(differing) - _SHOWN} more of {len(self._found)} gradients differ"
 
-    def _line(self, told: Sequence[_Report]) -> str:
-        gradients, exact = sum(rank.gradients for rank in told), sum(rank.exact for rank in told)
+    def _line(self, reports: Sequence[_Report]) -> str:
+        gradients, exact = sum(rank.gradients for rank in reports), sum(rank.exact for rank in reports)
         rest = "" if exact == gradients else (
-            f" for {exact} of them, and to within {max(rank.worst for rank in told):.2g} of their norm for the others")
+            f" for {exact} of them, and to within {max(rank.worst for rank in reports):.2g} of their norm for the rest")
         return (f"{KEY}.verify_gradients: in training batch {self._observer.batches + 1} the losses of "
-                f"{self._rank.micro_batches} micro-batches and {gradients} gradients on {len(told)} ranks are those of "
-                f"whole backwards, bit for bit{rest}")
+                f"{self._rank.micro_batches} micro-batches and {gradients} gradients on {len(reports)} ranks are those "
+                f"of whole backwards, bit for bit{rest}")
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Status:
 
 @dataclass(frozen=True)
 class JobLost:
-    """Why the job can't go on: what happened to `rank`, which is None where no single rank is the cause."""
+    """Why the job can't continue: what happened to `rank`, which is None where no single rank is the cause."""
 
     rank: int | None
     why: str
@@ -108,15 +108,15 @@ class Attendance:
         for rank, status in waiting.items():
             if rank not in failures:
                 places.setdefault(status.place, []).append(rank)
-        told = "; ".join(f"rank{'s' if len(ranks) > 1 else ''} {_shown(ranks)} in {place}"
+        waiting_for = "; ".join(f"rank{'s' if len(ranks) > 1 else ''} {_shown(ranks)} in {place}"
                          for place, ranks in places.items())
         if failures:
             rank, failure = min(failures.items())
-            self._lose(rank, f"{failure}{'; waiting for it: ' + told if told else ''}", "has failed")
+            self._lose(rank, f"{failure}{'; waiting for it: ' + waiting_for if waiting_for else ''}", "has failed")
         elif self._left:
-            self._lose(min(self._left), f"its script has ended; waiting for it: {told}")
+            self._lose(min(self._left), f"its script has ended; waiting for it: {waiting_for}")
         else:
-            self._lose(None, f"all ranks wait for each other: {told}")
+            self._lose(None, f"all ranks wait for each other: {waiting_for}")
 
     def _lose(self, rank: int | None, why: str, fate: str = "is lost") -> None:
         if self._loss is None:

@@ -1,6 +1,6 @@
 """A batch that fails on one rank fails on all, and nothing else is lost.
 
-A rank that can't go on (its data end, a layer raises) must not leave its neighbours waiting for its messages. It skips
+A rank that can't continue (its data end, a layer raises) must not leave others waiting for its messages. It skips
 the rest of its passes, still takes in what it is sent, and sends messages without content; before the gradients are
 reduced all ranks of the job agree whether the batch counts. If not, every rank raises, and the parameters, the
 optimizer and the channels are as they were before the batch.
@@ -26,7 +26,7 @@ from ds_vshape.health.step import Reached
 T = TypeVar("T")
 
 _TEXT_SIZE = 2048
-# Tensor parallel ranks come to the same error within the time that a pass takes.
+# Tensor parallel ranks reach the same error within the time that a pass takes.
 PEERS_SECONDS = 10.0
 
 
@@ -41,7 +41,7 @@ class _State(IntEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank can't go on with a batch, and where it was."""
+    """Why a rank can't continue with a batch, and where it was."""
 
     error: Exception
     place: str
@@ -54,10 +54,10 @@ class Failure:
         return _State.OUT_OF_DATA if isinstance(self.error, StopIteration) else _State.FAILED
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.told}"
+        return f"{self.place}: {self.description}"
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The error without the place: the same text on all ranks that fail for one reason."""
         return f"{type(self.error).__name__}: {self.error}"
 
@@ -185,12 +185,12 @@ class Agreement:
     def _raise(self, failure: Failure | None, worst: _State, noted: str, consequence: str | None) -> NoReturn:
         own = failure is not None and failure.state is worst
         text = str(failure)[:_TEXT_SIZE] if own else ""
-        texts = [told for told in self._exchange.texts(text) if told]
+        texts = [each for each in self._exchange.texts(text) if each]
         if failure is not None and own:
             failure.error.add_note(f"in the {failure.place}; {noted}")
             # One may be the other's cause: what can't be sent is taken for zeros where it is awaited.
             for other in dict.fromkeys(texts):
-                if not other.endswith(failure.told):
+                if not other.endswith(failure.description):
                     failure.error.add_note(f"and in the {other}")
             error = failure.error
         else:

@@ -1,8 +1,8 @@
-"""Signs of life between the ranks of a job, on connections of their own, by a thread that sleeps most of the time.
+"""Signs of life between the ranks of a job, on separate connections, by a thread that sleeps most of the time.
 
 Global rank 0 keeps the attendance (attendance.py); every other rank has a connection to it. Messages are lines of JSON:
 
-    to rank 0      hello (the job's secret, rank, host); status, every second or so; left, where a script ends
+    to rank 0      hello (the job's secret, rank, host); status, every second or so; left, when a script ends
     from rank 0    here (the hosts of all ranks, once they are there); silent, every second or so; left, and loss
 
 A rank that hears nothing from rank 0 decides by itself that rank 0 is lost. Nothing that is received is executed, and
@@ -192,10 +192,10 @@ class Heartbeat(threading.Thread):
     # -- in the thread
 
     def run(self) -> None:
-        now, before, told = 0.0, time.monotonic(), float("-inf")
+        now, before, sent = 0.0, time.monotonic(), float("-inf")
         while self._leaving is None:
             interval = min(BEAT_SECONDS, self.seconds / _BEATS)
-            events = self._selector.select(max(0.0, told + interval - now))
+            events = self._selector.select(max(0.0, sent + interval - now))
             clock = time.monotonic()
             now, before = now + min(clock - before, 2 * interval), clock
             for key, _ in events:
@@ -203,11 +203,11 @@ class Heartbeat(threading.Thread):
                     self._accept()
                 elif key.data is None:
                     self._wake_up()
-                    told = float("-inf")
+                    sent = float("-inf")
                 else:
                     self._receive(key.data, now)
-            if now >= told + interval:
-                told = now
+            if now >= sent + interval:
+                sent = now
                 self._tell(now, interval)
             self._judge(now)
         self._part({"left": self._leaving})

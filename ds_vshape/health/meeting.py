@@ -42,8 +42,8 @@ class Meeting:
             return
         failure = None
         if error is not None:
-            told = self._explain(error)
-            if told is not error:
-                told.__cause__ = error
-            failure = self._agreement.failure(told, self._what)
+            explained = self._explain(error)
+            if explained is not error:
+                explained.__cause__ = error
+            failure = self._agreement.failure(explained, self._what)
         self._agreement.reach(failure, self._what)

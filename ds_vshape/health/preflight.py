@@ -100,9 +100,9 @@ class Preflight:
         reports = self._exchange.texts(json.dumps(silent))
         pairs = sorted({tuple(pair) for report in reports for pair in json.loads(report)})
         if pairs:
-            told = [f"{self._named([one])} and {self._named([other])} can't reach each other" for one, other in pairs]
-            raise PreflightError(f"no messages between pipeline ranks within {seconds:g} s: {'; '.join(told)}. All of "
-                                 "them are running: check for closed ports, and for the wrong network interface "
+            broken = [f"{self._named([one])} and {self._named([two])} can't reach each other" for one, two in pairs]
+            raise PreflightError(f"no messages between pipeline ranks within {seconds:g} s: {'; '.join(broken)}. All "
+                                 "of them are running: check for closed ports, and for the wrong network interface "
                                  "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)")
 
     def _unanswered(self, ends: Iterable[End], seconds: float) -> list[End]:
@@ -132,10 +132,10 @@ class Preflight:
         if any(facts.get(_NAME, "") is None for facts in every):
             # Without a schedule nothing else has to be alike.
             differing = [_NAME]
-        told = [f"{name} = {self._grouped({rank: _shown(facts, name) for rank, facts in enumerate(every)})}"
+        differences = [f"{name} = {self._grouped({rank: _shown(facts, name) for rank, facts in enumerate(every)})}"
                 for name in differing[:_TOLD]]
         more = f"; and {len(differing) - _TOLD} more" if len(differing) > _TOLD else ""
-        return f"the ranks must have the same: {'; '.join(told)}{more}"
+        return f"the ranks must have the same: {'; '.join(differences)}{more}"
 
     def _grouped(self, values: Mapping[int, str]) -> str:
         """Each value with the ranks that have it."""

@@ -1,11 +1,11 @@
-"""How far the step of a batch has come on this rank, and what has failed in it.
+"""How far a batch's step has got on this rank, and what has failed in it.
 
-DeepSpeed's steps exchange something with other ranks before the optimizer at their core computes, and mostly after it.
-Where that raises on one rank, the others would wait. So its error is kept, and the rank goes through the rest of the
-step; at the end of the batch all ranks agree on what has become of it:
+DeepSpeed's steps communicate with other ranks before the optimizer at their core computes, and mostly after it. If that
+raised on one rank, the others would wait. So its error is kept, and the rank continues with the rest of the step. At
+the end of the batch all ranks agree on the outcome:
 
-    no rank has come to the optimizer      the batch doesn't count, and training goes on
-    all ranks have taken the whole step    the step stands (a monitor has failed, say), and training goes on
+    no rank has reached the optimizer      the batch doesn't count, and training continues
+    all ranks have taken the whole step    the step counts (a monitor has failed, say), and training continues
     anything else                          weights, or states of the optimizer, differ between ranks
 """
 

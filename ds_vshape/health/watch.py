@@ -207,11 +207,11 @@ class Watch:
             reason = f"the connection to a rank broke: {reason}"
         return self._peer_lost(f"{reason} (all ranks give signs of life)", what)
 
-    def _peer_lost(self, told: str, what: Callable[[], str] | None) -> PeerLost:
+    def _peer_lost(self, reason: str, what: Callable[[], str] | None) -> PeerLost:
         own = self.names[self._rank]
         waits = f" waits in {what()}" if what is not None else ""
         progress = self.progress()
-        lost = PeerLost("; ".join(filter(None, [f"{own.short} on {own.host}{waits}: {told}",
+        lost = PeerLost("; ".join(filter(None, [f"{own.short} on {own.host}{waits}: {reason}",
                                                 f"this is {own.rest}" if own.rest else "", progress])))
         lost.is_explained = True
         self._raised.set()

@@ -133,7 +133,7 @@ class ModelFolder:
         return balanced
 
     def predict(self, job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
-        """The batch of `job` with this model; ValueErrors as of prediction.predict, and of `costs`."""
+        """The batch of `job` with this model; raises ValueError as prediction.predict does, and of `costs`."""
         return predict_training(job, self.training(job), progress)
 
 

@@ -53,13 +53,13 @@ def bytes_of(job: Job) -> Bytes:
 
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
-    """The batch of `job`; ValueErrors as of prediction.predict."""
+    """The batch of `job`; raises ValueError as prediction.predict does."""
     return predict_training(job, training_of(job), progress)
 
 
 def predict_training(job: Job, training: TrainingCosts,
                      progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
-    """The batch of `job`, whose layers and stages are those of `training`; ValueErrors as of prediction.predict."""
+    """The batch of `job`, with the layers and stages of `training`; raises ValueError as prediction.predict does."""
     config = job.section or ScheduleConfig(name=job.schedule_name)
     return predict(config, training, _times(job, training), progress)
 

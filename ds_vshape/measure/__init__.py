@@ -1,4 +1,4 @@
-"""What is measured and told of training: times, memory, log lines, monitors and traces.
+"""What is measured and reported of training: times, memory, log lines, monitors and traces.
 
     observer.py      what is seen of training batches while they run
     profiling.py     what the passes of a batch took

@@ -30,7 +30,7 @@ from ds_vshape.split_backward import WeightGradientStore
 
 
 class Storages:
-    """Memory that tensors stand on, each piece counted once however many tensors share it; kept alive by none of it."""
+    """The storages of tensors, each counted once however many tensors share it; only weak references are kept."""
 
     def __init__(self, tensors: Iterable[Any] = ()) -> None:
         self._bytes: dict[StorageWeakRef, int] = {}

@@ -151,9 +151,9 @@ class Observer:
         if self._sizes is not None:
             return None
         own = self._meter.unknown
-        told = Exchange().texts(
+        texts = Exchange().texts(
             "" if own is None else f"pipeline rank {rank.stage_id}: {own}")
-        return "; ".join(dict.fromkeys(text for text in told if text)) or "no pass was measured"
+        return "; ".join(dict.fromkeys(text for text in texts if text)) or "no pass was measured"
 
     def activations(self) -> Activations | None:
         """The measured sizes of all stages, in bytes for one micro-batch, None where they are unknown; PipelineError if
@@ -192,5 +192,5 @@ def _to_measure(order: Sequence[Pass]) -> set[Pass]:
     for action in order:
         if action.kind.gives_input_gradient:
             found.setdefault((action.kind, action.stage), []).append(BufferId(action.stage, action.micro_batch))
-    buffers = {alike[:2][-1] for alike in found.values()}
+    buffers = {equal[:2][-1] for equal in found.values()}
     return {action for action in order if BufferId(action.stage, action.micro_batch) in buffers}

@@ -60,12 +60,12 @@ class PassRecorder:
         self._clock = HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
         self._marks: list[tuple[Pass, Any, Any]] = []
         self._alive = 0
-        # The host's, also where the device has yet to come to the batch: hosts enter it together, devices don't.
-        self._began = time.perf_counter()
+        # The host's time, even if the device hasn't reached the batch yet: hosts start it together, devices don't.
+        self._started = time.perf_counter()
         self.peak_alive = 0
 
     def start(self, action: Pass) -> Any:
-        """`action` begins; returns what `end` needs."""
+        """`action` starts; returns what `end` needs."""
         if action.kind is Kind.F:
             self._alive += 1
             self.peak_alive = max(self.peak_alive, self._alive)
@@ -78,9 +78,10 @@ class PassRecorder:
             self._alive -= 1
 
     def spans(self) -> tuple[Span, ...]:
-        """Seconds since this rank's host began the batch."""
+        """Spans in seconds since this rank's host started the batch."""
         times = iter(self._clock.on_host([mark for _, *marks in self._marks for mark in marks]))
-        return tuple(Span(action, next(times) - self._began, next(times) - self._began) for action, _, _ in self._marks)
+        first = self._started
+        return tuple(Span(action, next(times) - first, next(times) - first) for action, _, _ in self._marks)
 
 
 def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
@@ -100,7 +101,7 @@ def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, 
 
 
 def seconds_taken(spans: Iterable[Span]) -> dict[tuple[Kind, int], list[float]]:
-    """By kind and stage, how long the pass of each micro-batch took; the pieces of a W, which aren't alike, as one."""
+    """By kind and stage, how long the pass of each micro-batch took; the pieces of a W, which differ, as one."""
     taken: dict[tuple[Kind, int], dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for span in spans:
         taken[span.action.kind, span.action.stage][span.action.micro_batch] += span.end - span.start

@@ -70,7 +70,7 @@ def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
     groups = module.topology().get_axis_comm_lists("model")
     if not groups:
         return wanted
-    of_ranks = [told["wanted"] for told in module.preflight.gather({"wanted": wanted})]
+    of_ranks = [fact["wanted"] for fact in module.preflight.gather({"wanted": wanted})]
     return any(of_ranks[rank] for ranks in groups if module.global_rank in ranks for rank in ranks)
 
 

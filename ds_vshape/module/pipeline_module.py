@@ -227,10 +227,10 @@ class PipelineModule(FastSetattr, StockModule):
         start, stop = self.local_bounds
         own = {"stage": self.stage_id, "bounds": [int(start), int(stop)]}
         of_stages: dict[int, list[int]] = {}
-        for told in self.preflight.gather(own):
-            if of_stages.setdefault(told["stage"], told["bounds"]) != told["bounds"]:
-                raise PartitionError(f"{name}: ranks of stage {told['stage']} have the layers "
-                                     f"{of_stages[told['stage']]} and {told['bounds']}")
+        for fact in self.preflight.gather(own):
+            if of_stages.setdefault(fact["stage"], fact["bounds"]) != fact["bounds"]:
+                raise PartitionError(f"{name}: ranks of stage {fact['stage']} have the layers "
+                                     f"{of_stages[fact['stage']]} and {fact['bounds']}")
         bounds = [of_stages[stage] for stage in sorted(of_stages)]
         if any(before[1] != after[0] for before, after in pairwise(bounds)):
             raise PartitionError(f"{name}: the stages' layers {bounds} leave a gap or overlap")

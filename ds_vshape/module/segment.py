@@ -27,7 +27,7 @@ Checkpoint = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers `first`, `first` + 1, ... of the model; `before_layer` is told the number of each before it runs."""
+    """Layers `first`, `first` + 1, ... of the model; `before_layer` gets the number of each before it runs."""
 
     layers: Sequence[Callable[[Any], Any]]
     first: int

@@ -96,8 +96,8 @@ def check_shapes(of_ranks: Sequence[Mapping[str, Any]]) -> None:
     for weight in sorted({weight for shapes in of_ranks for weight in shapes}):
         having = {rank: shapes[weight] for rank, shapes in enumerate(of_ranks) if weight in shapes}
         if any(shape != next(iter(having.values())) for shape in having.values()):
-            told = ", ".join(f"{shape} on rank {rank}" for rank, shape in having.items())
-            raise PipelineError(f"tied weight {weight} has different shapes: {told}")
+            shown = ", ".join(f"{shape} on rank {rank}" for rank, shape in having.items())
+            raise PipelineError(f"tied weight {weight} has different shapes: {shown}")
 
 
 def _differ(first: Any, other: Any) -> bool:

@@ -196,7 +196,7 @@ def pass_of(instruction: PipeInstruction) -> Pass | None:
 
 
 def name_of(instruction: PipeInstruction) -> str:
-    """An instruction in the words of an error."""
+    """An instruction as errors name it."""
     name = type(instruction).__name__
     if not isinstance(instruction, BufferOpInstruction):
         return name
@@ -225,7 +225,7 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
 
 
 def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
-    """By stage, where its last pass of these kinds stands, with what other ranks wait for after it."""
+    """For each stage, the place of its last pass of these kinds, or of the last message after it for other ranks."""
     places: dict[int, int] = {}
     running: int | None = None
     for place, step in enumerate(program):
@@ -242,16 +242,16 @@ def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
 def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
     """Training instructions whose step waits for no other pipeline rank.
 
-    The verdict on the step before is awaited at the last moment at which it costs nothing to give the batch up: before
+    The verdict on the previous step is awaited at the last moment at which the batch can be abandoned for free: before
     the first backward. By then all ranks of the pipeline have started the batch, so none waits.
     """
     passes, end = [*instructions[:-len(_END)]], instructions[-len(_END):]
     assert tuple(map(type, end)) == _END
     kinds = [_KINDS.get(type(instruction)) for instruction in passes]
     first_backward = next(place for place, kind in enumerate(kinds) if kind in (Kind.B, Kind.BW))
-    # Behind the last forward, and what other ranks wait for after it.
-    told = next(place for place, instruction in enumerate(passes) if isinstance(instruction, ReturnLoss))
-    added: list[tuple[int, PipeInstruction]] = [(first_backward, AwaitVerdict()), (told, TellForwards())]
+    # After the last forward, and what other ranks wait for after it.
+    loss = next(place for place, instruction in enumerate(passes) if isinstance(instruction, ReturnLoss))
+    added: list[tuple[int, PipeInstruction]] = [(first_backward, AwaitVerdict()), (loss, TellForwards())]
     for place, instruction in sorted(added, key=lambda entry: entry[0], reverse=True):
         passes.insert(place, instruction)
     return [*passes, AgreeOnForwards(), StepAhead()]
@@ -270,17 +270,17 @@ def comparing(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
 
 
 def passes_alone(program: Program) -> list[PipeInstruction]:
-    """A rank's program as instructions, without the end of a batch: nothing is reduced, nor told to other ranks."""
+    """A rank's program as instructions, without the end of a batch: nothing is reduced or reported to other ranks."""
     return [instruction_of(step) for step in program if not isinstance(step, ShareLoss)]
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:
-    """A rank's program as instructions, with the end of an evaluation: all ranks know that all is well."""
+    """A rank's program as instructions, with the end of an evaluation: all ranks agree that it succeeded."""
     return [*passes_alone(program), AgreeOnBatch()]
 
 
 def instruction_of(step: Step) -> PipeInstruction:
-    """What executes a step of a program on one micro-batch."""
+    """The instruction that executes a step of a program."""
     assert not isinstance(step, ShareLoss)
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))

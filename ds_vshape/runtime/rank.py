@@ -42,11 +42,11 @@ class Rank(Protocol):
     placement: Placement
 
     def rollback_bytes(self) -> int:
-        """What this rank keeps to take a step back."""
+        """Bytes that this rank keeps to roll a step back."""
 
 
 class TrainingRank(Rank, Protocol):
-    """A rank whose training goes on."""
+    """A rank during training."""
 
     monitor: Any
     global_steps: int

@@ -51,7 +51,7 @@ class Request:
                    None if cache is None else str(cache))
 
     def choose(self, progress: Callable[[float], None] = lambda fraction: None) -> Choice:
-        """Plan in this process; ValueErrors as of `choose.schedule_for`."""
+        """Plan in this process; raises ValueError as `choose.schedule_for` does."""
         return schedule_for(self.name, self.ranks, self.micro_batches, self.times, self.activations, self.limits,
                             time_limit=self.time_limit, progress=progress,
                             cache=None if self.cache is None else Path(self.cache))

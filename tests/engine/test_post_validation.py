@@ -248,13 +248,13 @@ GOOD = StepReport(False, False, 3.0)
 
 
 @pytest.mark.parametrize("reports, replicas, limits, expected", [
-    ([GOOD, StepReport(False, False, 4.0)], 1, NormLimits(0.0, 1.0), (Verdict.STANDS, 5.0)),
-    ([GOOD, StepReport(False, False, 4.0)] * 2, 2, NormLimits(0.0, 2.0), (Verdict.STANDS, 2.5)),
-    ([GOOD], 1, NormLimits(3.1, 1.0), (Verdict.STANDS, 3.0)),
+    ([GOOD, StepReport(False, False, 4.0)], 1, NormLimits(0.0, 1.0), (Verdict.ACCEPTED, 5.0)),
+    ([GOOD, StepReport(False, False, 4.0)] * 2, 2, NormLimits(0.0, 2.0), (Verdict.ACCEPTED, 2.5)),
+    ([GOOD], 1, NormLimits(3.1, 1.0), (Verdict.ACCEPTED, 3.0)),
     ([GOOD], 1, NormLimits(2.9, 1.0), (Verdict.REDO, 3.0)),
     # DeepSpeed clips from 1e-6 below the limit on; what is too close to say counts as clipped.
     ([GOOD], 1, NormLimits(3.0 + 1e-5, 1.0), (Verdict.REDO, 3.0)),
-    ([GOOD], 1, NormLimits(1.6, 2.0), (Verdict.STANDS, 1.5)),
+    ([GOOD], 1, NormLimits(1.6, 2.0), (Verdict.ACCEPTED, 1.5)),
     ([GOOD], 1, NormLimits(1.4, 2.0), (Verdict.REDO, 1.5)),
     ([GOOD, StepReport(False, True, 0.0)], 1, NormLimits(0.0, 1.0), (Verdict.REDO, math.inf)),
     ([GOOD, StepReport(False, False, math.nan)], 1, NormLimits(0.0, 1.0), (Verdict.REDO, math.inf)),

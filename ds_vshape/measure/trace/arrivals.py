@@ -15,7 +15,7 @@ from ds_vshape.schedule.lowering import Channel, Message
 
 
 class _Watched:
-    """Stands in for the works of a message that a thread waits for."""
+    """Replaces the works of a message, while a thread waits for them."""
 
     def __init__(self, works: list[Any]) -> None:
         self._works = works

@@ -1,6 +1,6 @@
 """A page for a browser: predicted above measured timelines of the traced batches, in one file that needs nothing else.
 
-What it looks like is page.html, page.css and page.js beside this file; here are its data. Times are seconds from the
+The layout is in page.html, page.css and page.js in this folder; this file makes the data. Times are seconds from the
 first pass of a timeline.
 """
 
@@ -24,7 +24,7 @@ def page(batches: Sequence[BatchTrace]) -> str:
     """The whole page, as HTML."""
     folder = files(__package__)
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    # No text of the data may end the element that it stands in.
+    # No text of the data may end the element that contains it.
     data = json.dumps({"batches": [_batch(batch) for batch in batches]}, separators=(",", ":")).replace("<", "\\u003c")
     return Template(parts["html"]).substitute(style=parts["css"], script=parts["js"], data=data)
 

@@ -1,6 +1,6 @@
 """Records what a rank does in one batch, around every instruction.
 
-Its functions stand in the engine's instruction map during a traced batch and at no other time.
+Its functions are in the engine's instruction map only during a traced batch.
 """
 
 from __future__ import annotations
