@@ -16,7 +16,8 @@ from typing import Any
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
-from ds_vshape.config.compatibility import check_accepted, check_asynchronous, check_post_validation
+from ds_vshape.config.compatibility import (check_accepted, check_asynchronous, check_monitors,
+                                            check_post_validation)
 from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
                                       read_section)
 from ds_vshape.deepspeed_adapter.engine import PipelineEngine as StockPipelineEngine
@@ -141,6 +142,7 @@ def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], Schedu
             raise ConfigError(f"{KEY} = {section.name!r}: the model is a {type(model).__name__}{of}; build it as a "
                               "ds_vshape.PipelineModule")
         check_accepted(ds_config)
+        check_monitors(ds_config)
         if not get_accelerator().is_synchronized_device():
             check_asynchronous(ds_config, os.environ)
         if section.optimizer_post_validation:

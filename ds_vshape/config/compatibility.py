@@ -15,6 +15,7 @@ combinations without naming a key (_do_optimizer_sanity_check in runtime/engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, shown
@@ -34,6 +35,8 @@ _ENVIRONMENT: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     ("CUDA_DEVICE_MAX_CONNECTIONS", lambda value: value.isdecimal() and int(value) >= _LEAST_CONNECTIONS,
      f"at least {_LEAST_CONNECTIONS}, or unset,"),
 )
+# Monitors and the extra that has their package; rank 0 alone imports it, and the others would wait.
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "launch"}
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -75,6 +78,13 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
     if stage == 0 and sums not in (None, precision):
         raise ConfigError(f"data_types.grad_accum_dtype = {sums!r} with {precision} and zero_optimization.stage = 0: "
                           f"must be {precision!r}, or zero_optimization.stage 1")
+
+
+def check_monitors(ds_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a monitor whose package isn't installed."""
+    for monitor, extra in _MONITORS.items():
+        if _section(ds_config, monitor).get("enabled") and find_spec(monitor) is None:
+            raise ConfigError(f"{monitor}.enabled = true: {monitor} isn't installed: pip install 'ds-vshape[{extra}]'")
 
 
 def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:

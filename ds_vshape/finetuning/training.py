@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from ds_vshape.checkpoint.commit import LATEST
 from ds_vshape.finetuning.batches import MicroBatches, Rows
+from ds_vshape.finetuning.progress import Progress
 
 BEST = "best"
 # Before the names of metrics that are an evaluation's, as in TRL.
@@ -92,50 +92,49 @@ class Training:
         self._replica = (engine.train_micro_batch_size_per_gpu(), plan.seed, engine.grid.get_data_parallel_rank(),
                          engine.grid.get_data_parallel_world_size())
         self._best = math.inf
+        self._progress: Progress
         self.result = Result()
 
     def run(self) -> Result:
         """Train to the last batch."""
-        self._resume()
+        resumed = self._resume()
         engine, plan = self._engine, self._plan
+        self._progress = Progress(engine, plan.batches)
+        if resumed:
+            self._progress.tell(f"continues from {plan.checkpoints}")
         drawn = self._micro_batches(plan.training, engine.global_samples)
-        start = time.perf_counter()
-        progress = tqdm(range(engine.global_steps, plan.batches), desc="training", unit="batch",
-                        initial=engine.global_steps, total=plan.batches, disable=dist.get_rank() != 0)
-        for _ in progress:
-            self.result.losses.append(engine.train_batch(data_iter=drawn).item())
-            self._measure()
-            self.result.tokens_per_second = self._replica[-1] * drawn.tokens / (time.perf_counter() - start)
+        while engine.global_steps < plan.batches:
+            self._train_batch(drawn)
             if _is_due(plan.evaluate_every, engine.global_steps) or engine.global_steps == plan.batches:
                 self._evaluate()
             if _is_due(plan.save_every, engine.global_steps):
                 self._save(f"batch{engine.global_steps}")
-            progress.set_postfix(self._shown())
         if not self.result.evaluations:  # the last checkpoint is that of the last batch
             self._evaluate()
+        self._progress.close()
         return self.result
+
+    def _train_batch(self, drawn: MicroBatches) -> None:
+        before, start = drawn.tokens, time.perf_counter()
+        loss = self._engine.train_batch(data_iter=drawn).item()
+        *_, replicas = self._replica
+        self._progress.batch(loss, replicas * (drawn.tokens - before), time.perf_counter() - start)
+        self._measure()
+        self.result.losses.append(loss)
+        self.result.tokens_per_second = self._progress.tokens_per_second
 
     def _micro_batches(self, rows: Rows, start: int = 0) -> MicroBatches:
         return MicroBatches(rows, *self._replica, start=start)
 
-    def _shown(self) -> dict[str, str]:
-        shown = {"loss": f"{self.result.losses[-1]:.3f}", "tokens/s": f"{self.result.tokens_per_second:.0f}"}
-        if self.result.evaluations:
-            shown["evaluation"] = f"{self.result.validation_loss:.3f}"
-        metrics = self.result.metrics.get(self._engine.global_steps, {})
-        return shown | {name: f"{value:.3f}" for name, value in metrics.items() if not name.startswith(_EVALUATED)}
-
     def _measure(self, prefix: str = "") -> None:
-        """Note what the loss function has measured, and give it to DeepSpeed's monitor."""
+        """Note what the loss function has measured, and show it."""
         engine = self._engine
         measured = getattr(engine.module.loss_fn, "measured", None)
         if measured is None:
             return
         values = {prefix + name: value for name, value in measured().items()}
         self.result.metrics.setdefault(engine.global_steps, {}).update(values)
-        if dist.get_rank() == 0 and engine.monitor.enabled:
-            engine.monitor.write_events([(f"Train/Samples/{name}", value, engine.global_samples)
-                                         for name, value in values.items()])
+        self._progress.measured(values)
 
     def _evaluate(self) -> None:
         """On all validation rows but the last ones that don't fill a micro-batch of each replica; if none are filled,
@@ -146,23 +145,27 @@ class Training:
         loss = self._engine.eval_batch(self._micro_batches(rows), num_micro_batches=count)
         self.result.evaluations[self._engine.global_steps] = loss.item()
         self._measure(_EVALUATED)
+        self._progress.evaluated(loss.item())
         if self._plan.checkpoints is not None and loss.item() < self._best:
             self._best = loss.item()
             self._save(BEST)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Load the last checkpoint, if there is one."""
         folder = self._plan.checkpoints
         found = [folder is not None and (folder / LATEST).exists()]
         dist.broadcast_object_list(found, 0)
         if found[0]:
             _, kept = self._engine.load_checkpoint(str(folder))
             self._best = kept.get(BEST, math.inf)
+        return bool(found[0])
 
     def _save(self, tag: str) -> None:
         folder = self._plan.checkpoints
         if folder is None:
             return
         self._engine.save_checkpoint(str(folder), tag, client_state={BEST: self._best}, save_latest=tag != BEST)
+        self._progress.tell(f"saved as {folder / tag}")
         if dist.get_rank() == 0:
             numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := _TAG.fullmatch(path.name)))
             for number in numbers[:-self._plan.kept]:
