@@ -75,11 +75,11 @@ def measured(rank: int, name: str, workload: SleepingByLength, rounds: int) -> t
 
 
 def summarize(found: Makespans) -> dict[str, float]:
-    """Sums over the batches; a batch's work is the same in all three, so differences are bubble."""
-    alike, data, length = (sum(found[contender]) for contender in (ALIKE, DATA, LENGTH))
+    """Of median batches; a batch's work is the same in all three, so differences are bubble."""
+    alike, data, length = (statistics.median(found[contender]) for contender in (ALIKE, DATA, LENGTH))
+    speed = statistics.median(slow / fast for slow, fast in zip(found[DATA], found[LENGTH]))
     return {"added": (data - alike) / alike, "left": (length - alike) / alike,
-            "won back": (data - length) / (data - alike), "speed": statistics.median(
-                slow / fast for slow, fast in zip(found[DATA], found[LENGTH]))}
+            "won back": (data - length) / (data - alike), "speed": speed}
 
 
 def main() -> None:

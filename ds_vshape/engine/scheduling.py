@@ -51,20 +51,27 @@ BATCHES_BETWEEN_CHECKS = 50
 
 @dataclass
 class StageSamples:
-    """Seconds of this rank's passes, by kind and stage, over some batches."""
+    """Seconds of this rank's passes, by kind and stage, over some batches; and of all passes of each micro-batch.
 
+    `average` is the median, which a slow moment of the machine doesn't move, or the mean where lengths are mixed.
+    """
+
+    average: Callable[[list[float]], float] = statistics.median
     seconds: dict[tuple[Kind, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    of_micro_batches: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, spans: tuple[Span, ...]) -> None:
         """Take in a batch."""
         for key, seconds in seconds_taken(spans).items():
             self.seconds[key] += seconds
+        for span in spans:
+            self.of_micro_batches[span.action.micro_batch] += span.end - span.start
 
-    def medians(self, stages: int) -> list[list[float]]:
+    def averages(self, stages: int) -> list[list[float]]:
         """F, B and W of each stage; 0 for stages of other ranks. Where B and W ran as one they share its time."""
         table = []
         for stage in range(stages):
-            row = {kind: statistics.median(samples) for (kind, of), samples in self.seconds.items() if of == stage}
+            row = {kind: self.average(samples) for (kind, of), samples in self.seconds.items() if of == stage}
             half = row.get(Kind.BW, 0.0) / 2
             table.append([row.get(Kind.F, 0.0), row.get(Kind.B, half), row.get(Kind.W, half)])
         return table
@@ -77,7 +84,7 @@ def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placem
     measured, 0 for all other boundaries.
     """
     stages = placement.stages
-    own = [seconds for row in samples.medians(stages) for seconds in row]
+    own = [seconds for row in samples.averages(stages) for seconds in row]
     try:
         every = exchange.start_numbers([*own, *hops]).result()
     except RuntimeError as error:
@@ -86,6 +93,19 @@ def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placem
     means = [sum(seconds) / pipelines for seconds in zip(*(numbers[:3 * stages] for numbers in every))]
     slowest = map(max, zip(*(numbers[3 * stages:] for numbers in every)))
     return Times(tuple(means[0::3]), tuple(means[1::3]), tuple(means[2::3]), tuple(slowest))
+
+
+def agreed_scales(samples: StageSamples, micro_batches: int, exchange: Exchange) -> tuple[float, ...]:
+    """How long the micro-batch in each place of a batch takes, as a multiple of their mean, over all ranks and batches
+    of the samples (collective over `exchange`).
+    """
+    try:
+        every = exchange.start_numbers([samples.of_micro_batches[place] for place in range(micro_batches)]).result()
+    except RuntimeError as error:
+        raise PeerLost(f"not all ranks told their times: {str(error).partition(chr(10))[0]}") from error
+    sums = list(map(sum, zip(*every)))
+    mean = statistics.mean(sums) or 1.0
+    return tuple(seconds / mean for seconds in sums)
 
 
 class Schedules(Protocol):
@@ -206,6 +226,8 @@ class MeasuredSchedules:
         self._config, self._placement, self._exchange = config, placement, exchange
         self._measure_hops, self._measured_activations = measure_hops, measured_activations
         self._planner = _planner(config, exchange)
+        # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
+        self._orders = config.micro_batch_order == "length"
         self._micro_batches = 0
         self._times: Times | None = None
         self._enter(_Phase.WARM_UP)
@@ -213,7 +235,8 @@ class MeasuredSchedules:
     def first(self, micro_batches: int) -> Schedule:
         self._micro_batches = micro_batches
         safe = self._safe_schedule()
-        if self._times is None:
+        # Scales are those of as many micro-batches.
+        if self._times is None or self._times.scales:
             self._enter(_Phase.WARM_UP)
         else:
             self._plan(self._times)
@@ -249,7 +272,8 @@ class MeasuredSchedules:
         return self._times if self._phase is _Phase.SETTLED else None
 
     def _enter(self, phase: _Phase) -> None:
-        self._phase, self._batches, self._samples = phase, 0, StageSamples()
+        self._phase, self._batches = phase, 0
+        self._samples = StageSamples(statistics.mean if self._orders else statistics.median)
 
     def _plan(self, times: Times) -> None:
         self._times = times
@@ -299,7 +323,7 @@ class MeasuredSchedules:
             return None
         assert self._times is not None
         times = self._agreed_times()
-        moved = moved_by(times, self._times)
+        moved = moved_by(_of_the_same_lengths(times, self._times) if self._orders else times, self._times)
         if moved <= self._config.drift:
             self._enter(_Phase.SETTLED)
             return None
@@ -311,7 +335,10 @@ class MeasuredSchedules:
         return self._safe_schedule()
 
     def _agreed_times(self) -> Times:
-        return agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange)
+        times = agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange)
+        if not self._orders:
+            return times
+        return replace(times, scales=agreed_scales(self._samples, self._micro_batches, self._exchange))
 
 
 def _planner(config: ScheduleConfig, exchange: Exchange) -> Planner:
@@ -327,6 +354,15 @@ def _planned(answer: Answer, config: ScheduleConfig) -> Planned:
     if "schedule" in answer:
         return answer
     raise PipelineError(f"{_asked(config)}: {answer['error']}")
+
+
+def _of_the_same_lengths(now: Times, then: Times) -> Times:
+    """`now` as if its batches had been as long as those of `then`: what matters is which stages have become slower."""
+    stages = range(len(then.forward))
+    share = sum(map(then.of_stage, stages)) / (sum(map(now.of_stage, stages)) or 1.0)
+    forward, input_grad, weight_grad = (tuple(share * seconds for seconds in of_stages) for of_stages in
+                                        (now.forward, now.input_grad, now.weight_grad))
+    return replace(now, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
 
 
 def moved_by(now: Times, then: Times) -> float:

@@ -98,4 +98,5 @@ def _chosen(found: Plan, name: str) -> Choice:
 
 def _alike(times: Times) -> bool:
     """Whether every pass takes the same and hops take nothing, as the named orders suppose."""
-    return not any(times.hops) and len({*times.forward, *times.input_grad, *times.weight_grad}) == 1
+    of_passes = {*times.forward, *times.input_grad, *times.weight_grad}
+    return not any(times.hops) and len(of_passes) == 1 and len({*times.scales}) < 2

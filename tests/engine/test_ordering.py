@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import FP32_ZERO1, SAMPLES, VOCABULARY, Job, Outcome, merged
+from deepspeed.pipe import LayerSpec
+from layers import LengthSleepingLinear
+from pipelines import FP32_ZERO1, SAMPLES, VOCABULARY, Job, Outcome, merged, profiled
 from ranks import RanksFailed, run_ranks
 from torch import Tensor
 from torch.nn import functional
 
+import ds_vshape
 from ds_vshape.schedule.micro_batch_order import micro_batch_order
 from ds_vshape.schedule.timeline import Times
 from ds_vshape.split_backward.head import IGNORE_INDEX
@@ -103,6 +106,42 @@ def test_data_that_end_too_early_fail_on_all_ranks(ends: bool) -> None:
     job = Job(section("1f1b", "length"), 2, MICRO_BATCHES)
     first, second = run_ranks(2, train_with_short_data, job, ends, timeout=60)
     assert first == second and len(first) == 2
+
+
+LENGTHS = (20, 2, 6, 12)
+
+
+def measure_lengths(rank: int) -> tuple[Times, Any, Times]:
+    """The times that the job plans for, the schedule before, and the times for five micro-batches."""
+    section = profiled("v-half", micro_batch_order="length")
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": len(LENGTHS),
+              "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "pipeline_schedule": section}
+    layers = [LayerSpec(LengthSleepingLinear, 4, (0.006,) * 3, 10) for _ in range(4)]
+    module = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=functional.mse_loss, config=config,
+                                      dynamic_shape=True)
+    engine = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+    first = engine.schedule()
+
+    def planned(lengths: tuple[int, ...]) -> Times:
+        while True:
+            engine.train_batch(iter([(torch.ones(length, 4), torch.zeros(length, 4)) for length in lengths]))
+            if engine.planned_times is not None:
+                return engine.planned_times  # type: ignore[no-any-return]
+
+    times = planned(LENGTHS)
+    engine.set_train_batch_size(5)
+    return times, first, planned((*LENGTHS, 10))
+
+
+@pytest.mark.usefixtures("cache")
+def test_plans_are_for_the_lengths_in_each_place() -> None:
+    (times, first, of_five), other = run_ranks(2, measure_lengths)
+    assert (times, first, of_five) == other
+    scales = tuple(length / 10 for length in LENGTHS)
+    order = micro_batch_order(first, replace(Times.uniform(4), scales=scales))
+    assert times.scales == pytest.approx([scales[micro_batch] for micro_batch in order], abs=0.35)
+    assert all(0.006 <= seconds < 0.02 for seconds in times.forward)
+    assert len(of_five.scales) == 5
 
 
 def build_engine(rank: int, job: Job) -> None:

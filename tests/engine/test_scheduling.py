@@ -145,7 +145,7 @@ def test_pieces_of_a_weight_gradient_count_together() -> None:
              Span(Pass.parse("W1.1"), 8.0, 11.0))
     samples = scheduling.StageSamples()
     samples.add(spans)
-    assert samples.medians(2) == [[0, 0, 0], [1, 2, 3]]
+    assert samples.averages(2) == [[0, 0, 0], [1, 2, 3]]
     assert mean_times(Timeline((spans,)), 2) == Times((0, 1), (0, 2), (0, 3))
 
 
