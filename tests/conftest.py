@@ -1,4 +1,4 @@
-"""What all tests share: a folder of plans, a cluster of two hosts, and which cases of a test belong to the quick suite.
+"""What all tests share: a folder for plans, a cluster of two hosts, and the choice of quick cases.
 
     @pytest.mark.quick_cases("v-half", "zb-h1")     of a parametrized test: these; the others are slow
 """

@@ -27,7 +27,7 @@ def settings() -> configparser.ConfigParser:
 
 
 def versions(**installed: str):
-    """Stands in for importlib.metadata.version on a machine with these packages."""
+    """Replaces importlib.metadata.version as on a machine with these packages."""
 
     def version_of(name: str) -> str:
         if name not in installed:

@@ -1,4 +1,4 @@
-"""Tests touch private parts of what they test in tests/support/internals.py alone, which says why; the rest is here."""
+"""Tests use private parts of what they test only through tests/support/internals.py; the exceptions are listed here."""
 
 from __future__ import annotations
 

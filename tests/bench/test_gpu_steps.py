@@ -1,4 +1,4 @@
-"""bench/gpu.py, which is meant for machines that we haven't seen: it comes to its end whatever a step does, and says
+"""bench/gpu.py, which is meant for machines that we haven't seen: it ends whatever a step does, and says
 what was wrong. With --device cpu all of its steps run here."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Save in one process group, load in another, go on bit for bit; and never load what doesn't fit."""
+"""Save in one process group, load in another, continue bit for bit; and never load what doesn't fit."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def save(folder: Path, text: str) -> None:
 
 
 def before_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> Callable[[], int]:
-    """Let `act` come before the file operation `number`; returns a function that says how many there were."""
+    """Run `act` before the file operation `number`; returns a function that counts the operations."""
     seen = 0
 
     def watched(operation: Callable[..., Any]) -> Callable[..., Any]:

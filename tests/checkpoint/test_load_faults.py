@@ -1,4 +1,4 @@
-"""A load that fails raises on all ranks and names the file; the training goes on as if it hadn't been tried."""
+"""A load that fails raises on all ranks and names the file; training continues as if nothing had been loaded."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def other_shape(layer: dict[str, Any]) -> None:
 
 
 def other_optimizer(state: dict[str, Any]) -> None:
-    """Its weights are of another size, which shows when half of the rest is loaded."""
+    """Weights of another size, which is detected when half of the rest has been loaded."""
     of_zero = state["optimizer_state_dict"]
     of_zero["base_optimizer_state"]["param_groups"].append({"params": [99]})
 
@@ -251,7 +251,7 @@ OF_ZERO: dict[str, Fault] = {
 
 
 def state_of(engine: Any) -> list[Any]:
-    """All that a training goes on with."""
+    """Everything that a training continues with."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     state = [value for _, value in sorted(engine.module.state_dict().items())]
     for group in inner.param_groups:
@@ -318,7 +318,7 @@ def oracle(rank: int, training: Job) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest) -> tuple[list[tuple[dict[str, str], Outcome, Outcome]], list[Outcome]]:
-    """What the ranks of a job say of each fault, and of a training without any."""
+    """What the ranks of a job report for each fault, and for a training without one."""
     training, world = {**JOBS, **MORE_JOBS}[request.param], WORLD.get(request.param, 2)
     faults = [*FAULTS, *(OF_ZERO if "zero_optimization" in training.config else ())]
     with tempfile.TemporaryDirectory() as folder:

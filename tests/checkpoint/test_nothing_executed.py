@@ -111,7 +111,7 @@ def test_what_users_keep_beside_the_weights(tmp_path: Path) -> None:
 
 
 def forbid_pickles() -> None:
-    """From now on nothing is unpickled in this process but by torch.load, and nothing is pickled for another rank."""
+    """Let this process unpickle nothing from now on except by torch.load, and pickle nothing for another rank."""
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a pickle")
 

@@ -1,4 +1,4 @@
-"""A job that was killed goes on from its last checkpoint bit for bit, wherever in a batch or a save that was."""
+"""A killed job continues from its last checkpoint bit for bit, wherever in a batch or a save it was killed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def train_whole(rank: int, job: Job) -> Outcome:
 
 
 def assert_goes_on(job: Job, folder: Path, tag: str | None, ranks: int, expected: int) -> None:
-    """Fresh processes load the checkpoint of `expected` batches, and end as a job that nothing happened to."""
+    """Fresh processes load the checkpoint of `expected` batches, and end as a job that wasn't killed."""
     oracle = merged(run_ranks(ranks, train_whole, job))
     results = run_ranks(ranks, go_on, job, str(folder), tag)
     assert [done for done, _ in results] == [expected] * ranks
@@ -190,7 +190,7 @@ def save_on_a_full_disk(rank: int, job: Job, folder: str) -> tuple[str, Outcome]
 
 
 def test_a_disk_that_is_full_on_one_rank(tmp_path: Path) -> None:
-    """Told on both; the checkpoint before is still there, and training goes on."""
+    """Both ranks raise; the previous checkpoint is kept, and training continues."""
     job = Job("v-half", 2, 2, FP32_ZERO1)
     results = run_ranks(2, save_on_a_full_disk, job, str(tmp_path))
     oracle = merged(run_ranks(2, train_whole, job))

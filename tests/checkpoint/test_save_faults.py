@@ -1,4 +1,4 @@
-"""A save that fails raises on all ranks; what was whole stays whole, nothing else stays, and the next save works."""
+"""A save that fails raises on all ranks; complete checkpoints are kept, nothing else is, and the next save works."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def none(rank: int, engine: Any) -> Callable[[], None]:
 
 
 def replaced(victim: int, owner: Callable[[Any], Any], name: str, make: Callable[[Any], Any]) -> Injection:
-    """On rank `victim` what `make` makes of a function is called in its place."""
+    """On rank `victim`, replace a function by what `make` returns for it."""
     def inject(rank: int, engine: Any) -> Callable[[], None]:
         if rank != victim:
             return lambda: None
@@ -95,7 +95,7 @@ def small_files(rank: int, engine: Any) -> Callable[[], None]:
 
 
 def after_another_start(original: Any) -> Any:
-    """The second file is written when another job has begun to save under the same tag."""
+    """The second file is written when another job has started to save under the same tag."""
     calls = 0
 
     def save(state: Any, path: str) -> None:
@@ -253,7 +253,7 @@ def oracle(rank: int, training: Job) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the ranks of a job say of each fault, and of a training without any."""
+    """What the ranks of a job report for each fault, and for a training without one."""
     training = {**JOBS, **MORE_JOBS}[request.param]
     results = run_ranks(2, save_with_faults, training, tmp_path_factory.mktemp("faults"), timeout=200)
     return results, run_ranks(2, oracle, training)
@@ -407,7 +407,7 @@ def save_again_and_again(rank: int, folder: str, seed: int) -> tuple[list[str], 
 
 @pytest.mark.slow
 def test_two_jobs_with_one_tag(tmp_path: Path) -> None:
-    """Each save is whole or says that another job was there; what stays is wholly one job's."""
+    """Each save is complete, or its error names another job; the checkpoint that remains is entirely one job's."""
     pid = os.fork()
     if not pid:
         try:

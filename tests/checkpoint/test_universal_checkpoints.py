@@ -109,7 +109,7 @@ def load_with_faults(rank: int, job: Job, folder: Path) -> tuple[dict[str, str],
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [FP32_ZERO1, BF16_ZERO1_FP32])
 def test_a_load_that_fails(config: dict[str, Any], tmp_path: Path) -> None:
-    """Told on both ranks, with the file; training goes on as if it hadn't been tried."""
+    """Both ranks raise, with the file; training continues as if nothing had been loaded."""
     folder = tmp_path / "good"
     job = Job("v-half", 2, 3, config, LAYERS)
     whole = merged(run_ranks(2, train_and_save, job, str(folder)))

@@ -44,7 +44,7 @@ def write(tmp_path: Path, **ds_config: Any) -> str:
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the planner says before it ends with status 2."""
+    """The one line that the planner prints before it ends with status 2."""
     try:
         status = main(["plan", *arguments])
     except SystemExit as end:  # argparse ends so on what it can't read

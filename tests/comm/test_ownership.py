@@ -152,7 +152,7 @@ class Reusing(Block):
 
 
 class Keeping(Block):
-    """A block that keeps the gradient of its input, and spoils it in the next micro-batch."""
+    """A block that keeps the gradient of its input, and overwrites it in the next micro-batch."""
 
     gradient: Tensor | None = None
 
@@ -193,7 +193,7 @@ def by_name(logits: Tensor, labels: dict[str, list[Tensor]]) -> Tensor:
 
 
 def reused(batch: int, count: int) -> Iterator[Any]:
-    """Micro-batches that all stand in the same memory."""
+    """Micro-batches that all use the same memory."""
     tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.long)
     labels = {"of tokens": [torch.zeros_like(tokens)]}
     for number in range(count):
@@ -204,7 +204,7 @@ def reused(batch: int, count: int) -> Iterator[Any]:
 
 
 class Later:
-    """The work of a message that is going to start."""
+    """The work of a message that hasn't started yet."""
 
     def __init__(self) -> None:
         self.transfer, self.started = new_transfer(), threading.Event()
@@ -273,7 +273,7 @@ def train_uncopied(rank: int) -> str:
 
 
 def test_an_engine_tells_of_what_was_written_meanwhile() -> None:
-    """Whether it had left by then or not, and on all ranks."""
+    """Whether or not the message has left by then, and on all ranks."""
     for told in run_ranks(2, train_uncopied):
         assert "was written to after its stage had passed it on" in told
 

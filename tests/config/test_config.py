@@ -1,4 +1,4 @@
-"""The "pipeline_schedule" section: what is legal, how errors read, and where the config is looked for."""
+"""The "pipeline_schedule" section: what is legal, the text of errors, and where the config is read from."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ SOURCES = {"explicit": "gpipe", "environment": "zb-h1", "arguments": "v-half", "
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A config file for each source, each with a schedule of its own; the environment names none yet."""
+    """A config file for each source, each with another schedule; the environment names none yet."""
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     paths = {}
     for name, schedule in SOURCES.items():

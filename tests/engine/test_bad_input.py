@@ -1,4 +1,4 @@
-"""Bad input: one clear error, the same on every rank, nothing hangs, and after bad data training goes on.
+"""Bad input: one clear error, the same on every rank, nothing hangs, and after bad data training continues.
 
 What is the same on all ranks and wrong; ranks that differ are in test_preflight.py.
 """
@@ -294,7 +294,7 @@ def test_one_clear_error_on_every_rank(name: str, refusals: list[dict[str, str]]
 
 
 class Turned(nn.Module):
-    """A layer that does something else to its input while told to, if it stands at the end of the chosen stage."""
+    """The last layer of the chosen stage; while a flag is set it does something else to its input."""
 
     turn: Callable[[Any], Any] | None = None
 
@@ -307,7 +307,7 @@ class Turned(nn.Module):
 
 
 class TurnedLoss:
-    """A loss function that does something else while told to."""
+    """A loss function that does something else while a flag is set."""
 
     turn: Callable[[Tensor, Any], Any] | None = None
 
@@ -350,7 +350,7 @@ def failing_disk(engine: Any) -> Iterator[Any]:
 
 
 def on_other_ranks(engine: Any) -> Any:
-    """Data only where nobody needs them."""
+    """Data only on ranks that don't need them."""
     engine.set_dataiterator(None)
     return None if engine.is_first_stage() else data(engine, 0)
 
@@ -431,7 +431,7 @@ TURNABLE = {"1f1b": turnable("1f1b", 2, chosen=0), "v-half": turnable("v-half", 
 
 
 def train_through_all(rank: int, job: Job) -> tuple[list[float], list[float], dict[str, str]]:
-    """The losses without bad batches, and with one before each good one; and what was told."""
+    """The losses without bad batches, and with one before each good one; and the errors."""
     engine = job.engine(loss_fn=TurnedLoss())
     count = len(CORRUPTED) + 1
     oracle = [float(engine.train_batch(data(engine, batch))) for batch in range(count)]

@@ -1,4 +1,4 @@
-"""A step that fails on one rank fails on all, at the same batch; and training goes on unless states differ."""
+"""A step that fails on one rank fails on all, at the same batch; and training continues unless states differ."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train(rank: int, job: Job, fail: Callable[[Any], None], where: int, folder: 
 @pytest.mark.parametrize(["config", "fail"], [(FP32, optimizer_fails), (FP32_ZERO1, optimizer_fails),
                                               (BF16_ZERO1_FP32, optimizer_fails), (FP32_ZERO1, scheduler_fails)])
 def test_states_that_differ_are_not_trained_on(config: Any, fail: Callable[[Any], None], tmp_path: Path) -> None:
-    """Not before a checkpoint is loaded; from there it goes on as if nothing had been."""
+    """Not before a checkpoint is loaded, from which training continues as if nothing had happened."""
     job = Job("v-half", 2, 4, {**config, **SCHEDULER})
     results = run_ranks(2, train, job, fail, 1, str(tmp_path))
     for (oracle, losses, errors), kind in zip(results, ["PipelineError", "ZeroDivisionError"], strict=True):
@@ -100,7 +100,7 @@ def test_a_failure_before_any_rank_has_stepped(tmp_path: Path) -> None:
 
 
 def test_a_monitor_that_fails(tmp_path: Path) -> None:
-    """All ranks are told; the step stands."""
+    """All ranks raise; the step counts."""
     monitored = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}}
     results = run_ranks(2, train, Job("v-half", 2, 4, {**FP32_ZERO1, **monitored}), monitor_fails, 0, str(tmp_path))
     for oracle, losses, errors in results:
@@ -139,7 +139,7 @@ def train_into_a_wait(rank: int) -> str:
 
 
 def test_a_failure_for_which_others_wait_within_the_step() -> None:
-    """These can't go on, and say why."""
+    """These can't continue, and say why."""
     for told in run_ranks(2, train_into_a_wait, timeout=90):
         assert told.startswith("PeerLost: pipeline rank ")
         assert ": pipeline rank 1 has failed (replica 0, global rank 1, on " in told

@@ -71,7 +71,7 @@ ROWS_A_RUN = 10
 
 @dataclass(frozen=True)
 class Kind:
-    """What the row says of a layer."""
+    """The row's settings for a layer."""
 
     tuples: bool
     checkpointing: str | None = None

@@ -102,7 +102,7 @@ def train_with_short_data(rank: int, job: Job, ends: bool) -> list[float]:
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_data_that_end_too_early_fail_on_all_ranks(ends: bool) -> None:
-    """And the next batch is ordered as ever."""
+    """And the next batch is ordered as before."""
     job = Job(section("1f1b", "length"), 2, MICRO_BATCHES)
     first, second = run_ranks(2, train_with_short_data, job, ends, timeout=60)
     assert first == second and len(first) == 2

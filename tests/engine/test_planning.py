@@ -1,4 +1,4 @@
-"""The planning process: whatever becomes of it is one error in bounded time, and training goes on."""
+"""The planning process: whatever happens to it is one error in bounded time, and training continues."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FAILING: dict[str, tuple[list[str], Request, str]] = {
 
 
 def failure_of(request: Request, seconds: float = 60.0) -> str:
-    """What is told of a planner; it has ended then."""
+    """The error of a planner, which has ended by then."""
     deadline = time.monotonic() + seconds
     process = PlanningProcess(request)
     with pytest.raises(PlannerFailed) as failed:
@@ -198,7 +198,7 @@ def test_a_stopped_planner_does_not_outlive_its_rank(worker: list[str], is_ready
 
 
 def losses_of(job: Job, batches: int) -> tuple[list[float], list[str], str]:
-    """The losses, what was told of the planner, and the schedule at the end."""
+    """The losses, the log lines about the planner, and the schedule at the end."""
     with Lines() as lines:
         engine = job.engine()
         losses = train(engine, range(batches)).losses

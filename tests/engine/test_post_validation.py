@@ -205,7 +205,7 @@ def test_equals_the_step_that_asks_first(world: int, tmp_path: Path) -> None:
 
 
 def step_times(rank: int) -> tuple[float, float]:
-    """When the step of a batch began and ended on this rank; rank 1 comes late."""
+    """When the step of a batch started and ended on this rank; rank 1 is late."""
     engine = Job({"name": "v-zb", "optimizer_post_validation": True}, 2, 4, FP32_ZERO1).engine()
     times: list[float] = []
 

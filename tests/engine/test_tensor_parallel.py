@@ -97,7 +97,7 @@ def train_twice(rank: int, job: Job) -> list[tuple[list[float], Any, int]]:
 
 
 def test_steps_that_are_validated_later() -> None:
-    """All tensor parallel ranks of all stages come to one verdict, clipped now and then."""
+    """All tensor parallel ranks of all stages reach one verdict, clipped now and then."""
     job = Job("v-zb", PIPE, 3, {**FP32_ZERO1, "gradient_clipping": 1.2}, tuple(gpt_layers(MODEL)))
     for (expected, weights, _), (losses, later, redone) in run_ranks(PIPE * TENSOR, train_twice, job):
         assert losses == expected

@@ -351,7 +351,7 @@ def through_failures(rank: int, schedule: Any, spoils: list[Callable[..., Any]])
                                       pytest.param({"name": "v-zb", "optimizer_post_validation": True},
                                                    marks=pytest.mark.slow)])
 def test_batches_that_fail_on_one_replica(schedule: Any) -> None:
-    """No rank hangs, all raise, and training goes on bit for bit."""
+    """No rank hangs, all raise, and training continues bit for bit."""
     for (oracle, losses), errors in run_ranks(4, through_failures, schedule, [cannot_count, too_short]):
         assert losses == oracle
         counting, _, short, _ = errors

@@ -12,7 +12,7 @@ from ds_vshape.health.names import rank_names
 
 
 def agree(rank: int, failing: list[set[int]]) -> list[str]:
-    """What each piece of work gives or raises here, which fails on a set of ranks."""
+    """What each piece of work returns or raises on this rank; each fails on a set of ranks."""
     names = rank_names(["here", "there"], PipeDataParallelTopology(num_pp=2, num_dp=1))
     agreement = Agreement(names[rank])
     outcomes = []

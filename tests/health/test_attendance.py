@@ -1,4 +1,4 @@
-"""Which rank is lost, by what ranks tell; no process is needed for that."""
+"""Which rank is lost, judged by the reports of ranks alone; no process is needed for that."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_ranks_that_wait_for_each_other(waits: tuple[float, float], stuck: bool)
 
 
 def test_a_failure_that_others_wait_for() -> None:
-    """They come to wait soon; but one that works on something may come to hear of it yet."""
+    """They will wait soon; but a rank that is busy may still learn of it."""
     failed = Status(20.0, "AgreeOnBatch", "OptimizerStep on rank 1: ValueError: no")
     for waits in (5.0, 20.0):
         attendance = all_here(0, 1, 2)

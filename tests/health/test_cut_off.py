@@ -1,4 +1,4 @@
-"""A host that is cut off in the middle of a batch: no connection is closed, and still every rank ends and says why."""
+"""A host that is cut off in a batch: no connection is closed, but every rank ends with an error that says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that dies or stops in the middle of a batch: every other one ends, and says what it waited for.
+"""A rank that dies or stops in the middle of a batch: every other one ends with an error that names what it waited for.
 
 Over gloo, and on simulated GPUs over NCCL's stand-in: there waits are the device's, the host runs on, and a watchdog
 ends processes without a word.
@@ -54,7 +54,7 @@ def layers_of(schedule: str) -> tuple[Any, ...]:
 
 
 def others_told(failure: str, schedule: str, number: int) -> list[str]:
-    """The last words of each other rank, which name the lost one."""
+    """The last line of each other rank, which names the lost one."""
     logs = dict(logs_of(failure))
     lost = 1 if schedule == "1f1b" else next(rank for rank, log in logs.items() if "PeerLost" not in log)
     others = [log for rank, log in logs.items() if rank != lost]
@@ -93,7 +93,7 @@ def test_on_gpus_they_say_it_too_before_any_watchdog(number: int) -> None:
 
 
 class Asking(Block):
-    """A block in whose forward the host waits for the device, once armed."""
+    """A block whose forward lets the host wait for the device, once armed."""
 
     ask: Callable[[torch.Tensor], object] | None = None
 

@@ -1,4 +1,4 @@
-"""A rank killed under the real `deepspeed` launcher: everything that the job started ends, and says that it failed."""
+"""A rank killed under the real `deepspeed` launcher: everything that the job started ends with a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that can't train together say so, all of them and in the same words, and none hangs."""
+"""Ranks that can't train together all raise the same error, and none hangs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def in_a_file(odd: bool) -> Any:
 
 
 def other_version(package: str) -> Callable[[bool], Any]:
-    """A module in a process where `package` seems to have another version."""
+    """A module in a process where `package` appears to have another version."""
     def build_module(odd: bool) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             if odd:
@@ -196,7 +196,7 @@ def start_without_messages(rank: int, silent: int, job: Job) -> str:
     (Job("interleaved-1f1b", 2, 4), 3, "rank 1 (host-0) and rank 3 (host-1) can't reach each other. "),
 ], ids=["one pipeline", "two pipelines"])
 def test_channels_through_which_nothing_gets(job: Job, silent: int, pairs: str) -> None:
-    """Told on every rank, neighbour or not, in the same words."""
+    """Every rank, neighbour or not, raises the same error."""
     told = run_ranks(4, start_without_messages, silent, job, timeout=60)
     assert told[0].startswith(f"no messages between pipeline ranks within 1 s: {pairs}All of them are running: check ")
     assert told == [told[0]] * 4

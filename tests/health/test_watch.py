@@ -147,7 +147,7 @@ def train(rank: int, place: str, victim: int, number: int, folder: str) -> str:
 
 
 def told_by(failure: str) -> dict[int, str]:
-    """The last words of each rank."""
+    """The last line of each rank."""
     parts = re.split(r"^rank (\d+)(?::| was still)", failure, flags=re.MULTILINE)[1:]
     logs = zip(map(int, parts[::2]), parts[1::2], strict=True)
     words = {rank: re.findall(r"^ds_vshape.comm.channels.PeerLost: (.*)$", log, flags=re.MULTILINE)
@@ -196,7 +196,7 @@ def test_every_phase(place: str, number: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["in_the_constructor", "SplitForwardPass", "OptimizerStep", "in_save"])
 def test_the_first_rank_stopped(place: str, tmp_path: Path) -> None:
-    """The one that all the others tell that they are there."""
+    """The rank to which all others send their signs of life."""
     assert_named(place, 0, signal.SIGSTOP, tmp_path)
 
 

@@ -50,7 +50,7 @@ def job_of(model: ModelFolder, *words: str) -> Job:
 
 
 def run(rank: int, folder: Path, jobs: list[tuple[Job, list[int]]]) -> list[tuple[RankMemory, ...]]:
-    """What each engine says it needs after its third batch."""
+    """What each engine reports that it needs after its third batch."""
     found = []
     for job, partition in jobs:
         ds_config = job.ds_config()

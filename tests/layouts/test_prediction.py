@@ -28,7 +28,7 @@ JOBS = [
 
 
 def run(rank: int, jobs: list[Job]) -> list[tuple[tuple[RankMemory, ...], list[int]]]:
-    """What each engine says it needs after its second batch, and where its stages begin."""
+    """What each engine reports that it needs after its second batch, and where its stages start."""
     found = []
     for job in jobs:
         engine = build_engine(job)

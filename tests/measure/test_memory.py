@@ -31,7 +31,7 @@ def inputs() -> Tensor:
 
 
 def measure(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> tuple[int, int]:
-    """What the meter says of `function`, a part of `module`, after F and after B."""
+    """What the meter measures for `function`, a part of `module`, after F and after B."""
     meter, store = ActivationMeter(module, "cpu"), WeightGradientStore()
     meter.start()
     with SplitBackward(store), meter.forward(F(0, 0), x):
@@ -111,7 +111,7 @@ def measured_peak(rank: int, job: Job) -> Any:
 @pytest.mark.parametrize("schedule, ranks, micro_batches", [("1f1b", 2, 6), ("v-min", 4, 8), ("v-half", 2, 8),
                                                             ("v-zb", 2, 8), ("zb-h2", 2, 8)])
 def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_batches: int) -> None:
-    """A batch begins with parameters and optimizer in place; what it allocates at most beyond them is predicted. Where
+    """A batch starts with parameters and optimizer in place; what it allocates at most beyond them is predicted. Where
     a stage has no W before the peak, its gradients are counted too early."""
     for ratio in predicted_against_allocated(job(schedule, ranks, micro_batches)):
         assert 0.91 < ratio < 1.01

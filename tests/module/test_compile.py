@@ -1,4 +1,4 @@
-"""Compiled layers: torch.compile keeps each in one piece, whose weight gradients come in B; losses are as ever."""
+"""Compiled layers: torch.compile keeps each in one piece, whose weight gradients come in B; losses don't change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a PipelineModule may be made of: tied, frozen, seeded, compiled layers and functions, wherever they stand.
+"""What a PipelineModule may be made of: tied, frozen, seeded, compiled layers and functions, in any place.
 
 The oracle is the plain model in one process, or DeepSpeed's own engine.
 """
@@ -110,7 +110,7 @@ def test_tied_layers_anywhere(layers: str) -> None:
 
 
 def train_save_train(rank: int, jobs: list[Job], folder: str) -> list[tuple[Outcome, Outcome]]:
-    """The weights that were saved, and how the training went on."""
+    """The weights that were saved, and the losses after them."""
     outcomes = []
     for number, job in enumerate(jobs):
         engine = job.engine()
@@ -132,7 +132,7 @@ def load_train(rank: int, jobs: list[tuple[Job, str]], weights_alone: bool) -> l
 
 
 def test_checkpoints_have_tied_weights(tmp_path: Path) -> None:
-    """Under the same schedule the training goes on bit for bit; under another the weights are right on all ranks."""
+    """Under the same schedule training continues bit for bit; under another the weights are right on all ranks."""
     ties = list(TIES)[:4]
     jobs = [Job(schedule, 2, 3, FP32_ZERO1, tuple(TIES[layers])) for layers in ties for schedule in ("1f1b", "v-half")]
     saved = list(zip(*run_ranks(2, train_save_train, jobs, str(tmp_path))))
@@ -161,7 +161,7 @@ def test_weights_that_deepspeed_did_not_save_are_missed(tmp_path: Path) -> None:
 
 
 def partly_tied(rank: int, schedule: str) -> tuple[dict[str, bool], list[str]]:
-    """Which parameters of the tied module another rank counts, and what is said of it."""
+    """Which parameters of the tied module another rank counts, and the warning about it."""
     mixing = TiedLayerSpec("mixing", Mixing, tied_weight_attr="inner.weight")
     layers = (EMBEDDING, BLOCK, mixing, BLOCK, BLOCK, BLOCK, mixing, HEAD)
     with Lines() as lines:

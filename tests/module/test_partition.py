@@ -119,7 +119,7 @@ class _Sleep(torch.autograd.Function):
 
 
 class SleepingBlock(Block):
-    """A block that takes at least so many seconds."""
+    """A block that takes at least a number of seconds."""
 
     def __init__(self, forward: float, backward: float) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def measured_work(rank: int) -> tuple[tuple[float, ...], list[int]]:
 
 
 def test_real_work_is_measured() -> None:
-    """A head that takes longer than all blocks: nothing stands beside it but what must."""
+    """A head that takes longer than all blocks: its rank gets nothing that another could take."""
     costs, parts = run_ranks(2, measured_work)[0]
     assert costs[-1] > sum(costs[1:-1]) / 2
     placement = placement_of("v-half", 2)
@@ -187,7 +187,7 @@ def test_real_work_is_measured() -> None:
 
 
 class Built(nn.Module):
-    """Counts itself, alive and ever."""
+    """Counts its instances: those alive, and all."""
 
     alive = most = 0
 

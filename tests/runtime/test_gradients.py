@@ -26,7 +26,7 @@ MICRO_BATCHES = 4
 
 
 class Block(nn.Module):
-    """Weights that are split and a scale that is not, so that B and W both have gradients to give."""
+    """Weights that are split and a scale that is not, so that both B and W compute gradients."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_a_gradient_is_added_to_a_sparse_one() -> None:
 
 
 def plain_model(scale: float) -> dict[str, nn.Parameter]:
-    """The whole model's parameters with gradients; "tied" stands for one that two pipeline ranks hold."""
+    """The whole model's parameters with gradients; "tied" is one that two pipeline ranks hold."""
     random = torch.Generator().manual_seed(1)
     parameters = {}
     for name, shape in (("first", (4, 5)), ("tied", (7,)), ("last", (3, 3)), ("bias", (3,)), ("frozen", (2,))):

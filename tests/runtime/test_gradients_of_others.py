@@ -1,4 +1,4 @@
-"""Gradients that another than the engine's backward leaves in `.grad` count, with every optimizer and schedule; and
+"""Gradients that come from another backward than the engine's count, with every optimizer and schedule; and
 weights that no optimizer holds are left alone.
 
 The oracle is DeepSpeed's engine with one stage in fp32: gradients add up in `.grad`, as in a plain loop.

@@ -39,7 +39,7 @@ class Reads(TorchDispatchMode):
 
 
 class AtOnce:
-    """Where background work runs at once, so that its reads are seen."""
+    """Runs background work at once, so that its reads are seen."""
 
     def start(self, work: Callable[[], Any], uses: Iterable[Tensor] = ()) -> AtOnce:
         with torch.no_grad():
@@ -51,7 +51,7 @@ class AtOnce:
 
 
 class Reading(Block):
-    """A block that looks at a value."""
+    """A block that reads a value."""
 
     def forward(self, x: Tensor) -> Tensor:
         x.detach().sum().item()

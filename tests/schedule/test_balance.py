@@ -80,7 +80,7 @@ def test_a_heavy_head_stands_beside_a_light_first_stage() -> None:
 
 
 def test_ranks_are_balanced_where_stages_cannot_be() -> None:
-    """Stages of 3 and 1, and 1 and 3: each rank has 4, though no two stages of a rank are alike."""
+    """Stages of 3 and 1, and 1 and 3: each rank has 4, though the two stages of each rank differ."""
     assert rank_loads([3, 1, 1, 3, 1, 3, 3, 1], (0, 1, 2, 3, 4, 5, 6, 7, 8), interleaved(4)) == (4, 4, 4, 4)
     costs = [1, 5, 1, 5]
     assert balance(costs, interleaved(2)) == (0, 1, 2, 3, 4)

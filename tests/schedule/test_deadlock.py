@@ -249,7 +249,7 @@ class Simulator:
         return message.channel.source, message.channel.target, self._communicator(message.channel)
 
     def _is_next(self, message: Message, started: list[Message], complete: frozenset[Message]) -> bool:
-        """Whether all that stands before `message` on its communicator (or channel) is complete."""
+        """Whether everything before `message` on its communicator (or channel) is complete."""
         def same(other: Message) -> bool:
             return self._communicator(other.channel) == self._communicator(message.channel) if self._in_order \
                 else other.channel == message.channel
@@ -511,7 +511,7 @@ def mutant(programs: Programs, pick: random.Random) -> Programs:
 
 
 def disagreements(seeds: range) -> tuple[list[tuple[int, str]], Counter[bool]]:
-    """Mutants of which the checker and the machine say different things, and how many run."""
+    """Mutants on which the checker and the machine disagree, and how many run."""
     differing, counts = [], Counter()
     for seed in seeds:
         pick = random.Random(seed)

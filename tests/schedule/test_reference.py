@@ -1,4 +1,4 @@
-"""Our schedules against the figures of the paper's authors' scheduler; data/reference.json says how they were taken."""
+"""Our schedules against the figures of the paper's authors' scheduler, in data/reference.json with their origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device may be synchronized in any pass: the rule on clocks says what a run with the synchronization says."""
+"""A device may be synchronized in any pass: the rule on clocks agrees with a run that synchronizes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_error_names_the_pass_and_the_message() -> None:
 
 
 def early_posts(programs: Programs, pick: random.Random) -> Programs:
-    """The programs with some posts before a pass or two that stand before them."""
+    """The programs with some posts moved ahead of a pass or two."""
     result = []
     for program in programs:
         steps: list[Step] = []

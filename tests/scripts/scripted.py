@@ -73,7 +73,7 @@ def run_variant(script: Script, schedule: Any, keys: dict[str, Any]) -> Any:
 
 def variants(script: Script, ranks: int = 2, schedules: Sequence[Any] = (UNTOUCHED, NO_KEY, *SCHEDULES),
              **keys: Any) -> dict[Any, list[Any]]:
-    """By schedule, what the script gives on each rank; `keys` are the config's others. Ranks are forked once."""
+    """By schedule, what the script returns on each rank; `keys` are the config's others. Ranks are forked once."""
 
     def on_rank(rank: int) -> list[Any]:
         return [run_variant(script, schedule, keys) for schedule in schedules]

@@ -221,7 +221,7 @@ def told_by(action: Callable[[], Any]) -> str:
 
 
 def test_functions_for_passes_are_refused() -> None:
-    """On every rank, before and after initialize, in training and in evaluation; without them training goes on."""
+    """On every rank, before and after initialize, in training and in evaluation; without them training continues."""
 
     def script(config: dict[str, Any]) -> Any:
         told = {}
@@ -386,7 +386,7 @@ def test_subclasses_with_batches_of_their_own_are_refused() -> None:
 
 
 def test_a_subclass_whose_config_has_the_key_alone() -> None:
-    """The module was built without it: that is told where the engine is made."""
+    """The module was built without it: the engine's construction raises."""
 
     def script(config: dict[str, Any]) -> Any:
         module = module_for(config=ds_config())

@@ -36,7 +36,7 @@ def train(config: dict[str, Any], layers: list[Any], name: str = "PipelineModule
 
 def manual(base: Any) -> Any:
     class Manual(base):
-        """Cut where the script says, and not by DeepSpeed."""
+        """Divided by the script's bounds, and not by DeepSpeed."""
 
         def __init__(self, *args: Any, split: list[int], **options: Any) -> None:
             self.split = split

@@ -139,7 +139,7 @@ def test_targets_that_are_sent_from_the_first_to_the_last_stage() -> None:
 
 
 def test_targets_that_nobody_receives() -> None:
-    """A script that doesn't look: its first rank waits for ever, and all ranks are told why."""
+    """A script that doesn't check: its first rank waits forever, and all ranks raise an error that says why."""
 
     def script(config: dict[str, Any]) -> Any:
         engine = engine_for(config)
@@ -349,7 +349,7 @@ with open(args.out + str(torch_dist.get_rank()), "w") as out:
 
 
 def launched(folder: Path, schedule: str | None, *, plainly: bool = False, method: str = "manual") -> list[Any]:
-    """What the script gives on its two ranks, started as a user starts it."""
+    """The script's output on its two ranks, started as a user starts it."""
     folder.mkdir()
     script, config = folder / "train.py", folder / "ds_config.json"
     script.write_text(SCRIPT)

@@ -153,7 +153,7 @@ def of_a_module(pair: Pair, x: Tensor) -> Tensor:
 
 
 def through_an_added_bias(pair: Pair, x: Tensor) -> Tensor:
-    """The bias's output gradient goes on as an input gradient, which a hook changes."""
+    """The bias's output gradient is passed on as an input gradient, which a hook changes."""
     product = nn.functional.linear(x.transpose(0, 1), pair.a.weight, pair.a.bias)
     x.register_hook(lambda gradient: gradient.zero_())
     return pair.b(product)

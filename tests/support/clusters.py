@@ -27,18 +27,18 @@ class Cluster:
     ssh: Path
 
     def start(self, script: str, slots: tuple[int, ...], *arguments: str, **variables: str) -> str:
-        """What a script of launch/cluster says that starts a job on so many slots of the hosts."""
+        """The output of a script of launch/cluster that starts a job on some slots of the hosts."""
         return self.run(["bash", str(SCRIPTS / script), *arguments], HOSTFILE=str(self.hostfile(slots)), **variables)
 
     def hostfile(self, slots: tuple[int, ...]) -> Path:
-        """A file that gives the hosts so many slots."""
+        """A hostfile with a number of slots for each host."""
         hostfile = self.folder / "hostfile"
         hostfile.write_text("# as many as there are slots for\n" + "".join(
             f"{host.name} slots={count}\n" for host, count in zip(self.hosts, slots)))
         return hostfile
 
     def run(self, command: list[str], **variables: str) -> str:
-        """What a command says that is run on the first host."""
+        """The output of a command that is run on the first host."""
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE,
                        "VIRTUAL_ENV": sys.prefix,
                        "PATH": os.pathsep.join([str(self.ssh), f"{sys.prefix}/bin", os.environ["PATH"]]), **variables}

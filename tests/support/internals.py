@@ -1,6 +1,6 @@
-"""What tests touch of the package's private parts, each with the reason why nothing public shows it.
+"""The private parts of the package that tests use, each with the reason why nothing public shows it.
 
-`tests/test_private_parts.py` keeps all other touches out of the tests.
+`tests/test_private_parts.py` refuses all other uses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def wrap_accumulator(engine: Any, around: Callable[[Any, Any, Callable[[Any, Any
 
 
 def note_accumulated(engine: Any, parameters: set[Any]) -> None:
-    """Put into `parameters` those whose gradients W gives, and leave it as it is how they are added up."""
+    """Put into `parameters` those whose gradients W gives, without changing how they are accumulated."""
     engine._accumulator = _Recorded(engine._accumulator, parameters)
 
 
@@ -149,7 +149,7 @@ def new_transfer() -> Any:
 
 
 def replace_transfers(start: Callable[..., None]) -> Callable[..., None]:
-    """Let `start` begin all transfers of this process; what began them before."""
+    """Start all transfers of this process by `start`; returns what started them before."""
     before = channels._start
     channels._start = start
     return before
@@ -183,7 +183,7 @@ def nothing_measured() -> Iterator[None]:
 
 
 def break_meter(engine: Any, start: Callable[[Any], None]) -> None:
-    """Let measuring begin by `start`, which raises."""
+    """Start measuring by `start`, which raises."""
     engine._observer._meter._watcher.start = lambda: start(engine)
 
 

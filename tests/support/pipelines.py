@@ -118,7 +118,7 @@ def profiled(name: str, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; `schedule` (what the config's section says) None is DeepSpeed's own 1F1B engine.
+    """One training run; `schedule` (the config's section) None is DeepSpeed's own 1F1B engine.
 
     Gradients are summed up as DeepSpeed does unless the section says something else, so that results are equal to its
     bit for bit.

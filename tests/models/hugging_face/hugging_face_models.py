@@ -71,7 +71,7 @@ def model_config(name: str) -> Any:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All of a model's tensors, each of which must stand in one file alone."""
+    """All of a model's tensors, each of which must be in one file only."""
     tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         in_file = load_file(path)

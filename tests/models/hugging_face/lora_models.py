@@ -92,7 +92,7 @@ def assert_trained_alike(outcome: Outcome, oracle: Outcome, before: dict[str, Te
 
 
 def costs_of_frozen_weights(rank: int, case: AdaptedCase, root: Path) -> dict[str, Any]:
-    """Trains two batches and saves the engine's checkpoint; a new engine goes on from there."""
+    """Trains two batches and saves the engine's checkpoint; a new engine continues from there."""
     deferred: set[nn.Parameter] = set()
     add = WeightGradientStore.add
 

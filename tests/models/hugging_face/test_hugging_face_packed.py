@@ -87,7 +87,7 @@ def test_rows_train_as_their_samples_alone(tmp_path: Path) -> None:
 
 
 def test_a_model_that_would_mix_samples_is_refused() -> None:
-    """The state of a linear attention goes on from token to token."""
+    """The state of a linear attention is carried from token to token."""
     config = tiny_config("qwen3_next", num_experts=4, moe_intermediate_size=16, linear_num_key_heads=2,
                          linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
     with pytest.raises(ValueError, match="'qwen3_next' doesn't keep the samples of a row apart in decoder layer 0"):

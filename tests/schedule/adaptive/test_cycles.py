@@ -69,7 +69,7 @@ def test_a_long_batch_takes_as_many_intervals(problem: Problem, group: int, piec
     (8, (10, 12, 8, 1), 3, 65 + 1 / 3)])
 def test_micro_batches_that_take_turns(ranks: int, times: tuple[int, int, int, int], group: int,
                                        expected: float) -> None:
-    """Within V-Min's peak, where V-Min itself begins a micro-batch every 72 or 76."""
+    """Within V-Min's peak, where V-Min itself starts a micro-batch every 72 or 76."""
     problem = counted(ranks, 6 * ranks, times, ranks)
     scheduler = ListScheduler(problem)
     [orders] = [scheduler.orders_of(schedule) for schedule in known_schedules(problem) if schedule.name == "v-min"]

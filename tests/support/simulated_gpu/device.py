@@ -48,7 +48,7 @@ class Stream:
         self._last: Marker | None = None
 
     def put(self, work: Callable[[], None]) -> None:
-        """Run `work` after all that stands before it."""
+        """Run `work` after everything queued before it."""
         self._last = None
         self._work.append(work)
 
@@ -84,7 +84,7 @@ class Stream:
     # -- torch's names
 
     def wait_stream(self, other: Stream) -> None:
-        """What comes later on this stream runs after all that stands on the other one now."""
+        """Later work on this stream runs after everything queued on the other one now."""
         marker = other.mark()
         self.put(lambda: other.run_to(marker))
 
@@ -226,7 +226,7 @@ class Device:
         self.synchronizations.append((why, where))
 
     def finish(self) -> None:
-        """Run all that stands on the current stream; what reads the device's memory needs no more."""
+        """Run everything queued on the current stream; what reads the device's memory needs no more."""
         self.current.run_to(self.current.mark())
 
     def synchronize(self) -> None:
