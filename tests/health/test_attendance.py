@@ -49,7 +49,7 @@ def test_a_rank_that_does_not_come() -> None:
         attendance.heard(2, now)
     assert not attendance.complete and attendance.loss(100.0) is None
     loss = attendance.loss(101.0)
-    assert loss is not None and loss.rank == 1 and "hasn't come to its PipelineModule" in loss.why
+    assert loss is not None and loss.rank == 1 and "hasn't reached its PipelineModule" in loss.why
 
 
 def test_a_script_that_ends_well_is_no_loss_and_one_that_fails_is() -> None:
