@@ -25,8 +25,8 @@ _STREAMS = 6
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block in a few numbers.
+class BlockParameters:
+    """A building block in a few numbers.
 
     `ways` are the stretches of the four ways less 1; `rests` at the three turns, `weight_grad_after` (W after the end
     of B), `interval` (below 1, other micro-batches matter less than what kind of pass it is) and `shifts` (of each
@@ -45,7 +45,7 @@ class Block:
     shifts: tuple[float, ...] = ()
 
     @classmethod
-    def random(cls, max_pieces: int, random: Random) -> Block:
+    def random(cls, max_pieces: int, random: Random) -> BlockParameters:
         """Any block."""
         return cls(tuple(random.uniform(0, 1.5) for _ in range(4)), tuple(random.uniform(0, 0.5) for _ in range(3)),
                    random.choice((random.uniform(0, 3), 10.0)),
@@ -54,7 +54,7 @@ class Block:
                    random.choice([pieces for pieces in PIECES if pieces <= max_pieces]))
 
     @classmethod
-    def known(cls, max_pieces: int) -> Iterator[Block]:
+    def known(cls, max_pieces: int) -> Iterator[BlockParameters]:
         """The paper's V blocks with real times (its Tables 8 and 9), and simple rules: B first, or in turn."""
         rested = (0.0, 1 / 3, 0.0)
         for pieces in (pieces for pieces in PIECES[:3] if pieces <= max_pieces):
@@ -65,7 +65,7 @@ class Block:
                 yield cls((0.0,) * 4, (0.0,) * 3, 10.0, 0.2, 0.0, patience, pieces)
                 yield cls((0.0,) * 4, (0.0,) * 3, 10.0, 1.0, 0.0, patience, pieces)
 
-    def mutated(self, random: Random) -> Block:
+    def mutated(self, random: Random) -> BlockParameters:
         """This block with some numbers a little different."""
         sigma = random.choice((0.02, 0.1, 0.3))
 
@@ -77,21 +77,21 @@ class Block:
                        reserve=min(0.8, moved(self.reserve)),
                        patience=random.choice(PATIENCES) if random.random() < 0.05 else self.patience)
 
-    def shifted(self, ranks: int, random: Random) -> Block:
+    def shifted(self, ranks: int, random: Random) -> BlockParameters:
         """This block with a few streams of single ranks moved."""
         shifts = list(self.shifts or (0.0,) * (_STREAMS * ranks))
         for _ in range(random.choice((1, 2, 5))):
             shifts[random.randrange(len(shifts))] += random.gauss(0, 0.3)
         return replace(self, shifts=tuple(shifts))
 
-    def for_ranks(self, ranks: int) -> Block:
+    def for_ranks(self, ranks: int) -> BlockParameters:
         """This block on another number of ranks: each takes the shifts of the one at the same height."""
         own = len(self.shifts) // _STREAMS
         chosen = [rank * own // ranks for rank in range(ranks)] if own else []
         return replace(self, shifts=tuple(shift for rank in chosen
                                           for shift in self.shifts[_STREAMS * rank:_STREAMS * (rank + 1)]))
 
-    def mixed(self, other: Block, random: Random) -> Block:
+    def mixed(self, other: BlockParameters, random: Random) -> BlockParameters:
         """A block between this and `other`, or somewhat beyond."""
 
         def between(own: float, others: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import annealing, cycle_annealing, filling
-from ds_vshape.schedule.adaptive.blocks import Block
+from ds_vshape.schedule.adaptive.blocks import BlockParameters
 from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import Problem
@@ -40,7 +40,7 @@ def is_compiled(loop: Any) -> bool:
 def compile_loops() -> None:
     """Run each loop once on a batch that is soon done; without numba they just run."""
     scheduler = ListScheduler(Problem(2, 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
-    run = scheduler.run(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
+    run = scheduler.run(BlockParameters((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
     assert run is not None
     scheduler.left_shift(run.orders, run.policy)
     annealing.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)

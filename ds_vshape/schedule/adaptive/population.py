@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ds_vshape.schedule.adaptive.blocks import PATIENCES, Block
+from ds_vshape.schedule.adaptive.blocks import PATIENCES, BlockParameters
 from ds_vshape.schedule.adaptive.list_scheduler import PolicyRun
 from ds_vshape.schedule.adaptive.trials import Trials
 
@@ -20,12 +20,12 @@ class Population:
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
         # Makespans and blocks, by the number of pieces, best first, no makespan twice.
-        self._members: dict[int, list[tuple[float, Block]]] = {}
+        self._members: dict[int, list[tuple[float, BlockParameters]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._members)
 
-    def blocks(self, most: int = _SIZE) -> Iterator[Block]:
+    def blocks(self, most: int = _SIZE) -> Iterator[BlockParameters]:
         """Up to `most` of each number of pieces."""
         for members in self._members.values():
             yield from (block for _, block in members[:most])
@@ -38,7 +38,7 @@ class Population:
             if run is not None:
                 yield run
 
-    def add(self, block: Block) -> None:
+    def add(self, block: BlockParameters) -> None:
         """Run `block`, and take it in if it's good enough."""
         members = self._members.setdefault(block.pieces, [])
         full = len(members) >= _SIZE
@@ -57,17 +57,17 @@ class Population:
     def add_fastest(self) -> None:
         """Blocks that run under any limits: every micro-batch as fast as it can."""
         for patience in PATIENCES:
-            self.add(Block((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
+            self.add(BlockParameters((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
 
     def add_known(self, until: float) -> None:
         """Blocks that are known to be good, while more than `until` of the time is left."""
-        for block in Block.known(self._trials.problem.max_pieces):
+        for block in BlockParameters.known(self._trials.problem.max_pieces):
             if self._trials.left() > until and not self._trials.done:
                 self.add(block)
 
     def add_random(self) -> None:
         """Any block."""
-        self.add(Block.random(self._trials.problem.max_pieces, self._trials.random))
+        self.add(BlockParameters.random(self._trials.problem.max_pieces, self._trials.random))
 
     def add_descendant(self, late: bool) -> None:
         """A variant of a good block. Only a `late` one may move single ranks out of the common pattern."""
@@ -79,7 +79,7 @@ class Population:
             if not self._trials.done:
                 self.add(block.for_ranks(self._trials.problem.ranks))
 
-    def _descendant(self, late: bool) -> Block:
+    def _descendant(self, late: bool) -> BlockParameters:
         random = self._trials.random
         members = self._members[random.choice(list(self._members))]
         block = random.choice(members)[1]

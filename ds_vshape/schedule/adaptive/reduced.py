@@ -1,8 +1,8 @@
-"""A smaller problem like a large one, so that patterns found there can be used here.
+"""A smaller problem that resembles a large one, so that patterns found for it can be used for the large one.
 
 One run of the list scheduler takes time in proportion to ranks times micro-batches, so a large problem gets few tries.
-A `Block` describes its pattern by numbers that hardly depend on either; those that are good on every other rank with
-half the memory are good candidates on all of them.
+`BlockParameters` describe its pattern by numbers that hardly depend on either; those that are good on every other rank
+with half the memory are good candidates on all of them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from planner_problems import counted
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan, search
 from ds_vshape.schedule.adaptive.annealing import anneal
-from ds_vshape.schedule.adaptive.blocks import Block
+from ds_vshape.schedule.adaptive.blocks import BlockParameters
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.reduced import reduced
 from ds_vshape.schedule.bounds import lower_bound_of_limits
@@ -40,7 +40,7 @@ def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: 
     scales = data.draw(st.lists(st.sampled_from((0.5, 1.0, 3.0)), min_size=micro_batches, max_size=micro_batches))
     problem = replace(problem, times=replace(problem.times, hops=tuple(map(float, hops)), scales=tuple(scales)))
     scheduler = ListScheduler(problem)
-    run = scheduler.run(Block.random(8, Random(seed)).policy(scheduler))
+    run = scheduler.run(BlockParameters.random(8, Random(seed)).policy(scheduler))
     assert run is not None
     schedule = scheduler.schedule(run)
     assert max(peak_activations(schedule)) <= problem.limits[0]
@@ -98,7 +98,7 @@ def annealed(scheduler: ListScheduler, run: PolicyRun, tries: int, temperature: 
 def test_annealing_keeps_times_and_limits(ranks: int, micro_batches: int, seed: int, temperature: float,
                                           data: st.DataObject) -> None:
     scheduler = ListScheduler(counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1))))
-    run = scheduler.run(Block.random(8, Random(seed)).policy(scheduler))
+    run = scheduler.run(BlockParameters.random(8, Random(seed)).policy(scheduler))
     assert run is not None
     annealed(scheduler, run, 300, temperature)
 
@@ -110,7 +110,7 @@ def test_annealing_finds_the_optimum(ranks: int, micro_batches: int, times: tupl
     problem = Problem(ranks, micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
                       (float(kept),) * ranks, max_pieces=1)
     scheduler = ListScheduler(problem)
-    run = scheduler.run(Block((1.5,) * 4, (0.5,) * 3, 1.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
+    run = scheduler.run(BlockParameters((1.5,) * 4, (0.5,) * 3, 1.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
     assert run is not None
     bound = lower_bound_of_limits(problem.placement, micro_batches, problem.times, problem.activations, problem.limits)
     found = annealed(scheduler, run, 5000, 1.0, bound)
@@ -120,7 +120,7 @@ def test_annealing_finds_the_optimum(ranks: int, micro_batches: int, times: tupl
 def test_annealing_gains() -> None:
     """From a block that rests at each turn, with memory enough."""
     scheduler = ListScheduler(counted(4, 16, (10, 9, 7, 3), 8))
-    run = scheduler.run(Block((0.2,) * 4, (0.3,) * 3, 0.3, 1.0, 0.2, 1.0, 1).policy(scheduler))
+    run = scheduler.run(BlockParameters((0.2,) * 4, (0.3,) * 3, 0.3, 1.0, 0.2, 1.0, 1).policy(scheduler))
     assert run is not None
     assert annealed(scheduler, run, 20_000, 2.0).makespan < 0.98 * run.makespan
 
@@ -131,7 +131,7 @@ sys.modules["numba"] = None
 sys.path.insert(0, "tests/schedule/adaptive")
 from planner_problems import assert_plan_is_right, counted
 from ds_vshape.schedule.adaptive import annealing, machine_code, plan
-from ds_vshape.schedule.adaptive.blocks import Block
+from ds_vshape.schedule.adaptive.blocks import BlockParameters
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
 
 assert not machine_code.COMPILED
@@ -139,7 +139,7 @@ for peak in (4, 6, 8):
     problem = counted(4, 12, (10, 12, 8, 1), peak)
     assert_plan_is_right(plan(problem, 1.0), problem)
 scheduler = ListScheduler(counted(4, 8, (10, 12, 8, 1), 5))
-run = scheduler.run(Block((0.1,) * 4, (0.2,) * 3, 0.5, 1.0, 0.1, 1.0, 2).policy(scheduler))
+run = scheduler.run(BlockParameters((0.1,) * 4, (0.2,) * 3, 0.5, 1.0, 0.1, 1.0, 2).policy(scheduler))
 best = run.orders.copy()
 annealing.anneal(scheduler.layouts(2), run.orders.copy(), best, run.makespan, 200, 3.0, 0.0, 1)
 print(json.dumps([run.makespan, run.orders.tolist(), best.tolist()]))
@@ -151,7 +151,7 @@ def test_without_numba_it_is_no_worse_than_the_papers_schedules() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     scheduler = ListScheduler(counted(4, 8, (10, 12, 8, 1), 5))
-    run = scheduler.run(Block((0.1,) * 4, (0.2,) * 3, 0.5, 1.0, 0.1, 1.0, 2).policy(scheduler))
+    run = scheduler.run(BlockParameters((0.1,) * 4, (0.2,) * 3, 0.5, 1.0, 0.1, 1.0, 2).policy(scheduler))
     assert run is not None
     best = run.orders.copy()
     anneal(scheduler.layouts(2), run.orders.copy(), best, run.makespan, 200, 3.0, 0.0, 1)

@@ -13,7 +13,7 @@ from planner_problems import assert_plan_is_right, counted, problems
 
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
-from ds_vshape.schedule.adaptive.blocks import Block
+from ds_vshape.schedule.adaptive.blocks import BlockParameters
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.regular import regular_orders
@@ -69,7 +69,7 @@ def test_passes_that_take_no_time(hop: float) -> None:
 @settings(deadline=None, max_examples=60)
 def test_haste_is_never_slower(problem: Problem, seed: int) -> None:
     scheduler = ListScheduler(problem)
-    run = scheduler.run(Block.random(problem.max_pieces, Random(seed)).policy(scheduler))
+    run = scheduler.run(BlockParameters.random(problem.max_pieces, Random(seed)).policy(scheduler))
     assert run is not None
     fast = reschedule_cooldown(run, scheduler)
     assert fast.makespan <= run.makespan
