@@ -20,7 +20,8 @@ _SUMS = "--rounds 1 --sizes 64x64 --tokens 64"
 # Of any quick command: what stands for a GPU, and for the schedules of another scheduler.
 _INSTEAD = {"cuda": "cpu", "schedules.json": "tests/data/reference.json"}
 
-_OURS = "1f1b zb-h1 v-min v-half v-zb adaptive@0.75 adaptive@1.0"
+_NAMED = "1f1b zb-h1 v-min v-half v-zb"
+_OURS = f"{_NAMED} adaptive@0.75 adaptive@1.0"
 _TORCHS = ('"torch 1f1b" "torch interleaved1f1b" "torch interleavedzerobubble" "torch zbvzerobubble" '
            '"torch dualpipev"')
 _BY_HEAD = "--contenders v-half --checkpointing off --partition blocks multiplications times"
@@ -51,11 +52,12 @@ class Run:
 
 RUNS = [
     Run("sleeping", 'bench/run.py --rounds 3 --micro-batches 8 16 32 '
-                    f'--contenders "deepspeed 1f1b" "deepspeed dualpipev" {_OURS}', _SLEEPING),
+                    f'--contenders "deepspeed 1f1b" "deepspeed dualpipev" {_OURS}',
+        f'{_SLEEPING} --contenders "deepspeed 1f1b" "deepspeed dualpipev" {_NAMED}'),
     Run("sleeping-20ms", 'bench/run.py --rounds 1 --ms 20 20 20 --micro-batches 8 16 32 '
                          f'--contenders "deepspeed 1f1b" {_OURS}', _TWO),
     Run("sleeping-8-ranks", 'bench/run.py --ranks 8 --layers 2 --micro-batches 16 --rounds 2 --ms 20 20 20 '
-                            '--contenders "deepspeed 1f1b" 1f1b zb-h1 v-min v-half v-zb', _TWO),
+                            f'--contenders "deepspeed 1f1b" {_NAMED}', _TWO),
     Run("sleeping-torch", 'bench/run.py --rounds 3 --micro-batches 8 '
                           f'--contenders "deepspeed 1f1b" {_TORCHS} v-zb adaptive@1.0',
         f"{_SLEEPING} --contenders 1f1b {_TORCHS}"),
@@ -63,7 +65,7 @@ RUNS = [
                '--contenders "deepspeed 1f1b" "torch zbvzerobubble" 1f1b zb-h1 v-half v-zb', f"{_TWO} --hidden 64"),
     Run("measured-times", 'bench/run.py --rounds 3 --micro-batches 8 --ms 5 8 3 '
                           '--contenders "deepspeed 1f1b" v-half v-half@profile adaptive@0.75',
-        f"{_SLEEPING} --contenders 1f1b v-half@profile"),
+        f"{_SLEEPING} --contenders 1f1b v-half@profile adaptive@0.75"),
     Run("two-hosts", "bench/cluster.py --rounds 5",
         "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
     Run("consecutive", "bench/consecutive.py --batches 8 --rounds 2", f"{_SLEEPING} --batches 2"),
