@@ -10,7 +10,6 @@ Three batches of equal work take turns: all lengths alike; mixed in the order of
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
+import record
 import torch.distributed as dist
 from contenders import engine_of
 from ranks import run_ranks
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.7], help="of the lognormal lengths")
     parser.add_argument("--ms", type=float, nargs=3, default=[5, 5, 5], metavar=("F", "B", "W"), help="of one layer")
     parser.add_argument("--rounds", type=int, default=8, help="batches of each contender")
-    parser.add_argument("--json", type=Path)
+    record.add_json_option(parser)
     options = parser.parse_args()
     table = Table(title=f"{'simulated' if options.simulate else 'sleeping layers'}, {options.rounds} batches")
     for column in ("p", "m", "sigma", "schedule", "bubble added", "left by length", "won back", "speed"):
@@ -114,8 +114,7 @@ def main() -> None:
         written.append({"ranks": ranks, "micro_batches": micro_batches, "sigma": sigma, "schedule": name,
                         "seconds": found, "summary": summary})
     Console(width=120).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(written, indent=1))
+    record.write(options.json, written)
 
 
 if __name__ == "__main__":
