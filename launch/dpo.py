@@ -26,8 +26,8 @@ from transformers import AutoConfig
 
 from ds_vshape.finetuning.dpo import LOSS_TYPES, DPOLoss, disable_dropout, with_reference
 from ds_vshape.finetuning.pairs import open_pairs
+from ds_vshape.finetuning.record import Record
 from ds_vshape.finetuning.training import Result, Training
-from ds_vshape.models.hugging_face import check_output
 
 DESCRIPTION = ("Trains a Hugging Face model on preference pairs, by direct preference optimization, with a pipeline of "
                "all ranks. configs/finetune.yaml has the other keys.")
@@ -73,7 +73,9 @@ def reference_of(args: argparse.Namespace, module: Any) -> AbstractContextManage
 
 def train_on_pairs(args: argparse.Namespace) -> Result:
     """Trains the model and writes it; to be called on every rank."""
-    check_output(args.output)
+    record = Record(vars(args))
+    if (ended := record.result()) is not None:
+        return ended
     config = AutoConfig.from_pretrained(args.model)
     module = build(args, config, loss_of(args))
     load(args, module)
@@ -84,6 +86,7 @@ def train_on_pairs(args: argparse.Namespace) -> Result:
     with reference_of(args, engine.module):
         training, validation = (with_reference(engine, rows) for rows in pairs)
     result = Training(engine, replace(plan, training=training, validation=validation)).run()
+    record.write(result)
     save(args, engine.module, config)
     return result
 

@@ -1,16 +1,13 @@
 """Trains a Hugging Face model with a pipeline of all ranks: safetensors in, safetensors out.
 
     python launch/tiny_model.py llama runs/tiny-llama
-    deepspeed --num_gpus 2 launch/finetune.py --model runs/tiny-llama --output runs/tuned-llama \\
-        --deepspeed_config configs/finetune.json
-    deepspeed --num_gpus 2 launch/finetune.py model=runs/tiny-llama output=runs/tuned-llama schedule=v-zb
+    deepspeed --num_gpus 2 launch/finetune.py --model runs/tiny-llama --output runs/tuned schedule=v-zb
     deepspeed --num_gpus 2 launch/finetune.py --config my.yaml schedule=v-zb
 
-The model is a folder with config.json and safetensors, of any family in ds_vshape/docs/hugging-face.md. The schedule is
-whatever "pipeline_schedule" in the config names; without that key DeepSpeed's own engine trains.
-It is trained on the sources of Python's standard library, or with --data on text and conversations.
-With --lora FOLDER, adapters are trained and written instead of the model: those that peft has saved in FOLDER, or new
-ones if it holds an adapter_config.json alone (configs/lora).
+The model is a folder with config.json and safetensors, of any family in ds_vshape/docs/hugging-face.md. With
+schedule=deepspeed DeepSpeed's own engine trains it; on the sources of Python's standard library, or with --data on text
+and conversations. With --lora FOLDER, adapters are trained and written instead of the model: those that peft has saved
+in FOLDER, or new ones if it holds an adapter_config.json alone (configs/lora).
 """
 
 from __future__ import annotations
@@ -32,9 +29,10 @@ from transformers import AutoConfig, get_scheduler
 
 import ds_vshape
 from ds_vshape.finetuning.batches import Rows, WindowRows
+from ds_vshape.finetuning.record import Record
 from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batches_of
 from ds_vshape.models.gpt import seed_layer
-from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss, check_output,
+from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss,
                                            load_weights, next_token_loss, pipeline_layers, save_model)
 from ds_vshape.models.parallel_layers import tensor_group
 
@@ -125,12 +123,15 @@ def start(args: argparse.Namespace, module: Any, rows: tuple[Rows, Rows]) -> tup
 
 def finetune(args: argparse.Namespace) -> Result:
     """Trains the model and writes it; to be called on every rank."""
-    check_output(args.output)
+    record = Record(vars(args))
+    if (ended := record.result()) is not None:
+        return ended
     config = AutoConfig.from_pretrained(args.model)
     module = build(args, config)
     load(args, module)
     engine, plan = start(args, module, rows_of(args, config.vocab_size))
     result = Training(engine, plan).run()
+    record.write(result)
     save(args, engine.module, config)
     return result
 

@@ -9,6 +9,7 @@
     dpo.py          direct preference optimization: the loss of pairs, and their reference
     batches.py      rows to micro-batches, in an order that continues where a training stopped
     training.py     batches, with evaluations and checkpoints at intervals, from the last checkpoint on
+    record.py       a training that has ended, so that its command ends at once when it's started again
     progress.py     a bar, lines of the log, numbers for wandb and TensorBoard
     trainer/        the Trainer of transformers, and TRL's SFTTrainer, with a pipeline in the place of their step
 """

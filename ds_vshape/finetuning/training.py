@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ class Result:
     def validation_loss(self) -> float:
         """The last evaluation's loss."""
         return self.evaluations[max(self.evaluations)]
+
+    @classmethod
+    def read(cls, written: Mapping[str, Any]) -> Result:
+        """What asdict() gave, as JSON."""
+        by_batch = {name: {int(batch): value for batch, value in written[name].items()}
+                    for name in ("evaluations", "metrics")}
+        return cls(**{**written, **by_batch})
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,4 +12,8 @@ from failure_drill import Drill
 @pytest.mark.launcher
 def test_killed_twice(tmp_path: Path) -> None:
     """`python tests/finetuning/failure_drill.py` kills it ten times."""
-    assert Drill(tmp_path, batches=8).run(kills=2, seed=1) == []
+    drill = Drill(tmp_path, batches=8)
+    assert drill.run(kills=2, seed=1) == []
+    # As if it had been killed after its model was written.
+    drill.finish("killed")
+    assert "nothing to do: killed holds the model" in (tmp_path / "killed.log").read_text()
