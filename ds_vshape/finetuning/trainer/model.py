@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -20,7 +21,7 @@ from ds_vshape.plugin import PipelineModule
 
 
 def topology_of(stages: int, world: int) -> PipeModelDataParallelTopology:
-    """Pipelines of `stages` of `world` ranks each, 0 for one of all ranks.
+    """Pipelines of `stages` of `world` ranks each, 0 for one of all ranks; after it, DeepSpeed knows the ranks.
 
     Raises:
         ValueError: if the ranks can't be divided so, or if the Trainer doesn't know of all ranks that there are.
@@ -33,6 +34,8 @@ def topology_of(stages: int, world: int) -> PipeModelDataParallelTopology:
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 0 or world % (stages or world):
         raise ValueError(f"stages = {stages!r}: must divide the {world} ranks, or be 0 for a pipeline of all of them")
     stages = stages or world
+    # On CPUs accelerate makes torch's process group alone.
+    deepspeed.init_distributed(dist.get_backend(), verbose=False)
     return PipeModelDataParallelTopology(num_pp=stages, num_mp=1, num_dp=world // stages)
 
 

@@ -139,6 +139,8 @@ class PipelineTrainer(Trainer):
         if self._created_lr_scheduler:  # by an earlier call of train
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self._start_engine(max_steps)
+        # Asked whether an overflow has skipped the step; each call of train empties it.
+        self.accelerator._optimizers = [self.optimizer]
         self.create_scheduler(num_training_steps=max_steps)
         if resume_from_checkpoint is not None:
             path, _ = self._engine.load_checkpoint(str(resume_from_checkpoint))
@@ -168,7 +170,6 @@ class PipelineTrainer(Trainer):
         self.deepspeed = self.model_wrapped = self._engine
         # The engine steps; what the Trainer steps is told so.
         self.optimizer = DeepSpeedOptimizerWrapper(optimizer)
-        self.accelerator._optimizers = [self.optimizer]
         if scheduler is not None:
             self.lr_scheduler = DeepSpeedSchedulerWrapper(scheduler, self.optimizer)
 
