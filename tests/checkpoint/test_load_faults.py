@@ -213,7 +213,7 @@ FAULTS: dict[str, Fault] = {
     "weights alone, a missing layer": (removed(LAYER), none, options(load_module_only=True),
                                        ("layer_02", "is missing")),
     "no optimizer states, a cut layer": (cut(LAYER), none, options(load_optimizer_states=False),
-                                         ("layer_02", "cut or")),
+                                         ("layer_02", "truncated or")),
     "no optimizer states, a cut state file": (cut(STATES), none, options(load_optimizer_states=False),
                                               ("mp_rank_01", "truncated or damaged")),
     "not strict, a layer of another shape": (changed(LAYER, other_shape), none, options(load_module_strict=False),
