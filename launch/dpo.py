@@ -24,13 +24,16 @@ from finetune_options import add_options, parsed
 from train_rank import start_distributed
 from transformers import AutoConfig
 
-from ds_vshape.finetuning.dpo import LOSS_TYPES, DPOLoss, disable_dropout, with_reference
+from ds_vshape.finetuning.dpo import LOSS_TYPES, DPOLoss, disable_dropout
 from ds_vshape.finetuning.pairs import open_pairs
 from ds_vshape.finetuning.record import Record
+from ds_vshape.finetuning.reference import with_reference
 from ds_vshape.finetuning.training import Result, Training
 
 DESCRIPTION = ("Trains a Hugging Face model on preference pairs, by direct preference optimization, with a pipeline of "
                "all ranks. configs/finetune.yaml has the other keys.")
+# In the folder of checkpoints.
+REFERENCE_FILES = ("reference.safetensors", "reference-validation.safetensors")
 _NOT_OF_PAIRS = ("text", "packed", "chunked_head")
 
 
@@ -84,7 +87,8 @@ def train_on_pairs(args: argparse.Namespace) -> Result:
     engine, plan = start(args, module, pairs)
     # Before a checkpoint is loaded: its weights have been trained.
     with reference_of(args, engine.module):
-        training, validation = (with_reference(engine, rows) for rows in pairs)
+        training, validation = (with_reference(engine, rows, args.checkpoints and args.checkpoints / file)
+                                for rows, file in zip(pairs, REFERENCE_FILES))
     result = Training(engine, replace(plan, training=training, validation=validation)).run()
     record.write(result)
     save(args, engine.module, config)

@@ -6,7 +6,8 @@
     samples.py      files to token ids, and which of them are learned
     packing.py      which samples share a row
     pairs.py        preference pairs: files to rows
-    dpo.py          direct preference optimization: the loss of pairs, and their reference
+    dpo.py          direct preference optimization: the loss of pairs
+    reference.py    log-probabilities of pairs by the model that training starts from
     batches.py      rows to micro-batches, in an order that continues where a training stopped
     training.py     batches, with evaluations and checkpoints at intervals, from the last checkpoint on
     record.py       a training that has ended, so that its command ends at once when it's started again

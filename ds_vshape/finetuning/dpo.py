@@ -1,7 +1,7 @@
-"""Direct preference optimization (Rafailov et al., 2023): the loss of preference pairs, and their reference.
+"""Direct preference optimization (Rafailov et al., 2023): the loss of preference pairs.
 
     [1] before training    the pipeline evaluates all pairs, by the weights that it starts with, or by the base model
-                           of its adapters; their log-probabilities travel with the labels from then on
+                           of its adapters; their log-probabilities travel with the labels from then on (reference.py)
     [2] a micro-batch      the chosen answers of n pairs, then the rejected ones: one forward of 2n rows
     [3] its loss           the mean over its pairs; batches average micro-batches and replicas, which have n pairs each,
                            so that theirs is the mean over pairs too
@@ -11,8 +11,7 @@ Losses and metrics are those of TRL's DPOTrainer (trl/trainer/dpo_trainer.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ds_vshape.finetuning.pairs import PairRows
 from ds_vshape.models.hugging_face.tensor_parallel import TensorParallelLoss, parts_of, shares_vocabulary
 from ds_vshape.split_backward.head import IGNORE_INDEX, HeadOutput
 
 # What TRL calls the means over pairs that a DPOLoss measures.
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-# Of an evaluation of the reference.
-_MICRO_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -155,41 +150,3 @@ def disable_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-
-
-def with_reference(engine: Any, rows: PairRows) -> PairRows:
-    """`rows` with the log-probabilities of their answers by the model of `engine` as it is now; its loss function must
-    be a DPOLoss. Collective: each replica evaluates its share of the rows."""
-    size, replica, replicas = (engine.train_micro_batch_size_per_gpu(), engine.grid.get_data_parallel_rank(),
-                               engine.grid.get_data_parallel_world_size())
-    # The last micro-batches begin again with the first rows.
-    starts = range(replica * size, len(rows) + replica * size, replicas * size)
-    micro_batches = [[(start + place) % len(rows) for place in range(size)] for start in starts]
-    found = torch.zeros(len(rows), 3, dtype=torch.float64, device=get_accelerator().current_device_name())
-    chunks = [micro_batches[start:start + _MICRO_BATCHES] for start in range(0, len(micro_batches), _MICRO_BATCHES)]
-    with _without_monitor(engine):
-        for chunk in tqdm(chunks, desc="reference", disable=dist.get_rank() != 0):
-            for places, log_probabilities in zip(chunk, _evaluate(engine, rows, chunk)):
-                chosen, rejected = log_probabilities.chunk(2)
-                found.index_add_(0, torch.tensor(places, device=found.device),
-                                 torch.stack([chosen, rejected, torch.ones_like(chosen)], 1).double())
-    # Of ranks that have found the same, and of rows that were evaluated twice, the mean.
-    dist.all_reduce(found)
-    return rows.with_reference((found[:, :2] / found[:, 2:]).float().cpu())
-
-
-def _evaluate(engine: Any, rows: PairRows, micro_batches: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-    """What the loss function returns for each of them; nothing on ranks that don't compute it."""
-    found = engine.eval_batch(iter([rows.micro_batch(places) for places in micro_batches]), reduce_output=None,
-                              bcast_loss=False, num_micro_batches=len(micro_batches))
-    return found or ()
-
-
-@contextmanager
-def _without_monitor(engine: Any) -> Iterator[None]:
-    """It would report the log-probabilities as an evaluation's loss."""
-    enabled, engine.monitor.enabled = engine.monitor.enabled, False
-    try:
-        yield
-    finally:
-        engine.monitor.enabled = enabled

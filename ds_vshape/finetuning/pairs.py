@@ -7,6 +7,7 @@ are those of its DPOTrainer (trl/trainer/dpo_trainer.py, data_utils.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,13 @@ class PairRows:
     def with_reference(self, reference: Tensor) -> PairRows:
         """The same rows with the log-probabilities of a reference model."""
         return PairRows(self._pairs, self._padding, reference)
+
+    def digest(self) -> str:
+        """Of the token ids of all pairs."""
+        found = hashlib.sha256()
+        for pair in self._pairs:
+            found.update(repr([pair[key] for key in (PROMPT, CHOSEN, REJECTED)]).encode())
+        return found.hexdigest()
 
 
 def _sample(pair: dict[str, list[int]], answer: str) -> dict[str, list[Any]]:

@@ -23,8 +23,9 @@ import ds_vshape
 from ds_vshape.config.section import KEY, MOST_TRACED, ConfigError, ScheduleConfig, TraceConfig, read_section
 from ds_vshape.engine import PipelineEngine, PostValidatingEngine
 from ds_vshape.finetuning import PipelineSFTTrainer, PipelineTrainer
-from ds_vshape.finetuning.dpo import DPOLoss, disable_dropout, with_reference
+from ds_vshape.finetuning.dpo import DPOLoss, disable_dropout
 from ds_vshape.finetuning.pairs import PairRows, open_pairs
+from ds_vshape.finetuning.reference import with_reference
 from ds_vshape.measure.profiling import report
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.models.hugging_face import TensorParallelLoss, load_weights, next_token_loss, pipeline_layers, save_model
@@ -84,7 +85,7 @@ def page() -> str:
         *_function("ds_vshape.finetuning.pairs.open_pairs", open_pairs),
         "### `ds_vshape.finetuning.pairs.PairRows`", *_docstring(PairRows),
         "### `ds_vshape.finetuning.dpo.DPOLoss`", *_docstring(DPOLoss),
-        *_function("ds_vshape.finetuning.dpo.with_reference", with_reference),
+        *_function("ds_vshape.finetuning.reference.with_reference", with_reference),
         *_function("ds_vshape.finetuning.dpo.disable_dropout", disable_dropout),
         *_function("ds_vshape.models.hugging_face.lora.adapters_off", adapters_off),
         "## The Trainer of transformers",

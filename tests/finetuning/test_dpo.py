@@ -68,13 +68,13 @@ class Run:
     monkeypatch: pytest.MonkeyPatch
 
     def results(self, name: str, *words: str, schedule: str | None = "v-half", ranks: int = 2,
-                micro_batches: int = MICRO_BATCHES) -> list[Result]:
+                micro_batches: int = MICRO_BATCHES, config: dict[str, Any] | None = None) -> list[Result]:
         """Of all ranks."""
-        config = self.tmp_path / f"{name}.json"
-        config.write_text(json.dumps({**Job(schedule, 2, micro_batches).ds_config(), "optimizer": OPTIMIZER,
-                                      "train_micro_batch_size_per_gpu": PAIRS}))
+        file = self.tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**Job(schedule, 2, micro_batches).ds_config(), "optimizer": OPTIMIZER,
+                                    "train_micro_batch_size_per_gpu": PAIRS, **(config or {})}))
         words = ("--model", str(self.folder / "model"), "--output", str(self.tmp_path / name), "--stages", "2",
-                 "--deepspeed_config", str(config), "--data", str(self.folder / "pairs.jsonl"), "--length",
+                 "--deepspeed_config", str(file), "--data", str(self.folder / "pairs.jsonl"), "--length",
                  str(LENGTH), "--batches", str(BATCHES), "--beta", str(BETA), *words)
         self.monkeypatch.setattr(sys, "argv", ["dpo.py", *words])
         return run_ranks(ranks, run_dpo, list(words), timeout=200)
@@ -182,16 +182,37 @@ def test_adapters_that_are_there_are_the_reference(folder: Path, tmp_path: Path,
     assert_equal(run.result("lora", "--lora", str(folder / "adapter")), oracle)
 
 
-def test_goes_on_from_a_checkpoint_bit_for_bit(run: Run, tmp_path: Path) -> None:
-    """The reference is still the model that the whole training started from."""
+def test_goes_on_from_a_checkpoint_bit_for_bit(folder: Path, run: Run, tmp_path: Path) -> None:
+    """The reference is still the model that the whole training started from; it isn't computed again."""
     words = ["--save_every", "2", "--evaluate_every", "2"]
     whole = run.result("whole", "--checkpoints", str(tmp_path / "whole-checkpoints"), *words)
-    parts = [run.result(f"part{batches}", "--checkpoints", str(tmp_path / "parts"), *words, "--batches", str(batches))
-             for batches in (4, BATCHES)]
-    assert parts[0].losses + parts[1].losses == whole.losses
-    assert {**parts[0].metrics, **parts[1].metrics} == whole.metrics
-    assert {**parts[0].evaluations, **parts[1].evaluations} == whole.evaluations
+    kept = tmp_path / "parts" / "reference.safetensors"
+    words += ["--checkpoints", str(kept.parent)]
+    first = run.result("first", *words, "--batches", "4")
+    made = kept.stat().st_mtime_ns
+    second = run.result("second", *words)
+    assert kept.stat().st_mtime_ns == made
+    assert first.losses + second.losses == whole.losses
+    assert {**first.metrics, **second.metrics} == whole.metrics
+    assert {**first.evaluations, **second.evaluations} == whole.evaluations
     assert {"rewards/margins", "eval_rewards/margins"} <= whole.metrics[BATCHES].keys()
+    lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "others.jsonl").write_text("".join(lines[::-1]))
+    run.result("others", *words, "--data", str(tmp_path / "others.jsonl"))
+    assert kept.stat().st_mtime_ns > made
+
+
+def test_monitors_get_rewards_and_the_losses_of_pairs_alone(run: Run, tmp_path: Path) -> None:
+    monitor = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "dpo"}
+    result = run.result("monitored", "--batches", "3", config={"csv_monitor": monitor})
+
+    def written(name: str) -> list[float]:
+        lines = (tmp_path / "csv" / "dpo" / f"Train_Samples_{name}.csv").read_text().splitlines()[1:]
+        return [float(line.split(",")[1]) for line in lines]
+
+    assert written("eval_loss") == pytest.approx(list(result.evaluations.values()))
+    assert written("rewards_margins") == [result.metrics[batch]["rewards/margins"] for batch in (1, 2, 3)]
+    assert written("eval_rewards_margins") == [result.metrics[3]["eval_rewards/margins"]]
 
 
 def test_what_is_wrong_with_a_pair_is_told_on_every_rank(run: Run, tmp_path: Path) -> None:

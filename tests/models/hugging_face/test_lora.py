@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import pipeline_layers, save_model
+from ds_vshape.models.hugging_face.lora import adapters_off
 from ds_vshape.models.hugging_face.lora_files import load_adapter, read_config, save_adapter
 
 # A name of transformers' that peft uses.
@@ -40,6 +41,21 @@ class NewCase(Case):
 
     def layers(self) -> list[Any]:
         return pipeline_layers(AutoConfig.from_pretrained(self.folder), self.attention, lora=self.lora)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+@pytest.mark.parametrize("setting", ["plain", "dora", "modules_to_save", "experts"])
+def test_with_adapters_off_a_model_is_its_base(setting: str, tmp_path: Path) -> None:
+    folder, adapter = saved(setting, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = AdaptedCase(folder, "v-half", adapter=adapter).plain_model()
+    trained = [weight.requires_grad for weight in model.parameters()]
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        with adapters_off(model):
+            off = model(ids).logits
+        assert torch.equal(off, base.train()(ids).logits) and not torch.allclose(off, model(ids).logits)
+    assert [weight.requires_grad for weight in model.parameters()] == trained
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
