@@ -182,7 +182,8 @@ def module_facts(arguments: Mapping[str, Any]) -> Facts:
 
 def plan_facts(schedule: Schedule, pipelines: Sequence[Sequence[int]]) -> Facts:
     """The schedule's orders as a hash, where its stages are, and the global ranks of each pipeline."""
-    orders = json.dumps([[repr(action) for action in order] for order in schedule.orders])
+    shown = schedule.with_repeats(1).orders
+    orders = json.dumps([schedule.repeats, [[repr(action) for action in order] for order in shown]])
     return {"schedule": schedule.name, "micro-batches": schedule.micro_batches, "orders": _digest(orders)[:12],
             "placement": schedule.placement.chunks, "pipelines": [list(ranks) for ranks in pipelines]}
 

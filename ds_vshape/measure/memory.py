@@ -276,7 +276,8 @@ def predict_memory(rank: Rank, schedule: Schedule,
     states = torch.stack(every).tolist()
     activations: list[tuple[int, int] | tuple[None, None]] = [(None, None) for _ in states]
     if sizes is not None:
-        programs = lower(schedule, Times.uniform(schedule.placement.stages))
+        # Repeats free what they take.
+        programs = lower(schedule.with_repeats(1), Times.uniform(schedule.placement.stages))
         found = zip(peak_activations(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
         activations = [(round(peak), round(highest - peak)) for peak, highest in found]
     # Over gloo they have no memory of the device.

@@ -31,15 +31,15 @@ In the batch in which gradients are verified (ds_vshape/engine/verification.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch,
                                              OptimizerStep, PipeInstruction, RecvActivation, RecvGrad, ReduceGrads,
                                              ReduceTiedGrads, SendActivation, SendGrad)
 
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, PostReceive, Program, Run,
-                                         Send, ShareLoss, Step)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, MessageStep, PostReceive,
+                                         Program, Run, Send, ShareLoss, Step)
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
@@ -162,6 +162,7 @@ class AgreeOnGradients(PipeInstruction):  # type: ignore[misc]
     """Compare what isn't compared yet; raise on all ranks if one of them has found a difference."""
 
 
+# By whether the micro-batch's backward on the stage comes as B and W.
 _PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
     (Kind.F, False): ForwardPass,
     (Kind.F, True): SplitForwardPass,
@@ -217,8 +218,8 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
     for stage, place in _last_places(program, Kind.W, Kind.BW).items():
         starts[place] = StartReduceGrads(stage)
     instructions: list[PipeInstruction] = []
-    for place, step in enumerate(program):
-        instructions.append(ReturnLoss() if isinstance(step, ShareLoss) else instruction_of(step))
+    for place, instruction in enumerate(_instructions(program)):
+        instructions.append(instruction)
         if place in starts:
             instructions.append(starts[place])
     return [*instructions, *(instruction() for instruction in _END)]
@@ -271,7 +272,7 @@ def comparing(instructions: Sequence[PipeInstruction]) -> list[PipeInstruction]:
 
 def passes_alone(program: Program) -> list[PipeInstruction]:
     """A rank's program as instructions, without the end of a batch: nothing is reduced or reported to other ranks."""
-    return [instruction_of(step) for step in program if not isinstance(step, ShareLoss)]
+    return [instruction for instruction in _instructions(program) if not isinstance(instruction, ReturnLoss)]
 
 
 def evaluation_instructions(program: Program) -> list[PipeInstruction]:
@@ -279,14 +280,24 @@ def evaluation_instructions(program: Program) -> list[PipeInstruction]:
     return [*passes_alone(program), AgreeOnBatch()]
 
 
-def instruction_of(step: Step) -> PipeInstruction:
-    """The instruction that executes a step of a program."""
-    assert not isinstance(step, ShareLoss)
+def _instructions(program: Program) -> list[PipeInstruction]:
+    """The instructions that execute the steps of a program, step by step."""
+    split = {(step.action.stage, step.action.micro_batch) for step in program
+             if isinstance(step, Run) and step.action.kind in (Kind.B, Kind.W)}
+    return [_run(step.action, split) if isinstance(step, Run) else instruction_of(step) for step in program]
+
+
+def _run(action: Pass, split: Container[tuple[int, int]]) -> PipeInstruction:
+    buffer_id = BufferId(action.stage, action.micro_batch)
+    piece = {"piece": action.piece, "pieces": action.pieces} if action.kind is Kind.W else {}
+    return _PASSES[action.kind, buffer_id in split](buffer_id=buffer_id, **piece)
+
+
+def instruction_of(step: MessageStep | Load | ShareLoss) -> PipeInstruction:
+    """The instruction that executes a step other than a pass."""
+    if isinstance(step, ShareLoss):
+        return ReturnLoss()
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
-    if isinstance(step, Run):
-        action, buffer_id = step.action, BufferId(step.action.stage, step.action.micro_batch)
-        piece = {"piece": action.piece, "pieces": action.pieces} if action.kind is Kind.W else {}
-        return _PASSES[action.kind, step.split](buffer_id=buffer_id, **piece)
     message: Message = step.message
     return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))

@@ -4,6 +4,7 @@ What a schedule is:
     passes.py            F, B, W and the whole backward of a stage and a micro-batch
     placement.py         which rank holds which stage
     schedule.py          a placement, and each rank's passes in order
+    repeated.py          the middle of an order or a program, which repeats, kept once
     serial.py            schedules, times and sizes as JSON
 
 Schedules by name:
@@ -13,6 +14,7 @@ Schedules by name:
     zero_bubble.py       zero-bubble schedules of one stage a rank
     building_block.py    a block, repeated and tightened (the paper, section 3)
     v_shape.py           V-Min, V-Half, V-ZB
+    steady_state.py      many micro-batches, from a schedule for few
     forward_only.py      evaluation
     fuse.py              whole backwards where the split gains nothing
     pending.py           fewer weight gradients that wait at once

@@ -47,7 +47,8 @@ def peak_activations(schedule: Schedule, activations: Activations | None = None)
     them."""
     sizes = activations or Activations.counted(schedule.placement)
     found = []
-    for order in schedule.orders:
+    # A repeat frees what it takes.
+    for order in schedule.with_repeats(1).orders:
         alive = peak = 0.0
         for action in order:
             alive += sizes.change(action)

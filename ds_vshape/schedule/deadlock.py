@@ -8,32 +8,36 @@ Two rules of the libraries below us can turn a plausible program into one that h
 and one of our own runtime: while shapes are announced, a receive isn't started when it is posted, but when it, or one
 that was posted after it on its communicator, is waited for.
 
-`check` looks in four steps:
+`check` looks in three steps:
 
-    [1] each program alone     a pass has its input, and runs once; what is started is waited for, and nothing else
+    [1] each program alone     a pass has its input, and runs once; what is started is waited for, and nothing else; a
+                               message is made before it is sent and taken after it has come; a micro-batch is loaded
+                               once, before it is needed
     [2] each communicator      both ends see the same messages in the same sequence, each once
     [3] all programs together  they run to their end, without times: an operation completes as soon as both rules let it
-    [4] what is passed on      a message is made before it is sent and taken after it has come; a micro-batch is loaded
-                               once, before it is needed
 
 Starting one more operation never keeps another from completing, so the order in which [3] tries the ranks doesn't
 matter: what is stuck here is stuck on every real run, and what runs to its end here does so on every real run.
 What passes under both rules also passes where only the first one binds.
+
+What repeats is looked at until the state comes back (`repeated.run_through`): what is in flight, and what each rank has
+done and still waits for, all but for the number of the micro-batch. In [3] all ranks first end one repeat, then start
+the next: programs whose repeats wait for later ones are refused, though they might run.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 
 from ds_vshape.schedule.communicators import communicator_of
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Load, Message, PostReceive, Program, Run,
-                                         Send, Step, message_into)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Load, Message, MessageStep, PostReceive,
+                                         Program, Run, Send, Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.repeated import run_through
 from ds_vshape.schedule.schedule import dependencies
 
 
@@ -54,222 +58,359 @@ def check(programs: Sequence[Program], placement: Placement,
 
     `communicator` tells which channels share one, as they do at runtime unless it is given.
     """
-    for rank, program in enumerate(programs):
-        _check_alone(rank, program, placement)
-    directions = _check_communicators(programs, communicator)
-    actions = [[_Action(step, directions[step.message.channel]) for step in program
-                if isinstance(step, (Send, PostReceive, AwaitSend, AwaitReceive))] for program in programs]
-    for receives in Receives:
-        for direction in set(directions.values()):
-            direction.reset()
-        _run_together(actions, receives)
     # Programs may be made without the data.
     loading = any(isinstance(step, Load) for program in programs for step in program)
-    for rank, program in enumerate(programs):
-        _check_passed_on(rank, program, placement, loading)
+    alone = [_Alone(rank, placement, loading) for rank in range(len(programs))]
+
+    def each_alone(parts: Sequence[Sequence[Step]]) -> None:
+        for of_rank, part in zip(alone, parts):
+            of_rank.run(part)
+
+    run_through(programs, each_alone, lambda start: [of_rank.state(start) for of_rank in alone])
+    for of_rank in alone:
+        of_rank.end()
+    sequences = _Sequences(communicator)
+    run_through(programs, sequences.run, sequences.state)
+    sequences.end()
+    for receives in Receives:
+        together = _Together(receives, communicator)
+        run_through(programs, together.run, together.state)
 
 
 # -- [1] each program alone
 
 
-def _check_alone(rank: int, program: Program, placement: Placement) -> None:
-    sending: set[Message] = set()
-    receiving: set[Message] = set()
-    received: set[Message] = set()
-    done: set[Pass] = set()
-    for step in program:
-        if isinstance(step, Run):
-            if step.action in done:
-                raise DeadlockError(f"rank {rank} runs {step.action} twice")
-            _check_input(rank, step.action, placement, received, done)
-            done.add(step.action)
-        elif isinstance(step, (Send, PostReceive)):
-            channel = step.message.channel
-            if rank != (channel.source if isinstance(step, Send) else channel.target):
-                raise DeadlockError(f"rank {rank} is at the wrong end of {step.message}")
-            (sending if isinstance(step, Send) else receiving).add(step.message)
-        elif isinstance(step, (AwaitSend, AwaitReceive)):
-            waited_for = sending if isinstance(step, AwaitSend) else receiving
-            if step.message not in waited_for:
-                raise DeadlockError(f"rank {rank} waits for {step.message} before it started it")
-            waited_for.remove(step.message)
-            if isinstance(step, AwaitReceive):
-                received.add(step.message)
-    for message in sending:
-        raise DeadlockError(f"rank {rank} never waits for its send of {message}")
-    for message in receiving:
-        raise DeadlockError(f"rank {rank} never waits for its receive of {message}")
+class _MicroBatches:
+    """A set of micro-batches, most of which come in turn."""
+
+    __slots__ = ("_others", "_until")
+
+    def __init__(self) -> None:
+        self._until, self._others = 0, set[int]()
+
+    def __contains__(self, micro_batch: int) -> bool:
+        return 0 <= micro_batch < self._until or micro_batch in self._others
+
+    def add(self, micro_batch: int) -> None:
+        """Take one more in."""
+        if micro_batch != self._until:
+            self._others.add(micro_batch)
+            return
+        self._until += 1
+        while self._until in self._others:
+            self._others.remove(self._until)
+            self._until += 1
+
+    def counted_from(self, start: int) -> Hashable:
+        """The same sets, with other starts, are equal."""
+        return self._until - start, frozenset(micro_batch - start for micro_batch in self._others)
 
 
-def _check_input(rank: int, action: Pass, placement: Placement, received: set[Message], done: set[Pass]) -> None:
-    """The pass must stand on its stage's rank, and find its input: received, or made on this rank."""
-    if placement.rank_of(action.stage) != rank:
-        raise DeadlockError(f"rank {rank} runs {action}, but its stage is on rank {placement.rank_of(action.stage)}")
-    message = message_into(action, placement)
-    if message is not None and message not in received:
-        raise DeadlockError(f"rank {rank} runs {action} without having waited for {message}")
-    if action.piece:
-        last_piece = replace(action, piece=action.piece - 1)
-        if last_piece not in done:
-            raise DeadlockError(f"rank {rank} runs {action} before {last_piece}")
-    for need in dependencies(action, placement.last_stage, frozenset()):
-        given = need in done if action.kind is Kind.W else _is_done(need, done)
-        if placement.rank_of(need.stage) == rank and not given:
-            raise DeadlockError(f"rank {rank} runs {action} before {need}")
+class _Alone:
+    """One rank's program on its own."""
 
+    def __init__(self, rank: int, placement: Placement, loading: bool) -> None:
+        self._rank, self._placement, self._loading = rank, placement, loading
+        self._ends = (0, placement.last_stage)
+        self._started: dict[type[Step], set[Message]] = {Send: set(), PostReceive: set()}
+        self._received: set[Message] = set()
+        self._loaded = _MicroBatches()
+        # Of which micro-batches there is each stage's output (F), input gradient (B) and weight gradients (W).
+        self._done: dict[tuple[Kind, int], _MicroBatches] = defaultdict(_MicroBatches)
+        # By stage and micro-batch, between B and W: which pieces of W are done, as (piece, pieces).
+        self._pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._needs: dict[tuple[Kind, int], tuple[Channel | None, list[Pass]]] = {}
 
-def _is_done(need: Pass, done: set[Pass]) -> bool:
-    """Whether `need` has run; a whole backward gives the input gradient as well."""
-    return need in done or (need.kind is Kind.B and Pass(Kind.BW, need.stage, need.micro_batch) in done)
+    def run(self, program: Sequence[Step]) -> None:
+        """Go through some steps; DeadlockError where one can't be done."""
+        for step in program:
+            if isinstance(step, Run):
+                self._compute(step.action)
+            elif isinstance(step, (Send, PostReceive)):
+                self._start(step)
+            elif isinstance(step, (AwaitSend, AwaitReceive)):
+                waited_for = self._started[Send if isinstance(step, AwaitSend) else PostReceive]
+                if step.message not in waited_for:
+                    raise DeadlockError(f"rank {self._rank} waits for {step.message} before it started it")
+                waited_for.remove(step.message)
+                if isinstance(step, AwaitReceive):
+                    self._received.add(step.message)
+            elif isinstance(step, Load):
+                if step.micro_batch in self._loaded:
+                    raise DeadlockError(f"rank {self._rank} loads micro-batch {step.micro_batch} twice")
+                self._loaded.add(step.micro_batch)
+
+    def _start(self, step: Send | PostReceive) -> None:
+        message = step.message
+        sends = isinstance(step, Send)
+        if self._rank != (message.channel.source if sends else message.channel.target):
+            raise DeadlockError(f"rank {self._rank} is at the wrong end of {message}")
+        if sends:
+            maker = message.maker
+            if self._placement.rank_of(maker.stage) != self._rank:
+                raise DeadlockError(f"rank {self._rank} sends {message}, but stage {maker.stage} is on rank "
+                                    f"{self._placement.rank_of(maker.stage)}")
+            if message.micro_batch not in self._done[maker.kind, maker.stage]:
+                raise DeadlockError(f"rank {self._rank} sends {message} before {maker} has made it")
+        self._started[type(step)].add(message)
+
+    def _compute(self, action: Pass) -> None:
+        """The pass must stand on its stage's rank, and find its input: received, or made on this rank."""
+        rank, kind, stage, micro_batch = self._rank, action.kind, action.stage, action.micro_batch
+        channel, needs = self._needs.get((kind, stage)) or self._look_up(action)
+        if kind is Kind.W:
+            self._compute_weights(action)
+            return
+        made = Kind.B if kind is Kind.BW else kind
+        if micro_batch in self._done[made, stage]:
+            raise DeadlockError(f"rank {rank} runs {action} twice")
+        if channel is not None:
+            message = Message(channel, stage, micro_batch)
+            if message not in self._received:
+                raise DeadlockError(f"rank {rank} runs {action} without having waited for {message}")
+            self._received.remove(message)
+        for need in needs:
+            if micro_batch not in self._done[need.kind, need.stage]:
+                raise DeadlockError(f"rank {rank} runs {action} before {need.later(micro_batch)}")
+        if self._loading and kind is Kind.F and stage in self._ends and micro_batch not in self._loaded:
+            raise DeadlockError(f"rank {rank} runs {action} before it has loaded the micro-batch")
+        self._done[made, stage].add(micro_batch)
+        if kind is Kind.B:
+            self._pieces[stage, micro_batch] = []
+        elif kind is Kind.BW:
+            self._done[Kind.W, stage].add(micro_batch)
+
+    def _compute_weights(self, action: Pass) -> None:
+        """The pieces of a W run in turn, behind their B."""
+        stage, micro_batch, piece = action.stage, action.micro_batch, (action.piece, action.pieces)
+        done = self._pieces.get((stage, micro_batch))
+        if micro_batch in self._done[Kind.W, stage] or (done and piece in done):
+            raise DeadlockError(f"rank {self._rank} runs {action} twice")
+        if action.piece and (action.piece - 1, action.pieces) not in (done or []):
+            raise DeadlockError(f"rank {self._rank} runs {action} before {replace(action, piece=action.piece - 1)}")
+        if done is None:
+            raise DeadlockError(f"rank {self._rank} runs {action} before {Pass(Kind.B, stage, micro_batch)}")
+        done.append(piece)
+        if action.frees_activations:
+            self._done[Kind.W, stage].add(micro_batch)
+            del self._pieces[stage, micro_batch]
+
+    def _look_up(self, action: Pass) -> tuple[Channel | None, list[Pass]]:
+        """From where the action gets a message, and what it needs of this rank, for micro-batch 0."""
+        first, rank_of = Pass(action.kind, action.stage, 0), self._placement.rank_of
+        if rank_of(action.stage) != self._rank:
+            raise DeadlockError(f"rank {self._rank} runs {action}, but its stage is on rank {rank_of(action.stage)}")
+        message = message_into(first, self._placement)
+        needs = [need for need in dependencies(first, self._placement.last_stage, frozenset())
+                 if rank_of(need.stage) == self._rank]
+        found = self._needs[action.kind, action.stage] = (message.channel if message else None), needs
+        return found
+
+    def state(self, start: int) -> Hashable:
+        """As `run_through` wants it."""
+        messages = [frozenset(message.later(-start) for message in each)
+                    for each in (*self._started.values(), self._received)]
+        done = frozenset((key, each.counted_from(start)) for key, each in self._done.items())
+        pieces = frozenset((stage, micro_batch - start, *each) for (stage, micro_batch), each in self._pieces.items())
+        return *messages, done, pieces, self._loaded.counted_from(start if 0 in self._loaded else 0)
+
+    def end(self) -> None:
+        """DeadlockError for what is left."""
+        for message in self._started[Send]:
+            raise DeadlockError(f"rank {self._rank} never waits for its send of {message}")
+        for message in self._started[PostReceive]:
+            raise DeadlockError(f"rank {self._rank} never waits for its receive of {message}")
+        for message in self._received:
+            raise DeadlockError(f"rank {self._rank} receives {message}, but never runs {message.taker}")
 
 
 # -- [2] each communicator
 
 
-class _Direction:
-    """One direction of a communicator in the run of [3]: how many of its messages are sent, have a receive, and have
-    arrived.
-
-    `queues` are those of the communicator at either end: directions of started operations, in the order of their start.
-    """
-
-    __slots__ = ("number", "queues", "received", "sent", "through")
-
-    def __init__(self, messages: Sequence[Message], queues: tuple[deque[_Direction], deque[_Direction]]) -> None:
-        self.number = {message: number for number, message in enumerate(messages)}
-        self.queues = queues
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to before the first message."""
-        self.sent = self.received = self.through = 0
-        for queue in self.queues:
-            queue.clear()
+# One direction of a communicator: source, target, and what its channels share.
+_Place = tuple[int, int, Hashable]
 
 
-def _check_communicators(programs: Sequence[Program],
-                         communicator: Callable[[Channel], Hashable]) -> dict[Channel, _Direction]:
-    sent: dict[tuple[int, int, Hashable], list[Message]] = defaultdict(list)
-    posted: dict[tuple[int, int, Hashable], list[Message]] = defaultdict(list)
-    places: dict[Channel, tuple[int, int, Hashable]] = {}
-    for program in programs:
-        for step in program:
-            if isinstance(step, (Send, PostReceive)):
-                channel = step.message.channel
-                place = places.get(channel)
-                if place is None:
-                    place = places[channel] = channel.source, channel.target, communicator(channel)
-                (sent if isinstance(step, Send) else posted)[place].append(step.message)
-    queues: dict[tuple[int, Hashable], deque[_Direction]] = defaultdict(deque)
-    directions = {}
-    for source, target, shared in sorted(sent.keys() | posted.keys(), key=lambda place: place[:2]):
-        place = source, target, shared
-        for number, (out, into) in enumerate(zip_longest(sent[place], posted[place])):
-            if out is None or into is None:
-                raise DeadlockError(f"messages {source}->{target}: {out or into} is "
-                                    f"{'received' if out is None else 'sent'} by one end only; {len(sent[place])} "
-                                    f"messages are sent and {len(posted[place])} received")
-            if out != into:
-                raise DeadlockError(f"messages {source}->{target}: number {number} is sent as {out} and received as "
-                                    f"{into}")
-        twice = [message for message, times in Counter(sent[place]).items() if times > 1]
-        if twice:
-            raise DeadlockError(f"messages {source}->{target}: {twice[0]} is sent twice")
-        directions[place] = _Direction(sent[place], (queues[source, shared], queues[target, shared]))
-    return {channel: directions[place] for channel, place in places.items()}
+class _Sequence:
+    """The messages of one direction of a communicator, as either end starts them."""
+
+    def __init__(self) -> None:
+        self.counts = {Send: 0, PostReceive: 0}
+        # What one end has started and the other hasn't, yet.
+        self.ahead: deque[Message] = deque()
+        self.first: type[Step] = Send
+        self.seen: dict[tuple[Channel, int], _MicroBatches] = defaultdict(_MicroBatches)
+        self.failure: str | None = None
+
+    def start(self, step: Send | PostReceive) -> None:
+        """One end's next message."""
+        message, end = step.message, type(step)
+        if end is Send:
+            seen = self.seen[message.channel, message.stage]
+            if message.micro_batch in seen:
+                self.failure = self.failure or f"{message} is sent twice"
+            seen.add(message.micro_batch)
+        if self.ahead and end is not self.first:
+            other = self.ahead.popleft()
+            if other != message:
+                out, into = (message, other) if end is Send else (other, message)
+                self.failure = self.failure or f"number {self.counts[end]} is sent as {out} and received as {into}"
+        else:
+            self.first = end
+            self.ahead.append(message)
+        self.counts[end] += 1
+
+
+class _Sequences:
+    """Those of all communicators."""
+
+    def __init__(self, communicator: Callable[[Channel], Hashable]) -> None:
+        self._communicator = communicator
+        self._of_channel: dict[Channel, _Sequence] = {}
+        self._every: dict[_Place, _Sequence] = defaultdict(_Sequence)
+
+    def run(self, parts: Sequence[Sequence[Step]]) -> None:
+        """Take in some steps of all ranks."""
+        for part in parts:
+            for step in part:
+                if isinstance(step, (Send, PostReceive)):
+                    channel = step.message.channel
+                    found = self._of_channel.get(channel)
+                    if found is None:
+                        place = channel.source, channel.target, self._communicator(channel)
+                        found = self._of_channel[channel] = self._every[place]
+                    found.start(step)
+
+    def state(self, start: int) -> Hashable:
+        """As `run_through` wants it."""
+        return tuple((place, each.first if each.ahead else None, tuple(message.later(-start) for message in each.ahead),
+                      tuple((of, micro_batches.counted_from(start)) for of, micro_batches in each.seen.items()))
+                     for place, each in self._every.items())
+
+    def end(self) -> None:
+        """DeadlockError for sequences that differ."""
+        for (source, target, _), each in sorted(self._every.items(), key=lambda entry: entry[0][:2]):
+            if each.failure is None and each.ahead:
+                each.failure = (f"{each.ahead[0]} is {'sent' if each.first is Send else 'received'} by one end only; "
+                                f"{each.counts[Send]} messages are sent and {each.counts[PostReceive]} received")
+            if each.failure is not None:
+                raise DeadlockError(f"messages {source}->{target}: {each.failure}")
 
 
 # -- [3] all programs together
 
 
-class _Action:
-    """A step of communication, with its message's direction and the number on it."""
+class _Direction:
+    """One direction of a communicator: how many of its messages are sent, have a receive, and have
+    arrived.
 
-    __slots__ = ("direction", "kind", "number", "step")
+    `queues` are those of the communicator at either end: directions of started operations, in the order of their start.
+    """
 
-    def __init__(self, step: Send | PostReceive | AwaitSend | AwaitReceive, direction: _Direction) -> None:
-        self.step: Step = step
-        self.kind = type(step)
-        self.direction = direction
-        self.number = direction.number[step.message]
+    __slots__ = ("coming", "queues", "received", "sent", "through")
 
-
-def _run_together(actions: Sequence[Sequence[_Action]], receives: Receives) -> None:
-    places = [0] * len(actions)
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(actions):
-            place = before = places[rank]
-            while place < len(program) and _act(program[place], receives):
-                place += 1
-            places[rank] = place
-            moved |= place > before
-    stuck = [f"rank {rank} at {program[place].step}" for rank, (program, place) in enumerate(zip(actions, places))
-             if place < len(program)]
-    if stuck:
-        raise DeadlockError(f"deadlock ({receives.value}): " + "; ".join(stuck))
+    def __init__(self, queues: tuple[deque[_Direction], deque[_Direction]]) -> None:
+        self.queues = queues
+        self.sent = self.received = self.through = 0
+        # How many of its messages the steps taken in send and post.
+        self.coming = {Send: 0, PostReceive: 0}
 
 
-def _act(action: _Action, receives: Receives) -> bool:
-    """Do `action`, or return False if it has to wait."""
-    kind, direction = action.kind, action.direction
-    if kind is Send:
-        direction.sent += 1
-        _start(direction, 0)
-        return True
-    if kind is PostReceive:
-        if receives is Receives.EARLY:
-            direction.received += 1
-            _start(direction, 1)
-        return True
-    if kind is AwaitReceive:
-        # The runtime starts what was posted before the message on its communicator, too.
-        while direction.received <= action.number:
-            direction.received += 1
-            _start(direction, 1)
-    return direction.through > action.number
+# A step of communication, with its message's direction and the number on it.
+_Action = tuple[MessageStep, _Direction, int]
 
 
-def _start(direction: _Direction, end: int) -> None:
-    """Start an operation at one end of `direction`; complete all operations that it unblocks."""
-    direction.queues[end].append(direction)
-    candidates = [direction]
-    while candidates:
-        direction = candidates.pop()
-        source, target = direction.queues
-        both = min(direction.sent, direction.received)
-        if direction.through < both and source[0] is direction and target[0] is direction:
-            source.popleft()
-            target.popleft()
-            direction.through += 1
-            candidates += [queue[0] for queue in (source, target) if queue]
+class _Together:
+    """All programs at once, under one rule for receives."""
 
+    def __init__(self, receives: Receives, communicator: Callable[[Channel], Hashable]) -> None:
+        self._receives, self._communicator = receives, communicator
+        self._of_channel: dict[Channel, _Direction] = {}
+        self._directions: dict[_Place, _Direction] = {}
+        self._queues: dict[tuple[int, Hashable], deque[_Direction]] = defaultdict(deque)
+        # The numbers of messages that are started and not waited for, by whether they are sent.
+        self._numbers: dict[tuple[bool, Message], int] = {}
 
-# -- [4] what is passed on
+    def run(self, parts: Sequence[Sequence[Step]]) -> None:
+        """Run some steps of all ranks to their end; DeadlockError where they get stuck."""
+        actions = [self._numbered(part) for part in parts]
+        places = [0] * len(actions)
+        moved = True
+        while moved:
+            moved = False
+            for rank, program in enumerate(actions):
+                place = before = places[rank]
+                while place < len(program) and self._act(*program[place]):
+                    place += 1
+                places[rank] = place
+                moved |= place > before
+        stuck = [f"rank {rank} at {program[place][0]}" for rank, (program, place) in enumerate(zip(actions, places))
+                 if place < len(program)]
+        if stuck:
+            raise DeadlockError(f"deadlock ({self._receives.value}): " + "; ".join(stuck))
 
+    def _numbered(self, part: Sequence[Step]) -> list[_Action]:
+        found: list[_Action] = []
+        for step in part:
+            if isinstance(step, (Send, PostReceive)):
+                direction = self._of_channel.get(step.message.channel) or self._direction(step.message.channel)
+                number = self._numbers[isinstance(step, Send), step.message] = direction.coming[type(step)]
+                direction.coming[type(step)] += 1
+                found.append((step, direction, number))
+            elif isinstance(step, (AwaitSend, AwaitReceive)):
+                number = self._numbers.pop((isinstance(step, AwaitSend), step.message))
+                found.append((step, self._of_channel[step.message.channel], number))
+        return found
 
-def _check_passed_on(rank: int, program: Program, placement: Placement, loading: bool) -> None:
-    done: set[Pass] = set()
-    loaded: set[int] = set()
-    ends = (0, placement.last_stage)
-    for step in program:
-        if isinstance(step, Run):
-            action = step.action
-            if loading and action.kind is Kind.F and action.stage in ends and action.micro_batch not in loaded:
-                raise DeadlockError(f"rank {rank} runs {action} before it has loaded the micro-batch")
-            done.add(action)
-        elif isinstance(step, Send):
-            maker = step.message.maker
-            if placement.rank_of(maker.stage) != rank:
-                raise DeadlockError(f"rank {rank} sends {step.message}, but stage {maker.stage} is on rank "
-                                    f"{placement.rank_of(maker.stage)}")
-            if not _is_done(maker, done):
-                raise DeadlockError(f"rank {rank} sends {step.message} before {maker} has made it")
-        elif isinstance(step, Load):
-            if step.micro_batch in loaded:
-                raise DeadlockError(f"rank {rank} loads micro-batch {step.micro_batch} twice")
-            loaded.add(step.micro_batch)
-    for step in program:
-        if isinstance(step, AwaitReceive) and not _is_done(step.message.taker, done):
-            raise DeadlockError(f"rank {rank} receives {step.message}, but never runs {step.message.taker}")
+    def _direction(self, channel: Channel) -> _Direction:
+        shared = self._communicator(channel)
+        place = channel.source, channel.target, shared
+        if place not in self._directions:
+            ends = self._queues[channel.source, shared], self._queues[channel.target, shared]
+            self._directions[place] = _Direction(ends)
+        self._of_channel[channel] = self._directions[place]
+        return self._directions[place]
+
+    def _act(self, step: MessageStep, direction: _Direction, number: int) -> bool:
+        """Do `step`, or return False if it has to wait."""
+        kind = type(step)
+        if kind is Send:
+            direction.sent += 1
+            self._start(direction, 0)
+            return True
+        if kind is PostReceive:
+            if self._receives is Receives.EARLY:
+                direction.received += 1
+                self._start(direction, 1)
+            return True
+        if kind is AwaitReceive:
+            # The runtime starts what was posted before the message on its communicator, too.
+            while direction.received <= number:
+                direction.received += 1
+                self._start(direction, 1)
+        return direction.through > number
+
+    def _start(self, direction: _Direction, end: int) -> None:
+        """Start an operation at one end of `direction`; complete all operations that it unblocks."""
+        direction.queues[end].append(direction)
+        candidates = [direction]
+        while candidates:
+            direction = candidates.pop()
+            source, target = direction.queues
+            both = min(direction.sent, direction.received)
+            if direction.through < both and source[0] is direction and target[0] is direction:
+                source.popleft()
+                target.popleft()
+                direction.through += 1
+                candidates += [queue[0] for queue in (source, target) if queue]
+
+    def state(self, start: int) -> Hashable:
+        """As `run_through` wants it."""
+        directions = list(self._directions.values())
+        counts = tuple(tuple(count - each.through for count in (each.sent, each.received, *each.coming.values()))
+                       for each in directions)
+        numbers = {direction: number for number, direction in enumerate(directions)}
+        queues = tuple(tuple(numbers[direction] for direction in queue) for queue in self._queues.values())
+        started = frozenset((sent, message.later(-start), number - self._of_channel[message.channel].through)
+                            for (sent, message), number in self._numbers.items())
+        return counts, queues, started

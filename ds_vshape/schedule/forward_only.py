@@ -12,6 +12,7 @@ from __future__ import annotations
 from ds_vshape.schedule.passes import F, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.steady_state import extended
 
 
 def forward_only(placement: Placement, micro_batches: int) -> Schedule:
@@ -22,6 +23,12 @@ def forward_only(placement: Placement, micro_batches: int) -> Schedule:
     """
     if micro_batches < 1:
         raise ValueError(f"a batch needs at least 1 micro-batch, not {micro_batches}")
+    # On a ring of ranks forwards come in groups.
+    interval = placement.ranks if placement.name == "interleaved" else 1
+    return extended(lambda few: _forward_only(placement, few), micro_batches, 2 * placement.stages, interval)
+
+
+def _forward_only(placement: Placement, micro_batches: int) -> Schedule:
     orders: list[list[Pass]] = [[] for _ in range(placement.ranks)]
     # done[s] counts the forwards of stage s; the entry at the end is stage -1, the data: all there from the start.
     done = [0] * placement.stages + [micro_batches]

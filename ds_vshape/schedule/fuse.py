@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
+from ds_vshape.schedule.steady_state import changed
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
 
@@ -50,12 +51,20 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
 
 def unfused(schedule: Schedule) -> Schedule:
     """`schedule` with every BW as B and its W behind it, so that each of them can be timed."""
+    return changed(schedule, _unfused)
+
+
+def _unfused(schedule: Schedule) -> Schedule:
     return schedule.with_orders(tuple(
         tuple(part for action in order for part in _parts(action)) for order in schedule.orders))
 
 
 def with_whole_backwards(schedule: Schedule) -> Schedule:
     """`schedule` with every B as BW and no W: the same order of everything else."""
+    return changed(schedule, _with_whole_backwards)
+
+
+def _with_whole_backwards(schedule: Schedule) -> Schedule:
     return schedule.with_orders(tuple(
         tuple(Pass(Kind.BW, action.stage, action.micro_batch) if action.kind is Kind.B else action
               for action in order if action.kind is not Kind.W) for order in schedule.orders))

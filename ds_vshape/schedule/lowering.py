@@ -39,7 +39,8 @@ from typing import NamedTuple
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.repeated import Repeated, later
+from ds_vshape.schedule.schedule import Order, Schedule
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.schedule.vector_clocks import VectorClocks
 
@@ -86,6 +87,10 @@ class Message(NamedTuple):
     stage: int
     micro_batch: int
 
+    def later(self, micro_batches: int) -> Message:
+        """The same for a later micro-batch."""
+        return Message(self.channel, self.stage, self.micro_batch + micro_batches)
+
     @property
     def taker(self) -> Pass:
         """The pass that it goes into; B for a whole backward too."""
@@ -108,13 +113,19 @@ class Load:
 
     micro_batch: int
 
+    def later(self, micro_batches: int) -> Load:
+        """The same for a later micro-batch, as all steps have it."""
+        return Load(self.micro_batch + micro_batches)
+
 
 @dataclass(frozen=True)
 class Run:
-    """Compute a pass; `split` tells whether its micro-batch's backward on this stage comes as B and W."""
+    """Compute a pass."""
 
     action: Pass
-    split: bool
+
+    def later(self, micro_batches: int) -> Run:
+        return Run(self.action.later(micro_batches))
 
 
 @dataclass(frozen=True)
@@ -123,12 +134,18 @@ class PostReceive:
 
     message: Message
 
+    def later(self, micro_batches: int) -> PostReceive:
+        return PostReceive(self.message.later(micro_batches))
+
 
 @dataclass(frozen=True)
 class AwaitReceive:
     """Wait until the message is there."""
 
     message: Message
+
+    def later(self, micro_batches: int) -> AwaitReceive:
+        return AwaitReceive(self.message.later(micro_batches))
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,9 @@ class Send:
 
     message: Message
 
+    def later(self, micro_batches: int) -> Send:
+        return Send(self.message.later(micro_batches))
+
 
 @dataclass(frozen=True)
 class AwaitSend:
@@ -144,14 +164,25 @@ class AwaitSend:
 
     message: Message
 
+    def later(self, micro_batches: int) -> AwaitSend:
+        return AwaitSend(self.message.later(micro_batches))
+
 
 @dataclass(frozen=True)
 class ShareLoss:
     """Start to tell all ranks the loss of the batch; doesn't wait."""
 
+    def later(self, micro_batches: int) -> ShareLoss:
+        return self
 
-Step = Load | Run | PostReceive | AwaitReceive | Send | AwaitSend | ShareLoss
-Program = tuple[Step, ...]
+
+MessageStep = PostReceive | AwaitReceive | Send | AwaitSend
+Step = Load | Run | MessageStep | ShareLoss
+# A tuple, or a Repeated where the schedule is for many micro-batches.
+Program = Sequence[Step]
+
+# The steps of a rank: for each of its passes those before it, itself, and those after it; then what is left.
+_Groups = list[list[Step]]
 
 # Start or end of a pass: by the given times, then by equal ones.
 _Moment = tuple[float, float]
@@ -194,11 +225,48 @@ class _Transfer(NamedTuple):
 
 
 def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
-    """The programs of all ranks.
+    """The programs of all ranks; where the middle of all orders repeats, so does the middle of all programs.
 
     `times` decide only how early a receive is posted and how late a send is released: whatever they are, the
     programs are right. All ranks must lower with the same ones. Raises ScheduleError if the schedule can't run.
     """
+    return _repeating(schedule, lambda few: _lowered(few, times))
+
+
+def lower_announced(schedule: Schedule, times: Times) -> tuple[Program, ...]:
+    """The programs of all ranks for a batch in which messages are announced: as `lower`'s, but with the posts where
+    they wait for nothing that comes later."""
+    return _repeating(schedule, lambda few: _lowered_announced(few, times))
+
+
+def _repeating(schedule: Schedule, lowered: Callable[[Schedule], Sequence[_Groups]]) -> tuple[Program, ...]:
+    """The programs of `schedule`, lowered with its middle as few times as show how its program goes on: until the last
+    of these times has the steps of the one before, on all ranks.
+    """
+    times = 1
+    while True:
+        every = lowered(schedule.with_repeats(times))
+        if times == schedule.repeats:
+            return tuple(tuple(_flat(groups)) for groups in every)
+        programs = [_repeated(groups, order, times) for groups, order in zip(every, schedule.orders)]
+        found = tuple(program for program in programs if program is not None)
+        if len(found) == len(programs):
+            return found
+        times = min(2 * times, schedule.repeats)
+
+
+def _repeated(groups: _Groups, order: Order, times: int) -> Program | None:
+    """The program of `order`, lowered with the order's body so many `times`; None if its steps don't repeat."""
+    assert isinstance(order, Repeated)
+    end, length = len(order.head) + times * len(order.body), len(order.body)
+    start, before = end - length, end - 2 * length
+    body = _flat(groups[start:end])
+    if before < 0 or body != list(later(_flat(groups[before:start]), order.interval)):
+        return None
+    return Repeated(_flat(groups[:start]), body, _flat(groups[end:]), order.times - times + 1, order.interval)
+
+
+def _lowered(schedule: Schedule, times: Times) -> Sequence[_Groups]:
     moments = _moments(schedule, times)
     transfers = list(_transfers(schedule))
     clocks = _clocks(schedule, transfers)
@@ -211,24 +279,22 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
         latest = min(needed_at, bisect.bisect_right(clocks.column(target, source), made_at))
         return min(max(running - 1, earliest), latest)
 
-    return _programs(schedule, moments, transfers, ahead)
+    return _groups(schedule, moments, transfers, ahead)
 
 
-def lower_announced(schedule: Schedule, times: Times) -> tuple[Program, ...]:
-    """The programs of all ranks for a batch in which messages are announced: as `lower`'s, but with the posts where
-    they wait for nothing that comes later."""
+def _lowered_announced(schedule: Schedule, times: Times) -> Sequence[_Groups]:
     moments = _moments(schedule, times)
 
     def once_sent(transfer: _Transfer) -> int:
         channel = transfer.message.channel
         return bisect.bisect_left(moments.starts[channel.target], moments.ends[channel.source][transfer.made_at])
 
-    return _programs(schedule, moments, list(_transfers(schedule)), once_sent)
+    return _groups(schedule, moments, list(_transfers(schedule)), once_sent)
 
 
-def _programs(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transfer],
-              posted_at: Callable[[_Transfer], int]) -> tuple[Program, ...]:
-    """The programs; `posted_at` gives the place of the pass of the receiver before which it posts."""
+def _groups(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transfer],
+            posted_at: Callable[[_Transfer], int]) -> list[_Groups]:
+    """The steps of each rank by its passes; `posted_at` gives the place of the pass before which the receiver posts."""
     starts, ends = moments
     before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
     after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
@@ -247,23 +313,25 @@ def _programs(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transf
     for rank, started in enumerate(starts):
         place = known_at + 1 if rank == of_loss else bisect.bisect_left(started, ends[of_loss][known_at])
         meeting[rank][place].append((ends[of_loss][known_at], ShareLoss()))
-    split = {(action.stage, action.micro_batch) for _, action in schedule.passes() if action.kind is Kind.W}
 
     def met(rank: int, place: int) -> list[Step]:
         return [step for _, step in sorted(meeting[rank][place], key=lambda entry: entry[0])]
 
-    programs = []
+    every = []
     for rank, order in enumerate(schedule.orders):
-        steps: list[Step] = []
+        groups = []
         for place, action in enumerate(order):
-            steps += met(rank, place)
-            steps += before[rank][place]
+            steps = [*met(rank, place), *before[rank][place]]
             if action.kind is Kind.F and _loads(action, schedule.placement):
                 steps.append(Load(action.micro_batch))
-            steps.append(Run(action, split=(action.stage, action.micro_batch) in split))
-            steps += after[rank][place]
-        programs.append(tuple([*steps, *met(rank, len(order)), *before[rank][len(order)]]))
-    return tuple(programs)
+            steps.append(Run(action))
+            groups.append(steps + after[rank][place])
+        every.append([*groups, [*met(rank, len(order)), *before[rank][len(order)]]])
+    return every
+
+
+def _flat(groups: _Groups) -> list[Step]:
+    return [step for steps in groups for step in steps]
 
 
 def _clocks(schedule: Schedule, transfers: Sequence[_Transfer]) -> VectorClocks:

@@ -29,6 +29,9 @@ class Kind(str, enum.Enum):
     W = "W"
     BW = "BW"
 
+    # Enum's own is a function in Python.
+    __hash__ = str.__hash__
+
     def __str__(self) -> str:
         return self.value
 
@@ -66,6 +69,10 @@ class Pass:
     def __repr__(self) -> str:
         piece = f"[{self.piece}/{self.pieces}]" if self.pieces != 1 else ""
         return f"{self.kind}{self.stage}.{self.micro_batch}{piece}"
+
+    def later(self, micro_batches: int) -> Pass:
+        """The same pass for a micro-batch that comes so many later."""
+        return Pass(self.kind, self.stage, self.micro_batch + micro_batches, self.piece, self.pieces)
 
     @property
     def frees_activations(self) -> bool:

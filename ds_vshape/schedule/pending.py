@@ -12,10 +12,9 @@ so: F leaves a layer's input alone, and what B leaves to W is many times as much
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
+from ds_vshape.schedule.steady_state import changed
 
 
 def with_few_pending(schedule: Schedule, most: int | None = None) -> Schedule:
@@ -26,7 +25,8 @@ def with_few_pending(schedule: Schedule, most: int | None = None) -> Schedule:
     after it on the rank may come later than before.
     """
     most = most or schedule.placement.stages // schedule.placement.ranks
-    return replace(schedule, orders=tuple(_with_few_pending(order, most) for order in schedule.orders))
+    return changed(schedule, lambda some: some.with_orders(tuple(_with_few_pending(order, most)
+                                                                 for order in some.orders)))
 
 
 def _with_few_pending(order: Order, most: int) -> Order:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.repeated import Repeated, times_of
 
-Order = tuple[Pass, ...]
+# A tuple, or a Repeated where the schedule is for many micro-batches.
+Order = Sequence[Pass]
 
 
 class ScheduleError(ValueError):
@@ -32,6 +34,19 @@ class Schedule:
         for rank, order in enumerate(self.orders):
             for action in order:
                 yield rank, action
+
+    @property
+    def repeats(self) -> int:
+        """How many times the middle of all orders repeats; 1 where none is known to."""
+        return times_of(self.orders)
+
+    def with_repeats(self, times: int) -> Schedule:
+        """This schedule for as many micro-batches as it has with its middle so many `times`."""
+        if times == self.repeats:
+            return self
+        orders = tuple(order.repeated(times) for order in self.orders if isinstance(order, Repeated))
+        micro_batches = self.micro_batches + (times - self.repeats) * orders[0].interval
+        return replace(self, orders=orders, micro_batches=micro_batches)
 
     def with_orders(self, orders: tuple[Order, ...]) -> Schedule:
         """This schedule with other orders."""
@@ -65,7 +80,17 @@ def check(schedule: Schedule) -> None:
     """Raise ScheduleError unless every stage runs every micro-batch once, on its own rank.
 
     Whether the orders can run to their end is for the simulator to find out (`timeline.simulate`).
+
+    Where the middle repeats, once and twice stand for all numbers of times. Be H what the heads run, B the bodies and R
+    the rest, and x' what comes an interval d of micro-batches later. If H + B + R is each of m micro-batches once, and
+    H + B + B' + R' each of m + d, then H + B - H' is the first d: with every further repeat it's these and the former
+    ones, d later.
     """
+    for times in range(1, min(schedule.repeats, 2) + 1):
+        _check(schedule.with_repeats(times))
+
+
+def _check(schedule: Schedule) -> None:
     placement = schedule.placement
     if len(schedule.orders) != placement.ranks:
         raise ScheduleError(f"{schedule.name} has orders for {len(schedule.orders)} ranks, but its placement has "

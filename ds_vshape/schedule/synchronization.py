@@ -7,7 +7,8 @@ allocator that is short of memory, the first launch of a kernel or a profiler sy
 host then waits for all of these, so none of them may wait for anything that this rank does from that pass on.
 
 The programs are run together once, each operation with a vector clock: how many passes of each rank must have ended
-before it completes. One run says it for all passes, since what an operation waits for doesn't depend on times.
+before it completes. One run says it for all passes, since what an operation waits for doesn't depend on times. What
+repeats is run until the clocks, counted from the passes done, are those of the repeat before (`repeated.run_through`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import numpy as np
 from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.deadlock import DeadlockError
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send,
-                                         ShareLoss)
+                                         ShareLoss, Step)
 from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.repeated import run_through
 from ds_vshape.schedule.vector_clocks import Clock
 
 
@@ -36,36 +38,18 @@ def check_synchronization(programs: Sequence[Program],
         programs: those of all ranks, which `deadlock.check` has accepted with the same `communicator`.
         communicator: which channels share one, as they do at runtime unless it is given.
     """
-    operations = _Operations(programs, communicator)
-    clocks = [np.zeros(len(programs), np.int32) for _ in programs]
-    places = [0] * len(programs)
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(programs):
-            clock = clocks[rank]
-            for step in program[places[rank]:]:
-                if isinstance(step, Run):
-                    clock[rank] += 1
-                elif isinstance(step, (Send, PostReceive)):
-                    operations.start(rank, step.message, clock.copy())
-                elif isinstance(step, ShareLoss):
-                    operations.share(rank, clock.copy())
-                elif isinstance(step, (AwaitSend, AwaitReceive)):
-                    completion = operations.completed.get(step.message)
-                    if completion is None:
-                        break
-                    np.maximum(clock, completion, out=clock)
-                places[rank] += 1
-                moved = True
+    operations = _Operations(len(programs), communicator)
+    run_through(programs, operations.run, operations.state)
 
 
 class _Operations:
     """Sends and receives that were started, and the clocks at which they completed."""
 
-    def __init__(self, programs: Sequence[Program], communicator: Callable[[Channel], Hashable]) -> None:
-        self.completed: dict[Message, Clock] = {}
-        self._passes = [[step.action for step in program if isinstance(step, Run)] for program in programs]
+    def __init__(self, ranks: int, communicator: Callable[[Channel], Hashable]) -> None:
+        # Of the ends that still wait for a completed message there are so many.
+        self._completed: dict[Message, tuple[Clock, int]] = {}
+        self._clocks = np.zeros((ranks, ranks), np.int32)
+        self._passes: list[list[Pass]] = [[] for _ in range(ranks)]
         self._communicator = communicator
         self._sharing: dict[int, Clock] = {}
         self._started: dict[tuple[int, Message], Clock] = {}
@@ -73,7 +57,51 @@ class _Operations:
         self._queues: dict[tuple[int, Hashable], deque[Message]] = defaultdict(deque)
         self._last: dict[tuple[int, Hashable], Clock] = {}
 
-    def start(self, rank: int, message: Message, clock: Clock) -> None:
+    def run(self, parts: Sequence[Sequence[Step]]) -> None:
+        """Run some steps of all ranks together."""
+        for passes, part in zip(self._passes, parts):
+            passes += [step.action for step in part if isinstance(step, Run)]
+        places = [0] * len(parts)
+        moved = True
+        while moved:
+            moved = False
+            for rank, part in enumerate(parts):
+                place = places[rank]
+                while place < len(part) and self._act(rank, part[place]):
+                    place += 1
+                moved |= place > places[rank]
+                places[rank] = place
+
+    def _act(self, rank: int, step: Step) -> bool:
+        """Do `step`, or return False if it has to wait."""
+        clock = self._clocks[rank]
+        if isinstance(step, Run):
+            clock[rank] += 1
+        elif isinstance(step, (Send, PostReceive)):
+            self._start(rank, step.message, clock.copy())
+        elif isinstance(step, ShareLoss):
+            self._share(rank, clock.copy())
+        elif isinstance(step, (AwaitSend, AwaitReceive)):
+            if step.message not in self._completed:
+                return False
+            completion, ends = self._completed.pop(step.message)
+            if ends > 1:
+                self._completed[step.message] = completion, ends - 1
+            np.maximum(clock, completion, out=clock)
+        return True
+
+    def state(self, start: int) -> object:
+        """As `run_through` wants it."""
+        done = self._clocks.diagonal()
+        clocks: list[tuple[Hashable, Clock]] = [
+            *((key, clock) for key, clock in self._last.items()),
+            *(((rank, message.later(-start)), clock) for (rank, message), clock in self._started.items()),
+            *(((message.later(-start), ends), clock) for message, (clock, ends) in self._completed.items()),
+            *enumerate(self._clocks), *((("loss", rank), clock) for rank, clock in self._sharing.items())]
+        queues = tuple((end, tuple(message.later(-start) for message in queue)) for end, queue in self._queues.items())
+        return queues, {key: (clock - done).tobytes() for key, clock in clocks}
+
+    def _start(self, rank: int, message: Message, clock: Clock) -> None:
         """Start `rank`'s end of `message`, and complete all that is set free."""
         self._started[rank, message] = clock
         self._queues[rank, self._communicator(message.channel)].append(message)
@@ -94,9 +122,9 @@ class _Operations:
         for end in ends:
             self._queues[end].popleft()
             self._last[end] = completion
-        self.completed[message] = completion
+        self._completed[message] = completion, len(ends)
 
-    def share(self, rank: int, clock: Clock) -> None:
+    def _share(self, rank: int, clock: Clock) -> None:
         """Start `rank`'s part in sharing the loss, which completes once all ranks have."""
         self._sharing[rank] = clock
         if len(self._sharing) == len(self._passes):
@@ -106,6 +134,8 @@ class _Operations:
         """Raise DeadlockError if an operation, started by each rank at its clock, waits for a pass after that."""
         for rank, clock in starts.items():
             if completion[rank] > clock[rank]:
-                blocked: Pass = self._passes[rank][clock[rank]]
+                # What repeats is only taken in part by part.
+                passes, place = self._passes[rank], int(clock[rank])
+                blocked = passes[place] if place < len(passes) else f"the pass after {passes[-1]}"
                 raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
                                     f"{what}, which waits for that pass")

@@ -22,11 +22,10 @@ GRADIENT = Message(Channel(1, 0, Content.GRADIENT), 3, 6)
 
 @pytest.mark.parametrize("step, kind, buffer", [
     (Load(7), stock.LoadMicroBatch, (0, 7)),
-    (Run(F(4, 7), split=False), stock.ForwardPass, (4, 7)),
-    (Run(F(4, 7), split=True), instr.SplitForwardPass, (4, 7)),
-    (Run(BW(4, 7), split=False), stock.BackwardPass, (4, 7)),
-    (Run(B(4, 7), split=True), instr.InputGradPass, (4, 7)),
-    (Run(W(4, 7), split=True), instr.WeightGradPass, (4, 7)),
+    (Run(F(4, 7)), stock.ForwardPass, (4, 7)),
+    (Run(BW(4, 7)), stock.BackwardPass, (4, 7)),
+    (Run(B(4, 7)), instr.InputGradPass, (4, 7)),
+    (Run(W(4, 7)), instr.WeightGradPass, (4, 7)),
     (PostReceive(ACTIVATION), stock.RecvActivation, (4, 7)),
     (PostReceive(GRADIENT), stock.RecvGrad, (3, 6)),
     (AwaitReceive(ACTIVATION), instr.WaitActivation, (4, 7)),
@@ -114,7 +113,12 @@ def test_instructions_read_as_deepspeeds() -> None:
     assert isinstance(instr.InputGradPass(BufferId(0, 0)), stock.BufferOpInstruction)
 
 
-def test_a_half_without_its_other_half_is_no_instruction() -> None:
-    for action, split in ((B(0, 0), False), (W(0, 0), False), (BW(0, 0), True)):
-        with pytest.raises(KeyError):
-            evaluation_instructions((Run(action, split),))
+def test_a_forward_is_split_where_its_own_backward_is() -> None:
+    program = [Run(action) for action in (F(0, 0), F(1, 0), F(0, 1), BW(1, 0), B(0, 0), W(0, 0), BW(0, 1))]
+    forwards = [type(instruction) for instruction in evaluation_instructions(program)[:3]]
+    assert forwards == [instr.SplitForwardPass, stock.ForwardPass, stock.ForwardPass]
+
+
+def test_a_backward_that_is_whole_and_split_is_no_instruction() -> None:
+    with pytest.raises(KeyError):
+        evaluation_instructions((Run(B(0, 0)), Run(BW(0, 0))))

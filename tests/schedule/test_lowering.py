@@ -97,12 +97,10 @@ def sequences(programs: tuple[Program, ...], kind: type[Step]) -> dict[Channel, 
 @given(cases())
 def test_passes_keep_their_order_and_stand_between_their_messages(case: tuple[Schedule, Times]) -> None:
     schedule, times = case
-    split = {(action.stage, action.micro_batch) for _, action in schedule.passes() if action.kind is Kind.W}
     for order, program in zip(schedule.orders, lower(schedule, times), strict=True):
         assert tuple(step.action for step in program if isinstance(step, Run)) == order
         for number, step in enumerate(program):
             if isinstance(step, Run):
-                assert step.split == ((step.action.stage, step.action.micro_batch) in split)
                 need = message_into(step.action, schedule.placement)
                 assert need is None or AwaitReceive(need) in program[:number]
             if isinstance(step, Send):
@@ -187,7 +185,7 @@ def test_data_is_loaded_once_where_it_is_first_needed(schedule: Schedule) -> Non
         for number, step in enumerate(program):
             if isinstance(step, Load):
                 stage = 0 if schedule.placement.rank_of(0) == rank else schedule.placement.last_stage
-                assert program[number + 1] == Run(F(stage, step.micro_batch), program[number + 1].split)
+                assert program[number + 1] == Run(F(stage, step.micro_batch))
 
 
 def test_channels_are_those_that_messages_use() -> None:
