@@ -119,13 +119,14 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
     before_w: list[_Needs] = [((gradients[stage], 0.0),) for stage in stages]
     before_b: list[_Needs] = [*(((outputs[stage], 0.0), (gradients[stage + 1], delay))
                                 for stage, delay in enumerate(delays)), ((outputs[-1], 0.0),)]
-    spans: list[list[Span]] = [[] for _ in schedule.orders]
-    runnable = list(range(len(schedule.orders)))
+    orders = [tuple(order) for order in schedule.orders]
+    spans: list[list[Span]] = [[] for _ in orders]
+    runnable = list(range(len(orders)))
     while runnable:
         rank = runnable.pop()
         done = spans[rank]
         free = done[-1].end if done else 0.0
-        for action in schedule.orders[rank][len(done):]:
+        for action in orders[rank][len(done):]:
             stage, micro_batch = action.stage, action.micro_batch
             if action.kind is Kind.F:
                 needs, results = before_f[stage], outputs[stage]
@@ -151,7 +152,7 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
                 continue
             break
     stuck = [f"rank {rank} at {order[len(spans[rank])]}"
-             for rank, order in enumerate(schedule.orders) if len(spans[rank]) < len(order)]
+             for rank, order in enumerate(orders) if len(spans[rank]) < len(order)]
     if stuck:
         raise ScheduleError(f"{schedule.name} can't run: " + ", ".join(stuck) + " wait for each other")
     return Timeline(tuple(tuple(rank) for rank in spans))
