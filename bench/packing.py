@@ -12,7 +12,6 @@ is shown by tests/models/hugging_face/test_hugging_face_packed.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -27,6 +26,7 @@ for folder in ("tests/support", "launch"):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
+import record
 import torch
 import torch.distributed as dist
 from conversations import conversations
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--batches", type=int, default=2, help="of a contender's turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    record.add_json_option(parser)
     options = parser.parse_args()
     lengths = lengths_of(options.lengths, options.length)
     found = run_ranks(options.ranks, measure, lengths, options, timeout=3600)[0]
@@ -133,8 +133,7 @@ def main() -> None:
         table.add_row(name, *(f"{speed:.0f}" for speed in (statistics.median(speeds), min(speeds), max(speeds))),
                       f"{ratio:.2f}")
     Console(width=130).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    record.write(options.json, found)
 
 
 if __name__ == "__main__":

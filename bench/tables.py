@@ -12,6 +12,8 @@ from dataclasses import dataclass
 _SLEEPING = "--ranks 2 --layers 2 --micro-batches 8 --ms 1 1 1 --rounds 1"
 _TWO = f"{_SLEEPING} --contenders 1f1b v-half"
 _MEMORY = "--layers 2 --micro-batches 2 --hidden 64 --length 64 --contenders v-zb --checkpointing off"
+_PACKING = "--rounds 1 --batches 1 --length 64 --rows 2 --micro-batches 2 --layers 4 --hidden 32"
+_MIXED = "--ranks 2 --micro-batches 6 --sigma 0.7 --rounds 2 --schedules v-half"
 _HEAD = "--ranks 2 --layers 2 --micro-batches 2 --hidden 64 --length 64 --vocabulary 256"
 _PLAN = "--time-limit 1 --stages 8 --micro-batches 16"
 _PAPER = "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"
@@ -71,6 +73,12 @@ RUNS = [
     Run("consecutive", "bench/consecutive.py --batches 8 --rounds 2", f"{_SLEEPING} --batches 2"),
     Run("consecutive-24", "bench/consecutive.py --batches 24 --rounds 1", f"{_SLEEPING} --batches 2"),
     Run("consecutive-50ms", "bench/consecutive.py --batches 6 --rounds 1 --ms 50 50 50", f"{_SLEEPING} --batches 2"),
+    Run("packing", "bench/packing.py --rounds 8", _PACKING),
+    Run("packing-conversations", "bench/packing.py --lengths conversations", _PACKING),
+    Run("mixed-simulated", "bench/mixed_lengths.py --simulate --ranks 4 4 8 --micro-batches 8 16 32 --sigma 0.5 1 "
+                           "--rounds 30", _MIXED),
+    Run("mixed-sleeping", "bench/mixed_lengths.py --ms 60 60 60 --rounds 6 --schedules 1f1b v-half v-zb",
+        f"{_MIXED} --ms 1 1 1"),
     Run("memory", 'bench/memory.py --contenders "torch zbvzerobubble" 1f1b v-zb v-half v-min adaptive@0.75 '
                   'adaptive@0.5', _MEMORY),
     Run("memory-head", f"bench/memory.py --head whole {_BY_HEAD}", _HEAD),
