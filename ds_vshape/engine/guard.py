@@ -57,7 +57,8 @@ class BatchGuard:
     def fail(self, error: Exception, where: str) -> None:
         """Keep an error of this rank in `where`. PeerLost if tensor parallel peers haven't failed: they wait for it."""
         self.failure = self._agreement.failure(error, where)
-        self._watch.failure = str(self.failure)
+        # The others must hear of the cause, not of what follows from it.
+        self._watch.failure = None if self.failure.is_anothers else str(self.failure)
         self._peers.check_all_failed(self.failure)
 
     def abandon(self, instruction: instr.BufferOpInstruction) -> None:
@@ -102,7 +103,7 @@ class BatchGuard:
         """Raise on all ranks if step `number`, or what comes after it, has failed on one (step.py); collective."""
         if self.step.error is not None:
             failure = self._agreement.failure(self.step.error, "OptimizerStep")
-        with self._watch.failed(failure):
+        with self._watch.failed(None if failure is None or failure.is_anothers else failure):
             reached = self._agreement.reached(failure, self.step.reached)
         if reached is None:
             return

@@ -28,7 +28,6 @@ from deepspeed.utils import logger
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_vshape.comm.channels import Withdrawn
 from ds_vshape.config.section import KEY
 from ds_vshape.engine.batch_snapshot import BatchSnapshot
 from ds_vshape.engine.comparison import Difference, compare, tolerance, usual_size
@@ -223,7 +222,7 @@ class Verification:
         """This rank's report to the others, and a text about what differs."""
         failed = self._guard.failure is not None
         if failed or whole.failed:
-            own = whole.failure is not None and not isinstance(whole.failure.error, Withdrawn)
+            own = whole.failure is not None and not whole.failure.is_anothers
             text = f"the batch runs as scheduled, and fails with whole backwards: {whole.failure}" if own else None
             return _Report(failed, whole.failed, False, False, 0, 0, 0.0), text
         texts = [*self._differing_losses(whole.losses), *self._differing_gradients()]

@@ -47,9 +47,14 @@ class Failure:
     place: str
 
     @property
+    def is_anothers(self) -> bool:
+        """Whether it follows from another rank's failure."""
+        return isinstance(self.error, Withdrawn)
+
+    @property
     def state(self) -> _State:
         """What kind of failure it is."""
-        if isinstance(self.error, Withdrawn):
+        if self.is_anothers:
             return _State.WITHDRAWN
         return _State.OUT_OF_DATA if isinstance(self.error, StopIteration) else _State.FAILED
 

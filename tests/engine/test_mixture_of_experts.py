@@ -8,6 +8,7 @@ the hidden states, and the loss function adds them.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ds_vshape.checkpoint.errors import CheckpointError
+from ds_vshape.comm.channels import PeerLost
 from ds_vshape.config.section import ConfigError
 from ds_vshape.engine.engine import PipelineEngine
 
@@ -223,6 +225,37 @@ def test_what_cannot_be_trained_is_refused_on_every_rank() -> None:
     for too_many, *uneven in run_ranks(4, refused, jobs):
         assert "ep_size = 4: must divide the 2 data parallel ranks" in too_many
         assert all("2 on pipeline rank 0, 1 on pipeline rank 1" in told for told in uneven)
+
+
+# -- failures
+
+
+class Failing(Mixture):
+    """Fails on one rank alone, before it exchanges tokens: the other replica waits for these."""
+
+    forwards = 0
+
+    def forward(self, flow: Flow) -> Flow:
+        Failing.forwards += 1
+        if Failing.forwards == 2 and torch.distributed.get_rank() == 2:
+            raise ValueError("an unlikely token")
+        return super().forward(flow)
+
+
+def failed(rank: int) -> str:
+    job = Job({"name": "v-half", "timeout_seconds": 3}, 2, MICRO_BATCHES,
+              layers=layers(*(LayerSpec(Failing, REPLICAS) for _ in range(3))))
+    engine = job.engine(loss_fn=with_auxiliary)
+    with pytest.raises(PeerLost) as error:
+        engine.train_batch(data(engine, 0))
+    return str(error.value)
+
+
+def test_a_failure_before_an_exchange_of_tokens_ends_all_ranks_with_its_cause() -> None:
+    """Not with what follows from it on the first rank, which gets no activations."""
+    for told in run_ranks(4, failed, timeout=60):
+        assert re.search(r"pipeline rank 1 has failed \(replica 0, global rank 2.*ValueError: an unlikely token; "
+                         r"waiting for it: .*rank 3 in SplitForwardPass", told), told
 
 
 # -- checkpoints

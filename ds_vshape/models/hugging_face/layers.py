@@ -28,20 +28,44 @@ class Part(nn.Module):
 
 
 class Tokens(Part):
-    """Token ids to embeddings; passes on what comes with them."""
+    """Token ids to embeddings; passes on what comes with them.
+
+    Raises ValueError for inputs that no such model has; what is wrong in their numbers is told as torch tells an index
+    out of range: on a GPU by the device.
+    """
 
     def __init__(self, shared: Shared, packed: bool = False) -> None:
         super().__init__(shared, *shared.held(shared.planned.embedding))
         self._packed = packed
 
     def forward(self, inputs: Flow) -> Flow:
-        if isinstance(inputs, Tensor):
-            return self.module(inputs)  # type: ignore[no-any-return]
-        ids, *others = inputs
+        ids, *others = inputs if isinstance(inputs, tuple) else (inputs,)
+        self._check(ids, others)
+        embeddings: Tensor = self.module(ids)
+        if not others:
+            return embeddings
         if not self._packed:
             # Booleans take an eighth of the bytes to send; transformers accepts both.
             others[0] = others[0].bool()
-        return self.module(ids), *others
+        return embeddings, *others
+
+    def _check(self, ids: Tensor, others: list[Tensor]) -> None:
+        most, form = (1, "ids and position ids (packed = True)") if self._packed else (
+            2, "ids, ids and attention mask, or these two and position ids")
+        shapes = [list(tensor.shape) for tensor in (ids, *others)]
+        if (ids.dim() != 2 or not ids.numel() or any(shape != shapes[0] for shape in shapes) or len(others) > most
+                or self._packed and not others):
+            raise ValueError(f"the inputs of a micro-batch have the shapes {', '.join(map(str, shapes))}: must be "
+                             f"{form}, each [batch, length]")
+        tokens = self.shared.planned.config.vocab_size
+        # Beyond them, one part of the vocabulary or another one would give zeros.
+        torch._assert_async(((ids >= 0) & (ids < tokens)).all(),
+                            f"the ids of a micro-batch must be tokens, from 0 to {tokens - 1} (vocab_size = {tokens})")
+        if self._packed:
+            torch._assert_async((others[0][:, 0] == 0).all(), "packed = True: position ids must start at 0 in each row")
+        elif others:
+            torch._assert_async(((others[0] == 0) | (others[0] == 1)).all(),
+                                "an attention mask must hold 1 for tokens that count and 0 for others")
 
     def logits(self, flow: Flow) -> Flow:
         """The head, where it is tied to the embedding."""

@@ -9,6 +9,7 @@ The folder is one that all ranks see. What is written is what peft's PeftModel.f
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_vshape.models.hugging_face.weights import named_weights, on_all_ranks, shared_by
+from ds_vshape.models.hugging_face.weights import named_weights, on_all_ranks, reading, shared_by
 from ds_vshape.models.hugging_face.lora import Adapters
 
 try:
@@ -55,24 +56,31 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: for a folder without adapter_model.safetensors.
-        ValueError: if the model has no adapters, or others than `folder`.
+        ValueError: if the model has no adapters, or others than `folder`; on every rank, like any other error.
     """
     path, own, names = folder / SAFETENSORS_WEIGHTS_NAME, named_weights(module), _adapters(module).stored_names()
-    if not has_adapter(folder):
-        raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}")
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        stored = set(file.keys())
-        for others, what in ((names.keys() - stored, "lacks"), (stored - names.keys(), "holds besides the model's")):
-            if others:
-                raise ValueError(f"{path} {what} {len(others)} tensors, {min(others)} among them: do its adapters "
-                                 "belong to this model and this LoraConfig?")
-        for name, in_model in names.items():
-            if in_model not in own:
-                continue
-            tensor, weight = file.get_tensor(name), own[in_model]
-            if tensor.shape != weight.shape:
-                raise ValueError(f"{name} is {list(tensor.shape)} in {path}, and {list(weight.shape)} in the model")
-            weight.copy_(tensor)
+
+    def fill() -> None:
+        if not has_adapter(folder):
+            raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}")
+        with ExitStack() as opened, torch.no_grad():
+            with reading(path):
+                file = opened.enter_context(safe_open(path, framework="pt"))
+            stored = set(file.keys())
+            for others, what in ((names.keys() - stored, "lacks"),
+                                 (stored - names.keys(), "holds besides the model's")):
+                if others:
+                    raise ValueError(f"{path} {what} {len(others)} tensors, {min(others)} among them: do its adapters "
+                                     "belong to this model and this LoraConfig?")
+            for name, in_model in names.items():
+                if in_model not in own:
+                    continue
+                tensor, weight = file.get_tensor(name), own[in_model]
+                if tensor.shape != weight.shape:
+                    raise ValueError(f"{name} is {list(tensor.shape)} in {path}, and {list(weight.shape)} in the model")
+                weight.copy_(tensor)
+
+    on_all_ranks(fill, "load its adapters")
 
 
 def save_adapter(module: Any, source: Path, folder: Path) -> None:

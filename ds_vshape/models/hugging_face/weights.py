@@ -18,8 +18,8 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from ds_vshape.models.hugging_face.shared import Shared
 from ds_vshape.models.hugging_face.tensor_parallel import Cut
 
 try:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (Concatenate, MergeModulelist, WeightConverter, WeightRenaming,
@@ -62,14 +62,16 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: for a folder without safetensors.
+        ValueError: for a file that can't be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / INDEX).exists():
-            self._file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            with reading(folder / INDEX):
+                self._file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
         elif (folder / SINGLE_FILE).exists():
-            with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+            with reading(folder / SINGLE_FILE), safe_open(folder / SINGLE_FILE, framework="pt") as file:
                 self._file_of = dict.fromkeys(file.keys(), SINGLE_FILE)
         else:
             raise FileNotFoundError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX}")
@@ -83,7 +85,8 @@ class Checkpoint:
         """One tensor, or a share of it, and nothing else of its file, which `opened` keeps open."""
         path = self._file_of[name]
         if path not in self._open:
-            self._open[path] = opened.enter_context(safe_open(self.folder / path, framework="pt"))
+            with reading(self.folder / path):
+                self._open[path] = opened.enter_context(safe_open(self.folder / path, framework="pt"))
             opened.callback(self._open.pop, path)
         file = self._open[path]
         if cut is None:
@@ -92,6 +95,18 @@ class Checkpoint:
             return cut.take(file.get_slice(name))
         except ValueError as error:
             raise ValueError(f"{name} in {self.folder}: {error}") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around what reads `path` with safetensors or json, whose errors name no file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing, in which {path.parent / INDEX} says that tensors are") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} can't be read: {type(error).__name__}: {error}; must be a whole file as transformers "
+                         "writes it") from error
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -130,14 +145,15 @@ def load_weights(module: nn.Module, folder: Path) -> list[str]:
         ValueError: if tensors are missing, or have other shapes than the config says; on every rank, like any other
             error.
     """
+    of_ranks = on_all_ranks(partial(_fill, module, folder), "load its weights")
+    names = frozenset().union(*(names for names, _ in of_ranks))
+    taken = {source for _, sources in of_ranks for source in sources}
+    return sorted(name for name in names - taken if not name.endswith(_CONSTANTS))
+
+
+def _fill(module: nn.Module, folder: Path) -> tuple[frozenset[str], list[str]]:
+    """Fill this rank's layers; returns the tensors in `folder`, and those that it took."""
     checkpoint = Checkpoint(folder)
-    taken = {source for of_rank in on_all_ranks(partial(_fill, module, checkpoint), "load its weights")
-             for source in of_rank}
-    return sorted(name for name in checkpoint.names - taken if not name.endswith(_CONSTANTS))
-
-
-def _fill(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Fill this rank's layers; returns the tensors that it took."""
     weights, shared = _model_weights(module), shared_by(module)
     four_bit = shared.planned.four_bit
     of_state = {} if four_bit is None else _states_of_weights(checkpoint.names)
@@ -164,12 +180,28 @@ def _fill(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
                         raise ValueError(f"{name} is {found} in {checkpoint.folder}, its config.json says {wanted}")
                     weight.copy_(tensor)
                 missing.discard(name)
+        taken += _copy_of_tied(shared, checkpoint, weights, opened)
     if missing:
         raise ValueError(f"{checkpoint.folder} lacks {len(missing)} tensors, {min(missing)} among them: does its "
                          "config.json belong to these weights?")
     if shared.planned.adapters is not None:
         shared.planned.adapters.set_magnitudes(module)
-    return [*taken, *(name for source in taken for name in of_state.get(source, {}).values())]
+    return checkpoint.names, [*taken, *(name for source in taken for name in of_state.get(source, {}).values())]
+
+
+def _copy_of_tied(shared: Shared, checkpoint: Checkpoint, weights: Mapping[str, list[Tensor]],
+                  opened: ExitStack) -> list[str]:
+    """The head's weight in the files, where the embedding's is the head's; transformers would train it if it's another
+    one, so that is an error."""
+    planned = shared.planned
+    head, embedding = f"{planned.head}.weight", f"{planned.owner_name}.{planned.embedding}.weight"
+    if not planned.is_tied or head not in checkpoint.names or embedding not in weights:
+        return []
+    tensor = checkpoint.read(head, opened, shared.cut_of(embedding))
+    if not all(torch.equal(tensor.to(weight.dtype), weight) for weight in weights[embedding]):
+        raise ValueError(f"{head} in {checkpoint.folder} isn't {embedding}, and config.json says tie_word_embeddings = "
+                         "True: must be False there")
+    return [head]
 
 
 def _states_of_weights(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -313,6 +345,8 @@ def on_all_ranks(work: Callable[[], T], what: str) -> list[T]:
 
     `what` says after "couldn't" what was tried.
     """
+    if not dist.is_initialized():  # a process alone
+        return [work()]
     failed, own = None, None
     try:
         own = work()
