@@ -36,12 +36,14 @@ from tqdm import tqdm
 from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.layouts.gpt_costs import Shape, Speeds, TrainingCosts
 from ds_vshape.layouts.prediction import predict
+from ds_vshape.runtime.instructions import training_instructions
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import limits_at
 from ds_vshape.schedule.communicators import communicators
-from ds_vshape.schedule.lowering import Run, lower
+from ds_vshape.schedule.lowering import Run, lower, lower_announced
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
+from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times, simulate
 
 # "Pipeline Parallelism with Controllable Memory", section 4: the models.
@@ -215,11 +217,16 @@ def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
     moments = [time.process_time()]
     schedule = build(name, ranks, micro_batches)
     moments.append(time.process_time())
-    programs = lower(schedule, Times.uniform(schedule.placement.stages))
+    # The programs of batches in which messages are announced, as in the first one, and of all others.
+    times = Times.uniform(schedule.placement.stages)
+    both = lower_announced(schedule, times), lower(schedule, times)
     moments.append(time.process_time())
-    deadlock.check(programs, schedule.placement)
+    for programs in both:
+        deadlock.check(programs, schedule.placement)
+        check_synchronization(programs)
     moments.append(time.process_time())
     longest = max(programs, key=len)
+    training_instructions(longest)
     seconds = [end - start for start, end in zip(moments, moments[1:])]
     return PlanCost(name, ranks, micro_batches, *seconds,
                     1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), len(longest),
