@@ -85,6 +85,12 @@ optimizer: {lr: 2.0e-5}
     assert owned["pipeline_schedule"] == {"name": "v-min"}
 
 
+def test_the_example_is_legal() -> None:
+    example: Any = arguments(["--config", str(CONFIGS / "finetune-chat.yaml")])
+    assert example.checkpoints == Path(f"{example.output}-checkpoints")
+    assert example.ds_config["wandb"]["enabled"] and example.ds_config["zero_optimization"] == {"stage": 1}
+
+
 @pytest.mark.parametrize("words, told", [
     (["bathces=3"], "unknown key bathces = '3': did you mean 'batches'? Legal: model, output, "),
     (["batch.micro=3"], "unknown key batch.micro = '3': did you mean 'micro_batch'? Legal: micro_batch, micro_batches"),
