@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
                          ("2.up.weight/fp32.pt is missing",)),
     "a missing state": (lambda folder: (folder / "zero/2.up.weight/exp_avg.pt").unlink(),
                         ("2.up.weight/exp_avg.pt is missing",)),
-    "a cut state": (lambda folder: cut(folder / "zero/8.weight/exp_avg_sq.pt"), ("8.weight/is truncated",)),
+    "a cut state": (lambda folder: cut(folder / "zero/8.weight/exp_avg_sq.pt"), ("exp_avg_sq.pt is truncated",)),
     "a missing parameter": (lambda folder: shutil.rmtree(folder / "zero/2.up.weight"), ("2.up.weight/", "is missing")),
     "a cut state of the optimizer": (lambda folder: cut(folder / "zero/optimizer_state.pt"),
                                      ("optimizer_state.pt is truncated or damaged",)),
