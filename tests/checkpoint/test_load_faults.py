@@ -243,8 +243,8 @@ OF_ZERO: dict[str, Fault] = {
                                      ("zero_pp_rank_0_mp_rank_01_optim_states.pt can't be loaded: ValueError",)),
     "a shard without a version": (changed(SHARD, lambda state: state["optimizer_state_dict"].pop("ds_version")), none,
                                   options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "ds_version")),
-    "other replicas": (changed(STATES, lambda state: state.update(dp_world_size=3)), none, options(),
-                       ("world size of 3",)),
+    "shards of too few replicas": (changed(STATES, lambda state: state.update(dp_world_size=3)), none, options(),
+                                   ("is missing", "_mp_rank_01_optim_states.pt")),
     "a class in a shard": (changed(SHARD, lambda state: state.update(mine=Unknown())), none, options(),
                            ("mp_rank_01_optim_states.pt holds more than tensors", "Unknown")),
 }

@@ -81,7 +81,7 @@ FAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda folder: torch.save({"param": torch.zeros(3)}, folder / "zero/8.bias/fp32.pt"),
         ("8.bias/fp32.pt", "full param numel 3")),
     "a cut state file": (lambda folder: cut(folder / "mp_rank_00_model_states.pt"),
-                         ("mp_rank_00_model_states.pt is cut",)),
+                         ("mp_rank_00_model_states.pt is truncated or damaged",)),
     "an empty latest": (lambda folder: (folder.parent / "latest_universal").write_text(""),
                         ("latest_universal is empty",)),
     "no latest": (lambda folder: (folder.parent / "latest_universal").unlink(), ("latest_universal",)),
