@@ -30,6 +30,7 @@ from transformers import AutoConfig, get_scheduler
 import ds_vshape
 from ds_vshape.finetuning.batches import Rows, WindowRows
 from ds_vshape.finetuning.record import Record
+from ds_vshape.finetuning.settings import BATCHES
 from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batches_of
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss,
@@ -112,7 +113,7 @@ def start(args: argparse.Namespace, module: Any, rows: tuple[Rows, Rows]) -> tup
     """The engine that trains `module`, and how it trains on the first of `rows` and evaluates on the others
     (collective)."""
     batch = DeepSpeedConfig(args.ds_config, mpu=module.mpu()).train_batch_size
-    batches = args.batches if args.epochs is None else batches_of(args.epochs, len(rows[0]), batch)
+    batches = (args.batches or BATCHES) if args.epochs is None else batches_of(args.epochs, len(rows[0]), batch)
     schedule = args.learning_rate and partial(get_scheduler, args.learning_rate, num_training_steps=batches,
                                               num_warmup_steps=int(args.warmup * batches))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

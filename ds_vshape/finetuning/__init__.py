@@ -3,6 +3,7 @@
     settings.py     what a fine-tuning is told: one table
     composition.py  settings from overrides and configs, by hydra
     data.py         rows to train and to evaluate on, on every rank
+    formats.py      what a row of data may hold
     samples.py      files to token ids, and which of them are learned
     packing.py      which samples share a row
     pairs.py        preference pairs: files to rows

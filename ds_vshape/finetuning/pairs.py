@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ds_vshape.config.section import shown
 from ds_vshape.finetuning.batches import IDS, LEARNED, padded
 from ds_vshape.finetuning.data import first_rank_first, parts
+from ds_vshape.finetuning.formats import check_either
 from ds_vshape.finetuning.samples import read_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"
-_LEGAL = 'a text, or a list of messages {"role": ..., "content": ...}'
 
 
 class PairRows:
@@ -125,32 +126,17 @@ def _check(path: Path, rows: Iterable[Any]) -> None:
         form = form or {key: isinstance(row.get(key), list) for key in (PROMPT, CHOSEN, REJECTED)
                         if key != PROMPT or key in row}
         for key, is_conversation in form.items():
-            _check_value(where, key, row.get(key))
+            check_either(where, key, row.get(key))
             if isinstance(row[key], list) is not is_conversation:
                 raise ValueError(f"{where}: {key} is {_kind(row[key])}: must be as in row 1")
         if PROMPT not in form and row.get(PROMPT) is not None:
-            raise ValueError(f"{where}: {PROMPT} = {_shown(row[PROMPT])}: must be absent as in row 1")
+            raise ValueError(f"{where}: {PROMPT} = {shown(row[PROMPT])}: must be absent as in row 1")
         if form[CHOSEN] is not form[REJECTED] or form[CHOSEN] < form.get(PROMPT, False):
             key = REJECTED if form[CHOSEN] is not form[REJECTED] else PROMPT
             raise ValueError(f"{where}: {key} is {_kind(row[key])}: must be as {CHOSEN}, {_kind(row[CHOSEN])}")
         if form[CHOSEN] and not _with_prompt(row)[PROMPT]:
             raise ValueError(f"{where}: {CHOSEN} and {REJECTED} start with other messages: must start with the same "
                              f"ones, or have them in {PROMPT!r}")
-
-
-def _check_value(where: str, key: str, value: Any) -> None:
-    if isinstance(value, str):
-        return
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {key} = {_shown(value)}: must be {_LEGAL}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"{where}: {key} holds {_shown(message)}: must be {_LEGAL}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _kind(value: Any) -> str:

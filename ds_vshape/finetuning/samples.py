@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ds_vshape.finetuning.batches import IDS, LEARNED
+from ds_vshape.finetuning.formats import check_messages, check_text
 
 try:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -32,11 +33,14 @@ def read_rows(path: Path) -> Dataset:
     """The rows of a file or folder, as read_file says.
 
     Raises:
-        ValueError: as read_file does, and for rows that have no text and no messages.
+        ValueError: as read_file does, and for the first row that has no text, or no messages where it needs them.
     """
     rows = read_file(path)
     if not {TEXT, MESSAGES} & set(rows.column_names):
         raise ValueError(f"{path} has the columns {', '.join(rows.column_names)}: must have {TEXT!r} or {MESSAGES!r}")
+    key, check = (MESSAGES, check_messages) if MESSAGES in rows.column_names else (TEXT, check_text)
+    for number, row in enumerate(rows.select_columns([key]), 1):
+        check(f"{path}, row {number}", key, row[key])
     return rows
 
 
@@ -61,6 +65,8 @@ def read_file(path: Path) -> Dataset:
         except DatasetGenerationError as error:
             raise ValueError(f"{path} can't be read ({error.__cause__ or error}): each of its rows must be an object "
                              "with the same keys, and with values of the same types") from None
+        except (StopIteration, ValueError):  # what datasets raises for a file without rows
+            raise ValueError(f"{path} has no rows: must have at least one") from None
     else:
         raise ValueError(f"{path}: must be {_LEGAL}")
     return rows

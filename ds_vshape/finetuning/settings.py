@@ -18,6 +18,10 @@ from ds_vshape.layouts.rules import section_of
 
 Whole = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+# Of transformers' schedules those that need no more than warmup and the number of batches.
+RateSchedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"]
+# Enough for the loss to fall clearly.
+BATCHES = 30
 
 
 class Settings(Section):
@@ -32,11 +36,11 @@ class Settings(Section):
     validation: Path | None = Field(None, description="the same for evaluation (default: a twentieth of the data)")
     packed: bool = Field(False, description="several samples of the data in each row")
     length: AtLeastOne = Field(128, description="tokens in a row, at most")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="how often to train on the data, instead "
-                                                         "of batches")
-    batches: AtLeastOne = Field(30, description="the number of batches")
-    learning_rate: str | None = Field(None, description="linear, cosine or another one of transformers' schedules "
-                                      "(default: as the ds_config says)")
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="how often to train on the data, instead of batches")
+    batches: AtLeastOne | None = Field(None, description=f"the number of batches (default: {BATCHES}, without epochs)")
+    learning_rate: RateSchedule | None = Field(None, description="how it changes over all batches, linear, cosine or "
+                                               "another of transformers' schedules (default: as the ds_config says)")
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="its share of the batches")
     evaluate_every: Whole = Field(0, description="batches between evaluations (default: after the last one alone)")
     checkpoints: Path | None = Field(None, description="folder for checkpoints, from whose last one training goes on")
@@ -99,6 +103,8 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     for key, needed in _NEEDED.items():
         if getattr(settings, key) and not getattr(settings, needed):
             raise ConfigError(f"{key} = {_shown(getattr(settings, key))}: must come with {needed}")
+    if settings.epochs is not None and settings.batches is not None:
+        raise ConfigError(f"epochs = {settings.epochs} and batches = {settings.batches}: legal is one of the two")
     return settings
 
 

@@ -75,3 +75,30 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
                         ("others.jsonl", "has the columns question, answer: must have 'text' or 'messages'")]:
         with pytest.raises(ValueError, match=words):
             read_rows(tmp_path / name)
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize("rows, told", [
+    ([], "rows.jsonl has no rows: must have at least one"),
+    ([{"text": "a"}, {"text": None}], "rows.jsonl, row 2: text = None: must be a text"),
+    ([{"text": "a"}, {"txt": "b"}], "row 2: text = None: must be a text"),
+    ([{"text": 5}], "row 1: text = 5: must be a text"),
+    ([{"messages": [USER]}, {"messages": []}], r"row 2: messages = \[\]: must be a list of messages"),
+    ([{"messages": [USER]}, {"text": "a"}], "row 2: messages = None: must be a list of messages"),
+    ([{"messages": "a"}], "row 1: messages = 'a': must be a list of messages"),
+    ([{"messages": [{"from": "human", "value": "a"}]}], "row 1: messages holds {'from': .*}: must be a list"),
+    ([{"messages": [USER, {"role": "assistant"}]}], "row 1: messages holds {'role': 'assistant'.*}: must be a list"),
+])
+def test_a_row_without_what_it_needs_is_told(rows: list[dict[str, Any]], told: str, tmp_path: Path) -> None:
+    """Before anything is tokenized, with the row's number in its file."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=told):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_an_assistant_may_call_tools_without_words(tmp_path: Path) -> None:
+    rows = [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert len(read_rows(tmp_path / "rows.json")) == 1
