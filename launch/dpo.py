@@ -22,13 +22,13 @@ import torch.distributed
 from finetune import build, load, save, start
 from finetune_options import add_options, parsed
 from train_rank import start_distributed
-from transformers import AutoConfig
 
 from ds_vshape.finetuning.dpo import LOSS_TYPES, DPOLoss, disable_dropout
 from ds_vshape.finetuning.pairs import open_pairs
 from ds_vshape.finetuning.record import Record
 from ds_vshape.finetuning.reference import with_reference
 from ds_vshape.finetuning.training import Result, Training
+from ds_vshape.models.hugging_face.folder import read_config
 
 DESCRIPTION = ("Trains a Hugging Face model on preference pairs, by direct preference optimization, with a pipeline of "
                "all ranks. configs/finetune.yaml has the other keys.")
@@ -79,7 +79,7 @@ def train_on_pairs(args: argparse.Namespace) -> Result:
     record = Record(vars(args))
     if (ended := record.result()) is not None:
         return ended
-    config = AutoConfig.from_pretrained(args.model)
+    config = read_config(args.model)
     module = build(args, config, loss_of(args))
     load(args, module)
     disable_dropout(module)

@@ -25,7 +25,7 @@ from deepspeed.utils import logger
 from finetune_options import arguments
 from text import load_corpus, tokens_of
 from train_rank import start_distributed
-from transformers import AutoConfig, get_scheduler
+from transformers import get_scheduler
 
 import ds_vshape
 from ds_vshape.finetuning.batches import Rows, WindowRows
@@ -35,6 +35,7 @@ from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batche
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss,
                                            load_weights, next_token_loss, pipeline_layers, save_model)
+from ds_vshape.models.hugging_face.folder import read_config
 from ds_vshape.models.parallel_layers import tensor_group
 
 # Of text there is more to evaluate on than anyone waits for.
@@ -127,10 +128,10 @@ def finetune(args: argparse.Namespace) -> Result:
     record = Record(vars(args))
     if (ended := record.result()) is not None:
         return ended
-    config = AutoConfig.from_pretrained(args.model)
+    config = read_config(args.model)
     module = build(args, config)
     load(args, module)
-    engine, plan = start(args, module, rows_of(args, config.vocab_size))
+    engine, plan = start(args, module, rows_of(args, config.get_text_config().vocab_size))
     result = Training(engine, plan).run()
     record.write(result)
     save(args, engine.module, config)

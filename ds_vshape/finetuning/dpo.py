@@ -11,6 +11,7 @@ Losses and metrics are those of TRL's DPOTrainer (trl/trainer/dpo_trainer.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,8 @@ class DPOLoss:
 
     def __init__(self, group: Any = None, beta: float = 0.1, loss_type: str = "sigmoid",
                  label_smoothing: float = 0.0) -> None:
-        if not beta > 0:
-            raise ValueError(f"beta = {beta}: must be greater than 0")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta = {beta}: must be greater than 0, and finite")
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type = {loss_type!r}: must be one of {', '.join(LOSS_TYPES)}")
         if not 0 <= label_smoothing < 0.5:

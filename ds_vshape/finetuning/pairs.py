@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ds_vshape.config.section import shown
 from ds_vshape.finetuning.batches import IDS, LEARNED, padded
-from ds_vshape.finetuning.data import first_rank_first, parts
+from ds_vshape.finetuning.data import check_tokens, first_rank_first, open_tokenizer, padding_of, parts
 from ds_vshape.finetuning.formats import check_either
 from ds_vshape.finetuning.samples import read_file
 
@@ -82,12 +82,15 @@ def open_pairs(training: Path, validation: Path | None, model: Path, length: int
     `length`; otherwise as open_rows (data.py).
 
     Raises:
-        ValueError: for files and folders that can't be used, and for rows that aren't pairs.
+        ValueError: for files and folders that can't be used, for rows that aren't pairs, and for tokens that the
+            model doesn't have.
     """
     with first_rank_first():
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer, vocabulary = open_tokenizer(model)
         rows = [pairs_of(each, tokenizer, length + 1) for each in parts(training, validation, read_pairs)]
-    padding = tokenizer.pad_token_id or 0
+        for part in rows:
+            check_tokens(part, (PROMPT, CHOSEN, REJECTED), tokenizer, vocabulary)
+    padding = padding_of(tokenizer, vocabulary)
     return PairRows(rows[0], padding), PairRows(rows[1], padding)
 
 
@@ -106,13 +109,18 @@ def read_pairs(path: Path) -> Dataset:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: isn't JSON ({error}): must be an object with {CHOSEN!r}, "
-                                 f"{REJECTED!r} and perhaps {PROMPT!r}") from None
+    """What each line holds; datasets passes over empty ones and a byte order mark too."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} can't be read ({error}): must be UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, row {number}: isn't JSON ({error}): must be an object with {CHOSEN!r}, "
+                         f"{REJECTED!r} and perhaps {PROMPT!r}") from None
 
 
 def _check(path: Path, rows: Iterable[Any]) -> None:

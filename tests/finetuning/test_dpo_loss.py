@@ -78,6 +78,7 @@ def test_losses_are_those_of_trl(loss_type: str, smoothing: float, trained: Trai
 
 @pytest.mark.parametrize("arguments, told", [
     ({"beta": 0.0}, "beta = 0.0: must be greater than 0"),
+    ({"beta": float("inf")}, "beta = inf: must be greater than 0, and finite"),
     ({"loss_type": "dpo"}, "loss_type = 'dpo': must be one of sigmoid, robust, hinge"),
     ({"label_smoothing": 0.5}, "label_smoothing = 0.5: must be from 0 to less than 0.5"),
     ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing = 0.1: must be 0 with loss_type = 'ipo'"),

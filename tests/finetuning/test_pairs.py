@@ -107,6 +107,19 @@ def test_a_row_that_is_no_pair_is_named(lines: list[str], told: str, tmp_path: P
         read_pairs(path)
 
 
+def test_lines_are_read_as_those_of_texts(tmp_path: Path) -> None:
+    """Empty lines and a byte order mark are passed over."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"chosen": "a", "rejected": "b"}\n\n{"chosen": "c", "rejected": "d"}\n\n', encoding="utf-8-sig")
+    assert read_pairs(path)["chosen"] == ["a", "c"]
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl has no rows: must have at least one"):
+        read_pairs(path)
+    path.write_text('{"chosen": "a", "rejected": "b"}', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl can't be read .*: must be UTF-8"):
+        read_pairs(path)
+
+
 def test_other_files_are_checked_too(tmp_path: Path) -> None:
     Dataset.from_list([{"chosen": "a", "rejected": "b"}, {"chosen": "a"}]).to_parquet(str(tmp_path / "pairs.parquet"))
     with pytest.raises(ValueError, match=r"pairs\.parquet, row 2: rejected = None: must be a text"):

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ds_vshape.models.gpt import seed_layer
 from ds_vshape.models.hugging_face import CHECKPOINTABLE_LAYERS, PARTITION_METHOD, load_weights, pipeline_layers
+from ds_vshape.models.hugging_face.folder import read_config
 from ds_vshape.models.hugging_face.weights import named_weights
 from ds_vshape.plugin import PipelineModule
 
@@ -53,10 +54,7 @@ class Source:
     def __init__(self, model: Any) -> None:
         self._model = Path(model) if isinstance(model, str) else model
         if isinstance(self._model, Path):
-            if not (self._model / "config.json").is_file():
-                raise ValueError(f"model = {str(model)!r}: must be a folder with config.json and safetensors, as "
-                                 "huggingface_hub.snapshot_download gives it")
-            config = AutoConfig.from_pretrained(self._model)
+            config = read_config(self._model)
         elif isinstance(model, PreTrainedConfig):
             config = model
         elif isinstance(model, PreTrainedModel) and not getattr(model, "is_quantized", False):

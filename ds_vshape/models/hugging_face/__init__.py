@@ -6,6 +6,7 @@
     plan.py              which modules make which layer
     forward.py           what a model does around its layers, by its own forwards
     tensor_parallel.py   which ranks hold what of a layer, by transformers' plan; the loss over them
+    folder.py            the config of a model's folder
     weights.py           their weights, from and to safetensors
     layer_costs.py       what each layer costs, found on the meta device
     quantization.py      whether weights have 4 bits, by config.json or an argument
