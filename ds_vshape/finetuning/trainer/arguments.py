@@ -33,6 +33,15 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     # Of TRL's SFTConfig.
     "loss_type": (("nll",), "the loss of a pipeline is the cross-entropy of the next token"),
     "activation_offloading": ((False,), "a pipeline's schedule keeps memory low"),
+    "model_init_kwargs": ((None,), "each rank reads its own layers of the folder"),
+}
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# Of args.accelerator_config.
+_ACCELERATOR: dict[str, tuple[tuple[Any, ...], str]] = {
+    "dispatch_batches": ((None, False), "each rank draws the rows of its pipeline"),
+    "even_batches": ((True,), "all pipelines have as many micro-batches"),
+    "split_batches": ((False,), "a micro-batch belongs to one pipeline, with per_device_train_batch_size rows"),
+    "use_seedable_sampler": ((True,), "all ranks of a pipeline draw the same rows"),
 }
 # Of the constructor.
 _OBJECTS: dict[str, str] = {
@@ -63,12 +72,14 @@ def check_arguments(args: Any, others: Mapping[str, Any]) -> None:
     if any(word in optimizer for word in _OPTIMIZERS):
         raise ValueError(f"args.optim = {optimizer!r}: must be one that steps by gradients alone, for example "
                          "'adamw_torch'")
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError("args.accelerator_config.dispatch_batches = True: must be None or False; each rank draws the "
-                         "rows of its pipeline")
-    if not args.accelerator_config.use_seedable_sampler:
-        raise ValueError("args.accelerator_config.use_seedable_sampler = False: must be True; all ranks of a pipeline "
-                         "draw the same rows")
+    for name, (legal, why) in _ACCELERATOR.items():
+        value = getattr(args.accelerator_config, name)
+        if value not in legal:
+            raise ValueError(f"args.accelerator_config.{name} = {shown(value)}: must be "
+                             f"{' or '.join(map(repr, legal))}; {why}")
+    for name in _COUNTS:
+        if getattr(args, name) < 1:
+            raise ValueError(f"args.{name} = {shown(getattr(args, name))}: must be at least 1")
     recomputed_layers(args)
     for name, instead in _OBJECTS.items():
         if others.get(name) is not None:

@@ -103,10 +103,8 @@ class PipelineTrainer(Trainer):
         # Ranks of a pipeline have drawn different random numbers by now.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return prepare_data_loader(loader, settings.device, num_processes=self._replicas,
-                                   process_index=self._replica, split_batches=settings.split_batches,
-                                   put_on_device=True, rng_types=None, dispatch_batches=False,
-                                   even_batches=settings.even_batches,
-                                   use_seedable_sampler=settings.use_seedable_sampler, data_seed=seed,
+                                   process_index=self._replica, put_on_device=True, rng_types=None,
+                                   dispatch_batches=False, use_seedable_sampler=True, data_seed=seed,
                                    non_blocking=settings.non_blocking)
 
     @property
