@@ -81,9 +81,9 @@ def train_on_pairs(args: argparse.Namespace) -> Result:
         return ended
     config = read_config(args.model)
     module = build(args, config, loss_of(args))
+    pairs = open_pairs(args.data, args.validation, args.model, args.length)
     load(args, module)
     disable_dropout(module)
-    pairs = open_pairs(args.data, args.validation, args.model, args.length)
     engine, plan = start(args, module, pairs)
     # Before a checkpoint is loaded: its weights have been trained.
     with reference_of(args, engine.module):

@@ -130,8 +130,9 @@ def finetune(args: argparse.Namespace) -> Result:
         return ended
     config = read_config(args.model)
     module = build(args, config)
+    rows = rows_of(args, config.get_text_config().vocab_size)  # first, since its errors come sooner than weights
     load(args, module)
-    engine, plan = start(args, module, rows_of(args, config.get_text_config().vocab_size))
+    engine, plan = start(args, module, rows)
     result = Training(engine, plan).run()
     record.write(result)
     save(args, engine.module, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -128,6 +129,9 @@ def test_replicas_share_a_batch(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_what_is_wrong_with_data_is_told_on_every_rank(folder: Path, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before weights are looked for, which here aren't there either."""
+    shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(RanksFailed) as failed:
-        losses(folder, tmp_path, monkeypatch, "v-half", "--data", str(tmp_path / "none.jsonl"))
+        losses(folder, tmp_path, monkeypatch, "v-half", "--data", str(tmp_path / "none.jsonl"), "--model",
+               str(tmp_path / "model"))
     assert str(failed.value).count("none.jsonl isn't there: must be a file") >= 2
