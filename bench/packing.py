@@ -12,30 +12,29 @@ is shown by tests/models/hugging_face/test_hugging_face_packed.py.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import random
 import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-for folder in ("tests/support", "launch"):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import record
 import torch
 import torch.distributed as dist
-from conversations import conversations
 from datasets import Dataset
 from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
-from tiny_model import END, START, TOKENS, tiny_config
 from torch import Tensor
+from transformers import AutoConfig
 
 import ds_vshape
 from ds_vshape.finetuning.batches import IDS, LEARNED, MicroBatches, PackedRows, PaddedRows, Rows
@@ -44,6 +43,9 @@ from ds_vshape.split_backward.head import IGNORE_INDEX
 
 FIXED, LONGEST, PACKED = "padded to a fixed length", "padded to the longest", "packed"
 _SAMPLES = 4000
+TOKENS = 256
+# What a chat template writes around a question and its answer.
+_MARKS = 66
 
 
 class FixedRows(PaddedRows):
@@ -64,9 +66,24 @@ def lengths_of(kind: str, longest: int) -> list[int]:
     dice = random.Random(0)
     if kind == "lognormal":
         return [min(longest, max(2, round(dice.lognormvariate(4, 1)))) for _ in range(_SAMPLES)]
-    told = [sum(len(f"{START}{message['role']} {message['content']}{END} ".encode()) for message in messages)
-            for messages in conversations(Path(sysconfig.get_paths()["stdlib"]))]
-    return [min(longest, length) for length in dice.sample(told, min(_SAMPLES, len(told)))]
+    found = list(lengths_of_docstrings(Path(sysconfig.get_paths()["stdlib"])))
+    return [min(longest, length) for length in dice.sample(found, min(_SAMPLES, len(found)))]
+
+
+def lengths_of_docstrings(root: Path) -> Iterator[int]:
+    """Bytes of a question about each public function below `root` and of its docstring's first paragraph."""
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # of another version of Python
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+                answer = str(ast.get_docstring(node)).split("\n\n")[0]
+                question = f"What does {path.stem}.{node.name}({ast.unparse(node.args)}) do?"
+                yield _MARKS + len((question + answer).encode())
 
 
 def engine_of(packed: bool, dynamic: bool, options: argparse.Namespace) -> Any:
@@ -74,7 +91,10 @@ def engine_of(packed: bool, dynamic: bool, options: argparse.Namespace) -> Any:
     config = {"train_micro_batch_size_per_gpu": options.rows, "gradient_accumulation_steps": options.micro_batches,
               "optimizer": {"type": "SGD", "params": {"lr": 0.01}}, "steps_per_print": 10**9,
               "disable_python_gc": True, "pipeline_schedule": options.schedule}
-    model = tiny_config("llama", options.layers, options.hidden, max_position_embeddings=options.length)
+    model = AutoConfig.for_model("llama", vocab_size=TOKENS, num_hidden_layers=options.layers,
+                                 hidden_size=options.hidden, intermediate_size=3 * options.hidden,
+                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=options.length,
+                                 bos_token_id=None, eos_token_id=None, pad_token_id=None)
     module = ds_vshape.PipelineModule(pipeline_layers(model, packed=packed), num_stages=options.ranks, config=config,
                                       loss_fn=next_token_loss, partition_method=PARTITION_METHOD, dynamic_shape=dynamic)
     return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
@@ -111,7 +131,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--schedule", default="v-half")
     parser.add_argument("--lengths", choices=("lognormal", "conversations"), default="lognormal",
-                         help="with the parameters 4 and 1, or those of launch/conversations.py in bytes")
+                         help="with the parameters 4 and 1, or those of Python's functions and docstrings in bytes")
     parser.add_argument("--length", type=int, default=512, help="of a row, and the longest of a sample")
     parser.add_argument("--rows", type=int, default=8, help="of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4)

@@ -33,8 +33,8 @@ from ds_vshape.finetuning.record import Record
 from ds_vshape.finetuning.settings import BATCHES
 from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batches_of
 from ds_vshape.models.gpt import seed_layer
-from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss,
-                                           load_weights, next_token_loss, pipeline_layers, save_model)
+from ds_vshape.models.hugging_face import (CHECKPOINTABLE_LAYERS, PARTITION_METHOD, TensorParallelLoss, load_weights,
+                                           next_token_loss, pipeline_layers, save_model)
 from ds_vshape.models.hugging_face.folder import read_config
 from ds_vshape.models.parallel_layers import tensor_group
 
@@ -74,20 +74,15 @@ def build(args: argparse.Namespace, config: Any, loss: Callable[[Any], Any] = to
     group = tensor_group(topology) if args.tensor_parallel > 1 else None
     lora = None
     if args.lora is not None:
-        from ds_vshape.models.hugging_face.lora_files import read_config  # peft is an extra of its own
-        lora = read_config(args.lora)
+        from ds_vshape.models.hugging_face import lora_files  # peft is an extra of its own
+        lora = lora_files.read_config(args.lora)
     layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group, lora=lora,
                              packed=args.packed, chunked_head=args.chunked_head)
     # seed_layers: dropout then doesn't depend on the order of the passes.
-    return ds_vshape.PipelineModule(layers,
-                                    topology=topology,
-                                    loss_fn=loss(group),
-                                    partition_method=PARTITION_METHOD,
-                                    checkpointable_layers=CHECKPOINTABLE_LAYERS,
+    return ds_vshape.PipelineModule(layers, topology=topology, config=args.ds_config, loss_fn=loss(group),
+                                    partition_method=PARTITION_METHOD, checkpointable_layers=CHECKPOINTABLE_LAYERS,
                                     dynamic_shape=args.data is not None and not args.packed,
-                                    config=args.ds_config,
-                                    seed_layers=True,
-                                    seed_fn=seed_layer)
+                                    seed_layers=True, seed_fn=seed_layer)
 
 
 def load(args: argparse.Namespace, module: Any) -> None:
