@@ -278,7 +278,8 @@ def test_a_plan_of_the_users_own() -> None:
 @pytest.mark.parametrize("package, module", [("transformers", "hugging_face"),
                                              ("safetensors", "hugging_face.weights")])
 def test_a_missing_package_names_the_extra(package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith((f"{package}.", "ds_vshape.models."))]:
+    imported = [name for name in sys.modules if name.startswith((f"{package}.", "ds_vshape.models."))]
+    for name in sorted(imported, reverse=True):  # a folder's modules before the folder
         if name.startswith("ds_vshape"):  # the import sets it again
             monkeypatch.delattr(name)
         monkeypatch.delitem(sys.modules, name)
