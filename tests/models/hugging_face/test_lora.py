@@ -17,7 +17,7 @@ from hugging_face_models import (EVALUATED, Case, evaluate, model_config, pipeli
 from lora_models import (PREFIX, SETTINGS, SMALL, AdaptedCase, assert_trained_alike, costs_of_frozen_weights, saved,
                          size_of)
 from peft import IA3Config, LoraConfig, PeftModel
-from pipelines import BF16_ZERO1, Job
+from pipelines import BF16_ZERO1, FP32_ZERO1, Job
 from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny_model import save_tiny_model
@@ -203,6 +203,28 @@ def test_the_program_trains_new_adapters_and_goes_on_from_them(tmp_path: Path, m
     assert all(later < earlier for earlier, later in zip(*losses, strict=True)), "of the same batches"
     assert tensors_in(tmp_path / "first").keys() == tensors_in(tmp_path / "second").keys()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), str(adapter))
+
+
+@pytest.mark.slow
+def test_adapters_continue_on_another_number_of_replicas(tmp_path: Path) -> None:
+    """With ZeRO-1, two batches on two replicas and two on one are four on one, but for the order of a sum."""
+    source, settings = tmp_path / "source", tmp_path / "settings"
+    save_tiny_model(model_config("llama"), source)
+    LoraConfig(**SMALL).save_pretrained(str(settings))
+
+    def words(replicas: int, batches: int, name: str, checkpoints: str) -> list[str]:
+        config = tmp_path / f"{replicas}.json"
+        config.write_text(json.dumps(Job("v-half", 2, 4 // replicas, FP32_ZERO1).ds_config()))
+        return ["--model", str(source), "--output", str(tmp_path / name), "--text", str(Path(__file__).parents[1]),
+                "--batches", str(batches), "--length", "16", "--stages", "2", "--lora", str(settings),
+                "--deepspeed_config", str(config), "--checkpoints", str(tmp_path / checkpoints), "--save_every", "2"]
+
+    whole = run_ranks(2, run_finetune, words(1, 4, "whole", "of whole"))[0]
+    run_ranks(4, run_finetune, words(2, 2, "begun", "of parts"))
+    resumed = run_ranks(2, run_finetune, words(1, 4, "resumed", "of parts"))[0]
+    assert resumed == pytest.approx(whole[2:], rel=1e-5)
+    for name, weight in tensors_in(tmp_path / "whole").items():
+        torch.testing.assert_close(tensors_in(tmp_path / "resumed")[name], weight, rtol=1e-4, atol=1e-5)
 
 
 # -- what is refused
