@@ -24,9 +24,10 @@ Starts = NDArray[np.float64]
 
 
 def regular_orders(scheduler: ListScheduler, most: int) -> Iterator[NDArray[np.int64]]:
-    """Up to `most` orders [rank, place] that repeat such a block, within the limits; shorter blocks first.
+    """Up to `most` orders [rank, place] that repeat such a block; shorter blocks first.
 
-    None where B has to take W with it, or nothing takes time.
+    They keep the limits whenever a forward starts. Where a B leaves more than it frees, some may exceed them in
+    between, and left_shift refuses those. None where B has to take W with it, or nothing takes time.
     """
     if scheduler.fused or not scheduler.work:
         return

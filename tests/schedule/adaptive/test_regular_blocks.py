@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import gt
 from random import Random
 
 import numpy as np
@@ -22,11 +23,12 @@ from ds_vshape.schedule.timeline import simulate
 
 
 def runs(problem: Problem, most: int = 8) -> list[PolicyRun]:
-    """The regular blocks' runs; each is within the limits."""
+    """The regular blocks' runs; each is within the limits, but for some where a B leaves more than it frees."""
     scheduler = ListScheduler(problem)
     policy = Policy(np.zeros((problem.ranks, 6, problem.micro_batches, 1)), 0.0, scheduler.least_reserves)
     found = [scheduler.left_shift(orders, policy) for orders in regular_orders(scheduler, most)]
-    assert all(run is not None for run in found)
+    sizes = problem.activations
+    assert all(run is not None for run in found) or any(map(gt, sizes.after_backward, sizes.after_forward))
     return [run for run in found if run is not None]
 
 
