@@ -23,15 +23,18 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+
 import record
+from forks import fork
 from hosts import missing as missing_for_hosts
 from record import ROOT
 from rich.console import Console
@@ -73,7 +76,7 @@ def _run(run: Run, words: Sequence[str], folder: Path, interpreter: Interpreter,
     # Of a run before this one.
     file.unlink(missing_ok=True)
     began = time.monotonic()
-    status = _wait(_fork(interpreter, [*words, "--json", str(file)], log), limit)
+    status = _wait(fork(log, partial(_leader, interpreter, [*words, "--json", str(file)])), limit)
     seconds = time.monotonic() - began
     if status != 0:
         lines = log.read_text(errors="replace").split("\n")
@@ -102,31 +105,13 @@ def missing(words: Sequence[str]) -> str | None:
     return None
 
 
-def _fork(interpreter: Interpreter, words: Sequence[str], log: Path) -> int:
-    """Start `words` in the checkout, with one thread for each rank, as the leader of a session whose output goes to
-    `log`; the process's id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
-        os.chdir(ROOT)
-        os.environ["OMP_NUM_THREADS"] = "1"
-        status = interpreter(words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        # What the parent would do at its end is not this process's business.
-        os._exit(status)
+def _leader(interpreter: Interpreter, words: Sequence[str]) -> int:
+    """Run `words` in the checkout, with one thread for each rank, as the leader of a session."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return interpreter(words)
 
 
 def _new_interpreter(words: Sequence[str]) -> NoReturn:
@@ -183,7 +168,6 @@ def _ended(pid: int) -> int | None:
 
 def import_all() -> None:
     """What programs import, once for all that are forked."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import contenders  # noqa: F401
     import ranks  # noqa: F401

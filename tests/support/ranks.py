@@ -9,11 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 import torch._dynamo  # noqa: F401  (so does the first optimizer)
 import torch.distributed as dist
 from deepspeed.utils import logger
+from forks import fork
 
 # Building DeepSpeed's shared-memory collectives takes minutes on a fresh machine, and gloo does for tests.
 deepspeed.ops.__compatible_ops__ = {}
@@ -43,7 +43,8 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
     seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        children = {rank: _fork(rank, world, Path(folder), body, args) for rank in range(world)}
+        children = {rank: fork(Path(folder) / f"log{rank}", partial(_rank, rank, world, Path(folder), body, args))
+                    for rank in range(world)}
         late = _wait(list(children.values()), timeout)
         failures = [f"rank {rank} was still running after {timeout:g} s"
                     for rank, pid in children.items() if pid in late]
@@ -60,37 +61,20 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
         return results
 
 
-def _fork(rank: int, world: int, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        # DeepSpeed collects garbage often. What the parent made isn't garbage, and reading it would copy its pages.
-        gc.freeze()
-        log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)  # pytest has put others in their place
-        logger.setLevel("INFO")
-        torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-        deepspeed.init_distributed("gloo", verbose=False)
-        result = body(rank, *args)
-        torch.save(result, folder / f"draft{rank}")
-        os.replace(folder / f"draft{rank}", folder / f"result{rank}")
-        dist.barrier()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # No interpreter shutdown: the parent's atexit handlers and fixtures aren't this process's business.
-        os._exit(status)
+def _rank(rank: int, world: int, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Run `body` as a rank, and leave what it returns in `folder`; the exit status."""
+    # DeepSpeed collects garbage often. What the parent made isn't garbage, and reading it would copy its pages.
+    gc.freeze()
+    logger.setLevel("INFO")
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    deepspeed.init_distributed("gloo", verbose=False)
+    result = body(rank, *args)
+    torch.save(result, folder / f"draft{rank}")
+    os.replace(folder / f"draft{rank}", folder / f"result{rank}")
+    dist.barrier()
+    return 0
 
 
 def _wait(pids: list[int], timeout: float) -> set[int]:
