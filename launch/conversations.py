@@ -12,8 +12,9 @@ import argparse
 import ast
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from text import source_files
 from tqdm import tqdm
@@ -34,17 +35,18 @@ def conversations(root: Path) -> Iterator[list[dict[str, str]]]:
                        {"role": "assistant", "content": answer}]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_rows(rows_of: Callable[[Path], Iterable[dict[str, Any]]], description: str | None) -> None:
+    """What `rows_of` makes of a folder of sources, in the file that the command line names."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a .jsonl file to write")
     parser.add_argument("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]),
                         help="folder with .py files (default: Python's own standard library)")
     args = parser.parse_args()
     args.file.parent.mkdir(parents=True, exist_ok=True)
     with args.file.open("w", encoding="utf-8") as lines:
-        for messages in conversations(args.source):
-            lines.write(json.dumps({"messages": messages}) + "\n")
+        for row in rows_of(args.source):
+            lines.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    write_rows(lambda root: ({"messages": messages} for messages in conversations(root)), __doc__)

@@ -18,10 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch.distributed
-from finetune import build, load, save, start
+from finetune import build, load, run, save, start
 from finetune_options import add_options, parsed
-from train_rank import start_distributed
 
 from ds_vshape.finetuning.dpo import LOSS_TYPES, DPOLoss, disable_dropout
 from ds_vshape.finetuning.pairs import open_pairs
@@ -95,14 +93,5 @@ def train_on_pairs(args: argparse.Namespace) -> Result:
     return result
 
 
-def main() -> None:
-    args = arguments()
-    start_distributed()
-    result = train_on_pairs(args)
-    if args.result and torch.distributed.get_rank() == 0:
-        result.write(args.result)
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run(arguments(), train_on_pairs)

@@ -134,14 +134,14 @@ def finetune(args: argparse.Namespace) -> Result:
     return result
 
 
-def main() -> None:
-    args = arguments()
+def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], Result]) -> None:
+    """Run `train` as one of the launcher's ranks; rank 0 writes what it measured."""
     start_distributed()
-    result = finetune(args)
+    result = train(args)
     if args.result and torch.distributed.get_rank() == 0:
         result.write(args.result)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(arguments(), finetune)

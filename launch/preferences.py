@@ -8,14 +8,11 @@ first paragraph of its docstring, "rejected" that of another function.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversations import conversations
+from conversations import conversations, write_rows
 
 
 def preferences(root: Path) -> Iterator[dict[str, Any]]:
@@ -28,17 +25,5 @@ def preferences(root: Path) -> Iterator[dict[str, Any]]:
         other = answer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="a .jsonl file to write")
-    parser.add_argument("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]),
-                        help="folder with .py files (default: Python's own standard library)")
-    args = parser.parse_args()
-    args.file.parent.mkdir(parents=True, exist_ok=True)
-    with args.file.open("w", encoding="utf-8") as lines:
-        for pair in preferences(args.source):
-            lines.write(json.dumps(pair) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_rows(preferences, __doc__)

@@ -21,11 +21,9 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser
 
 from ds_vshape.finetuning import PipelineTrainer
 from ds_vshape.finetuning.batches import IDS, LEARNED
+from ds_vshape.finetuning.data import HELD_OUT, HELD_OUT_SEED
 from ds_vshape.finetuning.samples import read_rows, samples_of
 from ds_vshape.split_backward.head import IGNORE_INDEX
-
-# The share of the rows that is kept for evaluation.
-HELD_OUT, HELD_OUT_SEED = 0.05, 0
 
 
 @dataclass
