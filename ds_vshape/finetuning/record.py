@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_vshape.checkpoint.errors import replace_text
 from ds_vshape.config.section import load_ds_config
 from ds_vshape.finetuning.training import Result
 from ds_vshape.models.hugging_face import check_output
@@ -48,9 +49,8 @@ class Record:
         """To be called before the model is written."""
         if self._file and dist.get_rank() == 0:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._file.with_suffix(".draft")
-            draft.write_text(json.dumps({"settings": self._settings, "result": asdict(result)}, indent=2) + "\n")
-            draft.replace(self._file)
+            text = json.dumps({"settings": self._settings, "result": asdict(result)}, indent=2) + "\n"
+            replace_text(self._file, text, self._file.with_suffix(".draft"))
 
     def _found(self) -> dict[str, Any] | FileExistsError | None:
         try:

@@ -53,7 +53,8 @@ _OBJECTS: dict[str, str] = {
     "quantization_config": "launch/finetune.py --lora trains adapters on a quantized model",
 }
 _OPTIMIZERS = ("lomo", "adalomo", "schedule_free", "galore", "apollo", "layerwise")
-_RECOMPUTING = ("every_n_layers", "use_reentrant", "selective")
+# Of args.activation_checkpointing_kwargs.
+_RECOMPUTING = ("every_n_layers", "use_reentrant")
 # Methods of a Trainer that a subclass may override, and that are never called here.
 _UNUSED = ("compute_loss", "prediction_step")
 
@@ -66,7 +67,7 @@ def check_arguments(args: Any, others: Mapping[str, Any]) -> None:
                          '"pipeline_schedule"; without a pipeline, use the Trainer of transformers')
     for name, (legal, why) in _ARGUMENTS.items():
         value = getattr(args, name, legal[0])
-        if value not in legal and not (value == [] and legal[0] == ""):
+        if value not in legal:
             raise ValueError(f"args.{name} = {shown(value)}: must be {' or '.join(map(repr, legal[:2]))}; {why}")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if any(word in optimizer for word in _OPTIMIZERS):
@@ -101,7 +102,7 @@ def check_methods(kind: type, base: type) -> None:
 def recomputed_layers(args: Any) -> int:
     """After how many decoder layers activations are kept, 0 for all of them, by args.activation_checkpointing."""
     options = args.activation_checkpointing_kwargs or {}
-    unknown = {name: value for name, value in options.items() if value and name not in _RECOMPUTING[:2]}
+    unknown = {name: value for name, value in options.items() if value and name not in _RECOMPUTING}
     if unknown:
         raise ValueError(f"args.activation_checkpointing_kwargs = {shown(options)}: must have none of "
                          f"{', '.join(unknown)}; legal is every_n_layers")
