@@ -226,7 +226,7 @@ class ActivationMeter:
         own = own.to(device)
         dist.all_reduce(own, op=dist.ReduceOp.MAX)
         *rows, unknown = [tuple(map(float, of_stages)) for of_stages in own.tolist()]
-        return None if any(unknown) or 0 in rows[0] else (Activations(*rows[:2]), Working(*rows[2:]))
+        return None if any(unknown) or 0 in rows[0] else (Activations(rows[0], rows[1]), Working(*rows[2:]))
 
 
 @dataclass(eq=False)

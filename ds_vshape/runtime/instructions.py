@@ -38,8 +38,8 @@ from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, 
                                              OptimizerStep, PipeInstruction, RecvActivation, RecvGrad, ReduceGrads,
                                              ReduceTiedGrads, SendActivation, SendGrad)
 
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, Load, Message, MessageStep, PostReceive,
-                                         Program, Run, Send, ShareLoss, Step)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, CopyStep, Load, Message, MessageStep,
+                                         PostReceive, Program, Run, Send, ShareLoss, Step)
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
@@ -293,8 +293,10 @@ def _run(action: Pass, split: Container[tuple[int, int]]) -> PipeInstruction:
     return _PASSES[action.kind, buffer_id in split](buffer_id=buffer_id, **piece)
 
 
-def instruction_of(step: MessageStep | Load | ShareLoss) -> PipeInstruction:
+def instruction_of(step: MessageStep | CopyStep | Load | ShareLoss) -> PipeInstruction:
     """The instruction that executes a step other than a pass."""
+    if isinstance(step, CopyStep):
+        raise NotImplementedError(f"no instruction executes {step}")
     if isinstance(step, ShareLoss):
         return ReturnLoss()
     if isinstance(step, Load):

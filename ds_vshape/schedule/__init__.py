@@ -1,10 +1,11 @@
 """Schedules: who runs which pass when, as pure logic without torch.
 
 What a schedule is:
-    passes.py            F, B, W and the whole backward of a stage and a micro-batch
+    passes.py            F, B, W and the whole backward of a stage and a micro-batch; recomputation and offload
     placement.py         which rank holds which stage
     schedule.py          a placement, and each rank's passes in order
     repeated.py          the middle of an order or a program, which repeats, kept once
+    of_stages.py         numbers for each stage, checked
     serial.py            schedules, times and sizes as JSON
 
 Schedules by name:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from ds_vshape.schedule.lowering import AwaitSend, Content, Message, PostReceive, Program, Run, Send
+from ds_vshape.schedule.lowering import (AwaitOffload, AwaitSend, Content, Message, PostReceive, Program, Reload, Run,
+                                         Send)
+from ds_vshape.schedule.of_stages import check_numbers, check_numbers_of_layers, of_layers
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span
+
+
+class Change(NamedTuple):
+    """What an action adds to its rank's memory when it starts, and when it has ended."""
+
+    at_start: float
+    at_end: float
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,25 @@ class Activations:
     `after_forward` is what F leaves until B; `after_backward` is what B leaves until W ends: inputs and output
     gradients of the split operators. A W in pieces counts as ending with its last piece: what the others free depends
     on the stage's operators, so no peak relies on it.
+
+    `recomputed[s][k - 1]` is what F of stage s leaves if its first k layers are recomputed, the last of them if all
+    are; without any, as much as otherwise. `offloadable` is what an offload frees of what F leaves: without any, all of
+    it. The rest stays, whether layers are recomputed or not.
+
+    Raises ValueError for `recomputed` and `offloadable` that aren't sizes for each stage.
     """
 
     after_forward: tuple[float, ...]
     after_backward: tuple[float, ...]
+    recomputed: tuple[tuple[float, ...], ...] = ()
+    offloadable: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        stages = len(self.after_forward)
+        if self.recomputed:
+            check_numbers_of_layers("activations.recomputed", self.recomputed, stages)
+        if self.offloadable:
+            check_numbers("activations.offloadable", self.offloadable, stages)
 
     @classmethod
     def counted(cls, placement: Placement) -> Activations:
@@ -30,29 +55,50 @@ class Activations:
         sizes = (2 * placement.ranks / placement.stages,) * placement.stages
         return cls(sizes, sizes)
 
-    def change(self, action: Pass) -> float:
-        """What `action` adds to the memory of its rank, when it starts (F) or when it has ended (all others)."""
-        stage = action.stage
-        if action.kind is Kind.F:
-            return self.after_forward[stage]
-        if action.kind is Kind.B:
-            return self.after_backward[stage] - self.after_forward[stage]
-        if action.kind is Kind.W:
-            return -self.after_backward[stage] if action.frees_activations else 0.0
-        return -self.after_forward[stage]
+    def left(self, stage: int, recompute: Pass | None = None) -> float:
+        """What F of `stage` leaves until its backward, or until the C `recompute` if there is one."""
+        return of_layers(recompute, self.recomputed) if recompute and self.recomputed else self.after_forward[stage]
+
+    def change(self, action: Pass, recompute: Pass | None = None) -> Change:
+        """What `action` adds to the memory of its rank; `recompute` is the C of its stage and micro-batch, if any.
+
+        F takes all at its start, and gives back at its end what is recomputed; C takes that again at its start. O, B
+        and W free at their end, R takes at its start.
+        """
+        stage, kind = action.stage, action.kind
+        whole = self.after_forward[stage]
+        if kind is Kind.F:
+            return Change(whole, self.left(stage, recompute) - whole)
+        if kind is Kind.B:
+            return Change(0.0, self.after_backward[stage] - whole)
+        if kind is Kind.W:
+            return Change(0.0, -self.after_backward[stage] if action.frees_activations else 0.0)
+        if kind is Kind.BW:
+            return Change(0.0, -whole)
+        if kind is Kind.C:
+            return Change(whole - self.left(stage, action), 0.0)
+        stays = max(0.0, whole - self.offloadable[stage]) if self.offloadable else 0.0
+        moved = max(0.0, self.left(stage, recompute) - stays)
+        return Change(0.0, -moved) if kind is Kind.O else Change(moved, 0.0)
+
+    def changes(self, order: Sequence[Pass]) -> Iterator[Change]:
+        """That of each action of a rank's order."""
+        recompute = {(action.stage, action.micro_batch): action for action in order if action.kind is Kind.C}
+        return (self.change(action, recompute.get((action.stage, action.micro_batch))) for action in order)
 
 
 def peak_activations(schedule: Schedule, activations: Activations | None = None) -> tuple[float, ...]:
     """The most that is alive at once on each rank, in the unit of `activations`; counted as the paper does without
     them."""
     sizes = activations or Activations.counted(schedule.placement)
+    # A repeat frees what it takes; but which micro-batches are recomputed or offloaded may differ.
+    looked_at = schedule if schedule.gives_back_memory else schedule.with_repeats(1)
     found = []
-    # A repeat frees what it takes.
-    for order in schedule.with_repeats(1).orders:
+    for order in looked_at.orders:
         alive = peak = 0.0
-        for action in order:
-            alive += sizes.change(action)
-            peak = max(peak, alive)
+        for at_start, at_end in sizes.changes(order):
+            peak = max(peak, alive + at_start)
+            alive += at_start + at_end
         found.append(peak)
     return tuple(found)
 
@@ -60,19 +106,18 @@ def peak_activations(schedule: Schedule, activations: Activations | None = None)
 def memory_curve(spans: Sequence[Span], activations: Activations) -> list[tuple[float, float]]:
     """(time, what is alive from then on) at each change on the rank with these spans, in order.
 
-    F takes its memory when it starts; the other passes free theirs when they end. Memory that is taken again at once
-    leaves no dip. The maximum is the rank's peak in `peak_activations`.
+    What an action takes it takes when it starts, what it frees when it ends (`Activations.change`). Memory that is
+    taken again at once leaves no dip. The maximum is the rank's peak in `peak_activations`.
     """
     curve: list[tuple[float, float]] = []
     alive = 0.0
-    for span in spans:
-        change = activations.change(span.action)
-        if change:
-            alive += change
-            time = span.start if span.action.kind is Kind.F else span.end
-            if curve and curve[-1][0] == time and curve[-1][1] <= alive:
-                curve.pop()
-            curve.append((time, alive))
+    for span, change in zip(spans, activations.changes([span.action for span in spans])):
+        for time, more in ((span.start, change.at_start), (span.end, change.at_end)):
+            if more:
+                alive += more
+                if curve and curve[-1][0] == time and curve[-1][1] <= alive:
+                    curve.pop()
+                curve.append((time, alive))
     return curve
 
 
@@ -92,9 +137,10 @@ class Working:
     message: tuple[float, ...]
 
     def of(self, action: Pass) -> float:
-        """What `action` needs while it runs."""
-        of_kind = {Kind.F: self.forward, Kind.B: self.backward, Kind.BW: self.whole_backward, Kind.W: self.weights}
-        return of_kind[action.kind][action.stage]
+        """What `action` needs while it runs: C as much as F, a copy nothing."""
+        of_kind = {Kind.F: self.forward, Kind.B: self.backward, Kind.BW: self.whole_backward, Kind.W: self.weights,
+                   Kind.C: self.forward}
+        return 0.0 if action.kind.is_copy else of_kind[action.kind][action.stage]
 
     def size(self, message: Message) -> float:
         """Of a message."""
@@ -112,6 +158,8 @@ def working_peaks(programs: Sequence[Program], activations: Activations, working
 
 
 def _working_peak(program: Program, activations: Activations, working: Working) -> float:
+    recompute = {(step.action.stage, step.action.micro_batch): step.action for step in program
+                 if isinstance(step, Run) and step.action.kind is Kind.C}
     alive = peak = 0.0
     received: dict[Pass, float] = {}
     for step in program:
@@ -122,12 +170,14 @@ def _working_peak(program: Program, activations: Activations, working: Working) 
                 received[step.message.taker] = size
         elif isinstance(step, AwaitSend):
             alive -= working.size(step.message)
-        elif isinstance(step, Run):
+        elif isinstance(step, (Run, AwaitOffload, Reload)):
             action = step.action
-            change = activations.change(action)
+            change = activations.change(action, recompute.get((action.stage, action.micro_batch)))
             taken = received.pop(replace(action, kind=Kind.B) if action.kind is Kind.BW else action, 0.0)
-            before, alive = alive, alive + change - taken
-            # What F leaves is counted from its start, what the others free until their end.
-            peak = max(peak, (alive if action.kind is Kind.F else before) + working.of(action))
+            # The data of a message are the F's own from its start, and gone when a B ends.
+            at_start, at_end = (taken, 0.0) if action.kind is Kind.F else (0.0, taken)
+            alive += change.at_start - at_start
+            peak = max(peak, alive + working.of(action))
+            alive += change.at_end - at_end
         peak = max(peak, alive)
     return peak

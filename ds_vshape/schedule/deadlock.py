@@ -12,13 +12,17 @@ that was posted after it on its communicator, is waited for.
 
     [1] each program alone     a pass has its input, and runs once; what is started is waited for, and nothing else; a
                                message is made before it is sent and taken after it has come; a micro-batch is loaded
-                               once, before it is needed
+                               once, before it is needed; what is offloaded or forgotten is back before the backward
     [2] each communicator      both ends see the same messages in the same sequence, each once
     [3] all programs together  they run to their end, without times: an operation completes as soon as both rules let it
 
 Starting one more operation never keeps another from completing, so the order in which [3] tries the ranks doesn't
 matter: what is stuck here is stuck on every real run, and what runs to its end here does so on every real run.
 What passes under both rules also passes where only the first one binds.
+
+Copies to the host and back can't be stuck, so [3] leaves them out: a rank's engine copies in the order of their starts,
+and [1] shows that a copy starts after the F that made its data has run, and one back after its O has waited for the
+end of the copy to the host. So none waits for anything but what this rank has started before.
 
 What repeats is looked at until the state comes back (`repeated.run_through`): what is in flight, and what each rank has
 done and still waits for, all but for the number of the micro-batch. In [3] all ranks first end one repeat, then start
@@ -33,8 +37,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 from ds_vshape.schedule.communicators import communicator_of
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Load, Message, MessageStep, PostReceive,
-                                         Program, Run, Send, Step, message_into)
+from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, CopyStep, Load,
+                                         Message, MessageStep, Offload, PostReceive, Program, Reload, Run, Send, Step,
+                                         message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.repeated import run_through
@@ -80,6 +85,10 @@ def check(programs: Sequence[Program], placement: Placement,
 # -- [1] each program alone
 
 
+# In turn, for each offload.
+_COPY_STEPS: tuple[type[CopyStep], ...] = (Offload, AwaitOffload, Reload, AwaitReload)
+
+
 class _MicroBatches:
     """A set of micro-batches, most of which come in turn."""
 
@@ -120,6 +129,9 @@ class _Alone:
         # By stage and micro-batch, between B and W: which pieces of W are done, as (piece, pieces).
         self._pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._needs: dict[tuple[Kind, int], tuple[Channel | None, list[Pass]]] = {}
+        # By stage and micro-batch, until the backward: which of `_COPY_STEPS` is done last, and what is recomputed.
+        self._copied: dict[tuple[int, int], type[Step]] = {}
+        self._recomputed: set[tuple[int, int]] = set()
 
     def run(self, program: Sequence[Step]) -> None:
         """Go through some steps; DeadlockError where one can't be done."""
@@ -135,6 +147,8 @@ class _Alone:
                 waited_for.remove(step.message)
                 if isinstance(step, AwaitReceive):
                     self._received.add(step.message)
+            elif isinstance(step, CopyStep):
+                self._copy(step)
             elif isinstance(step, Load):
                 if step.micro_batch in self._loaded:
                     raise DeadlockError(f"rank {self._rank} loads micro-batch {step.micro_batch} twice")
@@ -154,6 +168,27 @@ class _Alone:
                 raise DeadlockError(f"rank {self._rank} sends {message} before {maker} has made it")
         self._started[type(step)].add(message)
 
+    def _copy(self, step: CopyStep) -> None:
+        """The steps of a copy to the host and back stand in turn between the F and its backward."""
+        rank, action, now = self._rank, step.action, type(step)
+        stage, micro_batch = of = action.stage, action.micro_batch
+        if micro_batch not in self._done[Kind.F, stage] or micro_batch in self._done[Kind.B, stage]:
+            raise DeadlockError(f"rank {rank} has {step} before {Pass(Kind.F, stage, micro_batch)} or after its "
+                                "backward")
+        if of in self._recomputed:
+            raise DeadlockError(f"rank {rank} has {step} after what was forgotten is recomputed")
+        before = dict(zip(_COPY_STEPS[1:], _COPY_STEPS)).get(now)
+        if self._copied.get(of) is not before:
+            raise DeadlockError(f"rank {rank} has {step} without {before.__name__ if before else 'its F'} right before")
+        self._copied[of] = now
+
+    def _take_back(self, action: Pass) -> None:
+        """DeadlockError if something that `action` needs is on the host."""
+        last = self._copied.get((action.stage, action.micro_batch), AwaitReload)
+        if last is not AwaitReload:
+            raise DeadlockError(f"rank {self._rank} runs {action} before what was offloaded is back: it is at "
+                                f"{last.__name__}")
+
     def _compute(self, action: Pass) -> None:
         """The pass must stand on its stage's rank, and find its input: received, or made on this rank."""
         rank, kind, stage, micro_batch = self._rank, action.kind, action.stage, action.micro_batch
@@ -162,8 +197,10 @@ class _Alone:
             self._compute_weights(action)
             return
         made = Kind.B if kind is Kind.BW else kind
-        if micro_batch in self._done[made, stage]:
+        if micro_batch in self._done[made, stage] or (kind is Kind.C and (stage, micro_batch) in self._recomputed):
             raise DeadlockError(f"rank {rank} runs {action} twice")
+        if kind is not Kind.F:
+            self._take_back(action)
         if channel is not None:
             message = Message(channel, stage, micro_batch)
             if message not in self._received:
@@ -174,11 +211,24 @@ class _Alone:
                 raise DeadlockError(f"rank {rank} runs {action} before {need.later(micro_batch)}")
         if self._loading and kind is Kind.F and stage in self._ends and micro_batch not in self._loaded:
             raise DeadlockError(f"rank {rank} runs {action} before it has loaded the micro-batch")
+        if kind is Kind.C:
+            self._recompute(action)
+            return
         self._done[made, stage].add(micro_batch)
         if kind is Kind.B:
             self._pieces[stage, micro_batch] = []
         elif kind is Kind.BW:
             self._done[Kind.W, stage].add(micro_batch)
+        if kind.gives_input_gradient:
+            self._copied.pop((stage, micro_batch), None)
+            self._recomputed.discard((stage, micro_batch))
+
+    def _recompute(self, action: Pass) -> None:
+        """A C comes before the backward."""
+        stage, micro_batch = action.stage, action.micro_batch
+        if micro_batch in self._done[Kind.B, stage]:
+            raise DeadlockError(f"rank {self._rank} runs {action} after the backward")
+        self._recomputed.add((stage, micro_batch))
 
     def _compute_weights(self, action: Pass) -> None:
         """The pieces of a W run in turn, behind their B."""
@@ -201,7 +251,7 @@ class _Alone:
         if rank_of(action.stage) != self._rank:
             raise DeadlockError(f"rank {self._rank} runs {action}, but its stage is on rank {rank_of(action.stage)}")
         message = message_into(first, self._placement)
-        needs = [need for need in dependencies(first, self._placement.last_stage, frozenset())
+        needs = [need for need in dependencies(first, self._placement.last_stage, {})
                  if rank_of(need.stage) == self._rank]
         found = self._needs[action.kind, action.stage] = (message.channel if message else None), needs
         return found
@@ -212,7 +262,9 @@ class _Alone:
                     for each in (*self._started.values(), self._received)]
         done = frozenset((key, each.counted_from(start)) for key, each in self._done.items())
         pieces = frozenset((stage, micro_batch - start, *each) for (stage, micro_batch), each in self._pieces.items())
-        return *messages, done, pieces, self._loaded.counted_from(start if 0 in self._loaded else 0)
+        copied = frozenset((stage, micro_batch - start, step) for (stage, micro_batch), step in self._copied.items())
+        recomputed = frozenset((stage, micro_batch - start) for stage, micro_batch in self._recomputed)
+        return *messages, done, pieces, copied, recomputed, self._loaded.counted_from(start if 0 in self._loaded else 0)
 
     def end(self) -> None:
         """DeadlockError for what is left."""
@@ -222,6 +274,9 @@ class _Alone:
             raise DeadlockError(f"rank {self._rank} never waits for its receive of {message}")
         for message in self._received:
             raise DeadlockError(f"rank {self._rank} receives {message}, but never runs {message.taker}")
+        for stage, micro_batch in self._copied:
+            raise DeadlockError(f"rank {self._rank} offloads {Pass(Kind.F, stage, micro_batch)}, but never runs its "
+                                "backward")
 
 
 # -- [2] each communicator

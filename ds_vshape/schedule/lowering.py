@@ -11,6 +11,8 @@ one simulated order of the whole pipeline, so both ends of a channel see its mes
                 but within bounds that a synchronization of the device demands
     await       right before the pass that needs it
     release     the send is waited for when its receiver has long used it, so that its memory is given back
+    offload     the copy to the host starts after its F and what that sends; O waits for its end
+    reload      the copy back starts at R, and is waited for right before the pass that needs it
     share       the loss goes to all ranks; each takes part when the last micro-batch's loss has been computed, so that
                 no pass of a rank whose device is synchronized keeps the others from it
 
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import bisect
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,7 +43,7 @@ from typing import NamedTuple
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.repeated import Repeated, later
-from ds_vshape.schedule.schedule import Order, Schedule
+from ds_vshape.schedule.schedule import Order, Schedule, Variants, dependencies, variants
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.schedule.vector_clocks import VectorClocks
 
@@ -176,8 +179,49 @@ class ShareLoss:
         return self
 
 
+@dataclass(frozen=True)
+class Offload:
+    """Start the copy to the host that the O `action` waits for; doesn't wait."""
+
+    action: Pass
+
+    def later(self, micro_batches: int) -> Offload:
+        return Offload(self.action.later(micro_batches))
+
+
+@dataclass(frozen=True)
+class AwaitOffload:
+    """Run an O: wait until the copy is on the host, and free what was copied."""
+
+    action: Pass
+
+    def later(self, micro_batches: int) -> AwaitOffload:
+        return AwaitOffload(self.action.later(micro_batches))
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Run an R: take memory, and start the copy back; doesn't wait."""
+
+    action: Pass
+
+    def later(self, micro_batches: int) -> Reload:
+        return Reload(self.action.later(micro_batches))
+
+
+@dataclass(frozen=True)
+class AwaitReload:
+    """Wait until what the R `action` has started is back."""
+
+    action: Pass
+
+    def later(self, micro_batches: int) -> AwaitReload:
+        return AwaitReload(self.action.later(micro_batches))
+
+
 MessageStep = PostReceive | AwaitReceive | Send | AwaitSend
-Step = Load | Run | MessageStep | ShareLoss
+CopyStep = Offload | AwaitOffload | Reload | AwaitReload
+Step = Load | Run | MessageStep | CopyStep | ShareLoss
 # A tuple, or a Repeated where the schedule is for many micro-batches.
 Program = Sequence[Step]
 
@@ -208,7 +252,7 @@ def channels(placement: Placement) -> list[Channel]:
 def message_into(action: Pass, placement: Placement) -> Message | None:
     """What `action` receives from another rank, if anything: F an activation, B and BW an output gradient."""
     neighbour = action.stage - 1 if action.kind is Kind.F else action.stage + 1
-    if action.kind is Kind.W or not 0 <= neighbour <= placement.last_stage:
+    if not (action.kind is Kind.F or action.kind.gives_input_gradient) or not 0 <= neighbour <= placement.last_stage:
         return None
     source, target = placement.rank_of(neighbour), placement.rank_of(action.stage)
     if source == target:
@@ -261,9 +305,20 @@ def _repeated(groups: _Groups, order: Order, times: int) -> Program | None:
     end, length = len(order.head) + times * len(order.body), len(order.body)
     start, before = end - length, end - 2 * length
     body = _flat(groups[start:end])
-    if before < 0 or body != list(later(_flat(groups[before:start]), order.interval)):
+    if before < 0 or body != list(later(_flat(groups[before:start]), order.interval)) or not _is_even(body):
         return None
     return Repeated(_flat(groups[:start]), body, _flat(groups[end:]), order.times - times + 1, order.interval)
+
+
+def _is_even(body: Sequence[Step]) -> bool:
+    """Whether as many messages are waited for as are started, on each channel: else what is left grows with each
+    repeat, as where a message takes longer than all passes."""
+    left: Counter[tuple[bool, Channel]] = Counter()
+    for step in body:
+        if isinstance(step, (Send, AwaitSend, PostReceive, AwaitReceive)):
+            left[isinstance(step, (Send, AwaitSend)), step.message.channel] += (
+                1 if isinstance(step, (Send, PostReceive)) else -1)
+    return not any(left.values())
 
 
 def _lowered(schedule: Schedule, times: Times) -> Sequence[_Groups]:
@@ -296,6 +351,7 @@ def _groups(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transfer
             posted_at: Callable[[_Transfer], int]) -> list[_Groups]:
     """The steps of each rank by its passes; `posted_at` gives the place of the pass before which the receiver posts."""
     starts, ends = moments
+    there = variants(schedule) if schedule.gives_back_memory else {}
     before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
     after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
     # What meets another rank's step, with when that comes. The posts of a channel are in the order of its sends.
@@ -324,10 +380,27 @@ def _groups(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transfer
             steps = [*met(rank, place), *before[rank][place]]
             if action.kind is Kind.F and _loads(action, schedule.placement):
                 steps.append(Load(action.micro_batch))
-            steps.append(Run(action))
-            groups.append(steps + after[rank][place])
+            steps += _ran(action, there)
+            groups.append(steps + after[rank][place] + _offloads(action, there))
         every.append([*groups, [*met(rank, len(order)), *before[rank][len(order)]]])
     return every
+
+
+def _ran(action: Pass, there: Variants) -> list[Step]:
+    """The steps that run `action`: a pass once its reload has ended, or one end of a copy."""
+    if action.kind is Kind.O:
+        return [AwaitOffload(action)]
+    if action.kind is Kind.R:
+        return [Reload(action)]
+    # The reload is among a pass's dependencies where that is the first to need it.
+    reloads = [need for need in dependencies(action, action.stage, there) if need.kind is Kind.R] if there else []
+    return [*map(AwaitReload, reloads), Run(action)]
+
+
+def _offloads(action: Pass, there: Variants) -> list[Step]:
+    """The start of the copy of what an F leaves, where there is one."""
+    offload = there.get((Kind.O, action.stage, action.micro_batch)) if action.kind is Kind.F else None
+    return [Offload(offload)] if offload else []
 
 
 def _flat(groups: _Groups) -> list[Step]:
@@ -365,7 +438,7 @@ def _transfers(schedule: Schedule) -> Iterator[_Transfer]:
         for place, action in enumerate(order):
             if action.kind is Kind.F:
                 activations[action.stage + 1, action.micro_batch] = place
-            elif action.kind is not Kind.W:
+            elif action.kind.gives_input_gradient:
                 gradients[action.stage - 1, action.micro_batch] = place
     for order in schedule.orders:
         for needed_at, action in enumerate(order):

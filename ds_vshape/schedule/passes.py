@@ -12,6 +12,18 @@ nothing waits for before the optimizer step. BW is both at once (an ordinary bac
 A stage's weight gradients are a sum over its layers, so a W may be cut into pieces that stand apart in the order:
 
     W2.5[0/4]    the first of four pieces of W2.5
+
+What F leaves until its backward takes memory. Three more kinds give it back meanwhile, where a schedule wants that:
+
+    C2.5         recompute: the forward of stage 2 on micro-batch 5 again, since F2.5 kept only what that takes
+    C2.5[3]      only of the stage's first 3 layers: F2.5 kept what all others leave
+    O2.5         offload: here what F2.5 left is on the host, and its memory on the device is free. A copy of it started
+                 right after F2.5; O2.5 waits for its end
+    R2.5         reload: here memory is taken again and the copy back starts; what needs it (C2.5, B2.5 or BW2.5) waits
+                 for its end
+
+A rank has an engine for copies in each direction, which copies one after another: to the host in the order of the Fs,
+back in the order of the Rs.
 """
 
 from __future__ import annotations
@@ -22,12 +34,15 @@ from dataclasses import dataclass
 
 
 class Kind(str, enum.Enum):
-    """The four kinds of pass; the value is the notation."""
+    """The kinds of pass; the value is the notation."""
 
     F = "F"
     B = "B"
     W = "W"
     BW = "BW"
+    C = "C"
+    O = "O"  # noqa: E741
+    R = "R"
 
     # Enum's own is a function in Python.
     __hash__ = str.__hash__
@@ -45,15 +60,26 @@ class Kind(str, enum.Enum):
         """Whether it computes gradients of the stage's weights."""
         return self in (Kind.W, Kind.BW)
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the rank's copy engines do it, and the rank itself only starts it or waits for it."""
+        return self in (Kind.O, Kind.R)
 
-_NOTATION = re.compile(r"(F|BW|B|W)(\d+)\.(\d+)(?:\[(\d+)/(\d+)\])?")
+    @property
+    def is_optional(self) -> bool:
+        """Whether a micro-batch may go without it: it gives memory back before the backward."""
+        return self in (Kind.C, Kind.O, Kind.R)
+
+
+_NOTATION = re.compile(r"(F|BW|B|W|C|O|R)(\d+)\.(\d+)(?:\[(\d+)(?:/(\d+))?\])?")
 
 
 @dataclass(frozen=True, order=True)
 class Pass:
     """One unit of work: `kind` on `stage` for `micro_batch` (both counted from 0).
 
-    A W may be `piece` (counted from 0) of `pieces`; everything else is whole. ValueError for other pieces.
+    A W may be `piece` (counted from 0) of `pieces`; everything else is whole. A C may be of the stage's first `layers`
+    alone; 0 stands for all. ValueError for other pieces and layers.
     """
 
     kind: Kind
@@ -61,18 +87,21 @@ class Pass:
     micro_batch: int
     piece: int = 0
     pieces: int = 1
+    layers: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.piece < self.pieces or (self.pieces > 1 and self.kind is not Kind.W):
             raise ValueError(f"{self!r} isn't a pass: only W has pieces, which count from 0")
+        if self.layers < 0 or (self.layers and self.kind is not Kind.C):
+            raise ValueError(f"{self!r} isn't a pass: only C has a number of layers")
 
     def __repr__(self) -> str:
-        piece = f"[{self.piece}/{self.pieces}]" if self.pieces != 1 else ""
-        return f"{self.kind}{self.stage}.{self.micro_batch}{piece}"
+        part = f"[{self.piece}/{self.pieces}]" if self.pieces != 1 else f"[{self.layers}]" if self.layers else ""
+        return f"{self.kind}{self.stage}.{self.micro_batch}{part}"
 
     def later(self, micro_batches: int) -> Pass:
         """The same pass for a micro-batch that comes so many later."""
-        return Pass(self.kind, self.stage, self.micro_batch + micro_batches, self.piece, self.pieces)
+        return Pass(self.kind, self.stage, self.micro_batch + micro_batches, self.piece, self.pieces, self.layers)
 
     @property
     def frees_activations(self) -> bool:
@@ -89,9 +118,13 @@ class Pass:
         match = _NOTATION.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} isn't a pass: write kind, stage and micro-batch like F2.5, "
-                             "with kind F, B, W or BW")
-        kind, stage, micro_batch, piece, pieces = match.groups()
-        return cls(Kind(kind), int(stage), int(micro_batch), int(piece or 0), int(pieces or 1))
+                             f"with kind {', '.join(Kind)}")
+        kind, stage, micro_batch, number, pieces = match.groups()
+        if number is not None and pieces is None:
+            if not int(number):
+                raise ValueError(f"{text!r} isn't a pass: of the layers that C runs there is at least 1")
+            return cls(Kind(kind), int(stage), int(micro_batch), layers=int(number))
+        return cls(Kind(kind), int(stage), int(micro_batch), int(number or 0), int(pieces or 1))
 
 
 def F(stage: int, micro_batch: int) -> Pass:
@@ -112,3 +145,18 @@ def W(stage: int, micro_batch: int) -> Pass:
 def BW(stage: int, micro_batch: int) -> Pass:
     """The whole backward of `stage` on `micro_batch`."""
     return Pass(Kind.BW, stage, micro_batch)
+
+
+def C(stage: int, micro_batch: int, layers: int = 0) -> Pass:
+    """The forward of `stage` on `micro_batch` again, or of its first `layers`."""
+    return Pass(Kind.C, stage, micro_batch, layers=layers)
+
+
+def O(stage: int, micro_batch: int) -> Pass:  # noqa: E743
+    """Here what F of `stage` on `micro_batch` left is on the host."""
+    return Pass(Kind.O, stage, micro_batch)
+
+
+def R(stage: int, micro_batch: int) -> Pass:
+    """Here what F of `stage` on `micro_batch` left is started to come back from the host."""
+    return Pass(Kind.R, stage, micro_batch)

@@ -37,6 +37,7 @@ COLOURS = {
     Kind.B: (("#0f8a8a", "white"), ("#9adbd6", "black")),
     Kind.W: (("#4c9a2a", "white"), ("#c3e6ae", "black")),
     Kind.BW: (("#6d4fa3", "white"), ("#d3c4ec", "black")),
+    Kind.C: (("#b5447f", "white"), ("#eebdd6", "black")),
 }
 MEANINGS = {Kind.F: "F  forward", Kind.B: "B  input gradient", Kind.W: "W  weight gradients",
             Kind.BW: "BW  both at once"}

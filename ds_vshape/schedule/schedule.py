@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
@@ -40,6 +42,11 @@ class Schedule:
         """How many times the middle of all orders repeats; 1 where none is known to."""
         return times_of(self.orders)
 
+    @cached_property
+    def gives_back_memory(self) -> bool:
+        """Whether there is any C, O or R."""
+        return any(action.kind.is_optional for _, action in self.with_repeats(1).passes())
+
     def with_repeats(self, times: int) -> Schedule:
         """This schedule for as many micro-batches as it has with its middle so many `times`."""
         if times == self.repeats:
@@ -53,41 +60,67 @@ class Schedule:
         return replace(self, orders=orders)
 
 
-def dependencies(action: Pass, last_stage: int, whole_backwards: frozenset[tuple[int, int]]) -> tuple[Pass, ...]:
+# By kind, stage and micro-batch: the passes that other schedules do without (BW, C, O and R).
+Variants = Mapping[tuple[Kind, int, int], Pass]
+
+
+def variants(schedule: Schedule) -> Variants:
+    """Those of `schedule`."""
+    return {(action.kind, action.stage, action.micro_batch): action for _, action in schedule.passes()
+            if action.kind is Kind.BW or action.kind.is_optional}
+
+
+def dependencies(action: Pass, last_stage: int, there: Variants) -> tuple[Pass, ...]:
     """The passes that must end before `action` may start.
 
     F waits for F of the stage before; B and BW for their own F and for the input gradient of the stage after; W for
-    its own B. `whole_backwards` are the (stage, micro-batch) that run as BW.
+    its own B. O and C wait for their own F, R for its O; C waits for its R, B and BW wait for C or, where there is
+    none, for R: for the end of the copy that R starts. `there` are the schedule's `variants`.
     """
     stage, micro_batch = action.stage, action.micro_batch
+
+    def own(*kinds: Kind) -> tuple[Pass, ...]:
+        """The first of these that there is."""
+        found = (there.get((kind, stage, micro_batch)) for kind in kinds)
+        return next(((one,) for one in found if one is not None), ())
+
     if action.kind is Kind.F:
         return (Pass(Kind.F, stage - 1, micro_batch),) if stage else ()
     if action.kind is Kind.W:
         return (Pass(Kind.B, stage, micro_batch),)
-    own = Pass(Kind.F, stage, micro_batch)
+    if action.kind is Kind.R:
+        return (Pass(Kind.O, stage, micro_batch),)
+    forward = Pass(Kind.F, stage, micro_batch)
+    if action.kind is Kind.O:
+        return (forward,)
+    if action.kind is Kind.C:
+        return forward, *own(Kind.R)
+    needs = forward, *own(Kind.C, Kind.R)
     if stage == last_stage:
-        return (own,)
-    after = Kind.BW if (stage + 1, micro_batch) in whole_backwards else Kind.B
-    return own, Pass(after, stage + 1, micro_batch)
-
-
-def whole_backwards(schedule: Schedule) -> frozenset[tuple[int, int]]:
-    """The (stage, micro-batch) whose backward runs in one go."""
-    return frozenset((action.stage, action.micro_batch) for _, action in schedule.passes() if action.kind is Kind.BW)
+        return needs
+    after = there.get((Kind.BW, stage + 1, micro_batch)) or Pass(Kind.B, stage + 1, micro_batch)
+    return *needs, after
 
 
 def check(schedule: Schedule) -> None:
     """Raise ScheduleError unless every stage runs every micro-batch once, on its own rank.
 
-    Whether the orders can run to their end is for the simulator to find out (`timeline.simulate`).
+    A stage's micro-batch may be recomputed (C), offloaded and reloaded (O, then R), each once, between its F and its
+    backward; C needs what R brings back. Whether the orders can run to their end is for the simulator to find out
+    (`timeline.simulate`).
 
     Where the middle repeats, once and twice stand for all numbers of times. Be H what the heads run, B the bodies and R
     the rest, and x' what comes an interval d of micro-batches later. If H + B + R is each of m micro-batches once, and
     H + B + B' + R' each of m + d, then H + B - H' is the first d: with every further repeat it's these and the former
-    ones, d later.
+    ones, d later. Which micro-batches have C, O and R may differ, so where there are any, all repeats are looked at.
     """
-    for times in range(1, min(schedule.repeats, 2) + 1):
+    most = schedule.repeats if schedule.gives_back_memory else 2
+    for times in sorted({1, min(2, schedule.repeats), min(most, schedule.repeats)}):
         _check(schedule.with_repeats(times))
+
+
+# The kinds of a stage's passes for one micro-batch, in order.
+_WITHOUT_W = re.compile("F(OR)?C?(?P<backward>BW?)")
 
 
 def _check(schedule: Schedule) -> None:
@@ -115,13 +148,15 @@ def _check(schedule: Schedule) -> None:
             if not _complete(passes):
                 names = ", ".join(map(repr, passes)) or "nothing"
                 raise ScheduleError(f"{schedule.name}: stage {stage} has {names} for micro-batch {micro_batch}; it "
-                                    "needs F with B and W (all pieces in turn), or F with BW")
+                                    "needs F with B and W (all pieces in turn), or F with BW; between them O, then R, "
+                                    "and C after that, or without these")
 
 
 def _complete(passes: list[Pass]) -> bool:
     """Whether these passes of one stage and micro-batch, in the rank's order, are what it takes."""
     weights = [action for action in passes if action.kind is Kind.W]
-    others = sorted(action.kind for action in passes if action.kind is not Kind.W)
-    if not weights:
-        return others == [Kind.BW, Kind.F]
-    return others == [Kind.B, Kind.F] and weights == list(weights[0].cut(len(weights)))
+    others = "".join(action.kind for action in passes if action.kind is not Kind.W)
+    match = _WITHOUT_W.fullmatch(others)
+    if match is None or (match["backward"] == Kind.BW) == bool(weights):
+        return False
+    return not weights or weights == list(weights[0].cut(len(weights)))

@@ -1,6 +1,6 @@
 """Schedules, times and sizes as JSON, for the planner's output, its cache and its process.
 
-A pass is [kind, stage, micro-batch], and a piece of a W has a fourth element [piece, pieces].
+A pass is [kind, stage, micro-batch]. A piece of a W has a fourth element [piece, pieces], a C of some layers [layers].
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ T = TypeVar("T")
 # Strict, or 1.0 and true would be 1: equal, but no index.
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Text = Annotated[str, Field(strict=True)]
-_Whole = tuple[Literal["F", "B", "W", "BW"], _Count, _Count]
+_Whole = tuple[Literal["F", "B", "W", "BW", "C", "O", "R"], _Count, _Count]
 _Piece = tuple[Literal["W"], _Count, _Count, tuple[_Count, _Count]]
+_OfLayers = tuple[Literal["C"], _Count, _Count, tuple[_Count]]
 # Bytes of the longest pass, and of all else in a schedule for each rank.
 _PASS_BYTES, _RANK_BYTES = 64, 256
 
@@ -38,7 +39,7 @@ class _Schedule(TypedDict):
     name: _Text
     placement: _Placement
     micro_batches: _Count
-    orders: tuple[tuple[_Whole | _Piece, ...], ...]
+    orders: tuple[tuple[_Whole | _Piece | _OfLayers, ...], ...]
 
 
 _SCHEDULE = TypeAdapter(_Schedule)
@@ -47,13 +48,17 @@ _SCHEDULE = TypeAdapter(_Schedule)
 def pass_to_json(action: Pass) -> list[Any]:
     """A pass as a list."""
     whole = [action.kind.value, action.stage, action.micro_batch]
+    if action.layers:
+        return [*whole, [action.layers]]
     return whole if action.pieces == 1 else [*whole, [action.piece, action.pieces]]
 
 
 def pass_from_json(entry: Sequence[Any]) -> Pass:
     """The pass that `pass_to_json` wrote; ValueError for anything else."""
-    kind, stage, micro_batch, *piece = entry
-    return Pass(Kind(kind), stage, micro_batch, *(piece[0] if piece else ()))
+    kind, stage, micro_batch, *part = entry
+    if Kind(kind) is Kind.C and part:
+        return Pass(Kind.C, stage, micro_batch, layers=part[0][0])
+    return Pass(Kind(kind), stage, micro_batch, *(part[0] if part else ()))
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
@@ -79,8 +84,8 @@ JsonSchedule = Annotated[Schedule, PlainValidator(schedule_from_json)]
 
 
 def most_bytes(ranks: int, micro_batches: int, pieces: int) -> int:
-    """No schedule on 2 `ranks` stages, with each W in up to `pieces`, takes more as JSON."""
-    return (2 + pieces) * 2 * ranks * micro_batches * _PASS_BYTES + (ranks + 16) * _RANK_BYTES
+    """No schedule on 2 `ranks` stages, with F, B, C, O, R and each W in up to `pieces`, takes more as JSON."""
+    return (5 + pieces) * 2 * ranks * micro_batches * _PASS_BYTES + (ranks + 16) * _RANK_BYTES
 
 
 def read_json(text: bytes, kind: TypeAdapter[T]) -> T:
@@ -101,7 +106,8 @@ def times_to_json(times: Times) -> dict[str, Any]:
 def times_from_json(data: Mapping[str, Any]) -> Times:
     """The times that `times_to_json` wrote."""
     return Times(tuple(data["forward"]), tuple(data["input_grad"]), tuple(data["weight_grad"]),
-                 tuple(data["hops"]), tuple(data["scales"]))
+                 tuple(data["hops"]), tuple(data["scales"]), tuple(map(tuple, data["recompute"])),
+                 tuple(data["offload"]), tuple(data["reload"]), tuple(map(tuple, data["copied"])))
 
 
 def activations_to_json(activations: Activations) -> dict[str, Any]:
@@ -111,4 +117,5 @@ def activations_to_json(activations: Activations) -> dict[str, Any]:
 
 def activations_from_json(data: Mapping[str, Any]) -> Activations:
     """The sizes that `activations_to_json` wrote."""
-    return Activations(tuple(data["after_forward"]), tuple(data["after_backward"]))
+    return Activations(tuple(data["after_forward"]), tuple(data["after_backward"]),
+                       tuple(map(tuple, data["recomputed"])), tuple(data["offloadable"]))

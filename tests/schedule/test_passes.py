@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
+from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import PLACEMENTS, interleaved, linear, v
 
-passes = st.builds(Pass, st.sampled_from(Kind), st.integers(0, 10 ** 6), st.integers(0, 10 ** 6))
+numbers = st.integers(0, 10 ** 6)
+passes = st.one_of(st.builds(Pass, st.sampled_from(Kind), numbers, numbers), st.builds(C, numbers, numbers, numbers))
 
 
 @given(passes)
@@ -19,9 +20,12 @@ def test_notation_round_trips(action: Pass) -> None:
 
 def test_notation_is_readable() -> None:
     assert [repr(make(2, 15)) for make in (F, B, W, BW)] == ["F2.15", "B2.15", "W2.15", "BW2.15"]
+    assert [repr(make(2, 15)) for make in (C, O, R)] == ["C2.15", "O2.15", "R2.15"]
+    assert [repr(action) for action in (C(2, 15, 3), *W(2, 15).cut(2))] == ["C2.15[3]", "W2.15[0/2]", "W2.15[1/2]"]
 
 
-@pytest.mark.parametrize("text", ["", "F", "F2", "F2.", "X2.5", "WB2.5", "F-1.0", "F2.5 ", " F2.5", "f2.5", "F2.5.1"])
+@pytest.mark.parametrize("text", ["", "F", "F2", "F2.", "X2.5", "WB2.5", "F-1.0", "F2.5 ", " F2.5", "f2.5", "F2.5.1",
+                                  "C2.5[0]", "C2.5[1/2]", "O2.5[1]", "F2.5[3]", "W2.5[1]"])
 def test_what_is_no_pass_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="isn't a pass"):
         Pass.parse(text)

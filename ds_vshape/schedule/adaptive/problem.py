@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.of_stages import check_numbers
 from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times
@@ -40,15 +41,15 @@ class Problem:
             raise ValueError("ranks, micro-batches and pieces must be at least 1, not "
                              f"{self.ranks}, {self.micro_batches} and {self.max_pieces}")
         stages = 2 * self.ranks
-        _check("times.forward", self.times.forward, stages, "stage")
-        _check("times.input_grad", self.times.input_grad, stages, "stage")
-        _check("times.weight_grad", self.times.weight_grad, stages, "stage")
+        check_numbers("times.forward", self.times.forward, stages)
+        check_numbers("times.input_grad", self.times.input_grad, stages)
+        check_numbers("times.weight_grad", self.times.weight_grad, stages)
         if self.times.hops:
-            _check("times.hops", self.times.hops, stages - 1, "boundary between stages")
+            check_numbers("times.hops", self.times.hops, stages - 1, "boundary between stages")
         if self.times.scales:
-            _check("times.scales", self.times.scales, self.micro_batches, "micro-batch")
-        _check("activations.after_forward", self.activations.after_forward, stages, "stage")
-        _check("activations.after_backward", self.activations.after_backward, stages, "stage")
+            check_numbers("times.scales", self.times.scales, self.micro_batches, "micro-batch")
+        check_numbers("activations.after_forward", self.activations.after_forward, stages)
+        check_numbers("activations.after_backward", self.activations.after_backward, stages)
         if len(self.limits) != self.ranks:
             raise ValueError(f"there must be a limit for each of {self.ranks} ranks, not {len(self.limits)}")
         short = [rank for rank, least in enumerate(self.least) if self.limits[rank] < least * (1 - SLACK)]
@@ -71,12 +72,6 @@ class Problem:
         """
         whole = self.activations.after_forward
         return tuple(sum(whole[stage] for stage in chunks) for chunks in self.placement.chunks)
-
-
-def _check(name: str, values: tuple[float, ...], count: int, of: str) -> None:
-    """ValueError unless `values` are one finite number of 0 or more for each `of`."""
-    if len(values) != count or not all(0 <= value < float("inf") for value in values):
-        raise ValueError(f"{name} must be {count} finite numbers of 0 or more, one for each {of}, not {values}")
 
 
 @dataclass(frozen=True)
