@@ -1,6 +1,7 @@
-"""What all tests share: a folder for plans, a cluster of two hosts, and the choice of quick cases.
+"""What all tests share: a folder for plans, a cluster of two hosts, and the choice of quick cases and examples.
 
     @pytest.mark.quick_cases("v-half", "zb-h1")     of a parametrized test: these; the others are slow
+    --hypothesis-profile random                     looks for examples that the tests haven't seen yet
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # As tests/run.sh has them, before torch is imported: with more threads sums are taken in another order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 if TYPE_CHECKING:
     from clusters import Cluster
+
+# Every run tries the same examples, and none is judged by how long it takes: a busy machine fails no test.
+_UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _UNTIMED, derandomize=True)
+settings.register_profile("random", _UNTIMED)
+settings.load_profile("repeatable")
 
 # Helpers that assert for tests: their failures show values, as those in tests do.
 pytest.register_assert_rewrite("hugging_face_models", "kernel_cases", "pipelines", "planner_problems", "split_cases")

@@ -13,7 +13,7 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Times, simulate
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 4), st.integers(1, 6), st.data())
 def test_at_every_moment_it_is_the_sum_of_what_is_alive(name: str, ranks: int, micro_batches: int,
                                                         data: st.DataObject) -> None:

@@ -40,7 +40,7 @@ def problems(draw: st.DrawFn) -> tuple[list[int], Placement]:
 
 
 @given(problems())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_nothing_is_better(problem: tuple[list[int], Placement]) -> None:
     costs, placement = problem
     assert len(costs) <= 2 * placement.ranks + MIDDLES - 1 or placement.name != "interleaved"
@@ -50,7 +50,7 @@ def test_nothing_is_better(problem: tuple[list[int], Placement]) -> None:
 
 
 @given(problems(), st.sampled_from([1e-6, 1 / 3, 0.1, 1e9]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_unit_does_not_matter(problem: tuple[list[int], Placement], scale: float) -> None:
     costs, placement = problem
     scaled = [cost * scale for cost in costs]
@@ -58,7 +58,7 @@ def test_the_unit_does_not_matter(problem: tuple[list[int], Placement], scale: f
 
 
 @given(problems(), st.sampled_from([0.05, 0.5]))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_slack_is_spent_on_even_stages(problem: tuple[list[int], Placement], slack: float) -> None:
     costs, placement = problem
     limit = least(costs, placement)[0] * (1 + slack) * (1 + 1e-9)

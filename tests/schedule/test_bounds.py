@@ -36,7 +36,7 @@ def test_met_where_the_optimum_is_known() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(sorted(SCHEDULES)), st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_no_schedule_is_below(ranks: int, micro_batches: int, name: str, data: st.DataObject) -> None:
     schedule = build(name, ranks, micro_batches)
     stages = schedule.placement.stages
@@ -50,7 +50,7 @@ def test_no_schedule_is_below(ranks: int, micro_batches: int, name: str, data: s
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(sorted(SCHEDULES)), st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_no_schedule_is_below_with_sizes_of_its_own(ranks: int, micro_batches: int, name: str,
                                                     data: st.DataObject) -> None:
     """Where layers are recomputed B leaves more than F does."""

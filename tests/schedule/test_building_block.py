@@ -73,7 +73,7 @@ def test_w_put_off_keeps_its_slot() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 20), st.sampled_from(["v-min", "v-half", "v-zb", "zb-h1", "1f1b-v"]),
        st.integers(0, 12))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_reordering_is_never_slower_and_stays_within_the_limit(ranks: int, micro_batches: int, name: str,
                                                                more: int) -> None:
     block = {"v-min": lambda: v_block(ranks, (1, 1, 1, 1), ((1, 3, 1), (1, 1, 1), (1, 5, 1))[ranks % 3]).split(),

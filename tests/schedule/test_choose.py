@@ -98,7 +98,7 @@ def test_limits_are_fractions_of_what_1f1b_keeps(ranks: int, micro_batches: int,
     assert limits[0] == pytest.approx(fraction * most)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(2, 4), st.integers(1, 6), st.integers(3, 8))
 def test_adaptive_keeps_to_the_limits(ranks: int, micro_batches: int, limit: int) -> None:
     times = Times.uniform(2 * ranks, 10, 14, 9, 2)

@@ -44,7 +44,7 @@ def cases(draw: st.DrawFn) -> tuple[Schedule, Times]:
     return schedule, times_for(draw, schedule)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 # Messages that take longer than all passes: with each repeat more are on their way.
 @example((forward_only(linear(2), 6), Times((0, 0), (0, 0), (0, 0), (1,))))
@@ -95,7 +95,7 @@ def sequences(programs: tuple[Program, ...], kind: type[Step]) -> dict[Channel, 
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_passes_keep_their_order_and_stand_between_their_messages(case: tuple[Schedule, Times]) -> None:
     schedule, times = case
@@ -117,7 +117,7 @@ def makers_of(message: Message) -> set[Pass]:
     return {B(message.stage + 1, message.micro_batch), BW(message.stage + 1, message.micro_batch)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(schedules(), st.floats(0, 3), st.sampled_from([(1, 1, 1), (1, 2, 1), (3, 2, 2)]))
 def test_receives_are_posted_before_the_sender_begins_and_sends_released_after_use(
         schedule: Schedule, hop: float, costs: tuple[int, int, int]) -> None:
@@ -176,7 +176,7 @@ def test_a_pass_of_no_time_leaves_no_two_ranks_waiting_for_each_other() -> None:
         deadlock.check(programs, schedule.placement)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(schedules())
 def test_data_is_loaded_once_where_it_is_first_needed(schedule: Schedule) -> None:
     ends = {schedule.placement.rank_of(0), schedule.placement.rank_of(schedule.placement.last_stage)}

@@ -34,7 +34,7 @@ def peak_fraction(schedule: Schedule) -> Fraction:
     return most / (Fraction(1, ranks) * min(ranks, schedule.micro_batches))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SIZES)
 def test_fractions_are_the_definitions(size: tuple[str, int, int]) -> None:
     schedule = build(*size)
@@ -47,7 +47,7 @@ def test_1f1b_is_the_unit(ranks: int, micro_batches: int) -> None:
     assert fraction_of_1f1b(build("1f1b", ranks, micro_batches)) == 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SIZES, st.floats(0.05, 2))
 def test_what_fits_passes_and_what_does_not_is_told_what_does(size: tuple[str, int, int], limit: float) -> None:
     name, ranks, micro_batches = size

@@ -98,7 +98,7 @@ def test_as_drawn(name: str) -> None:
 
 
 @given(SIZES, st.sampled_from(sorted(SCHEDULES)))
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_every_pass_once_in_micro_batch_order_and_to_the_end(size: tuple[int, int], name: str) -> None:
     ranks, micro_batches = size
     schedule = build(name, ranks, micro_batches)
@@ -118,7 +118,7 @@ def test_every_pass_once_in_micro_batch_order_and_to_the_end(size: tuple[int, in
 
 
 @given(SIZES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_peaks_are_the_papers(size: tuple[int, int]) -> None:
     """In activations of one of 2p chunks, two to a micro-batch's share of a rank."""
     p, m = size
@@ -133,7 +133,7 @@ def test_peaks_are_the_papers(size: tuple[int, int]) -> None:
 
 
 @given(SIZES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_times_are_the_papers(size: tuple[int, int]) -> None:
     """F, B and W of a chunk take 1, so a rank's work is 6 m."""
     p, m = size
@@ -196,7 +196,7 @@ def test_a_pipeline_without_ranks_or_micro_batches_is_refused(ranks: int, micro_
 
 
 @given(SIZES, st.sampled_from(["zb-h1", "zb-h2", "zb-v", "v-min", "v-half", "v-zb"]), st.floats(0, 2))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_fusing_moves_no_pass(size: tuple[int, int], name: str, hop: float) -> None:
     split = named(name).builder(*size)
     times = Times.uniform(split.placement.stages, hop=hop)
@@ -227,7 +227,7 @@ def test_w_at_once_after_b_runs_whole_on_one_rank() -> None:
 
 
 @given(SIZES, st.sampled_from(sorted(PLACEMENTS)))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_forwards_alone(size: tuple[int, int], name: str) -> None:
     ranks, micro_batches = size
     placement = PLACEMENTS[name](ranks)

@@ -58,7 +58,7 @@ def any_orders(draw: st.DrawFn) -> Schedule:
     return schedule
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(any_orders(), st.sampled_from([own, of_the_direction]), st.floats(0, 5))
 def test_no_synchronization_hangs_any_other_order(schedule: Schedule, communicator: Communicator, hop: float) -> None:
     programs = lower(schedule, Times.uniform(schedule.placement.stages, hop=hop))
@@ -202,7 +202,7 @@ def test_no_synchronizations_hang_a_batch_in_which_messages_are_announced(name: 
             assert_bears_all(one, Times.uniform(schedule.placement.stages))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(any_orders(), st.floats(0, 5))
 def test_nor_in_any_other_order(schedule: Schedule, hop: float) -> None:
     assert_bears_all(schedule, Times.uniform(schedule.placement.stages, hop=hop))

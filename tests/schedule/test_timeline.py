@@ -64,7 +64,7 @@ def random_schedule(ranks: int, micro_batches: int, placement_name: str, dice: r
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(sorted(PLACEMENTS)), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_agrees_with_the_slow_simulator(ranks: int, micro_batches: int, placement: str,
                                         dice: random.Random) -> None:
     schedule = random_schedule(ranks, micro_batches, placement, dice)

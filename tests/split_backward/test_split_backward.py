@@ -94,7 +94,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers), width
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(models(), st.sampled_from(DTYPES), st.sampled_from([MATRIX_OPERATORS, ALL_OPERATORS]), st.data())
 def test_random_models_equal_autograd_bit_for_bit(made: tuple[nn.Module, int], dtype: Any, operators: Any, data: Any):
     module, width = made

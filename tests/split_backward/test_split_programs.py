@@ -27,7 +27,7 @@ EXAMPLES = 300
 def test_random_programs_equal_plain_autograd() -> None:
     tally = Tally()
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(programs)
     def many(program: Program) -> None:
         tally.run(program)

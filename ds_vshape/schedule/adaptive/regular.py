@@ -9,35 +9,45 @@ the steady state of V-ZB (paper, section 3.3), for any times: which order, and w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations_with_replacement, islice, pairwise, permutations
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.blocks import repeat
 from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, KINDS, W0, W1, ListScheduler
 from ds_vshape.schedule.adaptive.problem import SLACK
 
-# A block's starts [rank, stream].
-Starts = NDArray[np.float64]
+_STREAMS = len(KINDS)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A micro-batch's passes among all those of their ranks, of which each runs six in an interval.
+
+    `places` [rank, stream] count from the start of interval 0; the next micro-batch's are six further on. They alone
+    say what comes first: passes that take no time start together with others. `last_start` is that of the last pass.
+    """
+
+    places: NDArray[np.int64]
+    last_start: float
 
 
 def regular_orders(scheduler: ListScheduler, most: int) -> Iterator[NDArray[np.int64]]:
-    """Up to `most` orders [rank, place] that repeat such a block; shorter blocks first.
+    """Up to `most` orders [rank, place] that repeat such a block, within the limits; shorter blocks first.
 
-    They keep the limits whenever a forward starts. Where a B leaves more than it frees, some may exceed them in
-    between, and left_shift refuses those. None where B has to take W with it, or nothing takes time.
+    None where B has to take W with it, or nothing takes time.
     """
     if scheduler.fused or not scheduler.work:
         return
-    blocks = [starts for starts in _blocks(scheduler) if _fits(starts, scheduler)]
-    blocks.sort(key=lambda starts: float(starts.max()))
-    repeated = (_repeated(starts, scheduler) for starts in blocks[:10 * most])
+    blocks = [block for block in _blocks(scheduler) if _fits(block, scheduler)]
+    blocks.sort(key=lambda block: block.last_start)
+    repeated = (_repeated(block, scheduler) for block in blocks[:10 * most])
     yield from islice({orders.tobytes(): orders for orders in repeated}.values(), most)
 
 
-def _blocks(scheduler: ListScheduler) -> Iterator[Starts]:
+def _blocks(scheduler: ListScheduler) -> Iterator[_Block]:
     """Blocks of all orders and of those steps from rank to rank at which some input comes just in time, and between."""
     interval, layout = scheduler.work, scheduler.layouts(1)
     durations = layout.durations
@@ -47,12 +57,13 @@ def _blocks(scheduler: ListScheduler) -> Iterator[Starts]:
         just |= {way, interval - way}
     steps = sorted({(one + other) / 2 % interval for one, other in combinations_with_replacement(just, 2)})
     passes = _way(scheduler)
-    for order in permutations((F1, B0, B1, W0, W1)):
+    for rest in permutations((F1, B0, B1, W0, W1)):
+        order = (F0, *rest)
         phases = np.zeros(durations.shape)
-        for before, stream in pairwise((F0, *order)):
+        for before, stream in pairwise(order):
             phases[:, stream] = phases[:, before] + durations[:, before]
         for step in steps:
-            yield _block((phases + step * np.arange(len(phases))[:, None]).tolist(), passes, interval)
+            yield _block(order, (phases + step * np.arange(len(phases))[:, None]).tolist(), passes, interval)
 
 
 def _way(scheduler: ListScheduler) -> list[tuple[int, int, float, float]]:
@@ -65,42 +76,40 @@ def _way(scheduler: ListScheduler) -> list[tuple[int, int, float, float]]:
     return way
 
 
-def _block(phases: list[list[float]], way: list[tuple[int, int, float, float]], interval: float) -> Starts:
+def _block(order: tuple[int, ...], phases: list[list[float]], way: list[tuple[int, int, float, float]],
+           interval: float) -> _Block:
     """The block in which each pass starts at its phase in the first interval in which it can."""
-    starts = np.zeros((len(phases), len(KINDS)))
-    ready = 0.0
+    places = np.zeros((len(phases), _STREAMS), np.int64)
+    ready = last_start = 0.0
+
+    def put(rank: int, stream: int, ready: float) -> float:
+        phase = phases[rank][stream]
+        number = ceil((ready - phase) / interval - SLACK)
+        places[rank, stream] = _STREAMS * number + order.index(stream)
+        return phase + interval * number
+
     for rank, stream, duration, delay in way:
-        start = _next(ready, phases[rank][stream], interval)
-        starts[rank, stream] = start
+        start = put(rank, stream, ready)
         if stream >= B0:
-            starts[rank, stream + 2] = _next(start + duration, phases[rank][stream + 2], interval)
+            last_start = max(last_start, put(rank, stream + 2, start + duration))
         ready = start + duration + delay
-    return starts
+    return _Block(places, last_start)
 
 
-def _next(ready: float, phase: float, interval: float) -> float:
-    """The first moment from `ready` on that is a whole number of intervals from `phase`."""
-    return phase + interval * ceil((ready - phase) / interval - SLACK)
-
-
-def _fits(starts: Starts, scheduler: ListScheduler) -> bool:
+def _fits(block: _Block, scheduler: ListScheduler) -> bool:
     """Whether the repeated block keeps the limits: looked at when forwards start, in the middle of the batch."""
     layout = scheduler.layouts(1)
-    ends = starts + layout.durations
     for forward in (F0, F1):
-        now = starts[:, forward:forward + 1]
         # How many micro-batches have come that far, of each chunk; differences count alone.
-        begun, back, done = (np.floor((now - moments) / scheduler.work + SLACK)
-                             for moments in (starts[:, F0:B0], ends[:, B0:W0], ends[:, W0:]))
+        begun, back, done = np.split((block.places[:, forward:forward + 1] - block.places) // _STREAMS, 3, axis=1)
         alive = layout.taken * (begun - back) + layout.kept * (back - done)
         if (alive.sum(axis=1) > layout.limits).any():
             return False
     return True
 
 
-def _repeated(starts: Starts, scheduler: ListScheduler) -> NDArray[np.int64]:
+def _repeated(block: _Block, scheduler: ListScheduler) -> NDArray[np.int64]:
     """The orders of all micro-batches' blocks."""
     batch = scheduler.problem.micro_batches
-    moments = repeat(starts, scheduler.work, batch).reshape(len(starts), -1)
-    streams = np.repeat(np.arange(len(KINDS)), batch)
-    return streams[np.argsort(moments, axis=1, kind="stable")]
+    places = block.places[:, :, None] + _STREAMS * np.arange(batch)
+    return np.repeat(np.arange(_STREAMS), batch)[np.argsort(places.reshape(len(places), -1), axis=1)]

@@ -29,7 +29,7 @@ def compiled() -> None:
 
 
 @given(problems())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_plan_is_right(problem: Problem) -> None:
     assert_plan_is_right(plan(problem, 0.2), problem)
 
@@ -47,9 +47,9 @@ def test_the_least_limit_can_be_met(whole: float, kept: float) -> None:
                          f"{'-'.join(map(str, cell['times']))}-peak{cell['peak']}")
 def test_no_slower_than_the_reference(cell: Mapping[str, Any]) -> None:
     problem = counted(cell["ranks"], cell["micro_batches"], cell["times"], cell["peak"])
-    # A busy machine gets more time; on a quiet one the first is enough.
-    for seconds in (1.0, 3.0, 10.0, 30.0):
-        found = plan(problem, seconds)
+    # A slow machine gets more time; on most the first is enough.
+    for seconds in (1.0, 3.0, 10.0):
+        found = plan(problem, seconds, clock=time.process_time)
         if found.timeline.makespan <= cell["makespan"] * (1 + 1e-9):
             break
     assert found.timeline.makespan <= cell["makespan"] * (1 + 1e-9)
@@ -83,7 +83,7 @@ def test_knows_which_micro_batches_are_long() -> None:
 
 
 def test_more_memory_than_any_batch_needs() -> None:
-    found = plan(counted(4, 4, (10, 12, 8, 1), 1000), 1.0)
+    found = plan(counted(4, 4, (10, 12, 8, 1), 1000), 1.0, clock=time.process_time)
     assert found.timeline.makespan <= 294
 
 

@@ -213,7 +213,7 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
         st.sampled_from(["schedule", "name", "placement", "chunks", "micro_batches", "orders"]), inner, max_size=4),
     max_leaves=12).map(lambda data: json.dumps(data).encode()))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whatever_is_in_the_file_is_no_plan(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"

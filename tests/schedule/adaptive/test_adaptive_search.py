@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10_000), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: int, seed: int,
                                                      data: st.DataObject) -> None:
     problem = counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1)))
@@ -94,7 +94,7 @@ def annealed(scheduler: ListScheduler, run: PolicyRun, tries: int, temperature: 
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10_000), st.floats(0.1, 30), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_annealing_keeps_times_and_limits(ranks: int, micro_batches: int, seed: int, temperature: float,
                                           data: st.DataObject) -> None:
     scheduler = ListScheduler(counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1))))

@@ -53,7 +53,7 @@ def makespan(problem: Problem, cycle: Cycle, micro_batches: int) -> float:
 
 
 @given(problems(), st.integers(1, 3), st.sampled_from((1, 2)), st.integers(0, 1000))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_long_batch_takes_as_many_intervals(problem: Problem, group: int, pieces: int, seed: int) -> None:
     """Whatever the times and sizes: annealing's interval is what each further period takes in the simulator."""
     assume(not ListScheduler(problem).fused)
@@ -103,7 +103,7 @@ def test_a_middle_that_is_not_regular_is_none() -> None:
 
 
 @given(problems())
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_batches_that_are_long_enough_for_cycles(problem: Problem) -> None:
     problem = with_micro_batches(problem, 4 * problem.ranks)
     assert_plan_is_right(plan(problem, 0.3), problem)

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import gt
 from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planner_problems import assert_plan_is_right, counted, problems
 
-from ds_vshape.schedule.activations import peak_activations
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.blocks import BlockParameters
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.regular import regular_orders
 from ds_vshape.schedule.schedule import check
-from ds_vshape.schedule.timeline import simulate
+from ds_vshape.schedule.timeline import Times, simulate
 
 
 def runs(problem: Problem, most: int = 8) -> list[PolicyRun]:
-    """The regular blocks' runs; each is within the limits, but for some where a B leaves more than it frees."""
+    """The regular blocks' runs; each is within the limits."""
     scheduler = ListScheduler(problem)
     policy = Policy(np.zeros((problem.ranks, 6, problem.micro_batches, 1)), 0.0, scheduler.least_reserves)
     found = [scheduler.left_shift(orders, policy) for orders in regular_orders(scheduler, most)]
-    sizes = problem.activations
-    assert all(run is not None for run in found) or any(map(gt, sizes.after_backward, sizes.after_forward))
+    assert all(run is not None for run in found)
     return [run for run in found if run is not None]
 
 
@@ -47,8 +45,10 @@ def test_less_memory_has_none() -> None:
     assert runs(counted(8, 32, (10, 9, 7, 3), 16)) and not runs(counted(8, 32, (10, 9, 7, 3), 13))
 
 
+# A W that takes no time starts together with the forward that its memory is for.
+@example(Problem(1, 2, Times((1, 1), (1, 1), (0, 0), (0,)), Activations((1, 1), (1, 0)), (2,), max_pieces=1), 1.0)
 @given(problems(), st.floats(1, 6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_times_and_sizes(problem: Problem, more: float) -> None:
     problem = replace(problem, limits=tuple(more * limit for limit in problem.limits))
     scheduler = ListScheduler(problem)
@@ -68,7 +68,7 @@ def test_passes_that_take_no_time(hop: float) -> None:
 
 
 @given(problems(), st.integers(0, 10_000))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_haste_is_never_slower(problem: Problem, seed: int) -> None:
     scheduler = ListScheduler(problem)
     run = scheduler.run(BlockParameters.random(problem.max_pieces, Random(seed)).policy(scheduler))
