@@ -45,9 +45,12 @@ def section_of(name: str, times: str) -> Any:
 
 def engine_of(name: str, workload: Workload, times: str = "profile", *, dynamic_shape: bool = False,
               **config_keys: Any) -> Any:
-    """The engine of contender `name`, with more `config_keys` in its ds_config; collective."""
+    """The engine of contender `name`, with more `config_keys` in its ds_config; collective.
+
+    Of these keys torch's pipelines take gradient_clipping alone.
+    """
     if name in TORCH_SCHEDULES:
-        return TorchPipeline(TORCH_SCHEDULES[name], workload, LEARNING_RATE)
+        return TorchPipeline(TORCH_SCHEDULES[name], workload, LEARNING_RATE, config_keys.get("gradient_clipping", 0.0))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": workload.micro_batches,

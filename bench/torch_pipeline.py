@@ -1,7 +1,7 @@
 """torch's own pipeline schedules (torch.distributed.pipelining) behind the engine's interface, on the same layers.
 
 Weights, losses and the optimizer are those of the DeepSpeed contenders: layers seeded one by one, gradients divided by
-the number of micro-batches, SGD.
+the number of micro-batches, SGD, gradients clipped by their norm over all ranks (as torchtitan does it).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TORCH_SCHEDULES = {
 class TorchPipeline:
     """Trains a workload by one of torch's schedules (collective)."""
 
-    def __init__(self, kind: TorchSchedule, workload: Workload, learning_rate: float) -> None:
+    def __init__(self, kind: TorchSchedule, workload: Workload, learning_rate: float, clipping: float = 0.0) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         count = kind.chunks * ranks
         self._micro_batches = workload.micro_batches
@@ -61,6 +61,7 @@ class TorchPipeline:
                   for module, stage in zip(self.module, kind.stages(rank, ranks), strict=True)]
         self._schedule = kind.schedule(stages[0] if kind.chunks == 1 else stages, workload.micro_batches,
                                        loss_fn=workload.loss_fn)
+        self._clipping = clipping
         self._optimizer = torch.optim.SGD(self.module.parameters(), lr=learning_rate)
 
     def train_batch(self, data: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -69,11 +70,19 @@ class TorchPipeline:
         losses: list[Tensor] = []
         self._schedule.step(*([inputs] if self._loads else []), target=labels if self._has_loss else None,
                             losses=losses if self._has_loss else None, return_outputs=False)
+        if self._clipping:
+            self._clip()
         self._optimizer.step()
         self._optimizer.zero_grad()
         loss = torch.stack(losses).mean().detach() if self._has_loss else torch.zeros(())
         dist.broadcast(loss, self._loss_rank)
         return loss
+
+    def _clip(self) -> None:
+        parameters = [*self.module.parameters()]
+        squared = nn.utils.get_total_norm([parameter.grad for parameter in parameters]) ** 2
+        dist.all_reduce(squared)
+        nn.utils.clip_grads_with_norm_(parameters, self._clipping, squared.sqrt())
 
 
 def _layers(workload: Workload, numbers: range) -> nn.Sequential:
