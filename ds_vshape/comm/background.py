@@ -75,15 +75,16 @@ class Stream:
         for tensor in uses:
             tensor.record_stream(self._stream)
         with get_accelerator().stream(self._stream), torch.no_grad():
-            return _OnStream(work(), self._stream)
+            return _OnStream(work(), self._stream.record_event())
 
 
 class _OnStream(Handle[T]):
-    def __init__(self, value: T, stream: Any) -> None:
-        self._value, self._stream = value, stream
+    def __init__(self, value: T, end: Any) -> None:
+        self._value, self._end = value, end
 
     def result(self, timeout: float | None = None) -> T:
-        get_accelerator().current_stream().wait_stream(self._stream)
+        # What was started later isn't waited for.
+        get_accelerator().current_stream().wait_event(self._end)
         return self._value
 
 

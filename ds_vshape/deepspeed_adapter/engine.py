@@ -14,6 +14,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as _stock
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
@@ -37,6 +38,11 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     def stock_forward(self, inputs: Any) -> Any:
         """The module's forward, with DeepSpeed's hooks for a backward from its outputs."""
         return DeepSpeedEngine.forward(self, inputs)
+
+    def run_module(self, inputs: Any) -> Any:
+        """The module's forward alone, under the autocast that the config asks for."""
+        with autocast_if_enabled(self):
+            return self.module(inputs)
 
     def stock_backward(self, loss: Any) -> None:
         """The backward from a loss, scaled and divided as DeepSpeed's."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,30 +15,24 @@ from torch import Tensor
 
 from ds_vshape.comm.payload import members
 from ds_vshape.deepspeed_adapter.checkpointing import forget_checkpoints
-from ds_vshape.deepspeed_adapter.engine import StockEngine
-from ds_vshape.measure.observer import Observer
+from ds_vshape.engine.keeping import Keeping
 from ds_vshape.runtime import instructions as instr
-from ds_vshape.runtime.buffers import Buffer, Buffers, edges, enter
-from ds_vshape.runtime.instructions import BufferId
+from ds_vshape.runtime.buffers import Buffer, edges, enter
+from ds_vshape.runtime.instructions import EVERYTHING, BufferId, Keeps
 from ds_vshape.runtime.micro_batch import check_loss, detached, loss_of
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.split_backward import GradientAccumulator, Operators, SplitBackward, SplitForward
+from ds_vshape.split_backward import GradientAccumulator, SplitBackward, SplitForward
 from ds_vshape.split_backward.head import EarlyGradients, with_logits
 
 
-class StagePasses(StockEngine):
+class StagePasses(Keeping):
     """How a PipelineEngine computes; it has what is declared here."""
 
     placement: Placement
-    _active_stage: int | None
     _accumulator: GradientAccumulator
     _early: EarlyGradients
-    _forwards_before: int
-    _stage_buffers: Buffers
-    _observer: Observer
-    _operators: Operators
     _sums: Any
     _token_mean: TokenMean | None
 
@@ -48,29 +43,32 @@ class StagePasses(StockEngine):
 
     # -- forward
 
-    def _exec_forward_pass(self, buffer_id: BufferId) -> None:
-        self._pass_on(buffer_id, self._forward(buffer_id))
+    def _exec_forward_pass(self, buffer_id: BufferId, keeps: Keeps = EVERYTHING) -> None:
+        self._pass_on(buffer_id, self._forward(buffer_id, keeps))
 
-    def _exec_split_forward_pass(self, buffer_id: BufferId) -> None:
+    def _exec_split_forward_pass(self, buffer_id: BufferId, keeps: Keeps = EVERYTHING) -> None:
         with SplitForward(self._stage_buffers[buffer_id].store, self._operators):
-            outputs = self._forward(buffer_id)
+            outputs = self._forward(buffer_id, keeps)
         self._pass_on(buffer_id, outputs)
 
-    def _forward(self, buffer_id: BufferId) -> list[Any]:
+    def _forward(self, buffer_id: BufferId, keeps: Keeps) -> list[Any]:
         """Run the stage, and the loss function on the last one; the outputs alone in a list, if a stage follows."""
         buffer = self._stage_buffers[buffer_id]
         buffer.check_unwritten(Content.ACTIVATION)
-        assert buffer.inputs is not None
         self._activate(buffer_id.stage)
-        # The seeds of layers count forward calls, and must not depend on the order of the passes.
-        self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
-        outputs = self.stock_forward(enter(buffer.inputs))
-        if not self.module.training:
-            forget_checkpoints()
-        if buffer_id.stage == self.placement.last_stage:
-            buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
-            buffer.labels = None
-            return []
+        self._count_forward(buffer_id)
+        assert buffer.inputs is not None
+        with buffer.saving(self.device) if keeps.goes_to_host else nullcontext():
+            if keeps.recomputed is None:
+                outputs = self.stock_forward(enter(buffer.inputs))
+            else:
+                outputs = self._forgetting_forward(buffer_id, keeps.recomputed)
+            if not self.module.training:
+                forget_checkpoints()
+            if buffer_id.stage == self.placement.last_stage:
+                buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
+                buffer.labels = None
+                return []
         return [outputs]
 
     def _pass_on(self, buffer_id: BufferId, outputs: list[Any]) -> None:
@@ -176,6 +174,7 @@ class StagePasses(StockEngine):
 
     # Plain functions, as in the stock engine.
     _INSTRUCTION_MAP: dict[instr.Instruction, instr.Execute] = {
+        **Keeping._INSTRUCTION_MAP,
         instr.ForwardPass: _exec_forward_pass,
         instr.SplitForwardPass: _exec_split_forward_pass,
         instr.BackwardPass: _exec_backward_pass,

@@ -19,6 +19,7 @@ import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -121,6 +122,7 @@ class PipelineModule(FastSetattr, StockModule):
                  example: Any = None, loss_average: str | None = None, **kwargs: Any) -> None:
         self.schedule_config: ScheduleConfig | None
         self.chunks: list[Chunk] = []
+        self._at_layers: tuple[Callable[[int], None], ...] = ()
         # The measured times of the layers, with the partition "profile".
         self.layer_times: LayerTimes | None = None
         # Whether a batch's loss is the mean over tokens.
@@ -268,6 +270,8 @@ class PipelineModule(FastSetattr, StockModule):
     def _enter_layer(self, forwards: int, layer: int) -> None:
         """Seed `layer` as DeepSpeed does, in the module's forward number `forwards`."""
         self.curr_layer = layer
+        for starts in self._at_layers:
+            starts(layer)
         if self.seed_layers:
             (self.seed_fn or set_random_seed)(self.base_seed * (forwards + 1) + layer)
 
@@ -325,9 +329,28 @@ class PipelineModule(FastSetattr, StockModule):
                 segment.run(outputs))
         return outputs
 
+    @contextmanager
+    def at_layers(self, starts: Callable[[int], None]) -> Iterator[None]:
+        """Call `starts` with the number of each layer that forward() comes to inside."""
+        before = self._at_layers
+        self._at_layers = (*before, starts)
+        try:
+            yield
+        finally:
+            self._at_layers = before
+
+    def chunk_of(self, stage: int) -> Chunk:
+        """The chunk that is `stage`, which this rank must hold."""
+        return self.chunks[self.placement.chunks[self.stage_id].index(stage)]
+
     def activate_stage(self, stage: int) -> None:
         """Let forward() run `stage`, which this rank must hold."""
-        self._activate(self.chunks[self.placement.chunks[self.stage_id].index(stage)])
+        self._activate(self.chunk_of(stage))
+
+    def activate_layers(self, stage: int, layers: int) -> None:
+        """Let forward() run the first `layers` of `stage` alone, which aren't checkpointed."""
+        chunk = self.chunk_of(stage)
+        self.set_active(chunk.funcs[:layers], [], chunk.start, chunk.start + layers)
 
     def _activate(self, chunk: Chunk) -> None:
         self.set_active(chunk.funcs, chunk.checkpointable, chunk.start, chunk.stop)

@@ -67,11 +67,15 @@ class Segment:
                 and any(parameter.requires_grad for parameter in parameters_of(self.layers)))
 
 
-def parameters_of(layers: Iterable[Any]) -> Iterator[nn.Parameter]:
-    """The parameters of layers as a PipelineModule has them: modules, functions, tied modules with a function."""
+def modules_of(layers: Iterable[Any]) -> Iterator[nn.Module]:
+    """The modules among layers as a PipelineModule has them: modules, functions, tied modules with a function."""
     for layer in layers:
         # A tied layer with a function of its own is a partial of that and the module.
-        modules = layer.args if isinstance(layer, partial) else (layer,)
-        for module in modules:
-            if isinstance(module, nn.Module):
-                yield from module.parameters()
+        yield from (part for part in (layer.args if isinstance(layer, partial) else (layer,))
+                    if isinstance(part, nn.Module))
+
+
+def parameters_of(layers: Iterable[Any]) -> Iterator[nn.Parameter]:
+    """The parameters of such layers."""
+    for module in modules_of(layers):
+        yield from module.parameters()

@@ -1,12 +1,15 @@
 """What a stage holds of one micro-batch from its forward to the end of its backward.
 
     before F     inputs
-    F to B       inputs (which require gradients), and the loss or the roots, where the backward enters the graph
+    F to B       inputs (which require gradients), and the loss or the roots, where the backward enters the graph; what
+                 it takes to run some layers again, or to move memory to the host and back
     B to W       the store: inputs and output gradients of the split operators, nothing else
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +20,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ds_vshape.comm.ownership import Versions, check_unwritten, own, versions
 from ds_vshape.comm.payload import Payload, check_payload, members
 from ds_vshape.runtime.instructions import BufferId
+from ds_vshape.runtime.recomputation import Recomputation
+from ds_vshape.runtime.saved_tensors import SavedTensors
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import WeightGradientStore
+from ds_vshape.split_backward.ownership import own_copy
 
 
 @dataclass
@@ -32,8 +38,17 @@ class Buffer:
     roots: tuple[GradientEdge | None, ...] = ()
     output_grads: tuple[Tensor | None, ...] = ()
     store: WeightGradientStore = field(default_factory=WeightGradientStore)
+    # Of layers that are run again before the backward.
+    recomputation: Recomputation | None = None
+    # Of a forward whose memory goes to the host.
+    saved: SavedTensors | None = None
     # The versions of inputs or output gradients from the same rank, at the time when these were handed over.
     versions: Versions | None = None
+
+    def saving(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Around a forward on `device` of which what it leaves will be moved."""
+        self.saved = SavedTensors(device.type)
+        return self.saved.hooks()
 
     def take_input_grads(self) -> list[Tensor | None]:
         """The gradients of the inputs. The buffer releases both; the list has the only references to the gradients."""
@@ -111,6 +126,9 @@ class Buffers:
 
     def clear(self) -> None:
         """Release everything."""
+        for buffer in self._buffers.values():
+            if buffer.saved is not None:
+                buffer.saved.abandon()
         self._buffers.clear()
         self._outbox.clear()
 
@@ -145,14 +163,29 @@ class _Enter(torch.autograd.Function):
         return gradients
 
 
+class _EnterCopies(_Enter):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(own_copy(tensor) for tensor in tensors)
+
+
 def enter(payload: Payload) -> Payload:
     """The inputs as the stage's forward gets them: it may change them in place, which a leaf forbids.
 
     DeepSpeed clones them for that; here no memory is copied.
     """
+    return _entered(payload, _Enter, lambda tensor: tensor)
+
+
+def enter_copies(payload: Payload) -> Payload:
+    """As `enter`, with copies: the forward will run again, and must then find the inputs as they are now."""
+    return _entered(payload, _EnterCopies, own_copy)
+
+
+def _entered(payload: Payload, function: type[_Enter], other: Callable[[Tensor], Tensor]) -> Payload:
+    """The payload inside the graph: `function` of what wants a gradient, `other` of the rest."""
     wanting = [t for t in members(payload) if t is not None and t.requires_grad]
-    if not wanting:
-        return payload
-    entered = iter(_Enter.apply(*wanting))  # type: ignore[no-untyped-call]
-    inside = tuple(next(entered) if t is not None and t.requires_grad else t for t in members(payload))
+    entered = iter(function.apply(*wanting) if wanting else ())  # type: ignore[no-untyped-call]
+    inside = tuple(None if t is None else next(entered) if t.requires_grad else other(t) for t in members(payload))
     return _payload(inside, isinstance(payload, tuple))

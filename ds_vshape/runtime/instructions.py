@@ -8,6 +8,9 @@ instruction says what it works on and a rank may hold any number of stages.
     ForwardPass, SplitForwardPass           output = stage(input)
     BackwardPass                            both halves of the backward at once
     InputGradPass, WeightGradPass           one half each
+    RecomputePass, SplitRecomputePass       a forward again, whose first time kept less than its backward needs
+    Offload, WaitOffload                    start to move to the host what a forward left; wait until it has gone
+    Reload, WaitReload                      start to bring it back; wait until it's there
     RecvActivation, RecvGrad                offer a buffer; don't wait
     WaitActivation, WaitGrad                wait until it is filled
     SendActivation, SendGrad                start to send; don't wait
@@ -64,6 +67,19 @@ class BufferId(NamedTuple):
     micro_batch: int
 
 
+class Keeps(NamedTuple):
+    """What a forward pass leaves on the device for its backward: by default everything.
+
+    Its first `recomputed` layers (0 for all of the stage) leave nothing and run again; what is left `goes_to_host`.
+    """
+
+    recomputed: int | None = None
+    goes_to_host: bool = False
+
+
+EVERYTHING = Keeps()
+
+
 class SplitForwardPass(BufferOpInstruction):  # type: ignore[misc]
     """Compute a forward pass whose backward will come in two halves.
 
@@ -102,6 +118,33 @@ class WeightGradPass(BufferOpInstruction):  # type: ignore[misc]
 
     def __init__(self, buffer_id: BufferId, piece: int = 0, pieces: int = 1) -> None:
         super().__init__(buffer_id, piece=piece, pieces=pieces)
+
+
+class RecomputePass(BufferOpInstruction):  # type: ignore[misc]
+    """Run the first `layers` of a stage again (0 for all), with what their forward pass has kept."""
+
+    def __init__(self, buffer_id: BufferId, layers: int = 0) -> None:
+        super().__init__(buffer_id, layers=layers)
+
+
+class SplitRecomputePass(RecomputePass):
+    """As :class:`RecomputePass`, for a forward whose backward will come in two halves."""
+
+
+class Offload(BufferOpInstruction):  # type: ignore[misc]
+    """Start to copy to the host what a forward pass left for its backward."""
+
+
+class WaitOffload(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the copy of an :class:`Offload` is on the host, and free the memory on the device."""
+
+
+class Reload(BufferOpInstruction):  # type: ignore[misc]
+    """Take memory for what an :class:`Offload` moved, and start to copy it back."""
+
+
+class WaitReload(BufferOpInstruction):  # type: ignore[misc]
+    """Wait until the copy of a :class:`Reload` is there."""
 
 
 class WaitActivation(BufferOpInstruction):  # type: ignore[misc]
@@ -192,8 +235,8 @@ def pass_of(instruction: PipeInstruction) -> Pass | None:
     kind = _KINDS.get(type(instruction))
     if kind is None:
         return None
-    buffer_id, *piece = instruction.kwargs.values()
-    return Pass(kind, *buffer_id, *piece)
+    of_pass = {name: number for name, number in instruction.kwargs.items() if name in ("piece", "pieces", "layers")}
+    return Pass(kind, *instruction.kwargs["buffer_id"], **of_pass)
 
 
 def name_of(instruction: PipeInstruction) -> str:

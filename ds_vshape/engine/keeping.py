@@ -1,0 +1,101 @@
+"""What a forward leaves on the device until its backward, where that is less than everything.
+
+    RecomputePass, SplitRecomputePass     the first layers of the stage run again, whose forward has kept nothing
+    Offload, WaitOffload                  it goes to the host
+    Reload, WaitReload                    it comes back
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_vshape.comm.payload import members
+from ds_vshape.deepspeed_adapter.engine import StockEngine
+from ds_vshape.measure.observer import Observer
+from ds_vshape.module.segment import modules_of
+from ds_vshape.runtime import instructions as instr
+from ds_vshape.runtime.buffers import Buffers, enter, enter_copies
+from ds_vshape.runtime.copy_engine import CopyEngine
+from ds_vshape.runtime.instructions import BufferId
+from ds_vshape.runtime.recomputation import ChangingBuffers, Recomputation
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.split_backward import Operators, SplitForward
+
+
+class Keeping(StockEngine):
+    """How a PipelineEngine recomputes and offloads; it has what is declared here."""
+
+    # Of the device; another one may be put in its place between batches.
+    copy_engine: CopyEngine
+    _active_stage: int | None
+    # By stage, and the layer before which they are.
+    _changing_buffers: dict[tuple[int, int], ChangingBuffers]
+    _forwards_before: int
+    _observer: Observer
+    _operators: Operators
+    _stage_buffers: Buffers
+
+    def _count_forward(self, buffer_id: BufferId) -> None:
+        """The seeds of layers count forward calls, and must not depend on the order of the passes."""
+        self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
+
+    def _forgetting_forward(self, buffer_id: BufferId, layers: int) -> Any:
+        """The stage's outputs; its first `layers` (0 for all) keep nothing."""
+        buffer, chunk = self._stage_buffers[buffer_id], self.module.chunk_of(buffer_id.stage)
+        stop = chunk.start + (layers or len(chunk.funcs))
+        key = buffer_id.stage, stop
+        if key not in self._changing_buffers:
+            forgotten = chunk.funcs[:stop - chunk.start]
+            self._changing_buffers[key] = ChangingBuffers(
+                tensor for module in modules_of(forgotten) for tensor in module.buffers())
+        again = Recomputation(f"stage {buffer_id.stage}, micro-batch {buffer_id.micro_batch}", stop,
+                              self._changing_buffers[key])
+        buffer.recomputation = again
+        assert buffer.inputs is not None
+        with self.module.at_layers(again.starts), again.forgetting():
+            return self.stock_forward(enter_copies(buffer.inputs))
+
+    def _exec_recompute_pass(self, buffer_id: BufferId, layers: int) -> None:
+        buffer, chunk = self._stage_buffers[buffer_id], self.module.chunk_of(buffer_id.stage)
+        again, buffer.recomputation = buffer.recomputation, None
+        assert again is not None and buffer.inputs is not None
+        self.module.activate_layers(buffer_id.stage, layers or len(chunk.funcs))
+        # Not the whole stage.
+        self._active_stage = None
+        self._count_forward(buffer_id)
+        with again.again():
+            self.run_module(enter(buffer.inputs))
+
+    def _exec_split_recompute_pass(self, buffer_id: BufferId, layers: int) -> None:
+        with SplitForward(self._stage_buffers[buffer_id].store, self._operators):
+            self._exec_recompute_pass(buffer_id, layers)
+
+    def _exec_offload(self, buffer_id: BufferId) -> None:
+        buffer = self._stage_buffers[buffer_id]
+        assert buffer.saved is not None and buffer.inputs is not None
+        self._observer.copied(buffer_id, buffer.saved.offload(members(buffer.inputs), self.copy_engine))
+
+    def _exec_wait_offload(self, buffer_id: BufferId) -> None:
+        saved = self._stage_buffers[buffer_id].saved
+        assert saved is not None
+        saved.free()
+
+    def _exec_reload(self, buffer_id: BufferId) -> None:
+        saved = self._stage_buffers[buffer_id].saved
+        assert saved is not None
+        saved.reload()
+
+    def _exec_wait_reload(self, buffer_id: BufferId) -> None:
+        saved = self._stage_buffers[buffer_id].saved
+        assert saved is not None
+        saved.wait()
+
+    # Plain functions, as in the stock engine.
+    _INSTRUCTION_MAP: dict[instr.Instruction, instr.Execute] = {
+        instr.RecomputePass: _exec_recompute_pass,
+        instr.SplitRecomputePass: _exec_split_recompute_pass,
+        instr.Offload: _exec_offload,
+        instr.WaitOffload: _exec_wait_offload,
+        instr.Reload: _exec_reload,
+        instr.WaitReload: _exec_wait_reload,
+    }
