@@ -5,6 +5,7 @@
     loading.py           a batch's inputs and labels
     ordering.py          the order of micro-batches of different lengths
     passes.py            forwards and backwards of a stage
+    keeping.py           recomputation, and copies to the host and back
     messages.py          activations and gradients between stages
     batch_end.py         the end of a batch: loss, gradients, step
     plans.py             what batches run by: schedules, lowered to instructions

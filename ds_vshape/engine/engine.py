@@ -11,6 +11,7 @@ works on, and each has one method.
         LoadMicroBatch                                             here
         ForwardPass, SplitForwardPass                              passes.py
         BackwardPass, InputGradPass, WeightGradPass                passes.py
+        RecomputePass, Offload, Reload, their Waits                keeping.py
         Send*, Recv*, Wait*, Release*                              messages.py
         ReturnLoss, StartReduceGrads, AgreeOnBatch,
         ReduceTiedGrads, ReduceGrads, OptimizerStep                batch_end.py
@@ -53,11 +54,13 @@ from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import MonitorReports
 from ds_vshape.measure.observer import METERED_BATCH, Observer
+from ds_vshape.measure.profiling import clock
 from ds_vshape.measure.trace import Tracer
 from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.anomaly import checked
 from ds_vshape.runtime.buffers import Buffers
+from ds_vshape.runtime.copy_engine import copy_engine
 from ds_vshape.runtime.drawn_batch import DrawnBatch
 from ds_vshape.runtime.gradient_release import ReleasedWeights
 from ds_vshape.runtime.instructions import BufferId
@@ -108,6 +111,8 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
         self._observer = Observer(self)
+        self.copy_engine = copy_engine(clock().now)
+        self._changing_buffers = {}
         self._background = background()
         self._early = EarlyGradients(self.device)
         self._token_mean: TokenMean | None = None

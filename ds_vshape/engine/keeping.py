@@ -18,7 +18,6 @@ from ds_vshape.runtime.buffers import Buffers, enter, enter_copies
 from ds_vshape.runtime.copy_engine import CopyEngine
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.recomputation import ChangingBuffers, Recomputation
-from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.split_backward import Operators, SplitForward
 
 

@@ -131,7 +131,7 @@ class ActivationMeter:
 
     @contextmanager
     def backward(self, action: Pass) -> Iterator[None]:
-        """Around the B or BW of what was measured in F."""
+        """Around the B or BW of what was measured in F, or the C between them."""
         span = _Span(action)
         with self._measuring():
             first = Pass(Kind.F, action.stage, action.micro_batch)
@@ -202,10 +202,13 @@ class ActivationMeter:
             if action.kind.gives_input_gradient:
                 self.whole[action.stage] = sum(alive.values())
             before = set(alive)
-            kind = action.kind, action.stage
+            # C needs what F needs without it.
+            kind = Kind.F if action.kind is Kind.C else action.kind, action.stage
             self._most[kind] = max(take_until(end, alive), self._most.get(kind, 0))
             if action.kind is Kind.F:
                 left[buffer] = _without({address: alive[address] for address in alive.keys() - before}, span.apart)
+            elif action.kind is Kind.C:
+                left[buffer] = _without(alive, span.apart)
 
     def gather(self, placement: Placement, device: torch.device) -> tuple[Activations, Working] | None:
         """The sizes of all stages, the largest of all replicas, on every rank of the job (collective); None where they

@@ -21,6 +21,7 @@ from ds_vshape.measure.memory import ActivationMeter, predict_memory
 from ds_vshape.measure.profiling import PassRecorder, gather_timeline, mean_times, report
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime.buffers import Buffers
+from ds_vshape.runtime.copy_engine import Copy
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.rank import Rank
 from ds_vshape.schedule.activations import Activations, Working
@@ -54,6 +55,10 @@ class Observer:
         self.batches = 0
 
     # -- while a batch runs
+
+    def copied(self, buffer_id: BufferId, copy: Copy) -> None:
+        """What a forward left is on its way to the host, and will come back."""
+        self._recorder.copied(buffer_id, copy)
 
     def begin_batch(self, schedule: Schedule, training: bool) -> None:
         """A batch of training or evaluation starts."""
@@ -140,7 +145,7 @@ class Observer:
         The prediction takes the `planned` times, or else the batch's own mean times.
         """
         schedule, record = self.last_batch()
-        measured = gather_timeline(record.spans(), schedule.orders, self._group, self._rank.device)
+        measured = gather_timeline(record, schedule.orders, self._group, self._rank.device)
         times = planned or mean_times(measured, schedule.placement.stages)
         return simulate(schedule, times), measured
 
@@ -187,10 +192,14 @@ class Observer:
 
 def _to_measure(order: Sequence[Pass]) -> set[Pass]:
     """All passes of a micro-batch of each stage whose backward is a B, and of one whose is a BW, if it has both. The
-    second one, if there is one: after the first, allocators and caches are warm."""
+    second one, if there is one: after the first, allocators and caches are warm. Better one without copies, which
+    change what is alive meanwhile."""
+    moved = {BufferId(action.stage, action.micro_batch) for action in order if action.kind.is_copy}
     found: dict[tuple[Kind, int], list[BufferId]] = {}
     for action in order:
         if action.kind.gives_input_gradient:
             found.setdefault((action.kind, action.stage), []).append(BufferId(action.stage, action.micro_batch))
-    buffers = {equal[:2][-1] for equal in found.values()}
-    return {action for action in order if BufferId(action.stage, action.micro_batch) in buffers}
+    buffers = {sorted(equal[:2] if moved.issuperset(equal) else [one for one in equal if one not in moved][:2])[-1]
+               for equal in found.values()}
+    return {action for action in order
+            if BufferId(action.stage, action.micro_batch) in buffers and not action.kind.is_copy}

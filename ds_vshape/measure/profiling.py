@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_vshape.runtime.copy_engine import Copy
+from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
@@ -53,12 +57,21 @@ class DeviceClock:
         return [on_host - self.seconds(mark, now) for mark in marks]
 
 
+Clock = HostClock | DeviceClock
+
+
+def clock() -> Clock:
+    """That of this process's accelerator."""
+    return HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
+
+
 class PassRecorder:
-    """One batch on this rank: its passes with start and end, and how many activations were alive at once."""
+    """One batch on this rank: its passes and copies with start and end, and how many activations were alive at once."""
 
     def __init__(self) -> None:
-        self._clock = HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
+        self._clock = clock()
         self._marks: list[tuple[Pass, Any, Any]] = []
+        self._copies: list[tuple[BufferId, Copy]] = []
         self._alive = 0
         # The host's time, even if the device hasn't reached the batch yet: hosts start it together, devices don't.
         self._started = time.perf_counter()
@@ -72,32 +85,62 @@ class PassRecorder:
         return self._clock.now()
 
     def end(self, action: Pass, start: Any) -> None:
-        """`action` has ended."""
-        self._marks.append((action, start, self._clock.now()))
+        """`action` has ended; a copy takes none of the rank's time, which goes on here."""
+        end = self._clock.now()
+        self._marks.append((action, end if action.kind.is_copy else start, end))
         if action.frees_activations:
             self._alive -= 1
 
+    def copied(self, buffer_id: BufferId, copy: Copy) -> None:
+        """`copy` is that of what a forward left, to the host and back."""
+        self._copies.append((buffer_id, copy))
+
     def spans(self) -> tuple[Span, ...]:
         """Spans in seconds since this rank's host started the batch."""
-        times = iter(self._clock.on_host([mark for _, *marks in self._marks for mark in marks]))
+        return self._spans(self._marks)
+
+    def copies(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """The spans of the copies to the host, and of those back, each in the order in which they ran."""
+        back = self._spans([(Pass(Kind.R, *buffer_id), *copy.backwards) for buffer_id, copy in self._copies])
+        return (self._spans([(Pass(Kind.O, *buffer_id), *copy.outwards) for buffer_id, copy in self._copies]),
+                tuple(sorted(back, key=lambda span: span.start)))
+
+    def _spans(self, marks: Sequence[tuple[Pass, Any, Any]]) -> tuple[Span, ...]:
+        times = iter(self._clock.on_host([mark for _, *of_action in marks for mark in of_action]))
         first = self._started
-        return tuple(Span(action, next(times) - first, next(times) - first) for action, _, _ in self._marks)
+        return tuple(Span(action, next(times) - first, next(times) - first) for action, *_ in marks)
 
 
-def gather_timeline(spans: Sequence[Span], orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
+def gather_timeline(recorder: PassRecorder, orders: Sequence[Order], group: Any, device: torch.device) -> Timeline:
     """The whole pipeline's measured timeline, on every rank of `group` (collective).
 
     Each rank's times count from its host's start of the batch. The end of the previous batch synchronizes the ranks, so
     the clocks of the hosts need not agree. (What a script does on one rank between batches isn't measured.)
     """
-    longest = max(map(len, orders), default=0)
+    # What each rank has spans of: its passes, then the copies of each direction.
+    kinds = [(order, *copies_in(order)) for order in orders]
+    longest = max((sum(map(len, of_rank)) for of_rank in kinds), default=0)
     own = torch.zeros(longest, 2, dtype=torch.float64)
-    for place, span in enumerate(spans):
+    for place, span in enumerate(chain(recorder.spans(), *recorder.copies())):
         own[place] = torch.tensor([span.start, span.end], dtype=torch.float64)
     gathered = [torch.empty(longest, 2, dtype=torch.float64, device=device) for _ in orders]
     dist.all_gather(gathered, own.to(device), group=group)
-    return Timeline(tuple(tuple(Span(action, *times) for action, times in zip(order, rank.tolist()))
-                          for order, rank in zip(orders, gathered)))
+    found: tuple[list[tuple[Span, ...]], ...] = [], [], []
+    for of_rank, times in zip(kinds, gathered):
+        spans = iter(times.tolist())
+        for actions, into in zip(of_rank, found):
+            into.append(tuple(Span(action, *next(spans)) for action in actions))
+    return Timeline(*map(tuple, found if any(found[1]) else found[:1]))
+
+
+def copies_in(order: Order) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The Os and the Rs of an order as they are copied: to the host in the order of the Fs."""
+    found = {(action.kind, action.stage, action.micro_batch): action for action in order if action.kind.is_copy}
+    if not found:
+        return (), ()
+    offloads = (found.get((Kind.O, action.stage, action.micro_batch)) for action in order if action.kind is Kind.F)
+    return (tuple(action for action in offloads if action is not None),
+            tuple(action for action in order if action.kind is Kind.R))
 
 
 def seconds_taken(spans: Iterable[Span]) -> dict[tuple[Kind, int], list[float]]:
@@ -109,20 +152,40 @@ def seconds_taken(spans: Iterable[Span]) -> dict[tuple[Kind, int], list[float]]:
 
 
 def mean_times(timeline: Timeline, stages: int) -> Times:
-    """The mean seconds of F, B and W of each stage in a measured timeline; a BW counts half as B and half as W."""
+    """The mean seconds of F, B, W, C and copies of each stage in a measured timeline; a BW counts half as B and half as
+    W."""
     taken: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for (of, stage), seconds in seconds_taken(chain.from_iterable(timeline.ranks)).items():
         if of is Kind.BW:
             taken[Kind.B, stage] += [each / 2 for each in seconds]
             taken[Kind.W, stage] += [each / 2 for each in seconds]
-        else:
+        elif not of.is_copy:
             taken[of, stage] += seconds
+    for (of, stage), seconds in seconds_taken(chain.from_iterable((*timeline.offloads, *timeline.reloads))).items():
+        taken[of, stage] += seconds
 
     def mean(kind: Kind) -> tuple[float, ...]:
         every = [taken[kind, stage] for stage in range(stages)]
         return tuple(sum(seconds) / len(seconds) if seconds else 0.0 for seconds in every)
 
-    return Times(mean(Kind.F), mean(Kind.B), mean(Kind.W))
+    times = Times(mean(Kind.F), mean(Kind.B), mean(Kind.W))
+    if any(timeline.offloads):
+        times = replace(times, offload=mean(Kind.O), reload=mean(Kind.R))
+    return replace(times, recompute=_recompute_times(timeline, times)) if any(mean(Kind.C)) else times
+
+
+def _recompute_times(timeline: Timeline, times: Times) -> tuple[tuple[float, ...], ...]:
+    """For each stage the mean seconds of C of its first layers, as many as were recomputed; 0 for other numbers."""
+    taken: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for span in chain.from_iterable(timeline.ranks):
+        if span.action.kind is Kind.C:
+            taken[span.action.stage][span.action.layers].append(span.end - span.start)
+    found = []
+    for stage, forward in enumerate(times.forward):
+        of_layers = {layers: statistics.mean(seconds) for layers, seconds in taken[stage].items()}
+        whole = of_layers.pop(0, forward)
+        found.append((*(of_layers.get(layers, 0.0) for layers in range(1, max(of_layers, default=0) + 1)), whole))
+    return tuple(found)
 
 
 def report(recorder: PassRecorder, schedule: Schedule, group: Any, device: torch.device) -> dict[str, Any]:
@@ -135,7 +198,7 @@ def report(recorder: PassRecorder, schedule: Schedule, group: Any, device: torch
         "makespan": seconds from the first pass to the end of the last one
         "peak_activations": of each rank, in activations of 1/(2p) of the model for one micro-batch
     """
-    timeline = gather_timeline(recorder.spans(), schedule.orders, group, device)
+    timeline = gather_timeline(recorder, schedule.orders, group, device)
     ranks, stages = schedule.placement.ranks, schedule.placement.stages
     peaks = [torch.empty(1, dtype=torch.int64, device=device) for _ in schedule.orders]
     dist.all_gather(peaks, torch.tensor([recorder.peak_alive * 2 * ranks // stages], device=device), group=group)

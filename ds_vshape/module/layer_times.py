@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
 from torch import nn
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import Payload, members
-from ds_vshape.measure.profiling import DeviceClock, HostClock
+from ds_vshape.measure.profiling import clock
 from ds_vshape.runtime.buffers import enter, leaves
 from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.schedule.balance import PartitionError
@@ -120,21 +119,21 @@ class LayerProfiler:
     @staticmethod
     def _time(call: Callable[[Any], Any], inputs: Payload) -> tuple[float, float]:
         """Median seconds of forward and backward."""
-        clock = HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
+        timer = clock()
         marks = []
         for _ in range(WARM_UPS + REPEATS):
             entered = enter(_copied(inputs))
-            start = clock.now()
+            start = timer.now()
             outputs = call(entered)
-            middle = clock.now()
+            middle = timer.now()
             roots = [output for output in members(outputs) if torch.is_tensor(output) and output.requires_grad]
             grads = [torch.ones_like(root) for root in roots]
-            resumed = clock.now()
+            resumed = timer.now()
             if roots:
                 torch.autograd.backward(roots, grads)
-            marks.append((start, middle, resumed, clock.now()))
+            marks.append((start, middle, resumed, timer.now()))
             del entered, outputs, roots, grads
-        forward, backward = zip(*((clock.seconds(a, b), clock.seconds(c, d)) for a, b, c, d in marks[WARM_UPS:]))
+        forward, backward = zip(*((timer.seconds(a, b), timer.seconds(c, d)) for a, b, c, d in marks[WARM_UPS:]))
         return median(forward), median(backward)
 
 

@@ -7,6 +7,9 @@
     drawn_batch.py        a batch's data, drawn when it starts
     token_mean.py         a batch's loss as the mean over its tokens
     buffers.py            what a stage holds of a micro-batch from its forward to the end of its backward
+    saved_tensors.py      what a forward leaves for its backward, moved to the host and back
+    recomputation.py      a forward that keeps nothing and is run again
+    copy_engine.py        copies to the host and back
     gradients.py          where gradients add up, and their clipping
     reduction.py          their sum over data parallel ranks, started stage by stage
     gradient_release.py   weights that a script's own hooks step in the middle of a batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import wraps
+from typing import Any
 
 import torch
 
@@ -28,8 +29,8 @@ def checked(instructions: Mapping[Instruction, Execute], buffers: Buffers,
 
 def _checked(execute: Execute, buffers: Buffers, last_stage: int) -> Execute:
     @wraps(execute)
-    def run(engine: object, buffer_id: instr.BufferId) -> None:
-        execute(engine, buffer_id)
+    def run(engine: object, buffer_id: instr.BufferId, **arguments: Any) -> None:
+        execute(engine, buffer_id=buffer_id, **arguments)
         if not torch.is_grad_enabled():
             return
         outputs = buffers.outputs(buffer_id)

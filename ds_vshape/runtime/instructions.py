@@ -34,23 +34,25 @@ In the batch in which gradients are verified (ds_vshape/engine/verification.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from deepspeed.runtime.pipe.schedule import (BackwardPass, BufferOpInstruction, ForwardPass, LoadMicroBatch,
                                              OptimizerStep, PipeInstruction, RecvActivation, RecvGrad, ReduceGrads,
                                              ReduceTiedGrads, SendActivation, SendGrad)
 
+from ds_vshape.schedule import lowering
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, CopyStep, Load, Message, MessageStep,
                                          PostReceive, Program, Run, Send, ShareLoss, Step)
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
-    "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict", "BackwardPass",
-    "BufferId", "BufferOpInstruction", "CompareGradients", "Execute", "ForwardPass", "InputGradPass", "Instruction",
-    "LoadMicroBatch", "OptimizerStep", "PipeInstruction", "RecvActivation", "RecvGrad", "ReduceGrads",
-    "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "ReturnLoss", "SendActivation", "SendGrad",
-    "SplitForwardPass", "StartReduceGrads", "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WeightGradPass",
+    "EVERYTHING", "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict",
+    "BackwardPass", "BufferId", "BufferOpInstruction", "CompareGradients", "Execute", "ForwardPass", "InputGradPass",
+    "Instruction", "Keeps", "LoadMicroBatch", "Offload", "OptimizerStep", "PipeInstruction", "RecomputePass",
+    "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "Reload",
+    "ReturnLoss", "SendActivation", "SendGrad", "SplitForwardPass", "SplitRecomputePass", "StartReduceGrads",
+    "StepAhead", "TellForwards", "WaitActivation", "WaitGrad", "WaitOffload", "WaitReload", "WeightGradPass",
     "comparing", "evaluation_instructions", "instruction_of", "name_of", "pass_of", "passes_alone", "stepping_ahead",
     "training_instructions"
 ]
@@ -212,6 +214,14 @@ _PASSES: dict[tuple[Kind, bool], type[BufferOpInstruction]] = {
     (Kind.BW, False): BackwardPass,
     (Kind.B, True): InputGradPass,
     (Kind.W, True): WeightGradPass,
+    (Kind.C, False): RecomputePass,
+    (Kind.C, True): SplitRecomputePass,
+}
+_COPIES: dict[type[CopyStep], type[BufferOpInstruction]] = {
+    lowering.Offload: Offload,
+    lowering.AwaitOffload: WaitOffload,
+    lowering.Reload: Reload,
+    lowering.AwaitReload: WaitReload,
 }
 _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
     (PostReceive, Content.ACTIVATION): RecvActivation,
@@ -227,16 +237,19 @@ _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
 
 # Of the instructions on messages: the kind of pass that the message goes into.
 MESSAGE_KINDS = {instruction: content.kind for (_, content), instruction in _MESSAGES.items()}
-_KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()}
+_KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()} | {WaitOffload: Kind.O, Reload: Kind.R}
+# The arguments of instructions that are a pass's.
+_OF_PASS = ("piece", "pieces", "layers")
 
 
 def pass_of(instruction: PipeInstruction) -> Pass | None:
-    """The pass that an instruction runs, if it runs one."""
+    """The pass that an instruction runs, if it runs one; of a copy, where the rank waits for its end (O) or starts it
+    (R)."""
     kind = _KINDS.get(type(instruction))
     if kind is None:
         return None
-    of_pass = {name: number for name, number in instruction.kwargs.items() if name in ("piece", "pieces", "layers")}
-    return Pass(kind, *instruction.kwargs["buffer_id"], **of_pass)
+    arguments = instruction.kwargs
+    return Pass(kind, *arguments["buffer_id"], **{name: arguments[name] for name in _OF_PASS if name in arguments})
 
 
 def name_of(instruction: PipeInstruction) -> str:
@@ -325,21 +338,33 @@ def evaluation_instructions(program: Program) -> list[PipeInstruction]:
 
 def _instructions(program: Program) -> list[PipeInstruction]:
     """The instructions that execute the steps of a program, step by step."""
-    split = {(step.action.stage, step.action.micro_batch) for step in program
-             if isinstance(step, Run) and step.action.kind in (Kind.B, Kind.W)}
-    return [_run(step.action, split) if isinstance(step, Run) else instruction_of(step) for step in program]
+    passes = [step.action for step in program if isinstance(step, Run)]
+    split = {_buffer_of(action) for action in passes if action.kind in (Kind.B, Kind.W)}
+    recomputed = {_buffer_of(action): action.layers for action in passes if action.kind is Kind.C}
+    moved = {_buffer_of(step.action) for step in program if isinstance(step, lowering.Offload)}
+
+    def run(action: Pass) -> PipeInstruction:
+        buffer_id = _buffer_of(action)
+        arguments: dict[str, Any] = {}
+        if action.kind is Kind.W:
+            arguments = {"piece": action.piece, "pieces": action.pieces}
+        elif action.kind is Kind.C:
+            arguments = {"layers": action.layers}
+        elif action.kind is Kind.F and (buffer_id in recomputed or buffer_id in moved):
+            arguments = {"keeps": Keeps(recomputed.get(buffer_id), buffer_id in moved)}
+        return _PASSES[action.kind, buffer_id in split](buffer_id=buffer_id, **arguments)
+
+    return [run(step.action) if isinstance(step, Run) else instruction_of(step) for step in program]
 
 
-def _run(action: Pass, split: Container[tuple[int, int]]) -> PipeInstruction:
-    buffer_id = BufferId(action.stage, action.micro_batch)
-    piece = {"piece": action.piece, "pieces": action.pieces} if action.kind is Kind.W else {}
-    return _PASSES[action.kind, buffer_id in split](buffer_id=buffer_id, **piece)
+def _buffer_of(action: Pass) -> BufferId:
+    return BufferId(action.stage, action.micro_batch)
 
 
 def instruction_of(step: MessageStep | CopyStep | Load | ShareLoss) -> PipeInstruction:
     """The instruction that executes a step other than a pass."""
     if isinstance(step, CopyStep):
-        raise NotImplementedError(f"no instruction executes {step}")
+        return _COPIES[type(step)](buffer_id=_buffer_of(step.action))
     if isinstance(step, ShareLoss):
         return ReturnLoss()
     if isinstance(step, Load):

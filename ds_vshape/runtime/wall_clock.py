@@ -2,7 +2,7 @@
 
 DeepSpeed starts some of its timers in hooks of a forward and a backward and takes for granted that each backward ends
 before the next begins; its own PipelineEngine starts those a second time and fails. Here each timer runs around whole
-instructions. What is logged, and when, is DeepSpeed's: `bwd` is B and W, `bwd_inner` B alone.
+instructions. What is logged, and when, is DeepSpeed's: `bwd` is recomputation, B and W, `bwd_inner` B alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _TIMERS: Mapping[Instruction, tuple[str, ...]] = {
     instr.BackwardPass: _BACKWARD + _INNER,
     instr.InputGradPass: _BACKWARD + _INNER,
     instr.WeightGradPass: _BACKWARD,
+    instr.RecomputePass: _BACKWARD,
+    instr.SplitRecomputePass: _BACKWARD,
     instr.SendActivation: (PIPE_SEND_OUTPUT_TIMER,),
     instr.ReleaseActivation: (PIPE_SEND_OUTPUT_TIMER,),
     instr.SendGrad: (PIPE_SEND_GRAD_TIMER,),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 from deepspeed.runtime.pipe import schedule as stock
+from given_back import gives_back
 
 from ds_vshape.engine.engine import PipelineEngine
 from ds_vshape.runtime import instructions as instr
-from ds_vshape.runtime.instructions import BufferId, evaluation_instructions, training_instructions
+from ds_vshape.runtime.instructions import BufferId, Keeps, evaluation_instructions, training_instructions
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
-                                         Run, Send, Step, lower)
+from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, Content, Load,
+                                         Message, Offload, PostReceive, Program, Reload, Run, Send, Step, lower)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
-from ds_vshape.schedule.passes import BW, B, F, Kind, W
+from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, R, W
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
 
@@ -34,6 +35,11 @@ GRADIENT = Message(Channel(1, 0, Content.GRADIENT), 3, 6)
     (Send(GRADIENT), stock.SendGrad, (3, 6)),
     (AwaitSend(ACTIVATION), instr.ReleaseActivation, (4, 7)),
     (AwaitSend(GRADIENT), instr.ReleaseGrad, (3, 6)),
+    (Run(C(4, 7)), instr.RecomputePass, (4, 7)),
+    (Offload(O(4, 7)), instr.Offload, (4, 7)),
+    (AwaitOffload(O(4, 7)), instr.WaitOffload, (4, 7)),
+    (Reload(R(4, 7)), instr.Reload, (4, 7)),
+    (AwaitReload(R(4, 7)), instr.WaitReload, (4, 7)),
 ])
 def test_each_step_is_one_instruction(step: Step, kind: type[stock.PipeInstruction], buffer: tuple[int, int]) -> None:
     instruction, end = evaluation_instructions((step,))
@@ -82,9 +88,24 @@ def test_what_needs_some_of_the_passes_starts_behind_the_last_of_them() -> None:
 
 
 def test_the_engine_knows_every_instruction_and_takes_its_arguments() -> None:
-    kinds = {type(instruction) for program in programs()
-             for instruction in instr.comparing(training_instructions(program))}
+    given_back = [gives_back(build(name, 3, 8)) for name in ("v-half", "1f1b")]
+    every = [*programs(), *(program for schedule in given_back
+                            for program in lower(schedule, Times.uniform(schedule.placement.stages)))]
+    kinds = {type(instruction) for program in every for instruction in instr.comparing(training_instructions(program))}
     assert kinds == set(PipelineEngine._INSTRUCTION_MAP)
+
+
+def test_a_forward_keeps_what_its_backward_will_not_get_otherwise() -> None:
+    program = [Run(F(0, 0)), Offload(O(0, 0)), Run(F(0, 1)), Run(F(0, 2)), AwaitOffload(O(0, 0)), Run(C(0, 1, 2)),
+               Run(BW(0, 1)), Reload(R(0, 0)), AwaitReload(R(0, 0)), Run(C(0, 0)), Run(B(0, 0)), Run(W(0, 0)),
+               Run(BW(0, 2))]
+    found = evaluation_instructions(program)
+    forwards = [found[place] for place in (0, 2, 3)]
+    assert [forward.kwargs.get("keeps", instr.EVERYTHING) for forward in forwards] == [
+        Keeps(0, True), Keeps(2, False), Keeps(None, False)]
+    assert type(found[5]) is instr.RecomputePass and type(found[9]) is instr.SplitRecomputePass
+    actions = [step.action for step in program if isinstance(step, (Run, AwaitOffload, Reload))]
+    assert [action for action in map(instr.pass_of, found) if action is not None] == actions
 
 
 def test_each_message_is_received_and_sent_in_the_buffer_that_uses_it() -> None:

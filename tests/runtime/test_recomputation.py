@@ -123,7 +123,8 @@ class Changing(nn.Module):
         self.times += 1
         if self.times == 1:
             return x.exp()
-        return {"more": lambda: x.exp().exp(), "fewer": lambda: x * 1, "another": lambda: x.repeat(2).exp()}[self.what]()
+        changed = {"more": lambda: x.exp().exp(), "fewer": lambda: x * 1, "another": lambda: x.repeat(2).exp()}
+        return changed[self.what]()
 
 
 @pytest.mark.parametrize("what, found", [

@@ -12,7 +12,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from ds_vshape.comm.channels import Channels
-from ds_vshape.measure.profiling import DeviceClock, HostClock
+from ds_vshape.measure.profiling import clock
 from ds_vshape.measure.trace.arrivals import Arrivals
 from ds_vshape.measure.trace.batch import LOAD, PASS, RELEASE, SEND, WAIT, Event, RankTrace
 from ds_vshape.runtime import instructions as instr
@@ -55,7 +55,7 @@ class Recorder:
     def __init__(self, placement: Placement, channels: Channels) -> None:
         self._placement, self._channels = placement, channels
         synchronized = get_accelerator().is_synchronized_device()
-        self._clock = HostClock() if synchronized else DeviceClock()
+        self._clock = clock()
         self._arrivals = Arrivals() if synchronized else None
         self._marks: list[tuple[Instruction, dict[str, Any], Any, Any]] = []
 
