@@ -19,6 +19,7 @@ Schedules by name:
     forward_only.py      evaluation
     fuse.py              whole backwards where the split gains nothing
     pending.py           fewer weight gradients that wait at once
+    everything.py        everything recomputed, or everything offloaded
     adaptive/            schedules made for measured times under a memory limit
     micro_batch_order.py the order of micro-batches that take different times
 

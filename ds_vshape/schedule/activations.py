@@ -97,7 +97,7 @@ def peak_activations(schedule: Schedule, activations: Activations | None = None)
     for order in looked_at.orders:
         alive = peak = 0.0
         for at_start, at_end in sizes.changes(order):
-            peak = max(peak, alive + at_start)
+            peak = max(peak, alive + at_start, alive + at_start + at_end)
             alive += at_start + at_end
         found.append(peak)
     return tuple(found)

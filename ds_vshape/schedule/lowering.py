@@ -332,7 +332,10 @@ def _lowered(schedule: Schedule, times: Times) -> Sequence[_Groups]:
         running = bisect.bisect_right(moments.starts[target], moments.starts[source][made_at]) - 1
         earliest = clocks.last_before(source, made_at, target) + 1
         latest = min(needed_at, bisect.bisect_right(clocks.column(target, source), made_at))
-        return min(max(running - 1, earliest), latest)
+        before = running - 1
+        while before > earliest and schedule.orders[target][before].kind.is_copy:
+            before -= 1
+        return min(max(before, earliest), latest)
 
     return _groups(schedule, moments, transfers, ahead)
 

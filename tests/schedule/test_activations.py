@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_vshape.schedule.activations import Activations, memory_curve, peak_activations
+from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
@@ -61,6 +63,63 @@ def alive_at(time: float, spans: tuple[Span, ...], activations: Activations) -> 
         elif Kind.B in ends and ends[Kind.B] <= time < ends[Kind.W]:
             found += activations.after_backward[stage]
     return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3),
+       st.booleans(), st.data())
+def test_what_is_forgotten_or_on_the_host_takes_no_memory(name: str, ranks: int, micro_batches: int, behind: int,
+                                                          ahead: int, recomputes: bool, data: st.DataObject) -> None:
+    named = build(name, ranks, micro_batches)
+    schedule = with_everything_offloaded(with_everything_recomputed(named) if recomputes else named, behind, ahead)
+    stages = schedule.placement.stages
+
+    def sizes(least: int, most: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.lists(st.integers(least, most), min_size=stages, max_size=stages)))
+
+    activations = Activations(sizes(10, 19), sizes(1, 19), tuple((9, left) for left in sizes(1, 12)), sizes(5, 15))
+    timeline = simulate(schedule, Times.uniform(stages, 10, 12, 8, 1, 7))
+    for rank, spans in enumerate(timeline.ranks):
+        curve = memory_curve(spans, activations)
+        moments = sorted({moment for span in spans for moment in (span.start, span.end)})
+        # Between two moments nothing changes, and at some of them memory is freed before more is taken.
+        between = [(one + other) / 2 for one, other in zip(moments, moments[1:])]
+        for moment in between:
+            alive = [alive for time, alive in curve if time <= moment][-1]
+            assert alive == pytest.approx(alive_with_copies(moment, spans, activations))
+        peak = max(alive for _, alive in curve)
+        assert peak == pytest.approx(peak_activations(schedule, activations)[rank])
+        assert peak >= max(alive_with_copies(moment, spans, activations) for moment in between)
+        assert curve[-1][1] == pytest.approx(0)
+
+
+def alive_with_copies(time: float, spans: tuple[Span, ...], activations: Activations) -> float:
+    """By the definition, for each stage and micro-batch."""
+    found = 0.0
+    for stage, micro_batch in {(span.action.stage, span.action.micro_batch) for span in spans}:
+        starts = {span.action.kind: span.start for span in spans
+                  if (span.action.stage, span.action.micro_batch) == (stage, micro_batch)}
+        ends = {span.action.kind: span.end for span in spans
+                if (span.action.stage, span.action.micro_batch) == (stage, micro_batch)}
+        backward = ends.get(Kind.B, ends.get(Kind.BW))
+        whole = activations.after_forward[stage]
+        left = activations.recomputed[stage][-1] if Kind.C in ends else whole
+        if starts[Kind.F] < time < backward:
+            forgotten = Kind.C in ends and ends[Kind.F] < time < starts[Kind.C]
+            alive = left if forgotten else whole
+            if Kind.O in ends and ends[Kind.O] < time < starts[Kind.R]:
+                alive = min(alive, max(0, whole - activations.offloadable[stage]))
+            found += alive
+        elif Kind.B in ends and backward < time < ends[Kind.W]:
+            found += activations.after_backward[stage]
+    return found
+
+
+def test_sizes_of_another_number_of_stages_are_refused() -> None:
+    with pytest.raises(ValueError, match="activations.offloadable must be 2 finite numbers"):
+        Activations((1, 1), (1, 1), offloadable=(1,))
+    with pytest.raises(ValueError, match="activations.recomputed must be 2 rows"):
+        Activations((1, 1), (1, 1), recomputed=((1,),))
 
 
 def test_memory_that_is_taken_again_at_once_leaves_no_dip() -> None:

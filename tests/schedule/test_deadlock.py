@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import product
+from itertools import combinations, permutations, product
 
 import pytest
 from programs import (COMMUNICATORS, Communicator, Programs, lowered, of_all, of_the_direction, of_the_pair, own,
@@ -15,10 +15,11 @@ from programs import (COMMUNICATORS, Communicator, Programs, lowered, of_all, of
 
 from ds_vshape.schedule.deadlock import DeadlockError, check
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
-                                         Run, Send, ShareLoss, Step, lower)
+from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, Content, Load,
+                                         Message, Offload, PostReceive, Program, Reload, Run, Send, ShareLoss, Step,
+                                         lower)
 from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
+from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
@@ -32,6 +33,44 @@ def test_good_programs_pass(name: str) -> None:
             check(programs, placement)
             evaluation = lower(forward_only(placement, micro_batches), Times.uniform(placement.stages))
             check(evaluation, placement)
+
+
+# -- what is offloaded and recomputed
+
+
+def test_copies_and_recomputation_stand_in_turn_between_forward_and_backward() -> None:
+    """All programs of some of these steps in any order, against the list of the good ones."""
+    out, back = O(0, 0), R(0, 0)
+    f, c, bw = Run(F(0, 0)), Run(C(0, 0)), Run(BW(0, 0))
+    copies = (Offload(out), AwaitOffload(out), Reload(back), AwaitReload(back))
+    good = {(f, bw), (f, c, bw), (f, *copies, bw), (f, *copies, c, bw)}
+    found = {program for number in range(6) for some in combinations((*copies, c), number)
+             for program in permutations((f, *some, bw)) if passes((program,), linear(1))}
+    assert found == good
+    assert passes(((f, *copies, Run(B(0, 0)), Run(W(0, 0))),), linear(1))
+
+
+def passes(programs: Programs, placement: Placement) -> bool:
+    try:
+        check(programs, placement)
+    except DeadlockError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("F Offload BW", r"runs BW0\.0 before what was offloaded is back: it is at Offload"),
+    ("F Offload AwaitOffload Reload BW", "back: it is at Reload"),
+    ("F AwaitOffload BW", r"AwaitOffload\(action=O0\.0\) without Offload right before"),
+    ("F BW Offload", r"after its backward"), ("Offload F BW", r"before F0\.0 or after"),
+    ("F C Offload", "after what was forgotten is recomputed"), ("F C C BW", r"runs C0\.0 twice"),
+    ("F BW C", r"runs C0\.0 after the backward"), ("C F BW", r"runs C0\.0 before F0\.0"),
+    ("F Offload", r"offloads F0\.0, but never runs its backward")])
+def test_a_broken_copy_is_named(text: str, message: str) -> None:
+    steps = {"F": Run(F(0, 0)), "C": Run(C(0, 0)), "BW": Run(BW(0, 0)), "Offload": Offload(O(0, 0)),
+             "AwaitOffload": AwaitOffload(O(0, 0)), "Reload": Reload(R(0, 0)), "AwaitReload": AwaitReload(R(0, 0))}
+    with pytest.raises(DeadlockError, match=message):
+        check((tuple(steps[word] for word in text.split()),), linear(1))
 
 
 # -- broken programs

@@ -14,6 +14,7 @@ from programs import COMMUNICATORS, Communicator, Programs, lowered, of_the_dire
 
 from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.deadlock import DeadlockError
+from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, ShareLoss,
                                          Step, lower, lower_announced)
@@ -38,9 +39,10 @@ def test_no_synchronization_hangs_a_named_schedule(name: str) -> None:
 
 @st.composite
 def any_orders(draw: st.DrawFn) -> Schedule:
-    """A schedule whose ranks do their passes in any order in which they can be done."""
+    """A schedule whose ranks do their passes in any order in which they can be done, some with C or with O and R."""
     name, ranks = draw(st.sampled_from(sorted(SCHEDULES))), draw(st.integers(2, 6))
-    regular = build(name, ranks, draw(st.integers(1, 10)))
+    change = draw(st.sampled_from((lambda named: named, with_everything_recomputed, with_everything_offloaded)))
+    regular = change(build(name, ranks, draw(st.integers(1, 10))))
     stages = regular.placement.stages
     costs = [draw(st.lists(st.sampled_from([1.0, 2.0, 5.0, 20.0]), min_size=stages, max_size=stages).map(tuple))
              for _ in range(3)]
