@@ -14,10 +14,11 @@ of 2p equal stages and a hop; W runs whole; the peak counts activations of one c
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -28,9 +29,10 @@ from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycles import best_cycles, periods
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
+from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.timeline import Times
 
 try:
@@ -65,20 +67,21 @@ class Cell:
         """How long a pass takes."""
         return self.times[KINDS.index(action.kind)]
 
-    def passes_of(self, rank: int, micro_batches: int) -> list[Pass]:
-        """All passes of a rank."""
-        return [Pass(kind, stage, i) for stage in v(self.ranks).chunks[rank] for i in range(micro_batches)
-                for kind in KINDS]
 
-    def precedences(self, micro_batch: int) -> Iterator[tuple[Pass, Pass, int]]:
-        """Which pass has to wait for which, and for how long after that one's end."""
-        stages = range(2 * self.ranks)
-        for (a, b), delay in zip(pairwise(stages), map(int, self.of_stages.delays(v(self.ranks)))):
-            yield Pass(Kind.F, a, micro_batch), Pass(Kind.F, b, micro_batch), delay
-            yield Pass(Kind.B, b, micro_batch), Pass(Kind.B, a, micro_batch), delay
-        yield Pass(Kind.F, stages[-1], micro_batch), Pass(Kind.B, stages[-1], micro_batch), 0
-        for stage in stages:
-            yield Pass(Kind.B, stage, micro_batch), Pass(Kind.W, stage, micro_batch), 0
+def passes_of(stages: Iterable[int], micro_batches: int) -> list[Pass]:
+    """All passes of a rank with these stages."""
+    return [Pass(kind, stage, i) for stage in stages for i in range(micro_batches) for kind in KINDS]
+
+
+def precedences(placement: Placement, times: Times, micro_batch: int) -> Iterator[tuple[Pass, Pass, int]]:
+    """Which pass has to wait for which, and for how long after that one's end."""
+    stages = range(placement.stages)
+    for (a, b), delay in zip(pairwise(stages), map(round, times.delays(placement))):
+        yield Pass(Kind.F, a, micro_batch), Pass(Kind.F, b, micro_batch), delay
+        yield Pass(Kind.B, b, micro_batch), Pass(Kind.B, a, micro_batch), delay
+    yield Pass(Kind.F, stages[-1], micro_batch), Pass(Kind.B, stages[-1], micro_batch), 0
+    for stage in stages:
+        yield Pass(Kind.B, stage, micro_batch), Pass(Kind.W, stage, micro_batch), 0
 
 
 def solve(model: Any, seconds: float) -> tuple[str, Any]:
@@ -88,42 +91,57 @@ def solve(model: Any, seconds: float) -> tuple[str, Any]:
     return solver.StatusName(solver.Solve(model)).lower(), solver
 
 
-def least_makespan(cell: Cell, micro_batches: int, seconds: float) -> tuple[float, float, float]:
-    """The planner's makespan, the solver's, and what it proved that none can be below."""
-    known = plan(cell.problem(micro_batches), 8.0, clock=time.process_time)
-    latest = round(known.timeline.makespan)
+def least_makespan(problem: Problem, seconds: float, planning_seconds: float = 8.0,
+                   below: float = math.inf) -> tuple[float, float, float]:
+    """The planner's makespan, the solver's, and what it proved that none can be below; W runs whole.
+
+    Times and sizes must be whole numbers. The solver looks for makespans below `below` alone: where it proves that
+    there is none, the last two are infinite.
+    """
+    known = plan(replace(problem, max_pieces=1), planning_seconds, clock=time.process_time)
+    planned = known.timeline.makespan
+    times, activations = problem.times, problem.activations
+    latest = round(min(planned, below - 1))
     model = cp_model.CpModel()
-    every = [cell.passes_of(rank, micro_batches) for rank in range(cell.ranks)]
+    every = [passes_of(chunks, problem.micro_batches) for chunks in problem.placement.chunks]
     starts = {action: model.NewIntVar(0, latest, repr(action)) for passes in every for action in passes}
-    makespan = model.NewIntVar(round(known.lower_bound), latest, "makespan")
-    for micro_batch in range(micro_batches):
-        for before, after, delay in cell.precedences(micro_batch):
-            model.Add(starts[after] >= starts[before] + cell.duration(before) + delay)
-    for passes in every:
-        lives = []
+    ends = {action: start + round(times.of(action)) for action, start in starts.items()}
+    makespan = model.NewIntVar(0, latest, "makespan")
+    model.Add(makespan >= round(known.lower_bound))
+    for micro_batch in range(problem.micro_batches):
+        for before, after, delay in precedences(problem.placement, times, micro_batch):
+            model.Add(starts[after] >= ends[before] + delay)
+    for passes, limit in zip(every, problem.limits):
+        lives, sizes = [], []
         for action in passes:
-            end = starts[action] + cell.duration(action)
-            model.Add(makespan >= end)
+            model.Add(makespan >= ends[action])
             if action.micro_batch:
                 # Micro-batches are alike: in their order, without loss.
-                model.Add(starts[action] >= starts[Pass(action.kind, action.stage, action.micro_batch - 1)]
-                          + cell.duration(action))
+                model.Add(starts[action] >= ends[Pass(action.kind, action.stage, action.micro_batch - 1)])
             if action.kind is Kind.W:
-                length = model.NewIntVar(0, latest, "")
-                start = starts[Pass(Kind.F, action.stage, action.micro_batch)]
-                lives.append(model.NewIntervalVar(start, length, end, ""))
-        model.AddNoOverlap([model.NewFixedSizeIntervalVar(starts[action], cell.duration(action), "")
+                first, second = (Pass(kind, action.stage, action.micro_batch) for kind in (Kind.F, Kind.B))
+                for start, end, of_stages in ((starts[first], ends[second], activations.after_forward),
+                                              (ends[second], ends[action], activations.after_backward)):
+                    length = model.NewIntVar(0, latest, "")
+                    lives.append(model.NewIntervalVar(start, length, end, ""))
+                    sizes.append(round(of_stages[action.stage]))
+        model.AddNoOverlap([model.NewFixedSizeIntervalVar(starts[action], round(times.of(action)), "")
                             for action in passes])
-        model.AddCumulative(lives, [1] * len(lives), cell.peak)
-    for rank in known.timeline.ranks:
-        for span in rank:
-            for kind in (Kind.B, Kind.W) if span.action.kind is Kind.BW else (span.action.kind,):
-                late = cell.times[1] if span.action.kind is Kind.BW and kind is Kind.W else 0
-                model.AddHint(starts[Pass(kind, span.action.stage, span.action.micro_batch)], round(span.start) + late)
+        model.AddCumulative(lives, sizes, math.floor(limit + SLACK))
+    for span in (span for rank in known.timeline.ranks for span in rank):
+        action, start = span.action, round(span.start)
+        if action.kind is Kind.BW:
+            both = [Pass(kind, action.stage, action.micro_batch) for kind in (Kind.B, Kind.W)]
+            model.AddHint(starts[both[0]], start)
+            model.AddHint(starts[both[1]], start + round(times.of(both[0])))
+        else:
+            model.AddHint(starts[action], start)
     model.Minimize(makespan)
     verdict, solver = solve(model, seconds)
-    found = solver.ObjectiveValue() if verdict in ("optimal", "feasible") else known.timeline.makespan
-    return known.timeline.makespan, found, solver.BestObjectiveBound()
+    if verdict == "infeasible":
+        return planned, math.inf, math.inf
+    found = solver.ObjectiveValue() if verdict in ("optimal", "feasible") else planned
+    return planned, found, solver.BestObjectiveBound()
 
 
 def repeats(cell: Cell, group: int, interval: int, seconds: float) -> str:
@@ -140,7 +158,7 @@ def repeats(cell: Cell, group: int, interval: int, seconds: float) -> str:
         start[key] = phase[key] + interval * quotient[key]
 
     for rank in range(cell.ranks):
-        passes = cell.passes_of(rank, group)
+        passes = passes_of(v(cell.ranks).chunks[rank], group)
         for action in passes:
             new(action)
         model.AddNoOverlap([model.NewFixedSizeIntervalVar(phase[action] + later, cell.duration(action), "")
@@ -164,7 +182,7 @@ def repeats(cell: Cell, group: int, interval: int, seconds: float) -> str:
                 alive.append(quotient[action, "end"] - quotient[action] + begun - ended)
             model.Add(sum(alive) <= cell.peak)
     for micro_batch in range(group):
-        for before, after, delay in cell.precedences(micro_batch):
+        for before, after, delay in precedences(v(cell.ranks), cell.of_stages, micro_batch):
             model.Add(start[after] >= start[before] + cell.duration(before) + delay)
     model.Add(start[Pass(Kind.F, 0, 0)] == 0)
     return solve(model, seconds)[0].replace("optimal", "feasible")
@@ -196,7 +214,7 @@ def main() -> None:
     forward, input_grad, weight_grad, hop = map(int, arguments.times.split(","))
     cell = Cell(arguments.ranks, arguments.peak, (forward, input_grad, weight_grad, hop))
     if arguments.question == "batch":
-        planned, found, proved = least_makespan(cell, arguments.micro_batches, arguments.seconds)
+        planned, found, proved = least_makespan(cell.problem(arguments.micro_batches), arguments.seconds)
         print(f"planned {planned:g}, best found {found:g}, none below {proved:g}")
         record.write(arguments.json, {"planned": planned, "found": found, "none_below": proved})
         return

@@ -30,7 +30,9 @@ What it costs:
     memory_limit.py      whether it stays within a limit
     chunk_times.py       times by chunks and links
     metrics.py           all figures in one place
+    layers.py            costs of layers, and of stages of them
     balance.py           where to cut the layers
+    partition_and_order.py   where to cut them, together with the order
     choose.py            which schedule a name stands for, once times are known
 
 How it runs:

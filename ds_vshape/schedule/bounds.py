@@ -2,7 +2,8 @@
 
 The bound holds for every order on a placement that stays within a rank's limit of memory, with the backward split or
 whole (a whole backward is a split one that sends its input gradient late). It is the greater of two, for the rank that
-needs most. The first adds to the rank's work the time that the rank must idle at both ends of the batch:
+needs most, with all its stages or with one of them alone: before a heavy head starts, its rank has hardly anything to
+do. The first adds to the rank's work the time that the rank must idle at both ends of the batch:
 
     time 0                  h                                    s              makespan
     |-- before: F only -----|---------- anything ----------------|-- after ------|
@@ -86,8 +87,10 @@ def lower_bound_of_limits(placement: Placement, micro_batches: int, times: Times
         return max(_Ways.of(placement, _scaled(alike, longest)).after_forward[0], *work,
                    lower_bound_of_limits(placement, micro_batches, _scaled(alike, shortest), activations, limits))
     ways = _Ways.of(placement, times)
-    bounds = (_Rank(stages, micro_batches, times, activations, limit).bound(ways)
-              for stages, limit in zip(placement.chunks, limits, strict=True))
+    # A rank's stages together, and each as if the rank had no other.
+    bounds = (_Rank(some, micro_batches, times, activations, limit).bound(ways)
+              for stages, limit in zip(placement.chunks, limits, strict=True)
+              for some in {stages, *((stage,) for stage in stages)})
     return max(ways.after_forward[0], *bounds)
 
 

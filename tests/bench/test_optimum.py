@@ -19,14 +19,13 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.mark.parametrize("ranks, micro_batches, times, peak", [
     (1, 2, (1, 2, 1), 2), (2, 1, (1, 1, 2), 2), (2, 2, (1, 2, 1), 2), (2, 2, (2, 1, 1), 4)])
 def test_the_least_makespan(ranks: int, micro_batches: int, times: tuple[int, int, int], peak: int) -> None:
-    planned, found, proved = least_makespan(Cell(ranks, peak, (*times, 0)), micro_batches, 60)
+    planned, found, proved = least_makespan(Cell(ranks, peak, (*times, 0)).problem(micro_batches), 60)
     assert planned == found == proved == optimum(v(ranks), micro_batches, times, peak)
 
 
 def test_a_plan_that_no_other_beats() -> None:
     """With hops, and where the lower bound proves nothing."""
-    cell = Cell(3, 4, (10, 20, 10, 1))
-    planned, found, proved = least_makespan(cell, 4, 120)
+    planned, found, proved = least_makespan(Cell(3, 4, (10, 20, 10, 1)).problem(4), 120)
     assert found == proved <= planned <= 1.005 * found
 
 

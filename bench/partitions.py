@@ -1,0 +1,154 @@
+"""What it gains to plan the partition of layers together with the order of passes.
+
+    python bench/partitions.py                      cells with the layers of a small Gemma, and heads of several costs
+    python bench/partitions.py --exhaustive         small cells, beside the best of all partitions and orders
+
+Each cell has a plan for balance's partition (ds_vshape/schedule/balance.py), made in `--seconds` of the processor, and
+one in which the partition is free (ds_vshape/schedule/partition_and_order.py), for which there is as much time again. A
+layer's F, B and W take 10, 12 and 8, those of the embedding 1, 0 and 2, of a head of cost h 10h each, and a hop 1. F of
+a layer leaves 17 and B 16 units of memory, of the embedding 0 and 1, of the head as of a layer. Limits are fractions of
+what 1F1B keeps at most with balanced stages of its own.
+
+`--exhaustive` asks CP-SAT (`optimum.py`) for the best order of each partition that could be better: all others have a
+lower bound that isn't. W runs whole there. It needs OR-Tools (the extra "proofs").
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import combinations, product
+from typing import Any
+
+import record
+from rich.console import Console
+from rich.table import Table
+
+from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.bounds import lower_bound_of_limits
+from ds_vshape.schedule.layers import Layers
+from ds_vshape.schedule.partition_and_order import Bounds, PartitionProblem, limits_of_1f1b, plan_partition
+
+EMBEDDING, LAYER, HEAD = (1, 0, 2), (10, 12, 8), (10, 10, 10)
+OF_EMBEDDING, OF_LAYER = (0, 1), (17, 16)
+HOP = 1
+# That a plan is from where the solver begins, and what it may take to better that, or to prove that nothing does.
+_PLANNING_SECONDS, _SOLVING_SECONDS = 0.3, 60
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`layers` layers between an embedding and a head that takes as long as `head` layers."""
+
+    ranks: int
+    micro_batches: int
+    layers: int
+    head: float
+    limit: float
+
+    def problem(self, max_pieces: int) -> PartitionProblem:
+        """What is planned."""
+        times = [EMBEDDING, *[LAYER] * self.layers, [self.head * seconds for seconds in HEAD]]
+        sizes = [OF_EMBEDDING, *[OF_LAYER] * (self.layers + 1)]
+        layers = Layers(*zip(*times), *zip(*sizes))
+        return PartitionProblem(layers, self.ranks, self.micro_batches,
+                                limits_of_1f1b(self.limit, layers, self.ranks, self.micro_batches),
+                                (float(HOP),) * (2 * self.ranks - 1), max_pieces)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Makespans, `least` of what an exhaustive search found and proved; None where there is none."""
+
+    balanced_bounds: Bounds
+    balanced: float | None
+    bounds: Bounds
+    together: float
+    lower_bound: float
+    least: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """By how much a batch of balance's partition takes longer."""
+        return None if self.balanced is None else self.balanced / self.together - 1
+
+
+def planned(cell: Cell, seconds: float, max_pieces: int = 4) -> Result | None:
+    """Both plans of a cell; None if no partition keeps the limit."""
+    problem = cell.problem(max_pieces)
+    try:
+        found = plan_partition(problem, seconds, time.process_time)
+    except LimitError:
+        return None
+    return Result(found.balanced_bounds, found.balanced.timeline.makespan if found.balanced else None, found.bounds,
+                  found.plan.timeline.makespan, found.plan.lower_bound)
+
+
+def partitions(problem: PartitionProblem) -> Iterator[Bounds]:
+    """All that there are."""
+    layers = len(problem.layers)
+    for inner in combinations(range(1, layers), 2 * problem.ranks - 1):
+        yield (0, *inner, layers)
+
+
+def least_of_all(problem: PartitionProblem, known: float) -> float:
+    """The least makespan of any partition and order that is proved, or `known` if nothing is below.
+
+    Where the solver proves nothing in its time its bound counts, so that the result is too good rather than too bad.
+    """
+    from optimum import least_makespan
+
+    least = known
+    for bounds in partitions(problem):
+        if problem.excess(bounds):
+            continue
+        one = problem.on(bounds)
+        if lower_bound_of_limits(one.placement, one.micro_batches, one.times, one.activations, one.limits) < least:
+            proved = least_makespan(one, _SOLVING_SECONDS, _PLANNING_SECONDS, below=least)[2]
+            least = min(least, proved)
+    return least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--layers", type=int, default=26, help="without embedding and head")
+    parser.add_argument("--heads", type=float, nargs="+", default=[1, 8, 30], help="costs in layers")
+    parser.add_argument("--limits", type=float, nargs="+", default=[0.5, 1], help="of 1F1B's peak")
+    parser.add_argument("--seconds", type=float, default=10, help="for balance's plan, and as much for the other one")
+    parser.add_argument("--exhaustive", action="store_true")
+    record.add_json_option(parser)
+    options = parser.parse_args()
+    table = Table(title=f"{options.layers} layers, planned in {options.seconds:g} s, and as much again")
+    for column in ("p", "m", "head", "limit", "balance", "together", "gain", "lower bound", "least of all", "over it",
+                   "stages"):
+        table.add_column(column, justify="left" if column == "stages" else "right")
+    written: list[dict[str, Any]] = []
+    for ranks, micro_batches, head, limit in product(options.ranks, options.micro_batches, options.heads,
+                                                     options.limits):
+        cell = Cell(ranks, micro_batches, options.layers, head, limit)
+        print(cell, file=sys.stderr, flush=True)
+        result = planned(cell, options.seconds, max_pieces=1 if options.exhaustive else 4)
+        written.append({**asdict(cell), **(asdict(result) if result else {})})
+        row = [str(ranks), str(micro_batches), f"{head:g}", f"{limit:g}"]
+        if result is None:
+            table.add_row(*row, "-", "none fits")
+            continue
+        least = least_of_all(cell.problem(1), result.together) if options.exhaustive else None
+        written[-1]["least"] = least
+        shown = (None if value is None else f"{value:g}" for value in (result.balanced, result.together))
+        table.add_row(*row, *(value or "-" for value in shown),
+                      "-" if result.gain is None else f"{result.gain:.1%}", f"{result.lower_bound:g}",
+                      "" if least is None else f"{least:g}",
+                      "" if least is None else f"{result.together / least - 1:.1%}",
+                      " ".join(str(b - a) for a, b in zip(result.bounds, result.bounds[1:])))
+    Console(width=140).print(table)
+    record.write(options.json, written)
+
+
+if __name__ == "__main__":
+    main()
