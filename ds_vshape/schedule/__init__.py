@@ -6,6 +6,7 @@ What a schedule is:
     schedule.py          a placement, and each rank's passes in order
     repeated.py          the middle of an order or a program, which repeats, kept once
     of_stages.py         numbers for each stage, checked
+    pieces.py            where a W is cut into pieces
     serial.py            schedules, times and sizes as JSON
 
 Schedules by name:

@@ -9,7 +9,8 @@ nothing waits for before the optimizer step. BW is both at once (an ordinary bac
     W2.5     its weight gradients
     BW2.5    B2.5 with W2.5 at once
 
-A stage's weight gradients are a sum over its layers, so a W may be cut into pieces that stand apart in the order:
+A stage's weight gradients are those of its operators, so a W may be cut between them (pieces.py), and its pieces stand
+apart in the order:
 
     W2.5[0/4]    the first of four pieces of W2.5
 

@@ -107,7 +107,8 @@ def times_from_json(data: Mapping[str, Any]) -> Times:
     """The times that `times_to_json` wrote."""
     return Times(tuple(data["forward"]), tuple(data["input_grad"]), tuple(data["weight_grad"]),
                  tuple(data["hops"]), tuple(data["scales"]), tuple(map(tuple, data["recompute"])),
-                 tuple(data["offload"]), tuple(data["reload"]), tuple(map(tuple, data["copied"])))
+                 tuple(data["offload"]), tuple(data["reload"]), tuple(map(tuple, data["copied"])),
+                 tuple(map(tuple, data["entry_costs"])))
 
 
 def activations_to_json(activations: Activations) -> dict[str, Any]:

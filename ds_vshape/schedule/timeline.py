@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from ds_vshape.schedule.of_stages import check_numbers, check_numbers_of_layers, of_layers
 from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.pieces import cut
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, ScheduleError, variants
 
@@ -34,7 +35,10 @@ class Times:
     any they take no time. Where the first k layers are recomputed, F leaves less to copy, which takes
     `copied[s][k - 1]` times as long; without any, as long.
 
-    Raises ValueError for times of C and of copies that aren't one or more for each stage.
+    `entry_costs[s]` are the costs of the entries of stage s's W in their order, in any unit: W is cut into pieces
+    between them (`pieces.cut`). A stage without entries has nothing to cut. Without any costs at all, pieces are equal.
+
+    Raises ValueError for times of C and of copies that aren't one or more for each stage, and for other costs.
     """
 
     forward: tuple[float, ...]
@@ -46,6 +50,7 @@ class Times:
     offload: tuple[float, ...] = ()
     reload: tuple[float, ...] = ()
     copied: tuple[tuple[float, ...], ...] = ()
+    entry_costs: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -55,6 +60,10 @@ class Times:
         for name, seconds in (("times.offload", self.offload), ("times.reload", self.reload)):
             if seconds:
                 check_numbers(name, seconds, stages)
+        if len(self.entry_costs) not in (0, stages):
+            raise ValueError(f"times.entry_costs must be of {stages} stages, not of {len(self.entry_costs)}")
+        for stage, costs in enumerate(self.entry_costs):
+            check_numbers(f"times.entry_costs[{stage}]", costs, len(costs), "entry")
 
     @classmethod
     def uniform(cls, stages: int, forward: float = 1, input_grad: float = 1, weight_grad: float = 1,
@@ -75,7 +84,7 @@ class Times:
         if action.kind is Kind.B:
             return self.input_grad[stage]
         if action.kind is Kind.W:
-            return self.weight_grad[stage] / action.pieces
+            return self.weight_grad[stage] * self._share(stage, action.piece, action.pieces)
         if action.kind is Kind.O:
             return self.offload[stage] if self.offload else 0.0
         if action.kind is Kind.R:
@@ -87,6 +96,32 @@ class Times:
     def of_copy(self, copy: Pass, recompute: Pass | None) -> float:
         """How long the copy of an O or R takes, where its micro-batch has the C `recompute` too."""
         return self.of(copy) * (of_layers(recompute, self.copied) if recompute and self.copied else 1.0)
+
+    def ends_of_pieces(self, stage: int, pieces: int) -> tuple[float, ...]:
+        """The shares of a stage's W that are done when each of `pieces` pieces ends; fewer if it has fewer entries."""
+        if not self.entry_costs:
+            return tuple(piece / pieces for piece in range(1, pieces + 1))
+        costs = self.entry_costs[stage] or (0.0,)
+        ends = cut(costs, pieces)
+        total = sum(costs)
+        # Where nothing takes time, it doesn't matter what share it is.
+        return tuple(sum(costs[:end]) / total if total else end / len(costs) for end in ends)
+
+    def _share(self, stage: int, piece: int, pieces: int) -> float:
+        """The share of a stage's W that is in a piece: nothing in those that are more than its entries."""
+        if pieces == 1:
+            return 1.0
+        known = self._shares.get((stage, pieces))
+        if known is None:
+            ends = self.ends_of_pieces(stage, pieces)
+            known = *(end - start for start, end in pairwise((0.0, *ends))), *(0.0,) * (pieces - len(ends))
+            self._shares[stage, pieces] = known
+        return known[piece]
+
+    @cached_property
+    def _shares(self) -> dict[tuple[int, int], tuple[float, ...]]:
+        """By stage and number of pieces, the share of each that has been asked for."""
+        return {}
 
     def of_stage(self, stage: int) -> float:
         """How long a micro-batch of scale 1 takes on `stage`, forward and backward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,6 +127,20 @@ def test_by_hand() -> None:
         [(0, 2), (16, 20), (20, 26)], [(3, 6), (6, 15)]]
     assert (timeline.makespan, timeline.longest_span, timeline.work) == (26, 26, 24)
     assert timeline.bubble == pytest.approx(1 - 24 / 52)
+
+
+def test_a_w_is_cut_between_its_entries() -> None:
+    """The first stage's W takes 3 for 1, 1 and 4: 1 and 1 apart from 4. The second's has no entries."""
+    times = Times((1, 1), (1, 1), (3, 2), entry_costs=((1, 1, 4), ()))
+    assert [times.of(piece) for piece in W(0, 0).cut(2)] == [1, 2]
+    assert [times.of(piece) for piece in W(0, 0).cut(4)] == pytest.approx([0.5, 0.5, 2, 0])
+    assert [times.of(piece) for piece in W(1, 0).cut(2)] == [2, 0]
+    assert times.of(W(0, 0)) == 3 and times.of(BW(0, 0)) == 4
+    assert [replace(times, entry_costs=()).of(piece) for piece in W(0, 0).cut(2)] == [1.5, 1.5]
+    with pytest.raises(ValueError, match=r"times.entry_costs must be of 2 stages, not of 1"):
+        replace(times, entry_costs=((1.0,),))
+    with pytest.raises(ValueError, match=r"times.entry_costs\[1\] must be 2 finite numbers"):
+        replace(times, entry_costs=((), (1.0, -1.0)))
 
 
 def test_a_hop_costs_nothing_within_a_rank() -> None:

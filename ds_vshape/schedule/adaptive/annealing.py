@@ -133,7 +133,9 @@ def _position(line: Any, value: float) -> int:
 def _duration(layout: Layout, orders: Orders, rank: int, place: int) -> float:
     """How long the pass at `place` of a rank's order takes."""
     stream, number = orders.streams[rank, place], orders.numbers[rank, place]
-    duration: float = layout.durations[rank, stream] * layout.scales[number // layout.pieces if stream >= 4 else number]
+    micro_batch = number // layout.pieces if stream >= 4 else number
+    piece = number - micro_batch * layout.pieces if stream >= 4 else 0
+    duration: float = layout.durations[rank, stream, piece] * layout.scales[micro_batch]
     return duration
 
 

@@ -34,18 +34,20 @@ def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler)
     durations, scales = layout.durations[rank], layout.scales
     order: list[int] = fastest.orders[rank, :first].tolist()
     counts = np.bincount(order, minlength=len(durations))
+    # A forward: those behind the last one are rescheduled.
     last = order[-1]
-    free = fastest.starts[rank, last, counts[last] - 1, 0] + durations[last] * scales[counts[last] - 1]
+    free = fastest.starts[rank, last, counts[last] - 1, 0] + durations[last, 0] * scales[counts[last] - 1]
 
     def fill(until: float) -> None:
         nonlocal free
         while True:
             waiting: list[tuple[float, float, int, float]] = []
             for stream in (W0, W0 + 1):
-                micro_batch = counts[stream] // pieces
+                micro_batch, piece = divmod(counts[stream], pieces)
                 if micro_batch < fastest.starts.shape[2]:
-                    before, seconds = (durations[which] * scales[micro_batch] for which in (stream - 2, stream))
-                    ready = fastest.starts[rank, stream - 2, micro_batch, 0] + before
+                    seconds = durations[stream, piece] * scales[micro_batch]
+                    ready = (fastest.starts[rank, stream - 2, micro_batch, 0]
+                             + durations[stream - 2, 0] * scales[micro_batch])
                     waiting.append((max(free, ready), ready, stream, seconds))
             fitting = [each for each in waiting if each[0] + each[3] <= until * (1 + SLACK)]
             if not fitting:
@@ -59,7 +61,7 @@ def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler)
         if stream < W0:
             start = fastest.starts[rank, stream, counts[stream], 0]
             fill(start)
-            free = start + durations[stream] * scales[counts[stream]]
+            free = start + durations[stream, 0] * scales[counts[stream]]
             order.append(stream)
             counts[stream] += 1
     fill(float("inf"))

@@ -74,7 +74,9 @@ def _connect(layout: Layout, group: int, orders: Ints, leads: Ints, graph: Graph
             stream, node = orders[rank, place], rank * length + place
             before = place - 1 if place > 0 else length - 1
             graph.source[node, 0] = rank * length + before
-            graph.time[node, 0] = layout.durations[rank, orders[rank, before]]
+            past = orders[rank, before]
+            piece = (leads[rank, past] + graph.numbers[rank, before]) % layout.pieces if past >= 4 else 0
+            graph.time[node, 0] = layout.durations[rank, past, piece]
             graph.turns[node, 0] = 0 if place > 0 else 1
             # Which micro-batch's input it is, in its stream's own count.
             number = leads[rank, stream] + graph.numbers[rank, place]
@@ -89,7 +91,7 @@ def _connect(layout: Layout, group: int, orders: Ints, leads: Ints, graph: Graph
                 number -= leads[source, fed_by]
                 period = number // group
                 graph.source[node, 1] = source * length + graph.places[source, fed_by, number - period * group]
-                graph.time[node, 1] = layout.durations[source, fed_by] + delay
+                graph.time[node, 1] = layout.durations[source, fed_by, 0] + delay
                 graph.turns[node, 1] = -period
 
 

@@ -57,7 +57,7 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
                 number = counts[rank, stream]
                 if number < counts[rank, stream - 2] * pieces:
                     urgency = target_starts[rank, stream, number // pieces, number % pieces]
-                    duration = layout.durations[rank, stream] * layout.scales[number // pieces]
+                    duration = layout.durations[rank, stream, number % pieces] * layout.scales[number // pieces]
                     fits = duration <= wait and urgency < filler
                     if urgency < best or fits:
                         best, pick, at = urgency, stream, now
@@ -70,7 +70,9 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
             wake[rank] = best - eagerness
         else:
             number = counts[rank, pick]
-            end = now + layout.durations[rank, pick] * layout.scales[number // pieces if pick >= 4 else number]
+            micro_batch = number // pieces if pick >= 4 else number
+            piece = number % pieces if pick >= 4 else 0
+            end = now + layout.durations[rank, pick, piece] * layout.scales[micro_batch]
             if end > cutoff:
                 return _NEVER, _NEVER
             counts[rank, pick] += 1
@@ -80,8 +82,8 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
             free[rank] = wake[rank] = end
             makespan = max(makespan, end)
             if pick >= 4:
-                starts[rank, pick, number // pieces, number % pieces] = now
-                if (number + 1) % pieces == 0:
+                starts[rank, pick, micro_batch, piece] = now
+                if piece + 1 == pieces:
                     alive[rank, pick - 4] -= kept[rank, pick - 4]
                 continue
             starts[rank, pick, number, 0] = now

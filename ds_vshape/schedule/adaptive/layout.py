@@ -18,10 +18,11 @@ Ints = NDArray[np.int64]
 class Layout(NamedTuple):
     """A problem in arrays, for W in `pieces` (none at all where B takes W with it).
 
-    A rank's passes of a stream take `durations`, those of micro-batch i `scales[i]` times as long. Their output goes to
-    `next_rank` and `next_stream`, where it arrives `delay` later; -1 is nowhere. `from_rank` and `from_stream` are the
-    other way; -1 is the batch itself. A forward takes memory, B gives back `freed` and the last piece of W `kept`. All
-    but the limits and the scales are [rank, stream] or [rank, chunk].
+    A rank's passes of a stream take `durations` [rank, stream, piece], where F and B have piece 0 alone, and those of
+    micro-batch i `scales[i]` times as long. A stage with fewer entries than `pieces` has them in the last pieces, and
+    the first ones take no time. A pass's output goes to `next_rank` and `next_stream`, where it arrives `delay` later;
+    -1 is nowhere. `from_rank` and `from_stream` are the other way; -1 is the batch itself. A forward takes memory, B
+    gives back `freed` and the last piece of W `kept`. All others but the limits are [rank, stream] or [rank, chunk].
     """
 
     batch: int

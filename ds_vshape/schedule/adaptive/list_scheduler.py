@@ -27,6 +27,7 @@ from ds_vshape.schedule.adaptive.layout import Layout
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
+from ds_vshape.schedule.timeline import Times
 
 F0, F1, B0, B1, W0, W1 = range(6)
 KINDS = (Kind.F, Kind.F, Kind.B, Kind.B, Kind.W, Kind.W)
@@ -98,13 +99,19 @@ class ListScheduler:
         self.work = max(sum(map(sum, times)) for times in zip(self.forward, self.input_grad, self.weight_grad))
         self.layouts = cache(self.layout)
 
-    def durations(self, pieces: int) -> list[list[float]]:
-        """How long a pass of each rank's streams takes, with W in `pieces`."""
+    def durations(self, pieces: int) -> NDArray[np.float64]:
+        """How long the passes of each rank's streams take [rank, stream, piece], with W in `pieces`."""
+        durations = np.zeros((self.problem.ranks, len(KINDS), pieces))
+        durations[:, F0:B0, 0] = self.forward
+        durations[:, B0:W0, 0] = self.input_grad
         if self.fused:
-            return [[*forward, *map(sum, zip(input_grad, weight_grad)), 0.0, 0.0] for forward, input_grad, weight_grad
-                    in zip(self.forward, self.input_grad, self.weight_grad)]
-        return [[*forward, *input_grad, *(time / pieces for time in weight_grad)] for forward, input_grad, weight_grad
-                in zip(self.forward, self.input_grad, self.weight_grad)]
+            durations[:, B0:W0, 0] += self.weight_grad
+            return durations
+        for rank, chunks in enumerate(self.chunks):
+            for chunk, stage in enumerate(chunks):
+                ends = (0.0, *self.problem.times.ends_of_pieces(stage, pieces))
+                durations[rank, W0 + chunk, 1 - len(ends):] = self.weight_grad[rank][chunk] * np.diff(ends)
+        return durations
 
     def layout(self, pieces: int) -> Layout:
         """The problem in arrays, with W in `pieces`."""
@@ -157,7 +164,9 @@ class ListScheduler:
             if change.cumsum().max() > layout.limits[rank]:
                 return None
         # The last pass of a rank is the last of its stream, and so of the last micro-batch.
-        ends = begun[:, -1] + layout.durations[np.arange(len(orders)), orders[:, -1]] * layout.scales[-1]
+        last = orders[:, -1]
+        pieces = np.where(last >= W0, layout.pieces - 1, 0)
+        ends = begun[:, -1] + layout.durations[np.arange(len(orders)), last, pieces] * layout.scales[-1]
         return PolicyRun(float(ends.max()), float(starts[:, :W0, :, 0].sum()), orders, starts, policy)
 
     def orders_of(self, schedule: Schedule) -> NDArray[np.int64] | None:
@@ -180,7 +189,7 @@ class ListScheduler:
 
     def schedule(self, run: PolicyRun) -> Schedule:
         """The orders of `run` as a schedule; pieces of a W that stand together are put together again."""
-        pieces = run.policy.pieces
+        pieces, times = run.policy.pieces, self.problem.times
         kinds = (Kind.F, Kind.F, Kind.BW, Kind.BW) if self.fused else KINDS
         passes = []
         for chunks, order in zip(self.chunks, run.orders.tolist()):
@@ -194,12 +203,15 @@ class ListScheduler:
                     row.append(Pass(Kind.W, stage, number // pieces, number % pieces, pieces))
                 else:
                     row.append(Pass(kinds[stream], stage, number))
-            passes.append(_joined(row))
+            passes.append(_joined(row, times))
         return Schedule("adaptive", self.problem.placement, self.problem.micro_batches, tuple(passes))
 
 
-def _joined(row: list[Pass]) -> Order:
-    """`row` with each W in as few equal pieces as keep its order."""
+def _joined(row: list[Pass], times: Times) -> Order:
+    """`row` with each W in as few pieces as keep its order; none of them without an entry.
+
+    The pieces of `row` are those of `Layout`, of which the first may be empty.
+    """
     runs: dict[tuple[int, int], list[list[int]]] = {}
     for place, action in enumerate(row):
         if action.pieces > 1:
@@ -208,16 +220,20 @@ def _joined(row: list[Pass]) -> Order:
                 run[-1].append(place)
             else:
                 run.append([place])
-    replaced: dict[int, list[Pass]] = {}
-    for run in runs.values():
-        action = row[run[0][0]]
-        size = action.pieces
-        while any(len(places) % size for places in run):
-            size -= 1
-            while action.pieces % size:
-                size -= 1
-        new = iter(Pass(Kind.W, action.stage, action.micro_batch).cut(action.pieces // size))
-        for places in run:
-            replaced[places[0]] = [next(new) for _ in range(len(places) // size)]
-            replaced.update((place, []) for place in places[1:])
-    return tuple(chain.from_iterable(replaced.get(place, [action]) for place, action in enumerate(row)))
+    replaced: dict[int, tuple[Pass, ...]] = {}
+    for (stage, micro_batch), run in runs.items():
+        pieces = row[run[0][0]].pieces
+        known = times.ends_of_pieces(stage, pieces)
+        ends = (0.0,) * (pieces - len(known)) + known
+        # How much of the W is done after each run of pieces.
+        done = [ends[row[places[-1]].piece] for places in run]
+        fewest = next(count for count in range(1, pieces + 1)
+                      if {0.0, *times.ends_of_pieces(stage, count)}.issuperset(done))
+        new = Pass(Kind.W, stage, micro_batch).cut(len(times.ends_of_pieces(stage, fewest)))
+        of_new = list(zip(times.ends_of_pieces(stage, fewest), new))
+        before = 0.0
+        for places, end in zip(run, done):
+            replaced.update((place, ()) for place in places)
+            replaced[places[0]] = tuple(action for at, action in of_new if before < at <= end)
+            before = end
+    return tuple(chain.from_iterable(replaced.get(place, (action,)) for place, action in enumerate(row)))

@@ -42,7 +42,8 @@ def reduced(problem: Problem) -> Problem:
     # As many micro-batches a rank, so that ramps and steady state weigh the same; a steady state shows within four.
     micro_batches = max(1, round(min(problem.micro_batches * share, _PER_RANK * ranks)))
     return Problem(ranks, micro_batches,
-                   Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), hops),
+                   Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), hops,
+                         entry_costs=tuple(times.entry_costs[stage] for stage in stages if times.entry_costs)),
                    Activations(pick(activations.after_forward), pick(activations.after_backward)),
                    tuple(least + max(0.0, limit - least) * share for least, limit in
                          ((problem.least[rank], problem.limits[rank]) for rank in chosen)),

@@ -50,7 +50,7 @@ def regular_orders(scheduler: ListScheduler, most: int) -> Iterator[NDArray[np.i
 def _blocks(scheduler: ListScheduler) -> Iterator[_Block]:
     """Blocks of all orders and of those steps from rank to rank at which some input comes just in time, and between."""
     interval, layout = scheduler.work, scheduler.layouts(1)
-    durations = layout.durations
+    durations = layout.durations[:, :, 0]
     just = {0.0}
     for stream in (F0, B0):
         way = float((durations + layout.delay)[:, stream].max())
@@ -71,7 +71,7 @@ def _way(scheduler: ListScheduler) -> list[tuple[int, int, float, float]]:
     layout = scheduler.layouts(1)
     way, rank, stream = [], 0, F0
     while rank >= 0:
-        way.append((rank, stream, float(layout.durations[rank, stream]), float(layout.delay[rank, stream])))
+        way.append((rank, stream, float(layout.durations[rank, stream, 0]), float(layout.delay[rank, stream])))
         rank, stream = int(layout.next_rank[rank, stream]), int(layout.next_stream[rank, stream])
     return way
 

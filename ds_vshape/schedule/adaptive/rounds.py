@@ -14,7 +14,7 @@ import numpy as np
 
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
-from ds_vshape.schedule.adaptive.list_scheduler import W0, PolicyRun
+from ds_vshape.schedule.adaptive.list_scheduler import W0, ListScheduler, PolicyRun
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.adaptive.trials import Progress, Trials
@@ -52,7 +52,7 @@ class AnnealingRounds:
         run = random.choice([run for run in incumbents if run.makespan <= least * _CHANCE])
         may_be_finer = run.policy.pieces * 2 <= trials.problem.max_pieces and not trials.scheduler.fused
         if may_be_finer and random.random() < _FINER:
-            run = _finer(run)
+            run = _finer(run, trials.scheduler)
         hot = random.choices(_HOT, self._successes)[0]
         improved = self._annealed(run, hot, _ROUND)
         index = _HOT.index(hot)
@@ -97,8 +97,8 @@ class AnnealingRounds:
         return improved
 
 
-def _finer(run: PolicyRun) -> PolicyRun:
-    """The same with each piece of W cut into two."""
-    target_starts, starts = (np.repeat(values, 2, axis=-1) for values in (run.policy.target_starts, run.starts))
+def _finer(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:
+    """The same with twice as many pieces of each W."""
+    policy = replace(run.policy, target_starts=np.repeat(run.policy.target_starts, 2, axis=-1))
     orders = np.array([np.repeat(row, np.where(row >= W0, 2, 1)) for row in run.orders])
-    return replace(run, orders=orders, starts=starts, policy=replace(run.policy, target_starts=target_starts))
+    return scheduler.left_shift(orders, policy) or run

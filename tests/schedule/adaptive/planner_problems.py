@@ -21,6 +21,12 @@ def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, fl
                    Activations.counted(v(ranks)), (float(peak),) * ranks)
 
 
+def entry_costs(stages: int) -> st.SearchStrategy[tuple[tuple[float, ...], ...]]:
+    """What W is made of on each stage, very unequal, or nothing that is known."""
+    entries = st.lists(st.sampled_from((0.0, 1.0, 2.0, 30.0)), max_size=9).map(tuple)
+    return st.lists(entries, min_size=stages, max_size=stages).map(tuple) | st.just(())
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     """Any times and sizes, different on every stage, and limits from the least upwards."""
@@ -34,8 +40,9 @@ def problems(draw: st.DrawFn) -> Problem:
         kept = tuple(min(size, left) for size, left in zip(whole, kept))
     scales = tuple(draw(st.lists(st.floats(0.2, 4), min_size=micro_batches, max_size=micro_batches) | st.just([])))
     limits = tuple((whole[rank] + whole[2 * ranks - 1 - rank]) * draw(st.floats(1, 3)) for rank in range(ranks))
-    return Problem(ranks, micro_batches, Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:], scales),
-                   Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
+    times = Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:], scales,
+                  entry_costs=draw(entry_costs(2 * ranks)))
+    return Problem(ranks, micro_batches, times, Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
 
 
 def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:
@@ -78,6 +85,9 @@ def assert_plan_is_right(found: Plan, problem: Problem) -> None:
                 line = [(action.micro_batch, action.piece) for action in order
                         if action.stage == stage and action.kind in kinds]
                 assert line == sorted(line)
+    for _, action in schedule.passes():
+        if problem.times.entry_costs:
+            assert action.pieces <= max(1, len(problem.times.entry_costs[action.stage]))
     spans = second_simulator(schedule, problem.times)
     for rank in found.timeline.ranks:
         for span in rank:

@@ -15,7 +15,7 @@ import pytest
 from brute_force import optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_problems import counted
+from planner_problems import counted, entry_costs
 
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan, search
@@ -38,7 +38,8 @@ def test_any_block_gives_a_schedule_within_the_limit(ranks: int, micro_batches: 
     problem = counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1)))
     hops = data.draw(st.lists(st.integers(0, 30), min_size=2 * ranks - 1, max_size=2 * ranks - 1))
     scales = data.draw(st.lists(st.sampled_from((0.5, 1.0, 3.0)), min_size=micro_batches, max_size=micro_batches))
-    problem = replace(problem, times=replace(problem.times, hops=tuple(map(float, hops)), scales=tuple(scales)))
+    problem = replace(problem, times=replace(problem.times, hops=tuple(map(float, hops)), scales=tuple(scales),
+                                             entry_costs=data.draw(entry_costs(2 * ranks))))
     scheduler = ListScheduler(problem)
     run = scheduler.run(BlockParameters.random(8, Random(seed)).policy(scheduler))
     assert run is not None
@@ -97,7 +98,9 @@ def annealed(scheduler: ListScheduler, run: PolicyRun, tries: int, temperature: 
 @settings(max_examples=60)
 def test_annealing_keeps_times_and_limits(ranks: int, micro_batches: int, seed: int, temperature: float,
                                           data: st.DataObject) -> None:
-    scheduler = ListScheduler(counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1))))
+    problem = counted(ranks, micro_batches, (10, 12, 8, 1), data.draw(st.integers(2, 2 * ranks + 1)))
+    times = replace(problem.times, entry_costs=data.draw(entry_costs(2 * ranks)))
+    scheduler = ListScheduler(replace(problem, times=times))
     run = scheduler.run(BlockParameters.random(8, Random(seed)).policy(scheduler))
     assert run is not None
     annealed(scheduler, run, 300, temperature)
