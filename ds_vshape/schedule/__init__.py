@@ -27,6 +27,7 @@ Schedules by name:
 What it costs:
     timeline.py          the simulator
     bounds.py            how fast any schedule could be
+    memory_on_demand.py  what recomputation and offload cost at least, for that bound
     activations.py       the memory of activations
     memory_limit.py      whether it stays within a limit
     chunk_times.py       times by chunks and links

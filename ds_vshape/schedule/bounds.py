@@ -43,37 +43,51 @@ u is the largest single size. Passes run one after another, so x after the first
 x, where `rise` is the most memory that an F takes per second of its own, and x before the last B ends no more than
 u + fall x, for Bs. The two slopes don't meet if all Fs and Bs take longer than both slopes; else they aren't counted.
 The first F can't start before its input is there, and the last B's gradient must go down to stage 0 after t.
+
+Where recomputation or offload is allowed, more forwards than fit may run before the first B, and what is kept isn't
+whole all the time. Then the bound is the greatest of: the rank's work, C included, with what it idles after its last B;
+its Bs and Ws after the first B can start; each engine's copies, with the way to the first and from the last of them;
+and memory x time with what is alive at least. Which micro-batches are recomputed or offloaded is left open
+(memory_on_demand.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
 
+import numpy as np
+
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.memory_on_demand import least_of_mixtures, options
+from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Times
 
 _SLACK = 1e-9
 
 
-def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: float) -> float:
+def lower_bound(placement: Placement, micro_batches: int, times: Times, peak: float, kinds: Collection[Kind] = ()
+                ) -> float:
     """The least makespan of `micro_batches` on `placement` if no rank keeps more than `peak` activations.
 
     `peak` counts activations of 1/(2p) of the model, as `activations.peak_activations` does; it must hold one stage's.
+    `kinds` as in `lower_bound_of_limits`.
     """
     size = 2 * placement.ranks / placement.stages
     kept = floor(peak / size + _SLACK)
     if kept < 1:
         raise ValueError(f"a peak of {peak:g} can't hold the activations of one stage")
     return lower_bound_of_limits(placement, micro_batches, times, Activations.counted(placement),
-                                 (kept * size,) * placement.ranks)
+                                 (kept * size,) * placement.ranks, kinds)
 
 
 def lower_bound_of_limits(placement: Placement, micro_batches: int, times: Times, activations: Activations,
-                          limits: Sequence[float]) -> float:
+                          limits: Sequence[float], kinds: Collection[Kind] = ()) -> float:
     """The least makespan if rank r never keeps more than `limits[r]`, by `activations.peak_activations`.
+
+    A schedule may have passes of `kinds`: C, O (with its R), both or none of them.
 
     Where micro-batches take different times, three bounds are known: that of a batch of the shortest alone; the way of
     the longest one alone; and each rank's work after the shortest way to it.
@@ -85,20 +99,25 @@ def lower_bound_of_limits(placement: Placement, micro_batches: int, times: Times
         work = [min(ways.to_forward[s] for s in stages) + sum(times.scales) * sum(alike.of_stage(s) for s in stages)
                 for stages in placement.chunks]
         return max(_Ways.of(placement, _scaled(alike, longest)).after_forward[0], *work,
-                   lower_bound_of_limits(placement, micro_batches, _scaled(alike, shortest), activations, limits))
+                   lower_bound_of_limits(placement, micro_batches, _scaled(alike, shortest), activations, limits,
+                                         kinds))
     ways = _Ways.of(placement, times)
     # A rank's stages together, and each as if the rank had no other.
-    bounds = (_Rank(some, micro_batches, times, activations, limit).bound(ways)
-              for stages, limit in zip(placement.chunks, limits, strict=True)
-              for some in {stages, *((stage,) for stage in stages)})
-    return max(ways.after_forward[0], *bounds)
+    ranks = [_Rank(some, micro_batches, times, activations, limit)
+             for stages, limit in zip(placement.chunks, limits, strict=True)
+             for some in {stages, *((stage,) for stage in stages)}]
+    return max(ways.after_forward[0],
+               *(rank.bound_on_demand(ways, kinds) if kinds else rank.bound(ways) for rank in ranks))
 
 
 def _scaled(times: Times, scale: float) -> Times:
-    """All passes `scale` times as long."""
-    forward, input_grad, weight_grad = (tuple(scale * seconds for seconds in of_stages) for of_stages in
-                                        (times.forward, times.input_grad, times.weight_grad))
-    return replace(times, forward=forward, input_grad=input_grad, weight_grad=weight_grad)
+    """All passes and copies `scale` times as long."""
+    forward, input_grad, weight_grad, offload, reload = (
+        tuple(scale * seconds for seconds in of_stages) for of_stages in
+        (times.forward, times.input_grad, times.weight_grad, times.offload, times.reload))
+    recompute = tuple(tuple(scale * seconds for seconds in of_layers) for of_layers in times.recompute)
+    return replace(times, forward=forward, input_grad=input_grad, weight_grad=weight_grad, recompute=recompute,
+                   offload=offload, reload=reload)
 
 
 @dataclass(frozen=True)
@@ -144,29 +163,74 @@ class _Rank:
         before = max(min(ways.to_forward[s] for s in stages),
                      min(ways.to_input_grad[s] for s in stages) - self._most_forwards())
         after_f = max(0.0, min(ways.after_forward[s] - forward[s] for s in stages) - self._most_backwards())
-        after_b = max(0.0, min(ways.after_input_grad[s] - input_grad[s] - weight_grad[s]
-                               - self._most_weight_grads(self.limit - whole[s]) for s in stages))
+        after_b = self._idle_after_last_b(ways)
         all_fit = self.micro_batches * sum(whole[s] for s in stages) <= self.limit * (1 + _SLACK)
         around_f = max(before, after_f) if all_fit else before + after_f
         work = self.micro_batches * sum(forward[s] + input_grad[s] + weight_grad[s] for s in stages)
         return max(work + max(before + after_b, around_f), self._bound_of_memory(ways))
 
-    def _bound_of_memory(self, ways: _Ways) -> float:
-        """The least time in which all activations can have been there for as long as they must."""
-        whole, kept = self.activations.after_forward, self.activations.after_backward
+    def bound_on_demand(self, ways: _Ways, kinds: Collection[Kind]) -> float:
+        """Whatever is recomputed or offloaded, as far as `kinds` allow."""
         forward, input_grad, weight_grad = self.times.forward, self.times.input_grad, self.times.weight_grad
-        stages = self.stages
-        taken = self.micro_batches * sum(
-            whole[s] * (ways.to_input_grad[s] - ways.to_forward[s] + input_grad[s])
-            + min(whole[s], kept[s] / 2) * weight_grad[s] for s in stages)
-        room = max(0.0, self.limit - max(max(whole[s], kept[s]) for s in stages))
+        stages, idle = self.stages, self._idle_after_last_b(ways)
+        choices = {s: list(options(s, self._trip(ways, s), self.times, self.activations, kinds)) for s in stages}
+        # The engines for copies wait for the first F, and for the other engine's first or last copy, and B comes after
+        # all of them. That is certain where anything is offloaded at all, so each micro-batch answers for a share.
+        offloads = [option for of_stage in choices.values() for option in of_stage if option.out or option.back]
+        around = (min(ways.to_forward[s] + forward[s] for s in stages) + min(ways.after_input_grad[s] for s in stages))
+        share = 1 / (self.micro_batches * len(stages))
+        around_out = share * (around + min((option.back for option in offloads), default=0.0))
+        around_back = share * (around + min((option.out for option in offloads), default=0.0))
+        costs = [self.micro_batches * np.array([
+            (forward[s] + input_grad[s] + weight_grad[s] + option.recompute,
+             option.out + around_out * (option.out > 0),
+             option.back + around_back * (option.back > 0),
+             (option.area + self._area_of_w(s)) / self.limit) for option in choices[s]]) for s in stages]
+        bases = (min(ways.to_forward[s] for s in stages) + idle, 0.0, 0.0,
+                 self._outside_memory(ways) + self._area_of_slopes() / self.limit)
+        backwards = self.micro_batches * sum(input_grad[s] + weight_grad[s] for s in stages)
+        return max(min(ways.to_input_grad[s] for s in stages) + backwards + idle, least_of_mixtures(bases, costs))
+
+    def _idle_after_last_b(self, ways: _Ways) -> float:
+        """What the rank idles at least from the start of its last B, when of what it keeps only W is left."""
+        whole, input_grad, weight_grad = (self.activations.after_forward, self.times.input_grad,
+                                          self.times.weight_grad)
+        return max(0.0, min(ways.after_input_grad[s] - input_grad[s] - weight_grad[s]
+                            - self._most_weight_grads(self.limit - whole[s]) for s in self.stages))
+
+    def _trip(self, ways: _Ways, stage: int) -> float:
+        """The least time from the start of a micro-batch's F to the end of its B."""
+        return ways.to_input_grad[stage] - ways.to_forward[stage] + self.times.input_grad[stage]
+
+    def _area_of_w(self, stage: int) -> float:
+        """Memory x time of a W: half of what it gives back, or all of it."""
+        whole, kept = self.activations.after_forward[stage], self.activations.after_backward[stage]
+        return min(whole, kept / 2) * self.times.weight_grad[stage]
+
+    def _area_of_slopes(self) -> float:
+        """Memory x time below the limit that can't be used, after the first F has begun and before the last B ends."""
+        whole, kept = self.activations.after_forward, self.activations.after_backward
+        forward, input_grad, stages = self.times.forward, self.times.input_grad, self.stages
+        most = max(max(whole[s], kept[s], *(self.activations.recomputed[s] if self.activations.recomputed else ()))
+                   for s in stages)
+        room = max(0.0, self.limit - most)
         slopes = room * (min(forward[s] / whole[s] if whole[s] else inf for s in stages)
                          + min(input_grad[s] / whole[s] if whole[s] else inf for s in stages))
-        if slopes <= self.micro_batches * sum(forward[s] + input_grad[s] for s in stages):
-            taken += room * slopes / 2
-        until_last_b = max(0.0, taken / self.limit - max(weight_grad[s] for s in stages))
-        return (min(ways.to_forward[s] for s in stages) + until_last_b
-                + min(ways.after_input_grad[s] - input_grad[s] for s in stages))
+        apart = slopes <= self.micro_batches * sum(forward[s] + input_grad[s] for s in stages)
+        return room * slopes / 2 if apart else 0.0
+
+    def _outside_memory(self, ways: _Ways) -> float:
+        """The time before the first F and after the last B, less that of the last W."""
+        input_grad, weight_grad, stages = self.times.input_grad, self.times.weight_grad, self.stages
+        return (min(ways.to_forward[s] for s in stages) + min(ways.after_input_grad[s] - input_grad[s] for s in stages)
+                - max(weight_grad[s] for s in stages))
+
+    def _bound_of_memory(self, ways: _Ways) -> float:
+        """The least time in which all activations can have been there for as long as they must."""
+        whole, weight_grad, stages = self.activations.after_forward, self.times.weight_grad, self.stages
+        taken = self._area_of_slopes() + self.micro_batches * sum(
+            whole[s] * self._trip(ways, s) + self._area_of_w(s) for s in stages)
+        return self._outside_memory(ways) + max(taken / self.limit, max(weight_grad[s] for s in stages))
 
     def _fitting(self, stages: Sequence[int], room: float) -> Iterator[tuple[tuple[int, ...], float]]:
         """How many whole activations of each of `stages` fit into `room`, and what is left of it.

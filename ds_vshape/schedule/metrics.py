@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
-from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.schedule import Schedule, variants
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 
@@ -28,10 +29,12 @@ def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None) 
     timeline = timeline or simulate(schedule, times)
     peaks = peak_activations(schedule)
     placement, micro_batches = schedule.placement, schedule.micro_batches
+    # Compared with what may be done as this schedule does.
+    kinds = {kind for kind, _, _ in variants(schedule)} & {Kind.C, Kind.O} if schedule.gives_back_memory else ()
     return Metrics(
         makespan=timeline.makespan,
         longest_span=timeline.longest_span,
         bubble=timeline.bubble,
         peak_activations=peaks,
         peak_fraction_of_1f1b=max(peaks) / peak_of_1f1b(placement.ranks, micro_batches),
-        lower_bound=lower_bound(placement, micro_batches, times, max(peaks)))
+        lower_bound=lower_bound(placement, micro_batches, times, max(peaks), kinds))
