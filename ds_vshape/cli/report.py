@@ -13,7 +13,7 @@ from ds_vshape.cli.options import Limit
 from ds_vshape.cli.outcome import Outcome
 from ds_vshape.schedule import drawing
 
-_COLOURS = {"F": "cyan", "B": "green", "W": "yellow", "BW": "magenta"}
+_COLOURS = {"F": "cyan", "B": "green", "W": "yellow", "BW": "magenta", "C": "red", "O": "blue", "R": "bright_blue"}
 
 
 def console() -> Console:

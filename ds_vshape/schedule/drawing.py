@@ -5,26 +5,36 @@
     rank 1  ...F0 f0 F1 f1 b0 B0 w0 b1 B1 W0 w1 W1
 
 A pass is its kind and micro-batch, as wide as it is long: capital letters on the rank's first chunk, small ones on its
-second. Dots are bubbles. A piece of a W that is too short for its name has no number (w-). Plain text; colours are the
-caller's (`PASSES` finds the passes of a kind).
+second. Dots are bubbles. A piece of a W that is too short for its name has no number (w-). Copies to the host and back
+have rows of their own, with their O or R where they take time:
+
+    rank 0  F0 F1 ...F2 BW2-- BW1-- C0 BW0--
+     out       O0---
+     back                     R0---
+
+Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
 """
 
 from __future__ import annotations
 
 import math
 
-from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Span, Timeline
 
 LEGEND = ("F forward, B input gradient, W weight gradients, BW both at once, with the micro-batch; "
           "capital: the rank's first chunk, small: its second; dots: the rank waits")
+_MORE = {Kind.C: "C forward again", Kind.O: "O copy to the host", Kind.R: "R copy back"}
 # For each kind of pass a regular expression that finds it in the drawing; a piece of a W may have no number.
 PASSES = {
     "F": r"[Ff]\d[\d-]*",
     "B": r"[Bb]\d[\d-]*",
-    "W": r"(?<![Bb])[Ww](\d[\d-]*|-+|(?=[.FBWfbw\n]|$))",
+    "W": r"(?<![Bb])[Ww](\d[\d-]*|-+|(?=[.FBWCfbwc\n]|$))",
     "BW": r"(BW|bw)\d[\d-]*",
+    "C": r"[Cc]\d[\d-]*",
+    "O": r"[Oo]\d[\d-]*",
+    "R": r"[Rr]\d[\d-]*",
 }
 BUBBLE = "."
 
@@ -35,7 +45,8 @@ def bubbles(timeline: Timeline) -> list[list[tuple[float, float]]]:
     begin, end = min((span.start for span in spans), default=0.0), max((span.end for span in spans), default=0.0)
     found = []
     for rank in timeline.ranks:
-        ends, starts = [begin, *(span.end for span in rank)], [*(span.start for span in rank), end]
+        passes = [span for span in rank if not span.action.kind.is_copy]
+        ends, starts = [begin, *(span.end for span in passes)], [*(span.start for span in passes), end]
         found.append([(last, following) for last, following in zip(ends, starts) if following > last])
     return found
 
@@ -52,18 +63,26 @@ def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
     # Characters a unit of time: every whole pass with a duration has room for its name and a blank.
     scale = max(((len(_name(span.action, placement)) + 1) / (span.end - span.start)
                  for span in spans if span.end > span.start and span.action.pieces == 1), default=1.0)
-    labels = [f"rank {rank}" for rank in range(placement.ranks)]
+    # Label, spans, and what stands where there is none.
+    lanes: list[tuple[str, tuple[Span, ...], str]] = []
+    for rank, passes in enumerate(timeline.ranks):
+        lanes.append((f"rank {rank}", passes, BUBBLE))
+        for label, copies in ((" out", timeline.offloads), (" back", timeline.reloads)):
+            if copies and copies[rank]:
+                lanes.append((label, copies[rank], " "))
+    labels = [label for label, *_ in lanes]
     margin = max(len("time"), *map(len, labels)) + 2
     # A hop may be a million times as long as a pass: only what is shown is drawn.
     width = round(timeline.makespan * scale)
     shown = max(1, min(width, columns - margin))
     rows = ["time".ljust(margin) + _ruler(scale, shown)]
-    for label, rank in zip(labels, timeline.ranks):
-        rows.append(label.ljust(margin) + _row(rank, placement, origin, scale, shown))
+    for label, lane, empty in lanes:
+        rows.append((label.ljust(margin) + _row(lane, empty, placement, origin, scale, shown)).rstrip())
     if shown < width:
         rows.append(f"... cut off at time {shown / scale:.4g} of {timeline.makespan:.4g}: "
                     f"all of it takes {width + margin} columns")
-    rows.append(LEGEND)
+    kinds = {span.action.kind for span in spans}
+    rows.append("; ".join([LEGEND, *(meaning for kind, meaning in _MORE.items() if kind in kinds)]))
     return "\n".join(rows)
 
 
@@ -72,16 +91,16 @@ def _name(action: Pass, placement: Placement) -> str:
     return f"{kind}{action.micro_batch}"
 
 
-def _row(spans: tuple[Span, ...], placement: Placement, origin: float, scale: float, shown: int) -> str:
-    """The first `shown` characters of a rank's line."""
-    row = [BUBBLE] * shown
+def _row(spans: tuple[Span, ...], empty: str, placement: Placement, origin: float, scale: float, shown: int) -> str:
+    """The first `shown` characters of a line, `empty` where it has no span."""
+    row = [empty] * shown
     for span in spans:
         first, last = round((span.start - origin) * scale), round((span.end - origin) * scale)
         if first >= shown:
             break
         if last > first:
             name = _name(span.action, placement)
-            if len(name) > last - first:  # a piece of a W: no number rather than half of one
+            if len(name) > last - first:  # a piece of a W, or a copy: no number rather than half of one
                 name = name.rstrip("0123456789").ljust(last - first, "-")
             ended = name.ljust(min(last, shown + 1) - first - 1, "-").ljust(min(last, shown) - first)
             row[first:last] = ended[:shown - first]

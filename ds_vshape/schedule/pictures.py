@@ -2,6 +2,7 @@
 
     title and figures                                           legend
     rank 0         | F 0 | F 1 | bubble | F 0 | B 0 | W 0 | ...        one box a pass, with its micro-batch
+                         |=====|=====|        |=====|                  copies to the host and back, where there are any
     stages 0, 7    |____==========____=====___ ...                     what the rank keeps, below the limit   peak
     rank 1         ...
                    time
@@ -38,15 +39,19 @@ COLOURS = {
     Kind.W: (("#4c9a2a", "white"), ("#c3e6ae", "black")),
     Kind.BW: (("#6d4fa3", "white"), ("#d3c4ec", "black")),
     Kind.C: (("#b5447f", "white"), ("#eebdd6", "black")),
+    Kind.O: (("#5b5f66", "white"), ("#b9bdc4", "black")),
+    Kind.R: (("#a8741a", "white"), ("#e8cf9c", "black")),
 }
 MEANINGS = {Kind.F: "F  forward", Kind.B: "B  input gradient", Kind.W: "W  weight gradients",
-            Kind.BW: "BW  both at once"}
+            Kind.BW: "BW  both at once", Kind.C: "C  forward again", Kind.O: "O  copy to the host",
+            Kind.R: "R  copy back"}
 _FRAME, _MEMORY, _LIMIT, _FULL = "#8c8c8c", "#d9772f", "#c1121f", "#9a9a9a"
 
 # Inches: of a usual pass, of a figure's width, of a rank's boxes and of what it keeps below them.
 _PASS, _WIDTHS = 0.2, (10.0, 60.0)
 _LANE, _BETWEEN, _CURVE, _GAP = 0.28, 0.04, 0.22, 0.12
-_RANK = _LANE + _BETWEEN + _CURVE + _GAP
+# Of a row of copies.
+_COPY = 0.08
 # Around them: names, peaks, title, time axis, legend.
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND = 0.95, 0.85, 0.52, 0.55, 0.32
 _POINTS = 72
@@ -73,9 +78,19 @@ class Panel:
         return max((len(str(span.action.micro_batch)) for rank in self.timeline.ranks for span in rank), default=1)
 
     @property
+    def copies(self) -> float:
+        """Inches of a rank's rows of copies: none where no rank copies."""
+        return 2 * (_COPY + _BETWEEN / 2) if any(map(any, (self.timeline.offloads, self.timeline.reloads))) else 0.0
+
+    @property
+    def rank(self) -> float:
+        """Inches of a rank."""
+        return _LANE + _BETWEEN + self.copies + _CURVE + _GAP
+
+    @property
     def height(self) -> float:
         """Inches, title and time axis included."""
-        return _TOP + self.placement.ranks * _RANK + _BOTTOM
+        return _TOP + self.placement.ranks * self.rank + _BOTTOM
 
 
 def save(panels: Sequence[Panel], file: Path, kind: str, time_label: str = "time") -> None:
@@ -109,7 +124,7 @@ def _figure(panels: Sequence[Panel], time_label: str) -> Figure:
 
 def _whole_durations(panels: Sequence[Panel]) -> list[float]:
     return [span.end - span.start for panel in panels for rank in panel.timeline.ranks for span in rank
-            if span.action.pieces == 1] or [0.0]
+            if span.action.pieces == 1 and not span.action.kind.is_copy] or [0.0]
 
 
 @dataclass(frozen=True)
@@ -130,21 +145,33 @@ class _Drawer:
         origin = min((rank[0].start for rank in timeline.ranks if rank), default=0.0)
         gaps = bubbles(timeline)
         for rank, spans in enumerate(timeline.ranks):
-            top = rank * _RANK
+            top = rank * self.panel.rank
+            memory = top + _LANE + _BETWEEN + self.panel.copies
             for span in spans:
-                self._pass(span, span.start - origin, top)
+                if not span.action.kind.is_copy:
+                    self._pass(span, span.start - origin, top)
+            for place, copies in enumerate((timeline.offloads, timeline.reloads)):
+                for span in copies[rank] if copies else ():
+                    self._box(repr(span.action), span.start - origin, span.end - span.start,
+                              top + _LANE + _BETWEEN + place * self.panel.copies / 2, self._colours(span)[0], "white",
+                              _COPY)
             # Above the passes, so that their frames are whole.
             for place, (start, end) in enumerate(gaps[rank]):
                 self._box(f"bubble{rank}-{place}", start - origin, end - start, top, "white", _FRAME)
-            self._memory(spans, origin, rank, top + _LANE + _BETWEEN)
+            self._memory(spans, origin, rank, memory)
             stages = placement.chunks[rank]
             self._beside(top + _LANE / 2, f"rank {rank}", 9, "black")
-            self._beside(top + _LANE + _BETWEEN + _CURVE / 2,
+            self._beside(memory + _CURVE / 2,
                          f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}", 6.5, "#555555")
         self._style()
 
-    def _box(self, name: str, start: float, duration: float, top: float, colour: str, edge: str) -> None:
-        self.axes.add_artist(Rectangle((start, top), duration, _LANE, facecolor=colour, edgecolor=edge, linewidth=0.6,
+    def _colours(self, span: Span) -> tuple[str, str]:
+        """Of a box and the number on it."""
+        return COLOURS[span.action.kind][min(self.panel.placement.chunk_of(span.action.stage), 1)]
+
+    def _box(self, name: str, start: float, duration: float, top: float, colour: str, edge: str, height: float = _LANE
+             ) -> None:
+        self.axes.add_artist(Rectangle((start, top), duration, height, facecolor=colour, edgecolor=edge, linewidth=0.6,
                                        gid=f"{self.name}-{name}", clip_on=False))
 
     def _beside(self, y: float, text: str, size: float, colour: str) -> None:
@@ -152,7 +179,7 @@ class _Drawer:
 
     def _pass(self, span: Span, start: float, top: float) -> None:
         action, duration = span.action, span.end - span.start
-        colour, ink = COLOURS[action.kind][min(self.panel.placement.chunk_of(action.stage), 1)]
+        colour, ink = self._colours(span)
         # W2.5[0/4] as W2.5-0of4: an id may have neither brackets nor slashes.
         name = repr(action).replace("[", "-").replace("/", "of").removesuffix("]")
         self._box(name, start, duration, top, colour, "white")

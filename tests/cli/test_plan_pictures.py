@@ -21,7 +21,7 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
-PASS = r"panel(\d+)-((?:F|B|W|BW)\d+\.\d+)(?:-(\d+)of(\d+))?"
+PASS = r"panel(\d+)-((?:F|B|W|BW|C|O|R)\d+\.\d+)(?:-(\d+)(?:of(\d+))?)?"
 
 
 class Picture:
@@ -40,8 +40,8 @@ class Picture:
         for name, group in self.groups.items():
             match = re.fullmatch(PASS, name)
             if match and int(match[1]) == panel:
-                piece = f"[{match[3]}/{match[4]}]" if match[3] else ""
-                found[Pass.parse(match[2] + piece)] = group
+                part = f"[{match[3]}{'/' * bool(match[4])}{match[4] or ''}]" if match[3] else ""
+                found[Pass.parse(match[2] + part)] = group
         return found
 
     def bubbles(self, panel: int) -> list[ElementTree.Element]:
@@ -113,6 +113,23 @@ def test_pieces_of_a_w_are_boxes(tmp_path: Path) -> None:
     schedule = Schedule("pieces", linear(1), 1, (order,))
     picture = draw(tmp_path, schedule, simulate(schedule, Times.uniform(1)))
     assert set(picture.passes(0)) == set(order)
+
+
+def test_copies_have_thin_rows_of_their_own(tmp_path: Path) -> None:
+    """Below the rank's passes, in the order out and back, each copy as long as it takes."""
+    order = tuple(map(Pass.parse, "F0.0 F0.1 O0.0 BW0.1 R0.0 C0.0[2] BW0.0".split()))
+    schedule = Schedule("copies", linear(1), 2, (order,))
+    timeline = simulate(schedule, Times((1,), (1,), (1,), recompute=((1, 2, 3),), offload=(3,), reload=(2,)))
+    boxes = {action: box(group) for action, group in draw(tmp_path, schedule, timeline).passes(0).items()}
+    assert set(boxes) == set(order)
+    rows = [boxes[Pass.parse(text)][2] for text in ("F0.0", "O0.0", "R0.0")]
+    assert rows == sorted(set(rows)) and boxes[Pass.parse("C0.0[2]")][2] == rows[0]
+    unit = boxes[order[0]][1] - boxes[order[0]][0]
+    for text, start, end in (("O0.0", 1, 4), ("R0.0", 6, 8), ("C0.0[2]", 8, 10)):
+        left, right, _, colour = boxes[Pass.parse(text)]
+        at = left - boxes[order[0]][0], right - boxes[order[0]][0]
+        assert at == pytest.approx((start * unit, end * unit), abs=0.01)
+        assert colour == COLOURS[Pass.parse(text).kind][0][0]
 
 
 def test_numbers_are_the_micro_batches(tmp_path: Path) -> None:

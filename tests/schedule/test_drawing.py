@@ -8,7 +8,7 @@ import pytest
 
 from ds_vshape.schedule import drawing
 from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.passes import BW, B, F, W
+from ds_vshape.schedule.passes import BW, B, F, Pass, W
 from ds_vshape.schedule.placement import linear, v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
@@ -30,9 +30,21 @@ def test_literally() -> None:
 
 
 def test_the_figure_of_the_docstring() -> None:
-    shown = [line.strip() for line in (drawing.__doc__ or "").splitlines() if line.strip().startswith("rank")]
-    for line, row in zip(shown, picture("v-zb", 2, 2).splitlines()[1:3], strict=True):
-        assert row == line
+    indented = [line[4:] for line in (drawing.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert indented[1:3] == picture("v-zb", 2, 2).splitlines()[1:3]
+    order = tuple(map(Pass.parse, "F0.0 F0.1 O0.0 F0.2 BW0.2 R0.0 BW0.1 C0.0 BW0.0".split()))
+    schedule = Schedule("copies", linear(1), 3, (order,))
+    rows = drawing.draw(simulate(schedule, Times.uniform(1, copy=2)), schedule.placement).splitlines()
+    assert indented[3:] == rows[1:4]
+    assert rows[4] == f"{drawing.LEGEND}; C forward again; O copy to the host; R copy back"
+    assert [re.findall(drawing.PASSES[kind], rows[place]) for kind, place in (("C", 1), ("O", 2), ("R", 3))] == [
+        ["C0"], ["O0---"], ["R0---"]]
+
+
+def test_a_wait_for_a_copy_is_one_bubble() -> None:
+    order = tuple(map(Pass.parse, "F0.0 O0.0 R0.0 BW0.0".split()))
+    schedule = Schedule("copies", linear(1), 1, (order,))
+    assert drawing.bubbles(simulate(schedule, Times.uniform(1, copy=2))) == [[(1, 5)]]
 
 
 def test_a_pass_is_as_wide_as_it_is_long() -> None:
