@@ -6,6 +6,7 @@ for the job's own times. Nothing here imports torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ds_vshape.config.section import ScheduleConfig
@@ -44,6 +45,11 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
         limit = float(config.memory_limit)
     return Request.within(limit, config.name, ranks, micro_batches, times, sizes,
                           time_limit=config.planning_seconds, cache=cache)
+
+
+def equal_times(stages: int) -> Times:
+    """Times for a plan without any that are measured: all passes alike, and W whole, whose entries aren't known."""
+    return replace(Times.uniform(stages), entry_costs=((1.0,),) * stages)
 
 
 def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:

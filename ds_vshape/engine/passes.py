@@ -128,7 +128,8 @@ class StagePasses(Keeping):
         self._activate(buffer_id.stage)
         store = self._stage_buffers[buffer_id].store
         self._observer.weights_split(store)
-        store.run_piece(piece, pieces, self._accumulator)
+        store.run_piece(piece, pieces, self._accumulator, self._plans.entry_costs(buffer_id.stage),
+                        self._observer.entry_done)
         if piece == pieces - 1:
             self._stage_buffers.close(buffer_id)
 

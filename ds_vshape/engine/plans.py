@@ -79,6 +79,10 @@ class Plans:
         """The measured times that the present schedule was planned for; None where there are none, or none yet."""
         return self._source.times
 
+    def entry_costs(self, stage: int) -> tuple[float, ...]:
+        """What W's entries cost on `stage`, as far as it was measured: its pieces are cut by that."""
+        return self._source.entry_costs[stage] if self._source.entry_costs else ()
+
     def training(self, micro_batches: int) -> BatchPlan:
         """The plan of training batches; collective where there is none yet."""
         if micro_batches not in self._plans:

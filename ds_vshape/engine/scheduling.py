@@ -18,9 +18,9 @@ from __future__ import annotations
 import enum
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Protocol
 
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import is_planned, request_for, table_schedule
+from ds_vshape.config.to_schedule import equal_times, is_planned, request_for, table_schedule
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import Activations, peak_activations
@@ -59,9 +59,12 @@ class StageSamples:
     average: Callable[[list[float]], float] = statistics.median
     seconds: dict[tuple[Kind, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     of_micro_batches: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    of_entries: dict[int, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, spans: tuple[Span, ...]) -> None:
-        """Take in a batch."""
+    def add(self, spans: tuple[Span, ...], entries: Mapping[int, list[list[float]]]) -> None:
+        """Take in a batch: its passes, and by stage the seconds of the entries of some Ws."""
+        for stage, of_stage in entries.items():
+            self.of_entries[stage] += of_stage
         for key, seconds in seconds_taken(spans).items():
             self.seconds[key] += seconds
         for span in spans:
@@ -76,6 +79,11 @@ class StageSamples:
             table.append([row.get(Kind.F, 0.0), row.get(Kind.B, half), row.get(Kind.W, half)])
         return table
 
+    def entry_costs(self, stage: int) -> list[float]:
+        """The average seconds of each entry of W; none for stages of other ranks, and where their number changes."""
+        rows = self.of_entries[stage]
+        return [self.average(list(column)) for column in zip(*rows)] if len({*map(len, rows)}) == 1 else []
+
 
 def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placement, exchange: Exchange) -> Times:
     """The times that all ranks plan with (collective over `exchange`).
@@ -85,14 +93,30 @@ def agreed_times(samples: StageSamples, hops: Sequence[float], placement: Placem
     """
     stages = placement.stages
     own = [seconds for row in samples.averages(stages) for seconds in row]
+    entries = [samples.entry_costs(stage) for stage in range(stages)]
     try:
-        every = exchange.start_numbers([*own, *hops]).result()
+        longest = exchange.largest(max(map(len, entries)))
+        rows = [[float(len(costs)), *costs, *(0.0,) * (longest - len(costs))] for costs in entries]
+        every = exchange.start_numbers([*own, *hops, *chain.from_iterable(rows)]).result()
     except RuntimeError as error:
         raise PeerLost(f"not all ranks reported their times: {str(error).partition(chr(10))[0]}") from error
     pipelines = len(every) // placement.ranks
     means = [sum(seconds) / pipelines for seconds in zip(*(numbers[:3 * stages] for numbers in every))]
-    slowest = map(max, zip(*(numbers[3 * stages:] for numbers in every)))
-    return Times(tuple(means[0::3]), tuple(means[1::3]), tuple(means[2::3]), tuple(slowest))
+    slowest = map(max, zip(*(numbers[3 * stages:3 * stages + len(hops)] for numbers in every)))
+    first = 3 * stages + len(hops)
+    costs = (_mean_costs([numbers[start:start + longest + 1] for numbers in every], pipelines)
+             for start in range(first, first + stages * (longest + 1), longest + 1))
+    return Times(tuple(means[0::3]), tuple(means[1::3]), tuple(means[2::3]), tuple(slowest), entry_costs=tuple(costs))
+
+
+def _mean_costs(rows: list[list[float]], pipelines: int) -> tuple[float, ...]:
+    """The mean over pipelines of the entries' costs, in `rows` (number of entries, their costs) of all ranks; none if
+    pipelines disagree about their number.
+    """
+    found = [costs[:int(count)] for count, *costs in rows if count]
+    if len(found) != pipelines or len({*map(len, found)}) != 1:
+        return ()
+    return tuple(sum(costs) / pipelines for costs in zip(*found))
 
 
 def agreed_scales(samples: StageSamples, micro_batches: int, exchange: Exchange) -> tuple[float, ...]:
@@ -120,6 +144,10 @@ class Schedules(Protocol):
     @property
     def times(self) -> Times | None:
         """The times that the present schedule was planned for, if they were measured."""
+
+    @property
+    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
+        """The costs of W's entries of each stage, by which the latest plan cuts them; none if they weren't measured."""
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
@@ -156,6 +184,10 @@ class NamedSchedules:
     def times(self) -> Times | None:
         return None
 
+    @property
+    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
+        return ()
+
 
 class PlannedSchedules:
     """The planner's schedule for equal times; training waits for it."""
@@ -173,6 +205,10 @@ class PlannedSchedules:
     def times(self) -> Times | None:
         return None
 
+    @property
+    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
+        return ()
+
 
 @dataclass(frozen=True)
 class _FirstPlans:
@@ -187,7 +223,7 @@ class _FirstPlans:
 
         Raises PipelineError on every rank if there is neither.
         """
-        times = Times.uniform(self.placement.stages)
+        times = equal_times(self.placement.stages)
         self.planner.start(request_for(self.config, self.placement.ranks, micro_batches, times, cache=cache.folder()))
         try:
             return _planned(self.planner.wait(), self.config)["schedule"]
@@ -260,7 +296,7 @@ class MeasuredSchedules:
             if self._batches == WARM_UP_BATCHES:
                 self._enter(_Phase.MEASURE)
         elif self._phase is _Phase.MEASURE:
-            self._samples.add(record.spans())
+            self._samples.add(record.spans(), record.entry_seconds())
             if self._batches == MEASURED_BATCHES:
                 self._plan(self._agreed_times())
         else:
@@ -270,6 +306,10 @@ class MeasuredSchedules:
     @property
     def times(self) -> Times | None:
         return self._times if self._phase is _Phase.SETTLED else None
+
+    @property
+    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
+        return self._times.entry_costs if self._times is not None else ()
 
     def _enter(self, phase: _Phase) -> None:
         self._phase, self._batches = phase, 0
@@ -318,7 +358,7 @@ class MeasuredSchedules:
     def _watch(self, record: PassRecorder) -> Schedule | None:
         """Compare the latest batches with the times of the plan every so often; if they moved, measure again."""
         if self._batches > BATCHES_BETWEEN_CHECKS - MEASURED_BATCHES:
-            self._samples.add(record.spans())
+            self._samples.add(record.spans(), record.entry_seconds())
         if self._batches < BATCHES_BETWEEN_CHECKS:
             return None
         assert self._times is not None

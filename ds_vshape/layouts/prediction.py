@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.config.to_schedule import is_planned, request_for
+from ds_vshape.config.to_schedule import equal_times, is_planned, request_for
 from ds_vshape.layouts.gpt_costs import TrainingCosts
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.activations import Activations, peak_activations
@@ -83,7 +83,7 @@ def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, act
     """The one that the job will train by, once its times are measured if `config` says so."""
     ranks, micro_batches = training.ranks, training.micro_batches
     if is_planned(config):
-        planned_for = times if config.times == "profile" else Times.uniform(len(times.forward))
+        planned_for = times if config.times == "profile" else equal_times(len(times.forward))
         schedule = request_for(config, ranks, micro_batches, planned_for, activations).choose(progress).schedule
     else:
         schedule = _named(config.name, ranks, micro_batches)

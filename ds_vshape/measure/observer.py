@@ -114,6 +114,10 @@ class Observer:
         if self._in_split is not None:
             self._in_split.update(store.parameters())
 
+    def entry_done(self) -> None:
+        """One entry of the W that runs is done."""
+        self._recorder.entry_done()
+
     def end_batch(self, schedule: Schedule) -> None:
         """A training batch has succeeded."""
         self._last = schedule, self._recorder

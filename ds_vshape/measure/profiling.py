@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Order, Schedule
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
+
+
+# How many Ws of each stage are timed entry by entry in a batch.
+_TIMED_BY_ENTRIES = 3
 
 
 class HostClock:
@@ -71,6 +75,9 @@ class PassRecorder:
     def __init__(self) -> None:
         self._clock = clock()
         self._marks: list[tuple[Pass, Any, Any]] = []
+        # Of the pass that runs, and of some Ws: when it started, and when each entry was done.
+        self._entry_marks: list[Any] | None = None
+        self._of_entries: dict[int, list[list[Any]]] = defaultdict(list)
         self._copies: list[tuple[BufferId, Copy]] = []
         self._alive = 0
         # The host's time, even if the device hasn't reached the batch yet: hosts start it together, devices don't.
@@ -82,10 +89,23 @@ class PassRecorder:
         if action.kind is Kind.F:
             self._alive += 1
             self.peak_alive = max(self.peak_alive, self._alive)
-        return self._clock.now()
+        now = self._clock.now()
+        # Only a whole W has all entries.
+        if (action.kind is Kind.W and action.pieces == 1
+                and len(self._of_entries[action.stage]) < _TIMED_BY_ENTRIES):
+            self._entry_marks = [now]
+        return now
+
+    def entry_done(self) -> None:
+        """One entry of the W that runs is done."""
+        if self._entry_marks is not None:
+            self._entry_marks.append(self._clock.now())
 
     def end(self, action: Pass, start: Any) -> None:
         """`action` has ended; a copy takes none of the rank's time, which goes on here."""
+        if self._entry_marks is not None:
+            self._of_entries[action.stage].append(self._entry_marks)
+            self._entry_marks = None
         end = self._clock.now()
         self._marks.append((action, end if action.kind.is_copy else start, end))
         if action.frees_activations:
@@ -94,6 +114,11 @@ class PassRecorder:
     def copied(self, buffer_id: BufferId, copy: Copy) -> None:
         """`copy` is that of what a forward left, to the host and back."""
         self._copies.append((buffer_id, copy))
+
+    def entry_seconds(self) -> dict[int, list[list[float]]]:
+        """By stage, how long each entry of some whole Ws took."""
+        return {stage: [[self._clock.seconds(start, end) for start, end in pairwise(marks)] for marks in of_stage]
+                for stage, of_stage in self._of_entries.items()}
 
     def spans(self) -> tuple[Span, ...]:
         """Spans in seconds since this rank's host started the batch."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_vshape.schedule.pieces import cut
 from ds_vshape.split_backward.autocast import autocast_as, is_autocast_enabled
 from ds_vshape.split_backward.targets import Cast, Element, Selection, Target, becomes_whole, parameter_of, shape_of
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from ds_vshape.split_backward.function import HalfContext, SplitFunction
 
 OperatorBuffers = tuple[Tensor | None, ...]
+
+
+def _nothing() -> None:
+    pass
 
 
 class GradientAccumulator(Protocol):
@@ -145,7 +150,9 @@ class WeightGradientStore:
         # Of a parameter: its uses, what was made of it being one. Of that: the operators that were given it.
         self._uses: dict[Target, int] = {}
         self._partial_sums: dict[Target, Tensor] = {}
-        self._weights_left = 0
+        # How many entries W has taken, and after how many each of its pieces ends.
+        self._taken = 0
+        self._ends: tuple[int, ...] = ()
         # Whether a run of autograd may leave entries here: not one that a layer starts by itself (mode.py), nor one
         # that comes after W.
         self.deferring = True
@@ -193,15 +200,26 @@ class WeightGradientStore:
             self.run_next(accumulator)
         self.deferring = False
 
-    def run_piece(self, piece: int, pieces: int, accumulator: GradientAccumulator) -> None:
-        """Piece `piece` (from 0, in turn) of W cut into `pieces`: about equal shares of the weights, entry by entry, so
-        that a stage of like layers is cut between layers. The sums are those of `run`."""
+    def run_piece(self, piece: int, pieces: int, accumulator: GradientAccumulator, costs: tuple[float, ...] = (),
+                  after_entry: Callable[[], None] = _nothing) -> None:
+        """Piece `piece` (from 0, in turn) of W cut into `pieces`, between entries (`schedule.pieces.cut`). The sums are
+        those of `run`.
+
+        Args:
+            costs: of all entries. Without them, or if there are more or fewer entries, an entry costs what its
+                gradients have of numbers.
+            after_entry: called after each entry.
+        """
         if piece == 0:
-            self._weights_left = sum(entry.weights for entry in self._entries)
-        rest = self._weights_left * (pieces - piece - 1) / (pieces - piece)
-        while self._entries and (piece == pieces - 1 or self._weights_left - self._entries[0].weights / 2 >= rest):
-            self._weights_left -= self._entries[0].weights
+            if len(costs) == self._taken + len(self._entries):
+                self._ends = cut(costs, pieces)
+            else:
+                left = cut(tuple(float(entry.weights) for entry in self._entries), pieces)
+                self._ends = tuple(self._taken + end for end in left)
+        # Where there are fewer entries than pieces, the last pieces are empty.
+        while self._entries and self._taken < self._ends[piece]:
             self.run_next(accumulator)
+            after_entry()
         if piece == pieces - 1:
             self.deferring = False
 
@@ -219,6 +237,7 @@ class WeightGradientStore:
 
     def _take(self, accumulator: GradientAccumulator) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
         entry = self._entries.popleft()
+        self._taken += 1
         return entry.targets, entry.weight_gradients(accumulator)
 
     def _finish_use(self, target: Target, gradient: Tensor | None, accumulator: GradientAccumulator) -> None:
@@ -253,7 +272,3 @@ def _add_into_buffer(target: Cast | Element | Selection, total: Tensor, accumula
         return False
     target.add_in_place(sums, total)
     return True
-
-
-def _nothing() -> None:
-    pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -14,6 +15,7 @@ from layers import SleepingLinear
 from logged import Lines
 from pipelines import FP32_ZERO1, SAMPLES, Job, Outcome, data, merged, profiled, specs, train
 from ranks import RanksFailed, run_ranks
+from torch import Tensor, nn
 from torch.nn import functional
 
 import ds_vshape
@@ -72,6 +74,11 @@ def test_all_ranks_swap_at_the_same_batch_and_losses_stay(name: str) -> None:
 
 
 def sleeping_engine(section: Any, micro_batches: int, milliseconds: tuple[float, ...]) -> Any:
+    return engine_of([LayerSpec(SleepingLinear, WIDTH, tuple(ms / 1000 for ms in milliseconds)) for _ in range(4)],
+                     section, micro_batches)
+
+
+def engine_of(layers: list[LayerSpec], section: Any, micro_batches: int) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": SAMPLES,
         "gradient_accumulation_steps": micro_batches,
@@ -80,8 +87,8 @@ def sleeping_engine(section: Any, micro_batches: int, milliseconds: tuple[float,
         "steps_per_print": 10**9,
         "pipeline_schedule": section,
     }
-    layers = [LayerSpec(SleepingLinear, WIDTH, tuple(ms / 1000 for ms in milliseconds)) for _ in range(4)]
-    module = ds_vshape.PipelineModule(layers, num_stages=2, loss_fn=functional.mse_loss, config=config)
+    module = ds_vshape.PipelineModule(layers, num_stages=2, partition_method="uniform",
+                                      loss_fn=functional.mse_loss, config=config)
     return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
 
 
@@ -144,9 +151,52 @@ def test_pieces_of_a_weight_gradient_count_together() -> None:
     spans = (Span(Pass.parse("F1.0"), 0.0, 1.0), Span(Pass.parse("B1.0"), 2.0, 4.0), *pieces,
              Span(Pass.parse("W1.1"), 8.0, 11.0))
     samples = scheduling.StageSamples()
-    samples.add(spans)
+    samples.add(spans, {})
     assert samples.averages(2) == [[0, 0, 0], [1, 2, 3]]
     assert mean_times(Timeline((spans,)), 2) == Times((0, 1), (0, 2), (0, 3))
+
+
+class HeadBesideLayers(nn.Module):
+    """Three small layers and one whose W takes three times as long as theirs together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(SleepingLinear(WIDTH, (0, 0, seconds)) for seconds in (0.002,) * 3 + (0.018,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layers(x)
+        return output
+
+
+def pieces_as_they_are(rank: int) -> dict[str, Any]:
+    layers = [LayerSpec(SleepingLinear, WIDTH, (0, 0, 0.01)) if stage == 1 else LayerSpec(HeadBesideLayers)
+              for stage in range(4)]
+    engine = engine_of(layers, profiled("adaptive"), 4)
+    while engine.planned_times is None:
+        sleep_batch(engine)
+    times, planned = engine.planned_times, engine.schedule()
+    cut = tuple(tuple(piece for action in order for piece in (action.cut(2) if action.kind is Kind.W else (action,)))
+                for order in build("v-half", 2, 4).orders)
+    engine.use_schedule(replace(build("v-half", 2, 4), orders=cut))
+    sleep_batch(engine)
+    predicted, measured = engine.timelines()
+    return {"times": times, "planned": planned, "predicted": predicted, "measured": measured}
+
+
+def test_pieces_take_what_was_planned() -> None:
+    """The head's W is a piece of its own, and that of a single layer isn't cut."""
+    found = run_ranks(2, pieces_as_they_are)[0]
+    assert [len(costs) for costs in found["times"].entry_costs] == [4, 1, 4, 4]
+    assert not [action for _, action in found["planned"].passes() if action.stage == 1 and action.pieces > 1]
+    for timeline in (found["predicted"], found["measured"]):
+        pieces = defaultdict(list)
+        for span in (span for rank in timeline.ranks for span in rank if span.action.kind is Kind.W):
+            pieces[span.action.stage, span.action.piece].append(span.end - span.start)
+        for stage in (0, 2, 3):
+            # The last layer's B is the first, and so is its W.
+            assert min(pieces[stage, 0]) >= 0.018 and min(pieces[stage, 1]) >= 0.006
+            assert statistics.median(pieces[stage, 0]) > statistics.median(pieces[stage, 1])
+        assert min(pieces[1, 0]) >= 0.01 and max(pieces[1, 1]) < 0.01
 
 
 def test_times_move_by_shares_of_a_stage() -> None:
