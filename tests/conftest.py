@@ -1,14 +1,17 @@
-"""What all tests share: a folder for plans, a cluster of two hosts, and the choice of quick cases and examples.
+"""What all tests share: a folder for plans, their clock, two hosts, and which cases and examples run in which order.
 
     @pytest.mark.quick_cases("v-half", "zb-h1")     of a parametrized test: these; the others are slow
+    @pytest.mark.slow_cases("v-min")                of the others: these are slow, and the rest are drills
     --hypothesis-profile random                     looks for examples that the tests haven't seen yet
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +42,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "ds_vshape"
 
 
+@pytest.fixture
+def processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time limits of plans count what the processor spends on them: how good they are doesn't depend on other work."""
+    from ds_vshape.schedule import choose
+    from ds_vshape.schedule.adaptive import plan
+    monkeypatch.setattr(choose, "plan", partial(plan, clock=time.process_time))
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two hosts on this machine."""
@@ -49,20 +60,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the cases slow that `quick_cases` doesn't name; before -m looks at the marks."""
+    """Mark the cases slow, or drills, that no mark names; before -m looks at the marks. Files of slow tests come first,
+    so that no process has a long one left when all others are done.
+    """
     found: dict[str, set[str]] = defaultdict(set)
     named: dict[str, set[str]] = {}
     for item in items:
-        mark = item.get_closest_marker("quick_cases")
-        if mark is None:
+        quick, slow = (item.get_closest_marker(mark) for mark in ("quick_cases", "slow_cases"))
+        if quick is None and slow is None:
             continue
         name, _, case = item.nodeid.rstrip("]").partition("[")
         found[name].add(case)
-        named[name] = set(mark.args)
-        if case not in mark.args:
-            item.add_marker(pytest.mark.slow)
+        named[name] = {*(quick.args if quick else ()), *(slow.args if slow else ())}
+        if quick is None or case not in quick.args:
+            item.add_marker(pytest.mark.slow if slow is None or case in slow.args else pytest.mark.drill)
     # Where one case alone was asked for, the others aren't collected.
     whole = not any("[" in argument for argument in config.args)
     unknown = {name: sorted(cases - found[name]) for name, cases in named.items() if cases - found[name]}
     if whole and unknown:
-        raise pytest.UsageError(f"quick_cases names cases that there aren't: {unknown}")
+        raise pytest.UsageError(f"quick_cases or slow_cases name cases that there aren't: {unknown}")
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)

@@ -23,7 +23,7 @@ from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import pass_from_json
 from ds_vshape.schedule.timeline import Times, simulate
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("cache", "processor_time")
 
 
 def plan(tmp_path: Path, *arguments: str) -> dict[str, Any]:

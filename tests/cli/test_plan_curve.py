@@ -15,7 +15,7 @@ from ds_vshape.cli.options import Limit, PlanOptions
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.schedule.named import SCHEDULES
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("cache", "processor_time")
 BATCH = ["--stages", "4", "--micro-batches", "8"]
 
 

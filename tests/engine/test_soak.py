@@ -84,7 +84,7 @@ def soak(rank: int, section: Any, batches: int, folder: str, leak: Callable[[int
     return samples
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("v-half")
 @pytest.mark.parametrize("section", ["v-half", ADAPTIVE], ids=["v-half", "adaptive"])
 def test_nothing_grows(section: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

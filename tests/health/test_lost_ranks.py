@@ -24,11 +24,12 @@ from simulated_gpu.processes import run_on_gpus
 pytestmark = pytest.mark.slow
 
 BATCHES = range(4)
-# Of a job, and of its processes: no batch takes that long on a busy machine either, and a stopped process is waited for
-# to the end.
-TIMEOUTS = {signal.SIGKILL: (60, 120), signal.SIGSTOP: (12, 60)}
+# Of the job: no batch takes that long on a busy machine either, and a stopped process is waited for that long.
+TIMEOUTS = {signal.SIGKILL: 60, signal.SIGSTOP: 24}
+# Of its processes.
+PATIENCE = 240.0
 # Of the watchdog where nobody changes it.
-WATCHDOG_SECONDS = 6.0
+WATCHDOG_SECONDS = 12.0
 
 
 def train_until(rank: int, job: Job, number: int) -> None:
@@ -42,7 +43,7 @@ def train_until(rank: int, job: Job, number: int) -> None:
 
 def logs_of(failure: str) -> Iterator[tuple[int, str]]:
     """The rank and the log of each that failed."""
-    parts = re.split(r"^rank (\d+)(?::| was still)", failure, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^rank (\d+)(?::| was )", failure, flags=re.MULTILINE)[1:]
     yield from zip(map(int, parts[::2]), parts[1::2], strict=True)
 
 
@@ -73,19 +74,18 @@ def others_told(failure: str, schedule: str, number: int) -> list[str]:
 @pytest.mark.parametrize(["schedule", "number"], [("1f1b", signal.SIGKILL), ("v-half", signal.SIGKILL),
                                                   ("v-half", signal.SIGSTOP)])
 def test_the_others_end_and_say_why(schedule: str, number: int) -> None:
-    seconds, patience = TIMEOUTS[signal.Signals(number)]
-    section: Any = {"name": schedule, "timeout_seconds": seconds}
+    section: Any = {"name": schedule, "timeout_seconds": TIMEOUTS[signal.Signals(number)]}
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(4, train_until, Job(section, 4, 6, layers=layers_of(schedule)), number, timeout=patience)
+        run_ranks(4, train_until, Job(section, 4, 6, layers=layers_of(schedule)), number, timeout=PATIENCE)
     others_told(str(failed.value), schedule, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_on_gpus_they_say_it_too_before_any_watchdog(number: int) -> None:
-    seconds, patience = TIMEOUTS[signal.Signals(number)]
-    job = Job({"name": "v-half", "timeout_seconds": seconds}, 4, 6, FP32_ZERO1, layers_of("v-half"))
+    section: Any = {"name": "v-half", "timeout_seconds": TIMEOUTS[signal.Signals(number)]}
+    job = Job(section, 4, 6, FP32_ZERO1, layers_of("v-half"))
     with pytest.raises(RanksFailed) as failed:
-        run_on_gpus(4, train_until, job, number, timeout=patience, watchdog_seconds=WATCHDOG_SECONDS)
+        run_on_gpus(4, train_until, job, number, timeout=PATIENCE, watchdog_seconds=WATCHDOG_SECONDS)
     assert "Watchdog" not in str(failed.value)
     # The host has long come to the end of the batch, or waits for the device.
     for told in others_told(str(failed.value), "v-half", number):
@@ -132,7 +132,7 @@ def test_a_host_that_waits_for_its_device_is_ended(wait: str, host_spins: bool) 
     layers[1], layers[6] = LayerSpec(Fatal), LayerSpec(Asking)
     job = Job({"name": "1f1b", "timeout_seconds": 60}, 3, 6, layers=tuple(layers))
     with pytest.raises(RanksFailed) as failed:
-        run_on_gpus(3, train_asking, job, wait, host_spins, timeout=60)
+        run_on_gpus(3, train_asking, job, wait, host_spins, timeout=PATIENCE)
     log = dict(logs_of(str(failed.value)))[2]
     told, = re.findall(r"^ds_vshape.comm.channels.PeerLost: (.*)$", log, flags=re.MULTILINE)[-1:]
     waits = r"pipeline rank 2 on \S+ waits in \w+ of stage \d, micro-batch \d: pipeline rank 0 is lost"

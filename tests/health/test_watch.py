@@ -148,7 +148,7 @@ def train(rank: int, place: str, victim: int, number: int, folder: str) -> str:
 
 def told_by(failure: str) -> dict[int, str]:
     """The last line of each rank."""
-    parts = re.split(r"^rank (\d+)(?::| was still)", failure, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^rank (\d+)(?::| was )", failure, flags=re.MULTILINE)[1:]
     logs = zip(map(int, parts[::2]), parts[1::2], strict=True)
     words = {rank: re.findall(r"^ds_vshape.comm.channels.PeerLost: (.*)$", log, flags=re.MULTILINE)
              for rank, log in logs}

@@ -175,7 +175,7 @@ def test_checkers_accept_repeats_exactly_if_they_accept_the_whole() -> None:
     assert all(seen[verdict] > 2 for verdict in ((False, False), (True, False), (True, True))), seen
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_and_so_for_many_more() -> None:
     wrong, _ = disagreements(range(1000, 2500))
     assert not wrong

@@ -97,7 +97,7 @@ def test_trains_what_transformers_trains(name: str, tmp_path: Path) -> None:
         assert after.keys() == before.keys(), "named as transformers names them in files, a tied weight once"
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases("gpt2", "gemma3_text", "mixtral")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_four_ranks(name: str, tmp_path: Path) -> None:
     """With V, the eight stages have a decoder layer each; a micro-batch crosses six boundaries between ranks."""

@@ -90,9 +90,9 @@ def test_more_memory_than_any_batch_needs() -> None:
 @pytest.mark.parametrize("limit", [0.0, 0.01, 0.5])
 def test_the_time_limit_is_kept(limit: float) -> None:
     problem = counted(8, 32, (10, 12, 8, 1), 10)
-    began = time.perf_counter()
-    found = plan(problem, limit)
-    assert time.perf_counter() - began < limit + 3
+    began = time.process_time()
+    found = plan(problem, limit, clock=time.process_time)
+    assert time.process_time() - began < limit + 3
     assert_plan_is_right(found, problem)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
-import deepspeed.comm.comm
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
@@ -27,38 +26,37 @@ WATCHDOG_SECONDS = 600.0
 def run_on_gpus(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0,
                 watchdog_seconds: float = WATCHDOG_SECONDS) -> list[Any]:
     """`run_ranks`, with a simulated device on each rank, to which the default group is bound, as DeepSpeed does it."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(world, _on_gpu, f"{folder}/store", watchdog_seconds, body, args, timeout=timeout)
+    start = partial(_start, timedelta(seconds=watchdog_seconds))
+    return run_ranks(world, _run, body, *args, timeout=timeout, start=start)
 
 
-def _on_gpu(rank: int, store: str, watchdog_seconds: float, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    world = dist.get_world_size()
-    dist.destroy_process_group()
+def _start(watchdog: timedelta, rank: int, world: int, store: str) -> None:
     # Each rank as on a host of its own.
     os.environ["LOCAL_RANK"] = "0"
     set_accelerator(SimulatedGpu())
     register()
-    dist.init_process_group(BACKEND, init_method=f"file://{store}", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=watchdog_seconds))
+    dist.init_process_group(BACKEND, init_method=store, rank=rank, world_size=world, timeout=watchdog)
     dist.group.WORLD.bound_device_id = BOUND_DEVICE  # type: ignore[union-attr]
-    deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed(BACKEND, verbose=False)
     threading.Thread.run = _run_on_gpu  # type: ignore[method-assign]
     # Memory isn't given out again before all that uses it has run. (torch refuses a stream that isn't its own.)
     torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
+
+
+def _run(rank: int, body: Callable[..., Any], *args: Any) -> Any:
     with Residence(), Deferral():
         result = body(rank, *args)
         DEVICE_OF_RANK.synchronize()
     return result
 
 
-_run = threading.Thread.run
+_run_thread = threading.Thread.run
 
 
 def _run_on_gpu(thread: threading.Thread) -> None:
     """A thread of the program uses the device too."""
     if thread.name == SIMULATION:
-        _run(thread)
+        _run_thread(thread)
         return
     with Residence(), Deferral():
-        _run(thread)
+        _run_thread(thread)
