@@ -15,15 +15,17 @@ from ds_vshape.schedule.adaptive import annealing, cycle_annealing, filling
 from ds_vshape.schedule.adaptive.blocks import BlockParameters
 from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
+from ds_vshape.schedule.adaptive.memory.search import MEMORY_LOOPS, run_loops
 from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
 
 
-def is_done() -> bool:
-    """Whether all loops are there, in this process or on disk."""
-    return not COMPILED or all(map(is_compiled, (filling.fill, annealing.left_shift, annealing.anneal,
-                                               cycle_annealing.anneal_cycle)))
+def is_done(memory: bool = False) -> bool:
+    """Whether all loops are there, in this process or on disk; with `memory` also those of plans that recompute or
+    offload."""
+    loops = [filling.fill, annealing.left_shift, annealing.anneal, cycle_annealing.anneal_cycle]
+    return not COMPILED or all(map(is_compiled, loops + memory * list(MEMORY_LOOPS)))
 
 
 def is_compiled(loop: Any) -> bool:
@@ -37,8 +39,8 @@ def is_compiled(loop: Any) -> bool:
     return any(Path(folder).glob(f"{Path(code.co_filename).stem}.{code.co_name}-{code.co_firstlineno}.*nbi"))
 
 
-def compile_loops() -> None:
-    """Run each loop once on a batch that is soon done; without numba they just run."""
+def compile_loops(memory: bool = False) -> None:
+    """Run each of these loops once on a batch that is soon done; without numba they just run."""
     scheduler = ListScheduler(Problem(2, 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
     run = scheduler.run(BlockParameters((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
     assert run is not None
@@ -47,3 +49,5 @@ def compile_loops() -> None:
     period, leads = np.array([[F0, F1, B1, B0, W1, W0]] * 2), np.zeros((2, 6), np.int64)
     cycle_annealing.anneal_cycle(scheduler.layouts(1), 1, period, leads, period.copy(), leads.copy(), 1.0, 1, 1.0, 0.0,
                                  1)
+    if memory:
+        run_loops()

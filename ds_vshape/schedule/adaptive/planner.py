@@ -31,7 +31,6 @@ from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
 from ds_vshape.schedule.adaptive.seeds import within
-from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.fuse import fuse
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, simulate
@@ -54,14 +53,13 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     compiling doesn't count. Raises LimitError (when `problem` is made) for limits that can't be met.
     """
     began = clock()
-    bound = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
-                                  problem.limits)
+    bound = problem.lower_bound
     file = plan_cache.path_of(cache, problem, time_limit, find_spec("numba") is not None) if cache else None
     schedule = plan_cache.read(file, problem) if file else None
     if schedule is not None:
         timeline = simulate(schedule, problem.times)
     else:
-        began += _compiling_time(clock)
+        began += _compiling_time(clock, problem.recompute or problem.offload)
         schedule, timeline = _search(problem, bound, lambda: clock() - began, time_limit, progress)
         if file is not None:
             plan_cache.write(file, schedule)
@@ -79,24 +77,25 @@ def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_l
     def left() -> float:
         return 1 - (elapsed() + finishing) / time_limit if time_limit > 0 else 0.0
 
+    if problem.recompute or problem.offload:
+        from ds_vshape.schedule.adaptive.memory.search import MemorySearch
+
+        return _finished(MemorySearch(problem, bound, left).run(progress), problem)
     search = Search(problem, bound, left)
     search.start()
     search.run(progress)
-    candidates = search.known
-    if search.best is not None:
-        candidates.append((search.best.makespan, search.trials.scheduler.schedule(search.best)))
-    return _finished(min(candidates, key=lambda candidate: candidate[0])[1], problem)
+    return _finished(search.fastest()[1], problem)
 
 
-def _compiling_time(clock: Callable[[], float]) -> float:
-    """Make sure of the machine code; how long that took."""
+def _compiling_time(clock: Callable[[], float], memory: bool) -> float:
+    """Make sure of the machine code, with `memory` also of that for recomputation and offload; how long that took."""
     # Brings numba, which takes time to import: not before there is something to plan.
     from ds_vshape.schedule.adaptive import compilation
 
     began = clock()
-    if not compilation.is_done():
+    if not compilation.is_done(memory):
         logger.warning("compiling the planner's loops, once after an installation; the time limit counts from then on")
-    compilation.compile_loops()
+    compilation.compile_loops(memory)
     return clock() - began
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.of_stages import check_numbers
+from ds_vshape.schedule.passes import C, Kind, O, Pass
 from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times
@@ -25,6 +27,7 @@ class Problem:
 
     `times` and `activations` are those of the 2p stages, which may all differ; `limits` are the highest peaks of the
     ranks, in the unit of `activations`. `max_pieces` is how many pieces a W may be cut into (1: whole).
+    `recompute` and `offload` say whether a plan may run forwards again, and move activations to the host and back.
 
     Raises ValueError for counts below 1 and lengths that don't fit, and LimitError for a limit below `least`.
     """
@@ -35,6 +38,8 @@ class Problem:
     activations: Activations
     limits: tuple[float, ...]
     max_pieces: int = 4
+    recompute: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.micro_batches < 1 or self.max_pieces < 1:
@@ -67,11 +72,31 @@ class Problem:
     def least(self) -> tuple[float, ...]:
         """The least possible peak of each rank.
 
-        No schedule has less: when the first micro-batch's F of the rank's second chunk starts, nothing has been freed
-        on the way from F of the first. And one micro-batch at a time with whole backwards has no more.
+        No schedule has less: when the first micro-batch's F of one of the rank's chunks starts, the activations of the
+        chunks before are still waiting. And one micro-batch at a time with whole backwards has no more.
         """
-        whole = self.activations.after_forward
-        return tuple(sum(whole[stage] for stage in chunks) for chunks in self.placement.chunks)
+        whole, waiting = self.activations.after_forward, self.waiting
+        return tuple(max(whole[stage] + sum(waiting[before] for before in chunks[:place])
+                         for place, stage in enumerate(chunks)) for chunks in self.placement.chunks)
+
+    @cached_property
+    def lower_bound(self) -> float:
+        """A makespan that no schedule is below."""
+        kinds = [*([Kind.C] if self.recompute else []), *([Kind.O] if self.offload else [])]
+        return lower_bound_of_limits(self.placement, self.micro_batches, self.times, self.activations, self.limits,
+                                     kinds)
+
+    @cached_property
+    def waiting(self) -> tuple[float, ...]:
+        """The least that each stage's activation can take on the device between its F and its backward."""
+        sizes = self.activations
+
+        def least(stage: int, recompute: Pass | None) -> float:
+            moved = -sizes.change(O(stage, 0), recompute).at_end if self.offload else 0.0
+            return sizes.left(stage, recompute) - moved
+
+        return tuple(min(least(stage, None), least(stage, C(stage, 0) if self.recompute else None))
+                     for stage in range(self.placement.stages))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from ds_vshape.schedule.adaptive.rounds import AnnealingRounds
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.adaptive.steady_states import find_cycles, try_cycles
 from ds_vshape.schedule.adaptive.trials import Progress, Trials
-from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import simulate
@@ -67,6 +66,13 @@ class Search:
     def best(self) -> PolicyRun | None:
         """The best run of all."""
         return self.trials.best
+
+    def fastest(self) -> tuple[float, Schedule]:
+        """The best run or known schedule, with its makespan."""
+        found = list(self.known)
+        if self.best is not None:
+            found.append((self.best.makespan, self.trials.scheduler.schedule(self.best)))
+        return min(found, key=lambda each: each[0])
 
     @property
     def done(self) -> bool:
@@ -167,9 +173,7 @@ class Search:
         left = self.trials.left
         began = max(left(), 1e-9)
         share *= began
-        goal = lower_bound_of_limits(problem.placement, problem.micro_batches, problem.times, problem.activations,
-                                     problem.limits)
-        smaller = Search(problem, goal, lambda: 1 - (began - left()) / share)
+        smaller = Search(problem, problem.lower_bound, lambda: 1 - (began - left()) / share)
         smaller.start()
         part(smaller, lambda done: self.trials.report(progress))
         return smaller
