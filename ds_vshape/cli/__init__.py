@@ -2,6 +2,7 @@
 
     plan.py            `ds-vshape plan`
     options.py         what to plan: from options, and from a ds_config.json for those not given
+    giving_back.py     the options for recomputation and offload
     outcome.py         one planned schedule with its figures
     report.py          what the planner prints
     curve.py           bubble against memory limit

@@ -1,7 +1,7 @@
 """Bubble against memory limit, as in the paper's Figure 9, for given times.
 
     named        the schedules of the table, one point each: their orders are made for equal times
-    adaptive     the best plan for the times at each limit
+    adaptive     the best plan for the times at each limit; also with recomputation, offload, and both, where allowed
     bound        a lower bound for the V placement (schedule/bounds.py; with equal times the paper's bound)
     reference    other schedulers' points, from a file
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from ds_vshape.cli.giving_back import GivingBack
 from ds_vshape.cli.options import Limit, PlanOptions
-from ds_vshape.cli.outcome import Outcome, plan_one
+from ds_vshape.cli.outcome import plan_one
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.chunk_times import ChunkTimes
@@ -47,7 +48,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points for one batch; `bound[i]` and `adaptive[i]` belong to the i-th feasible limit."""
+    """The points for one batch; `bound[i]` and `adaptive[i]` belong to the i-th feasible limit.
+
+    `giving_back` are the plans that recompute or offload, by what they may do; those have other feasible limits.
+    """
 
     stages: int
     micro_batches: int
@@ -57,6 +61,7 @@ class Curve:
     bound: tuple[Point, ...]
     reference: tuple[Point, ...]
     too_small: tuple[float, ...]
+    giving_back: dict[str, tuple[Point, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values; times that are all equal as one number."""
@@ -87,30 +92,46 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
           progress: Callable[[float], None]) -> Curve:
     """Plan at each limit (by default from a quarter of 1F1B's peak to all of it) and collect the other points.
 
-    Limits that no schedule meets are listed, not planned. If a plan for more memory is slower than one for less, the
-    latter is used for both. Raises ValueError if `reference` can't be read or has no cell for this batch.
+    Limits that no schedule meets are listed, not planned. If a plan for more memory is slower than one for less, or one
+    that may recompute or offload slower than one that may not, the latter is used for both. Raises ValueError if
+    `reference` can't be read or has no cell for this batch.
     """
     scale = _Scale(options.stages, options.micro_batches, options.times)
     others = tuple(_reference_points(reference, scale)) if reference is not None else ()
-    counts = _counts(options, limits)
+    allowed = _allowed(options.giving_back)
+    counts = _counts(options, limits, 1 if len(allowed) > 1 else 2)
     times = options.times.on(v(options.stages))
-    adaptive: list[Point] = []
+    found: dict[str, list[Point]] = {str(each): [] for each in allowed}
     bound: list[Point] = []
-    too_small: list[float] = []
-    best: Outcome | None = None
+    best: dict[str, Point] = {}
     for place, count in enumerate(counts):
-        try:
-            found = plan_one(ADAPTIVE, options, Limit(count, is_count=True), _part(progress, place, len(counts)))
-        except LimitError:
-            too_small.append(count)
-            continue
-        if best is None or found.metrics.makespan < best.metrics.makespan:
-            best = found
-        adaptive.append(scale.point(ADAPTIVE, count, best.metrics.makespan))
-        bound.append(scale.point("lower bound", count, lower_bound(v(options.stages), options.micro_batches, times,
-                                                                   count)))
-    return Curve(options.stages, options.micro_batches, options.times, tuple(_named_points(scale)), tuple(adaptive),
-                 tuple(bound), others, tuple(too_small))
+        for turn, each in enumerate(allowed):
+            part = _part(progress, place * len(allowed) + turn, len(counts) * len(allowed))
+            try:
+                outcome = plan_one(ADAPTIVE, replace(options, giving_back=each), Limit(count, is_count=True), part)
+            except LimitError:
+                continue
+            point = scale.point(ADAPTIVE, count, outcome.metrics.makespan)
+            # What less memory, or a plan that may do less, has taken.
+            known = [best[str(other)] for other in allowed if str(other) in best and each.includes(other)]
+            makespan = min((one.makespan for one in (point, *known)))
+            best[str(each)] = scale.point(ADAPTIVE, count, makespan)
+            found[str(each)].append(best[str(each)])
+            if not each.any:
+                bound.append(scale.point("lower bound", count, lower_bound(v(options.stages), options.micro_batches,
+                                                                           times, count)))
+    adaptive = tuple(found.pop(str(allowed[0])))
+    feasible = {point.memory for points in (adaptive, *found.values()) for point in points}
+    return Curve(options.stages, options.micro_batches, options.times, tuple(_named_points(scale)), adaptive,
+                 tuple(bound), others, tuple(count for count in counts if count not in feasible),
+                 {name: tuple(points) for name, points in found.items()})
+
+
+def _allowed(giving_back: GivingBack) -> list[GivingBack]:
+    """What the plans of a curve may do: neither, and each alone and both together as far as `giving_back` says."""
+    found = [replace(giving_back, recompute=recompute, offload=offload)
+             for recompute, offload in ((False, False), (True, False), (False, True), (True, True))]
+    return [each for each in found if giving_back.includes(each)]
 
 
 def _part(progress: Callable[[float], None], place: int, parts: int) -> Callable[[float], None]:
@@ -118,13 +139,13 @@ def _part(progress: Callable[[float], None], place: int, parts: int) -> Callable
     return lambda done: progress((place + done) / parts)
 
 
-def _counts(options: PlanOptions, limits: Sequence[Limit] | None) -> list[float]:
-    """The limits in chunk activations, ascending."""
+def _counts(options: PlanOptions, limits: Sequence[Limit] | None, least: int) -> list[float]:
+    """The limits in chunk activations, ascending; by default from a quarter of 1F1B's peak, or `least` if that's 1."""
     ranks, micro_batches = options.stages, options.micro_batches
     if limits is not None:
         return sorted({limit.count(ranks, micro_batches) for limit in limits})
     most = peak_of_1f1b(ranks, micro_batches)
-    least = max(2, most // 4)
+    least = max(least, most // 4) if least > 1 else 1
     step = max(1, ceil((most - least) / (_DEFAULT_LIMITS - 1)))
     return [float(count) for count in range(most, least - 1, -step)][::-1]
 
@@ -180,12 +201,14 @@ def table(curve: Curve) -> Table:
     for column in ("memory", "of 1F1B's peak", "makespan", "bubble"):
         shown.add_column(column, justify="right")
     shown.add_column("schedule")
-    groups = (("", curve.bound), ("", curve.adaptive), (" (order for equal times)", curve.named),
+    groups = (("", curve.bound), ("", curve.adaptive),
+              *((f", {name}", points) for name, points in curve.giving_back.items()),
+              (" (order for equal times)", curve.named),
               (" (reference)", curve.reference))
     lines = [(point, point.name + kind) for kind, points in groups for point in points]
     for point, name in sorted(lines, key=lambda line: line[0].memory):
         shown.add_row(f"{point.memory:g}", f"{point.fraction:.3f}", f"{point.makespan:g}", f"{point.bubble:.1%}", name,
-                      style="bold" if name == ADAPTIVE else None)
+                      style="bold" if name.startswith(ADAPTIVE) else None)
     for count in curve.too_small:
         shown.add_row(f"{count:g}", "", "", "", "below the minimum of any schedule", style="dim")
     return shown

@@ -18,6 +18,7 @@ from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import SCHEDULES
 
 _ADAPTIVE, _BOUND, _V, _OTHER, _REFERENCE = "#2f62b5", "#7a7a7a", "#d9772f", "#8c8c8c", "#8f2d8f"
+_GIVING_BACK = "#c1121f", "#4c9a2a", "#0f8a8a"
 _MARKERS = "sD^vPXo*<>phHd"
 # The height of a line of the legend, relative to the axes.
 _ROW = 0.046
@@ -38,7 +39,8 @@ class _Drawer:
     def __init__(self, axes: Axes, curve: Curve) -> None:
         self._axes = axes
         self._curve = curve
-        points = [*curve.adaptive, *curve.bound, *curve.reference]
+        points = [*curve.adaptive, *curve.bound, *curve.reference,
+                  *(point for line in curve.giving_back.values() for point in line)]
         fractions = [point.fraction for point in points] or [point.fraction for point in curve.named]
         # Points beyond 1F1B's memory and all limits are left out: they would squeeze the rest.
         self._right = max(*fractions, 1.0) * 1.03
@@ -49,6 +51,8 @@ class _Drawer:
         curve = self._curve
         lines = [self._line(curve.bound, "lower bound (V placement)", _BOUND, linestyle="--", linewidth=1.2),
                  self._line(curve.adaptive, "adaptive", _ADAPTIVE, marker="o", markersize=5, linewidth=1.8, zorder=3)]
+        lines += [self._line(points, f"adaptive, {name}", colour, marker="o", markersize=5, linewidth=1.8, zorder=3)
+                  for (name, points), colour in zip(curve.giving_back.items(), _GIVING_BACK)]
         shown = [point for point in curve.named if point.fraction <= self._right]
         marks = []
         for point, marker in zip(shown, cycle(_MARKERS)):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_vshape.cli import giving_back
+from ds_vshape.cli.giving_back import GivingBack
 from ds_vshape.config.section import load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
@@ -70,6 +72,7 @@ class PlanOptions:
     times: ChunkTimes
     time_limit: float
     cache: Path | None
+    giving_back: GivingBack = GivingBack()
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
@@ -105,7 +108,8 @@ class PlanOptions:
         except ValueError as error:
             raise ValueError(f"--times: {error}") from None
         return cls(names, **given, times=arguments.times, time_limit=arguments.time_limit,
-                   cache=None if arguments.no_cache else cache.folder())
+                   cache=None if arguments.no_cache else cache.folder(),
+                   giving_back=GivingBack.from_arguments(arguments))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +127,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-limit", type=Limit.parse, metavar="X",
                         help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
                              "activations (6u); adaptive plans for it, other schedules must be within it")
+    giving_back.add_options(parser, _number)
     parser.add_argument("--time-limit", type=_seconds, default=10.0, metavar="SECONDS",
                         help="planning ends after this time with the best plan so far (default: 10)")
     parser.add_argument("--no-cache", action="store_true",

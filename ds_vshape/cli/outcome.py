@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ds_vshape.cli.giving_back import GivingBack
 from ds_vshape.cli.options import Limit, PlanOptions
 from ds_vshape.schedule.choose import Choice
 from ds_vshape.schedule.chunk_times import ChunkTimes
@@ -28,9 +29,13 @@ class Outcome:
     origin: str
 
     @classmethod
-    def of(cls, choice: Choice, times: ChunkTimes) -> Outcome:
+    def of(cls, choice: Choice, times: ChunkTimes, giving_back: GivingBack = GivingBack()) -> Outcome:
         """The outcome of a choice made for `times`."""
-        metrics = measure(choice.schedule, times.on(choice.schedule.placement), choice.timeline)
+        placement = choice.schedule.placement
+        metrics = measure(choice.schedule, times.on(placement), choice.timeline, giving_back.sizes(placement))
+        if giving_back.any and choice.schedule.name == ADAPTIVE:
+            # That of orders alone with the same peak is none.
+            metrics = replace(metrics, lower_bound=choice.lower_bound)
         return cls(choice.schedule, choice.timeline, metrics, choice.planning_s, choice.origin)
 
     @property
@@ -71,7 +76,9 @@ class Outcome:
 def plan_one(name: str, options: PlanOptions, limit: Limit | None, progress: Callable[[float], None]) -> Outcome:
     """Plan the schedule `name` as `options` say; `limit` holds for adaptive, whose default is 1F1B's peak."""
     ranks, micro_batches = options.stages, options.micro_batches
+    placement, giving_back = placement_of(name, ranks), options.giving_back
     count = None if limit is None or name != ADAPTIVE else limit.count(ranks, micro_batches)
-    request = Request.within(count, name, ranks, micro_batches, options.times.on(placement_of(name, ranks)),
-                             time_limit=options.time_limit, cache=options.cache)
-    return Outcome.of(request.choose(progress), options.times)
+    request = Request.within(count, name, ranks, micro_batches, giving_back.times(options.times.on(placement)),
+                             giving_back.sizes(placement), time_limit=options.time_limit, cache=options.cache)
+    request = replace(request, recompute=giving_back.recompute, offload=giving_back.offload)
+    return Outcome.of(request.choose(progress), options.times, giving_back)

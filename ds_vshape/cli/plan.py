@@ -17,7 +17,6 @@ from ds_vshape.cli.files import check_writable, write_json, writing
 from ds_vshape.cli.options import Limit, PlanOptions, add_options
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.cli.progress import progress_bar
-from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
 
@@ -79,8 +78,9 @@ def _draw(outcomes: Sequence[Outcome], options: PlanOptions, files: Mapping[str,
 
     full = peak_of_1f1b(options.stages, options.micro_batches)
     limit = None if options.memory_limit is None else options.memory_limit.count(options.stages, options.micro_batches)
-    panels = [pictures.Panel(outcome.title, outcome.figures, outcome.schedule.placement, outcome.timeline,
-                             Activations.counted(outcome.schedule.placement), limit, full) for outcome in outcomes]
+    panels = [pictures.Panel(outcome.title, outcome.figures, (placement := outcome.schedule.placement),
+                             outcome.timeline, options.giving_back.sizes(placement), limit, full)
+              for outcome in outcomes]
     label = f"time ({options.times}; of one of 2p chunks)"
     for kind, file in files.items():
         with writing(f"--{kind}", file):

@@ -65,20 +65,22 @@ def level_of(order: Schedule, activations: Activations) -> Limits:
 
 
 def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations,
-                 limits: Limits | None = None, *, time_limit: float = 10.0,
-                 progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None) -> Choice:
+                 limits: Limits | None = None, *, recompute: bool = False, offload: bool = False,
+                 time_limit: float = 10.0, progress: Callable[[float], None] = lambda fraction: None,
+                 cache: Path | None = None) -> Choice:
     """The schedule `name` for a batch of `micro_batches` on `ranks` ranks when passes take `times`.
 
     `times` and `activations` are those of the stages of `named.placement_of(name, ranks)`. `limits` hold for `adaptive`
-    (without them, 1F1B's peak does); the other names bring their own peak, which `memory_limit` checks. Planning takes
-    at most about `time_limit` seconds, tells `progress` the fraction done, and keeps its results in the folder
-    `cache`. Raises ValueError for an unknown name and counts below 1, and LimitError for limits that can't be met.
+    (without them, 1F1B's peak does), whose plan may `recompute` and `offload`; the other names bring their own peak,
+    which `memory_limit` checks. Planning takes at most about `time_limit` seconds, tells `progress` the fraction done,
+    and keeps its results in the folder `cache`. Raises ValueError for an unknown name and counts below 1, and
+    LimitError for limits that can't be met.
     """
     began = perf_counter()
     if name == ADAPTIVE:
         if limits is None:
             limits = limits_at(1.0, ranks, micro_batches, activations)
-        problem = Problem(ranks, micro_batches, times, activations, limits)
+        problem = Problem(ranks, micro_batches, times, activations, limits, recompute=recompute, offload=offload)
         return _chosen(plan(problem, time_limit, progress, cache), name)
     order = build(name, ranks, micro_batches)
     timeline, level = simulate(order, times), level_of(order, activations)

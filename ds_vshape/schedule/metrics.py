@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_vshape.schedule.activations import peak_activations
+from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.passes import Kind
@@ -24,10 +24,15 @@ class Metrics:
     lower_bound: float
 
 
-def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None) -> Metrics:
-    """The metrics of `schedule`, simulated with `times` unless its `timeline` is there already."""
+def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None,
+            activations: Activations | None = None) -> Metrics:
+    """The metrics of `schedule`, simulated with `times` unless its `timeline` is there already.
+
+    `activations` are counted as the paper does; they matter where some are recomputed. The lower bound is that of
+    orders without recomputation and offload.
+    """
     timeline = timeline or simulate(schedule, times)
-    peaks = peak_activations(schedule)
+    peaks = peak_activations(schedule, activations)
     placement, micro_batches = schedule.placement, schedule.micro_batches
     # Compared with what may be done as this schedule does.
     kinds = {kind for kind, _, _ in variants(schedule)} & {Kind.C, Kind.O} if schedule.gives_back_memory else ()

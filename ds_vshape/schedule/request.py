@@ -29,7 +29,10 @@ _REST_BYTES = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit."""
+    """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit.
+
+    `recompute` and `offload` say what the plan may do besides ordering.
+    """
 
     name: str
     ranks: int
@@ -39,6 +42,8 @@ class Request:
     limits: tuple[float, ...] | None
     time_limit: float
     cache: str | None
+    recompute: bool = False
+    offload: bool = False
 
     @classmethod
     def within(cls, limit: float | None, name: str, ranks: int, micro_batches: int, times: Times,
@@ -53,8 +58,8 @@ class Request:
     def choose(self, progress: Callable[[float], None] = lambda fraction: None) -> Choice:
         """Plan in this process; raises ValueError as `choose.schedule_for` does."""
         return schedule_for(self.name, self.ranks, self.micro_batches, self.times, self.activations, self.limits,
-                            time_limit=self.time_limit, progress=progress,
-                            cache=None if self.cache is None else Path(self.cache))
+                            recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
+                            progress=progress, cache=None if self.cache is None else Path(self.cache))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain values."""

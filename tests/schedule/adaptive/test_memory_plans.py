@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planner_problems import problems
 
 from ds_vshape.schedule.activations import Activations, peak_activations
-from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, cache, plan
+from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, plan
 from ds_vshape.schedule.adaptive.compilation import compile_loops
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import B, C, F, Kind, O, Pass, R, W

@@ -6,8 +6,8 @@
     moves     _shift, _move_pass, set_way, _change_keeping
     anneal    _critical, anneal
 
-O stands as late as memory allows, since it waits; R at its lead, or as soon after as memory allows. machine_code.py says
-why all loops are in one file.
+O stands as late as memory allows, since it waits; R at its lead, or as soon after as memory allows. machine_code.py
+says why all loops are in one file.
 """
 
 from __future__ import annotations

@@ -44,8 +44,10 @@ def waiting_elsewhere(problem: Problem, keeping: Keeping) -> Iterator[tuple[int,
                 taken = [running * max(sizes.after_forward[stage] - waiting[stage] for stage in chunks)
                          for chunks in problem.placement.chunks]
                 limits = tuple(limit - least for limit, least in zip(problem.limits, taken))
-                found = _possible(problem, times=replace(times, input_grad=back), limits=limits, activations=Activations(
-                    waiting, sizes.after_backward)) if min(limits) > 0 else None
+                if min(limits) <= 0:
+                    continue
+                found = _possible(problem, times=replace(times, input_grad=back), limits=limits,
+                                  activations=Activations(waiting, sizes.after_backward))
                 if found is not None:
                     yield way, offloaded, found
                     break
