@@ -28,8 +28,7 @@ def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None,
             activations: Activations | None = None) -> Metrics:
     """The metrics of `schedule`, simulated with `times` unless its `timeline` is there already.
 
-    `activations` are counted as the paper does; they matter where some are recomputed. The lower bound is that of
-    orders without recomputation and offload.
+    `activations` are counted as the paper does; they matter where some are recomputed.
     """
     timeline = timeline or simulate(schedule, times)
     peaks = peak_activations(schedule, activations)

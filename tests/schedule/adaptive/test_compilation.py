@@ -48,13 +48,13 @@ def test_compiling_is_told_and_does_not_count(monkeypatch: pytest.MonkeyPatch,
     """By a clock that goes on by a tenth with each look, and by 1000 while compiling."""
     ticks = itertools.count()
     began: list[float] = []
-    monkeypatch.setattr(compilation, "is_done", lambda: False)
-    monkeypatch.setattr(compilation, "compile_loops", lambda: began.append(1000.0))
+    monkeypatch.setattr(compilation, "is_done", lambda memory: False)
+    monkeypatch.setattr(compilation, "compile_loops", lambda memory: began.append(1000.0))
     found = plan(counted(2, 3, (10, 12, 8, 1), 3), 2.0, clock=lambda: next(ticks) / 10 + sum(began))
     assert began == [1000.0]
     assert 0 < found.planning_s < 100
     line, = caplog.messages
     assert "once after an installation" in line
-    monkeypatch.setattr(compilation, "is_done", lambda: True)
+    monkeypatch.setattr(compilation, "is_done", lambda memory: True)
     plan(counted(2, 3, (10, 12, 8, 1), 3), 0.1)
     assert caplog.messages == [line]
