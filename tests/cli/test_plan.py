@@ -502,3 +502,30 @@ def test_the_module_is_the_command_and_imports_no_torch_deepspeed_or_matplotlib(
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == "[]"
     assert "rank 1" in ended.stdout
+
+
+# ---------------------------------------------------------------- recomputation and offload
+
+
+def test_plans_that_offload_and_recompute(tmp_path: Path) -> None:
+    """Within less than the two chunks that orders alone need, as another program would read it."""
+    written = plan(tmp_path, *options(ADAPTIVE, 2, 3), "--memory-limit", "1.5u", "--offload", "--copy-times", "0.5,2",
+                   "--recompute", "--input-size", "0.2", "--time-limit", "0.2")
+    assert max(written["metrics"]["peak_activations"]) <= 1.5
+    placement = Placement("v", tuple(map(tuple, written["placement"])))
+    schedule = Schedule("adaptive", placement, 3, tuple(tuple(map(pass_from_json, order))
+                                                       for order in written["orders"]))
+    check(schedule)
+    times = Times((1.0,) * 4, (1.0,) * 4, (1.0,) * 4, offload=(0.5,) * 4, reload=(2.0,) * 4)
+    assert simulate(schedule, times).makespan == pytest.approx(written["metrics"]["makespan"])
+    assert written["metrics"]["lower_bound"] <= written["metrics"]["makespan"]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--input-size", "0.1"], "--input-size needs --recompute"),
+    (["--copy-times", "1"], "--copy-times needs --offload"),
+    (["--offload", "--copy-times", "1,2,3"], "one or two times"), (["--recompute", "--input-size", "2"], "from 0 to 1"),
+    (["--memory-limit", "1u"], "least possible")])
+def test_wrong_options_of_recomputation_and_offload(wrong: list[str], message: str,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of([*options(ADAPTIVE), *wrong], capsys)

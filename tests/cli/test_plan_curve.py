@@ -177,3 +177,18 @@ def test_the_picture_names_every_point(tmp_path: Path) -> None:
     png = tmp_path / "curve.png"
     assert main(["plan", "--curve", str(png), *BATCH, "--limits", "1u"]) == 0
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_with_recomputation_and_offload_no_limit_takes_longer(tmp_path: Path) -> None:
+    """And some limits can be kept that no order keeps alone."""
+    found = curve(tmp_path, "--stages", "2", "--micro-batches", "3", "--recompute", "--offload", "--limits",
+                  "1u,2u,3u")
+    alone = {point["memory"]: point["makespan"] for point in found["adaptive"]}
+    assert set(alone) == {2, 3} and found["too_small"] == []
+    lines = {name: {point["memory"]: point["makespan"] for point in points}
+             for name, points in found["giving_back"].items()}
+    assert set(lines) == {"recomputing", "offloading", "recomputing and offloading"}
+    both = lines.pop("recomputing and offloading")
+    assert set(both) == {1, 2, 3}
+    for line in (alone, *lines.values()):
+        assert all(both[memory] <= makespan for memory, makespan in line.items())
