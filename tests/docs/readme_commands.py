@@ -85,6 +85,7 @@ CHANGES = [
            (("parallel.pipe=8", "parallel.pipe=4"),)),
     Change("slurm.sh", "the stand-in for Slurm starts four tasks", TINY,
            (("parallel.pipe=8", "parallel.pipe=4"),)),
+    Change("plan .*--(recompute|offload)", "a plan of eight ranks takes ten seconds", "--time-limit 0.2"),
     Change("ds_vshape layouts --model", "other sizes take as long", "search.micro_batch=[1]"),
     Change("ds_vshape layouts", "all layouts take a quarter of a minute", "search.micro_batch=[4] search.tensor=[2]"),
     Change("launch/train.py (?!.*(--dry-run|--cfg))", "30 batches of the larger model take half a minute",
