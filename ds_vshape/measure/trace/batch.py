@@ -19,14 +19,16 @@ from ds_vshape.schedule.timeline import Span, Timeline
 
 # What events are, besides those of the end of a batch, which go by their instruction's name.
 PASS, LOAD, WAIT, SEND, RELEASE = "pass", "load", "wait", "send", "release"
+# Of copies, besides the O and R that are events of passes.
+OFFLOAD, WAIT_RELOAD = "start", "wait for"
 
 
 @dataclass(frozen=True)
 class Event:
     """Something that a rank did.
 
-    `action` is the pass that ran, that the data were loaded for, or that a message goes into (F takes an activation, B
-    a gradient); None at the end of a batch.
+    `action` is the pass that ran, that the data were loaded for, that a message goes into (F takes an activation, B a
+    gradient), or the O or R whose copy is started or waited for; None at the end of a batch.
     """
 
     what: str
@@ -131,6 +133,7 @@ def deliveries(ranks: Sequence[RankTrace], placement: Placement) -> Iterator[Del
 
 
 def measured(ranks: Sequence[RankTrace]) -> Timeline:
-    """The passes of all ranks."""
-    return Timeline(tuple(tuple(Span(event.action, event.start, event.end) for event in rank.events
-                                if event.what == PASS and event.action is not None) for rank in ranks))
+    """The passes of all ranks. An O, which waits, and an R are where the rank goes on after them."""
+    return Timeline(tuple(tuple(Span(event.action, event.end if event.action.kind.is_copy else event.start, event.end)
+                                for event in rank.events if event.what == PASS and event.action is not None)
+                          for rank in ranks))

@@ -18,7 +18,7 @@ from ds_vshape.schedule.passes import Kind, Pass
 _RANKS, _CHANNELS = 0, 1
 # Of chrome://tracing's fixed set of colours; Perfetto gives each kind one of its own choice, by the names.
 _COLOURS = {Kind.F: "rail_response", Kind.B: "thread_state_running", Kind.W: "rail_load",
-            Kind.BW: "thread_state_uninterruptible"}
+            Kind.BW: "thread_state_uninterruptible", Kind.C: "rail_animation", Kind.O: "grey", Kind.R: "grey"}
 _MESSAGE_COLOURS = {Content.ACTIVATION: "rail_response", Content.GRADIENT: "thread_state_running"}
 _IDLE, _END = "grey", "generic_work"
 
@@ -140,7 +140,8 @@ class _Writer:
 
 
 def _name(event: Event) -> str:
-    """F2.5 and W2.5[0/4] for passes, "wait activation 2.5" for messages, "optimizer step" for the end."""
+    """F2.5 and W2.5[0/4] for passes, "wait activation 2.5" for messages, "start O2.5" for copies, "optimizer step" for
+    the end."""
     action = event.action
     if action is None:
         return event.what
@@ -148,6 +149,8 @@ def _name(event: Event) -> str:
         return repr(action)
     if event.what == LOAD:
         return f"load {action.micro_batch}"
+    if action.kind.is_copy:
+        return f"{event.what} {action!r}"
     return f"{event.what} {Content.into(action)} {action.stage}.{action.micro_batch}"
 
 

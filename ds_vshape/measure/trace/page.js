@@ -4,7 +4,8 @@
 window.addEventListener("error", (event) => { document.documentElement.dataset.error = event.message; });
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const MEANINGS = {F: "forward", B: "input gradient", W: "weight gradients", BW: "both gradients at once"};
+const MEANINGS = {F: "forward", B: "input gradient", W: "weight gradients", BW: "both gradients at once",
+                  C: "forward again"};
 // Pixels around the lanes.
 const LEFT = 92, RIGHT = 112, TOP = 4, AXIS = 26;
 // Of a rank's boxes and of its memory below, as many ranks as there are.
@@ -285,7 +286,7 @@ function describe() {
   }
   if (took.predicted) fact("measured / predicted", (took.measured / took.predicted).toFixed(2));
   const message = batch.messages[`${kind === "BW" ? "B" : kind}${stage}.${microBatch}`];
-  if (message && kind !== "W") {
+  if (message && kind !== "W" && kind !== "C") {
     const [source, sent, arrived, from, to] = message;
     fact(`its input from rank ${source}`, `${seconds(Math.max(0, arrived - sent), 3)} on its way, arrived at ` +
          `${seconds(arrived)}`);

@@ -55,8 +55,9 @@ def _timeline(timeline: Timeline, batch: BatchTrace) -> _Json:
     for spans in timeline.ranks:
         curve = memory_curve(spans, batch.activations)
         ranks.append({
-            # Kind, stage, micro-batch, piece, of pieces, start, end.
-            "passes": [[*_described(span.action), span.start - start, span.end - start] for span in spans],
+            # Kind, stage, micro-batch, piece, of pieces, start, end. O and R take no time: the memory shows them.
+            "passes": [[*_described(span.action), span.start - start, span.end - start] for span in spans
+                       if not span.action.kind.is_copy],
             "memory": [[time - start, alive] for time, alive in curve],
             "bubble": 1 - sum(span.end - span.start for span in spans) / makespan if makespan else 0.0,
         })

@@ -14,7 +14,8 @@ from deepspeed.accelerator import get_accelerator
 from ds_vshape.comm.channels import Channels
 from ds_vshape.measure.profiling import clock
 from ds_vshape.measure.trace.arrivals import Arrivals
-from ds_vshape.measure.trace.batch import LOAD, PASS, RELEASE, SEND, WAIT, Event, RankTrace
+from ds_vshape.measure.trace.batch import (LOAD, OFFLOAD, PASS, RELEASE, SEND, WAIT, WAIT_RELOAD, Event,
+                                            RankTrace)
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.instructions import Execute, Instruction
 from ds_vshape.schedule.lowering import Message, message_into
@@ -29,6 +30,10 @@ _MESSAGES: Mapping[Instruction, str] = {
     instr.SendGrad: SEND,
     instr.ReleaseActivation: RELEASE,
     instr.ReleaseGrad: RELEASE,
+}
+_COPIES: Mapping[Instruction, tuple[str, Kind]] = {
+    instr.Offload: (OFFLOAD, Kind.O),
+    instr.WaitReload: (WAIT_RELOAD, Kind.R),
 }
 _POSTS = (instr.RecvActivation, instr.RecvGrad)
 _ENDS: Mapping[Instruction, str] = {
@@ -107,6 +112,9 @@ def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]
         return _ENDS[kind], None
     if kind in _MESSAGES:
         return _MESSAGES[kind], Pass(instr.MESSAGE_KINDS[kind], *arguments["buffer_id"])
+    if kind in _COPIES:
+        what, of = _COPIES[kind]
+        return what, Pass(of, *arguments["buffer_id"])
     if kind is instr.LoadMicroBatch:
         return LOAD, Pass(Kind.F, *arguments["buffer_id"])
     return PASS, instr.pass_of(kind(**arguments))
