@@ -45,6 +45,10 @@ def check_demands(config: ScheduleConfig) -> None:
     if isinstance(config.memory_limit, int) and not (config.name == ADAPTIVE and config.times == "profile"):
         raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\" "
                           "\"profile\" takes bytes; give a fraction of 1F1B's peak")
+    for key in ("recompute", "offload"):
+        if getattr(config, key) and not (config.name == ADAPTIVE and config.times == "profile"):
+            raise ConfigError(f"{KEY}.{key} = true: must be false without \"name\": \"{ADAPTIVE}\" and \"times\": "
+                              "\"profile\", by which its costs are measured and it's planned where it pays")
     if config.times == "profile" and config.name not in (ADAPTIVE, *TIMED):
         raise ConfigError(f"{KEY}.times = 'profile': {config.name} has the same order for all times; legal for "
                           f"{', '.join([ADAPTIVE, *TIMED])}")

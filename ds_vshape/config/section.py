@@ -194,6 +194,14 @@ class ScheduleConfig(BaseModel):
     the micro-batches' losses; overrides the module's `loss_average`. By default the loss function decides: over tokens
     if it takes `num_items_in_batch`, which `"tokens"` needs."""
 
+    recompute: StrictBool = False
+    """Whether an adaptive schedule may run forwards a second time, of all layers of a stage or of its first ones, and
+    keep nothing of them meanwhile. Needs `"times": "profile"`."""
+
+    offload: StrictBool = False
+    """Whether an adaptive schedule may move what forwards leave to the host's memory and back. Needs
+    `"times": "profile"`."""
+
     times: Literal["equal", "profile"] = "equal"
     """Plan for passes that all take equally long, or for the times that are measured in the first batches."""
 

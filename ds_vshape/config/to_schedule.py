@@ -11,8 +11,10 @@ from pathlib import Path
 
 from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
+from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.request import Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
@@ -29,22 +31,44 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
 
     Args:
         sizes: bytes of each stage's activations, for a limit in bytes, which is ignored without them. For all other
-            limits activations are counted as in the paper.
+            limits activations are counted as in the paper. Without sizes nothing is recomputed or offloaded.
         cache: the folder of cached plans.
 
     Raises:
         MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
     """
     limit: float | None = None
+    gives_back = sizes is not None and gives_back_memory(config)
     if not isinstance(config.memory_limit, int):
-        sizes = None
+        sizes = sizes.shares_in(Activations.counted(v(ranks))) if sizes is not None and gives_back else None
         if config.memory_limit is not None:
-            check_possible(config.memory_limit, ranks, micro_batches)
+            if not gives_back:
+                check_possible(config.memory_limit, ranks, micro_batches)
             limit = count_of(config.memory_limit, ranks, micro_batches)
     elif sizes is not None:
         limit = float(config.memory_limit)
-    return Request.within(limit, config.name, ranks, micro_batches, times, sizes,
-                          time_limit=config.planning_seconds, cache=cache)
+    request = Request.within(limit, config.name, ranks, micro_batches, times, sizes,
+                             time_limit=config.planning_seconds, cache=cache)
+    return replace(request, recompute=config.recompute, offload=config.offload) if gives_back else request
+
+
+def least_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule:
+    """The schedule of the table that needs least memory, with all activations recomputed or offloaded as far as
+    `config` lets a plan do that; but not those of one micro-batch, whose sizes can be measured."""
+    schedule = min((build(name, ranks, micro_batches) for name in TIMED), key=fraction_of_1f1b)
+    if config.recompute:
+        schedule = with_everything_recomputed(schedule)
+    if config.offload:
+        schedule = with_everything_offloaded(schedule)
+    measured = min(1, micro_batches - 1)
+    return schedule.with_orders(tuple(
+        tuple(action for action in order if not (action.kind.is_optional and action.micro_batch == measured))
+        for order in schedule.orders))
+
+
+def gives_back_memory(config: ScheduleConfig) -> bool:
+    """Whether a plan may recompute or offload."""
+    return config.recompute or config.offload
 
 
 def equal_times(stages: int) -> Times:

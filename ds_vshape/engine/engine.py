@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ from ds_vshape.health.preflight import Facts, plan_facts
 from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import Watch
 from ds_vshape.measure.hops import hop_seconds
+from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import MonitorReports
 from ds_vshape.measure.observer import METERED_BATCH, Observer
@@ -110,7 +112,12 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         self._stage_buffers = Buffers(self.placement, self.stage_id)
         first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
-        self._observer = Observer(self)
+        self._keeping: KeepingMeter | None = None
+        if config.recompute or config.offload:
+            self._check_keeping()
+            layers = [stop - start for start, stop in pairwise(self.module.parts)]
+            self._keeping = KeepingMeter(self.module.at_layers, layers, self.device)
+        self._observer = Observer(self, self._keeping)
         self.copy_engine = copy_engine(clock().now)
         self._changing_buffers = {}
         self._background = background()
@@ -130,7 +137,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         self._follow_optimizer()
         self._operators = _OPERATORS[config.deferred]
         source = schedules_for(config, self.placement, lambda: hop_seconds(self._channels, self.placement),
-                               self._observer.activations)
+                               self._observer.activations, self._keeping_times)
         in_bytes = isinstance(config.memory_limit, int)
         self._plans = Plans(self.placement, self.stage_id, source, self._training_instructions,
                             recomputes=self.module.activation_checkpoint_interval > 0,

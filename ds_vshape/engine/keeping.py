@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepspeed.runtime.pipe.module import PipelineError
+
 from ds_vshape.comm.payload import members
+from ds_vshape.config.section import KEY
 from ds_vshape.deepspeed_adapter.engine import StockEngine
+from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.observer import Observer
 from ds_vshape.module.segment import modules_of
 from ds_vshape.runtime import instructions as instr
@@ -18,6 +22,7 @@ from ds_vshape.runtime.buffers import Buffers, enter, enter_copies
 from ds_vshape.runtime.copy_engine import CopyEngine
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.recomputation import ChangingBuffers, Recomputation
+from ds_vshape.schedule.timeline import Times
 from ds_vshape.split_backward import Operators, SplitForward
 
 
@@ -27,12 +32,25 @@ class Keeping(StockEngine):
     # Of the device; another one may be put in its place between batches.
     copy_engine: CopyEngine
     _active_stage: int | None
+    _keeping: KeepingMeter | None
     # By stage, and the layer before which they are.
     _changing_buffers: dict[tuple[int, int], ChangingBuffers]
     _forwards_before: int
     _observer: Observer
     _operators: Operators
     _stage_buffers: Buffers
+
+    def _check_keeping(self) -> None:
+        """Raise PipelineError, on every rank, where recomputation and offload can't be planned."""
+        interval = self.module.activation_checkpoint_interval
+        if interval:
+            raise PipelineError(f"activation_checkpoint_interval = {interval} with {KEY}.recompute or {KEY}.offload = "
+                                "true: must be 0, because the plan decides what is recomputed, and sizes of what is "
+                                "recomputed already aren't known")
+
+    def _keeping_times(self, times: Times) -> Times:
+        """`times`, with those of recomputation and copies where these may be planned (collective)."""
+        return times if self._keeping is None else self._keeping.of_times(times, self.copy_engine)
 
     def _count_forward(self, buffer_id: BufferId) -> None:
         """The seeds of layers count forward calls, and must not depend on the order of the passes."""

@@ -31,7 +31,8 @@ from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import equal_times, is_planned, request_for, table_schedule
+from ds_vshape.config.to_schedule import (equal_times, gives_back_memory, is_planned, least_schedule, request_for,
+                                          table_schedule)
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import Activations, peak_activations
@@ -151,7 +152,8 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  measured_activations: Callable[[], Activations | None]) -> Schedules:
+                  measured_activations: Callable[[], Activations | None],
+                  with_keeping: Callable[[Times], Times]) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
 
     Collective over the job, as all that the source does.
@@ -161,7 +163,7 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Ca
         return NamedSchedules(config, placement)
     exchange = Exchange()
     if config.times == "profile":
-        return MeasuredSchedules(config, placement, measure_hops, measured_activations, exchange)
+        return MeasuredSchedules(config, placement, measure_hops, measured_activations, with_keeping, exchange)
     return PlannedSchedules(config, placement, exchange)
 
 
@@ -254,13 +256,16 @@ class MeasuredSchedules:
         measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
         measured_activations: the sizes of all stages in bytes after the warm-up, the same on all ranks of the job; None
             where they couldn't be measured.
+        with_keeping: adds the times of recomputation and copies, where these may be planned (collective).
         exchange: of all ranks of the job.
     """
 
     def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                 measured_activations: Callable[[], Activations | None], exchange: Exchange) -> None:
+                 measured_activations: Callable[[], Activations | None], with_keeping: Callable[[Times], Times],
+                 exchange: Exchange) -> None:
         self._config, self._placement, self._exchange = config, placement, exchange
         self._measure_hops, self._measured_activations = measure_hops, measured_activations
+        self._with_keeping = with_keeping
         self._planner = _planner(config, exchange)
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
         self._orders = config.micro_batch_order == "length"
@@ -281,6 +286,8 @@ class MeasuredSchedules:
     def _safe_schedule(self) -> Schedule:
         """A schedule for equal times within the memory limit, in which every B and W can be timed."""
         safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
+        if gives_back_memory(self._config) and (safe is None or isinstance(self._config.memory_limit, int)):
+            safe = least_schedule(self._config, self._placement.ranks, self._micro_batches)
         if safe is None:
             safe = _FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches)
         return unfused(safe)
@@ -318,7 +325,7 @@ class MeasuredSchedules:
     def _plan(self, times: Times) -> None:
         self._times = times
         in_bytes = isinstance(self._config.memory_limit, int)
-        sizes = self._measured_activations() if in_bytes else None
+        sizes = self._measured_activations() if in_bytes or gives_back_memory(self._config) else None
         request = request_for(self._config, self._placement.ranks, self._micro_batches, times, sizes, cache.folder())
         self._planner.start(self._within_least(request) if in_bytes and sizes is None else request)
         self._enter(_Phase.PLAN)
@@ -375,7 +382,7 @@ class MeasuredSchedules:
         return self._safe_schedule()
 
     def _agreed_times(self) -> Times:
-        times = agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange)
+        times = self._with_keeping(agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange))
         if not self._orders:
             return times
         return replace(times, scales=agreed_scales(self._samples, self._micro_batches, self._exchange))

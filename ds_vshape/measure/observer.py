@@ -8,7 +8,7 @@ runs like any other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineError
@@ -16,6 +16,8 @@ from deepspeed.utils import logger
 from torch.nn import Parameter
 
 from ds_vshape.comm.exchange import Exchange
+from ds_vshape.comm.payload import members
+from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.log_lines import split_line
 from ds_vshape.measure.memory import ActivationMeter, predict_memory
 from ds_vshape.measure.profiling import PassRecorder, gather_timeline, mean_times, report
@@ -36,9 +38,10 @@ METERED_BATCH = 1
 
 
 class Observer:
-    """Watches the batches of this `rank`; reports are collective over its pipeline."""
+    """Watches the batches of this `rank`; reports are collective over its pipeline. With `keeping`, also what
+    recomputation and offload would save and cost."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, keeping: KeepingMeter | None = None) -> None:
         self._rank = rank
         self._recorder = PassRecorder()
         # The passes that are yet to be measured in this batch; none in all batches but one.
@@ -46,6 +49,7 @@ class Observer:
         self._last: tuple[Schedule, PassRecorder] | None = None
         self._meter = ActivationMeter(rank.module, rank.device.type)
         self._meter_runs = False
+        self._keeping = keeping
         # None where they are unknown; `batches` says whether it's too early.
         self._sizes: tuple[Activations, Working] | None = None
         # Parameters whose gradients came from W; None once they are reported.
@@ -76,6 +80,9 @@ class Observer:
         if action in self._metered:
             with self._metering(action, buffers):
                 yield
+        elif self._keeping is not None and action.kind is Kind.F and self.batches > METERED_BATCH:
+            with self._keeping.times(action.stage):
+                yield
         else:
             yield
         self._recorder.end(action, start)
@@ -91,7 +98,10 @@ class Observer:
             with self._meter.weights(action, buffer.store):
                 yield
         elif action.kind is Kind.F:
-            with self._meter.forward(action, buffer.inputs, buffer.labels):
+            assert buffer.inputs is not None
+            keeping = nullcontext() if self._keeping is None else (
+                self._keeping.sizes(action.stage, members(buffer.inputs)))
+            with self._meter.forward(action, buffer.inputs, buffer.labels), keeping:
                 yield
         else:
             store = buffer.store
@@ -158,6 +168,8 @@ class Observer:
         rank = self._rank
         self._sizes = self._meter.gather(rank.placement, rank.device)
         if self._sizes is not None:
+            if self._keeping is not None:
+                self._sizes = self._keeping.gather(self._sizes[0]), self._sizes[1]
             return None
         own = self._meter.unknown
         texts = Exchange().texts(
@@ -196,14 +208,13 @@ class Observer:
 
 def _to_measure(order: Sequence[Pass]) -> set[Pass]:
     """All passes of a micro-batch of each stage whose backward is a B, and of one whose is a BW, if it has both. The
-    second one, if there is one: after the first, allocators and caches are warm. Better one without copies, which
-    change what is alive meanwhile."""
-    moved = {BufferId(action.stage, action.micro_batch) for action in order if action.kind.is_copy}
+    second one, if there is one: after the first, allocators and caches are warm. Better one that nothing gives back
+    before its backward."""
+    given_back = {BufferId(action.stage, action.micro_batch) for action in order if action.kind.is_optional}
     found: dict[tuple[Kind, int], list[BufferId]] = {}
     for action in order:
         if action.kind.gives_input_gradient:
             found.setdefault((action.kind, action.stage), []).append(BufferId(action.stage, action.micro_batch))
-    buffers = {sorted(equal[:2] if moved.issuperset(equal) else [one for one in equal if one not in moved][:2])[-1]
-               for equal in found.values()}
+    buffers = {([one for one in equal if one not in given_back] or equal)[:2][-1] for equal in found.values()}
     return {action for action in order
             if BufferId(action.stage, action.micro_batch) in buffers and not action.kind.is_copy}

@@ -130,6 +130,12 @@ class PassRecorder:
         return (self._spans([(Pass(Kind.O, *buffer_id), *copy.outwards) for buffer_id, copy in self._copies]),
                 tuple(sorted(back, key=lambda span: span.start)))
 
+    def copies_on_host(self) -> tuple[Span, ...]:
+        """The copies by the host's clock (time.perf_counter)."""
+        first = self._started
+        return tuple(Span(span.action, span.start + first, span.end + first)
+                     for spans in self.copies() for span in spans)
+
     def _spans(self, marks: Sequence[tuple[Pass, Any, Any]]) -> tuple[Span, ...]:
         times = iter(self._clock.on_host([mark for _, *of_action in marks for mark in of_action]))
         first = self._started

@@ -327,11 +327,14 @@ class PipelineModule(FastSetattr, StockModule):
             segment = Segment(self.forward_funcs[start:start + interval], self.local_bounds[0] + start, before_layer)
             outputs = segment.run_checkpointed(self.activation_checkpoint_func, outputs) if again else (
                 segment.run(outputs))
+        for starts in self._at_layers:
+            starts(self.local_bounds[1])
         return outputs
 
     @contextmanager
     def at_layers(self, starts: Callable[[int], None]) -> Iterator[None]:
-        """Call `starts` with the number of each layer that forward() comes to inside."""
+        """Call `starts` with the number of each layer that forward() comes to inside, and at its end with that of the
+        layer after them."""
         before = self._at_layers
         self._at_layers = (*before, starts)
         try:

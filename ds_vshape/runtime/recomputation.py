@@ -93,7 +93,7 @@ class Recomputation:
         self._values = values
 
     def starts(self, layer: int) -> None:
-        """Layer number `layer` of the model starts."""
+        """Layer number `layer` of the model starts, or all layers before it have ended."""
         self._drop()
         if layer == self._stop:
             self._hooks.close()

@@ -83,6 +83,17 @@ class SavedTensors:
             raise RuntimeError("a saved tensor was asked for while its memory is on the host")
         return saved.unpacked()
 
+    @property
+    def count(self) -> int:
+        """How many tensors were saved so far."""
+        return len(self._saved)
+
+    def last_places(self) -> dict[int, int]:
+        """By memory (`_cdata` of its storage) the place of the last tensor that was saved in it."""
+        return {saved.tensor.untyped_storage()._cdata: place for place, reference in enumerate(self._saved)
+                if (saved := reference()) is not None and saved.tensor is not None
+                and saved.tensor.layout is torch.strided}
+
     def movable(self, inputs: Iterable[Tensor | None]) -> list[UntypedStorage]:
         """The memory of the `inputs` and of what was saved that nothing else holds."""
         found: dict[int, tuple[UntypedStorage, int]] = {}

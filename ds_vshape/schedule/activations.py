@@ -55,6 +55,13 @@ class Activations:
         sizes = (2 * placement.ranks / placement.stages,) * placement.stages
         return cls(sizes, sizes)
 
+    def shares_in(self, counted: Activations) -> Activations:
+        """`counted`, of which recomputation and offload leave the same shares as of these."""
+        scales = [unit / whole for unit, whole in zip(counted.after_forward, self.after_forward)]
+        return replace(counted, offloadable=tuple(size * scale for size, scale in zip(self.offloadable, scales)),
+                       recomputed=tuple(tuple(size * scale for size in row)
+                                        for row, scale in zip(self.recomputed, scales)))
+
     def left(self, stage: int, recompute: Pass | None = None) -> float:
         """What F of `stage` leaves until its backward, or until the C `recompute` if there is one."""
         return of_layers(recompute, self.recomputed) if recompute and self.recomputed else self.after_forward[stage]

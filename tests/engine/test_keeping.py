@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
+import pytest
 import torch
+from deepspeed.runtime.pipe.module import PipelineError
 from given_back import BOTH, MOVED, NOTHING, RECOMPUTED, gives_back
-from pipelines import (BATCHES, BF16_ZERO1, FP32, FP32_ZERO1, Dropping, Job, Outcome, merged, specs, tied_specs,
+from pipelines import (BATCHES, BF16_ZERO1, FP32, FP32_ZERO1, Dropping, Job, Outcome, data, merged, specs, tied_specs,
                        train)
 from ranks import run_ranks
+from torch import Tensor
+
+from ds_vshape.runtime.copy_engine import CopyEngine
+from ds_vshape.schedule.passes import Kind
 
 
 def train_by(rank: int, jobs: list[Job], ways: tuple[int, ...] | None, options: dict[str, Any]) -> list[Outcome]:
@@ -42,3 +50,55 @@ def test_two_ranks() -> None:
     dropping = tuple(specs(7, Dropping))
     assert_equal([Job("v-half", 2, 4, FP32), Job("v-zb", 2, 4, BF16_ZERO1, dropping),
                   Job("1f1b", 2, 3, FP32_ZERO1, tuple(tied_specs(6)))])
+
+
+class Full:
+    """A host whose memory is full in one copy."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.copies = fails, list[Tensor]()
+
+    def write(self, memory: Any) -> None:
+        if self.fails:
+            raise OSError("No space left on device")
+        self.copies = [values.clone() for values in memory]
+
+    def read(self, memory: Any) -> None:
+        for values, copy in zip(memory, self.copies, strict=True):
+            values.copy_(copy)
+
+
+def train_with_a_full_host(rank: int, job: Job, failing: int) -> tuple[str, Outcome]:
+    """The error of a batch in which one copy of rank 1 fails, and what is trained after it."""
+    engine = job.engine()
+    engine.use_schedule(gives_back(engine.schedule(), ways=(MOVED,)))
+    usual, hosts = engine.copy_engine, count()
+    engine.copy_engine = CopyEngine(usual.outwards, usual.backwards,
+                                    lambda: Full(rank == 1 and next(hosts) == failing), usual.free, usual.now)
+    with pytest.raises(OSError if rank == 1 else PipelineError) as error:
+        engine.train_batch(data(engine, 0))
+    outcome = train(engine, BATCHES)
+    # An evaluation keeps nothing, and moves nothing.
+    before = next(hosts)
+    engine.eval_batch(data(engine, 0))
+    assert next(hosts) == before + 1
+    predicted, measured = engine.timelines()
+    copied = sum(action.kind is Kind.O for _, action in engine.schedule().passes())
+    for timeline in (predicted, measured):
+        for copies in (timeline.offloads, timeline.reloads):
+            assert sum(map(len, copies)) == copied
+            assert all(before.end <= after.start for spans in copies for before, after in zip(spans, spans[1:]))
+    assert engine.pipeline_report()["makespan"] > 0
+    return str(error.value), outcome
+
+
+def test_a_failing_copy_is_an_error_on_all_ranks() -> None:
+    """After which training goes on as if the batch hadn't been."""
+    job = Job("v-half", 2, 4)
+    found = run_ranks(2, train_with_a_full_host, job, 3)
+    (first, _), (second, _) = found
+    assert "No space left on device" in second and re.search("WaitOffload of stage .*No space left on device", first)
+    oracle = merged([outcomes[0] for outcomes in run_ranks(2, train_by, [replace(job, schedule=None)], None, {})])
+    outcome = merged([outcome for _, outcome in found])
+    assert outcome.losses == oracle.losses
+    assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())

@@ -169,7 +169,7 @@ def test_unknown_sizes_are_said_once_and_harm_nothing(case: str, reason: str) ->
 
 def planned_without_sizes(rank: int) -> tuple[Any, Any, list[str]]:
     config, placement = ScheduleConfig(**profiled("adaptive", memory_limit="20KB")), v(2)
-    schedules = MeasuredSchedules(config, placement, lambda: [0.0] * 3, lambda: None, Exchange())
+    schedules = MeasuredSchedules(config, placement, lambda: [0.0] * 3, lambda: None, lambda times: times, Exchange())
     requests = plan_requests(schedules)
     safe = schedules.first(6)
     _, lines = lines_of(lambda: ask_for_plan(schedules, Times.uniform(4)))

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.lowering import Message, message_into
-from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Timeline
@@ -39,30 +39,35 @@ class Event:
 
 @dataclass(frozen=True)
 class RankTrace:
-    """One rank's batch: its events in order, and when messages arrived, by the pass that they go into."""
+    """One rank's batch: its events in order, when messages arrived, by the pass that they go into, and its copies to
+    the host (O) and back (R)."""
 
     events: tuple[Event, ...]
     arrivals: Mapping[Pass, float]
+    copies: tuple[Span, ...] = ()
 
     def text(self) -> str:
         """As JSON, for `parse`."""
         events = [[event.what, repr(event.action) if event.action else "", event.start, event.end]
                   for event in self.events]
-        return json.dumps([events, {repr(action): time for action, time in self.arrivals.items()}])
+        return json.dumps([events, {repr(action): time for action, time in self.arrivals.items()},
+                           [[repr(span.action), span.start, span.end] for span in self.copies]])
 
     @classmethod
     def parse(cls, text: str) -> RankTrace:
         """What `text` wrote."""
-        events, arrivals = json.loads(text)
+        events, arrivals, copies = json.loads(text)
         return cls(tuple(Event(what, Pass.parse(action) if action else None, start, end)
                          for what, action, start, end in events),
-                   {Pass.parse(action): time for action, time in arrivals.items()})
+                   {Pass.parse(action): time for action, time in arrivals.items()},
+                   tuple(Span(Pass.parse(action), start, end) for action, start, end in copies))
 
     def earlier(self, seconds: float) -> RankTrace:
         """On a clock that is behind by `seconds`."""
         return RankTrace(tuple(Event(event.what, event.action, event.start - seconds, event.end - seconds)
                                for event in self.events),
-                         {action: time - seconds for action, time in self.arrivals.items()})
+                         {action: time - seconds for action, time in self.arrivals.items()},
+                         tuple(Span(span.action, span.start - seconds, span.end - seconds) for span in self.copies))
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,11 @@ def deliveries(ranks: Sequence[RankTrace], placement: Placement) -> Iterator[Del
 
 
 def measured(ranks: Sequence[RankTrace]) -> Timeline:
-    """The passes of all ranks. An O, which waits, and an R are where the rank goes on after them."""
-    return Timeline(tuple(tuple(Span(event.action, event.end if event.action.kind.is_copy else event.start, event.end)
-                                for event in rank.events if event.what == PASS and event.action is not None)
-                          for rank in ranks))
+    """The passes and copies of all ranks. An O, which waits, and an R are where the rank goes on after them."""
+    passes = tuple(tuple(Span(event.action, event.end if event.action.kind.is_copy else event.start, event.end)
+                         for event in rank.events if event.what == PASS and event.action is not None)
+                   for rank in ranks)
+    if not any(rank.copies for rank in ranks):
+        return Timeline(passes)
+    return Timeline(passes, *(tuple(tuple(span for span in rank.copies if span.action.kind is kind) for rank in ranks)
+                              for kind in (Kind.O, Kind.R)))

@@ -2,6 +2,7 @@
 
     process "pipeline ranks"   a row for each rank: passes, waits, the end of the batch; and its activations
     process "channels"         a row for each channel: messages from the start of their send to their arrival
+    process "copies"           where ranks offload, two rows for each: copies to the host, and back
     arrows                     from each send to the wait for it
 """
 
@@ -15,7 +16,7 @@ from ds_vshape.schedule.activations import memory_curve
 from ds_vshape.schedule.lowering import Channel, Content, channels
 from ds_vshape.schedule.passes import Kind, Pass
 
-_RANKS, _CHANNELS = 0, 1
+_RANKS, _CHANNELS, _COPIES = 0, 1, 2
 # Of chrome://tracing's fixed set of colours; Perfetto gives each kind one of its own choice, by the names.
 _COLOURS = {Kind.F: "rail_response", Kind.B: "thread_state_running", Kind.W: "rail_load",
             Kind.BW: "thread_state_uninterruptible", Kind.C: "rail_animation", Kind.O: "grey", Kind.R: "grey"}
@@ -35,9 +36,10 @@ def chrome_trace(batches: Sequence[BatchTrace]) -> _Json:
         for rank, trace in enumerate(batch.ranks):
             events += [writer.slice(batch, rank, event) for event in trace.events]
             events += writer.memory(batch, rank)
+            events += writer.copies(batch, rank)
         for delivery in sorted(batch.deliveries(), key=lambda delivery: delivery.sent.start):
             events += writer.message(batch, lanes.take(delivery), delivery)
-    events += _names(placement.chunks, lanes.rows())
+    events += _names(placement.chunks, lanes.rows(), any(trace.copies for batch in batches for trace in batch.ranks))
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {
         "batches": [_about(batch) for batch in batches],
     }}
@@ -82,14 +84,17 @@ class _Lanes:
         return 100 * list(self._ends).index(channel) + lane
 
 
-def _names(chunks: Sequence[Sequence[int]], lanes: dict[int, str]) -> Iterator[_Json]:
-    processes = {_RANKS: "pipeline ranks", _CHANNELS: "channels"}
+def _names(chunks: Sequence[Sequence[int]], lanes: dict[int, str], copies: bool) -> Iterator[_Json]:
+    processes = {_RANKS: "pipeline ranks", _CHANNELS: "channels", **({_COPIES: "copies"} if copies else {})}
     for process, name in processes.items():
         yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
         yield {"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}}
     threads = {(_RANKS, rank): f"rank {rank} (stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))})"
                for rank, stages in enumerate(chunks)}
     threads |= {(_CHANNELS, number): name for number, name in lanes.items()}
+    if copies:
+        threads |= {(_COPIES, _row_of_copies(rank, kind)): f"rank {rank} {way}" for rank in range(len(chunks))
+                    for kind, way in ((Kind.O, "to the host"), (Kind.R, "back"))}
     for place, ((process, thread), name) in enumerate(threads.items()):
         yield {"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": name}}
         yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": place}}
@@ -116,6 +121,13 @@ class _Writer:
             yield {"ph": "C", "name": f"activations of rank {rank}", "pid": _RANKS, "ts": self._at(time),
                    "args": {batch.unit: alive}}
 
+    def copies(self, batch: BatchTrace, rank: int) -> Iterator[_Json]:
+        """A rank's copies to the host and back, on rows of their own."""
+        for span in batch.ranks[rank].copies:
+            kind = span.action.kind
+            yield self._slice(_COPIES, _row_of_copies(rank, kind), repr(span.action), "copy", _COLOURS[kind],
+                              span.start, span.end, {"batch": batch.number, **_arguments(span.action)})
+
     def message(self, batch: BatchTrace, row: int, delivery: Delivery) -> Iterator[_Json]:
         """A message on its channel's row, and the arrow from its send to its receiver's wait."""
         message, sent, awaited = delivery.message, delivery.sent, delivery.awaited
@@ -137,6 +149,10 @@ class _Writer:
         at = self._at(start)
         return {"ph": "X", "cat": what, "name": name, "pid": process, "tid": row, "ts": at,
                 "dur": round(self._at(end) - at, 3), "cname": colour, "args": arguments}
+
+
+def _row_of_copies(rank: int, kind: Kind) -> int:
+    return 2 * rank + (kind is Kind.R)
 
 
 def _name(event: Event) -> str:

@@ -21,6 +21,7 @@ from ds_vshape.runtime.instructions import Execute, Instruction
 from ds_vshape.schedule.lowering import Message, message_into
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.timeline import Span
 
 # What an instruction's event is; that of a message is about the pass that it goes into.
 _MESSAGES: Mapping[Instruction, str] = {
@@ -98,12 +99,12 @@ class Recorder:
         if self._arrivals is not None:
             self._arrivals.close()
 
-    def trace(self) -> RankTrace:
-        """What happened, on this host's clock (time.perf_counter), after a batch that succeeded."""
+    def trace(self, copies: tuple[Span, ...]) -> RankTrace:
+        """What happened, on this host's clock (time.perf_counter), after a batch that succeeded; with its `copies`."""
         times = iter(self._clock.on_host([mark for *_, start, end in self._marks for mark in (start, end)]))
         events = tuple(Event(*_of(kind, arguments), next(times), next(times)) for kind, arguments, _, _ in self._marks)
         seen = {} if self._arrivals is None else self._arrivals.seen()
-        return RankTrace(events, {message.taker: time for message, time in seen.items()})
+        return RankTrace(events, {message.taker: time for message, time in seen.items()}, copies)
 
 
 def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]:

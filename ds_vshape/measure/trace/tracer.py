@@ -73,7 +73,8 @@ class Tracer:
                 yield
         finally:
             recorder.close()
-        texts = self._exchange.texts_on_first(recorder.trace().text())
+        copies = self._observer.last_batch()[1].copies_on_host()
+        texts = self._exchange.texts_on_first(recorder.trace(copies).text())
         activations, unit = self._activations()
         if texts:
             self._batches.append(self._put_together(number, texts, found, activations, unit))
