@@ -90,7 +90,7 @@ def insert_copies(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int,
         while user < all_users:
             which, batch = users[user] % chunks, users[user] // chunks
             needed = places[(C if ways[which, batch] > 0 else B) * chunks + which, batch]
-            if place < max(needed - leads[which, batch], places[which, batch] + 2):
+            if place < max(needed - leads[which, batch] + 1, places[which, batch] + 2):
                 break
             size = moved[which, ways[which, batch]]
             while first < last and (at[O * chunks + which, batch] < 0 or alive + size > limit):
@@ -184,10 +184,10 @@ def make_fit(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int, queu
                 lead = orders.leads[rank, chunk, number]
                 if lead > 1:
                     user = _user(orders, rank, chunk, number)
-                    if user - lead <= bad < user - 1 and user > latest and places[rank, chunk, number] < bad:
+                    if user - lead < bad < user and user > latest and places[rank, chunk, number] < bad:
                         latest, found_chunk, found_number = user, chunk, number
         if latest >= 0:
-            orders.leads[rank, found_chunk, found_number] = latest - bad - 1
+            orders.leads[rank, found_chunk, found_number] = latest - bad
             continue
         for place in range(bad + 1, orders.lengths[rank]):
             stream, number = streams[rank, place], orders.numbers[rank, place]
@@ -436,7 +436,7 @@ def _change_keeping(layout: MemoryLayout, orders: Orders, rank: int, chunk: int,
                     change: int, amount: int) -> None:
     """Change how some activations are kept, `stride` micro-batches apart."""
     ways = layout.again.shape[2]
-    new_lead = 0 if orders.leads[rank, chunk, number] > 0 else 1 + amount
+    new_lead = 0 if orders.leads[rank, chunk, number] > 0 else 2 + amount
     new_way = 0
     if orders.ways[rank, chunk, number] == 0 or (ways > 2 and amount % 2 == 0):
         new_way = 1 + amount % max(1, ways - 1)

@@ -53,9 +53,9 @@ class Orders(NamedTuple):
 
     `streams` and `numbers` [rank, place] are passes, as many as `lengths` [rank]; `places` [rank, stream, number] says
     where each is, -1 for a C that there isn't. [rank, chunk, micro-batch]: `ways` of keeping; `leads`, 0 for what stays
-    on the device, else R comes so many passes before C or B, or as soon after as there is memory; `cuts`, in how many
-    pieces W is, 0 where it runs with B. `shares` [rank, chunk, number] is how much of the W a piece is; a W in fewer
-    pieces than the layout's starts with empty ones.
+    on the device, 1 where R comes right before C or B, 2 for a pass earlier, or as soon after as there is memory;
+    `cuts`, in how many pieces W is, 0 where it runs with B. `shares` [rank, chunk, number] is how much of the
+    W a piece is; a W in fewer pieces than the layout's starts with empty ones.
     """
 
     streams: Ints

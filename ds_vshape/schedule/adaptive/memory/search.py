@@ -149,7 +149,7 @@ class MemorySearch:
         times, problem = self._keeping, self._problem
         copies = max(times.seconds(0, stage)[2] for stage in range(problem.placement.stages))
         passes = self._work / (3 * len(problem.placement.chunks[0]))
-        lead = min(1 + ceil(copies / passes - SLACK), problem.micro_batches) if passes else 1
+        lead = min(2 + ceil(copies / passes - SLACK), problem.micro_batches) if passes else 2
         return [(lead,), (lead + 1,)]
 
     def _patterns(self) -> list[Pattern]:
@@ -179,7 +179,7 @@ class MemorySearch:
         pieces = pieces_of(schedule)
         layout, orders = self._layout(pieces), orders_of(schedule, self._problem, pieces)
         for pattern in patterns:
-            if self._left() <= until or self.done:
+            if self._left() <= until or (self._candidates and self.done):
                 return
             found = self._fitted(layout, orders, pattern)
             if found is not None:
@@ -221,8 +221,9 @@ class MemorySearch:
     def _race(self, progress: Progress) -> None:
         """Anneal the best candidates, then the better half of them for twice as long, until one is left."""
         racers = self._candidates[:_RACERS]
-        heats = max(1, ceil(log2(len(racers))))
-        length = max(0.0, self._left() - _RACE) / heats
+        if len(racers) < 2:
+            return
+        length = max(0.0, self._left() - _RACE) / ceil(log2(len(racers)))
         while len(racers) > 1 and not self.done:
             after = []
             for racer in racers:
