@@ -80,7 +80,8 @@ def _config(name: str, training: TrainingCosts, time_limit: float) -> ScheduleCo
         return ScheduleConfig(name=name)
     activations = training.activations(placement_of(ADAPTIVE, training.ranks))
     limit = limits_at(float(name.partition("@")[2]), training.ranks, training.micro_batches, activations)[0]
-    return ScheduleConfig(name=ADAPTIVE, memory_limit=f"{ceil(limit)}B", times="profile", planning_seconds=time_limit)
+    return ScheduleConfig(name=ADAPTIVE, memory_limit={"activations": f"{ceil(limit)}B"}, times="profile",
+                          planning_seconds=time_limit)
 
 
 def step(name: str, training: TrainingCosts, time_limit: float = 5.0) -> Step:

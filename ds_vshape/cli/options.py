@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_vshape.cli import giving_back
 from ds_vshape.cli.giving_back import GivingBack
-from ds_vshape.config.section import load_ds_config, read_section, shown
+from ds_vshape.config.section import KEY, load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, count_of
@@ -171,7 +171,8 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
         if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
         elif section.memory_limit is not None and not has_limit:
-            raise ValueError(f"pipeline_schedule.memory_limit = {section.memory_limit} bytes: the sizes of activations "
+            given = ds_config[KEY]["memory_limit"]
+            raise ValueError(f"{KEY}.memory_limit = {shown(given)}: the sizes of activations "
                              "are only known in training; give --memory-limit as a fraction of 1F1B's peak")
     pipeline = ds_config.get("pipeline")
     stages = _whole(pipeline, "stages", "pipeline.stages") if isinstance(pipeline, Mapping) else None

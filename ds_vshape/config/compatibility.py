@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, shown
+from ds_vshape.config.section import KEY, ActivationLimit, ConfigError, ScheduleConfig, shown
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
 
 _SUMS = ("fp32", "bf16", "fp16")
@@ -42,11 +42,16 @@ _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accum
 
 def check_demands(config: ScheduleConfig) -> None:
     """Raise ConfigError for keys that the named schedule doesn't support."""
-    if isinstance(config.memory_limit, int) and not (config.name == ADAPTIVE and config.times == "profile"):
-        raise ConfigError(f"{KEY}.memory_limit = {config.memory_limit} bytes: only an adaptive schedule with \"times\" "
-                          "\"profile\" takes bytes; give a fraction of 1F1B's peak")
+    limit, measures = config.memory_limit, config.name == ADAPTIVE and config.times == "profile"
+    if isinstance(limit, ActivationLimit) and not measures:
+        raise ConfigError(f"{KEY}.memory_limit.activations = {limit.activations} bytes: only an adaptive schedule with "
+                          "\"times\" \"profile\" takes them; give a fraction of 1F1B's peak, or bytes for all that a "
+                          "rank needs")
+    if isinstance(limit, int) and config.name == ADAPTIVE and not measures:
+        raise ConfigError(f"{KEY}.memory_limit = {limit} bytes: an adaptive schedule is planned for them only with "
+                          "\"times\" \"profile\"; give that, or a fraction of 1F1B's peak activations")
     for key in ("recompute", "offload"):
-        if getattr(config, key) and not (config.name == ADAPTIVE and config.times == "profile"):
+        if getattr(config, key) and not measures:
             raise ConfigError(f"{KEY}.{key} = true: must be false without \"name\": \"{ADAPTIVE}\" and \"times\": "
                               "\"profile\", by which its costs are measured and it's planned where it pays")
     if config.times == "profile" and config.name not in (ADAPTIVE, *TIMED):

@@ -56,6 +56,14 @@ MOST_BYTES = 2**50
 Bytes = Annotated[ByteSize, BeforeValidator(_text), Field(gt=0, le=MOST_BYTES)]
 
 
+class ActivationLimit(BaseModel):
+    """The highest peak of activations alone that a rank may have, in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    activations: Bytes
+
+
 def _from_to(low: float, high: float, unit: str) -> WrapValidator:
     """One error for a value that isn't a number from `low` to `high`."""
     legal = f"must be from {low:g} to {high:,.10g} {unit}"
@@ -174,9 +182,11 @@ class ScheduleConfig(BaseModel):
             raise PydanticCustomError(_BEYOND, "{error}", {"error": str(error)}) from None
         return name
 
-    memory_limit: Fraction | Bytes | None = None
-    """The highest peak of activations that a rank may have: a fraction of 1F1B's peak on as many ranks, or bytes.
-    Bytes need an adaptive schedule with `"times": "profile"`."""
+    memory_limit: Fraction | Bytes | ActivationLimit | None = None
+    """What a rank may need at most. Bytes like `"70GiB"` are for all of it: parameters, gradients, optimizer,
+    activations, what passes need while they run, and the process itself. A number is for activations alone, a fraction
+    of 1F1B's peak on as many ranks; `{"activations": "6GiB"}` is that in bytes. An adaptive schedule is planned within
+    the limit (for bytes with `"times": "profile"`); any other is refused if it needs more."""
 
     deferred: Literal["matrices", "all"] = "matrices"
     """The weight gradients that a split backward leaves to W: those of matrix products, convolutions and embeddings,
@@ -263,7 +273,8 @@ def read_section(ds_config: Mapping[str, Any]) -> ScheduleConfig | None:
         return ScheduleConfig.model_validate(dict(section))
     except ValidationError as error:
         # A field with several types has an error for each of them.
-        raise ConfigError("; ".join(dict.fromkeys(map(_explain, error.errors())))) from None
+        told = dict.fromkeys(_explain(problem, section) for problem in error.errors())
+        raise ConfigError("; ".join(told)) from None
 
 
 def _resembles(key: str) -> bool:
@@ -271,17 +282,19 @@ def _resembles(key: str) -> bool:
     return difflib.SequenceMatcher(None, canonical, KEY).ratio() > 0.85
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, section: Mapping[str, Any]) -> str:
     path = ".".join([KEY, *map(str, problem["loc"])])
+    if problem["loc"][0] == "memory_limit":
+        limit = section.get("memory_limit")
+        most = ", at most 1PiB" if _are_bytes(limit.get("activations") if isinstance(limit, dict) else limit) else ""
+        return (f"{KEY}.memory_limit = {shown(limit)}: must be bytes like \"70GiB\"{most}, for all that a rank needs; "
+                "or for its activations alone a number above 0 and at most 2, a fraction of 1F1B's peak, or "
+                "{\"activations\": bytes}")
     if problem["type"] == "extra_forbidden":
         hint = nearest(str(problem["loc"][-1])[:_SHOWN], _fields())
         return f"unknown key {shown(path)[1:-1]} = {shown(problem['input'])}: {hint}"
     if problem["type"] == "missing":
         return f"{path} is missing: the section needs a schedule's name"
-    if problem["loc"][0] == "memory_limit":
-        most = ", at most 1PiB" if _are_bytes(problem["input"]) else ""
-        return (f"{KEY}.memory_limit = {shown(problem['input'])}: must be a number above 0 and at most 2, a fraction "
-                f"of 1F1B's peak activations, or bytes like \"6GiB\"{most}")
     return f"{path} = {shown(problem['input'])}: {problem['msg']}"
 
 

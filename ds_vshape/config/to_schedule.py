@@ -6,11 +6,12 @@ for the job's own times. Nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.config.section import ActivationLimit, ScheduleConfig
+from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
@@ -25,30 +26,53 @@ def is_planned(config: ScheduleConfig) -> bool:
     return config.name == ADAPTIVE or config.times == "profile"
 
 
-def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: Times,
-                sizes: Activations | None = None, cache: Path | None = None) -> Request:
+def is_in_bytes(config: ScheduleConfig) -> bool:
+    """Whether its memory limit is known to be kept only when the sizes of activations are known."""
+    return isinstance(config.memory_limit, (int, ActivationLimit))
+
+
+@dataclass(frozen=True)
+class Room:
+    """The bytes that the passes of each rank may take; None for those that the config says, of activations alone.
+
+    `activations` are the bytes of each stage's, and `working` what its passes need while they run.
+    """
+
+    activations: Activations
+    working: Working
+    limits: tuple[float, ...] | None = None
+
+
+def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: Times, room: Room | None = None,
+                cache: Path | None = None) -> Request:
     """The planner's request for a batch whose passes take `times`.
 
     Args:
-        sizes: bytes of each stage's activations, for a limit in bytes, which is ignored without them. For all other
-            limits activations are counted as in the paper. Without sizes nothing is recomputed or offloaded.
+        room: for a limit in bytes, which is ignored without it. For all other limits activations are counted as in the
+            paper. Without it nothing is recomputed or offloaded.
         cache: the folder of cached plans.
 
     Raises:
         MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
     """
-    limit: float | None = None
-    gives_back = sizes is not None and gives_back_memory(config)
-    if not isinstance(config.memory_limit, int):
-        sizes = sizes.shares_in(Activations.counted(v(ranks))) if sizes is not None and gives_back else None
-        if config.memory_limit is not None:
-            if not gives_back:
-                check_possible(config.memory_limit, ranks, micro_batches)
-            limit = count_of(config.memory_limit, ranks, micro_batches)
-    elif sizes is not None:
-        limit = float(config.memory_limit)
-    request = Request.within(limit, config.name, ranks, micro_batches, times, sizes,
-                             time_limit=config.planning_seconds, cache=cache)
+    limit = config.memory_limit
+    asked = partial(Request.within, name=config.name, ranks=ranks, micro_batches=micro_batches, times=times,
+                    time_limit=config.planning_seconds, cache=cache)
+    if room is None:
+        if isinstance(limit, float):
+            check_possible(limit, ranks, micro_batches)
+            return asked(count_of(limit, ranks, micro_batches))
+        return asked(None)
+    gives_back = gives_back_memory(config)
+    if isinstance(limit, ActivationLimit):
+        request = asked(float(limit.activations), activations=room.activations)
+    elif isinstance(limit, int):
+        request = replace(asked(None, activations=room.activations), limits=room.limits, working=room.working)
+    else:
+        if limit is not None and not gives_back:
+            check_possible(limit, ranks, micro_batches)
+        counted = room.activations.shares_in(Activations.counted(v(ranks))) if gives_back else None
+        request = asked(None if limit is None else count_of(limit, ranks, micro_batches), activations=counted)
     return replace(request, recompute=config.recompute, offload=config.offload) if gives_back else request
 
 
@@ -84,11 +108,12 @@ def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Sc
     """
     if config.name != ADAPTIVE:
         schedule = build(config.name, ranks, micro_batches)
-        check_memory_limit(schedule, config.memory_limit)
+        if isinstance(config.memory_limit, float):
+            check_memory_limit(schedule, config.memory_limit)
         return schedule
     schedules = [build(name, ranks, micro_batches) for name in TIMED]
     limit = 1.0 if config.memory_limit is None else config.memory_limit
-    if isinstance(limit, int):
+    if not isinstance(limit, float):
         return min(schedules, key=fraction_of_1f1b)
     fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
     equal = Times.uniform(2 * ranks)

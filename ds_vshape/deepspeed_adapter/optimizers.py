@@ -172,6 +172,32 @@ def reduction_of(optimizer: Any) -> Reduction | None:
     return Reduction(optimizer)
 
 
+@dataclass(frozen=True)
+class GradientCopies:
+    """Bytes of what an optimizer has of gradients at the end of a batch: the `bucket` into which they move when they
+    are reduced (0 for none), and `flat`, the largest group's copy that the step takes; `made` is the most that making
+    that copy takes."""
+
+    bucket: int = 0
+    flat: int = 0
+    made: int = 0
+
+
+def gradient_copies(optimizer: Any) -> GradientCopies:
+    """Of one of DeepSpeed's optimizers or torch's; nothing for one that steps by gradients where they are."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return GradientCopies()
+    size = optimizer.gradient_accumulation_dtype.itemsize
+    bucket = int(optimizer.reduce_bucket_size) * size if optimizer.contiguous_gradients else 0
+    of_groups = []
+    for weights in optimizer.single_partition_of_fp32_groups:
+        # Flattened in the dtype of the sums, and cast to that of the weights.
+        cast = weights.dtype.itemsize if weights.dtype.itemsize != size else 0
+        of_groups.append((weights.nbytes, weights.numel() * (size + cast)))
+    flat, made = max(of_groups, default=(0, 0))
+    return GradientCopies(bucket, flat, made)
+
+
 # -- the step
 
 

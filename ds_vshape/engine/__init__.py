@@ -19,6 +19,9 @@
     verdict.py           whether such a step is accepted
     verification.py      compares the split backward with a whole one
     rehearsal.py         runs the passes of a batch before the batch itself
+    memory_limits.py     keeps to a memory limit in bytes
+    rank_limit.py        what a limit for all of a rank leaves, and errors where it is broken
+    shape_rehearsal.py   the sizes of activations by shapes, before the first batch
     batch_snapshot.py    what a batch changes, so that it can run again
     comparison.py        how far two runs of a batch agree
 """

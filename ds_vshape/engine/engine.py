@@ -33,11 +33,13 @@ from ds_vshape.checkpoint.checkpointing import SavingEngine
 from ds_vshape.comm.background import Handle, background
 from ds_vshape.comm.channels import Channels, Signatures
 from ds_vshape.config.section import ScheduleConfig
+from ds_vshape.config.to_schedule import is_in_bytes
 from ds_vshape.engine.batch_end import BatchEnd
 from ds_vshape.engine.construction import Construction
 from ds_vshape.engine.flops_profile import flops_profile, is_flops_profiled
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.loading import Loading
+from ds_vshape.engine.memory_limits import MemoryLimits
 from ds_vshape.engine.messages import Messaging
 from ds_vshape.engine.ordering import Ordering, ordering_for
 from ds_vshape.engine.passes import StagePasses
@@ -81,8 +83,8 @@ from ds_vshape.split_backward.head import EarlyGradients
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
-class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, Messaging, BatchEnd, Rehearsal,
-                     SavingEngine):
+class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, StagePasses, Messaging, BatchEnd,
+                     Rehearsal, SavingEngine):
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
     Made by :func:`ds_vshape.initialize`. Its public methods are DeepSpeed's and those that ds_vshape/docs/api.md lists.
@@ -136,13 +138,15 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         self._released = ReleasedWeights(self.module)
         self._follow_optimizer()
         self._operators = _OPERATORS[config.deferred]
-        source = schedules_for(config, self.placement, lambda: hop_seconds(self._channels, self.placement),
-                               self._observer.activations, self._keeping_times)
-        in_bytes = isinstance(config.memory_limit, int)
+        self._set_limit(config)
+        source = schedules_for(config, self.placement, lambda: hop_seconds(self._channels, self.placement), self.room,
+                               self._keeping_times)
+        in_bytes = is_in_bytes(config)
         self._plans = Plans(self.placement, self.stage_id, source, self._training_instructions,
                             recomputes=self.module.activation_checkpoint_interval > 0,
                             knows_sizes=lambda: in_bytes and not self._observer.sizes_stay_unknown)
         self._samples = Samples()
+        self._peeked = []
         self._verification = Verification(
             self, self._agreement, self._guard, self._observer, self._released) if config.verify_gradients else None
         self._forwards_before = 0
@@ -205,6 +209,10 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
 
     def _train_batch(self, data_iter: Any) -> Any:
         self._guard.start_batch()
+        if not self._looked:
+            if data_iter is not None:
+                self.set_dataiterator(data_iter)
+            self.look_at_shapes()
         failure: Failure | None = None
         loss: Any = None
         try:
@@ -222,6 +230,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, Loading, StagePasses, M
         if self._observer.batches == METERED_BATCH + 1:
             self._plans.look_at_sizes(self._observer.activations())
             self._log_memory()
+            self.check_measured()
         return self._in_its_shape(loss)
 
     def _batch_with_callbacks(self, data_iter: Any) -> Any:

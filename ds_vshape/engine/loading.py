@@ -33,6 +33,8 @@ class Loading(StockEngine):
     _draws_ahead: bool
     _intake: Intake
     _ordering: Ordering | None
+    # A sample of the data that was looked at before its time.
+    _peeked: list[Any]
     _plans: Plans
     _samples: Samples
     _stage_buffers: Buffers
@@ -43,7 +45,15 @@ class Loading(StockEngine):
         return bool(self.module.placement.rank_of(stage) == self.stage_id)
 
     def _next_batch(self) -> Any:
-        return self._samples.take(super()._next_batch)
+        return self._samples.take(self._from_data)
+
+    def _from_data(self) -> Any:
+        return self._peeked.pop() if self._peeked else super()._next_batch()
+
+    def peek(self) -> tuple[Any, Any]:
+        """The next inputs and labels of the data, which the next micro-batch gets all the same."""
+        self._peeked.append(super()._next_batch())
+        return self._intake.pair(self._peeked[0])
 
     def _draw(self) -> tuple[Any, Any]:
         return self._intake.pair(self._next_batch())

@@ -12,6 +12,7 @@ from functools import cached_property
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.config.compatibility import check_micro_batches
+from ds_vshape.config.to_schedule import Room
 from ds_vshape.engine.scheduling import Schedules
 from ds_vshape.measure.profiling import PassRecorder
 from ds_vshape.runtime import instructions as instr
@@ -105,6 +106,19 @@ class Plans:
         check_micro_batches(micro_batches, self._placement.ranks, "num_micro_batches")
         schedule = forward_only(self._placement, micro_batches)
         return BatchPlan(schedule, instr.evaluation_instructions(self.program(schedule, lower_announced)))
+
+    @property
+    def will_plan(self) -> bool:
+        """Whether another schedule than the present one is to come, within the limit."""
+        return self._source.will_plan
+
+    def start_within(self, room: Room) -> bool:
+        """Train by a schedule for equal times within `room` until times are measured; False if there is none but the
+        present one (collective)."""
+        schedule = self._source.within(room)
+        if schedule is not None:
+            self._adopt(schedule)
+        return schedule is not None
 
     def use(self, schedule: Schedule) -> None:
         """Train by `schedule` from the next batch of as many micro-batches on.

@@ -62,6 +62,7 @@ class Reports:
     def memory_report(self) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs; to be called on every rank, after two training batches. Activations
         are None where they couldn't be measured, which the log has said."""
+        self._observer.check_known()
         return self._observer.memory(self.schedule())
 
     def rollback_bytes(self) -> int:

@@ -31,13 +31,14 @@ from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import (equal_times, gives_back_memory, is_planned, least_schedule, request_for,
-                                          table_schedule)
+from ds_vshape.config.to_schedule import (Room, equal_times, gives_back_memory, is_in_bytes, is_planned, least_schedule,
+                                          request_for, table_schedule)
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
-from ds_vshape.schedule.activations import Activations, peak_activations
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.fuse import unfused
+from ds_vshape.schedule.named import ADAPTIVE
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.request import Answer, Planned, Request
@@ -142,6 +143,13 @@ class Schedules(Protocol):
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         """Take note of a training batch of `schedule`; another one to train by from now on, or None."""
 
+    def within(self, room: Room) -> Schedule | None:
+        """A schedule for equal times within `room`, where the first one needs more; None if there is no other."""
+
+    @property
+    def will_plan(self) -> bool:
+        """Whether a schedule within the room that is measured will follow the present one."""
+
     @property
     def times(self) -> Times | None:
         """The times that the present schedule was planned for, if they were measured."""
@@ -152,8 +160,7 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  measured_activations: Callable[[], Activations | None],
-                  with_keeping: Callable[[Times], Times]) -> Schedules:
+                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times]) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
 
     Collective over the job, as all that the source does.
@@ -163,7 +170,7 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Ca
         return NamedSchedules(config, placement)
     exchange = Exchange()
     if config.times == "profile":
-        return MeasuredSchedules(config, placement, measure_hops, measured_activations, with_keeping, exchange)
+        return MeasuredSchedules(config, placement, measure_hops, room, with_keeping, exchange)
     return PlannedSchedules(config, placement, exchange)
 
 
@@ -181,6 +188,13 @@ class NamedSchedules:
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         return None
+
+    def within(self, room: Room) -> Schedule | None:
+        return None
+
+    @property
+    def will_plan(self) -> bool:
+        return False
 
     @property
     def times(self) -> Times | None:
@@ -203,6 +217,13 @@ class PlannedSchedules:
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         return None
 
+    def within(self, room: Room) -> Schedule | None:
+        return None
+
+    @property
+    def will_plan(self) -> bool:
+        return False
+
     @property
     def times(self) -> Times | None:
         return None
@@ -220,13 +241,14 @@ class _FirstPlans:
     placement: Placement
     planner: Planner
 
-    def wait(self, micro_batches: int) -> Schedule:
-        """The planner's schedule (collective); where the planner fails, the table's fastest within the limit.
+    def wait(self, micro_batches: int, room: Room | None = None) -> Schedule:
+        """The planner's schedule (collective), for a limit in bytes within `room`; where the planner fails, the table's
+        fastest within the limit.
 
         Raises PipelineError on every rank if there is neither.
         """
         times = equal_times(self.placement.stages)
-        self.planner.start(request_for(self.config, self.placement.ranks, micro_batches, times, cache=cache.folder()))
+        self.planner.start(request_for(self.config, self.placement.ranks, micro_batches, times, room, cache.folder()))
         try:
             return _planned(self.planner.wait(), self.config)["schedule"]
         except PlannerFailed as failure:
@@ -254,18 +276,16 @@ class MeasuredSchedules:
         config: name, memory limit, planning time, drift.
         placement: of the model's stages.
         measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
-        measured_activations: the sizes of all stages in bytes after the warm-up, the same on all ranks of the job; None
-            where they couldn't be measured.
+        room: for a limit in bytes what passes may take and what they need, the same on all ranks of the job; None where
+            sizes are unknown.
         with_keeping: adds the times of recomputation and copies, where these may be planned (collective).
         exchange: of all ranks of the job.
     """
 
     def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                 measured_activations: Callable[[], Activations | None], with_keeping: Callable[[Times], Times],
-                 exchange: Exchange) -> None:
+                 room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], exchange: Exchange) -> None:
         self._config, self._placement, self._exchange = config, placement, exchange
-        self._measure_hops, self._measured_activations = measure_hops, measured_activations
-        self._with_keeping = with_keeping
+        self._measure_hops, self._room, self._with_keeping = measure_hops, room, with_keeping
         self._planner = _planner(config, exchange)
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
         self._orders = config.micro_batch_order == "length"
@@ -291,6 +311,15 @@ class MeasuredSchedules:
         if safe is None:
             safe = _FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches)
         return unfused(safe)
+
+    def within(self, room: Room) -> Schedule | None:
+        if self._config.name != ADAPTIVE:
+            return None
+        return unfused(_FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches, room))
+
+    @property
+    def will_plan(self) -> bool:
+        return self._config.name == ADAPTIVE
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
         if schedule.micro_batches != self._micro_batches:
@@ -324,10 +353,10 @@ class MeasuredSchedules:
 
     def _plan(self, times: Times) -> None:
         self._times = times
-        in_bytes = isinstance(self._config.memory_limit, int)
-        sizes = self._measured_activations() if in_bytes or gives_back_memory(self._config) else None
-        request = request_for(self._config, self._placement.ranks, self._micro_batches, times, sizes, cache.folder())
-        self._planner.start(self._within_least(request) if in_bytes and sizes is None else request)
+        in_bytes = is_in_bytes(self._config)
+        room = self._room() if in_bytes or gives_back_memory(self._config) else None
+        request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder())
+        self._planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)
 
     def _within_least(self, request: Request) -> Request:
@@ -335,7 +364,7 @@ class MeasuredSchedules:
         sizes are unknown.
         """
         if dist.get_rank() == 0:
-            logger.warning(f"{KEY}.memory_limit = {self._config.memory_limit} bytes can't be planned for, because the "
+            logger.warning(f"{KEY}.memory_limit = {self._config.memory_limit!r} can't be planned for, because the "
                            "sizes of activations are unknown; planning for the memory of the schedule of the table "
                            "that needs least")
         return replace(request, limits=peak_activations(self._safe_schedule(), request.activations))

@@ -14,6 +14,16 @@ kernels do); W is products alone. 34 t h is the sum of "Reducing Activation Reco
 output gradients (18 t h) of a block's four products. A block that is recomputed leaves its input, 2 t h, and runs F
 again in B. Values of 4 bytes take twice the bytes of the table, whose values have 2.
 
+While they run passes need besides (measured in ds_vshape/models/gpt.py):
+
+                F           B           BW                  W
+    block       4 t h       18 t h      8 t h + 8 h^2       -
+    embedding   4.5 t h     2.5 t h     2 V h               -
+    head        2 t V       4 t V       4 t V               -
+
+A block that is recomputed needs in F and in B what it would leave. Among the layers of a stage the pass counts that is
+highest above what all of them leave.
+
 The table is Megatron's, whose dropout masks and loss take part of it; in ds_vshape/models/gpt.py (measured) F
 leaves 32 t h of a block, 8 t of the embedding, and 4 t h + 2 t V of the head.
 
@@ -30,20 +40,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.measure.rank_memory import RankMemory, batch_end_bytes
+from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.balance import balance
+from ds_vshape.schedule.communicators import communicators_of_ranks
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Times
 
 
 # Layers of ds_vshape/models/gpt.py before the first block and after the last one; here there is one for each two.
 ENDS = 2
+_FP32 = 4
 
 
 @dataclass(frozen=True)
 class Bytes:
     """Of an activation's value; of a parameter's weight, of its gradient with all sums of it, and of what the optimizer
     keeps for it, of which data parallel ranks hold a part each if it is `shared`; and of a communicator of messages.
+    At the end of a batch, for each parameter that a rank steps, `copying` while gradients are copied for the step (0:
+    it takes them where they are), and `temporary` while it runs, of one at a time if they are stepped `one_by_one`; and
+    the `bucket` of the reduction.
 
     The default is bf16 with sums in fp32 and ZeRO-1: fp32 weights and two moments are the optimizer's.
     """
@@ -54,6 +70,10 @@ class Bytes:
     optimizer: int = 12
     shared: bool = True
     communicator: int = 0
+    copying: int = 0
+    temporary: int = 0
+    one_by_one: bool = False
+    bucket: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,14 +121,18 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Layer:
-    """FLOPs of F, parameters, and bytes that F and B leave of one micro-batch, as in the module's table."""
+    """FLOPs of F, parameters, and bytes that F and B leave of one micro-batch, as in the module's table; and that F, B,
+    BW and W need while they run; and its largest parameter.
+    """
 
     products: float
     attention: float
     parameters: float
     after_forward: float
     after_backward: float
+    working: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     recomputed: bool = False
+    largest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,11 +166,17 @@ class TrainingCosts:
         """Embedding, blocks, head."""
         t, s, h, vocabulary = self.tokens, self.length, self.shape.hidden, self.shape.vocabulary
         wide, code = self.bytes.value / 2, self.code
-        embedding = Layer(0, 0, (vocabulary + s) * h, t * (wide * code.embedding * h + 8), t * (2 * wide * h + 8))
+        unit, logits, own = 2 * wide * t * h, 2 * wide * t * vocabulary, self.bytes.value
+        again = unit * (code.block / 2 - 1) if self.recompute else 0.0
+        embedding = Layer(0, 0, (vocabulary + s) * h, t * (wide * code.embedding * h + 8), t * (2 * wide * h + 8),
+                          (2.25 * unit, 1.25 * unit, own * vocabulary * h, 0.0), largest=vocabulary * h)
         block = Layer(24 * t * h ** 2, 4 * t * s * h, 12 * h ** 2,
-                      wide * (2 if self.recompute else code.block) * t * h, wide * 32 * t * h, self.recompute)
+                      wide * (2 if self.recompute else code.block) * t * h, wide * 32 * t * h,
+                      (2 * unit + again, 9 * unit + again, 4 * unit + 4 * own * h ** 2 + again, 0.0), self.recompute,
+                      4 * h ** 2)
         head = Layer(2 * t * h * vocabulary, 0, vocabulary * h, wide * t * (4 * h + code.logits * vocabulary),
-                     wide * t * (2 * h + 2 * vocabulary))
+                     wide * t * (2 * h + 2 * vocabulary),
+                     (logits, 2 * logits, 2 * logits, 0.0), largest=vocabulary * h)
         return (embedding, *[block] * self.shape.layers, head)
 
     @property
@@ -179,10 +209,28 @@ class TrainingCosts:
         return Activations(tuple(sum(layer.after_forward for layer in stage) for stage in stages),
                            tuple(sum(layer.after_backward for layer in stage) for stage in stages))
 
-    def state(self, placement: Placement) -> list[tuple[float, float, float]]:
-        """Bytes of weights, gradients and optimizer on each rank."""
-        each = self.bytes.weight, self.bytes.gradient, self.bytes.optimizer / (self.data if self.bytes.shared else 1)
-        return [(each[0] * count, each[1] * count, each[2] * count) for count in self._parameters(placement)]
+    def working(self, placement: Placement) -> Working:
+        """Bytes that the passes of each stage need while they run, and of a message."""
+        rows = [_working([self._share(layer) for layer in stage]) for stage in self.stages(placement)]
+        f, b, bw, w = zip(*rows)
+        return Working(f, b, bw, w, (self._output,) * placement.stages)
+
+    def state(self, placement: Placement) -> list[RankMemory]:
+        """Bytes of each rank besides what passes need."""
+        stages, communicators = self.stages(placement), communicators_of_ranks(placement)
+        largest = [max(self._share(layer).largest for stage in chunks for layer in stages[stage])
+                   for chunks in placement.chunks]
+        return [self._state(count, most, self.bytes.communicator * number)
+                for count, most, number in zip(self._parameters(placement), largest, communicators, strict=True)]
+
+    def _state(self, parameters: float, largest: float, communicators: int) -> RankMemory:
+        sizes, stepped = self.bytes, parameters / (self.data if self.bytes.shared else 1)
+        gradients = round(sizes.gradient * parameters)
+        flat = round(_FP32 * stepped) if sizes.copying else 0
+        at_end = batch_end_bytes(gradients, round(sizes.temporary * (largest if sizes.one_by_one else stepped)), flat,
+                                 round(sizes.copying * stepped), sizes.bucket)
+        return RankMemory(round(sizes.weight * parameters), gradients, round(sizes.optimizer * stepped), None, None,
+                          communicators=communicators, batch_end=at_end)
 
     def reduction(self, placement: Placement) -> float:
         """Seconds after the passes in which data parallel ranks add up gradients and hand out the new weights, or where
@@ -219,10 +267,13 @@ class TrainingCosts:
         if not layer.attention and not self.code.sequence_parallel:
             return layer
         everywhere = 0.0 if self.code.sequence_parallel else 4 * self._output
+        f, b, bw, w = layer.working
         return replace(layer, products=layer.products / self.tensor, attention=layer.attention / self.tensor,
                        parameters=layer.parameters / self.tensor,
                        after_forward=everywhere + max(0.0, layer.after_forward - everywhere) / self.tensor,
-                       after_backward=everywhere + (layer.after_backward - everywhere) / self.tensor)
+                       after_backward=everywhere + (layer.after_backward - everywhere) / self.tensor,
+                       working=(f / self.tensor, b / self.tensor, bw / self.tensor, w / self.tensor),
+                       largest=layer.largest / self.tensor)
 
     def _times_of(self, layer: Layer) -> tuple[float, float, float]:
         f, b, w = (self.speeds.flops * share for share in self.speeds.efficiency)
@@ -234,3 +285,21 @@ class TrainingCosts:
         forward = (share.products + share.attention) / f + reductions
         input_grad = (share.products + 2.5 * share.attention) / b + reductions
         return forward, input_grad + (forward if layer.recomputed else 0.0), share.products / w
+
+
+def _working(layers: Sequence[Layer]) -> tuple[float, float, float, float]:
+    """What F, B, BW and W of a stage need besides what its F leaves, and W besides what its B leaves."""
+    whole, kept = sum(layer.after_forward for layer in layers), sum(layer.after_backward for layer in layers)
+    before, of_f, of_b, of_bw, of_w = 0.0, [0.0], [0.0], [0.0], [0.0]
+    behind = kept
+    for layer in layers:
+        f, b, bw, w = layer.working
+        behind -= layer.after_backward
+        up_to_here = before + layer.after_forward
+        of_f.append(up_to_here + f - whole)
+        # Layers behind it have run, and keep what their W needs.
+        of_b.append(up_to_here + behind + b - whole)
+        of_bw.append(up_to_here + bw - whole)
+        of_w.append(w)
+        before = up_to_here
+    return max(of_f), max(of_b), max(of_bw), max(of_w)

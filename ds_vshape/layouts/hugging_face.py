@@ -39,7 +39,7 @@ class MeasuredTrainingCosts(TrainingCosts):
     def layers(self) -> tuple[Layer, ...]:
         """Those of pipeline_layers. The model's own products, for the share of the FLOPs, are F's of all ranks."""
         return tuple(_MeasuredLayer(self.tensor * costs.flops[0], 0, costs.parameters, costs.after_forward,
-                                    costs.after_backward, costs=costs) for costs in self.costs)
+                                    costs.after_backward, costs.working, costs=costs) for costs in self.costs)
 
     @property
     def partition(self) -> list[int]:

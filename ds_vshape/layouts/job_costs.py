@@ -14,6 +14,10 @@ from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 from ds_vshape.schedule.timeline import Times
 
 
+# DeepSpeed's default, in numbers (reduce_bucket_size).
+_BUCKET = 5 * 10**8
+
+
 def training_of(job: Job) -> TrainingCosts:
     """What the cost model takes; stages are balanced by it unless the config has bounds."""
     model = job.model
@@ -37,19 +41,27 @@ def bytes_of(job: Job) -> Bytes:
         bf16, fp16   1      same              2        2          fp32 weight and moments, shared
         others       1      another dtype     its own  its own + that of the sums    the same, shared
 
-    BF16_Optimizer, in the second and third row, has a gradient in `.grad` within a backward only.
+    BF16_Optimizer, in the second and third row, has a gradient in `.grad` within a backward only. The others of ZeRO
+    step by flat copies in fp32, and move gradients into a bucket before.
 
     Messages have communicators in the memory of GPUs, but for those of DeepSpeed's own engine.
     """
-    communicator = COMMUNICATOR_BYTES if job.section is not None and job.machine.accelerator == "cuda" else 0
+    on_gpu = job.machine.accelerator == "cuda"
+    communicator = COMMUNICATOR_BYTES if job.section is not None and on_gpu else 0
+    # Of the second moments: their roots, and on a host, where they aren't divided in place, the quotients.
+    temporary = 4 if on_gpu else 8
     size = {"fp32": 4, "bf16": 2, "fp16": 2}
     own, zero = size[job.precision.dtype], job.parallel.zero
     if job.precision.dtype == "fp32" and not zero:
-        return Bytes(own, own, own, 8, False, communicator)
+        return Bytes(own, own, own, 8, False, communicator, temporary=temporary, one_by_one=not on_gpu)
     kind = job.precision.sums or job.precision.dtype
     in_sums_alone = kind == job.precision.dtype or (job.precision.dtype, kind) == ("bf16", "fp32")
-    return Bytes(own, own, size[kind] if in_sums_alone else own + size[kind], 12,
-                 communicator=communicator)
+    made = Bytes(own, own, size[kind] if in_sums_alone else own + size[kind], 12, communicator=communicator,
+                 temporary=temporary)
+    if job.precision.dtype == "bf16" and (not zero or kind == "fp32"):
+        return made
+    return replace(made, copying=size[kind] + (4 if size[kind] < 4 else 0),
+                   bucket=_BUCKET * size[kind] if on_gpu else 0)
 
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:

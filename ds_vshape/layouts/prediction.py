@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.config.to_schedule import equal_times, is_planned, request_for
+from ds_vshape.config.to_schedule import Room, equal_times, is_planned, request_for
 from ds_vshape.layouts.gpt_costs import TrainingCosts
-from ds_vshape.measure.rank_memory import RankMemory
-from ds_vshape.schedule.activations import Activations, peak_activations
-from ds_vshape.schedule.communicators import communicators_of_ranks
-from ds_vshape.schedule.memory_limit import check_memory_limit
+from ds_vshape.measure.rank_memory import RankMemory, beyond, least, rooms, with_passes
+from ds_vshape.schedule.memory_limit import MemoryLimitError, check_memory_limit
 from ds_vshape.schedule.named import ADAPTIVE, build, placement_of
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.schedule import Schedule
@@ -60,16 +58,25 @@ def predict(config: ScheduleConfig, training: TrainingCosts, times: Times,
     unknown name.
     """
     placement = placement_of(config.name, training.ranks)
-    activations = training.activations(placement)
-    schedule = _schedule(config, training, times, activations, progress)
+    sizes = training.activations(placement), training.working(placement)
+    state = training.state(placement)
+    if config.optimizer_post_validation:
+        state = [replace(of_rank, rollback=of_rank.optimizer) for of_rank in state]
+    limit = config.memory_limit
+    if isinstance(limit, int):
+        _check(limit, "the least possible is", least(state, placement, sizes))
+    room = Room(*sizes, rooms(limit, state) if isinstance(limit, int) else None)
+    schedule = _schedule(config, training, times, room, progress)
+    memory = with_passes(state, schedule, sizes)
+    if isinstance(limit, int):
+        _check(limit, f"{config.name} needs", memory)
     timeline = simulate(schedule, times)
-    memory = tuple(RankMemory(round(weights), round(gradients), round(optimizer), round(peak),
-                              rollback=round(optimizer) if config.optimizer_post_validation else 0,
-                              communicators=training.bytes.communicator * communicators)
-                   for (weights, gradients, optimizer), peak, communicators
-                   in zip(training.state(placement), peak_activations(schedule, activations),
-                          communicators_of_ranks(placement), strict=True))
     return Prediction(training, schedule, timeline, timeline.makespan + training.reduction(placement), memory)
+
+
+def _check(limit: int, what: str, memory: Sequence[RankMemory]) -> None:
+    if error := beyond("memory_limit", limit, what, memory):
+        raise MemoryLimitError(error)
 
 
 # A search asks for the same ones again and again.
@@ -78,15 +85,15 @@ def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
     return build(name, ranks, micro_batches)
 
 
-def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, activations: Activations,
+def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, room: Room,
               progress: Callable[[float], None]) -> Schedule:
     """The one that the job will train by, once its times are measured if `config` says so."""
     ranks, micro_batches = training.ranks, training.micro_batches
     if is_planned(config):
         planned_for = times if config.times == "profile" else equal_times(len(times.forward))
-        schedule = request_for(config, ranks, micro_batches, planned_for, activations).choose(progress).schedule
+        schedule = request_for(config, ranks, micro_batches, planned_for, room).choose(progress).schedule
     else:
         schedule = _named(config.name, ranks, micro_batches)
-    if config.name != ADAPTIVE:
+    if config.name != ADAPTIVE and isinstance(config.memory_limit, float):
         check_memory_limit(schedule, config.memory_limit)
     return with_few_pending(schedule) if training.recompute else schedule

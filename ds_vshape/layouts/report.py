@@ -68,7 +68,8 @@ def _table(job: Job, prediction: Prediction) -> Table:
     table = Table(title=f"{job.schedule['name']}: {layout}; {batch}", title_justify="left")
     for column in ("pipeline rank", "ranks", "host", "stages", "layers"):
         table.add_column(column)
-    for column in ("parameters", "gradients", "optimizer", "activations", "communicators", "all", "busy"):
+    for column in ("parameters", "gradients", "optimizer", "activations", "working", "communicators",
+                   "batch end", "all", "busy"):
         table.add_column(column, justify="right")
     parts = list(pairwise(prediction.training.partition))
     for pipe, stages in enumerate(job.placement.chunks):
@@ -77,7 +78,8 @@ def _table(job: Job, prediction: Prediction) -> Table:
             str(pipe), _range(_ranks_of(job, pipe)), ", ".join(_hosts_of(job, pipe)), ", ".join(map(str, stages)),
             "; ".join(_layers(*parts[stage], job.model.layers) for stage in stages),
             *map(readable, (memory.parameters, memory.gradients, memory.optimizer, memory.activations_peak or 0,
-                            memory.communicators, memory.total)), f"{_busy(prediction, pipe):.1%}")
+                            memory.working or 0, memory.communicators, memory.batch_end, memory.total)),
+            f"{_busy(prediction, pipe):.1%}")
     return table
 
 

@@ -147,8 +147,8 @@ def _check_rest(job: Job) -> None:
 
 def _check_memory_limit(job: Job) -> None:
     section, pipe, micro_batches = job.section, job.parallel.pipe, job.micro_batches
-    if section is None or section.memory_limit is None or isinstance(section.memory_limit, int):
-        return  # how many bytes activations take is measured in training
+    if section is None or not isinstance(section.memory_limit, float):
+        return  # bytes are predicted, with the rest
     try:
         if section.name == ADAPTIVE:
             check_possible(section.memory_limit, pipe, micro_batches)

@@ -25,6 +25,13 @@ from torch.utils._pytree import tree_leaves
 _PLAIN_TYPES = (Tensor, Parameter)
 
 
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """The address of a tensor's memory, and its bytes. On the meta device there is no memory: a number that stands for
+    it, which no other has as long as anyone refers to it."""
+    storage = tensor.untyped_storage()
+    return (storage._cdata if tensor.device.type == "meta" else storage.data_ptr()), storage.nbytes()
+
+
 class CannotWatch(RuntimeError):
     """Why memory can't be watched."""
 
@@ -99,11 +106,11 @@ class AllocationWatcher:
             before = {StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
                       for tensor in self._on_device(given)}
             for tensor in self._on_device(results):
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                if reference not in before and reference not in self._alive and storage.nbytes():
-                    self._alive[reference] = storage.data_ptr(), storage.nbytes()
-                    self._note(*self._alive[reference])
+                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                address, size = memory_of(tensor)
+                if reference not in before and reference not in self._alive and size:
+                    self._alive[reference] = address, size
+                    self._note(address, size)
         except Exception as error:
             self._failure = self._failure or error
 

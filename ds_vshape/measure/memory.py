@@ -1,4 +1,4 @@
-"""How many bytes each rank needs: measured where they are, predicted where a schedule decides."""
+"""What the passes of a rank keep and need, in bytes, as they run: on its device, or with shapes alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from ds_vshape.comm.groups import light_options
-from ds_vshape.deepspeed_adapter.optimizers import GradAccumSums, core_of, sums_in_memory, sums_of
-from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched
-from ds_vshape.measure.rank_memory import RankMemory
-from ds_vshape.runtime.rank import Rank
-from ds_vshape.schedule.activations import Activations, Working, peak_activations, working_peaks
-from ds_vshape.schedule.communicators import communicator_bytes
-from ds_vshape.schedule.lowering import lower
+from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched, memory_of
+from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.timeline import Times
 from ds_vshape.split_backward import WeightGradientStore
 
 
@@ -55,6 +47,16 @@ class Storages:
 
 def _expired(ref: StorageWeakRef) -> bool:
     return bool(ref.expired())  # type: ignore[no-untyped-call]
+
+
+class StageSizes(NamedTuple):
+    """Bytes of one micro-batch on a stage: what F leaves, what B leaves, what F, B, BW and W need besides, and the
+    inputs."""
+
+    after_forward: int
+    after_backward: int
+    working: tuple[int, int, int, int]
+    inputs: int
 
 
 class ActivationMeter:
@@ -145,7 +147,7 @@ class ActivationMeter:
     def after_backward(self, action: Pass, store: WeightGradientStore) -> None:
         """When B has ended; `store` is what it leaves to W."""
         with self._measuring():
-            self.kept[action.stage] = (Storages(store.tensors()) - _model(self._module)).nbytes()
+            self.kept[action.stage] = (Storages(store.tensors()) - memory_of_model(self._module)).nbytes()
 
     @contextmanager
     def weights(self, action: Pass, store: WeightGradientStore) -> Iterator[None]:
@@ -210,6 +212,15 @@ class ActivationMeter:
             elif action.kind is Kind.C:
                 left[buffer] = _without(alive, span.apart)
 
+    def of_stage(self, stage: int) -> StageSizes:
+        """The sizes of a stage of this rank."""
+        whole, backward = self.whole[stage], [self._most.get((kind, stage), 0) for kind in (Kind.B, Kind.BW)]
+        kept = self.kept.get(stage, whole)
+        working = (self._most.get((Kind.F, stage), 0) - whole, *((one or max(backward)) - whole for one in backward),
+                   self._most.get((Kind.W, stage), 0) - kept)
+        f, b, bw, w = (max(size, 0) for size in working)
+        return StageSizes(whole, kept, (f, b, bw, w), self._inputs[stage])
+
     def gather(self, placement: Placement, device: torch.device) -> tuple[Activations, Working] | None:
         """The sizes of all stages, the largest of all replicas, on every rank of the job (collective); None where they
         are unknown to one of them.
@@ -218,13 +229,9 @@ class ActivationMeter:
         round.
         """
         own = torch.zeros(8, placement.stages, dtype=torch.int64)
-        for stage, whole in self.whole.items():
-            kept = self.kept.get(stage, whole)
-            backward = [self._most.get((kind, stage), 0) for kind in (Kind.B, Kind.BW)]
-            working = (self._most.get((Kind.F, stage), 0) - whole,
-                       *((one or max(backward)) - whole for one in backward),
-                       self._most.get((Kind.W, stage), 0) - kept)
-            own[:-1, stage] = torch.tensor([whole, kept, *(max(size, 0) for size in working), self._inputs[stage]])
+        for stage in self.whole:
+            whole, kept, working, inputs = self.of_stage(stage)
+            own[:-1, stage] = torch.tensor([whole, kept, *working, inputs])
         own[-1] = self.unknown is not None
         own = own.to(device)
         dist.all_reduce(own, op=dist.ReduceOp.MAX)
@@ -255,69 +262,15 @@ def _strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
 
 def _addresses(tensors: Iterable[Any]) -> dict[int, int]:
     """The memory of tensors, each piece once."""
-    storages = (tensor.untyped_storage() for tensor in _strided(tensors))
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    return {address: size for address, size in map(memory_of, _strided(tensors)) if size}
 
 
 def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:
-    storage = tensor.untyped_storage()
-    return StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()  # type: ignore[no-untyped-call]
+    return StorageWeakRef(tensor.untyped_storage()), *memory_of(tensor)  # type: ignore[no-untyped-call]
 
 
-def predict_memory(rank: Rank, schedule: Schedule,
-                   sizes: tuple[Activations, Working] | None) -> tuple[RankMemory, ...]:
-    """What each pipeline rank needs under `schedule`, on every rank of the pipeline of `rank` (collective); nothing is
-    said of activations where their `sizes` are unknown.
-
-    To be called after the first step: torch's optimizers make their moments in it.
-    """
-    own = torch.tensor([parameter_bytes(rank.module), gradient_bytes(rank.module, rank.optimizer),
-                        optimizer_bytes(rank.module, rank.optimizer), rank.rollback_bytes()],
-                       device=rank.device)
-    every = [torch.empty_like(own) for _ in schedule.orders]
-    dist.all_gather(every, own, group=rank.grid.get_pipe_parallel_group())
-    states = torch.stack(every).tolist()
-    activations: list[tuple[int, int] | tuple[None, None]] = [(None, None) for _ in states]
-    if sizes is not None:
-        # Repeats free what they take.
-        programs = lower(schedule.with_repeats(1), Times.uniform(schedule.placement.stages))
-        found = zip(peak_activations(schedule, sizes[0]), working_peaks(programs, *sizes), strict=True)
-        activations = [(round(peak), round(highest - peak)) for peak, highest in found]
-    # Over gloo they have no memory of the device.
-    communicators = communicator_bytes(schedule.placement) if light_options() is not None else [0 for _ in states]
-    return tuple(RankMemory(parameters, gradients, optimizer, peak, working, rollback, of_communicators)
-                 for (parameters, gradients, optimizer, rollback), (peak, working), of_communicators
-                 in zip(states, activations, communicators, strict=True))
-
-
-def parameter_bytes(module: nn.Module) -> int:
-    """Parameters and buffers, and the flat memory that DeepSpeed's optimizers put them into."""
-    return _model(module).nbytes()
-
-
-def gradient_bytes(module: nn.Module, optimizer: Any) -> int:
-    """What a batch accumulates: each parameter's gradient, or what the optimizer has for it."""
-    flat = sums_in_memory(optimizer)
-    if flat is not None:
-        # `.grad` holds gradients only within a backward.
-        return Storages(flat).nbytes()
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in trained)
-    sums = sums_of(optimizer)
-    if isinstance(sums, GradAccumSums):
-        gradients += sum(parameter.numel() for parameter in trained) * sums.dtype.itemsize
-    return gradients
-
-
-def optimizer_bytes(module: nn.Module, optimizer: Any) -> int:
-    """What the torch optimizer inside `optimizer` has: the weights that it steps, where they aren't the module's own,
-    and its state."""
-    inner = core_of(optimizer)
-    stepped = [parameter for group in inner.param_groups for parameter in group["params"]]
-    return (Storages([*stepped, *tree_leaves([*inner.state.values()])]) - _model(module)).nbytes()
-
-
-def _model(module: nn.Module) -> Storages:
+def memory_of_model(module: nn.Module) -> Storages:
+    """Parameters and buffers, and what quantized parameters are decoded by."""
     return Storages([*module.parameters(), *module.buffers(), *_states(module)])
 
 

@@ -17,16 +17,17 @@ from torch.nn import Parameter
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import members
+from ds_vshape.measure.accounting import measured_process, memory_of_ranks
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.log_lines import split_line
-from ds_vshape.measure.memory import ActivationMeter, predict_memory
+from ds_vshape.measure.memory import ActivationMeter
 from ds_vshape.measure.profiling import PassRecorder, gather_timeline, mean_times, report
-from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.measure.rank_memory import RankMemory, Sizes
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.copy_engine import Copy
 from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.rank import Rank
-from ds_vshape.schedule.activations import Activations, Working
+from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
@@ -50,8 +51,10 @@ class Observer:
         self._meter = ActivationMeter(rank.module, rank.device.type)
         self._meter_runs = False
         self._keeping = keeping
-        # None where they are unknown; `batches` says whether it's too early.
-        self._sizes: tuple[Activations, Working] | None = None
+        # None where they are unknown; `batches` says whether they are those of shapes, or measured.
+        self._sizes: Sizes | None = None
+        # What the process has besides tensors; measured with the sizes.
+        self._process = 0
         # Parameters whose gradients came from W; None once they are reported.
         self._in_split: set[Parameter] | None = set()
         # Of this rank's trained parameters: how many numbers got their gradients from W, of how many.
@@ -167,6 +170,7 @@ class Observer:
         """Tell all ranks of the job the measured sizes (collective); why they are unknown, if they are."""
         rank = self._rank
         self._sizes = self._meter.gather(rank.placement, rank.device)
+        self._process = measured_process(rank, after_step=True)
         if self._sizes is not None:
             if self._keeping is not None:
                 self._sizes = self._keeping.gather(self._sizes[0]), self._sizes[1]
@@ -187,14 +191,27 @@ class Observer:
         """Whether it's no longer too early for sizes, and they are unknown."""
         return self.batches > METERED_BATCH and self._sizes is None
 
+    def check_known(self) -> None:
+        """PipelineError if sizes are neither known by shapes nor measured yet."""
+        if self._sizes is None:
+            self._check_measured()
+
     def _check_measured(self) -> None:
         if self.batches <= METERED_BATCH:
             raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
 
+    def take_shapes(self, sizes: Sizes | None) -> None:
+        """The sizes as far as shapes tell them, until they are measured."""
+        self._sizes, self._process = sizes, measured_process(self._rank, after_step=False)
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """The sizes of all stages, measured or by their shapes; None where they are unknown."""
+        return self._sizes
+
     def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline)."""
-        self._check_measured()
-        return predict_memory(self._rank, schedule, self._sizes)
+        return memory_of_ranks(self._rank, schedule, self._sizes, self._process)
 
     def report(self) -> dict[str, Any]:
         """The last training batch in numbers (:func:`ds_vshape.measure.profiling.report`)."""

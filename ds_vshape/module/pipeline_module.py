@@ -47,7 +47,7 @@ from ds_vshape.measure.trace.tracer import check_folder
 from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.module.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.module.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
-from ds_vshape.module.segment import Segment, parameters_of
+from ds_vshape.module.segment import Checkpoint, Segment, parameters_of
 from ds_vshape.module.shared_weights import shared_weights, warning_of
 from ds_vshape.module.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.runtime.token_mean import ITEMS, averages_tokens
@@ -319,17 +319,22 @@ class PipelineModule(FastSetattr, StockModule):
         if self.schedule_config is None:
             return super().forward(forward_input)
         self.micro_offset += 1
-        before_layer = partial(self._enter_layer, self.micro_offset)
-        interval = self.activation_checkpoint_interval or len(self.forward_funcs)
-        checkpointed = self.is_checkpointable_results if self.activation_checkpoint_interval else (False,)
-        outputs = forward_input
-        for start, again in zip(range(0, len(self.forward_funcs), interval), checkpointed, strict=True):
-            segment = Segment(self.forward_funcs[start:start + interval], self.local_bounds[0] + start, before_layer)
-            outputs = segment.run_checkpointed(self.activation_checkpoint_func, outputs) if again else (
-                segment.run(outputs))
+        active = Chunk(self.stage_id, *self.local_bounds, self.forward_funcs, self.is_checkpointable_results)
+        outputs = self.run_layers(active, forward_input, partial(self._enter_layer, self.micro_offset),
+                                  self.activation_checkpoint_func)
         for starts in self._at_layers:
             starts(self.local_bounds[1])
         return outputs
+
+    def run_layers(self, chunk: Chunk, inputs: Any, before_layer: Callable[[int], None], checkpoint: Checkpoint) -> Any:
+        """The outputs of a chunk's layers; `before_layer` gets the number of each in the model before it runs, and
+        `checkpoint` runs those that are recomputed."""
+        interval = self.activation_checkpoint_interval or len(chunk.funcs)
+        checkpointed = chunk.checkpointable if self.activation_checkpoint_interval else (False,)
+        for start, again in zip(range(0, len(chunk.funcs), interval), checkpointed, strict=True):
+            segment = Segment(chunk.funcs[start:start + interval], chunk.start + start, before_layer)
+            inputs = segment.run_checkpointed(checkpoint, inputs) if again else segment.run(inputs)
+        return inputs
 
     @contextmanager
     def at_layers(self, starts: Callable[[int], None]) -> Iterator[None]:

@@ -30,6 +30,7 @@ What it costs:
     memory_on_demand.py  what recomputation and offload cost at least, for that bound
     activations.py       the memory of activations
     memory_limit.py      whether it stays within a limit
+    within.py            schedules within limits that hold for running passes, too
     chunk_times.py       times by chunks and links
     metrics.py           all figures in one place
     layers.py            costs of layers, and of stages of them

@@ -11,20 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from ds_vshape.schedule.activations import Activations, peak_activations
+from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.adaptive import Plan, Problem, plan
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
+from ds_vshape.schedule.within import plan_within
 
 # The origins of a choice.
 NAMED_ORDER, PLAN = "named order", "plan for these times"
 
 Limits = tuple[float, ...]
+# Of the time for a plan within limits that hold for running passes: the share of the first try, and the least of each
+# later one.
+_FIRST, _LAST = 0.7, 0.1
+_UNLIMITED = 1e300
 
 
 @dataclass(frozen=True)
@@ -65,22 +71,25 @@ def level_of(order: Schedule, activations: Activations) -> Limits:
 
 
 def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations,
-                 limits: Limits | None = None, *, recompute: bool = False, offload: bool = False,
-                 time_limit: float = 10.0, progress: Callable[[float], None] = lambda fraction: None,
-                 cache: Path | None = None) -> Choice:
+                 limits: Limits | None = None, working: Working | None = None, *, recompute: bool = False,
+                 offload: bool = False, time_limit: float = 10.0,
+                 progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None) -> Choice:
     """The schedule `name` for a batch of `micro_batches` on `ranks` ranks when passes take `times`.
 
     `times` and `activations` are those of the stages of `named.placement_of(name, ranks)`. `limits` hold for `adaptive`
-    (without them, 1F1B's peak does), whose plan may `recompute` and `offload`; the other names bring their own peak,
-    which `memory_limit` checks. Planning takes at most about `time_limit` seconds, tells `progress` the fraction done,
-    and keeps its results in the folder `cache`. Raises ValueError for an unknown name and counts below 1, and
-    LimitError for limits that can't be met.
+    (without them, 1F1B's peak does), with `working` also for what passes need while they run; its plan may `recompute`
+    and `offload`. The other names bring their own peak, which `memory_limit` checks. Planning takes at most about
+    `time_limit` seconds, tells `progress` the fraction done, and keeps its results in the folder `cache`. Raises
+    ValueError for an unknown name and counts below 1, and LimitError for limits that can't be met.
     """
     began = perf_counter()
     if name == ADAPTIVE:
         if limits is None:
             limits = limits_at(1.0, ranks, micro_batches, activations)
-        problem = Problem(ranks, micro_batches, times, activations, limits, recompute=recompute, offload=offload)
+        problem_of = partial(Problem, ranks, micro_batches, times, activations, recompute=recompute, offload=offload)
+        if working is not None:
+            return _choose_within(limits, working, problem_of, time_limit, progress, cache)
+        problem = problem_of(limits)
         return _chosen(plan(problem, time_limit, progress, cache), name)
     order = build(name, ranks, micro_batches)
     timeline, level = simulate(order, times), level_of(order, activations)
@@ -91,6 +100,25 @@ def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activa
     found = plan(Problem(ranks, micro_batches, times, activations, level), time_limit, progress, cache)
     better = _chosen(found, name) if found.timeline.makespan < timeline.makespan else choice
     return replace(better, planning_s=perf_counter() - began)
+
+
+def _choose_within(limits: Limits, working: Working, problem_of: Callable[[Limits], Problem], time_limit: float,
+                   progress: Callable[[float], None], cache: Path | None) -> Choice:
+    """An adaptive schedule within `limits` that hold for running passes, too."""
+    began = perf_counter()
+
+    def planned(left: Limits) -> Schedule:
+        remaining = max(time_limit - (perf_counter() - began), time_limit * _LAST)
+        share = remaining * (_FIRST if remaining > time_limit / 2 else 1)
+        return plan(problem_of(left), share, progress, cache).schedule
+
+    # What no limit forbids.
+    free = problem_of((_UNLIMITED,) * len(limits))
+    usual = build(TIMED[0], free.ranks, free.micro_batches)
+    schedule = replace(plan_within(limits, free.least, usual, free.activations, working, planned), name=ADAPTIVE)
+    return Choice(schedule, simulate(schedule, free.times), peak_activations(schedule, free.activations),
+                  lower_bound_of_limits(schedule.placement, free.micro_batches, free.times, free.activations, limits),
+                  perf_counter() - began, PLAN)
 
 
 def _chosen(found: Plan, name: str) -> Choice:

@@ -14,14 +14,16 @@ from typing import Annotated, Any, final
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from ds_vshape.schedule.activations import Activations, peak_activations
+from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
 from ds_vshape.schedule.choose import Choice, schedule_for
 from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes, read_json,
-                                       schedule_to_json, times_from_json, times_to_json)
+                                       schedule_to_json, times_from_json, times_to_json, working_from_json,
+                                       working_to_json)
 from ds_vshape.schedule.timeline import Times, simulate
+from ds_vshape.schedule.within import peaks_with_passes
 
 # The most that an answer has besides its schedule.
 _REST_BYTES = 4096
@@ -29,7 +31,8 @@ _REST_BYTES = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit.
+    """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit. With
+    `working` they hold for what passes need while they run, too.
 
     `recompute` and `offload` say what the plan may do besides ordering.
     """
@@ -44,6 +47,7 @@ class Request:
     cache: str | None
     recompute: bool = False
     offload: bool = False
+    working: Working | None = None
 
     @classmethod
     def within(cls, limit: float | None, name: str, ranks: int, micro_batches: int, times: Times,
@@ -58,19 +62,21 @@ class Request:
     def choose(self, progress: Callable[[float], None] = lambda fraction: None) -> Choice:
         """Plan in this process; raises ValueError as `choose.schedule_for` does."""
         return schedule_for(self.name, self.ranks, self.micro_batches, self.times, self.activations, self.limits,
-                            recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
+                            self.working, recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
                             progress=progress, cache=None if self.cache is None else Path(self.cache))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain values."""
-        return {**vars(self), "times": times_to_json(self.times), "activations": activations_to_json(self.activations)}
+        return {**vars(self), "times": times_to_json(self.times), "activations": activations_to_json(self.activations),
+                "working": None if self.working is None else working_to_json(self.working)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
         """The request that `to_json` wrote."""
         limits = None if data["limits"] is None else tuple(data["limits"])
+        working = None if data["working"] is None else working_from_json(data["working"])
         return cls(**{**data, "limits": limits, "times": times_from_json(data["times"]),
-                      "activations": activations_from_json(data["activations"])})
+                      "activations": activations_from_json(data["activations"]), "working": working})
 
     @property
     def most_bytes(self) -> int:
@@ -124,6 +130,7 @@ def check_schedule(schedule: Schedule, request: Request) -> None:
                          f"({asked[1].name}) and {request.micro_batches}")
     check(schedule)
     simulate(schedule, request.times)
-    found = peak_activations(schedule, request.activations)
+    found = peak_activations(schedule, request.activations) if request.working is None else (
+        peaks_with_passes(schedule, request.activations, request.working))
     if request.limits and any(peak > limit * (1 + SLACK) for peak, limit in zip(found, request.limits, strict=True)):
         raise ValueError("it takes more memory than the limits allow")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -120,3 +120,13 @@ def activations_from_json(data: Mapping[str, Any]) -> Activations:
     """The sizes that `activations_to_json` wrote."""
     return Activations(tuple(data["after_forward"]), tuple(data["after_backward"]),
                        tuple(map(tuple, data["recomputed"])), tuple(data["offloadable"]))
+
+
+def working_to_json(working: Working) -> dict[str, Any]:
+    """What passes need while they run, as a dictionary of plain values."""
+    return asdict(working)
+
+
+def working_from_json(data: Mapping[str, Any]) -> Working:
+    """What `working_to_json` wrote."""
+    return Working(**{name: tuple(sizes) for name, sizes in data.items()})

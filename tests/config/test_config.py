@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, ConfigError, ScheduleConfig, find_section, load_ds_config,
-                                      read_section)
+from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, ActivationLimit, ConfigError, ScheduleConfig, find_section,
+                                      load_ds_config, read_section)
 
 
 @pytest.mark.parametrize("section, expected", [
@@ -71,12 +71,14 @@ def test_illegal_sections(section: Any, message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("limit", [0, -0.1, 2.01, float("nan"), float("inf"), "0.5", "half", True, [0.5]])
+@pytest.mark.parametrize("limit", [0, -0.1, 2.01, float("nan"), float("inf"), "0.5", "half", True, [0.5], {},
+                                   {"rank": "1GiB"}, {"activations": 0.5}, {"more": "1GiB"}])
 def test_a_memory_limit_out_of_range(limit: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": limit}})
-    assert str(caught.value) == (f"pipeline_schedule.memory_limit = {limit!r}: must be a number above 0 and at most 2, "
-                                 "a fraction of 1F1B's peak activations, or bytes like \"6GiB\"")
+    assert str(caught.value) == (f"pipeline_schedule.memory_limit = {limit!r}: must be bytes like \"70GiB\", for all "
+                                 "that a rank needs; or for its activations alone a number above 0 and at most 2, a "
+                                 "fraction of 1F1B's peak, or {\"activations\": bytes}")
 
 
 @pytest.mark.parametrize("key", ["pipeline_schedules", "pipeline-schedule", "Pipeline_Schedule", "pipline_schedule",
@@ -216,6 +218,8 @@ def test_a_missing_file_of_the_environment_is_an_error(files: dict[str, str], mo
 def test_a_memory_limit_in_bytes() -> None:
     section = read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": "1.5GiB"}})
     assert section is not None and section.memory_limit == 3 * 2**29 and isinstance(section.memory_limit, int)
+    section = read_section({"pipeline_schedule": {"name": "v-half", "memory_limit": {"activations": "1.5GiB"}}})
+    assert section is not None and section.memory_limit == ActivationLimit(activations="1.5GiB")
 
 
 # -- bounds of every number
@@ -261,7 +265,8 @@ def test_legal_bytes(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["1.01PiB", "2PiB", "1EB", "1000000000000000000000PiB"])
 def test_more_bytes_than_any_machine_has(text: str) -> None:
-    assert refused({"memory_limit": text}).endswith('or bytes like "6GiB", at most 1PiB')
+    for limit in (text, {"activations": text}):
+        assert 'must be bytes like "70GiB", at most 1PiB, for all' in refused({"memory_limit": limit})
 
 
 @pytest.mark.parametrize("text", ["0B", "0.1B", "-6GiB", "1e308GiB", "NaN", "infB", "9" * 5000, "6 GiBs", "", "GiB"])

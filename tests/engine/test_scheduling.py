@@ -306,7 +306,7 @@ def test_profiling_a_schedule_without_plans_is_refused() -> None:
                                "adaptive, v-min, v-half, v-zb, zb-v")
 
 
-def adaptive_in_bytes(rank: int, limit: str) -> tuple[Any, list[int], tuple[float, ...]]:
+def adaptive_in_bytes(rank: int, limit: Any) -> tuple[Any, list[int], tuple[float, ...]]:
     engine = Job(profiled("adaptive", memory_limit=limit), 2, 6, layers=tuple(specs(6))).engine()
     train_until_swapped(engine)
     activations = engine.activation_sizes()
@@ -315,7 +315,7 @@ def adaptive_in_bytes(rank: int, limit: str) -> tuple[Any, list[int], tuple[floa
 
 def test_a_limit_in_bytes_holds_for_the_measured_sizes() -> None:
     # 4 stages of 2 layers keep some kilobytes each; this is room for about three of them on a rank.
-    results = run_ranks(2, adaptive_in_bytes, "20KB")
+    results = run_ranks(2, adaptive_in_bytes, {"activations": "20KB"})
     (schedule, peaks_in_bytes, whole), other = results
     assert (schedule, peaks_in_bytes, whole) == other
     assert all(0 < peak <= 20_000 for peak in peaks_in_bytes)
@@ -325,4 +325,4 @@ def test_a_limit_in_bytes_holds_for_the_measured_sizes() -> None:
 
 def test_a_limit_in_bytes_that_cannot_be_met() -> None:
     with pytest.raises(RanksFailed, match="the least possible peaks of the ranks are"):
-        run_ranks(2, adaptive_in_bytes, "100B")
+        run_ranks(2, adaptive_in_bytes, {"activations": "100B"})

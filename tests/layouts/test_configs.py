@@ -141,8 +141,8 @@ REFUSED = {
     "precision=bf16_sums": "precision.sums = 'fp32': must be null or 'bf16' with parallel.zero = 0",
     "precision=fp16 parallel.zero=1": "precision.dtype = 'fp16': machine.teraflops has fp32, bf16 only",
     "schedule.memory_limit=0.5": "schedule.memory_limit = 0.5: v-half needs 0.75 of 1F1B's peak",
-    "schedule.memory_limit=3.5": "schedule.memory_limit = 3.5: must be a number above 0 and at most 2",
-    "schedule.memory_limit=6GiB": "schedule.memory_limit = 6442450944 bytes: only an adaptive schedule",
+    "schedule.memory_limit=3.5": "schedule.memory_limit = 3.5: must be bytes like \"70GiB\"",
+    "schedule.memory_limit={activations:6GiB}": "schedule.memory_limit.activations = 6442450944 bytes: only an",
     "schedule=adaptive schedule.memory_limit=0.1": "schedule.memory_limit = 0.1: the least possible peak on 4 "
                                                   "ranks with 8 micro-batches is 0.25 of 1F1B's",
     "schedule=zb-h1 schedule.times=profile": "schedule.times = 'profile': zb-h1 has the same order for all times",

@@ -46,8 +46,9 @@ def test_memory_and_stages_are_those_of_the_engine() -> None:
         predicted = predict_job(job)
         assert parts == predicted.training.partition
         for ours, theirs in zip(predicted.memory, measured, strict=True):
-            # What passes need while they run is for the engine to measure.
-            expected = astuple(replace(theirs, working=ours.working))
+            assert ours.working == pytest.approx(theirs.working, rel=0.25), job.ds_config()
+            # The process is for the engine to measure.
+            expected = astuple(replace(theirs, working=ours.working, process=0))
             assert astuple(ours) == pytest.approx(expected, rel=0.06), job.ds_config()
 
 
@@ -108,4 +109,5 @@ def test_communicators_of_messages_are_counted_on_gpus() -> None:
     on_gpus = predict_job(compose_job([*words, "machine=a100"])).memory
     inner, outer = 4 * COMMUNICATOR_BYTES, 2 * COMMUNICATOR_BYTES
     assert [memory.communicators for memory in on_gpus] == [outer, *[inner] * 6, outer]
-    assert on_gpus[1].total == sum(astuple(on_gpus[1]))
+    # Activations are gone when DeepSpeed's bucket is there.
+    assert on_gpus[1].total == sum(astuple(on_gpus[1])) - on_gpus[1].batch_end

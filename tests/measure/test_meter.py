@@ -180,4 +180,4 @@ def test_a_limit_in_bytes_without_sizes() -> None:
     """The plan takes no more memory than the schedule that was safe before, and the log says so once."""
     (safe, request, lines), = run_ranks(1, planned_without_sizes)
     assert request.limits == peak_activations(safe, Activations.counted(safe.placement))
-    assert len(lines) == 1 and "memory_limit = 20000 bytes can't be planned for" in lines[0]
+    assert len(lines) == 1 and "memory_limit = 20000 can't be planned for" in lines[0]

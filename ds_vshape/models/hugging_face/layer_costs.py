@@ -3,15 +3,15 @@ without data.
 
     parameters    of the module
     FLOPs         of the products that F, B and W make, as torch counts them (torch/utils/flop_counter.py)
-    bytes         that F leaves for the backward and B leaves to W, as measure/memory.py counts them in an engine
+    bytes         that F leaves for the backward and B leaves to W, and that passes need while they run, as
+                  measure/memory.py counts them in an engine
 
-Attention by scaled_dot_product_attention is taken to be fused, without dropout: it keeps queries, keys, values, output
-and a number for each row of scores, and computes the scores again in B.
+Attention is taken to be fused (measure/on_meta.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from ds_vshape.deepspeed_adapter.silent_group import silent_group
-from ds_vshape.measure.memory import Storages
+from ds_vshape.measure.memory import ActivationMeter
+from ds_vshape.measure.on_meta import GROUPED_MM
+from ds_vshape.measure.passes_on_meta import run_on_meta
 from ds_vshape.models.hugging_face.layer_list import next_token_loss, pipeline_layers
 from ds_vshape.models.hugging_face.layers import DecoderLayer
 from ds_vshape.models.hugging_face.shared import Flow, Shared
 from ds_vshape.models.hugging_face.tensor_parallel import TensorParallelLoss
-from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
+from ds_vshape.runtime.gradients import InGrad
+from ds_vshape.schedule.passes import Kind, Pass
 
 
 class Sums(NamedTuple):
@@ -51,6 +51,7 @@ class MeasuredCosts:
         flops: of F, B and W.
         after_forward: bytes that F leaves for the backward, the layer's inputs included.
         after_backward: bytes that B leaves to W.
+        working: bytes that F, B, a whole backward and W need besides what is left before or after them.
         sums_in_f, sums_in_b: of these passes.
     """
 
@@ -58,6 +59,7 @@ class MeasuredCosts:
     flops: tuple[int, int, int]
     after_forward: int
     after_backward: int
+    working: tuple[int, int, int, int]
     sums_in_f: Sums = Sums()
     sums_in_b: Sums = Sums()
 
@@ -105,130 +107,63 @@ def _with_loss(call: Callable[[Flow], Flow], loss_fn: Callable[[Flow, Tensor], F
 
 def _measure(layer: nn.Module, call: Callable[[Flow], Any], flow: Flow) -> tuple[MeasuredCosts, Flow]:
     """The costs of a layer, and its outputs."""
-    inputs = tree_map(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), flow)
-    store, watch = WeightGradientStore(), _Watch()
-    model = Storages([*layer.parameters(), *layer.buffers()])
-    with torch.no_grad(), _FusedAttention(watch), watch:
-        call(inputs)  # masks and rotary embeddings, which are made once for all layers
-    watch.storages = Storages()
-    watch.take()
-    with _FusedAttention(watch), watch, SplitForward(store):
-        outputs = call(inputs)
-    passed_on = tree_map(partial(torch.empty_like, requires_grad=False), outputs)
-    roots = [output for output in tree_leaves(outputs) if output.requires_grad]
-    edges, gradients = [get_gradient_edge(root) for root in roots], [torch.empty_like(root) for root in roots]
-    del outputs, roots
-    after_forward = (watch.storages - model).nbytes() + sum(tensor.nbytes for tensor in tree_leaves(inputs))
-    flops_f, sums_in_f = watch.take()
-    with watch, SplitBackward(store):
-        torch.autograd.backward(edges, gradients)
-    flops_b, sums_in_b = watch.take()
-    after_backward = (Storages(store.tensors()) - model).nbytes()
-    with watch:
-        store.run(WholeGradients(lambda parameter, gradient: None))
+    counter, meter = _Counter(), ActivationMeter(layer, "meta")
+    meter.start()
+    passed_on = run_on_meta(meter, 0, call, partial(_inputs, flow), [*layer.parameters()], InGrad(),
+                            around=counter.counting, attention_flops=counter.add_flops)
+    meter.stop()
+    if meter.unknown is not None:
+        raise ValueError(meter.unknown)
+    f, b, w = (counter.of(kind) for kind in (Kind.F, Kind.B, Kind.W))
     parameters = sum(parameter.numel() for parameter in layer.parameters())
-    flops = flops_f, flops_b, watch.flops
-    return MeasuredCosts(parameters, flops, after_forward, after_backward, sums_in_f, sums_in_b), passed_on
+    sizes = meter.of_stage(0)
+    return MeasuredCosts(parameters, (f.flops, b.flops, w.flops), sizes.after_forward, sizes.after_backward,
+                         sizes.working, f.sums, b.sums), _inputs(passed_on)
 
 
-# The attribute of a tensor that torch.any has returned.
-_IS_ANY = "ds_vshape_is_any"
-_GROUPED_MM = torch.ops.aten._grouped_mm.default
+def _inputs(flow: Flow) -> Flow:
+    """A micro-batch's, which require gradients where they can."""
+    inputs: Flow = tree_map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()), flow)
+    return inputs
 
 
-def _grouped(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """The shape of a product of groups of rows with a matrix each, as experts multiply, or of the gradients of one; on
-    the meta device torch's own takes bf16 alone."""
-    if left.ndim == right.ndim == 2:
-        assert offs is not None
-        return left.new_empty(len(offs), len(left), right.shape[-1])
-    if left.ndim == right.ndim:
-        return left.new_empty(*left.shape[:2], right.shape[-1])
-    return left.new_empty(left.shape[-2], right.shape[-1])
+@dataclass
+class _Counts:
+    flops: int = 0
+    sums: Sums = Sums()
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the memory of all that is computed inside, and adds up FLOPs.
-
-    Where a forward asks for the value of a tensor, which has none here, it is False if the tensor comes from torch.any,
-    and True otherwise: forwards ask whether all tokens count (no padding), and whether any of them is illegal.
-    """
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up FLOPs, and sums over ranks, of each pass."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages = Storages()
-        self.flops = 0
-        self._sums = Sums()
+        self._of_passes: dict[Pass, _Counts] = {}
+        self._now = _Counts()
 
-    def take(self) -> tuple[int, Sums]:
-        """FLOPs and sums over ranks since the last call."""
-        taken = self.flops, self._sums
-        self.flops, self._sums = 0, Sums()
-        return taken
+    def counting(self, action: Pass) -> _Counter:
+        """To be entered around a pass."""
+        self._now = self._of_passes[action] = _Counts()
+        return self
+
+    def of(self, kind: Kind) -> _Counts:
+        """The counts of the first pass of a kind."""
+        return next(counts for action, counts in self._of_passes.items() if action.kind is kind)
+
+    def add_flops(self, flops: int) -> None:
+        """Those of what torch's counter doesn't know."""
+        self._now.flops += flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            return not getattr(args[0], _IS_ANY, False)
-        result = _grouped(*args, **(kwargs or {})) if func is _GROUPED_MM else func(*args, **(kwargs or {}))
-        if func._overloadpacket is torch.ops.aten.any:
-            setattr(result, _IS_ANY, True)
+        result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             nbytes = sum(tensor.nbytes for tensor in tree_leaves(args[0]))
-            self._sums = Sums(self._sums.number + 1, self._sums.nbytes + nbytes)
-        # Without views of the arguments, whose memory may be older.
-        given = {_memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        self.storages.add(tensor for tensor in tree_leaves(result)
-                          if isinstance(tensor, Tensor) and _memory(tensor) not in given)
-        count = flop_registry.get(func._overloadpacket)
-        if func is _GROUPED_MM:  # a row of one is multiplied with one matrix of the other
-            self.flops += 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
+            self._now.sums = Sums(self._now.sums.number + 1, self._now.sums.nbytes + nbytes)
+        # W adds products to its sums in place.
+        packet = getattr(torch.ops.aten, str(func._overloadpacket).rpartition(".")[2].rstrip("_"), None)
+        count = flop_registry.get(func._overloadpacket) or flop_registry.get(packet)
+        if func is GROUPED_MM:  # a row of one is multiplied with one matrix of the other
+            self._now.flops += 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
         elif count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+            self._now.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
-
-
-class _FusedAttention(TorchFunctionMode):
-    """In place of torch's attention, which on the meta device would be the one that keeps scores."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            query, key, value, *others = args
-            mask = others[0] if others else (kwargs or {}).get("attn_mask")
-            return _Attention.apply(self._watch, query, key, value, mask)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """The shapes of a fused attention's outputs and gradients, and its FLOPs."""
-
-    @staticmethod
-    def forward(ctx: Any, watch: _Watch, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        samples, heads, length, _ = query.shape
-        # In the order of the tokens, as kernels return it: what comes next then needs no copy.
-        output = query.new_empty(samples, length, heads, value.shape[-1]).transpose(1, 2)
-        ctx.watch = watch
-        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        watch.flops += sdpa_flop_count(  # type: ignore[no-untyped-call]
-            query.shape, _heads(key, query), _heads(value, query))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        ctx.watch.flops += sdpa_backward_flop_count(  # type: ignore[no-untyped-call]
-            gradient.shape, query.shape, _heads(key, query), _heads(value, query))
-        return None, torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _heads(of: Tensor, query: Tensor) -> torch.Size:
-    """The shape of keys or values, with a head for each of the queries'."""
-    return torch.Size((of.shape[0], query.shape[1], *of.shape[2:]))

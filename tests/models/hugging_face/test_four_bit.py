@@ -25,7 +25,7 @@ from tiny_model import save_tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from ds_vshape.measure.memory import parameter_bytes
+from ds_vshape.measure.accounting import parameter_bytes
 from ds_vshape.models.hugging_face import load_weights, pipeline_layers
 from ds_vshape.models.hugging_face.layers import Part
 from ds_vshape.models.hugging_face.lora_files import read_config

@@ -1,0 +1,107 @@
+"""How an engine keeps to a memory limit in bytes: what the passes may take, known by shapes before the first batch and
+measured in the second one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.config.section import KEY, ScheduleConfig
+from ds_vshape.config.to_schedule import Room, gives_back_memory
+from ds_vshape.deepspeed_adapter.engine import StockEngine
+from ds_vshape.engine.plans import Plans
+from ds_vshape.engine.rank_limit import RankLimit
+from ds_vshape.engine.shape_rehearsal import ShapeRehearsal
+from ds_vshape.measure.observer import Observer
+from ds_vshape.measure.rank_memory import readable
+from ds_vshape.runtime.micro_batch import loss_of
+from ds_vshape.runtime.token_mean import ITEMS
+from ds_vshape.schedule.named import ADAPTIVE
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.split_backward import GradientAccumulator, Operators
+from ds_vshape.split_backward.head import EarlyGradients
+
+_BY_SHAPES, _MEASURED = "by shapes, before training", "as measured in training"
+
+
+class MemoryLimits(StockEngine):
+    """The limits of a PipelineEngine, which has what is declared here."""
+
+    global_rank: int
+    placement: Placement
+    _limit: RankLimit | None
+    _observer: Observer
+    _operators: Operators
+    _plans: Plans
+    _sums: Any
+    _log: Callable[[str], None]
+    peek: Callable[[], tuple[Any, Any]]
+
+    def _set_limit(self, config: ScheduleConfig) -> None:
+        """Collective, as all that follows."""
+        limit = config.memory_limit
+        self._limit = RankLimit(limit, self.placement, Exchange(), gives_back_memory(config)) if isinstance(
+            limit, int) else None
+        if isinstance(limit, int) and config.name == ADAPTIVE:
+            self._log(f"{KEY}.memory_limit = {readable(limit)} holds for all that a rank needs; for activations alone "
+                      f"give {{\"activations\": ...}}, as bytes meant before ds_vshape 0.2")
+        self._looked = self._limit is None
+
+    def room(self) -> Room | None:
+        """What passes may take and what they need, once sizes have been measured; None where they are unknown."""
+        sizes = self._observer.sizes
+        if sizes is None:
+            return None
+        if self._limit is None:
+            return Room(*sizes)
+        return self._limit.room(self._observer.memory(self._present()), sizes, _MEASURED)
+
+    def look_at_shapes(self) -> None:
+        """Before the first batch: refuse a limit that can't be met as far as shapes tell, or start with a schedule that
+        keeps to it."""
+        limit, self._looked = self._limit, True
+        assert limit is not None
+        inputs = labels = None
+        if self.is_first_stage() or self.is_last_stage():
+            # The batch itself meets what is wrong with its data.
+            with suppress(Exception):
+                inputs, labels = self.peek()
+        rehearsal = ShapeRehearsal(self.module, self._loss_of_shapes, self._sums.holds, self._operators,
+                                   self.module.schedule_config.gradient_accumulation_fusion)
+        pipeline = next(ranks for ranks in self.grid.pipe_groups if self.global_rank in ranks)
+        sizes, unknown = rehearsal.sizes(inputs, labels, limit.exchange, pipeline)
+        self._observer.take_shapes(sizes)
+        memory = self._observer.memory(self._present())
+        if sizes is None:
+            self._log(f"{KEY}.memory_limit: what activations take isn't known before they are measured in training: "
+                      f"{unknown}")
+        else:
+            for rank, of_rank in enumerate(memory):
+                self._log(f"pipeline rank {rank} will need {of_rank}, by its shapes")
+            breaks = not limit.gives_back and not limit.fits(memory)
+            if breaks and self._plans.start_within(limit.room(memory, sizes, _BY_SHAPES)):
+                memory = self._observer.memory(self._present())
+        # Shapes don't say what recomputation and offload would leave.
+        if not limit.gives_back:
+            limit.check(self._present().name, memory, sizes, _BY_SHAPES)
+
+    def check_measured(self) -> None:
+        """Refuse a limit that the present schedule breaks, once sizes have been measured; one that is planned comes
+        later, within what is left."""
+        if self._limit is not None and not self._plans.will_plan:
+            memory = self._observer.memory(self._present())
+            self._limit.check(self._present().name, memory, self._observer.sizes, _MEASURED)
+
+    def _present(self) -> Schedule:
+        return self._plans.training(self.micro_batches).schedule
+
+    def _loss_of_shapes(self, outputs: Any, labels: Any, accumulator: GradientAccumulator) -> Any:
+        """The loss of the last stage's outputs without data."""
+        module: Any = self.module
+        items = {ITEMS: 1} if module.averages_tokens else {}
+        early = EarlyGradients(outputs.device if hasattr(outputs, "device") else self.device)
+        with early.active(outputs, accumulator, self.gradient_of_loss) as given:
+            return loss_of(lambda out, of: module.loss_fn(out, of, **items), given, labels)
