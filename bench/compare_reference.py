@@ -11,7 +11,8 @@ the named schedules', which are made for equal times. Exits with 1 if a cell wit
 
 With --time-limit, `adaptive` is planned for each cell within the peak of each of the reference's schedules, and within
 half of 1F1B's; then a plan that is slower than any of the reference's within its peak exits with 1, too. --peaks-of
-takes the peaks of one of the reference's schedules alone. With --cache plans are kept in a folder, and a run that was
+takes the peaks of one of the reference's schedules alone. With --cores plans use several cores, for so many processor
+seconds on each. With --cache plans are kept in a folder, and a run that was
 cut off goes on from there.
 """
 
@@ -161,8 +162,8 @@ class Planned:
         return self.peak == self.ranks >= 8 and self.micro_batches >= 2 * self.ranks
 
 
-def plan_cells(cells: list[Mapping[str, Any]], time_limit: float, peaks_of: str | None,
-               cache: Path | None) -> Iterator[Planned]:
+def plan_cells(cells: list[Mapping[str, Any]], time_limit: float, peaks_of: str | None, cache: Path | None,
+               cores: int) -> Iterator[Planned]:
     """`adaptive` for every cell and peak, or every cell at the peak of the reference's schedule `peaks_of`."""
     for cell in tqdm(cells, unit="cell", disable=None):
         ranks, micro_batches = cell["stages"], cell["micro_batches"]
@@ -175,7 +176,7 @@ def plan_cells(cells: list[Mapping[str, Any]], time_limit: float, peaks_of: str 
         for peak in sorted(peaks):
             problem = Problem(ranks, micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
                               (float(peak),) * ranks)
-            found = plan(problem, time_limit, cache=cache, clock=time.process_time)
+            found = plan(problem, time_limit, cache=cache, clock=lambda: time.process_time() / cores, cores=cores)
             if max(peak_activations(found.schedule)) > peak:
                 raise AssertionError(f"a plan for a peak of {peak} has {peak_activations(found.schedule)}")
             yield Planned(
@@ -253,6 +254,7 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float,
                         help="plan `adaptive`, too, with so many processor seconds for each plan")
     parser.add_argument("--peaks-of", metavar="SCHEDULE", help="plan at the peaks of this one of the reference alone")
+    parser.add_argument("--cores", type=int, default=1, help="how many cores a plan uses (default: 1)")
     record.add_json_option(parser)
     parser.add_argument("--cache", type=Path, help="the folder where plans are kept")
     arguments = parser.parse_args()
@@ -266,7 +268,8 @@ def main() -> int:
     broken = [c for c in comparisons if c.equal_times and not c.holds]
     fine, planned = True, []
     if arguments.time_limit is not None:
-        planned = list(plan_cells(cells, arguments.time_limit, arguments.peaks_of, arguments.cache))
+        planned = list(plan_cells(cells, arguments.time_limit, arguments.peaks_of, arguments.cache,
+                                  arguments.cores))
         fine = compare_planned(planned, console)
     record.write(arguments.json, {"named": [asdict(c) for c in comparisons], "planned": [
         {**asdict(p), "least": p.least if isfinite(p.least) else None} for p in planned]})

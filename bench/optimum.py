@@ -28,6 +28,7 @@ import record
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycles import best_cycles, periods
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
 from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.adaptive.seeds import known_schedules
@@ -194,7 +195,8 @@ def annealed(cell: Cell, group: int, seconds: float) -> float | None:
     starts = [start for orders in map(scheduler.orders_of, known_schedules(scheduler.problem)) if orders is not None
               for start in periods(orders, [(group, 1)], 1)]
     began = time.process_time()
-    found = best_cycles(scheduler, starts, lambda: 1 - (time.process_time() - began) / seconds, Random(0), 1)
+    found = best_cycles(scheduler, starts, lambda: 1 - (time.process_time() - began) / seconds, Random(0),
+                        Lanes(1), 1)
     return found[0].interval if found else None
 
 

@@ -12,7 +12,7 @@ from ds_vshape.schedule.choose import Choice
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.metrics import Metrics, measure
 from ds_vshape.schedule.named import ADAPTIVE, placement_of
-from ds_vshape.schedule.request import Request
+from ds_vshape.schedule.request import Request, usable_cores
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.serial import pass_to_json
 from ds_vshape.schedule.timeline import Timeline
@@ -80,5 +80,6 @@ def plan_one(name: str, options: PlanOptions, limit: Limit | None, progress: Cal
     count = None if limit is None or name != ADAPTIVE else limit.count(ranks, micro_batches)
     request = Request.within(count, name, ranks, micro_batches, giving_back.times(options.times.on(placement)),
                              giving_back.sizes(placement), time_limit=options.time_limit, cache=options.cache)
-    request = replace(request, recompute=giving_back.recompute, offload=giving_back.offload)
+    request = replace(request, recompute=giving_back.recompute, offload=giving_back.offload,
+                      cores=usable_cores())
     return Outcome.of(request.choose(progress), options.times, giving_back)

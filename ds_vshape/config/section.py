@@ -216,7 +216,8 @@ class ScheduleConfig(BaseModel):
     """Plan for passes that all take equally long, or for the times that are measured in the first batches."""
 
     planning_seconds: PlanningTime = 10.0
-    """The longest time that planning takes. With `"times": "profile"` training continues meanwhile."""
+    """The longest time that planning takes. With `"times": "profile"` training continues meanwhile, and planning uses
+    the cores that this host's ranks leave free, at least one."""
 
     micro_batch_order: Literal["data", "length"] = "data"
     """The order in which a batch's micro-batches are trained: that of the data, or, where they are of different

@@ -16,6 +16,7 @@ All ranks go through the phases together, so every exchange here is a collective
 from __future__ import annotations
 
 import enum
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ from ds_vshape.schedule.fuse import unfused
 from ds_vshape.schedule.named import ADAPTIVE
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.request import Answer, Planned, Request
+from ds_vshape.schedule.request import Answer, Planned, Request, usable_cores
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Times, simulate
 
@@ -248,7 +249,9 @@ class _FirstPlans:
         Raises PipelineError on every rank if there is neither.
         """
         times = equal_times(self.placement.stages)
-        self.planner.start(request_for(self.config, self.placement.ranks, micro_batches, times, room, cache.folder()))
+        request = request_for(self.config, self.placement.ranks, micro_batches, times, room, cache.folder())
+        # All ranks wait.
+        self.planner.start(replace(request, cores=usable_cores()))
         try:
             return _planned(self.planner.wait(), self.config)["schedule"]
         except PlannerFailed as failure:
@@ -356,6 +359,7 @@ class MeasuredSchedules:
         in_bytes = is_in_bytes(self._config)
         room = self._room() if in_bytes or gives_back_memory(self._config) else None
         request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder())
+        request = replace(request, cores=_spare_cores())
         self._planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)
 
@@ -419,6 +423,13 @@ class MeasuredSchedules:
 
 def _planner(config: ScheduleConfig, exchange: Exchange) -> Planner:
     return Planner(exchange, dist.get_rank() == 0, config.timeout_seconds)
+
+
+def _spare_cores() -> int:
+    """How many cores the planner may use while this host's ranks train: one for each of them is theirs, and one the
+    planner's in any case, at the lowest priority. Without the launcher's word all ranks of the job are on this host.
+    """
+    return max(1, usable_cores() - int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
 
 
 def _asked(config: ScheduleConfig) -> str:

@@ -73,14 +73,15 @@ def level_of(order: Schedule, activations: Activations) -> Limits:
 def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations,
                  limits: Limits | None = None, working: Working | None = None, *, recompute: bool = False,
                  offload: bool = False, time_limit: float = 10.0,
-                 progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None) -> Choice:
+                 progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None,
+                 cores: int = 1) -> Choice:
     """The schedule `name` for a batch of `micro_batches` on `ranks` ranks when passes take `times`.
 
     `times` and `activations` are those of the stages of `named.placement_of(name, ranks)`. `limits` hold for `adaptive`
     (without them, 1F1B's peak does), with `working` also for what passes need while they run; its plan may `recompute`
     and `offload`. The other names bring their own peak, which `memory_limit` checks. Planning takes at most about
-    `time_limit` seconds, tells `progress` the fraction done, and keeps its results in the folder `cache`. Raises
-    ValueError for an unknown name and counts below 1, and LimitError for limits that can't be met.
+    `time_limit` seconds on up to `cores` cores, tells `progress` the fraction done, and keeps its results in the folder
+    `cache`. Raises ValueError for an unknown name and counts below 1, and LimitError for limits that can't be met.
     """
     began = perf_counter()
     if name == ADAPTIVE:
@@ -88,29 +89,29 @@ def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activa
             limits = limits_at(1.0, ranks, micro_batches, activations)
         problem_of = partial(Problem, ranks, micro_batches, times, activations, recompute=recompute, offload=offload)
         if working is not None:
-            return _choose_within(limits, working, problem_of, time_limit, progress, cache)
+            return _choose_within(limits, working, problem_of, time_limit, progress, cache, cores)
         problem = problem_of(limits)
-        return _chosen(plan(problem, time_limit, progress, cache), name)
+        return _chosen(plan(problem, time_limit, progress, cache, cores=cores), name)
     order = build(name, ranks, micro_batches)
     timeline, level = simulate(order, times), level_of(order, activations)
     bound = lower_bound_of_limits(order.placement, micro_batches, times, activations, level)
     choice = Choice(order, timeline, peak_activations(order, activations), bound, perf_counter() - began, NAMED_ORDER)
     if name not in TIMED or _alike(times) or timeline.makespan <= bound:
         return choice
-    found = plan(Problem(ranks, micro_batches, times, activations, level), time_limit, progress, cache)
+    found = plan(Problem(ranks, micro_batches, times, activations, level), time_limit, progress, cache, cores=cores)
     better = _chosen(found, name) if found.timeline.makespan < timeline.makespan else choice
     return replace(better, planning_s=perf_counter() - began)
 
 
 def _choose_within(limits: Limits, working: Working, problem_of: Callable[[Limits], Problem], time_limit: float,
-                   progress: Callable[[float], None], cache: Path | None) -> Choice:
+                   progress: Callable[[float], None], cache: Path | None, cores: int) -> Choice:
     """An adaptive schedule within `limits` that hold for running passes, too."""
     began = perf_counter()
 
     def planned(left: Limits) -> Schedule:
         remaining = max(time_limit - (perf_counter() - began), time_limit * _LAST)
         share = remaining * (_FIRST if remaining > time_limit / 2 else 1)
-        return plan(problem_of(left), share, progress, cache).schedule
+        return plan(problem_of(left), share, progress, cache, cores=cores).schedule
 
     # What no limit forbids.
     free = problem_of((_UNLIMITED,) * len(limits))

@@ -6,6 +6,7 @@ the training that goes on meanwhile. The answer is checked before anything is tr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,17 @@ from ds_vshape.schedule.within import peaks_with_passes
 _REST_BYTES = 4096
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Request:
     """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit. With
     `working` they hold for what passes need while they run, too.
 
-    `recompute` and `offload` say what the plan may do besides ordering.
+    `recompute` and `offload` say what the plan may do besides ordering. Planning uses up to `cores` cores.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Request:
     recompute: bool = False
     offload: bool = False
     working: Working | None = None
+    cores: int = 1
 
     @classmethod
     def within(cls, limit: float | None, name: str, ranks: int, micro_batches: int, times: Times,
@@ -63,7 +70,8 @@ class Request:
         """Plan in this process; raises ValueError as `choose.schedule_for` does."""
         return schedule_for(self.name, self.ranks, self.micro_batches, self.times, self.activations, self.limits,
                             self.working, recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
-                            progress=progress, cache=None if self.cache is None else Path(self.cache))
+                            progress=progress, cores=self.cores,
+                            cache=None if self.cache is None else Path(self.cache))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain values."""

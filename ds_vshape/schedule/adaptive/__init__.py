@@ -17,6 +17,7 @@
     extended.py          few micro-batches to many
     reduced.py           many ranks to few
     rounds.py            a race of runs, and rounds of annealing; annealing.py is the loop
+    lanes.py             loops side by side, one for each core
     layout.py            a problem as arrays, for the loops
     memory/              plans that recompute activations or offload them to the host
     machine_code.py      the loops compiled; compilation.py does it before the time counts

@@ -8,7 +8,7 @@ orders.
     moves     _shift, _move, _allowed, _move_on_ranks
     anneal    _critical, anneal
 
-machine_code.py says why all of it is in one file.
+machine_code.py says why all of it is in one file. Several threads run it at once (lanes.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ some lead into a later period; the interval at which all ranks can go round for 
 periods among the graph's cycles. Howard's policy iteration finds it, and such a cycle with it (Cochet-Terrasson et al.,
 "Numerical computation of spectral elements in max-plus algebra", 1998; Dasdan's comparison of algorithms, 2004): each
 node follows one of the nodes it waits for, and changes over to one that holds it up more. From one try to the next
-little changes, so it begins with the last choices. A move that is too long shows with the first cycle that is.
+little changes, so it begins with the last choices. A move that is too long shows with the first cycle that is. Several
+threads run it at once (lanes.py).
 """
 
 from __future__ import annotations

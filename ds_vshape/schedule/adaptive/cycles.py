@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from random import Random
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.list_scheduler import F0, KINDS, W0, ListScheduler
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK
@@ -74,6 +76,7 @@ class _Racer:
         self.now = start.orders.copy(), start.leads.copy()
         self.best = start.orders.copy(), start.leads.copy()
         self.interval = float("inf")
+        self.tries_left = 0
         self.goal = scheduler.work * start.group
         self.temperature = scheduler.work * _TEMPERATURE
 
@@ -84,13 +87,18 @@ class _Racer:
 
     @property
     def done(self) -> bool:
-        """Whether there is no bubble left."""
-        return self.interval <= self.goal * (1 + SLACK)
+        """Whether there is no bubble left, or no try in this round."""
+        return self.tries_left <= 0 or self.interval <= self.goal * (1 + SLACK)
 
     def run(self, tries: int, seed: int) -> None:
         """So many tries."""
         self.interval = anneal_cycle(self.layout, self.start.group, *self.now, *self.best, self.interval, tries,
                                      self.temperature, self.goal, seed)
+        self.tries_left -= tries
+
+    def step(self, seed: int) -> Callable[[], None]:
+        """What to call for some of the tries that are left."""
+        return partial(self.run, min(self.tries_left, max(10, _STEP // self.start.orders.size)), seed)
 
     def cycle(self) -> Cycle:
         """The best so far."""
@@ -98,7 +106,7 @@ class _Racer:
 
 
 def best_cycles(scheduler: ListScheduler, starts: Iterable[Cycle], left: Callable[[], float], random: Random,
-                most: int) -> list[Cycle]:
+                lanes: Lanes, most: int) -> list[Cycle]:
     """Up to `most` cycles, the fastest first, that annealing makes of `starts` until `left`, a share of time, is 0."""
     racers = [_Racer(scheduler, start) for start in starts]
     for racer in racers:
@@ -112,12 +120,12 @@ def best_cycles(scheduler: ListScheduler, starts: Iterable[Cycle], left: Callabl
         if not racers:
             break
         length = left() / (_ROUNDS - round_) / len(racers)
-        for racer in racers:
-            until, tries = left() - length, _TRIES * racer.start.orders.size // _ROUNDS
-            while tries > 0 and left() > max(until, 0.0) and not racer.done:
-                some = min(tries, max(10, _STEP // racer.start.orders.size))
-                racer.run(some, random.getrandbits(31))
-                tries -= some
+        for group in lanes.groups(racers):
+            until = left() - length * len(group)
+            for racer in group:
+                racer.tries_left = _TRIES * racer.start.orders.size // _ROUNDS
+            while (running := [racer for racer in group if not racer.done]) and left() > max(until, 0.0):
+                lanes.run([racer.step(random.getrandbits(31)) for racer in running])
         racers = sorted(racers, key=lambda racer: racer.pace)[:(len(racers) + 2) // 3]
     found = {(racer.interval, racer.start.group): racer.cycle() for racer in sorted(every, key=lambda one: one.pace)}
     return list(found.values())[:most]

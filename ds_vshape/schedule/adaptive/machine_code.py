@@ -32,7 +32,7 @@ def jit(function: Function) -> Function:
     if _NJIT is None:
         return function
     try:
-        compiled: Function = _NJIT(cache=True, error_model="numpy")(function)
+        compiled: Function = _NJIT(cache=True, error_model="numpy", nogil=True)(function)
     except RuntimeError:  # no folder to keep it in
-        compiled = _NJIT(error_model="numpy")(function)
+        compiled = _NJIT(error_model="numpy", nogil=True)(function)
     return compiled

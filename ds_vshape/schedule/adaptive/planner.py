@@ -43,14 +43,15 @@ def _silent(done: float) -> None:
 
 
 def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float], None] = _silent,
-         cache: Path | None = None, clock: Callable[[], float] = time.perf_counter) -> Plan:
+         cache: Path | None = None, clock: Callable[[], float] = time.perf_counter, cores: int = 1) -> Plan:
     """The best schedule of `problem` found in about `time_limit` seconds.
 
     `progress` is called with the share of the time that has passed, up to 1. With `cache`, a directory, a plan made
     before for the same problem and time limit is read from there, and a new one written. However short the time, the
     plan is no slower than any of the table's V schedules within the limits. Time is that of `clock`, in seconds; with
     `time.process_time` it doesn't matter how busy the machine is. What the first plan after an installation spends on
-    compiling doesn't count. Raises LimitError (when `problem` is made) for limits that can't be met.
+    compiling doesn't count. Annealing uses up to `cores` cores. Raises LimitError (when `problem` is
+    made) for limits that can't be met.
     """
     began = clock()
     bound = problem.lower_bound
@@ -60,7 +61,7 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
         timeline = simulate(schedule, problem.times)
     else:
         began += _compiling_time(clock, problem.recompute or problem.offload)
-        schedule, timeline = _search(problem, bound, lambda: clock() - began, time_limit, progress)
+        schedule, timeline = _search(problem, bound, lambda: clock() - began, time_limit, progress, cores)
         if file is not None:
             plan_cache.write(file, schedule)
     progress(1.0)
@@ -68,8 +69,9 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
 
 
 def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_limit: float,
-            progress: Callable[[float], None]) -> tuple[Schedule, Timeline]:
+            progress: Callable[[float], None], cores: int) -> tuple[Schedule, Timeline]:
     """The best schedule and its timeline."""
+    from ds_vshape.schedule.adaptive.lanes import Lanes
     from ds_vshape.schedule.adaptive.search import Search
 
     finishing = _finishing_time(problem)
@@ -80,8 +82,8 @@ def _search(problem: Problem, bound: float, elapsed: Callable[[], float], time_l
     if problem.recompute or problem.offload:
         from ds_vshape.schedule.adaptive.memory.search import MemorySearch
 
-        return _finished(MemorySearch(problem, bound, left).run(progress), problem)
-    search = Search(problem, bound, left)
+        return _finished(MemorySearch(problem, bound, left, Lanes(cores)).run(progress), problem)
+    search = Search(problem, bound, left, Lanes(cores))
     search.start()
     search.run(progress)
     return _finished(search.fastest()[1], problem)

@@ -6,7 +6,7 @@ from one repeating pattern to another, and the best one isn't known in advance, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import ceil, log2
 
@@ -44,8 +44,16 @@ class AnnealingRounds:
         # How often annealing has lately improved a run, by the temperature that it started from.
         self._successes = [1.0] * len(_HOT)
 
-    def anneal_one(self) -> None:
-        """A round of annealing of one of the best runs."""
+    def anneal_some(self) -> None:
+        """A round of annealing on each lane, of one of the best runs."""
+        starts = [self._start_of_round() for _ in range(self._trials.lanes.count)]
+        for (run, hot), improved in zip(starts, self._annealed(starts, _ROUND)):
+            index = _HOT.index(hot)
+            gained = improved.makespan < run.makespan
+            self._successes[index] = 1.0 if gained else max(0.1, self._successes[index] / 2)
+
+    def _start_of_round(self) -> tuple[PolicyRun, float]:
+        """One of the best runs, and the temperature to anneal it from."""
         trials, random = self._trials, self._trials.random
         incumbents = trials.incumbents.values()
         least = min(run.makespan for run in incumbents)
@@ -53,10 +61,7 @@ class AnnealingRounds:
         may_be_finer = run.policy.pieces * 2 <= trials.problem.max_pieces and not trials.scheduler.fused
         if may_be_finer and random.random() < _FINER:
             run = _finer(run, trials.scheduler)
-        hot = random.choices(_HOT, self._successes)[0]
-        improved = self._annealed(run, hot, _ROUND)
-        index = _HOT.index(hot)
-        self._successes[index] = 1.0 if improved.makespan < run.makespan else max(0.1, self._successes[index] / 2)
+        return run, random.choices(_HOT, self._successes)[0]
 
     def race(self, runs: Iterable[PolicyRun], progress: Progress) -> list[PolicyRun]:
         """Anneal the best of `runs`, then the better half of them for twice as long, until one is left.
@@ -71,30 +76,58 @@ class AnnealingRounds:
         heats = max(1, ceil(log2(len(racers))))
         length = trials.left() * _RACE / heats
         while len(racers) > 1 and not trials.done:
-            after = []
-            for run in racers:
+            after: list[PolicyRun] = []
+            for group in trials.lanes.groups(racers):
                 trials.report(progress)
-                after.append(self._annealed(run, _RACE_HOT, length / len(racers)))
+                after += self._annealed([(run, _RACE_HOT) for run in group], length * len(group) / len(racers))
             racers = sorted(after, key=lambda run: run.makespan)[:ceil(len(after) / 2)]
             survivors += reversed(racers)
         return survivors
 
-    def _annealed(self, run: PolicyRun, hot: float, length: float) -> PolicyRun:
-        """`run` after annealing from the temperature `hot` down, in the share `length` of the time; kept if good."""
-        trials, scheduler = self._trials, self._trials.scheduler
-        layout, orders = scheduler.layouts(run.policy.pieces), run.orders.copy()
-        best, best_orders = run.makespan, orders.copy()
-        tries = max(10, _PASSES_A_STEP // orders.size)
+    def _annealed(self, starts: Sequence[tuple[PolicyRun, float]], length: float) -> list[PolicyRun]:
+        """The runs after annealing from their temperatures down, side by side, in the share `length` of the time; those
+        that are good are kept."""
+        trials = self._trials
+        annealed = [_Annealed(run, hot, trials) for run, hot in starts]
         began = left = trials.left()
         length = min(length, began)
-        while left > began - length and left > 0 and best > trials.goal * (1 + SLACK):
-            temperature = scheduler.work * hot * (_COLD / hot) ** ((began - left) / length)
-            best = anneal(layout, orders, best_orders, best, tries, temperature, trials.goal,
-                          trials.random.getrandbits(31))
+        while left > began - length and left > 0 and not any(each.done for each in annealed):
+            cooled = (began - left) / length
+            trials.lanes.run([each.steps(cooled, trials.random.getrandbits(31)) for each in annealed])
             left = trials.left()
-        improved = scheduler.left_shift(best_orders, run.policy) or run
-        trials.keep(improved)
+        improved = [each.improved() for each in annealed]
+        for run in improved:
+            trials.keep(run)
         return improved
+
+
+class _Annealed:
+    """A run while it's annealed, from the temperature `hot` on."""
+
+    def __init__(self, run: PolicyRun, hot: float, trials: Trials) -> None:
+        self._run, self._hot, self._goal, self._scheduler = run, hot, trials.goal, trials.scheduler
+        self._orders, self._best_orders, self._best = run.orders.copy(), run.orders.copy(), run.makespan
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can be better."""
+        return self._best <= self._goal * (1 + SLACK)
+
+    def steps(self, cooled: float, seed: int) -> Callable[[], None]:
+        """What to call for some steps, where the share `cooled` of the way down is done."""
+        layout = self._scheduler.layouts(self._run.policy.pieces)
+        temperature = self._scheduler.work * self._hot * (_COLD / self._hot) ** cooled
+        tries = max(10, _PASSES_A_STEP // self._orders.size)
+
+        def run() -> None:
+            self._best = anneal(layout, self._orders, self._best_orders, self._best, tries, temperature, self._goal,
+                                seed)
+
+        return run
+
+    def improved(self) -> PolicyRun:
+        """The best that it became."""
+        return self._scheduler.left_shift(self._best_orders, self._run.policy) or self._run
 
 
 def _finer(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:

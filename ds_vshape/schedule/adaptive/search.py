@@ -17,6 +17,7 @@ from collections.abc import Callable
 from ds_vshape.schedule.adaptive.cycles import Cycle
 from ds_vshape.schedule.adaptive.extended import fewer_micro_batches
 from ds_vshape.schedule.adaptive.imitation import extend, imitate, lengthen
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.list_scheduler import PolicyRun
 from ds_vshape.schedule.adaptive.population import Population
 from ds_vshape.schedule.adaptive.problem import Problem
@@ -48,8 +49,8 @@ class Search:
     The same calls with the same clock give the same schedule: all chance comes from one seed.
     """
 
-    def __init__(self, problem: Problem, goal: float, left: Callable[[], float]) -> None:
-        self.trials = Trials(problem, goal, left)
+    def __init__(self, problem: Problem, goal: float, left: Callable[[], float], lanes: Lanes) -> None:
+        self.trials = Trials(problem, goal, left, lanes)
         self._population = Population(self.trials)
         self._rounds = AnnealingRounds(self.trials)
         # Makespans and schedules of the table that are within the limits, if they aren't just like a run.
@@ -84,14 +85,14 @@ class Search:
         self._population.add_fastest()
 
     def step(self) -> None:
-        """Try one more block, or anneal one more run."""
+        """Try one more block, or anneal one more run on each lane."""
         left = self.trials.left()
         if (left > _RANDOM and not self._adopted) or not self._population:
             self._population.add_random()
         elif left > _ANNEALING:
             self._population.add_descendant(late=left < (_RANDOM + _ANNEALING) / 2)
         else:
-            self._rounds.anneal_one()
+            self._rounds.anneal_some()
 
     def run(self, progress: Progress) -> None:
         """Search to the end; first with fewer ranks or micro-batches, if there are many, and then go on from there."""
@@ -173,7 +174,8 @@ class Search:
         left = self.trials.left
         began = max(left(), 1e-9)
         share *= began
-        smaller = Search(problem, problem.lower_bound, lambda: 1 - (began - left()) / share)
+        smaller = Search(problem, problem.lower_bound, lambda: 1 - (began - left()) / share,
+                         self.trials.lanes)
         smaller.start()
         part(smaller, lambda done: self.trials.report(progress))
         return smaller

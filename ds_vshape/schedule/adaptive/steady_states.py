@@ -42,7 +42,8 @@ def find_cycles(trials: Trials, population: Population) -> list[Cycle]:
     for block in population.blocks(_BLOCKS):
         run = scheduler.run(replace(block, pieces=1).policy(scheduler))
         starts += periods(run.orders, _BLOCK_SIZES, 1) if run is not None and trials.left() > until else []
-    return best_cycles(trials.scheduler, starts, lambda: trials.left() - until, trials.random, _MOST)
+    return best_cycles(trials.scheduler, starts, lambda: trials.left() - until, trials.random, trials.lanes,
+                       _MOST)
 
 
 def try_cycles(trials: Trials, cycles: Sequence[Cycle]) -> list[PolicyRun]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.list_scheduler import KINDS, ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 
@@ -22,10 +23,11 @@ class Trials:
         problem: what runs are of.
         goal: a makespan that no run is below.
         left: the share of the time that is left, from 1 to 0.
+        lanes: what annealing may use.
     """
 
-    def __init__(self, problem: Problem, goal: float, left: Callable[[], float]) -> None:
-        self.problem, self.goal, self.left = problem, goal, left
+    def __init__(self, problem: Problem, goal: float, left: Callable[[], float], lanes: Lanes) -> None:
+        self.problem, self.goal, self.left, self.lanes = problem, goal, left, lanes
         self.scheduler = ListScheduler(problem)
         # The only source of random numbers of a search.
         self.random = Random(0)

@@ -8,20 +8,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from functools import partial
 from random import Random
+from threading import Barrier
 
 import numpy as np
 import pytest
 from brute_force import optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_problems import counted, entry_costs
+from planner_problems import assert_plan_is_right, counted, entry_costs
 
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Problem, plan, search
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.blocks import BlockParameters
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
+from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.reduced import reduced
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.passes import Kind
@@ -161,21 +165,35 @@ def test_without_numba_it_is_no_worse_than_the_papers_schedules() -> None:
     assert json.loads(done.stdout) == [run.makespan, run.orders.tolist(), best.tolist()]
 
 
-def test_the_same_steps_give_the_same_schedule() -> None:
-    """All chance comes from one seed, so only the clock can make a difference."""
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_same_steps_give_the_same_schedule(lanes: int) -> None:
+    """All chance comes from one seed, so only the clock can make a difference, not which thread is faster."""
     def after(steps: int) -> Callable[[], float]:
         left = iter([1 - step / steps for step in range(steps + 1)] + [0.0] * 9)
         return lambda: next(left)
 
     runs = []
     for _ in range(2):
-        tried = search.Search(counted(4, 8, (10, 12, 8, 1), 5), 0.0, after(80))
+        tried = search.Search(counted(4, 8, (10, 12, 8, 1), 5), 0.0, after(80), Lanes(lanes))
         tried.start()
         while not tried.done:
             tried.step()
         assert tried.best is not None
         runs.append(tried.best)
     assert (runs[0].orders == runs[1].orders).all()
+
+
+@pytest.mark.skipif(not COMPILED, reason="without machine code there is one lane")
+def test_lanes_run_side_by_side() -> None:
+    meet = Barrier(3)
+    assert sorted(Lanes(3).run([partial(meet.wait, 20)] * 3)) == [0, 1, 2]
+    assert list(Lanes(2).groups("abcde")) == ["ab", "cd", "e"]
+
+
+@pytest.mark.parametrize("batch", [9, 24])
+def test_plans_of_many_cores_are_right(batch: int) -> None:
+    problem = counted(4, batch, (10, 9, 7, 1), 4)
+    assert_plan_is_right(plan(problem, 0.5, cores=2), problem)
 
 
 def test_backwards_are_whole_where_no_rank_waits() -> None:

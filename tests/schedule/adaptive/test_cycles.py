@@ -18,6 +18,7 @@ from ds_vshape.schedule.adaptive import Problem, plan
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import lengthened, with_micro_batches
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.schedule import check
@@ -35,7 +36,7 @@ def in_turn(ranks: int, group: int = 1, pieces: int = 1) -> Cycle:
 def annealed(problem: Problem, start: Cycle, seed: int = 0, passes: int = 100) -> Cycle:
     """The best of so many looks at the clock."""
     looks = iter(range(passes, -1, -1))
-    [cycle] = best_cycles(ListScheduler(problem), [start], lambda: next(looks, 0) / passes, Random(seed), 1)
+    [cycle] = best_cycles(ListScheduler(problem), [start], lambda: next(looks, 0) / passes, Random(seed), Lanes(2), 1)
     return cycle
 
 

@@ -19,6 +19,7 @@ from random import Random
 import numpy as np
 
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.memory import relaxed
 from ds_vshape.schedule.adaptive.memory.annealing import (anneal, empty_steps, empty_timing, insert_copies,
@@ -77,8 +78,8 @@ class Pattern:
 class MemorySearch:
     """Looks for a plan of `problem` until `left`, the share of the time that is left, is 0, or `goal` is reached."""
 
-    def __init__(self, problem: Problem, goal: float, left: Callable[[], float]) -> None:
-        self._problem, self._goal, self._left = problem, goal, left
+    def __init__(self, problem: Problem, goal: float, left: Callable[[], float], lanes: Lanes) -> None:
+        self._problem, self._goal, self._left, self._lanes = problem, goal, left, lanes
         self._keeping = Keeping(problem)
         self._layout = cache(lambda pieces: layout_of(problem, self._keeping, pieces))
         self._random = Random(0)
@@ -133,7 +134,7 @@ class MemorySearch:
         goal = problem.lower_bound
         if self.done or began <= until or goal >= self._best():
             return []
-        search = Search(problem, goal, lambda: (self._left() - until) / (began - until))
+        search = Search(problem, goal, lambda: (self._left() - until) / (began - until), self._lanes)
         search.start()
         search.run(lambda done: progress(1 - self._left()))
         return [search.fastest()]
@@ -292,6 +293,6 @@ def run_loops() -> None:
     """Run each of MEMORY_LOOPS once, on a batch that is soon done."""
     sizes = Activations((1.0,) * 4, (1.0,) * 4, ((0.5,),) * 4)
     problem = Problem(2, 2, Times.uniform(4), sizes, (4.0, 4.0), recompute=True, offload=True)
-    search = MemorySearch(problem, 0.0, count(1.0, -0.4).__next__)
+    search = MemorySearch(problem, 0.0, count(1.0, -0.4).__next__, Lanes(1))
     search._try_order(_one_by_one(problem), [Pattern((1,), (1,))], -inf)
     search._annealed(search._candidates[0], _COLD, 0.5, as_it_is=False)
