@@ -174,7 +174,7 @@ def plan_cells(cells: list[Mapping[str, Any]], time_limit: float, peaks_of: str 
         if peaks_of is None and ranks >= 8 and micro_batches >= 2 * ranks:
             peaks.add(ranks)
         for peak in sorted(peaks):
-            problem = Problem(ranks, micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
+            problem = Problem(v(ranks), micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
                               (float(peak),) * ranks)
             found = plan(problem, time_limit, cache=cache, clock=lambda: time.process_time() / cores, cores=cores)
             if max(peak_activations(found.schedule)) > peak:

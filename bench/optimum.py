@@ -61,7 +61,7 @@ class Cell:
 
     def problem(self, micro_batches: int) -> Problem:
         """As the planner is asked, with W whole."""
-        return Problem(self.ranks, micro_batches, self.of_stages, Activations.counted(v(self.ranks)),
+        return Problem(v(self.ranks), micro_batches, self.of_stages, Activations.counted(v(self.ranks)),
                        (float(self.peak),) * self.ranks, max_pieces=1)
 
     def duration(self, action: Pass) -> int:

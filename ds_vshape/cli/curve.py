@@ -100,7 +100,8 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
     others = tuple(_reference_points(reference, scale)) if reference is not None else ()
     allowed = _allowed(options.giving_back)
     counts = _counts(options, limits, 1 if len(allowed) > 1 else 2)
-    times = options.times.on(v(options.stages))
+    placement = v(options.stages)
+    times = options.times.on(placement)
     found: dict[str, list[Point]] = {str(each): [] for each in allowed}
     bound: list[Point] = []
     best: dict[str, Point] = {}
@@ -108,7 +109,8 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
         for turn, each in enumerate(allowed):
             part = _part(progress, place * len(allowed) + turn, len(counts) * len(allowed))
             try:
-                outcome = plan_one(ADAPTIVE, replace(options, giving_back=each), Limit(count, is_count=True), part)
+                outcome = plan_one(ADAPTIVE, placement, replace(options, giving_back=each),
+                                   Limit(count, is_count=True), part)
             except LimitError:
                 continue
             point = scale.point(ADAPTIVE, count, outcome.metrics.makespan)
@@ -118,8 +120,8 @@ def trace(options: PlanOptions, limits: Sequence[Limit] | None, reference: Path 
             best[str(each)] = scale.point(ADAPTIVE, count, makespan)
             found[str(each)].append(best[str(each)])
             if not each.any:
-                bound.append(scale.point("lower bound", count, lower_bound(v(options.stages), options.micro_batches,
-                                                                           times, count)))
+                least = lower_bound(placement, options.micro_batches, times, count)
+                bound.append(scale.point("lower bound", count, least))
     adaptive = tuple(found.pop(str(allowed[0])))
     feasible = {point.memory for points in (adaptive, *found.values()) for point in points}
     return Curve(options.stages, options.micro_batches, options.times, tuple(_named_points(scale)), adaptive,

@@ -17,6 +17,7 @@ from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, count_of
 from ds_vshape.schedule.named import ADAPTIVE, MOST_RANKS, SCHEDULES, most_micro_batches, placement_of
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 
 # Bounds of the options: seconds of planning; times of passes and hops, in any unit; the greatest ratio between them,
@@ -28,7 +29,7 @@ MOST_RATIO = 1e9
 MOST_ACTIVATIONS = 1e9
 MOST_LIMITS = 100
 # Options that --curve replaces: it shows all schedules, at all limits.
-_NOT_WITH_CURVE = ("schedule", "compare", "memory_limit", "json", "svg", "png")
+_NOT_WITH_CURVE = ("schedule", "chunks", "compare", "memory_limit", "json", "svg", "png")
 _ONLY_WITH_CURVE = ("limits", "reference")
 
 
@@ -63,9 +64,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What to plan: schedules by name, or none for the curve; `times` as the user gives them."""
+    """What to plan: schedules by name, with where their stages are, or none for the curve; `times` as the user gives
+    them."""
 
-    schedules: tuple[str, ...]
+    schedules: tuple[tuple[str, Placement], ...]
     stages: int
     micro_batches: int
     memory_limit: Limit | None
@@ -78,7 +80,8 @@ class PlanOptions:
     def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
         """Combine options and file; ValueError if neither has a value, or if they disagree."""
         _check_modes(arguments)
-        given = {key: getattr(arguments, key) for key in ("schedule", "stages", "micro_batches", "memory_limit")}
+        keys = ("schedule", "chunks", "stages", "micro_batches", "memory_limit")
+        given = {key: getattr(arguments, key) for key in keys}
         paths = [path for path in (arguments.config, arguments.config_option) if path is not None]
         if len(paths) > 1:
             raise ValueError(f"give one config file, not both {paths[0]} and {paths[1]}")
@@ -89,7 +92,7 @@ class PlanOptions:
                 given[key] = value
             elif given[key] != value:
                 raise ValueError(f"{_option(key)} says {given[key]}, but {paths[0]} says {value}")
-        schedule = given.pop("schedule")
+        schedule, chunks = given.pop("schedule"), given.pop("chunks")
         if arguments.curve is not None:
             names: tuple[str, ...] = ()
             given["memory_limit"] = None
@@ -100,14 +103,14 @@ class PlanOptions:
         if missing:
             source = f"{paths[0]} lacks" if paths else "a config file or these options are needed; missing:"
             raise ValueError(f"{source} {', '.join(missing)}")
-        _check_size(given["stages"], given["micro_batches"])
-        for name in names:
-            placement_of(name, given["stages"])
+        _check_size(given["stages"], given["micro_batches"], chunks)
+        schedules = tuple((name, _placement(name, given["stages"], chunks if name == schedule else None))
+                          for name in names)
         try:
             arguments.times.check(given["stages"])
         except ValueError as error:
             raise ValueError(f"--times: {error}") from None
-        return cls(names, **given, times=arguments.times, time_limit=arguments.time_limit,
+        return cls(schedules, **given, times=arguments.times, time_limit=arguments.time_limit,
                    cache=None if arguments.no_cache else cache.folder(),
                    giving_back=GivingBack.from_arguments(arguments))
 
@@ -118,6 +121,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="a ds_config.json; the options below fill what it lacks")
     parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")
     parser.add_argument("--schedule", metavar="NAME", help=", ".join((*SCHEDULES, ADAPTIVE)))
+    parser.add_argument("--chunks", type=_count, metavar="C",
+                        help="stages that each rank holds, for --schedule interleaved-1f1b, interleaved-zb or v-zb "
+                             "(default: 2)")
     parser.add_argument("--stages", type=_count, metavar="P", help="pipeline ranks")
     parser.add_argument("--micro-batches", type=_count, metavar="M", help="micro-batches of a batch, for each replica")
     parser.add_argument("--times", type=_times, default=ChunkTimes(), metavar="F,B,W,HOP",
@@ -139,11 +145,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="other schedulers' figures for the curve, as bench/compare_reference.py reads them")
 
 
-def _check_size(stages: int, micro_batches: int) -> None:
+def _placement(name: str, stages: int, chunks: int | None) -> Placement:
+    """The placement of the schedule `name` on `stages` ranks; ValueError for a number of chunks that it can't have."""
+    try:
+        return placement_of(name, stages, chunks)
+    except ValueError as error:
+        raise ValueError(f"--chunks {chunks}: {error}" if chunks else str(error)) from None
+
+
+def _check_size(stages: int, micro_batches: int, chunks: int | None) -> None:
     """Raise ValueError for more ranks or micro-batches than a schedule may have."""
     if stages > MOST_RANKS:
         raise ValueError(f"stages = {stages}: must be at most {MOST_RANKS} pipeline ranks")
-    most = most_micro_batches(stages)
+    most = most_micro_batches(stages, chunks or 2)
     if micro_batches > most:
         raise ValueError(f"micro-batches = {micro_batches}: must be at most {most} on {stages} pipeline ranks")
 
@@ -168,6 +182,8 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
     section = read_section(ds_config)
     if section is not None:
         found["schedule"] = section.name
+        if section.chunks is not None:
+            found["chunks"] = section.chunks
         if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
         elif section.memory_limit is not None and not has_limit:

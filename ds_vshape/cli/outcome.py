@@ -11,7 +11,8 @@ from ds_vshape.cli.options import Limit, PlanOptions
 from ds_vshape.schedule.choose import Choice
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.metrics import Metrics, measure
-from ds_vshape.schedule.named import ADAPTIVE, placement_of
+from ds_vshape.schedule.named import ADAPTIVE
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.request import Request, usable_cores
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.serial import pass_to_json
@@ -73,12 +74,13 @@ class Outcome:
         }
 
 
-def plan_one(name: str, options: PlanOptions, limit: Limit | None, progress: Callable[[float], None]) -> Outcome:
-    """Plan the schedule `name` as `options` say; `limit` holds for adaptive, whose default is 1F1B's peak."""
-    ranks, micro_batches = options.stages, options.micro_batches
-    placement, giving_back = placement_of(name, ranks), options.giving_back
-    count = None if limit is None or name != ADAPTIVE else limit.count(ranks, micro_batches)
-    request = Request.within(count, name, ranks, micro_batches, giving_back.times(options.times.on(placement)),
+def plan_one(name: str, placement: Placement, options: PlanOptions, limit: Limit | None,
+             progress: Callable[[float], None]) -> Outcome:
+    """Plan the schedule `name` on `placement` as `options` say; `limit` holds for adaptive, whose default is 1F1B's
+    peak."""
+    micro_batches, giving_back = options.micro_batches, options.giving_back
+    count = None if limit is None or name != ADAPTIVE else limit.count(placement.ranks, micro_batches)
+    request = Request.within(count, name, placement, micro_batches, giving_back.times(options.times.on(placement)),
                              giving_back.sizes(placement), time_limit=options.time_limit, cache=options.cache)
     request = replace(request, recompute=giving_back.recompute, offload=giving_back.offload,
                       cores=usable_cores())

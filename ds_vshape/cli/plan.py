@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         _need_matplotlib()
         _check_size(options)
     outcomes = []
-    for name in options.schedules:
+    for name, placement in options.schedules:
         with progress_bar(f"planning {name}") as progress:
-            outcomes.append(plan_one(name, options, options.memory_limit, progress))
+            outcomes.append(plan_one(name, placement, options, options.memory_limit, progress))
     first, limit = outcomes[0], options.memory_limit
     if arguments.compare is None and limit is not None and first.schedule.name != ADAPTIVE:
         limit.check(first.schedule)
@@ -117,7 +117,8 @@ def _need_matplotlib() -> None:
 
 def _check_size(options: PlanOptions) -> None:
     """Raise ValueError before any planning for a picture that would take minutes, or exceed matplotlib's height."""
-    passes = 6 * options.stages * options.micro_batches * len(options.schedules)
+    passes = 3 * options.micro_batches * sum(max(2, placement.chunks_each) * options.stages
+                                             for _, placement in options.schedules)
     rows = options.stages * len(options.schedules)
     if passes > _MOST_PASSES or rows > _MOST_ROWS:
         raise ValueError(f"a picture of {rows} rows with about {passes} passes: must be at most {_MOST_ROWS} rows and "

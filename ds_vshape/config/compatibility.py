@@ -20,6 +20,7 @@ from typing import Any
 
 from ds_vshape.config.section import KEY, ActivationLimit, ConfigError, ScheduleConfig, shown
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
+from ds_vshape.schedule.placement import Placement
 
 _SUMS = ("fp32", "bf16", "fp16")
 # Keys that make DeepSpeed wait for the whole device: around checkpointed layers, and after each of its collectives.
@@ -59,12 +60,12 @@ def check_demands(config: ScheduleConfig) -> None:
                           f"{', '.join([ADAPTIVE, *TIMED])}")
 
 
-def check_micro_batches(micro_batches: int, ranks: int, key: str = "gradient_accumulation_steps") -> None:
-    """Raise ConfigError for more micro-batches than a schedule on `ranks` pipeline ranks may have."""
-    most = most_micro_batches(ranks)
+def check_micro_batches(micro_batches: int, placement: Placement, key: str = "gradient_accumulation_steps") -> None:
+    """Raise ConfigError for more micro-batches than a schedule on `placement` may have."""
+    most = most_micro_batches(placement.ranks, placement.chunks_each)
     if micro_batches > most:
-        raise ConfigError(f"{key} = {micro_batches}: must be at most {most} on {ranks} pipeline ranks: ordering "
-                          "more of them takes minutes")
+        raise ConfigError(f"{key} = {micro_batches}: must be at most {most} on {placement.ranks} pipeline ranks: "
+                          "ordering more of them takes minutes")
 
 
 def check_accepted(ds_config: Mapping[str, Any]) -> None:

@@ -13,16 +13,19 @@ from __future__ import annotations
 import base64
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, LiteralString
 
 import hjson
 from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, StrictBool, StrictFloat, StrictInt,
-                      TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator)
+                      TypeAdapter, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator,
+                      field_validator)
 from pydantic_core import PydanticCustomError
 
-from ds_vshape.schedule.named import ADAPTIVE, named
+from ds_vshape.schedule.named import ADAPTIVE, check_chunks, named, placement_of
+from ds_vshape.schedule.placement import MOST_CHUNKS, Placement
 
 KEY = "pipeline_schedule"
 ENVIRONMENT_VARIABLE = "DS_VSHAPE_CONFIG"
@@ -85,6 +88,7 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 # Shorter timeouts would end healthy batches; longer ones overflow in the functions that wait.
 Timeout = Annotated[_Positive, _from_to(1, 7 * 86400, "seconds")]
 PlanningTime = Annotated[_Positive, _from_to(0.001, 86400, "seconds")]
+Chunks = Annotated[StrictInt, _from_to(1, MOST_CHUNKS, "stages on a rank")]
 Share = Annotated[_Positive, _from_to(0.001, 1000, "of a stage's time")]
 
 
@@ -164,6 +168,15 @@ Trace = Annotated[
                  "last may be the first")]
 
 
+@contextmanager
+def _beyond() -> Iterator[None]:
+    """Turn a ValueError into one of a well-formed value that isn't legal, with the same message."""
+    try:
+        yield
+    except ValueError as error:
+        raise PydanticCustomError(_BEYOND, "{error}", {"error": str(error)}) from None
+
+
 class ScheduleConfig(BaseModel):
     """The "pipeline_schedule" section of ds_config.json. A name alone stands for a section with that name."""
 
@@ -175,11 +188,9 @@ class ScheduleConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _a_schedule(cls, name: str) -> str:
-        try:
+        with _beyond():
             if name != ADAPTIVE:
                 named(name)
-        except ValueError as error:
-            raise PydanticCustomError(_BEYOND, "{error}", {"error": str(error)}) from None
         return name
 
     memory_limit: Fraction | Bytes | ActivationLimit | None = None
@@ -187,6 +198,22 @@ class ScheduleConfig(BaseModel):
     activations, what passes need while they run, and the process itself. A number is for activations alone, a fraction
     of 1F1B's peak on as many ranks; `{"activations": "6GiB"}` is that in bytes. An adaptive schedule is planned within
     the limit (for bytes with `"times": "profile"`); any other is refused if it needs more."""
+
+    chunks: Chunks | None = None
+    """How many stages each rank holds, where the schedule can have several numbers of them: `interleaved-1f1b` and
+    `interleaved-zb` from 2 on, `v-zb` 2 or 4. By default the least."""
+
+    @field_validator("chunks")
+    @classmethod
+    def _as_many_as_the_schedule_has(cls, chunks: int | None, others: ValidationInfo) -> int | None:
+        with _beyond():
+            if "name" in others.data:
+                check_chunks(others.data["name"], chunks)
+        return chunks
+
+    def placement_on(self, ranks: int) -> Placement:
+        """Where the stages are on `ranks` ranks."""
+        return placement_of(self.name, ranks, self.chunks)
 
     deferred: Literal["matrices", "all"] = "matrices"
     """The weight gradients that a split backward leaves to W: those of matrix products, convolutions and embeddings,

@@ -14,8 +14,7 @@ from ds_vshape.config.section import ActivationLimit, ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
-from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
-from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.named import ADAPTIVE, build, names_on
 from ds_vshape.schedule.request import Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
@@ -55,8 +54,8 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     Raises:
         MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
     """
-    limit = config.memory_limit
-    asked = partial(Request.within, name=config.name, ranks=ranks, micro_batches=micro_batches, times=times,
+    limit, placement = config.memory_limit, config.placement_on(ranks)
+    asked = partial(Request.within, name=config.name, placement=placement, micro_batches=micro_batches, times=times,
                     time_limit=config.planning_seconds, cache=cache)
     if room is None:
         if isinstance(limit, float):
@@ -71,7 +70,7 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     else:
         if limit is not None and not gives_back:
             check_possible(limit, ranks, micro_batches)
-        counted = room.activations.shares_in(Activations.counted(v(ranks))) if gives_back else None
+        counted = room.activations.shares_in(Activations.counted(placement)) if gives_back else None
         request = asked(None if limit is None else count_of(limit, ranks, micro_batches), activations=counted)
     return replace(request, recompute=config.recompute, offload=config.offload) if gives_back else request
 
@@ -79,7 +78,7 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
 def least_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule:
     """The schedule of the table that needs least memory, with all activations recomputed or offloaded as far as
     `config` lets a plan do that; but not those of one micro-batch, whose sizes can be measured."""
-    schedule = min((build(name, ranks, micro_batches) for name in TIMED), key=fraction_of_1f1b)
+    schedule = min(_table(config, ranks, micro_batches), key=fraction_of_1f1b)
     if config.recompute:
         schedule = with_everything_recomputed(schedule)
     if config.offload:
@@ -107,14 +106,20 @@ def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Sc
     Raises MemoryLimitError if the named schedule peaks above the limit.
     """
     if config.name != ADAPTIVE:
-        schedule = build(config.name, ranks, micro_batches)
+        schedule = build(config.name, ranks, micro_batches, config.chunks)
         if isinstance(config.memory_limit, float):
             check_memory_limit(schedule, config.memory_limit)
         return schedule
-    schedules = [build(name, ranks, micro_batches) for name in TIMED]
+    schedules = _table(config, ranks, micro_batches)
     limit = 1.0 if config.memory_limit is None else config.memory_limit
     if not isinstance(limit, float):
         return min(schedules, key=fraction_of_1f1b)
     fitting = [schedule for schedule in schedules if fraction_of_1f1b(schedule) <= limit + 1e-9]
-    equal = Times.uniform(2 * ranks)
+    equal = Times.uniform(config.placement_on(ranks).stages)
     return min(fitting, key=lambda schedule: simulate(schedule, equal).makespan, default=None)
+
+
+def _table(config: ScheduleConfig, ranks: int, micro_batches: int) -> list[Schedule]:
+    """The schedules of the table on the placement of `config`."""
+    placement = config.placement_on(ranks)
+    return [build(name, ranks, micro_batches, placement.chunks_each) for name in names_on(placement)]

@@ -87,7 +87,7 @@ class Plans:
     def training(self, micro_batches: int) -> BatchPlan:
         """The plan of training batches; collective where there is none yet."""
         if micro_batches not in self._plans:
-            check_micro_batches(micro_batches, self._placement.ranks)
+            check_micro_batches(micro_batches, self._placement)
             self._adopt(self._source.first(micro_batches))
         return self._plans[micro_batches]
 
@@ -103,7 +103,7 @@ class Plans:
         """The plan of an evaluated batch. Raises PipelineError for a number that can't be."""
         if micro_batches < 1:
             raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
-        check_micro_batches(micro_batches, self._placement.ranks, "num_micro_batches")
+        check_micro_batches(micro_batches, self._placement, "num_micro_batches")
         schedule = forward_only(self._placement, micro_batches)
         return BatchPlan(schedule, instr.evaluation_instructions(self.program(schedule, lower_announced)))
 

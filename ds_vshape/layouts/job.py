@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, read_section
-from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 
 # DeepSpeed's own engine: a ds_config without our key. It runs 1F1B.
@@ -142,7 +141,8 @@ class Job(Section):
     @property
     def placement(self) -> Placement:
         """Of the stages on the ranks of a pipeline."""
-        return placement_of(self.section.name, self.parallel.pipe) if self.section else linear(self.parallel.pipe)
+        pipe = self.parallel.pipe
+        return self.section.placement_on(pipe) if self.section else linear(pipe)
 
     @property
     def replicas(self) -> int:

@@ -11,7 +11,7 @@ from ds_vshape.config.to_schedule import Room, equal_times, is_planned, request_
 from ds_vshape.layouts.gpt_costs import TrainingCosts
 from ds_vshape.measure.rank_memory import RankMemory, beyond, least, rooms, with_passes
 from ds_vshape.schedule.memory_limit import MemoryLimitError, check_memory_limit
-from ds_vshape.schedule.named import ADAPTIVE, build, placement_of
+from ds_vshape.schedule.named import ADAPTIVE, build
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
@@ -57,7 +57,7 @@ def predict(config: ScheduleConfig, training: TrainingCosts, times: Times,
     Raises LimitError and MemoryLimitError (both ValueErrors) for a limit that can't be kept, and ValueError for an
     unknown name.
     """
-    placement = placement_of(config.name, training.ranks)
+    placement = config.placement_on(training.ranks)
     sizes = training.activations(placement), training.working(placement)
     state = training.state(placement)
     if config.optimizer_post_validation:
@@ -81,8 +81,8 @@ def _check(limit: int, what: str, memory: Sequence[RankMemory]) -> None:
 
 # A search asks for the same ones again and again.
 @lru_cache(maxsize=256)
-def _named(name: str, ranks: int, micro_batches: int) -> Schedule:
-    return build(name, ranks, micro_batches)
+def _named(name: str, ranks: int, micro_batches: int, chunks: int | None) -> Schedule:
+    return build(name, ranks, micro_batches, chunks)
 
 
 def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, room: Room,
@@ -93,7 +93,7 @@ def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, roo
         planned_for = times if config.times == "profile" else equal_times(len(times.forward))
         schedule = request_for(config, ranks, micro_batches, planned_for, room).choose(progress).schedule
     else:
-        schedule = _named(config.name, ranks, micro_batches)
+        schedule = _named(config.name, ranks, micro_batches, config.chunks)
     if config.name != ADAPTIVE and isinstance(config.memory_limit, float):
         check_memory_limit(schedule, config.memory_limit)
     return with_few_pending(schedule) if training.recompute else schedule

@@ -52,7 +52,6 @@ from ds_vshape.module.shared_weights import shared_weights, warning_of
 from ds_vshape.module.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.runtime.token_mean import ITEMS, averages_tokens
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
-from ds_vshape.schedule.named import placement_of
 from ds_vshape.schedule.placement import Placement, linear
 
 # The relative difference that two measurements of one layer may have.
@@ -170,7 +169,7 @@ class PipelineModule(FastSetattr, StockModule):
     def placement(self) -> Placement:
         """Which stages are on which pipeline rank."""
         ranks = self.job_topology.get_dim("pipe")
-        return placement_of(self.schedule_config.name, ranks) if self.schedule_config else linear(ranks)
+        return self.schedule_config.placement_on(ranks) if self.schedule_config else linear(ranks)
 
     def _partition_layers(self, method: Any = "uniform") -> None:
         if self.schedule_config is None:

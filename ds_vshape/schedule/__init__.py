@@ -12,7 +12,8 @@ What a schedule is:
 Schedules by name:
     named.py             their table
     gpipe.py             all forwards, then all backwards
-    one_f_one_b.py       1F1B, plain and interleaved
+    one_f_one_b.py       1F1B
+    interleaved.py       interleaved 1F1B and zero bubble
     zero_bubble.py       zero-bubble schedules of one stage a rank
     building_block.py    a block, repeated and tightened (the paper, section 3)
     v_shape.py           V-Min, V-Half, V-ZB
@@ -35,6 +36,7 @@ What it costs:
     metrics.py           all figures in one place
     layers.py            costs of layers, and of stages of them
     balance.py           where to cut the layers
+    balance_many.py      the same for more than two chunks on a rank
     partition_and_order.py   where to cut them, together with the order
     choose.py            which schedule a name stands for, once times are known
 

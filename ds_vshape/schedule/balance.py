@@ -17,7 +17,8 @@ far have taken, from the two ends that their placement gives them:
     interleaved    0 1 2 .. | 4 5 6 ..          from the model's start and from a middle, each up to its end
 
 For `linear` and `v` the result is exact in both. For `interleaved` it is exact for each middle, and the best of at most
-`MIDDLES` of them, those nearest to half of the work: all that there are up to 2p + MIDDLES - 1 layers.
+`MIDDLES` of them, those nearest to half of the work: all that there are up to 2p + MIDDLES - 1 layers. With more than
+two chunks on a rank, an even division is improved by local search (balance_many.py).
 
 The time grows with how many layers fit under the limit: 200 layers in 64 stages take a fraction of a second where the
 heaviest layer costs as much as ten others, and half a minute where it costs as much as a hundred.
@@ -33,7 +34,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.placement import PLACEMENTS, Placement
+from ds_vshape.schedule.balance_many import improved
+from ds_vshape.schedule.placement import PLACEMENTS, Placement, linear
 
 MIDDLES = 8
 # Squares of sums of these are still far from infinite.
@@ -106,11 +108,14 @@ def balance(costs: Sequence[float], placement: Placement, slack: float = 0.0) ->
     Raises PartitionError for fewer layers than stages and for what `check_costs` refuses, ValueError for a placement
     other than linear, v and interleaved.
     """
-    if placement.name not in PLACEMENTS or PLACEMENTS[placement.name](placement.ranks) != placement:
-        raise ValueError(f"layers can't be balanced over the placement {placement}")
+    if placement.name not in PLACEMENTS or PLACEMENTS[placement.name](
+            placement.ranks, placement.chunks_each) != placement:
+        raise ValueError(f"layers can't be balanced over the placement {placement.chunks}")
     costs = check_costs(costs, len(costs))
     if len(costs) < placement.stages:
         raise PartitionError(f"{len(costs)} layers can't fill {placement.stages} stages")
+    if placement.chunks_each > 2:
+        return improved(balance(costs, linear(placement.stages)), costs, placement, slack)
     walks = _walks(costs, placement)
     limit, limits = math.inf, []
     for walk in walks:

@@ -55,7 +55,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import floor, inf
+from typing import NamedTuple
 
 import numpy as np
 
@@ -146,6 +148,13 @@ class _Ways:
         return cls(to_forward, to_input_grad[::-1], after_forward[::-1], after_input_grad)
 
 
+class _Group(NamedTuple):
+    """Stages of a rank whose activations have the same `size`."""
+
+    size: float
+    stages: Sequence[int]
+
+
 @dataclass(frozen=True)
 class _Rank:
     """What one rank can do within its limit."""
@@ -232,31 +241,48 @@ class _Rank:
             whole[s] * self._trip(ways, s) + self._area_of_w(s) for s in stages)
         return self._outside_memory(ways) + max(taken / self.limit, max(weight_grad[s] for s in stages))
 
-    def _fitting(self, stages: Sequence[int], room: float) -> Iterator[tuple[tuple[int, ...], float]]:
-        """How many whole activations of each of `stages` fit into `room`, and what is left of it.
+    def _fitting(self, seconds: Sequence[float], groups: Sequence[_Group],
+                 room: float) -> Iterator[tuple[float, float]]:
+        """What fits into `room` of whole activations, by how many of each group: the most `seconds` [stage] that so
+        many have together, and the room that is left.
 
-        The last stage gets as many as fit: the fewer are never better.
+        The last group gets as many as fit: fewer are never better.
         """
-        size = self.activations.after_forward[stages[0]]
-        most = self.micro_batches if size * self.micro_batches <= room else floor(room / size + _SLACK)
-        if len(stages) == 1:
-            yield (most,), max(0.0, room - most * size)
-            return
-        for count in range(most + 1):
-            for counts, left in self._fitting(stages[1:], max(0.0, room - count * size)):
-                yield (count, *counts), left
+        size, stages = groups[0]
+        every = self.micro_batches * len(stages)
+        most = every if size * every <= room else floor(room / size + _SLACK)
+        longest = sorted((seconds[s] for s in stages), reverse=True)
+        for count in range(most + 1) if len(groups) > 1 else (most,):
+            full, rest = divmod(count, self.micro_batches)
+            together = self.micro_batches * sum(longest[:full]) + (rest * longest[full] if rest else 0.0)
+            left = max(0.0, room - count * size)
+            if len(groups) == 1:
+                yield together, left
+            else:
+                yield from ((together + more, still) for more, still in self._fitting(seconds, groups[1:], left))
+
+    @cached_property
+    def _groups(self) -> tuple[_Group, ...]:
+        """The rank's stages in up to two groups, each with the least size in it: where more sizes differ, a little more
+        seems to fit than does."""
+        whole = self.activations.after_forward
+        stages = sorted(self.stages, key=lambda s: whole[s])
+        sizes = [whole[s] for s in stages]
+        cut = max(range(1, len(stages)), key=lambda place: sizes[place] - sizes[place - 1], default=0)
+        if cut == 0 or sizes[cut] == sizes[cut - 1]:
+            return (_Group(sizes[0], stages),)
+        return _Group(sizes[0], stages[:cut]), _Group(sizes[cut], stages[cut:])
 
     def _most_forwards(self) -> float:
         """The longest that forwards alone can take."""
-        forward = self.times.forward
-        return max(sum(count * forward[s] for s, count in zip(self.stages, counts))
-                   for counts, _ in self._fitting(self.stages, self.limit))
+        return max(seconds for seconds, _ in self._fitting(self.times.forward, self._groups, self.limit))
 
     def _most_backwards(self) -> float:
         """The longest that B and W of what is kept can take."""
-        input_grad, weight_grad = self.times.input_grad, self.times.weight_grad
-        return max(sum(count * (input_grad[s] + weight_grad[s]) for s, count in zip(self.stages, counts))
-                   + self._most_weight_grads(left) for counts, left in self._fitting(self.stages, self.limit))
+        backward = [input_grad + weight_grad for input_grad, weight_grad
+                    in zip(self.times.input_grad, self.times.weight_grad)]
+        return max(seconds + self._most_weight_grads(left)
+                   for seconds, left in self._fitting(backward, self._groups, self.limit))
 
     def _most_weight_grads(self, room: float) -> float:
         """The longest that W of what B left in `room` can take: fractions may be left."""

@@ -19,6 +19,7 @@ from ds_vshape.schedule.activations import Activations, Working, peak_activation
 from ds_vshape.schedule.adaptive import Plan, Problem, plan
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
+from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 from ds_vshape.schedule.within import plan_within
@@ -50,19 +51,21 @@ class Choice:
 
 
 def limits_at(fraction: float, ranks: int, micro_batches: int, activations: Activations) -> Limits:
-    """`fraction` of 1F1B's highest peak as every rank's limit, in the unit of `activations` (of 2p stages).
+    """`fraction` of 1F1B's highest peak as every rank's limit, in the unit of `activations` (of c stages a rank).
 
-    1F1B's rank r holds stages 2r and 2r+1 in one, for p-r micro-batches at once, whole until its backward ends.
+    1F1B's rank r holds stages c r to c (r + 1) - 1 in one, for p - r micro-batches at once, whole until its backward
+    ends.
     """
     whole = activations.after_forward
-    peak = max(min(ranks - rank, micro_batches) * (whole[2 * rank] + whole[2 * rank + 1]) for rank in range(ranks))
+    each = len(whole) // ranks
+    peak = max(min(ranks - rank, micro_batches) * sum(whole[each * rank:each * (rank + 1)]) for rank in range(ranks))
     return (fraction * peak,) * ranks
 
 
 def level_of(order: Schedule, activations: Activations) -> Limits:
     """The memory that `order` stands for, rank by rank in the unit of `activations`.
 
-    As the paper counts: its highest peak of k activations is k/2 micro-batches of a rank's two stages. Where stages
+    As the paper counts: its highest peak of k activations is k/2 micro-batches of a rank's stages. Where stages
     differ the order itself may take more on a rank; then that is the level.
     """
     counted = max(peak_activations(order))
@@ -70,14 +73,14 @@ def level_of(order: Schedule, activations: Activations) -> Limits:
                  for peak, stages in zip(peak_activations(order, activations), order.placement.chunks))
 
 
-def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activations: Activations,
+def schedule_for(name: str, placement: Placement, micro_batches: int, times: Times, activations: Activations,
                  limits: Limits | None = None, working: Working | None = None, *, recompute: bool = False,
                  offload: bool = False, time_limit: float = 10.0,
                  progress: Callable[[float], None] = lambda fraction: None, cache: Path | None = None,
                  cores: int = 1) -> Choice:
-    """The schedule `name` for a batch of `micro_batches` on `ranks` ranks when passes take `times`.
+    """The schedule `name` for a batch of `micro_batches` on `placement`, a legal one for it, when passes take `times`.
 
-    `times` and `activations` are those of the stages of `named.placement_of(name, ranks)`. `limits` hold for `adaptive`
+    `times` and `activations` are those of the placement's stages. `limits` hold for `adaptive`
     (without them, 1F1B's peak does), with `working` also for what passes need while they run; its plan may `recompute`
     and `offload`. The other names bring their own peak, which `memory_limit` checks. Planning takes at most about
     `time_limit` seconds on up to `cores` cores, tells `progress` the fraction done, and keeps its results in the folder
@@ -86,19 +89,20 @@ def schedule_for(name: str, ranks: int, micro_batches: int, times: Times, activa
     began = perf_counter()
     if name == ADAPTIVE:
         if limits is None:
-            limits = limits_at(1.0, ranks, micro_batches, activations)
-        problem_of = partial(Problem, ranks, micro_batches, times, activations, recompute=recompute, offload=offload)
+            limits = limits_at(1.0, placement.ranks, micro_batches, activations)
+        problem_of = partial(Problem, placement, micro_batches, times, activations, recompute=recompute,
+                             offload=offload)
         if working is not None:
             return _choose_within(limits, working, problem_of, time_limit, progress, cache, cores)
         problem = problem_of(limits)
         return _chosen(plan(problem, time_limit, progress, cache, cores=cores), name)
-    order = build(name, ranks, micro_batches)
+    order = build(name, placement.ranks, micro_batches, placement.chunks_each)
     timeline, level = simulate(order, times), level_of(order, activations)
-    bound = lower_bound_of_limits(order.placement, micro_batches, times, activations, level)
+    bound = lower_bound_of_limits(placement, micro_batches, times, activations, level)
     choice = Choice(order, timeline, peak_activations(order, activations), bound, perf_counter() - began, NAMED_ORDER)
-    if name not in TIMED or _alike(times) or timeline.makespan <= bound:
+    if name not in TIMED or placement != v(placement.ranks) or _alike(times) or timeline.makespan <= bound:
         return choice
-    found = plan(Problem(ranks, micro_batches, times, activations, level), time_limit, progress, cache, cores=cores)
+    found = plan(Problem(placement, micro_batches, times, activations, level), time_limit, progress, cache, cores=cores)
     better = _chosen(found, name) if found.timeline.makespan < timeline.makespan else choice
     return replace(better, planning_s=perf_counter() - began)
 

@@ -1,14 +1,22 @@
 """Times by chunks of the model and links between ranks, whatever the placement: what a person can say.
 
-A model is cut into 2p chunks in model order. With two stages a rank a stage is a chunk; with one it is two of them.
+A model is cut into 2p chunks in model order. With two stages a rank a stage is a chunk; with one it is two of them, and
+with four it is half of one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import fsum
 
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Times
+
+
+def _overlap(chunk: int, stage: int, chunks: int, stages: int) -> float:
+    """Which share of a chunk, one of `chunks`, belongs to a stage, one of `stages`."""
+    start, end = max(chunk * stages, stage * chunks), min((chunk + 1) * stages, (stage + 1) * chunks)
+    return max(0, end - start) / stages
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,6 @@ class ChunkTimes:
         """
         ranks, stages = placement.ranks, placement.stages
         self.check(ranks)
-        share = 2 * ranks // stages
         links = self.hop * (ranks - 1) if len(self.hop) == 1 else self.hop
 
         def hop(stage: int) -> float:
@@ -56,7 +63,8 @@ class ChunkTimes:
 
         def of_stages(chunks: tuple[float, ...]) -> tuple[float, ...]:
             every = chunks * (2 * ranks) if len(chunks) == 1 else chunks
-            return tuple(sum(every[share * stage:share * (stage + 1)]) for stage in range(stages))
+            return tuple(fsum(time * _overlap(chunk, stage, 2 * ranks, stages) for chunk, time in enumerate(every))
+                         for stage in range(stages))
 
         return Times(of_stages(self.forward), of_stages(self.input_grad), of_stages(self.weight_grad),
                      tuple(hop(stage) for stage in range(stages - 1)))

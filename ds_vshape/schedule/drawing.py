@@ -5,8 +5,9 @@
     rank 1  ...F0 f0 F1 f1 b0 B0 w0 b1 B1 W0 w1 W1
 
 A pass is its kind and micro-batch, as wide as it is long: capital letters on the rank's first chunk, small ones on its
-second. Dots are bubbles. A piece of a W that is too short for its name has no number (w-). Copies to the host and back
-have rows of their own, with their O or R where they take time:
+second. Where ranks have more chunks than that, a letter follows instead: F0a on the first, F0b on the second. Dots are
+bubbles. A piece of a W that is too short for its name has no number (w-). Copies to the host and back have rows of
+their own, with their O or R where they take time:
 
     rank 0  F0 F1 ...F2 BW2-- BW1-- C0 BW0--
      out       O0---
@@ -18,6 +19,7 @@ Plain text; colours are the caller's (`PASSES` finds the passes of a kind).
 from __future__ import annotations
 
 import math
+from string import ascii_lowercase
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
@@ -25,16 +27,18 @@ from ds_vshape.schedule.timeline import Span, Timeline
 
 LEGEND = ("F forward, B input gradient, W weight gradients, BW both at once, with the micro-batch; "
           "capital: the rank's first chunk, small: its second; dots: the rank waits")
+_LEGEND_OF_MANY = LEGEND.replace("capital: the rank's first chunk, small: its second",
+                                 "a: the rank's first chunk, b: its second, and so on")
 _MORE = {Kind.C: "C forward again", Kind.O: "O copy to the host", Kind.R: "R copy back"}
 # For each kind of pass a regular expression that finds it in the drawing; a piece of a W may have no number.
 PASSES = {
-    "F": r"[Ff]\d[\d-]*",
-    "B": r"[Bb]\d[\d-]*",
-    "W": r"(?<![Bb])[Ww](\d[\d-]*|-+|(?=[.FBWCfbwc\n]|$))",
-    "BW": r"(BW|bw)\d[\d-]*",
-    "C": r"[Cc]\d[\d-]*",
-    "O": r"[Oo]\d[\d-]*",
-    "R": r"[Rr]\d[\d-]*",
+    "F": r"[Ff]\d+[a-p]?-*",
+    "B": r"[Bb]\d+[a-p]?-*",
+    "W": r"(?<![Bb])[Ww](\d+[a-p]?-*|-+|(?=[.FBWCfbwc\n]|$))",
+    "BW": r"(BW|bw)\d+[a-p]?-*",
+    "C": r"[Cc]\d+[a-p]?-*",
+    "O": r"[Oo]\d+[a-p]?-*",
+    "R": r"[Rr]\d+[a-p]?-*",
 }
 BUBBLE = "."
 
@@ -82,13 +86,16 @@ def draw(timeline: Timeline, placement: Placement, columns: int = 200) -> str:
         rows.append(f"... cut off at time {shown / scale:.4g} of {timeline.makespan:.4g}: "
                     f"all of it takes {width + margin} columns")
     kinds = {span.action.kind for span in spans}
-    rows.append("; ".join([LEGEND, *(meaning for kind, meaning in _MORE.items() if kind in kinds)]))
+    legend = LEGEND if placement.chunks_each <= 2 else _LEGEND_OF_MANY
+    rows.append("; ".join([legend, *(meaning for kind, meaning in _MORE.items() if kind in kinds)]))
     return "\n".join(rows)
 
 
 def _name(action: Pass, placement: Placement) -> str:
-    kind = action.kind.value if placement.chunk_of(action.stage) == 0 else action.kind.value.lower()
-    return f"{kind}{action.micro_batch}"
+    kind, chunk = action.kind.value, placement.chunk_of(action.stage)
+    if placement.chunks_each > 2:
+        return f"{kind}{action.micro_batch}{ascii_lowercase[chunk]}"
+    return f"{kind if chunk == 0 else kind.lower()}{action.micro_batch}"
 
 
 def _row(spans: tuple[Span, ...], empty: str, placement: Placement, origin: float, scale: float, shown: int) -> str:
@@ -101,7 +108,7 @@ def _row(spans: tuple[Span, ...], empty: str, placement: Placement, origin: floa
         if last > first:
             name = _name(span.action, placement)
             if len(name) > last - first:  # a piece of a W, or a copy: no number rather than half of one
-                name = name.rstrip("0123456789").ljust(last - first, "-")
+                name = name[:len(span.action.kind.value)].ljust(last - first, "-")
             ended = name.ljust(min(last, shown + 1) - first - 1, "-").ljust(min(last, shown) - first)
             row[first:last] = ended[:shown - first]
     return "".join(row).rstrip()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
-from ds_vshape.schedule import gpipe, one_f_one_b, v_shape, zero_bubble
+from ds_vshape.schedule import gpipe, interleaved, one_f_one_b, v_shape, zero_bubble
 from ds_vshape.schedule.fuse import fuse
-from ds_vshape.schedule.placement import PLACEMENTS, Placement
+from ds_vshape.schedule.placement import CHUNKS, PLACEMENTS, Placement, either
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.steady_state import extended
 from ds_vshape.schedule.timeline import Times
@@ -17,8 +18,9 @@ from ds_vshape.schedule.timeline import Times
 
 @dataclass(frozen=True)
 class NamedSchedule:
-    """Placement's name, builder (ranks, micro-batches), what it costs in a line, and when it gets steady.
+    """Placement's name, builders (ranks, micro-batches), what it costs in a line, and when it gets steady.
 
+    `builders` are by the number of chunks on a rank; the first is the one if no other is asked for.
     The line gives memory as a share of 1F1B's, the bubble of a batch as a share of 1F1B's (equal times, many ranks),
     and the activations sent between ranks as a multiple of 1F1B's. `steady`: with so many micro-batches a rank, and a
     few more, all ranks get to repeat what they do; None where they don't. `in_groups`: of as many micro-batches as
@@ -26,24 +28,31 @@ class NamedSchedule:
     """
 
     placement: str
-    builder: Callable[[int, int], Schedule]
+    builders: Mapping[int, Callable[[int, int], Schedule]]
     description: str
     steady: float | None = None
     in_groups: bool = False
 
 
+def _with(counts: Iterable[int], builder: Callable[..., Schedule]) -> dict[int, Callable[[int, int], Schedule]]:
+    """A builder that takes the number of chunks too, for each of `counts`."""
+    return {chunks: partial(builder, chunks=chunks) for chunks in counts}
+
+
 SCHEDULES: dict[str, NamedSchedule] = {
-    "gpipe": NamedSchedule("linear", gpipe.gpipe, "memory m/p, bubble 1, traffic 1"),
-    "1f1b": NamedSchedule("linear", one_f_one_b.one_f_one_b, "memory 1, bubble 1, traffic 1", 1),
-    "interleaved-1f1b": NamedSchedule("interleaved", one_f_one_b.interleaved_one_f_one_b,
+    "gpipe": NamedSchedule("linear", {1: gpipe.gpipe}, "memory m/p, bubble 1, traffic 1"),
+    "1f1b": NamedSchedule("linear", {1: one_f_one_b.one_f_one_b}, "memory 1, bubble 1, traffic 1", 1),
+    "interleaved-1f1b": NamedSchedule("interleaved", _with(CHUNKS["interleaved"], interleaved.interleaved_one_f_one_b),
                                       "memory 3/2, bubble 1/2 if p divides m, traffic 2", 4, True),
-    "zb-h1": NamedSchedule("linear", zero_bubble.zb_h1, "memory 1, bubble 1/3, traffic 1", 1.4),
-    "zb-h2": NamedSchedule("linear", zero_bubble.zb_h2, "memory 2, bubble 0 within a rank's span, traffic 1", 3),
-    "1f1b-v": NamedSchedule("v", v_shape.one_f_one_b_v, "memory 2/3, bubble 1, traffic 2", 1.5),
-    "zb-v": NamedSchedule("v", v_shape.zb_v, "memory 1, bubble 0 within a rank's span, traffic 2", 2),
-    "v-min": NamedSchedule("v", v_shape.v_min, "memory 1/3, bubble 2/3, more where times differ, traffic 2", 1),
-    "v-half": NamedSchedule("v", v_shape.v_half, "memory 1/2, bubble 1/2, traffic 2", 1),
-    "v-zb": NamedSchedule("v", v_shape.v_zb, "memory 1, bubble 0 within a rank's span, traffic 2", 2),
+    "interleaved-zb": NamedSchedule("interleaved", _with(CHUNKS["interleaved"], interleaved.interleaved_zb),
+                                    "memory 1, bubble 1/6 if p divides m, traffic 2", 4, True),
+    "zb-h1": NamedSchedule("linear", {1: zero_bubble.zb_h1}, "memory 1, bubble 1/3, traffic 1", 1.4),
+    "zb-h2": NamedSchedule("linear", {1: zero_bubble.zb_h2}, "memory 2, bubble 0 within a rank's span, traffic 1", 3),
+    "1f1b-v": NamedSchedule("v", {2: v_shape.one_f_one_b_v}, "memory 2/3, bubble 1, traffic 2", 1.5),
+    "zb-v": NamedSchedule("v", {2: v_shape.zb_v}, "memory 1, bubble 0 within a rank's span, traffic 2", 2),
+    "v-min": NamedSchedule("v", {2: v_shape.v_min}, "memory 1/3, bubble 2/3, more where times differ, traffic 2", 1),
+    "v-half": NamedSchedule("v", {2: v_shape.v_half}, "memory 1/2, bubble 1/2, traffic 2", 1),
+    "v-zb": NamedSchedule("v", _with((2, 4), v_shape.v_zb), "memory 1, bubble 0 within a rank's span, traffic 2", 2),
 }
 
 
@@ -61,9 +70,9 @@ _MOST_STAGE_BATCHES = 2**18
 _MARGIN = 8
 
 
-def most_micro_batches(ranks: int) -> int:
-    """How many micro-batches a batch may have on `ranks` ranks."""
-    return _MOST_STAGE_BATCHES // (2 * ranks)
+def most_micro_batches(ranks: int, chunks: int = 2) -> int:
+    """How many micro-batches a batch may have on `ranks` ranks with `chunks` stages each."""
+    return _MOST_STAGE_BATCHES // (max(2, chunks) * ranks)
 
 
 def named(name: str) -> NamedSchedule:
@@ -77,32 +86,53 @@ def named(name: str) -> NamedSchedule:
                          f"Schedules: {', '.join(legal)}") from None
 
 
-def placement_of(name: str, ranks: int) -> Placement:
-    """Where the schedule `name` (of the table, or adaptive) puts its stages on `ranks` ranks."""
-    placement = _ADAPTIVE_PLACEMENT if name == ADAPTIVE else named(name).placement
+def placement_of(name: str, ranks: int, chunks: int | None = None) -> Placement:
+    """Where the schedule `name` (of the table, or adaptive) puts its stages on `ranks` ranks.
+
+    `chunks` is how many stages each of them holds; None is the schedule's own number. Raises ValueError for an unknown
+    name, a number that the schedule can't have, and too few or too many ranks.
+    """
+    chunks = check_chunks(name, chunks)
     if ranks < 1:
         raise ValueError(f"a pipeline needs at least 1 rank, not {ranks}")
     if ranks > MOST_RANKS:
         raise ValueError(f"a pipeline may have at most {MOST_RANKS} ranks, not {ranks}")
-    return PLACEMENTS[placement](ranks)
+    return PLACEMENTS[_ADAPTIVE_PLACEMENT if name == ADAPTIVE else named(name).placement](ranks, chunks)
 
 
-def build(name: str, ranks: int, micro_batches: int) -> Schedule:
+def check_chunks(name: str, chunks: int | None) -> int:
+    """How many stages a rank holds where `chunks` are asked for; ValueError if the schedule can't have so many."""
+    legal = (2,) if name == ADAPTIVE else tuple(named(name).builders)
+    if chunks is None:
+        return legal[0]
+    if chunks not in legal:
+        raise ValueError(f"{name} has {either(legal)} stage{'s' * (legal[-1] > 1)} on a rank")
+    return chunks
+
+
+def names_on(placement: Placement) -> list[str]:
+    """The schedules of the table that can have this placement."""
+    return [name for name, entry in SCHEDULES.items()
+            if entry.placement == placement.name and placement.chunks_each in entry.builders]
+
+
+def build(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
     """The schedule `name` for a batch of `micro_batches` on `ranks` ranks, checked; W right behind B runs as BW.
 
-    Raises ValueError for an unknown name and for counts below 1.
+    Raises ValueError as `placement_of`.
     """
-    placement = placement_of(name, ranks)
+    placement = placement_of(name, ranks, chunks)
     if micro_batches < 1:
         raise ValueError(f"a batch needs at least 1 micro-batch, not {micro_batches}")
-    if micro_batches > most_micro_batches(ranks):
-        raise ValueError(f"a batch on {ranks} ranks may have at most {most_micro_batches(ranks)} micro-batches, not "
-                         f"{micro_batches}")
+    most = most_micro_batches(ranks, placement.chunks_each)
+    if micro_batches > most:
+        raise ValueError(f"a batch on {ranks} ranks may have at most {most} micro-batches, not {micro_batches}")
     entry = named(name)
+    builder = entry.builders[placement.chunks_each]
 
     def make(few: int) -> Schedule:
         # One pass of slack: hops and unequal times would turn a fusion that is free by a hair into a wait.
-        return fuse(entry.builder(ranks, few), Times.uniform(placement.stages), slack=1.0)
+        return fuse(builder(ranks, few), Times.uniform(placement.stages), slack=1.0)
 
     if entry.steady is None:
         schedule = make(micro_batches)

@@ -89,7 +89,7 @@ class PartitionProblem:
         if min(room) <= 0:
             raise LimitError(f"a limit of {', '.join(map('{:g}'.format, self.limits))} on the ranks leaves no room for "
                              "activations beside what the layers keep")
-        return Problem(self.ranks, self.micro_batches, self.layers.times(bounds, self.hops),
+        return Problem(self.placement, self.micro_batches, self.layers.times(bounds, self.hops),
                        self.layers.activations(bounds), room, self.max_pieces)
 
     def excess(self, bounds: Bounds) -> float:

@@ -18,11 +18,11 @@ from typing_extensions import TypedDict
 from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
 from ds_vshape.schedule.choose import Choice, schedule_for
-from ds_vshape.schedule.named import placement_of
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes, read_json,
-                                       schedule_to_json, times_from_json, times_to_json, working_from_json,
-                                       working_to_json)
+from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes,
+                                       placement_from_json, placement_to_json, read_json, schedule_to_json,
+                                       times_from_json, times_to_json, working_from_json, working_to_json)
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.schedule.within import peaks_with_passes
 
@@ -44,7 +44,7 @@ class Request:
     """
 
     name: str
-    ranks: int
+    placement: Placement
     micro_batches: int
     times: Times
     activations: Activations
@@ -57,25 +57,26 @@ class Request:
     cores: int = 1
 
     @classmethod
-    def within(cls, limit: float | None, name: str, ranks: int, micro_batches: int, times: Times,
+    def within(cls, limit: float | None, name: str, placement: Placement, micro_batches: int, times: Times,
                activations: Activations | None = None, *, time_limit: float, cache: Path | None = None) -> Request:
         """A request with the same `limit` for every rank, in the unit of `activations`; without `activations` they are
         counted as the paper does.
         """
-        counted = activations or Activations.counted(placement_of(name, ranks))
-        return cls(name, ranks, micro_batches, times, counted, None if limit is None else (limit,) * ranks, time_limit,
-                   None if cache is None else str(cache))
+        limits = None if limit is None else (limit,) * placement.ranks
+        return cls(name, placement, micro_batches, times, activations or Activations.counted(placement), limits,
+                   time_limit, None if cache is None else str(cache))
 
     def choose(self, progress: Callable[[float], None] = lambda fraction: None) -> Choice:
         """Plan in this process; raises ValueError as `choose.schedule_for` does."""
-        return schedule_for(self.name, self.ranks, self.micro_batches, self.times, self.activations, self.limits,
+        return schedule_for(self.name, self.placement, self.micro_batches, self.times, self.activations, self.limits,
                             self.working, recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
                             progress=progress, cores=self.cores,
                             cache=None if self.cache is None else Path(self.cache))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain values."""
-        return {**vars(self), "times": times_to_json(self.times), "activations": activations_to_json(self.activations),
+        return {**vars(self), "placement": placement_to_json(self.placement), "times": times_to_json(self.times),
+                "activations": activations_to_json(self.activations),
                 "working": None if self.working is None else working_to_json(self.working)}
 
     @classmethod
@@ -83,13 +84,14 @@ class Request:
         """The request that `to_json` wrote."""
         limits = None if data["limits"] is None else tuple(data["limits"])
         working = None if data["working"] is None else working_from_json(data["working"])
-        return cls(**{**data, "limits": limits, "times": times_from_json(data["times"]),
+        return cls(**{**data, "placement": placement_from_json(data["placement"]), "limits": limits,
+                      "times": times_from_json(data["times"]),
                       "activations": activations_from_json(data["activations"]), "working": working})
 
     @property
     def most_bytes(self) -> int:
         """The greatest length of an answer."""
-        return most_bytes(self.ranks, self.micro_batches, Problem.max_pieces) + _REST_BYTES
+        return most_bytes(self.placement, self.micro_batches, Problem.max_pieces) + _REST_BYTES
 
 
 _Finite = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -131,11 +133,10 @@ def read_answer(text: bytes) -> Answer:
 
 def check_schedule(schedule: Schedule, request: Request) -> None:
     """ValueError unless `schedule` is one that `request` asks for, and runs to its end."""
-    asked = request.name, placement_of(request.name, request.ranks), request.micro_batches
+    asked = request.name, request.placement, request.micro_batches
     if (schedule.name, schedule.placement, schedule.micro_batches) != asked:
-        raise ValueError(f"it is {schedule.name!r} for {schedule.placement.ranks} ranks ({schedule.placement.name}) "
-                         f"and {schedule.micro_batches} micro-batches, not {request.name!r} for {request.ranks} "
-                         f"({asked[1].name}) and {request.micro_batches}")
+        raise ValueError(f"it is {schedule.name!r} for {schedule.placement} and {schedule.micro_batches} "
+                         f"micro-batches, not {request.name!r} for {request.placement} and {request.micro_batches}")
     check(schedule)
     simulate(schedule, request.times)
     found = peak_activations(schedule, request.activations) if request.working is None else (

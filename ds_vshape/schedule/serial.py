@@ -61,11 +61,21 @@ def pass_from_json(entry: Sequence[Any]) -> Pass:
     return Pass(Kind(kind), stage, micro_batch, *(part[0] if part else ()))
 
 
+def placement_to_json(placement: Placement) -> dict[str, Any]:
+    """A placement as a dictionary of plain values."""
+    return {"name": placement.name, "chunks": list(map(list, placement.chunks))}
+
+
+def placement_from_json(data: Mapping[str, Any]) -> Placement:
+    """The placement that `placement_to_json` wrote."""
+    return Placement(data["name"], tuple(map(tuple, data["chunks"])))
+
+
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """A schedule as a dictionary of plain values."""
     return {
         "name": schedule.name,
-        "placement": {"name": schedule.placement.name, "chunks": list(map(list, schedule.placement.chunks))},
+        "placement": placement_to_json(schedule.placement),
         "micro_batches": schedule.micro_batches,
         "orders": [[pass_to_json(action) for action in order] for order in schedule.orders],
     }
@@ -75,17 +85,16 @@ def schedule_from_json(data: Any) -> Schedule:
     """The schedule that `schedule_to_json` wrote; ValueError for anything else. Whether it can run isn't looked at."""
     found = _SCHEDULE.validate_python(data)
     orders = tuple(tuple(map(pass_from_json, order)) for order in found["orders"])
-    return Schedule(found["name"], Placement(found["placement"]["name"], found["placement"]["chunks"]),
-                    found["micro_batches"], orders)
+    return Schedule(found["name"], placement_from_json(found["placement"]), found["micro_batches"], orders)
 
 
 # A schedule within other data that pydantic reads.
 JsonSchedule = Annotated[Schedule, PlainValidator(schedule_from_json)]
 
 
-def most_bytes(ranks: int, micro_batches: int, pieces: int) -> int:
-    """No schedule on 2 `ranks` stages, with F, B, C, O, R and each W in up to `pieces`, takes more as JSON."""
-    return (5 + pieces) * 2 * ranks * micro_batches * _PASS_BYTES + (ranks + 16) * _RANK_BYTES
+def most_bytes(placement: Placement, micro_batches: int, pieces: int) -> int:
+    """No schedule on `placement`, with F, B, C, O, R and each W in up to `pieces`, takes more as JSON."""
+    return (5 + pieces) * placement.stages * micro_batches * _PASS_BYTES + (placement.ranks + 16) * _RANK_BYTES
 
 
 def read_json(text: bytes, kind: TypeAdapter[T]) -> T:

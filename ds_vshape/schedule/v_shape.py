@@ -1,4 +1,4 @@
-"""Schedules of the V placement: rank i holds stages i and 2p-1-i, a long-lived and a short-lived one.
+"""Schedules of the V placement: rank i holds stages i and 2p-1-i, a long-lived and a short-lived one (or c of them).
 
 Every rank then keeps about the same, and the offsets of the building block set how much (paper, section 3.3 and
 Tables 1, 8, 9). A block here is its four steps (between neighbouring ranks: F down, F back up, B down, B back up) and
@@ -16,13 +16,16 @@ its three turns (F at the last rank, from F to B at rank 0, B at the last rank).
 The paper turns with 1 1 1 in v-min at p % 3 = 2 and with 2 1 1 in v-half at odd p. At the same peak the turns above
 save up to 4 and 3 units there, and with them both meet the lower bound of `bounds.py` from m = p on.
 
+With four chunks on a rank the block goes down and up twice, and T = 12. Steps of 3 on average keep p micro-batches as
+with two; the turns are the shortest at which no passes meet and nothing but the p - 1 units of the ramp is idle.
+
 `1f1b-v` runs whole backwards, which overlap in its block; repeating and squeezing part them. `zb-v` is the hand-made
 schedule of "Zero Bubble Pipeline Parallelism" (section 6), with v-zb's peak and bubble from counting passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
@@ -30,14 +33,13 @@ from ds_vshape.schedule.passes import B, F, Pass, W
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Order, Schedule
 
-INTERVAL = 6
 
-
-def v_block(ranks: int, steps: tuple[int, int, int, int], turns: tuple[int, int, int]) -> BuildingBlock:
-    """The block of `steps` and `turns` (module docstring), with whole backwards."""
-    ways = [[step] * (ranks - 1) for step in steps]
-    offsets = [*ways[0], turns[0], *ways[1], turns[1], *ways[2], turns[2], *ways[3]]
-    return BuildingBlock.from_offsets(v(ranks), INTERVAL, offsets)
+def v_block(ranks: int, steps: Sequence[int], turns: Sequence[int]) -> BuildingBlock:
+    """The block of `steps` and of the `turns` between them (module docstring), with whole backwards."""
+    chunks = len(steps) // 2
+    offsets = [offset for step, turn in zip(steps, (*turns, None), strict=True)
+               for offset in (*[step] * (ranks - 1), turn) if offset is not None]
+    return BuildingBlock.from_offsets(v(ranks, chunks), 3 * chunks, offsets)
 
 
 def one_f_one_b_v(ranks: int, micro_batches: int) -> Schedule:
@@ -60,10 +62,11 @@ def v_half(ranks: int, micro_batches: int) -> Schedule:
     return reorder(repeat(block, micro_batches, "v-half"), 2 * ((ranks + 2) // 2))
 
 
-def v_zb(ranks: int, micro_batches: int) -> Schedule:
-    """1F1B's activations and no bubble within a rank's own span: F B W of one half, then of the other."""
-    block = v_block(ranks, (4, 2, 4, 2), (3, 1, 3)).split()
-    return reorder(repeat(block, micro_batches, "v-zb"), 2 * ranks)
+def v_zb(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
+    """1F1B's activations and no bubble within a rank's own span: F B W of one chunk, then of another."""
+    turns = {2: (3, 1, 3), 4: ((1, 1, 2, 1, 2, 1, 1), (1, 2, 2, 1, 2, 2, 1))[ranks % 2]}[chunks]
+    block = v_block(ranks, (4, 2) * chunks, turns).split()
+    return reorder(repeat(block, micro_batches, "v-zb"), chunks * ranks)
 
 
 def zb_v(ranks: int, micro_batches: int) -> Schedule:

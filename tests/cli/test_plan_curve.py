@@ -14,6 +14,7 @@ from ds_vshape.cli import curve as curves
 from ds_vshape.cli.options import Limit, PlanOptions
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.schedule.named import SCHEDULES
+from ds_vshape.schedule.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("cache", "processor_time")
 BATCH = ["--stages", "4", "--micro-batches", "8"]
@@ -69,8 +70,8 @@ def test_a_plan_for_less_memory_counts_where_one_for_more_is_slower(tmp_path: Pa
     """A search that found nothing good at 6 of 8."""
     orders = {4: "v-half", 6: "v-min", 8: "v-zb"}
 
-    def planned(name: str, options: PlanOptions, limit: Limit, progress: Any) -> Outcome:
-        return plan_one(orders[int(limit.value)], options, None, progress)
+    def planned(name: str, placement: Placement, options: PlanOptions, limit: Limit, progress: Any) -> Outcome:
+        return plan_one(orders[int(limit.value)], placement, options, None, progress)
 
     monkeypatch.setattr(curves, "plan_one", planned)
     found = curve(tmp_path, *BATCH, "--limits", "8u,4u,6u")

@@ -29,7 +29,7 @@ from ds_vshape.schedule.serial import schedule_to_json
 from ds_vshape.schedule.timeline import Times
 
 pytestmark = pytest.mark.usefixtures("cache")
-REQUEST = Request("v-half", 2, 4, Times.uniform(4), Activations.counted(v(2)), None, 1.0, None)
+REQUEST = Request("v-half", v(2), 4, Times.uniform(4), Activations.counted(v(2)), None, 1.0, None)
 LIMITED = replace(REQUEST, name="adaptive", limits=(3.0, 3.0))
 
 
@@ -71,7 +71,8 @@ FAILING: dict[str, tuple[list[str], Request, str]] = {
     "too much": (code("sys.stdout.write('x' * 10**7)"), REQUEST, "wrote more than"),
     "too much without an end": (code("while True: sys.stdout.write('x' * 10**5)"), REQUEST, "wrote more than"),
     "another schedule": (answers("v-zb"), REQUEST, "it is 'v-zb' for 2 ranks"),
-    "another batch": (answers(micro_batches=5), REQUEST, "5 micro-batches, not 'v-half' for 2 (v) and 4"),
+    "another batch": (answers(micro_batches=5), REQUEST,
+                      "5 micro-batches, not 'v-half' for 2 ranks (v, 2 stages each) and 4"),
     "too much memory": (answers("adaptive"), replace(LIMITED, limits=(2.0, 2.0)), "more memory than the limits"),
     "orders that get stuck": (reversed_orders(), REQUEST, "can't run"),
     "an infinite bound": (answers(lower_bound=float("inf")), REQUEST, "lower_bound"),

@@ -109,7 +109,7 @@ def test_plans_are_within_limits_with_running_passes(room: float) -> None:
     limits = tuple(room * peak for peak in least)
 
     def planned(left: tuple[float, ...]) -> Schedule:
-        return plan(Problem(2, 5, TIMES, SIZES, left), 0.2, cache=None).schedule
+        return plan(Problem(v(2), 5, TIMES, SIZES, left), 0.2, cache=None).schedule
 
     alive = peak_activations(one_at_a_time(v(2)), SIZES)
     found = plan_within(limits, alive, build("v-min", 2, 5), SIZES, WORKING, planned)

@@ -13,7 +13,8 @@ from ds_vshape.schedule.communicators import communicator_of, communicators, com
 from ds_vshape.schedule.deadlock import DeadlockError, check
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import PostReceive, channels, lower, lower_announced
-from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
+from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times
@@ -41,8 +42,8 @@ def adaptive(pick: random.Random) -> tuple[Schedule, Times]:
     times = Times(*(tuple(pick.choice([0.5, 1.0, 3.0]) for _ in range(stages)) for _ in range(3)),
                   (pick.choice([0.0, 0.4, 5.0]),) * (stages - 1))
     limits = (pick.uniform(0.5, 1.0) * 2 * ranks,) * ranks
-    return schedule_for(ADAPTIVE, ranks, micro_batches, times, Activations.counted(placement_of(ADAPTIVE, ranks)),
-                        limits, time_limit=0.2).schedule, times
+    return schedule_for(ADAPTIVE, v(ranks), micro_batches, times, Activations.counted(v(ranks)), limits,
+                        time_limit=0.2).schedule, times
 
 
 def test_plans_for_measured_times() -> None:
@@ -68,7 +69,7 @@ def test_what_shares_a_communicator_comes_in_one_order() -> None:
 def test_each_channel_has_one(name: str) -> None:
     placement = build(name, 8, 16).placement
     assert {communicator_of(channel) for channel in channels(placement)} == set(communicators(placement))
-    assert len(communicators(placement)) == 2 * 7 + 2 * (name == "interleaved-1f1b")
+    assert len(communicators(placement)) == 2 * 7 + 2 * (placement.name == "interleaved")
 
 
 def test_eight_ranks_and_sixty_four_pipelines() -> None:

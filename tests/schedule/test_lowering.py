@@ -191,9 +191,10 @@ def test_data_is_loaded_once_where_it_is_first_needed(schedule: Schedule) -> Non
 
 
 def test_channels_are_those_that_messages_use() -> None:
-    for placement in (linear(4), v(4), interleaved(4), v(2), interleaved(2), v(1), interleaved(1), linear(1)):
-        name = {"linear": "1f1b", "v": "v-half", "interleaved": "interleaved-1f1b"}[placement.name]
-        programs = lower(build(name, placement.ranks, 3), Times.uniform(placement.stages))
+    for placement in (linear(4), v(4), interleaved(4), v(2), interleaved(2), v(1), interleaved(1), linear(1), v(3, 4),
+                      interleaved(3, 4)):
+        name = {"linear": "1f1b", "v": "v-zb", "interleaved": "interleaved-1f1b"}[placement.name]
+        programs = lower(build(name, placement.ranks, 3, placement.chunks_each), Times.uniform(placement.stages))
         assert channels(placement) == sorted(sequences(programs, Send))
     assert channels(linear(2)) == [Channel(0, 1, Content.ACTIVATION), Channel(1, 0, Content.GRADIENT)]
     assert Channel(3, 0, Content.ACTIVATION) in channels(interleaved(4))

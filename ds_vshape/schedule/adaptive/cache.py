@@ -60,7 +60,7 @@ def folder() -> Path | None:
 def read(path: Path, problem: Problem) -> Schedule | None:
     """The schedule in `path`, or None."""
     try:
-        text = _content(path, most_bytes(problem.ranks, problem.micro_batches, problem.max_pieces))
+        text = _content(path, most_bytes(problem.placement, problem.micro_batches, problem.max_pieces))
         schedule = read_json(text, _KEPT)["schedule"]
         _check(schedule, problem)
     except FileNotFoundError:
@@ -90,9 +90,8 @@ def _content(path: Path, most: int) -> bytes:
 def _check(schedule: Schedule, problem: Problem) -> None:
     """ValueError or DeadlockError unless `schedule` runs and is one for `problem`."""
     if (schedule.placement, schedule.micro_batches) != (problem.placement, problem.micro_batches):
-        raise ValueError(f"it is for {schedule.placement.ranks} ranks ({schedule.placement.name}) and "
-                         f"{schedule.micro_batches} micro-batches, not for {problem.ranks} ({problem.placement.name}) "
-                         f"and {problem.micro_batches}")
+        raise ValueError(f"it is for {schedule.placement} and {schedule.micro_batches} micro-batches, not for "
+                         f"{problem.placement} and {problem.micro_batches}")
     check(schedule)
     if max(action.pieces for _, action in schedule.passes()) > problem.max_pieces:
         raise ValueError(f"it has weight gradients in more than {problem.max_pieces} pieces")

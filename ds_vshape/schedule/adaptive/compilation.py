@@ -41,7 +41,7 @@ def is_compiled(loop: Any) -> bool:
 
 def compile_loops(memory: bool = False) -> None:
     """Run each of these loops once on a batch that is soon done; without numba they just run."""
-    scheduler = ListScheduler(Problem(2, 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
+    scheduler = ListScheduler(Problem(v(2), 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
     run = scheduler.run(BlockParameters((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
     assert run is not None
     scheduler.left_shift(run.orders, run.policy)

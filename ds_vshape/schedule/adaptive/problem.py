@@ -9,7 +9,7 @@ from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.of_stages import check_numbers
 from ds_vshape.schedule.passes import C, Kind, O, Pass
-from ds_vshape.schedule.placement import Placement, v
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times
 
@@ -23,16 +23,16 @@ class LimitError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch on the V placement, how long its passes take, and how much each rank may keep.
+    """One batch on a placement, how long its passes take, and how much each rank may keep.
 
-    `times` and `activations` are those of the 2p stages, which may all differ; `limits` are the highest peaks of the
+    `times` and `activations` are those of its stages, which may all differ; `limits` are the highest peaks of the
     ranks, in the unit of `activations`. `max_pieces` is how many pieces a W may be cut into (1: whole).
     `recompute` and `offload` say whether a plan may run forwards again, and move activations to the host and back.
 
     Raises ValueError for counts below 1 and lengths that don't fit, and LimitError for a limit below `least`.
     """
 
-    ranks: int
+    placement: Placement
     micro_batches: int
     times: Times
     activations: Activations
@@ -42,10 +42,10 @@ class Problem:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.micro_batches < 1 or self.max_pieces < 1:
-            raise ValueError("ranks, micro-batches and pieces must be at least 1, not "
-                             f"{self.ranks}, {self.micro_batches} and {self.max_pieces}")
-        stages = 2 * self.ranks
+        if self.micro_batches < 1 or self.max_pieces < 1:
+            raise ValueError(f"micro-batches and pieces must be at least 1, not {self.micro_batches} and "
+                             f"{self.max_pieces}")
+        stages = self.placement.stages
         check_numbers("times.forward", self.times.forward, stages)
         check_numbers("times.input_grad", self.times.input_grad, stages)
         check_numbers("times.weight_grad", self.times.weight_grad, stages)
@@ -63,10 +63,10 @@ class Problem:
                              "be met: the least possible peaks of the ranks are "
                              f"{', '.join(f'{least:g}' for least in self.least)}")
 
-    @cached_property
-    def placement(self) -> Placement:
-        """Where the stages are."""
-        return v(self.ranks)
+    @property
+    def ranks(self) -> int:
+        """How many pipeline ranks there are."""
+        return self.placement.ranks
 
     @cached_property
     def least(self) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from statistics import fmean
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive.problem import Problem
+from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
 
 _LEAST_RANKS = 8
@@ -41,7 +42,7 @@ def reduced(problem: Problem) -> Problem:
     hops = tuple(fmean(delays[here:there]) for here, there in pairwise(stages))
     # As many micro-batches a rank, so that ramps and steady state weigh the same; a steady state shows within four.
     micro_batches = max(1, round(min(problem.micro_batches * share, _PER_RANK * ranks)))
-    return Problem(ranks, micro_batches,
+    return Problem(v(ranks), micro_batches,
                    Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), hops,
                          entry_costs=tuple(times.entry_costs[stage] for stage in stages if times.entry_costs)),
                    Activations(pick(activations.after_forward), pick(activations.after_backward)),

@@ -17,7 +17,7 @@ from ds_vshape.schedule.timeline import Times, simulate
 def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, float], peak: float) -> Problem:
     """Equal stages, counted as the paper does."""
     forward, input_grad, weight_grad, hop = times
-    return Problem(ranks, micro_batches, Times.uniform(2 * ranks, forward, input_grad, weight_grad, hop),
+    return Problem(v(ranks), micro_batches, Times.uniform(2 * ranks, forward, input_grad, weight_grad, hop),
                    Activations.counted(v(ranks)), (float(peak),) * ranks)
 
 
@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn) -> Problem:
     limits = tuple((whole[rank] + whole[2 * ranks - 1 - rank]) * draw(st.floats(1, 3)) for rank in range(ranks))
     times = Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:], scales,
                   entry_costs=draw(entry_costs(2 * ranks)))
-    return Problem(ranks, micro_batches, times, Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
+    return Problem(v(ranks), micro_batches, times, Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
 
 
 def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:

@@ -17,6 +17,7 @@ from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Problem, plan
 from ds_vshape.schedule.adaptive.compilation import compile_loops
 from ds_vshape.schedule.micro_batch_order import in_order, rising_and_falling
+from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, simulate
 
 CELLS = json.loads((Path(__file__).parents[2] / "data" / "adaptive.json").read_text())["cells"]
@@ -37,7 +38,7 @@ def test_every_plan_is_right(problem: Problem) -> None:
 @pytest.mark.parametrize("whole, kept", [(1.0, 3.0), (2.0, 0.0)])
 def test_the_least_limit_can_be_met(whole: float, kept: float) -> None:
     """Even where B leaves more than F did (recomputed activations): then backwards run whole."""
-    problem = Problem(3, 5, Times.uniform(6, 1, 1, 1), Activations((whole,) * 6, (kept,) * 6), (2 * whole,) * 3)
+    problem = Problem(v(3), 5, Times.uniform(6, 1, 1, 1), Activations((whole,) * 6, (kept,) * 6), (2 * whole,) * 3)
     found = plan(problem, 0.2)
     assert_plan_is_right(found, problem)
     assert max(found.peaks) == 2 * whole
@@ -104,11 +105,12 @@ def test_progress_goes_up_to_one() -> None:
 
 def test_limits_that_cannot_be_met_say_what_is_least() -> None:
     with pytest.raises(LimitError, match=r"1\.5 on rank 0.*least possible peaks of the ranks are 4, 3"):
-        Problem(2, 4, Times.uniform(4), Activations((1.0, 2.0, 1.0, 3.0), (0.0,) * 4), (1.5, 3.0))
+        Problem(v(2), 4, Times.uniform(4), Activations((1.0, 2.0, 1.0, 3.0), (0.0,) * 4), (1.5, 3.0))
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"ranks": 0}, "at least 1"), ({"micro_batches": 0}, "at least 1"), ({"limits": (8.0,)}, "limit for each"),
+    ({"placement": v(3)}, "times.forward must be 6"), ({"micro_batches": 0}, "at least 1"),
+    ({"limits": (8.0,)}, "limit for each"),
     ({"times": Times.uniform(3)}, "times.forward must be 4"),
     ({"times": Times.uniform(4, forward=float("nan"))}, "finite"),
     ({"times": replace(Times.uniform(4), hops=(1.0,) * 4)}, "times.hops must be 3"),
@@ -116,7 +118,7 @@ def test_limits_that_cannot_be_met_say_what_is_least() -> None:
     ({"times": replace(Times.uniform(4), scales=(1.0,) * 3)}, "times.scales must be 4 .* one for each micro-batch"),
     ({"activations": Activations((1.0,) * 4, (1.0,) * 3)}, "activations.after_backward must be 4")])
 def test_bad_problems_are_refused(change: dict[str, Any], message: str) -> None:
-    good: dict[str, Any] = {"ranks": 2, "micro_batches": 4, "times": Times.uniform(4),
+    good: dict[str, Any] = {"placement": v(2), "micro_batches": 4, "times": Times.uniform(4),
                             "activations": Activations((1.0,) * 4, (1.0,) * 4), "limits": (4.0, 4.0)}
     with pytest.raises(ValueError, match=message):
         Problem(**(good | change))

@@ -24,7 +24,7 @@ from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, simulate
 
-PROBLEM = Problem(3, 6, Times.uniform(6, 10, 12, 8, 1), Activations.counted(v(3)), (4.0,) * 3)
+PROBLEM = Problem(v(3), 6, Times.uniform(6, 10, 12, 8, 1), Activations.counted(v(3)), (4.0,) * 3)
 LIMIT = 0.3
 # One that fits the problem, without a search.
 GOOD = replace(build("v-half", 3, 6), name="adaptive")
@@ -130,7 +130,7 @@ CORRUPTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (of_schedule(micro_batches=float("nan")), "micro_batches"),
     "a huge number": (of_schedule(micro_batches=10**400), "for 3 ranks"),
     "a batch of floats": (of_schedule(micro_batches=6.0), "micro_batches"),
-    "another batch": (of_schedule(micro_batches=5), "5 micro-batches, not for 3 (v) and 6"),
+    "another batch": (of_schedule(micro_batches=5), "5 micro-batches, not for 3 ranks (v, 2 stages each) and 6"),
     "another placement": (of_schedule(placement={"name": "v", "chunks": [[0, 5], [1, 4], [3, 2]]}), "for 3 ranks"),
     "a placement of floats": (of_schedule(placement={"name": "v", "chunks": [[0.0, 5], [1, 4], [2, 3]]}), "chunks"),
     "a name that is none": (of_schedule(name=None), "name"),

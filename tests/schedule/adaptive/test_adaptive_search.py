@@ -65,7 +65,7 @@ def test_fewer_ranks_stand_for_all() -> None:
     slow = 5
     hops = tuple(16.0 if min(stage, 34 - stage) == slow else 1.0 for stage in range(35))
     times = replace(Times.uniform(36, 10, 12, 8), forward=tuple(map(float, range(36))), hops=hops)
-    small = reduced(Problem(18, 200, times, Activations.counted(v(18)), (12.0,) * 18))
+    small = reduced(Problem(v(18), 200, times, Activations.counted(v(18)), (12.0,) * 18))
     assert small.ranks == 9 and small.times.forward[:9] == tuple(map(float, (0, 2, 4, 6, 8, 11, 13, 15, 17)))
     assert small.times.hops[:8] == pytest.approx((1, 1, 8.5, 1, 1, 1, 1, 1))
     assert small.times.hops[8] == 0 and small.times.hops[9:] == small.times.hops[:8][::-1]
@@ -114,7 +114,7 @@ def test_annealing_keeps_times_and_limits(ranks: int, micro_batches: int, seed: 
     (1, 2, (1, 2, 1), 2), (2, 1, (1, 1, 2), 2), (2, 2, (1, 1, 1), 3), (2, 2, (1, 2, 1), 2), (2, 2, (2, 1, 1), 4)])
 def test_annealing_finds_the_optimum(ranks: int, micro_batches: int, times: tuple[int, int, int], kept: int) -> None:
     """Against trying everything, with W whole."""
-    problem = Problem(ranks, micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
+    problem = Problem(v(ranks), micro_batches, Times.uniform(2 * ranks, *times), Activations.counted(v(ranks)),
                       (float(kept),) * ranks, max_pieces=1)
     scheduler = ListScheduler(problem)
     run = scheduler.run(BlockParameters((1.5,) * 4, (0.5,) * 3, 1.0, 1.0, 0.0, 0.0, 1).policy(scheduler))

@@ -33,7 +33,7 @@ def uniform(ranks: int, micro_batches: int, limit: float, *, copy: float = 1, in
     """All passes take 1, an activation is 1 and a stage's input `input_size`; `limit` in activations."""
     stages = 2 * ranks
     sizes = Activations((1.0,) * stages, (1.0,) * stages, ((input_size,),) * stages)
-    return Problem(ranks, micro_batches, Times.uniform(stages, copy=copy), sizes, (float(limit),) * ranks,
+    return Problem(v(ranks), micro_batches, Times.uniform(stages, copy=copy), sizes, (float(limit),) * ranks,
                    recompute=recompute, offload=offload)
 
 

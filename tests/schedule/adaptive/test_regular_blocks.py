@@ -18,6 +18,7 @@ from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.regular import regular_orders
 from ds_vshape.schedule.schedule import check
+from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, simulate
 
 
@@ -46,7 +47,7 @@ def test_less_memory_has_none() -> None:
 
 
 # A W that takes no time starts together with the forward that its memory is for.
-@example(Problem(1, 2, Times((1, 1), (1, 1), (0, 0), (0,)), Activations((1, 1), (1, 0)), (2,), max_pieces=1), 1.0)
+@example(Problem(v(1), 2, Times((1, 1), (1, 1), (0, 0), (0,)), Activations((1, 1), (1, 0)), (2,), max_pieces=1), 1.0)
 @given(problems(), st.floats(1, 6))
 @settings(max_examples=60)
 def test_any_times_and_sizes(problem: Problem, more: float) -> None:

@@ -32,6 +32,7 @@ from ds_vshape.schedule.adaptive.search import Search
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.adaptive.trials import Progress
 from ds_vshape.schedule.passes import BW, F
+from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
 
@@ -292,7 +293,7 @@ def _one_by_one(problem: Problem) -> Schedule:
 def run_loops() -> None:
     """Run each of MEMORY_LOOPS once, on a batch that is soon done."""
     sizes = Activations((1.0,) * 4, (1.0,) * 4, ((0.5,),) * 4)
-    problem = Problem(2, 2, Times.uniform(4), sizes, (4.0, 4.0), recompute=True, offload=True)
+    problem = Problem(v(2), 2, Times.uniform(4), sizes, (4.0, 4.0), recompute=True, offload=True)
     search = MemorySearch(problem, 0.0, count(1.0, -0.4).__next__, Lanes(1))
     search._try_order(_one_by_one(problem), [Pattern((1,), (1,))], -inf)
     search._annealed(search._candidates[0], _COLD, 0.5, as_it_is=False)

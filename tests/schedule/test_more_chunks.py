@@ -1,0 +1,111 @@
+"""Schedules of more than two chunks on a rank, beside torch's own and the bounds."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+
+from ds_vshape.schedule import drawing
+from ds_vshape.schedule.activations import peak_activations
+from ds_vshape.schedule.balance import balance, rank_loads
+from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.chunk_times import ChunkTimes
+from ds_vshape.schedule.interleaved import interleaved_zb
+from ds_vshape.schedule.named import build, placement_of
+from ds_vshape.schedule.passes import Kind, Pass
+from ds_vshape.schedule.placement import Placement, interleaved, v
+from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.timeline import Times, simulate
+
+STAIRCASES = {
+    "v-zb": """
+        F0a F1a ....F0b F0c F1b F1c F0d B0d W0d F1d B0c B0b B1d W0c B0a W1d B1c B1b W0b W0a B1a W1c W1b W1a
+        ....F0a F0b F1a F1b F0c F0d F1c F1d B0d B0c W0d W0c B0b B0a B1d B1c W0b W1d B1b B1a W1c W0a W1b W1a
+    """,
+    "interleaved-1f1b": """
+        F0a F1a F0b F1b F0c F1c F0d F1d ........BW0d--- ....BW1d--- BW0c--- BW1c--- BW0b--- BW1b--- BW0a--- BW1a---
+        ....F0a F1a F0b F1b F0c F1c F0d BW0d--- F1d BW1d--- BW0c--- BW1c--- BW0b--- BW1b--- BW0a--- BW1a--- ........
+    """,
+}
+
+
+@pytest.mark.parametrize("name", STAIRCASES)
+def test_four_chunks_as_drawn(name: str) -> None:
+    schedule = build(name, 2, 2, 4)
+    rows = drawing.draw(simulate(schedule, Times.uniform(8)), schedule.placement).splitlines()
+    assert [row[8:] for row in rows[1:3]] == textwrap.dedent(STAIRCASES[name]).strip().splitlines()
+
+
+def of_torch(ranks: int, micro_batches: int, chunks: int) -> Schedule:
+    """torch's ScheduleInterleavedZeroBubble, which makes its orders without a process group."""
+    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
+    made = schedules.ScheduleInterleavedZeroBubble
+    rounds = max(1, micro_batches // ranks)
+    own = SimpleNamespace(pp_group_size=ranks, _n_microbatches=micro_batches, n_local_stages=chunks,
+                          number_of_rounds=rounds, microbatches_per_round=micro_batches // rounds)
+    orders = [[action for action in made._calculate_single_rank_operations(own, rank) if action is not None]
+              for rank in range(ranks)]
+    kinds = {schedules.FORWARD: Kind.F, schedules.BACKWARD_INPUT: Kind.B, schedules.BACKWARD_WEIGHT: Kind.W}
+    return Schedule("torch", interleaved(ranks, chunks), micro_batches, tuple(
+        tuple(Pass(kinds[action.computation_type], action.stage_index, action.microbatch_index) for action in order)
+        for order in orders))
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("micro_batches", [8, 16, 32])
+def test_no_slower_and_no_larger_than_torchs(micro_batches: int, chunks: int) -> None:
+    torchs = of_torch(4, micro_batches, chunks)
+    check(torchs)
+    equal = Times.uniform(4 * chunks)
+    for name in ("interleaved-zb", "v-zb"):
+        ours = build(name, 4, micro_batches, chunks)
+        assert simulate(ours, equal).makespan <= simulate(torchs, equal).makespan, name
+        assert max(peak_activations(ours)) <= max(peak_activations(torchs)), name
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_no_order_of_1f1bs_memory_is_faster(ranks: int) -> None:
+    for name, make in (("v-zb", v), ("interleaved-zb", interleaved)):
+        for micro_batches in (2 * ranks, 3 * ranks):
+            schedule = build(name, ranks, micro_batches, 4)
+            bound = lower_bound(make(ranks, 4), micro_batches, Times.uniform(4 * ranks), 2 * ranks)
+            assert simulate(schedule, Times.uniform(4 * ranks)).makespan == bound == 12 * micro_batches + ranks - 1
+            assert max(peak_activations(schedule)) <= 2 * ranks
+
+
+def test_an_incomplete_group_keeps_1f1bs_memory() -> None:
+    for micro_batches in range(1, 14):
+        assert max(peak_activations(interleaved_zb(4, micro_batches, 3))) <= 8 + 1e-9
+
+
+def test_times_of_chunks_are_shared_out() -> None:
+    """Of four chunks of the model, whose two ranks hold three stages each: two thirds of a chunk are a stage."""
+    times = ChunkTimes((3.0, 6.0, 9.0, 12.0)).on(interleaved(2, 3))
+    assert times.forward == pytest.approx((2, 1 + 2, 4, 6, 3 + 4, 8))
+    assert ChunkTimes((3.0, 6.0, 9.0, 12.0)).on(v(2, 4)).forward == (1.5, 1.5, 3, 3, 4.5, 4.5, 6, 6)
+
+
+@pytest.mark.parametrize("placement", [v(2, 4), interleaved(2, 3), interleaved(2, 4)], ids=str)
+def test_layers_are_balanced_about_as_well_as_can_be(placement: Placement) -> None:
+    """Beside all cuts; the search may end a little above the best."""
+    pick = random.Random(0)
+    found, best = [], []
+    for _ in range(20):
+        costs = [pick.choice([1.0, 1.0, 1.0, 2.0, 5.0]) for _ in range(placement.stages + 4)]
+        cuts = ((0, *inner, len(costs)) for inner in itertools.combinations(range(1, len(costs)), placement.stages - 1))
+        best.append(min(max(rank_loads(costs, cut, placement)) for cut in cuts))
+        found.append(max(rank_loads(costs, balance(costs, placement), placement)))
+        assert found[-1] <= 1.25 * best[-1]
+    assert sum(found) <= 1.03 * sum(best)
+
+
+@pytest.mark.parametrize("name, chunks, message", [
+    ("v-half", 4, "v-half has 2 stages"), ("v-zb", 3, "v-zb has 2 or 4 stages"), ("1f1b", 2, "1f1b has 1 stage"),
+    ("adaptive", 4, "adaptive has 2 stages"), ("interleaved-zb", 17, "interleaved-zb has 2, 3, .* or 16 stages")])
+def test_what_a_schedule_cannot_have(name: str, chunks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        placement_of(name, 4, chunks)
