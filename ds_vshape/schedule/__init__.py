@@ -43,6 +43,7 @@ What it costs:
 How it runs:
     lowering.py          each rank's program, communication included
     deadlock.py          the checker of such programs
+    rendezvous.py        all of them run together, as that checker and the next one look at them
     vector_clocks.py     what each pass depends on, through all ranks
     synchronization.py   a synchronized device can't hang them
     communicators.py     which channels share a communicator

@@ -15,6 +15,7 @@ that was posted after it on its communicator, is waited for.
                                once, before it is needed; what is offloaded or forgotten is back before the backward
     [2] each communicator      both ends see the same messages in the same sequence, each once
     [3] all programs together  they run to their end, without times: an operation completes as soon as both rules let it
+                               (`rendezvous`)
 
 Starting one more operation never keeps another from completing, so the order in which [3] tries the ranks doesn't
 matter: what is stuck here is stuck on every real run, and what runs to its end here does so on every real run.
@@ -31,30 +32,18 @@ the next: programs whose repeats wait for later ones are refused, though they mi
 
 from __future__ import annotations
 
-import enum
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, CopyStep, Load,
-                                         Message, MessageStep, Offload, PostReceive, Program, Reload, Run, Send, Step,
-                                         message_into)
+                                         Message, Offload, PostReceive, Program, Reload, Run, Send, Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.rendezvous import DeadlockError, JointRun, Place, Receives
 from ds_vshape.schedule.repeated import run_through
 from ds_vshape.schedule.schedule import dependencies
-
-
-class DeadlockError(RuntimeError):
-    """The programs can't run to their end; the message names the rank and the step."""
-
-
-class Receives(enum.Enum):
-    """When the runtime starts a receive."""
-
-    EARLY = "receives start when posted"
-    LATE = "receives start when waited for"
 
 
 def check(programs: Sequence[Program], placement: Placement,
@@ -78,7 +67,7 @@ def check(programs: Sequence[Program], placement: Placement,
     run_through(programs, sequences.run, sequences.state)
     sequences.end()
     for receives in Receives:
-        together = _Together(receives, communicator)
+        together = JointRun(receives, communicator)
         run_through(programs, together.run, together.state)
 
 
@@ -282,10 +271,6 @@ class _Alone:
 # -- [2] each communicator
 
 
-# One direction of a communicator: source, target, and what its channels share.
-_Place = tuple[int, int, Hashable]
-
-
 class _Sequence:
     """The messages of one direction of a communicator, as either end starts them."""
 
@@ -322,7 +307,7 @@ class _Sequences:
     def __init__(self, communicator: Callable[[Channel], Hashable]) -> None:
         self._communicator = communicator
         self._of_channel: dict[Channel, _Sequence] = {}
-        self._every: dict[_Place, _Sequence] = defaultdict(_Sequence)
+        self._every: dict[Place, _Sequence] = defaultdict(_Sequence)
 
     def run(self, parts: Sequence[Sequence[Step]]) -> None:
         """Take in some steps of all ranks."""
@@ -350,122 +335,3 @@ class _Sequences:
                                 f"{each.counts[Send]} messages are sent and {each.counts[PostReceive]} received")
             if each.failure is not None:
                 raise DeadlockError(f"messages {source}->{target}: {each.failure}")
-
-
-# -- [3] all programs together
-
-
-class _Direction:
-    """One direction of a communicator: how many of its messages are sent, have a receive, and have
-    arrived.
-
-    `queues` are those of the communicator at either end: directions of started operations, in the order of their start.
-    """
-
-    __slots__ = ("coming", "queues", "received", "sent", "through")
-
-    def __init__(self, queues: tuple[deque[_Direction], deque[_Direction]]) -> None:
-        self.queues = queues
-        self.sent = self.received = self.through = 0
-        # How many of its messages the steps taken in send and post.
-        self.coming = {Send: 0, PostReceive: 0}
-
-
-# A step of communication, with its message's direction and the number on it.
-_Action = tuple[MessageStep, _Direction, int]
-
-
-class _Together:
-    """All programs at once, under one rule for receives."""
-
-    def __init__(self, receives: Receives, communicator: Callable[[Channel], Hashable]) -> None:
-        self._receives, self._communicator = receives, communicator
-        self._of_channel: dict[Channel, _Direction] = {}
-        self._directions: dict[_Place, _Direction] = {}
-        self._queues: dict[tuple[int, Hashable], deque[_Direction]] = defaultdict(deque)
-        # The numbers of messages that are started and not waited for, by whether they are sent.
-        self._numbers: dict[tuple[bool, Message], int] = {}
-
-    def run(self, parts: Sequence[Sequence[Step]]) -> None:
-        """Run some steps of all ranks to their end; DeadlockError where they get stuck."""
-        actions = [self._numbered(part) for part in parts]
-        places = [0] * len(actions)
-        moved = True
-        while moved:
-            moved = False
-            for rank, program in enumerate(actions):
-                place = before = places[rank]
-                while place < len(program) and self._act(*program[place]):
-                    place += 1
-                places[rank] = place
-                moved |= place > before
-        stuck = [f"rank {rank} at {program[place][0]}" for rank, (program, place) in enumerate(zip(actions, places))
-                 if place < len(program)]
-        if stuck:
-            raise DeadlockError(f"deadlock ({self._receives.value}): " + "; ".join(stuck))
-
-    def _numbered(self, part: Sequence[Step]) -> list[_Action]:
-        found: list[_Action] = []
-        for step in part:
-            if isinstance(step, (Send, PostReceive)):
-                direction = self._of_channel.get(step.message.channel) or self._direction(step.message.channel)
-                number = self._numbers[isinstance(step, Send), step.message] = direction.coming[type(step)]
-                direction.coming[type(step)] += 1
-                found.append((step, direction, number))
-            elif isinstance(step, (AwaitSend, AwaitReceive)):
-                number = self._numbers.pop((isinstance(step, AwaitSend), step.message))
-                found.append((step, self._of_channel[step.message.channel], number))
-        return found
-
-    def _direction(self, channel: Channel) -> _Direction:
-        shared = self._communicator(channel)
-        place = channel.source, channel.target, shared
-        if place not in self._directions:
-            ends = self._queues[channel.source, shared], self._queues[channel.target, shared]
-            self._directions[place] = _Direction(ends)
-        self._of_channel[channel] = self._directions[place]
-        return self._directions[place]
-
-    def _act(self, step: MessageStep, direction: _Direction, number: int) -> bool:
-        """Do `step`, or return False if it has to wait."""
-        kind = type(step)
-        if kind is Send:
-            direction.sent += 1
-            self._start(direction, 0)
-            return True
-        if kind is PostReceive:
-            if self._receives is Receives.EARLY:
-                direction.received += 1
-                self._start(direction, 1)
-            return True
-        if kind is AwaitReceive:
-            # The runtime starts what was posted before the message on its communicator, too.
-            while direction.received <= number:
-                direction.received += 1
-                self._start(direction, 1)
-        return direction.through > number
-
-    def _start(self, direction: _Direction, end: int) -> None:
-        """Start an operation at one end of `direction`; complete all operations that it unblocks."""
-        direction.queues[end].append(direction)
-        candidates = [direction]
-        while candidates:
-            direction = candidates.pop()
-            source, target = direction.queues
-            both = min(direction.sent, direction.received)
-            if direction.through < both and source[0] is direction and target[0] is direction:
-                source.popleft()
-                target.popleft()
-                direction.through += 1
-                candidates += [queue[0] for queue in (source, target) if queue]
-
-    def state(self, start: int) -> Hashable:
-        """As `run_through` wants it."""
-        directions = list(self._directions.values())
-        counts = tuple(tuple(count - each.through for count in (each.sent, each.received, *each.coming.values()))
-                       for each in directions)
-        numbers = {direction: number for number, direction in enumerate(directions)}
-        queues = tuple(tuple(numbers[direction] for direction in queue) for queue in self._queues.values())
-        started = frozenset((sent, message.later(-start), number - self._of_channel[message.channel].through)
-                            for (sent, message), number in self._numbers.items())
-        return counts, queues, started

@@ -14,17 +14,25 @@ repeats is run until the clocks, counted from the passes done, are those of the 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ds_vshape.schedule.communicators import communicator_of
-from ds_vshape.schedule.deadlock import DeadlockError
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, PostReceive, Program, Run, Send,
-                                         ShareLoss, Step)
+from ds_vshape.schedule.lowering import Channel, Message, MessageStep, PostReceive, Program, Run, Send, ShareLoss, Step
 from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.rendezvous import DeadlockError, Direction, JointRun, Operation, Receives
 from ds_vshape.schedule.repeated import run_through
 from ds_vshape.schedule.vector_clocks import Clock
+
+
+class _Start(NamedTuple):
+    """A rank's start of its end of a message, and the rank's clock then."""
+
+    rank: int
+    clock: Clock
+    message: Message
 
 
 def check_synchronization(programs: Sequence[Program],
@@ -42,100 +50,90 @@ def check_synchronization(programs: Sequence[Program],
     run_through(programs, operations.run, operations.state)
 
 
-class _Operations:
+class _Operations(JointRun):
     """Sends and receives that were started, and the clocks at which they completed."""
 
     def __init__(self, ranks: int, communicator: Callable[[Channel], Hashable]) -> None:
-        # Of the ends that still wait for a completed message there are so many.
-        self._completed: dict[Message, tuple[Clock, int]] = {}
-        self._clocks = np.zeros((ranks, ranks), np.int32)
+        super().__init__(Receives.EARLY, communicator)
+        self._clocks = [np.zeros(ranks, np.int32) for _ in range(ranks)]
         self._passes: list[list[Pass]] = [[] for _ in range(ranks)]
-        self._communicator = communicator
         self._sharing: dict[int, Clock] = {}
-        self._started: dict[tuple[int, Message], Clock] = {}
-        # By rank and communicator: what was started and isn't complete, and the clock of the last completion.
-        self._queues: dict[tuple[int, Hashable], deque[Message]] = defaultdict(deque)
+        # What was started at both ends of each direction and isn't complete.
+        self._started: dict[Direction, tuple[deque[_Start], deque[_Start]]] = defaultdict(lambda: (deque(), deque()))
+        # By number: what is complete, and how many ends still wait for it.
+        self._completed: dict[Direction, dict[int, tuple[Clock, int]]] = defaultdict(dict)
+        # By rank and communicator: the clock of the last completion.
         self._last: dict[tuple[int, Hashable], Clock] = {}
 
-    def run(self, parts: Sequence[Sequence[Step]]) -> None:
-        """Run some steps of all ranks together."""
-        for passes, part in zip(self._passes, parts):
-            passes += [step.action for step in part if isinstance(step, Run)]
-        places = [0] * len(parts)
-        moved = True
-        while moved:
-            moved = False
-            for rank, part in enumerate(parts):
-                place = places[rank]
-                while place < len(part) and self._act(rank, part[place]):
-                    place += 1
-                moved |= place > places[rank]
-                places[rank] = place
+    def _operations(self, rank: int, part: Sequence[Step]) -> list[Operation]:
+        found: list[Operation] = []
+        for step in part:
+            if isinstance(step, MessageStep):
+                found.append(self._numbered(step))
+            elif isinstance(step, (Run, ShareLoss)):
+                found.append((step, None, 0))
+                if isinstance(step, Run):
+                    self._passes[rank].append(step.action)
+        return found
 
-    def _act(self, rank: int, step: Step) -> bool:
-        """Do `step`, or return False if it has to wait."""
+    def _act(self, rank: int, step: Step, direction: Direction | None, number: int) -> bool:
         clock = self._clocks[rank]
-        if isinstance(step, Run):
-            clock[rank] += 1
-        elif isinstance(step, (Send, PostReceive)):
-            self._start(rank, step.message, clock.copy())
-        elif isinstance(step, ShareLoss):
-            self._share(rank, clock.copy())
-        elif isinstance(step, (AwaitSend, AwaitReceive)):
-            if step.message not in self._completed:
-                return False
-            completion, ends = self._completed.pop(step.message)
-            if ends > 1:
-                self._completed[step.message] = completion, ends - 1
-            np.maximum(clock, completion, out=clock)
+        if direction is None:
+            if isinstance(step, Run):
+                clock[rank] += 1
+            else:
+                self._share(rank, clock.copy())
+            return True
+        if isinstance(step, (Send, PostReceive)):
+            self._started[direction][isinstance(step, PostReceive)].append(_Start(rank, clock.copy(), step.message))
+            return super()._act(rank, step, direction, number)
+        if direction.through <= number:
+            return False
+        completed = self._completed[direction]
+        completion, ends = completed.pop(number)
+        if ends > 1:
+            completed[number] = completion, ends - 1
+        np.maximum(clock, completion, out=clock)
         return True
 
-    def state(self, start: int) -> object:
-        """As `run_through` wants it."""
-        done = self._clocks.diagonal()
-        clocks: list[tuple[Hashable, Clock]] = [
-            *((key, clock) for key, clock in self._last.items()),
-            *(((rank, message.later(-start)), clock) for (rank, message), clock in self._started.items()),
-            *(((message.later(-start), ends), clock) for message, (clock, ends) in self._completed.items()),
-            *enumerate(self._clocks), *((("loss", rank), clock) for rank, clock in self._sharing.items())]
-        queues = tuple((end, tuple(message.later(-start) for message in queue)) for end, queue in self._queues.items())
-        return queues, {key: (clock - done).tobytes() for key, clock in clocks}
-
-    def _start(self, rank: int, message: Message, clock: Clock) -> None:
-        """Start `rank`'s end of `message`, and complete all that is set free."""
-        self._started[rank, message] = clock
-        self._queues[rank, self._communicator(message.channel)].append(message)
-        candidates = [message]
-        while candidates:
-            message = candidates.pop()
-            shared = self._communicator(message.channel)
-            ends = (message.channel.source, shared), (message.channel.target, shared)
-            if all(self._queues[end] and self._queues[end][0] == message for end in ends):
-                self._complete(message, ends)
-                candidates += [self._queues[end][0] for end in ends if self._queues[end]]
-
-    def _complete(self, message: Message, ends: tuple[tuple[int, Hashable], tuple[int, Hashable]]) -> None:
-        starts = {end[0]: self._started.pop((end[0], message)) for end in ends}
-        before = [self._last[end] for end in ends if end in self._last]
-        completion = np.maximum.reduce([*starts.values(), *before])
-        self._check(starts, completion, message)
-        for end in ends:
-            self._queues[end].popleft()
+    def _complete(self, direction: Direction) -> None:
+        starts = [started.popleft() for started in self._started[direction]]
+        completion = np.maximum(*(start.clock for start in starts))
+        source, target, shared = direction.place
+        for end in (source, shared), (target, shared):
+            if end in self._last:
+                np.maximum(completion, self._last[end], out=completion)
+        for end in (source, shared), (target, shared):
             self._last[end] = completion
-        self._completed[message] = completion, len(ends)
+        for start in starts:
+            self._check(start.rank, start.clock, completion, start.message)
+        self._completed[direction][direction.through] = completion, len(starts)
+
+    def state(self, start: int) -> Hashable:
+        """What decides how the run goes on, with clocks counted from the passes done."""
+        done = np.array([clock[rank] for rank, clock in enumerate(self._clocks)], np.int32)
+        clocks: list[tuple[Hashable, Clock]] = [
+            *self._last.items(), *enumerate(self._clocks),
+            *((("loss", rank), clock) for rank, clock in self._sharing.items()),
+            *(((direction, end, place), each.clock) for direction, ends in self._started.items()
+              for end, started in enumerate(ends) for place, each in enumerate(started)),
+            *(((direction, number - direction.through, ends), clock) for direction, completed in self._completed.items()
+              for number, (clock, ends) in completed.items())]
+        return super().state(start), {key: (clock - done).tobytes() for key, clock in clocks}
 
     def _share(self, rank: int, clock: Clock) -> None:
         """Start `rank`'s part in sharing the loss, which completes once all ranks have."""
         self._sharing[rank] = clock
         if len(self._sharing) == len(self._passes):
-            self._check(self._sharing, np.maximum.reduce(list(self._sharing.values())), "the batch's loss")
+            completion = np.maximum.reduce(list(self._sharing.values()))
+            for sharer, started in self._sharing.items():
+                self._check(sharer, started, completion, "the batch's loss")
 
-    def _check(self, starts: Mapping[int, Clock], completion: Clock, what: object) -> None:
-        """Raise DeadlockError if an operation, started by each rank at its clock, waits for a pass after that."""
-        for rank, clock in starts.items():
-            if completion[rank] > clock[rank]:
-                # What repeats is only taken in part by part.
-                passes, place = self._passes[rank], int(clock[rank])
-                blocked = passes[place] if place < len(passes) else f"the pass after {passes[-1]}"
-                raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
-                                    f"{what}, which waits for that pass")
+    def _check(self, rank: int, clock: Clock, completion: Clock, what: object) -> None:
+        """Raise DeadlockError if an operation that `rank` started at its `clock` waits for a pass after that."""
+        if completion[rank] > clock[rank]:
+            # What repeats is only taken in part by part.
+            passes, place = self._passes[rank], int(clock[rank])
+            blocked = passes[place] if place < len(passes) else f"the pass after {passes[-1]}"
+            raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
+                                f"{what}, which waits for that pass")

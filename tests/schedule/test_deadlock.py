@@ -13,7 +13,8 @@ import pytest
 from programs import (COMMUNICATORS, Communicator, Programs, lowered, of_all, of_the_direction, of_the_pair, own,
                       shuffled)
 
-from ds_vshape.schedule.deadlock import DeadlockError, check
+from ds_vshape.schedule.deadlock import check
+from ds_vshape.schedule.rendezvous import DeadlockError
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, Content, Load,
                                          Message, Offload, PostReceive, Program, Reload, Run, Send, ShareLoss, Step,

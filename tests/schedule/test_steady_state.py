@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from ds_vshape.schedule import forward_only as forwards
-from ds_vshape.schedule.deadlock import DeadlockError, check
+from ds_vshape.schedule.deadlock import check
+from ds_vshape.schedule.rendezvous import DeadlockError
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.fuse import fuse, unfused, with_whole_backwards
 from ds_vshape.schedule.lowering import Program, lower, lower_announced

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from programs import COMMUNICATORS, Communicator, Programs, lowered, of_the_direction, own, shuffled
 
 from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.deadlock import DeadlockError
+from ds_vshape.schedule.rendezvous import DeadlockError
 from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, ShareLoss,

@@ -24,6 +24,7 @@ from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.adaptive.seeds import within
 from ds_vshape.schedule.lowering import lower
+from ds_vshape.schedule.rendezvous import DeadlockError
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import JsonSchedule, most_bytes, read_json, schedule_to_json
 from ds_vshape.schedule.timeline import Times
@@ -65,7 +66,7 @@ def read(path: Path, problem: Problem) -> Schedule | None:
         _check(schedule, problem)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, deadlock.DeadlockError) as error:
+    except (OSError, ValueError, DeadlockError) as error:
         logger.warning("%s counts as missing, and is planned again: %s", path, error)
         return None
     return schedule
