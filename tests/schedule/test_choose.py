@@ -59,7 +59,8 @@ def test_the_faster_of_plan_and_order_is_taken(other: str, origin: str, monkeypa
     """With a planner that knows one order: a faster one, the same, or a slower one."""
     order = build(other, 4, 8)
     timeline = simulate(order, UNEQUAL)
-    monkeypatch.setattr(choose, "plan", lambda *arguments: Plan(order, timeline, peak_activations(order), 1.0, 0.0))
+    found = Plan(order, timeline, peak_activations(order), 1.0, 0.0)
+    monkeypatch.setattr(choose, "plan", lambda *arguments, **options: found)
     choice = schedule_for("v-half", v(4), 8, UNEQUAL, Activations.counted(v(4)))
     assert (choice.schedule.name, choice.origin) == ("v-half", origin)
     assert choice.schedule.orders == (order if origin == PLAN else build("v-half", 4, 8)).orders
