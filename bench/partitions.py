@@ -2,6 +2,7 @@
 
     python bench/partitions.py                      cells with the layers of a small Gemma, and heads of several costs
     python bench/partitions.py --exhaustive         small cells, beside the best of all partitions and orders
+    python bench/partitions.py --sleep 1            both plans of each cell, trained with layers that sleep
 
 Each cell has a plan for balance's partition (ds_vshape/schedule/balance.py), made in `--seconds` of the processor, and
 one in which the partition is free (ds_vshape/schedule/partition_and_order.py), for which there is as much time again. A
@@ -16,21 +17,29 @@ lower bound that isn't. W runs whole there. It needs OR-Tools (the extra "proofs
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import combinations, product
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, pairwise, product
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
 import record
+from ranks import run_ranks
 from rich.console import Console
 from rich.table import Table
 
-from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.adaptive import LimitError, Plan
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.layers import Layers
-from ds_vshape.schedule.partition_and_order import Bounds, PartitionProblem, limits_of_1f1b, plan_partition
+from ds_vshape.schedule.partition_and_order import (Bounds, PartitionPlan, PartitionProblem, limits_of_1f1b,
+                                                    plan_partition)
 
 EMBEDDING, LAYER, HEAD = (1, 0, 2), (10, 12, 8), (10, 10, 10)
 OF_EMBEDDING, OF_LAYER = (0, 1), (17, 16)
@@ -49,11 +58,15 @@ class Cell:
     head: float
     limit: float
 
+    @property
+    def times(self) -> list[tuple[float, ...]]:
+        """F, B and W of each layer."""
+        return [EMBEDDING, *[LAYER] * self.layers, tuple(self.head * seconds for seconds in HEAD)]
+
     def problem(self, max_pieces: int) -> PartitionProblem:
         """What is planned."""
-        times = [EMBEDDING, *[LAYER] * self.layers, [self.head * seconds for seconds in HEAD]]
         sizes = [OF_EMBEDDING, *[OF_LAYER] * (self.layers + 1)]
-        layers = Layers(*zip(*times), *zip(*sizes))
+        layers = Layers(*zip(*self.times), *zip(*sizes))
         return PartitionProblem(layers, self.ranks, self.micro_batches,
                                 limits_of_1f1b(self.limit, layers, self.ranks, self.micro_batches),
                                 (float(HOP),) * (2 * self.ranks - 1), max_pieces)
@@ -69,6 +82,7 @@ class Result:
     together: float
     lower_bound: float
     least: float | None = None
+    slept: dict[str, list[float]] | None = None
 
     @property
     def gain(self) -> float | None:
@@ -76,13 +90,16 @@ class Result:
         return None if self.balanced is None else self.balanced / self.together - 1
 
 
-def planned(cell: Cell, seconds: float, max_pieces: int = 4) -> Result | None:
+def planned(cell: Cell, seconds: float, max_pieces: int = 4) -> PartitionPlan | None:
     """Both plans of a cell; None if no partition keeps the limit."""
-    problem = cell.problem(max_pieces)
     try:
-        found = plan_partition(problem, seconds, time.process_time)
+        return plan_partition(cell.problem(max_pieces), seconds, time.process_time)
     except LimitError:
         return None
+
+
+def result_of(found: PartitionPlan) -> Result:
+    """The figures of both plans."""
     return Result(found.balanced_bounds, found.balanced.timeline.makespan if found.balanced else None, found.bounds,
                   found.plan.timeline.makespan, found.plan.lower_bound)
 
@@ -112,6 +129,31 @@ def least_of_all(problem: PartitionProblem, known: float) -> float:
     return least
 
 
+def slept(rank: int, cell: Cell, plans: dict[str, tuple[Bounds, Plan]], seconds: float,
+          rounds: int) -> dict[str, list[float]]:
+    """Seconds of the batches of each plan, which take turns, after one of each to warm up; `seconds` of a unit."""
+    import torch.distributed as dist
+    from contenders import engine_of
+    from workloads import SleepingLayers
+
+    of_layers = tuple(tuple(seconds * units for units in times) for times in cell.times)
+    workload = SleepingLayers(cell.ranks, len(of_layers), cell.micro_batches, of_layers[1], of_layers=of_layers)
+    engines, found = {}, {name: [] for name in plans}
+    for name, (bounds, plan) in plans.items():
+        engines[name] = engine_of("v-zb", workload, pipeline_schedule={"name": "v-zb", "partition": bounds})
+        engines[name].use_schedule(plan.schedule)
+    for number in range(rounds + 1):
+        for name, engine in engines.items():
+            data = iter(workload.batch(number))
+            dist.barrier()
+            start = time.perf_counter()
+            engine.train_batch(data)
+            dist.barrier()
+            if number:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
@@ -121,31 +163,39 @@ def main() -> None:
     parser.add_argument("--limits", type=float, nargs="+", default=[0.5, 1], help="of 1F1B's peak")
     parser.add_argument("--seconds", type=float, default=10, help="for balance's plan, and as much for the other one")
     parser.add_argument("--exhaustive", action="store_true")
+    parser.add_argument("--sleep", type=float, metavar="MS", help="of a unit of time")
+    parser.add_argument("--rounds", type=int, default=3, help="batches of each partition that sleep")
     record.add_json_option(parser)
     options = parser.parse_args()
     table = Table(title=f"{options.layers} layers, planned in {options.seconds:g} s, and as much again")
     for column in ("p", "m", "head", "limit", "balance", "together", "gain", "lower bound", "least of all", "over it",
-                   "stages"):
+                   "slept: balance", "together", "stages"):
         table.add_column(column, justify="left" if column == "stages" else "right")
     written: list[dict[str, Any]] = []
     for ranks, micro_batches, head, limit in product(options.ranks, options.micro_batches, options.heads,
                                                      options.limits):
         cell = Cell(ranks, micro_batches, options.layers, head, limit)
         print(cell, file=sys.stderr, flush=True)
-        result = planned(cell, options.seconds, max_pieces=1 if options.exhaustive else 4)
-        written.append({**asdict(cell), **(asdict(result) if result else {})})
+        found = planned(cell, options.seconds, max_pieces=1 if options.exhaustive else 4)
         row = [str(ranks), str(micro_batches), f"{head:g}", f"{limit:g}"]
-        if result is None:
+        if found is None:
             table.add_row(*row, "-", "none fits")
             continue
-        least = least_of_all(cell.problem(1), result.together) if options.exhaustive else None
-        written[-1]["least"] = least
-        shown = (None if value is None else f"{value:g}" for value in (result.balanced, result.together))
-        table.add_row(*row, *(value or "-" for value in shown),
+        result = result_of(found)
+        if options.exhaustive:
+            result = replace(result, least=least_of_all(cell.problem(1), result.together))
+        if options.sleep and found.balanced is not None:
+            plans = {"balance": (found.balanced_bounds, found.balanced), "together": (found.bounds, found.plan)}
+            result = replace(result, slept=run_ranks(ranks, slept, cell, plans, options.sleep / 1000, options.rounds,
+                                                     timeout=3600)[0])
+        written.append({**asdict(cell), **asdict(result), "gain": result.gain})
+        of_sleeping = [""] * 2 if result.slept is None else [
+            f"{statistics.median(seconds):.3f} s" for seconds in result.slept.values()]
+        table.add_row(*row, "-" if result.balanced is None else f"{result.balanced:g}", f"{result.together:g}",
                       "-" if result.gain is None else f"{result.gain:.1%}", f"{result.lower_bound:g}",
-                      "" if least is None else f"{least:g}",
-                      "" if least is None else f"{result.together / least - 1:.1%}",
-                      " ".join(str(b - a) for a, b in zip(result.bounds, result.bounds[1:])))
+                      *([""] * 2 if result.least is None else
+                        [f"{result.least:g}", f"{result.together / result.least - 1:.1%}"]), *of_sleeping,
+                      " ".join(str(stop - start) for start, stop in pairwise(result.bounds)))
     Console(width=140).print(table)
     record.write(options.json, written)
 

@@ -79,6 +79,12 @@ RUNS = [
                            "--rounds 30", _MIXED),
     Run("mixed-sleeping", "bench/mixed_lengths.py --ms 60 60 60 --rounds 6 --schedules 1f1b v-half v-zb",
         f"{_MIXED} --ms 1 1 1"),
+    Run("partitions", "bench/partitions.py --seconds 3",
+        "--ranks 2 --micro-batches 4 --layers 6 --heads 8 --limits 0.7 --seconds 0.1"),
+    Run("partitions-exhaustive", "bench/partitions.py --exhaustive --ranks 2 4 --layers 8 --micro-batches 4 "
+                                 "--limits 0.6 1 --seconds 2", "--ranks 2 --layers 4 --heads 8 --seconds 0.1"),
+    Run("partitions-sleeping", "bench/partitions.py --ranks 4 --micro-batches 8 --heads 8 --limits 0.5 --seconds 2 "
+                               "--sleep 2 --rounds 2", "--ranks 2 --layers 4 --limits 0.7 --seconds 0.1 --sleep 0.1"),
     Run("memory", 'bench/memory.py --contenders "torch zbvzerobubble" 1f1b v-zb v-half v-min adaptive@0.75 '
                   'adaptive@0.5', _MEMORY),
     Run("memory-head", f"bench/memory.py --head whole {_BY_HEAD}", _HEAD),

@@ -1,6 +1,7 @@
 """What the contenders compute: layers, data and loss, the same for every engine.
 
     Sleeping            layers that take a set time and no core: what a schedule does on as many devices as ranks
+    SleepingLayers      the same, of different times
     SleepingByLength    the same, in proportion to the length of a micro-batch
     Gpt                 a byte-level GPT with real matrix products: one thread a rank, and no more ranks than cores
 """
@@ -91,6 +92,16 @@ class Sleeping:
         milliseconds = "/".join(f"{1000 * seconds:g}" for seconds in self.seconds)
         work = self.micro_batches * self.layers * sum(self.seconds) / self.ranks
         return f"{self.layers} layers of {milliseconds} ms (F/B/W), the work alone {work:.2f} s"
+
+
+@dataclass(frozen=True)
+class SleepingLayers(Sleeping):
+    """Layers of which F, B and W of each sleep its own seconds, `of_layers`."""
+
+    of_layers: tuple[tuple[float, ...], ...] = ()
+
+    def spec(self, number: int) -> LayerSpec:
+        return LayerSpec(SleepingLinear, self.width, self.of_layers[number])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     plan.py            `ds-vshape plan`
     options.py         what to plan: from options, and from a ds_config.json for those not given
     giving_back.py     the options for recomputation and offload
+    layer_costs.py     the file of costs of layers
     outcome.py         one planned schedule with its figures
     report.py          what the planner prints
     curve.py           bubble against memory limit

@@ -12,6 +12,8 @@ from typing import Any
 
 from ds_vshape.cli import giving_back
 from ds_vshape.cli.giving_back import GivingBack
+from ds_vshape.cli.layer_costs import LayerCostsFile
+from ds_vshape.config.batch_size import micro_batches_of, whole_number
 from ds_vshape.config.section import KEY, load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
@@ -29,7 +31,7 @@ MOST_RATIO = 1e9
 MOST_ACTIVATIONS = 1e9
 MOST_LIMITS = 100
 # Options that --curve replaces: it shows all schedules, at all limits.
-_NOT_WITH_CURVE = ("schedule", "chunks", "compare", "memory_limit", "json", "svg", "png")
+_NOT_WITH_CURVE = ("schedule", "chunks", "compare", "memory_limit", "json", "svg", "png", "layer_costs")
 _ONLY_WITH_CURVE = ("limits", "reference")
 
 
@@ -65,7 +67,7 @@ class Limit:
 @dataclass(frozen=True)
 class PlanOptions:
     """What to plan: schedules by name, with where their stages are, or none for the curve; `times` as the user gives
-    them."""
+    them, unless the file of `layer_costs` has them."""
 
     schedules: tuple[tuple[str, Placement], ...]
     stages: int
@@ -75,6 +77,7 @@ class PlanOptions:
     time_limit: float
     cache: Path | None
     giving_back: GivingBack = GivingBack()
+    layer_costs: LayerCostsFile | None = None
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
@@ -110,8 +113,9 @@ class PlanOptions:
             arguments.times.check(given["stages"])
         except ValueError as error:
             raise ValueError(f"--times: {error}") from None
+        layer_costs = _layer_costs(arguments, given["memory_limit"])
         return cls(schedules, **given, times=arguments.times, time_limit=arguments.time_limit,
-                   cache=None if arguments.no_cache else cache.folder(),
+                   cache=None if arguments.no_cache else cache.folder(), layer_costs=layer_costs,
                    giving_back=GivingBack.from_arguments(arguments))
 
 
@@ -130,6 +134,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="times of one of 2P chunks of the model, and of a hop between ranks (default: 1,1,1,0); "
                              "where they differ, those of all 2P chunks and of all P-1 links with colons between: "
                              "12:10:10:14,20,10,0.5 for P = 2")
+    parser.add_argument("--layer-costs", type=Path, metavar="FILE",
+                        help="instead of --times: JSON with the costs of each layer, {\"costs\": [[F, B, W], ...], "
+                             "\"activations\": [[after F, after B], ...], \"hop\": 0.5}; adaptive then plans where the "
+                             "layers are cut too, other schedules balance the work of ranks")
     parser.add_argument("--memory-limit", type=Limit.parse, metavar="X",
                         help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
                              "activations (6u); adaptive plans for it, other schedules must be within it")
@@ -143,6 +151,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="of the curve (default: from a quarter of 1F1B's peak to all of it)")
     parser.add_argument("--reference", type=Path, metavar="FILE",
                         help="other schedulers' figures for the curve, as bench/compare_reference.py reads them")
+
+
+def _layer_costs(arguments: argparse.Namespace, limit: Limit | None) -> LayerCostsFile | None:
+    """The file that says what layers cost; ValueError with options that it replaces, and for a limit in chunks, which
+    have no size before the layers are divided."""
+    if arguments.layer_costs is None:
+        return None
+    if arguments.times != ChunkTimes():
+        raise ValueError("--times can't be used with --layer-costs, whose file has the times of layers and hops")
+    if limit is not None and limit.is_count:
+        raise ValueError(f"--memory-limit {limit} can't be used with --layer-costs, because chunks differ: give a "
+                         "fraction of 1F1B's peak")
+    if GivingBack.from_arguments(arguments).any:
+        raise ValueError("--layer-costs can't be used with recomputation or offload, which need stages of known sizes")
+    return LayerCostsFile.read(arguments.layer_costs)
 
 
 def _placement(name: str, stages: int, chunks: int | None) -> Placement:
@@ -191,38 +214,13 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
             raise ValueError(f"{KEY}.memory_limit = {shown(given)}: the sizes of activations "
                              "are only known in training; give --memory-limit as a fraction of 1F1B's peak")
     pipeline = ds_config.get("pipeline")
-    stages = _whole(pipeline, "stages", "pipeline.stages") if isinstance(pipeline, Mapping) else None
+    stages = whole_number(pipeline, "stages", "pipeline.stages") if isinstance(pipeline, Mapping) else None
     if stages is not None:
         found["stages"] = stages
-    micro_batches = _micro_batches(ds_config)
+    micro_batches = micro_batches_of(ds_config)
     if micro_batches is not None:
         found["micro_batches"] = micro_batches
     return found
-
-
-def _micro_batches(ds_config: Mapping[str, Any]) -> int | None:
-    """Accumulation steps, as DeepSpeed finds them (runtime/config.py, _set_batch_related_parameters), one replica."""
-    steps = _whole(ds_config, "gradient_accumulation_steps")
-    batch, micro_batch = (_whole(ds_config, key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
-    if steps is not None:
-        return steps
-    if batch is None and micro_batch is None:
-        return None
-    if batch is None or micro_batch is None:
-        return 1
-    if batch % micro_batch:
-        raise ValueError(f"train_batch_size = {batch} is not a multiple of train_micro_batch_size_per_gpu = "
-                         f"{micro_batch}")
-    return batch // micro_batch
-
-
-def _whole(section: Mapping[str, Any], key: str, path: str | None = None) -> int | None:
-    value = section.get(key)
-    if value is None or value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{path or key} = {shown(value)} in the config: must be a whole number of at least 1")
-    return value
 
 
 def _option(key: str) -> str:

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, check the memory limit, print, and write the files asked for. Raises ValueError on bad input."""
     options = PlanOptions.from_arguments(arguments)
     outputs = {f"--{kind}": file for kind in ("json", *_PICTURES, "curve") if (file := getattr(arguments, kind))}
-    inputs = (arguments.config, arguments.config_option, arguments.reference)
+    inputs = (arguments.config, arguments.config_option, arguments.reference, arguments.layer_costs)
     check_writable(outputs, [file for file in inputs if file is not None])
     if arguments.curve is not None:
         _trace_curve(options, arguments.curve, arguments.limits, arguments.reference)
@@ -59,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
             outcomes.append(plan_one(name, placement, options, options.memory_limit, progress))
     first, limit = outcomes[0], options.memory_limit
     if arguments.compare is None and limit is not None and first.schedule.name != ADAPTIVE:
-        limit.check(first.schedule)
+        if options.layer_costs is None:
+            limit.check(first.schedule)
+        elif not first.within(limit):
+            raise ValueError(f"memory_limit = {limit}: {first.schedule.name} needs "
+                             f"{first.metrics.peak_fraction_of_1f1b:.3g} of 1F1B's peak with these layers")
     if arguments.json is not None:
         write_json("--json", arguments.json,
                     first.to_json() if arguments.compare is None else [outcome.to_json() for outcome in outcomes])

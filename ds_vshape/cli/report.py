@@ -37,10 +37,14 @@ def print_outcome(outcome: Outcome) -> None:
             ("planning", f"{outcome.planning_s:.3f} s", f"time to make the schedule: {outcome.origin}")):
         table.add_row(figure, value, meaning)
     out.print(table)
-    ranks = Table("rank", "stages", "peak activations", "busy", title="ranks", title_justify="left")
+    ranks = Table("rank", "stages", *(["layers"] if outcome.bounds else []), "peak activations", "busy", title="ranks",
+                  title_justify="left")
     for rank, (stages, spans) in enumerate(zip(placement.chunks, timeline.ranks)):
         busy = sum(span.end - span.start for span in spans) / metrics.makespan
-        ranks.add_row(str(rank), ", ".join(map(str, stages)), f"{metrics.peak_activations[rank]:g}", f"{busy:.1%}")
+        layers = [", ".join(f"{outcome.bounds[stage]} to {outcome.bounds[stage + 1] - 1}"
+                            for stage in stages)] if outcome.bounds else []
+        ranks.add_row(str(rank), ", ".join(map(str, stages)), *layers, f"{metrics.peak_activations[rank]:.4g}",
+                      f"{busy:.1%}")
     out.print(ranks)
     picture = Text(drawing.draw(timeline, placement, out.width), no_wrap=True, overflow="ignore", end="\n")
     for kind, pattern in drawing.PASSES.items():

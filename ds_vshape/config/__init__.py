@@ -2,6 +2,7 @@
 
     section.py         the "pipeline_schedule" section of ds_config.json, and where it is read from
     to_schedule.py     the schedule of the table that the section names, or the request to the planner
+    batch_size.py      how many micro-batches a batch has
     compatibility.py   which keys of that section, and of the rest of a ds_config, can be combined
     arguments.py       the arguments of a PipelineModule
 """

@@ -224,7 +224,8 @@ class ScheduleConfig(BaseModel):
     then equal to DeepSpeed's up to rounding; without it they are equal bit for bit."""
 
     partition: Partition | None = None
-    """How the layers are divided into stages; overrides the module's `partition_method`, and takes the same values."""
+    """How the layers are divided into stages; overrides the module's `partition_method`, and takes the same values.
+    With `adaptive`, costs and `"profile"` plan the partition together with the order."""
 
     loss_average: Literal["tokens", "micro_batches"] | None = None
     """Whether a batch's loss and gradient are the mean over the tokens of all micro-batches and replicas, or that of
@@ -240,7 +241,8 @@ class ScheduleConfig(BaseModel):
     `"times": "profile"`."""
 
     times: Literal["equal", "profile"] = "equal"
-    """Plan for passes that all take equally long, or for the times that are measured in the first batches."""
+    """Plan for passes that all take equally long, or for the times that are measured in the first batches. Where the
+    partition is planned too, by costs or a profile of layers, `"equal"` stands for the times of these."""
 
     planning_seconds: PlanningTime = 10.0
     """The longest time that planning takes. With `"times": "profile"` training continues meanwhile, and planning uses

@@ -13,11 +13,48 @@ from pathlib import Path
 from ds_vshape.config.section import ActivationLimit, ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.layers import Layers
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE, build, names_on
+from ds_vshape.schedule.partition_and_order import PartitionProblem, limits_of_1f1b
 from ds_vshape.schedule.request import Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
+
+
+@dataclass(frozen=True)
+class KnownStages:
+    """Stages whose layers' costs are known before any batch: their `bounds`, and the schedule that was planned together
+    with them.
+    """
+
+    layers: Layers
+    bounds: tuple[int, ...]
+    schedule: Schedule
+
+    @property
+    def times(self) -> Times:
+        """Of the stages. Hops are unknown, and count as nothing; so are the entries of W, which stays whole."""
+        return replace(self.layers.times(self.bounds), entry_costs=((1.0,),) * (len(self.bounds) - 1))
+
+    @property
+    def activations(self) -> Activations:
+        """Of the stages, in the unit of the layers' sizes."""
+        return self.layers.activations(self.bounds)
+
+
+def partition_problem(config: ScheduleConfig, layers: Layers, ranks: int, micro_batches: int,
+                      noise: float) -> PartitionProblem | None:
+    """What is planned where the partition is free too; `noise` as in PartitionProblem.
+
+    None where only the work of ranks is balanced: for schedules of a fixed order, and where more must be known than the
+    layers, for limits in bytes and for recomputation and offload.
+    """
+    if config.name != ADAPTIVE or gives_back_memory(config) or is_in_bytes(config):
+        return None
+    fraction = config.memory_limit if isinstance(config.memory_limit, float) else 1.0
+    limits = limits_of_1f1b(fraction, layers, ranks, micro_batches)
+    return PartitionProblem(layers, ranks, micro_batches, limits, max_pieces=1, noise=noise)
 
 
 def is_planned(config: ScheduleConfig) -> bool:
@@ -43,13 +80,15 @@ class Room:
 
 
 def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: Times, room: Room | None = None,
-                cache: Path | None = None) -> Request:
+                cache: Path | None = None, known: KnownStages | None = None) -> Request:
     """The planner's request for a batch whose passes take `times`.
 
     Args:
         room: for a limit in bytes, which is ignored without it. For all other limits activations are counted as in the
             paper. Without it nothing is recomputed or offloaded.
         cache: the folder of cached plans.
+        known: the stages, if their layers' costs are known: all other limits are then fractions of what 1F1B keeps of
+            these at most. Without them activations are counted as in the paper.
 
     Raises:
         MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
@@ -57,6 +96,9 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     limit, placement = config.memory_limit, config.placement_on(ranks)
     asked = partial(Request.within, name=config.name, placement=placement, micro_batches=micro_batches, times=times,
                     time_limit=config.planning_seconds, cache=cache)
+    if known is not None:
+        fraction = limit if isinstance(limit, float) else 1.0
+        return asked(limits_of_1f1b(fraction, known.layers, ranks, micro_batches)[0], activations=known.activations)
     if room is None:
         if isinstance(limit, float):
             check_possible(limit, ranks, micro_batches)

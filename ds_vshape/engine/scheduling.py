@@ -32,8 +32,8 @@ from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import (Room, equal_times, gives_back_memory, is_in_bytes, is_planned, least_schedule,
-                                          request_for, table_schedule)
+from ds_vshape.config.to_schedule import (KnownStages, Room, equal_times, gives_back_memory, is_in_bytes, is_planned,
+                                          least_schedule, request_for, table_schedule)
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import peak_activations
@@ -161,8 +161,10 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times]) -> Schedules:
+                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times],
+                  known: KnownStages | None) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
+    `known` are the stages if they were planned together with a first schedule.
 
     Collective over the job, as all that the source does.
     """
@@ -171,8 +173,8 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Ca
         return NamedSchedules(config, placement)
     exchange = Exchange()
     if config.times == "profile":
-        return MeasuredSchedules(config, placement, measure_hops, room, with_keeping, exchange)
-    return PlannedSchedules(config, placement, exchange)
+        return MeasuredSchedules(config, placement, measure_hops, room, with_keeping, exchange, known)
+    return PlannedSchedules(config, placement, exchange, known)
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,11 @@ class NamedSchedules:
 
 
 class PlannedSchedules:
-    """The planner's schedule for equal times; training waits for it."""
+    """The planner's schedule for equal times, or for those of known stages; training waits for it."""
 
-    def __init__(self, config: ScheduleConfig, placement: Placement, exchange: Exchange) -> None:
-        self._first_plans = _FirstPlans(config, placement, _planner(config, exchange))
+    def __init__(self, config: ScheduleConfig, placement: Placement, exchange: Exchange,
+                 known: KnownStages | None) -> None:
+        self._first_plans = _FirstPlans(config, placement, _planner(config, exchange), known)
 
     def first(self, micro_batches: int) -> Schedule:
         return self._first_plans.wait(micro_batches)
@@ -236,11 +239,12 @@ class PlannedSchedules:
 
 @dataclass(frozen=True)
 class _FirstPlans:
-    """Plans for equal times, which the first batch has to wait for."""
+    """Plans for equal times or those of known stages, which the first batch has to wait for."""
 
     config: ScheduleConfig
     placement: Placement
     planner: Planner
+    known: KnownStages | None
 
     def wait(self, micro_batches: int, room: Room | None = None) -> Schedule:
         """The planner's schedule (collective), for a limit in bytes within `room`; where the planner fails, the table's
@@ -248,8 +252,11 @@ class _FirstPlans:
 
         Raises PipelineError on every rank if there is neither.
         """
-        times = equal_times(self.placement.stages)
-        request = request_for(self.config, self.placement.ranks, micro_batches, times, room, cache.folder())
+        known = self.known
+        if known is not None and known.schedule.micro_batches == micro_batches:
+            return known.schedule
+        times = equal_times(self.placement.stages) if known is None else known.times
+        request = request_for(self.config, self.placement.ranks, micro_batches, times, room, cache.folder(), known)
         # All ranks wait.
         self.planner.start(replace(request, cores=usable_cores()))
         try:
@@ -283,13 +290,15 @@ class MeasuredSchedules:
             sizes are unknown.
         with_keeping: adds the times of recomputation and copies, where these may be planned (collective).
         exchange: of all ranks of the job.
+        known: the stages, if they were planned together with a first schedule.
     """
 
     def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                 room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], exchange: Exchange) -> None:
+                 room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], exchange: Exchange,
+                 known: KnownStages | None = None) -> None:
         self._config, self._placement, self._exchange = config, placement, exchange
         self._measure_hops, self._room, self._with_keeping = measure_hops, room, with_keeping
-        self._planner = _planner(config, exchange)
+        self._planner, self._known = _planner(config, exchange), known
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
         self._orders = config.micro_batch_order == "length"
         self._micro_batches = 0
@@ -307,18 +316,22 @@ class MeasuredSchedules:
         return safe
 
     def _safe_schedule(self) -> Schedule:
-        """A schedule for equal times within the memory limit, in which every B and W can be timed."""
-        safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
+        """A schedule for equal times, or those of known stages, within the memory limit, in which every B and W can be
+        timed."""
+        safe = None
+        if self._known is None:
+            safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
         if gives_back_memory(self._config) and (safe is None or isinstance(self._config.memory_limit, int)):
             safe = least_schedule(self._config, self._placement.ranks, self._micro_batches)
         if safe is None:
-            safe = _FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches)
+            safe = _FirstPlans(self._config, self._placement, self._planner, self._known).wait(self._micro_batches)
         return unfused(safe)
 
     def within(self, room: Room) -> Schedule | None:
         if self._config.name != ADAPTIVE:
             return None
-        return unfused(_FirstPlans(self._config, self._placement, self._planner).wait(self._micro_batches, room))
+        return unfused(_FirstPlans(self._config, self._placement, self._planner, self._known).wait(
+            self._micro_batches, room))
 
     @property
     def will_plan(self) -> bool:
@@ -358,7 +371,8 @@ class MeasuredSchedules:
         self._times = times
         in_bytes = is_in_bytes(self._config)
         room = self._room() if in_bytes or gives_back_memory(self._config) else None
-        request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder())
+        request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder(),
+                              self._known)
         request = replace(request, cores=_spare_cores())
         self._planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)

@@ -6,6 +6,7 @@
     shared_weights.py    weights that several layers hold without a TiedLayerSpec
     loss_fn.py           the weights of a loss function that is a module
     layer_times.py       how long each layer takes, measured before the model is cut
+    partition_planning.py   where it is cut, planned together with the order of passes
     dummy_parameter.py   a parameter for ranks that have nothing to train
     fast_setattr.py      attributes that change with each pass
 """

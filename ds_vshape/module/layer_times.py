@@ -1,14 +1,15 @@
-"""How long each layer takes, measured before the model is cut into stages.
+"""How long each layer takes and what it leaves in memory, measured before the model is cut into stages.
 
-One rank runs an example micro-batch through the layers, of which it holds one at a time, and tells all others the times
-of forward and backward. A model too large for one device is measured with the memory of its largest layer.
+One rank runs an example micro-batch through the layers, of which it holds one at a time, with the backward split as the
+engine splits it, and tells all others what it measured. A model too large for one device is measured with the memory of
+its largest layer.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,24 +17,35 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import Payload, members
+from ds_vshape.measure.memory import Storages
 from ds_vshape.measure.profiling import clock
 from ds_vshape.runtime.buffers import enter, leaves
 from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.schedule.balance import PartitionError
+from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
 
 WARM_UPS, REPEATS = 2, 5
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds of each layer for one micro-batch: the forward, and the backward with B and W together."""
+    """Of each layer for one micro-batch: seconds of F, B and W, and the bytes that F leaves until B and B until W."""
 
     forward: tuple[float, ...]
-    backward: tuple[float, ...]
+    input_grad: tuple[float, ...]
+    weight_grad: tuple[float, ...]
+    after_forward: tuple[float, ...]
+    after_backward: tuple[float, ...]
+
+    @property
+    def backward(self) -> tuple[float, ...]:
+        """Seconds of B and W together."""
+        return tuple(map(sum, zip(self.input_grad, self.weight_grad)))
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -63,7 +75,7 @@ class LayerProfiler:
         `measures` says whether this rank runs the layers: rank 0 does, and all ranks with which its layers talk.
         Raises PartitionError on every rank if rank 0 can't run the layers.
         """
-        times = torch.zeros(2, len(self.layers), dtype=torch.float64)
+        times = torch.zeros(len(fields(LayerTimes)), len(self.layers), dtype=torch.float64)
         failure = ""
         if measures:
             try:
@@ -75,10 +87,9 @@ class LayerProfiler:
             raise PartitionError(f"the partition 'profile' can't be measured: {said}")
         times = times.to(self.device)
         dist.broadcast(times, src=0)
-        forward, backward = times.tolist()
-        return LayerTimes(tuple(forward), tuple(backward))
+        return LayerTimes(*map(tuple, times.tolist()))
 
-    def _measure(self) -> list[tuple[float, float]]:
+    def _measure(self) -> list[tuple[float, ...]]:
         if not isinstance(self.example, (tuple, list)) or len(self.example) != 2:
             raise PartitionError("it needs an example: PipelineModule(..., example=(inputs, labels)), a micro-batch as "
                                  "train_batch's iterator gives it")
@@ -93,7 +104,7 @@ class LayerProfiler:
                     call = module
                     if last and self.loss_fn is not None and labels is not None:
                         call = partial(_with_loss, module, self.loss_fn, labels)
-                    times.append(self._time(call, inputs))
+                    times.append((*self._time(call, inputs), *_sizes(module, call, inputs)))
                     if not last:
                         inputs = leaves(module(enter(_copied(inputs))))
                 except Exception as error:
@@ -117,24 +128,61 @@ class LayerProfiler:
         return module  # type: ignore[no-any-return]
 
     @staticmethod
-    def _time(call: Callable[[Any], Any], inputs: Payload) -> tuple[float, float]:
-        """Median seconds of forward and backward."""
+    def _time(call: Callable[[Any], Any], inputs: Payload) -> tuple[float, ...]:
+        """Median seconds of F, B and W."""
         timer = clock()
         marks = []
         for _ in range(WARM_UPS + REPEATS):
-            entered = enter(_copied(inputs))
+            entered, store = enter(_copied(inputs)), WeightGradientStore()
             start = timer.now()
-            outputs = call(entered)
+            with SplitForward(store):
+                outputs = call(entered)
             middle = timer.now()
-            roots = [output for output in members(outputs) if torch.is_tensor(output) and output.requires_grad]
-            grads = [torch.ones_like(root) for root in roots]
+            roots, grads = _roots(outputs)
             resumed = timer.now()
-            if roots:
-                torch.autograd.backward(roots, grads)
-            marks.append((start, middle, resumed, timer.now()))
+            with SplitBackward(store):
+                if roots:
+                    torch.autograd.backward(roots, grads)
+            end_of_b = timer.now()
+            store.run(_NOWHERE)
+            marks.append((start, middle, resumed, end_of_b, timer.now()))
             del entered, outputs, roots, grads
-        forward, backward = zip(*((timer.seconds(a, b), timer.seconds(c, d)) for a, b, c, d in marks[WARM_UPS:]))
-        return median(forward), median(backward)
+        passes = zip(*((timer.seconds(a, b), timer.seconds(c, d), timer.seconds(d, e))
+                       for a, b, c, d, e in marks[WARM_UPS:]))
+        return tuple(map(median, passes))
+
+
+# Weight gradients of a measurement are of no use.
+_NOWHERE = WholeGradients(lambda parameter, gradient: None)
+
+
+def _roots(outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Where a backward starts, and with which gradients."""
+    roots = [output for output in members(outputs) if torch.is_tensor(output) and output.requires_grad]
+    return roots, [torch.ones_like(root) for root in roots]
+
+
+def _sizes(module: Any, call: Callable[[Any], Any], inputs: Payload) -> tuple[int, int]:
+    """Bytes of what F leaves, the inputs included, and of what B leaves."""
+    # A tied layer is a function with its module as the first argument.
+    owner = module.args[0] if isinstance(module, partial) else module
+    weights = Storages([*owner.parameters(), *owner.buffers()] if isinstance(owner, nn.Module) else ())
+    entered, store = enter(_copied(inputs)), WeightGradientStore()
+    saved: list[Any] = [*members(entered)]
+
+    def keep(tensor: Tensor) -> Tensor:
+        # An output that its own node kept would keep itself alive.
+        saved.append(tensor.detach())
+        return saved[-1]  # type: ignore[no-any-return]
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor), SplitForward(store):
+        outputs = call(entered)
+    after_forward = (Storages(saved) - weights).nbytes()
+    roots, grads = _roots(outputs)
+    with SplitBackward(store):
+        if roots:
+            torch.autograd.backward(roots, grads)
+    return after_forward, (Storages(store.tensors()) - weights).nbytes()
 
 
 def precision(ds_config: Any) -> torch.dtype | None:

@@ -34,9 +34,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ds_vshape.config.arguments import bound, check_arguments, check_method
+from ds_vshape.config.batch_size import micro_batches_of
 from ds_vshape.config.compatibility import check_accepted
 from ds_vshape.config.section import (KEY, TIMEOUT_SECONDS, ConfigError, DsConfig, LayerCosts, Partition,
                                       ScheduleConfig, find_ds_config, find_section, read_section)
+from ds_vshape.config.to_schedule import KnownStages, partition_problem
 from ds_vshape.deepspeed_adapter.module import StockModule
 from ds_vshape.deepspeed_adapter.parts import check_parts
 from ds_vshape.deepspeed_adapter.utils import set_random_seed
@@ -47,15 +49,19 @@ from ds_vshape.measure.trace.tracer import check_folder
 from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.module.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.module.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
+from ds_vshape.module.partition_planning import agree_on_stages
 from ds_vshape.module.segment import Checkpoint, Segment, parameters_of
 from ds_vshape.module.shared_weights import shared_weights, warning_of
 from ds_vshape.module.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.runtime.token_mean import ITEMS, averages_tokens
 from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
+from ds_vshape.schedule.layers import Layers
 from ds_vshape.schedule.placement import Placement, linear
 
 # The relative difference that two measurements of one layer may have.
 _NOISE = 0.02
+# For how many micro-batches a rank the partition is planned where the config doesn't say.
+_MICRO_BATCHES_A_RANK = 4
 _PARTITION: TypeAdapter[Partition] = TypeAdapter(Partition)
 
 # Called before a module with a schedule is built. plugin.py registers here, because it imports this module.
@@ -89,7 +95,8 @@ class PipelineModule(FastSetattr, StockModule):
         partition_method: one of DeepSpeed's methods, or a value that balances the work of ranks instead of stages:
             bounds like [0, 3, 5, 8, 10] (the first layer of each stage, and the number of layers);
             {"costs": [...]} with the cost of each layer, a number or its (F, B, W); or "profile", which times each
-            layer's forward and backward on rank 0. The config's "partition" overrides it.
+            layer's passes on rank 0. The schedule "adaptive" plans the last two together with the order of passes, for
+            the fastest batch within its memory limit. The config's "partition" overrides it.
         example: for "profile", a micro-batch as train_batch's iterator returns it, (inputs, labels); only rank 0 needs
             it.
         config: the ds_config, as a dictionary, a path or base64 text. By default it is read from the file that the
@@ -124,6 +131,8 @@ class PipelineModule(FastSetattr, StockModule):
         self._at_layers: tuple[Callable[[int], None], ...] = ()
         # The measured times of the layers, with the partition "profile".
         self.layer_times: LayerTimes | None = None
+        # What the partition was planned by, where it was planned together with the order.
+        self.known_stages: KnownStages | None = None
         # Whether a batch's loss is the mean over tokens.
         self.averages_tokens = False
 
@@ -139,6 +148,7 @@ class PipelineModule(FastSetattr, StockModule):
             if self.schedule_config is not None:
                 check_accepted(ds_config)
                 check_arguments(arguments, dist.get_world_size())
+                self._micro_batches = micro_batches_of(ds_config, _topology(arguments).get_dim("data"))
                 self.averages_tokens = averages_tokens(self.schedule_config.loss_average, loss_average,
                                                        arguments.get("loss_fn"))
                 # Traces are written by the first pipeline rank of the first pipeline.
@@ -242,16 +252,31 @@ class PipelineModule(FastSetattr, StockModule):
         if isinstance(partition, tuple):
             return check_bounds(partition, self.placement.stages, self.layer_count)
         if isinstance(partition, LayerCosts):
-            costs = check_costs(partition.costs, self.layer_count)
-            bounds = balance(costs, self.placement)
+            costs, layers, noise = check_costs(partition.costs, self.layer_count), _layers_of(partition), 0.0
         else:
-            self.layer_times = self._measure_layers()
-            costs = self.layer_times.costs
-            bounds = balance(costs, self.placement, _NOISE)
+            self.layer_times = times = self._measure_layers()
+            costs, noise = times.costs, _NOISE
+            layers = Layers(times.forward, times.input_grad, times.weight_grad, times.after_forward,
+                            times.after_backward)
+        bounds = self._planned_bounds(layers, noise)
+        if bounds is None:
+            bounds = balance(costs, self.placement, noise)
         if self.global_rank == 0:
             shares = ", ".join(f"{load / math.fsum(costs):.1%}" for load in rank_loads(costs, bounds, self.placement))
             logger.info(f"partition: shares of the work on pipeline ranks 0 to {self.placement.ranks - 1}: {shares}")
         return bounds
+
+    def _planned_bounds(self, layers: Layers, noise: float) -> Sequence[int] | None:
+        """Bounds that are planned together with the order of passes; None for schedules whose order isn't planned."""
+        if self.schedule_config is None:
+            return None
+        ranks = self.placement.ranks
+        problem = partition_problem(self.schedule_config, layers, ranks,
+                                    self._micro_batches or _MICRO_BATCHES_A_RANK * ranks, noise)
+        if problem is None:
+            return None
+        self.known_stages = agree_on_stages(problem, self.schedule_config.planning_seconds, self.global_rank == 0)
+        return self.known_stages.bounds
 
     def _measure_layers(self) -> LayerTimes:
         where = self.job_topology.get_coord(self.global_rank)
@@ -488,6 +513,12 @@ def _topology(arguments: Mapping[str, Any]) -> Any:
     """The topology of a PipelineModule with these arguments, which have been checked."""
     stages = arguments.get("num_stages") or 1
     return arguments.get("topology") or PipeDataParallelTopology(num_pp=stages, num_dp=dist.get_world_size() // stages)
+
+
+def _layers_of(partition: LayerCosts) -> Layers:
+    """The layers whose costs were given; where a cost is a number, F, B and W take a third each."""
+    passes = [cost if isinstance(cost, tuple) else (cost / 3,) * 3 for cost in partition.costs]
+    return Layers.alike_in_memory(*zip(*passes))
 
 
 def read_partition(method: Any) -> Partition:

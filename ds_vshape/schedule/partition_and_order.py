@@ -21,6 +21,7 @@ Partition and order together: AdaPtis (arXiv 2509.23722).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,8 +49,8 @@ Score = tuple[float, float, float]
 _LAST = 0.4
 _TURNS = 2
 _LOCAL = 0.4
-# How many partitions take part in heats.
-_RACERS = 8
+# How many partitions take part in heats, and how many of these may have the same number of layers on each rank.
+_RACERS, _ALIKE = 8, 2
 # How many layers move at once, and how many moves lead away from a partition that no move betters.
 _STEPS = (1, 2, 4)
 _KICKS = (2, 5)
@@ -62,7 +63,8 @@ class PartitionProblem:
     """One batch on the V placement of `ranks` ranks, whose stages are to be found.
 
     `limits` are the most that each rank may keep, its layers' `state` included, in the unit of the layers' sizes;
-    `hops` and `max_pieces` as in `Times` and `Problem`. Raises PartitionError for fewer layers than stages.
+    `hops` and `max_pieces` as in `Times` and `Problem`. Where times are measured, `noise` is their relative error: what
+    another partition must gain at least. Raises PartitionError for fewer layers than stages.
     """
 
     layers: Layers
@@ -71,6 +73,7 @@ class PartitionProblem:
     limits: tuple[float, ...]
     hops: tuple[float, ...] = ()
     max_pieces: int = Problem.max_pieces
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.layers) < 2 * self.ranks:
@@ -142,7 +145,7 @@ class _Search:
 
     def run(self) -> PartitionPlan:
         layers, placement = self._problem.layers, self._problem.placement
-        balanced = balance(layers.costs, placement)
+        balanced = balance(layers.costs, placement, self._problem.noise)
         of_balanced = None
         if not self._problem.excess(balanced):
             of_balanced = self._planned(balanced, self._time_limit)
@@ -162,7 +165,8 @@ class _Search:
             least = min(self._scores, key=self._scores.__getitem__)
             self._problem.on(least)  # raises LimitError
             self._planned(least, 0.0)
-        best = min(self._plans, key=lambda bounds: (self._makespan(bounds), bounds != balanced))
+        best = min(self._plans, key=lambda bounds: (
+            self._makespan(bounds) * (1 if bounds == balanced else 1 + self._problem.noise), bounds != balanced))
         self._planned(best, self._time_limit - self._elapsed())
         return PartitionPlan(best, self._plans[best], balanced, of_balanced)
 
@@ -254,16 +258,19 @@ class _Search:
     def _race(self, until: float) -> None:
         """Short plans for the best partitions, while there is time until `until`."""
         least = min(map(self._makespan, self._plans), default=float("inf"))
-        # Of those with equally many layers on each rank the best: others are all but alike.
-        racers: dict[Bounds, Bounds] = {}
-        for bounds in sorted(self._scores, key=self._scores.__getitem__):
+        # At most two with as many layers on each rank: the best are often all but the same.
+        racers: list[Bounds] = []
+        alike: Counter[tuple[int, ...]] = Counter()
+        unplanned = self._scores.keys() - self._plans.keys()
+        for bounds in sorted(unplanned, key=lambda bounds: (self._scores[bounds], bounds)):
             sizes = tuple(sum(bounds[stage + 1] - bounds[stage] for stage in chunks)
                           for chunks in self._problem.placement.chunks)
-            if not self._scores[bounds][0] and sizes not in racers and self._bound(bounds) < least * (1 - SLACK):
-                racers[sizes] = bounds
+            if not self._scores[bounds][0] and alike[sizes] < _ALIKE and self._bound(bounds) < least * (1 - SLACK):
+                racers.append(bounds)
+                alike[sizes] += 1
             if len(racers) == _RACERS:
                 break
-        self._hold_heats(list(racers.values()), until)
+        self._hold_heats(racers, until)
 
     def _hold_heats(self, racers: list[Bounds], until: float) -> None:
         heats = len(racers).bit_length()

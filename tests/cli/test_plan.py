@@ -413,6 +413,49 @@ def test_a_hop_as_long_as_millions_of_passes_is_cut_off(capsys: pytest.CaptureFi
     assert "... cut off at time" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- costs of layers
+
+LAYERS = {"costs": [[1, 0, 2], *[[10, 12, 8]] * 6, 240], "activations": [[0, 1], *[[17, 16]] * 6, 17], "hop": 1}
+
+
+def layers_file(tmp_path: Path, content: Any) -> list[str]:
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps(content))
+    return ["--layer-costs", str(file)]
+
+
+def test_layers_are_cut_for_the_order(tmp_path: Path) -> None:
+    """A head of eight layers: v-half gets stages of balanced work, adaptive those that it plans for."""
+    given = layers_file(tmp_path, LAYERS)
+    known = plan(tmp_path, *options("v-half", 2, 4), *given, "--time-limit", "0.5")
+    found = plan(tmp_path, *options(ADAPTIVE, 2, 4), *given, "--memory-limit", "0.6", "--time-limit", "1")
+    assert known["partition"] == [0, 1, 4, 7, 8]
+    assert found["metrics"]["peak_fraction_of_1f1b"] <= 0.6
+    orders = tuple(tuple(map(pass_from_json, order)) for order in found["orders"])
+    schedule = Schedule(ADAPTIVE, Placement("v", ((0, 3), (1, 2))), 4, orders)
+    rows = [(10, 12, 8) if 0 < layer < 7 else (1, 0, 2) if layer == 0 else (80, 80, 80) for layer in range(8)]
+    bounds = found["partition"]
+    stages = [[sum(times) for times in zip(*rows[start:stop])] for start, stop in zip(bounds, bounds[1:])]
+    times = Times(*zip(*stages), (1,) * 3)
+    check(schedule)
+    assert found["metrics"]["makespan"] == pytest.approx(simulate(schedule, times).makespan)
+
+
+@pytest.mark.parametrize("content, more, message", [
+    (LAYERS, ["--times", "1,2,1,0"], "--times can't be used with --layer-costs"),
+    (LAYERS, ["--memory-limit", "6u"], "--memory-limit 6u can't be used with --layer-costs"),
+    (LAYERS, ["--memory-limit", "0.1"], "memory_limit = 0.1: v-half needs"),
+    ({"costs": [1, -1, 1, 1]}, [], "layers.json: costs.1 = -1: "),
+    ({"costs": [1, 1, 1, 1], "hops": 1}, [], "layers.json: hops = 1: "),
+    ({"costs": [1, 1, 1, 1], "activations": [1]}, [], "layers.json: activations of 1 layers, but costs of 4"),
+    ({"costs": [1, 1, 1]}, [], "3 layers can't fill 4 stages"),
+    ([1, 2], [], "layers.json: the file = [1, 2]: "),
+])
+def test_bad_costs_of_layers_get_one_clear_error(content: Any, more: list[str], message: str, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of([*options("v-half", 2, 4), *layers_file(tmp_path, content), *more], capsys)
+
+
 # ---------------------------------------------------------------- files
 
 

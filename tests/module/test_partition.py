@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
-from pipelines import (BATCHES, BF16_ZERO1, SAMPLES, VOCABULARY, WIDTH, Block, Job, Outcome, PlainTraining,
+from pipelines import (BATCHES, BF16_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Block, Job, Outcome, PlainTraining,
                        cross_entropy, merged, micro_batch, specs, tied_specs, train)
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
 import ds_vshape
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.balance import rank_loads
 from ds_vshape.schedule.named import placement_of
+from ds_vshape.schedule.partition_and_order import limits_of_1f1b
 
 EXAMPLE = micro_batch(0, 0, 0)
 BOUNDS = [0, 1, 4, 6, 8]
@@ -257,6 +259,53 @@ def test_layers_of_every_kind_are_measured() -> None:
     assert len(costs) == 6 and all(0 < cost < 1 for cost in costs)
 
 
+# -- planned together with the order of passes
+
+
+def trained_and_planned(rank: int, job: Job, options: dict[str, Any]) -> tuple[Outcome, list[int], Any, Any]:
+    engine = job.engine(**options)
+    first = engine.schedule()
+    return train(engine, BATCHES), engine.module.parts, engine.module.known_stages, first
+
+
+@pytest.mark.parametrize("limit", [0.6, None])
+@pytest.mark.quick_cases("0.6")
+def test_adaptive_plans_partition_and_order_together(limit: float | None, cache: Any) -> None:
+    """Half of 1F1B's memory leaves no room for the balanced stages' forwards: the first batch already runs by the plan
+    that was made with the partition, within the limit by the layers' sizes, and no loss changes."""
+    section = {"name": "adaptive", "planning_seconds": 1.0, "memory_limit": limit}
+    job = Job(section, 2, 4, layers=tuple(specs(6)))
+    results = run_ranks(2, trained_and_planned, job, {"partition_method": {"costs": [0.5, 1, 1, 1, 1, 1, 1, 8]}})
+    outcome, oracle = merged([result[0] for result in results]), plain(job)
+    assert outcome.losses == oracle.losses
+    assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())
+    _, parts, known, first = results[0]
+    assert all(result[1:] == results[0][1:] for result in results)
+    assert tuple(parts) == known.bounds and first == known.schedule
+    most = limits_of_1f1b(limit or 1.0, known.layers, 2, 4)[0]
+    assert max(peak_activations(first, known.activations)) <= most
+
+
+def measured_sizes(rank: int) -> Any:
+    section = {"name": "adaptive", "planning_seconds": 0.5, "memory_limit": 0.75, "times": "profile"}
+    module = ds_vshape.PipelineModule(specs(6), num_stages=2, loss_fn=cross_entropy, partition_method="profile",
+                                      config=Job(section, 2, 4).ds_config(), example=EXAMPLE if rank == 0 else None)
+    return module.known_stages, module.layer_times
+
+
+def test_sizes_of_layers_are_measured() -> None:
+    """Limits count what a profile finds that layers leave."""
+    known, times = run_ranks(2, measured_sizes)[0]
+    numbers = SAMPLES * LENGTH * 4
+    # Of a block: the inputs of its norm, with two numbers for each token, of both products and of the activation.
+    assert times.after_forward[1] == numbers * (WIDTH + 2 + WIDTH + 2 * WIDTH + 2 * WIDTH)
+    # Both products' inputs and output gradients.
+    assert times.after_backward[1] == numbers * 2 * (WIDTH + 2 * WIDTH)
+    assert all(0 <= each < 1 for of_pass in (times.forward, times.input_grad, times.weight_grad) for each in of_pass)
+    assert known.schedule.micro_batches == 4
+    assert max(peak_activations(known.schedule, known.activations)) <= limits_of_1f1b(0.75, known.layers, 2, 4)[0]
+
+
 # -- what can't be
 
 
@@ -320,3 +369,10 @@ def test_one_clear_error_on_every_rank(case: str) -> None:
     errors = run_ranks(2, error_of, layers, section, options, timeout=60)
     assert errors[0] == errors[1]
     assert errors[0].startswith(message)
+
+
+def test_a_limit_that_no_partition_meets(cache: Any) -> None:
+    section = {"name": "adaptive", "planning_seconds": 0.2, "memory_limit": 0.2}
+    errors = run_ranks(2, error_of, LAYERS, section, method({"costs": [1, 1, 1, 1, 1, 1]}), timeout=60)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("PartitionError: no partition of the layers can be planned: a limit of")

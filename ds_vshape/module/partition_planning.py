@@ -1,0 +1,57 @@
+"""The partition of the layers and a first order of passes, planned together while the module is built: one rank plans
+and tells all others.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, final
+
+from deepspeed.utils import logger
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from ds_vshape.comm.exchange import Exchange
+from ds_vshape.config.to_schedule import KnownStages
+from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.balance import PartitionError, check_bounds
+from ds_vshape.schedule.partition_and_order import PartitionProblem, plan_partition
+from ds_vshape.schedule.serial import JsonSchedule, read_json, schedule_to_json
+
+
+@final
+class _Planned(TypedDict):
+    bounds: tuple[Annotated[int, Field(strict=True)], ...]
+    schedule: JsonSchedule
+
+
+@final
+class _Failed(TypedDict):
+    error: str
+
+
+_ANSWER: TypeAdapter[_Planned | _Failed] = TypeAdapter(_Planned | _Failed)
+
+
+def agree_on_stages(problem: PartitionProblem, seconds: float, plans: bool) -> KnownStages:
+    """What global rank 0 plans in `seconds`, on every rank (collective over the job); `plans` says whether this is it.
+
+    Raises PartitionError on every rank if it finds no partition within the limits.
+    """
+    answer = read_json(Exchange().text_of_first(_answer(problem, seconds) if plans else "").encode(), _ANSWER)
+    if "error" in answer:
+        raise PartitionError(f"no partition of the layers can be planned: {answer['error']}")
+    bounds = check_bounds(answer["bounds"], problem.placement.stages, len(problem.layers))
+    return KnownStages(problem.layers, bounds, answer["schedule"])
+
+
+def _answer(problem: PartitionProblem, seconds: float) -> str:
+    try:
+        found = plan_partition(problem, seconds / 2)
+    except Exception as error:
+        kind = "" if isinstance(error, LimitError) else f"{type(error).__name__}: "
+        return json.dumps({"error": f"{kind}{error}"})
+    makespans = [f"{each.timeline.makespan:.4g}" if each else "doesn't fit" for each in (found.plan, found.balanced)]
+    logger.info(f"partition: planned together with the order of {problem.micro_batches} micro-batches, for a makespan "
+                f"of {makespans[0]}; with equal work for all ranks: {makespans[1]}")
+    return json.dumps({"bounds": found.bounds, "schedule": schedule_to_json(found.plan.schedule)})
