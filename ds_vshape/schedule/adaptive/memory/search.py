@@ -37,13 +37,13 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
 
 # What is left of the time when each phase ends.
-_ORDER_ALONE, _UNLIMITED, _ELSEWHERE, _CANDIDATES, _RACE = 0.78, 0.68, 0.52, 0.45, 0.2
+_ORDER_ALONE, _UNLIMITED, _ELSEWHERE, _CANDIDATES, _RACE = 0.85, 0.8, 0.72, 0.7, 0.3
 # How many candidates race.
-_RACERS = 12
+_RACERS = 4
 # Temperatures in units of the slowest rank's work on one micro-batch, at the start of a round and at its end. A round
 # takes the share _ROUND of the time.
 _HOT = (0.02, 0.06, 0.2)
-_RACE_HOT = 0.1
+_RACE_HOT = 0.05
 _COLD = 0.002
 _ROUND = 0.1
 # Passes that annealing looks at between two looks at the clock: some hundredths of a second.
