@@ -21,13 +21,14 @@ _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
     "deepspeed 1f1b": PipelineModule,
     "deepspeed dualpipev": DualPipeVModule,
 }
-CONTENDERS = [*_DEEPSPEED_MODULES, *TORCH_SCHEDULES, *SCHEDULES]
+CONTENDERS = [*_DEEPSPEED_MODULES, *TORCH_SCHEDULES, *SCHEDULES, "v-zb:4", "interleaved-zb:4"]
 # Planned for the times that it measures, within a fraction of 1F1B's peak activations.
 ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)@(profile|[\d.]+)")
 
 
 def contender_name(name: str) -> str:
-    """`name` if there is such a contender: one of CONTENDERS, adaptive@0.5 (and other fractions), or v-half@profile."""
+    """`name` if there is such a contender: one of CONTENDERS (:4 are four stages on a rank), adaptive@0.5 (and other
+    fractions), or v-half@profile."""
     if name not in CONTENDERS and ADAPTIVE.fullmatch(name) is None:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONTENDERS)}, adaptive@0.5, v-half@profile")
     return name
@@ -37,7 +38,8 @@ def section_of(name: str, times: str) -> Any:
     """What the config says for one of our contenders; one that plans does so for `times`."""
     match = ADAPTIVE.fullmatch(name)
     if match is None:
-        return name
+        schedule, _, chunks = name.partition(":")
+        return {"name": schedule, "chunks": int(chunks)} if chunks else name
     schedule, limit = match.groups()
     section = {"name": schedule, "times": times}
     return section if limit == "profile" else {**section, "memory_limit": float(limit)}

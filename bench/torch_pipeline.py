@@ -40,6 +40,7 @@ TORCH_SCHEDULES = {
     "torch 1f1b": TorchSchedule(Schedule1F1B, 1),
     "torch interleaved1f1b": TorchSchedule(ScheduleInterleaved1F1B, 2),
     "torch interleavedzerobubble": TorchSchedule(ScheduleInterleavedZeroBubble, 2),
+    "torch interleavedzerobubble:4": TorchSchedule(ScheduleInterleavedZeroBubble, 4),
     "torch zbvzerobubble": TorchSchedule(ScheduleZBVZeroBubble, 2, in_v=True),
     "torch dualpipev": TorchSchedule(ScheduleDualPipeV, 2, in_v=True),
 }
