@@ -47,9 +47,10 @@ def answers(name: str = "v-half", micro_batches: int = 4, **more: Any) -> list[s
     return prints(json.dumps({"schedule": schedule, "lower_bound": 1.0, "planning_s": 1.0, **more}))
 
 
-def reversed_orders() -> list[str]:
+def orders_that_wait() -> list[str]:
+    """Each rank begins with its second chunk, whose inputs come from its first."""
     schedule = schedule_to_json(build("v-half", 2, 4))
-    schedule["orders"] = [order[::-1] for order in schedule["orders"]]
+    schedule["orders"] = [sorted(order, key=lambda action: -action[1]) for order in schedule["orders"]]
     return prints(json.dumps({"schedule": schedule, "lower_bound": 1.0, "planning_s": 1.0}))
 
 
@@ -74,7 +75,7 @@ FAILING: dict[str, tuple[list[str], Request, str]] = {
     "another batch": (answers(micro_batches=5), REQUEST,
                       "5 micro-batches, not 'v-half' for 2 ranks (v, 2 stages each) and 4"),
     "too much memory": (answers("adaptive"), replace(LIMITED, limits=(2.0, 2.0)), "more memory than the limits"),
-    "orders that get stuck": (reversed_orders(), REQUEST, "can't run"),
+    "orders that get stuck": (orders_that_wait(), REQUEST, "can't run"),
     "an infinite bound": (answers(lower_bound=float("inf")), REQUEST, "lower_bound"),
     "no planning time": (answers(planning_s="long"), REQUEST, "planning_s"),
     "no sign of life": (code("time.sleep(1000)"), REQUEST, "no sign of life for 0.6 s: is it stopped?"),
