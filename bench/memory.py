@@ -17,8 +17,6 @@ share of all multiplications, and of the time of all passes in the measured batc
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import sys
 from pathlib import Path
@@ -32,6 +30,7 @@ import torch
 import torch.distributed as dist
 from contenders import engine_of, section_of
 from ranks import run_ranks
+from resident import map_large_tensors, rise_in
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -41,24 +40,9 @@ from ds_vshape.schedule.timeline import Timeline
 
 DEFAULT_CONTENDERS = ["torch zbvzerobubble", "1f1b", "v-zb", "v-half", "v-min", "adaptive@0.9", "adaptive@0.75",
                       "adaptive@0.6", "adaptive@0.5"]
-_M_MMAP_THRESHOLD = -3
-_LARGE = 256 * 1024
 MIB = 2 ** 20
 # The first batches exchange shapes, and measure the activations of one micro-batch.
 _WARM_UP = 3
-
-
-def _map_large_tensors() -> None:
-    if ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE) != 1:
-        raise RuntimeError("this libc can't be told how to map memory: the peaks would mean nothing")
-
-
-def _status(field: str) -> int:
-    """A size from /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def _section_of_partition(partition: str, workload: GptWithHead) -> Any:
@@ -75,7 +59,7 @@ def _share_of_time(timeline: Timeline, rank: int) -> float:
 def measure(rank: int, name: str, workload: Gpt, interval: int, partition: str) -> dict[str, float]:
     """Bytes on this rank: the peak over a batch, and where it's known what activations should take, with what passes
     need while they run."""
-    _map_large_tensors()
+    map_large_tensors()
     keys: dict[str, Any] = {"pipeline": {"activation_checkpoint_interval": interval}}
     if isinstance(workload, GptWithHead):
         section = section_of(name, "equal")
@@ -88,12 +72,8 @@ def measure(rank: int, name: str, workload: Gpt, interval: int, partition: str) 
     predicted = engine.memory_report()[rank] if hasattr(engine, "memory_report") else None
     for parameter in engine.module.parameters():
         parameter.grad = torch.empty_like(parameter).zero_()
-    gc.collect()
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = _status("VmRSS")
-    engine.train_batch(iter(batches[-1]))
-    measured: dict[str, float] = {"peak": _status("VmHWM") - before}
+    measured: dict[str, float] = {"peak": rise_in(lambda: engine.train_batch(iter(batches[-1])))}
     if isinstance(workload, GptWithHead):
         parts, costs = engine.module.parts, workload.costs()
         of_rank = sum(sum(costs[parts[stage]:parts[stage + 1]]) for stage in engine.placement.chunks[rank])

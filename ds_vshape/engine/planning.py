@@ -28,7 +28,8 @@ from ds_vshape.schedule.request import Answer, Request, check_schedule, read_ans
 
 WORKER = ["-m", "ds_vshape.schedule.worker"]
 SILENT_SECONDS = 60.0
-LATE_SECONDS = 300.0
+# Compiling takes up to a minute of a core, and a planner that gives way to busy ranks has a tenth of one.
+LATE_SECONDS = 900.0
 _MOST_SECONDS_BETWEEN_LOOKS = 5.0
 # Ranks that wait for an answer ask for it so often, so that none waits for long in a collective.
 _SECONDS_BETWEEN_QUESTIONS = 1.0

@@ -1,27 +1,34 @@
-"""What recomputation and offload would save and cost, as the planner gets it."""
+"""Plans that recompute and offload: the sizes and times that they are made of, and training by them."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
-from pipelines import Job, data, profiled
+from pipelines import Job, Outcome, data, merged, profiled, train
 from ranks import run_ranks
+from resident import map_large_tensors, rise_in
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ds_vshape.config.section import ConfigError
-from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.timeline import Times
+from ds_vshape.measure.rank_memory import RankMemory
+from ds_vshape.schedule.activations import Activations, peak_activations
+from ds_vshape.schedule.adaptive.compilation import compile_loops
+from ds_vshape.schedule.named import build
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.timeline import Timeline, Times
 
 pytestmark = pytest.mark.usefixtures("cache")
-SAMPLES, WIDTH, LAYERS = 256, 32, 3
+SAMPLES, WIDTH, LAYERS = 8192, 32, 3
 # The input of a linear layer, which is what it saves.
 UNIT = SAMPLES * WIDTH * 4
 
@@ -41,6 +48,12 @@ def job(**section: Any) -> Job:
     """4 stages of three layers."""
     layers = (LayerSpec(Numbers, WIDTH, WIDTH), *(LayerSpec(nn.Linear, WIDTH, WIDTH) for _ in range(4 * LAYERS - 1)))
     return Job(profiled("adaptive", **section), 2, 5, layers=layers)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """The planning process, which gives way to the ranks, would take long to compile its loops beside them."""
+    compile_loops(memory=True)
 
 
 def measured(rank: int, section: dict[str, Any]) -> tuple[Activations, Times]:
@@ -67,6 +80,69 @@ def test_sizes_and_times_are_measured() -> None:
     for stage, row in enumerate(times.recompute):
         assert len(row) == LAYERS and 0 < row[0] < row[1] < row[2] <= times.forward[stage]
         assert 0 < times.offload[stage] < 1 and 0 < times.reload[stage] < 1
+
+
+class Trained(NamedTuple):
+    """A rank's job from its start until a plan for its own times has run."""
+
+    outcome: Outcome
+    schedule: Schedule
+    sizes: Activations
+    memory: RankMemory
+    rise: int
+    ran: Timeline
+
+
+def train_through(rank: int, section: dict[str, Any]) -> Trained:
+    map_large_tensors()
+    engine = job(**section).engine(loss_fn=loss)
+    losses = list[float]()
+
+    def train_one() -> None:
+        losses.append(float(engine.train_batch(data(engine, len(losses)))))
+
+    while engine.planned_times is None:
+        train_one()
+        time.sleep(0.02)
+    # In the first batch by a plan messages are announced.
+    train_one()
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rise = rise_in(train_one)
+    sizes = engine.activation_sizes()
+    return Trained(Outcome(losses, engine.module.state_dict()), engine.schedule(), sizes, engine.memory_report()[rank],
+                   rise, engine.timelines()[1])
+
+
+def train_without(rank: int, batches: int) -> Outcome:
+    return train(job().engine(loss_fn=loss), range(batches))
+
+
+@pytest.mark.quick_cases("both")
+@pytest.mark.parametrize("limit, means, planned", [
+    (0.3, ("recompute", "offload"), (Kind.O, Kind.R)),
+    (0.3, ("offload",), (Kind.O, Kind.R)),
+    (0.4, ("recompute",), (Kind.C,)),
+], ids=["both", "offload", "recompute"])
+def test_from_the_start_through_a_plan(limit: float, means: tuple[str, ...], planned: tuple[Kind, ...]) -> None:
+    """Training is that without recomputation and offload, bit for bit, and keeps to a limit that no order alone can."""
+    ranks = run_ranks(2, train_through, {"memory_limit": limit, **dict.fromkeys(means, True)})
+    outcome = merged([of_rank.outcome for of_rank in ranks])
+    oracle = merged(run_ranks(2, train_without, len(outcome.losses)))
+    assert outcome.losses == oracle.losses
+    assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())
+
+    schedule, ran = ranks[0].schedule, ranks[0].ran
+    found = Counter(action.kind for _, action in schedule.passes())
+    assert schedule.name == "adaptive" and all(found[kind] for kind in planned)
+    assert found == Counter(span.action.kind for spans in ran.ranks for span in spans)
+    assert sum(map(len, ran.offloads)) == found[Kind.O] == found[Kind.R] == sum(map(len, ran.reloads))
+
+    counted = Activations.counted(schedule.placement)
+    peaks = peak_activations(schedule, ranks[0].sizes.shares_in(counted))
+    assert max(peaks) <= limit * 4 < min(peak_activations(build("v-min", 2, 5), counted))
+    for of_rank in ranks:
+        assert 0 < of_rank.rise <= of_rank.memory.passes
 
 
 def refused(rank: int, section: Any, options: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kept_layers import WIDTH, layers
+from resident import resident
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -106,12 +107,6 @@ def test_a_change_in_place_is_found_as_autograd_finds_it() -> None:
 
 
 MEBIBYTE = 2**20
-
-
-def resident() -> int:
-    """Bytes of this process's resident memory."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 
 
 @pytest.mark.parametrize("mebibytes", [2, 64])

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from math import ceil, inf, log2
@@ -101,7 +101,8 @@ class MemorySearch:
     def run(self, progress: Progress) -> Schedule:
         """Search to the end."""
         problem = self._problem
-        self._try_order(_one_by_one(problem), [self._least_pattern()], until=-inf)
+        least = self._least_pattern()
+        self._try_order(_one_by_one(problem), [least, replace(least, trimmed=True)], until=-inf)
         alone, unlimited = relaxed.order_alone(problem), relaxed.unlimited(problem)
         for schedule in known_schedules(unlimited):
             self._try_order(schedule, self._patterns(), _ORDER_ALONE + (1 - _ORDER_ALONE) / 2)
