@@ -46,9 +46,13 @@ Score = tuple[float, float, float]
 
 # The share of the time for the last plan, and how often local search and heats take turns before it; of a turn, local
 # search takes this share.
-_LAST = 0.4
+_LAST = 0.3
 _TURNS = 2
 _LOCAL = 0.4
+# Local search ends earlier after so many climbs to partitions that are all known.
+_VAIN_CLIMBS = 5
+# The time of a plan in the first heat, as a multiple of what a plan takes at least: shorter ones tell no difference.
+_LEAST_PLAN = 2.0
 # How many partitions take part in heats, and how many of these may have the same number of layers on each rank.
 _RACERS, _ALIKE = 8, 2
 # How many layers move at once, and how many moves lead away from a partition that no move betters.
@@ -190,12 +194,15 @@ class _Search:
         """Climb from the balances, then from the best partitions after some random moves."""
         for bounds in self._starts():
             self._climb(bounds, until)
-        while self._elapsed() < until:
+        vain = 0
+        while self._elapsed() < until and vain < _VAIN_CLIMBS:
+            known = len(self._scores)
             elite = sorted(self._scores, key=self._scores.__getitem__)[:_RACERS]
             bounds = self._random.choice(elite)
             for _ in range(self._random.randint(*_KICKS)):
                 bounds = self._random.choice(list(self._neighbours(bounds)) or [bounds])
             self._climb(bounds, until)
+            vain = vain + 1 if len(self._scores) == known else 0
 
     def _starts(self) -> Iterator[Bounds]:
         """Partitions that are known to be good for something."""
@@ -273,11 +280,19 @@ class _Search:
         self._hold_heats(racers, until)
 
     def _hold_heats(self, racers: list[Bounds], until: float) -> None:
-        heats = len(racers).bit_length()
-        length = (until - self._elapsed()) / max(1, heats)
+        """Plan for as many of the first `racers` as there is time for, then for the better half of them again."""
+        if not racers:
+            return
+        began = self._elapsed()
+        self._planned(racers[0], 0.0)
+        now = self._elapsed()
+        while len(racers) > 1 and (until - now) / len(racers).bit_length() < len(racers) * _LEAST_PLAN * (now - began):
+            racers = racers[:len(racers) // 2]
+        length = (until - now) / len(racers).bit_length()
         while racers and self._elapsed() < until:
-            makespans = {bounds: self._planned(bounds, length / len(racers)).timeline.makespan for bounds in racers}
-            racers = sorted(racers, key=makespans.__getitem__)[:len(racers) // 2]
+            for bounds in racers:
+                self._planned(bounds, length / len(racers))
+            racers = sorted(racers, key=self._makespan)[:len(racers) // 2]
 
     def _bound(self, bounds: Bounds) -> float:
         problem = self._problem.on(bounds)
