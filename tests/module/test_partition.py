@@ -170,7 +170,7 @@ class Wide(nn.Linear):
     """A head over many words."""
 
     def __init__(self) -> None:
-        super().__init__(WIDTH, 200_000)
+        super().__init__(WIDTH, 600_000)
 
 
 def measured_work(rank: int) -> tuple[tuple[float, ...], list[int]]:
