@@ -47,7 +47,7 @@ def start_on_gloo(rank: int, world: int, store: str) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
 
 
-def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0,
+def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 300.0,
               start: Start = start_on_gloo) -> list[Any]:
     """Run `body(rank, *args)` on `world` ranks and return what each returned.
 
