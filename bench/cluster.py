@@ -80,7 +80,7 @@ def run_job(milliseconds: float, options: argparse.Namespace) -> tuple[float, di
             if rank.wait():
                 sys.exit(f"a rank ended with status {rank.returncode}; see its output above")
         measured = json.loads((Path(folder) / "measured").read_text())
-    return measured["hop"], {name: Result(*lists, None) for name, lists in measured["results"].items()}
+    return measured["hop"], {name: Result(*lists, None, None) for name, lists in measured["results"].items()}
 
 
 def workload_of(options: argparse.Namespace) -> Sleeping:

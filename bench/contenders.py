@@ -23,7 +23,7 @@ _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
 }
 CONTENDERS = [*_DEEPSPEED_MODULES, *TORCH_SCHEDULES, *SCHEDULES, "v-zb:4", "interleaved-zb:4"]
 # Planned for the times that it measures, within a fraction of 1F1B's peak activations.
-ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)@(profile|[\d.]+)")
+ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)((?:\+recompute|\+offload)*)@(profile|[\d.]+)")
 
 
 def contender_name(name: str) -> str:
@@ -40,8 +40,8 @@ def section_of(name: str, times: str) -> Any:
     if match is None:
         schedule, _, chunks = name.partition(":")
         return {"name": schedule, "chunks": int(chunks)} if chunks else name
-    schedule, limit = match.groups()
-    section = {"name": schedule, "times": times}
+    schedule, means, limit = match.groups()
+    section = {"name": schedule, "times": times, **dict.fromkeys(means.split("+")[1:], True)}
     return section if limit == "profile" else {**section, "memory_limit": float(limit)}
 
 
@@ -73,4 +73,7 @@ def engine_of(name: str, workload: Workload, times: str = "profile", *, dynamic_
                           partition_method="uniform", dynamic_shape=dynamic_shape, **options)
     # The seeds are for equal weights. Seeding before every layer call takes a CPU build of torch over a millisecond.
     module.seed_layers = False
-    return ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+    engine = ds_vshape.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+    if name not in _DEEPSPEED_MODULES:
+        workload.prepare(engine)
+    return engine

@@ -53,8 +53,39 @@ class SleepingLinear(nn.Module):
         # The first layer of the model must take its B too, though nobody wants the gradient of the data.
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
+        return x + self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         product: Tensor = _SleepingProduct.apply(x, self.weight, self.seconds)
-        return x + product
+        return product
+
+
+class _HoldingProduct(_SleepingProduct):
+    """The same, which saves `held` bytes more, until W."""
+
+    saved_for_weight = (0, 2)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: tuple[float, ...], held: int) -> Tensor:
+        product = _SleepingProduct.forward(ctx, x, weight, seconds)
+        ctx.save_for_backward(x, weight, torch.ones(held, dtype=torch.uint8))
+        return product
+
+    @staticmethod
+    def backward_input(ctx: Any, grad: Tensor) -> Any:
+        return *_SleepingProduct.backward_input(ctx, grad), None
+
+
+class HoldingLinear(SleepingLinear):
+    """The same layer, which keeps `held` bytes of a micro-batch from F to W, next to which its input is nothing."""
+
+    def __init__(self, width: int, seconds: tuple[float, ...], held: int) -> None:
+        super().__init__(width, seconds)
+        self.held = held
+
+    def product(self, x: Tensor) -> Tensor:
+        product: Tensor = _HoldingProduct.apply(x, self.weight, self.seconds, self.held)
+        return product
 
 
 class LengthSleepingLinear(SleepingLinear):

@@ -89,6 +89,10 @@ RUNS = [
                   'adaptive@0.5', _MEMORY),
     Run("memory-head", f"bench/memory.py --head whole {_BY_HEAD}", _HEAD),
     Run("memory-head-chunked", f"bench/memory.py --head chunked {_BY_HEAD}", _HEAD),
+    Run("memory-on-demand", "bench/run.py --workload holding --ranks 8 --layers 2 --micro-batches 32 --ms 30 30 30 "
+                            "--rounds 1 --planning-seconds 60 "
+                            "--contenders v-zb 1f1b adaptive+offload@0.3 adaptive+recompute+offload@0.2",
+        f"{_SLEEPING} --planning-seconds 1 --contenders v-zb adaptive+recompute+offload@0.3"),
     Run("reference", "bench/compare_reference.py schedules.json", ""),
     Run("reference-plans", "bench/compare_reference.py schedules.json --time-limit 8",
         "--time-limit 0.01 --peaks-of v-half"),

@@ -3,6 +3,7 @@
     Sleeping            layers that take a set time and no core: what a schedule does on as many devices as ranks
     SleepingLayers      the same, of different times
     SleepingByLength    the same, in proportion to the length of a micro-batch
+    Holding             the same with large activations, of which a copy to the host sleeps as long as their F
     Gpt                 a byte-level GPT with real matrix products: one thread a rank, and no more ranks than cores
 """
 
@@ -10,17 +11,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
-from layers import LengthSleepingLinear, SleepingLinear, SleepingPaths
+from layers import HoldingLinear, LengthSleepingLinear, SleepingLinear, SleepingPaths
+from resident import map_large_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ds_vshape.models.gpt import VOCABULARY, Block, GPTConfig, PositionEmbedding
+from ds_vshape.runtime.copy_engine import CopyEngine, HostMemory
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.split_backward.head import HeadOutput, Projection
@@ -45,6 +48,9 @@ class Workload(Protocol):
 
     def batch(self, number: int) -> Batch:
         """The micro-batches of batch `number`."""
+
+    def prepare(self, engine: Any) -> None:
+        """Change one of our engines before its first batch."""
 
     def simulated(self, engine: Any) -> float:
         """The seconds of one of our engine's batches if nothing but its passes took time; collective."""
@@ -74,6 +80,9 @@ class Sleeping:
         generator = torch.Generator().manual_seed(number)
         return [(torch.randn(2, self.width, generator=generator), torch.randn(2, self.width, generator=generator))
                 for _ in range(self.micro_batches)]
+
+    def prepare(self, engine: Any) -> None:
+        pass
 
     def simulated(self, engine: Any) -> float:
         """With sleeps as long as they really are here: they take a little longer than asked for, on every machine."""
@@ -127,6 +136,50 @@ class SleepingByLength(Sleeping):
         return [max(1, round(self.mean * length * len(lengths) / sum(lengths))) / self.mean for length in lengths]
 
 
+@dataclass(frozen=True)
+class Holding(Sleeping):
+    """Layers of which each keeps `held` bytes of a micro-batch."""
+
+    held: int = 2 ** 20
+
+    def spec(self, number: int) -> LayerSpec:
+        return LayerSpec(HoldingLinear, self.width, self.seconds, self.held)
+
+    def prepare(self, engine: Any) -> None:
+        """With copies that sleep until they have taken as long as F of what they move; and resident memory falls when
+        activations die."""
+        map_large_tensors()
+        usual: CopyEngine = engine.copy_engine
+        per_byte = self.seconds[0] / self.held
+        engine.copy_engine = CopyEngine(usual.outwards, usual.backwards, lambda: _SlowHost(usual.host(), per_byte),
+                                        usual.free, usual.now)
+
+    def simulated(self, engine: Any) -> float:
+        """With the times that the schedule was planned for, or the mean times of the passes in the last batch."""
+        return float(engine.timelines()[0].makespan)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {self.held / 2 ** 20:g} MiB of activations each"
+
+
+class _SlowHost:
+    """Memory of the `host`, which takes `per_byte` seconds to write or read a byte."""
+
+    def __init__(self, host: HostMemory, per_byte: float) -> None:
+        self._host, self._per_byte = host, per_byte
+
+    def write(self, memory: Sequence[Tensor]) -> None:
+        self._slowly(self._host.write, memory)
+
+    def read(self, memory: Sequence[Tensor]) -> None:
+        self._slowly(self._host.read, memory)
+
+    def _slowly(self, transfer: Callable[[Sequence[Tensor]], None], memory: Sequence[Tensor]) -> None:
+        end = time.perf_counter() + self._per_byte * sum(map(len, memory))
+        transfer(memory)
+        time.sleep(max(0.0, end - time.perf_counter()))
+
+
 def _sleep_of(seconds: float, times: int = 20) -> float:
     start = time.perf_counter()
     for _ in range(times):
@@ -168,6 +221,9 @@ class Gpt:
         generator = torch.Generator().manual_seed(number)
         texts = torch.randint(VOCABULARY, (self.micro_batches, self.samples, self.length + 1), generator=generator)
         return [(text[:, :-1], text[:, 1:]) for text in texts]
+
+    def prepare(self, engine: Any) -> None:
+        pass
 
     def simulated(self, engine: Any) -> float:
         """With the mean times of the passes in the last batch."""
