@@ -33,6 +33,8 @@ _MARK = ".saving"
 _ID = "[0-9a-f]{16}"
 # Errors of the operating system if another save has moved files meanwhile.
 _OVERTAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+# How often the file that names the latest checkpoint is written if other saves get in the way.
+_ATTEMPTS = 5
 # What DeepSpeed and this package write into a checkpoint's folder.
 _OWN = re.compile(r".*states\.pt.*|pipeline_placement\.json|zero_to_(fp32|torch)\.py|offloaded_tensors|\.saving")
 
@@ -153,7 +155,14 @@ class Draft:
 
 def name_latest(parent: str, tag: str) -> None:
     """Make `tag` the checkpoint that is loaded from the folder `parent` by default."""
-    replace_text(Path(parent, LATEST), tag, Path(parent, f"{LATEST}.{new_id()}{DRAFT}"))
+    for attempt in range(_ATTEMPTS):
+        try:
+            replace_text(Path(parent, LATEST), tag, Path(parent, f"{LATEST}.{new_id()}{DRAFT}"))
+            return
+        except FileNotFoundError:
+            # The start of another save may have taken the draft of this file for a leftover.
+            if attempt == _ATTEMPTS - 1:
+                raise
 
 
 def latest(parent: str, file: str = LATEST) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ds_vshape.checkpoint.commit import Draft, new_id
+from ds_vshape.checkpoint.commit import Draft, latest, name_latest, new_id
 from ds_vshape.checkpoint.errors import CheckpointError, replace_text
 
 TAG, OVERTAKEN = "step", "another job has saved it meanwhile"
@@ -34,6 +34,7 @@ def save(folder: Path, text: str) -> None:
         if error is not None:
             raise error
         draft.commit()
+        name_latest(str(folder), TAG)
     except Exception:
         draft.discard()
         raise
@@ -83,6 +84,7 @@ def test_another_save_between_any_two_operations(tmp_path: Path, monkeypatch: py
         ends = [mine, *others]
         assert all(not end or OVERTAKEN in end for end in ends), ends
         assert "" in ends
+        assert latest(str(folder)) == TAG
         assert {path.read_text() for path in (folder / TAG).iterdir()} in ({"mine"}, {"other"})
         overtaken += bool(mine)
         number += 1
