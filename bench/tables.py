@@ -15,6 +15,8 @@ _MEMORY = "--layers 2 --micro-batches 2 --hidden 64 --length 64 --contenders v-z
 _PACKING = "--rounds 1 --batches 1 --length 64 --rows 2 --micro-batches 2 --layers 4 --hidden 32"
 _MIXED = "--ranks 2 --micro-batches 6 --sigma 0.7 --rounds 2 --schedules v-half"
 _HEAD = "--ranks 2 --layers 2 --micro-batches 2 --hidden 64 --length 64 --vocabulary 256"
+_WHOLE = ("--cases v-half-2-replicas v-zb-post-validation --layers 2 --micro-batches 2 --hidden 64 --length 64 "
+          "--batches 3")
 _PLAN = "--time-limit 1 --stages 8 --micro-batches 16"
 _PAPER = "--models 9.6B --micro-batches-per-rank 2 --schedules 1f1b v-half"
 _SPLIT = "--rounds 1 --hidden 64 --length 16 --samples 1"
@@ -89,6 +91,7 @@ RUNS = [
                   'adaptive@0.5', _MEMORY),
     Run("memory-head", f"bench/memory.py --head whole {_BY_HEAD}", _HEAD),
     Run("memory-head-chunked", f"bench/memory.py --head chunked {_BY_HEAD}", _HEAD),
+    Run("whole-rank", "bench/whole_rank.py", _WHOLE),
     Run("memory-on-demand", "bench/run.py --workload holding --ranks 8 --layers 2 --micro-batches 32 --ms 30 30 30 "
                             "--rounds 1 --planning-seconds 60 "
                             "--contenders v-zb 1f1b adaptive+offload@0.3 adaptive+recompute+offload@0.2",

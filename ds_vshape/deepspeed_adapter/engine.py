@@ -6,7 +6,7 @@ Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -41,8 +41,12 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     def run_module(self, inputs: Any) -> Any:
         """The module's forward alone, under the autocast that the config asks for."""
-        with autocast_if_enabled(self):
+        with self.autocast():
             return self.module(inputs)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """What layers run in: the autocast that the config asks for, or none."""
+        return autocast_if_enabled(self)  # type: ignore[no-any-return]
 
     def stock_backward(self, loss: Any) -> None:
         """The backward from a loss, scaled and divided as DeepSpeed's."""

@@ -69,7 +69,7 @@ class MemoryLimits(StockEngine):
             # The batch itself meets what is wrong with its data.
             with suppress(Exception):
                 inputs, labels = self.peek()
-        rehearsal = ShapeRehearsal(self.module, self._loss_of_shapes, self._sums.holds, self._operators,
+        rehearsal = ShapeRehearsal(self.module, self.autocast, self._loss_of_shapes, self._sums.holds, self._operators,
                                    self.module.schedule_config.gradient_accumulation_fusion)
         pipeline = next(ranks for ranks in self.grid.pipe_groups if self.global_rank in ranks)
         sizes, unknown = rehearsal.sizes(inputs, labels, limit.exchange, pipeline)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +33,7 @@ from ds_vshape.runtime.buffers import enter, leaves
 from ds_vshape.runtime.gradients import InGrad, accumulator_of, leave_to_backward
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, Operators
+from ds_vshape.split_backward.autocast import is_autocast_enabled
 
 _META = torch.device("meta")
 # DeepSpeed's own copies what it keeps to the device.
@@ -44,12 +47,14 @@ class ShapeRehearsal:
 
     Args:
         module: a PipelineModule.
+        autocast: gives what its layers run in.
         loss: from the last stage's outputs and the labels, with where early gradients go.
         held: whether the optimizer adds up a parameter's gradient.
         operators, fusion: of the split backward.
     """
 
     module: Any
+    autocast: Callable[[], AbstractContextManager[None]]
     loss: Callable[[Any, Any, GradientAccumulator], Any]
     held: Callable[[Parameter], bool]
     operators: Operators
@@ -107,8 +112,10 @@ class ShapeRehearsal:
         inputs, labels = (tree_map_only(Tensor, _shapes, of) for of in (inputs, labels))
 
         def forward(payload: Payload) -> Any:
-            outputs = module.run_layers(of_shapes, enter(payload), lambda layer: None, _checkpoint)
-            return self.loss(outputs, labels, accumulator) if last else outputs
+            with _NoAutocast():
+                with self.autocast():
+                    outputs = module.run_layers(of_shapes, enter(payload), lambda layer: None, _checkpoint)
+                return self.loss(outputs, labels, accumulator) if last else outputs
 
         outputs = run_on_meta(self._meter, stage, forward, partial(leaves, inputs), weights, accumulator,
                               self.operators, labels)
@@ -116,6 +123,16 @@ class ShapeRehearsal:
             return None
         check_payload(outputs, _META)
         return Signature.of(outputs)
+
+
+class _NoAutocast(TorchFunctionMode):
+    """Raises where autocast is on, which changes no dtype on the meta device: sizes would be wrong."""
+
+    def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        if is_autocast_enabled():
+            raise NotImplementedError("autocast has no effect on the meta device")
+        return func(*args, **(kwargs or {}))
 
 
 def _received(text: str) -> Payload:

@@ -55,16 +55,20 @@ def test_a_step_does_all_the_work(name: str, recompute: bool) -> None:
     assert result.mfu == training.mfu(result.seconds)
 
 
-def test_memory_is_state_and_activations() -> None:
-    """1F1B's fullest rank is the first or the second one: p or p - 1 micro-batches of its layers."""
+def test_memory_is_state_activations_and_what_passes_need() -> None:
+    """1F1B's fullest rank is the second one: p - 1 micro-batches of its two blocks, a running BW, and messages."""
     embedding, block, head = (SMALL.layers[place] for place in (0, 1, -1))
+    message, running = 2 * SMALL.tokens * SMALL.shape.hidden, block.working[2]
     first = 18 * (embedding.parameters + block.parameters) + 16 * (embedding.after_forward + block.after_forward)
     second = 2 * (18 * block.parameters + 15 * block.after_forward)
-    assert step("1f1b", SMALL).memory == max(first, second)
+    assert first + max(embedding.working[2], running) < second
+    in_transit, rest = divmod(step("1f1b", SMALL).memory - second - running, message)
+    assert 1 <= in_transit <= 6 and rest == 0
     # v-half keeps (p + 2) // 2 micro-batches of two blocks, some of them behind their B.
     most = 2 * (18 * block.parameters + 9 * block.after_forward)
-    assert most - 9 * 2 * (block.after_forward - block.after_backward) <= step("v-half", SMALL).memory <= most
-    shared = [sum(parts) for parts in replace(SMALL, tensor=2, data=4).state(linear(16))]
+    least = most - 9 * 2 * (block.after_forward - block.after_backward)
+    assert least <= step("v-half", SMALL).memory <= most + running + 6 * message
+    shared = [of_rank.total for of_rank in replace(SMALL, tensor=2, data=4).state(linear(16))]
     assert shared[1] == (6 + 12 / 4) / 2 * 2 * block.parameters
     assert shared[-1] == (6 + 12 / 4) / 2 * (block.parameters + head.parameters)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.pipe.module import PipelineError
 from logged import Lines
-from pipelines import FP32, FP32_ZERO1, Job, data, profiled, specs
+from pipelines import FP32, FP32_ZERO1, Block, Job, data, profiled, specs
 from ranks import RanksFailed, run_ranks
+from torch import Tensor
 
 from ds_vshape.measure import accounting
 from ds_vshape.measure.rank_memory import RankMemory
@@ -54,6 +57,37 @@ def test_sizes_by_shapes_are_those_that_are_measured(config: dict[str, Any]) -> 
         assert ours.activations_peak == pytest.approx(theirs.activations_peak, rel=0.03, abs=256)
         assert ours.passes == pytest.approx(theirs.passes, rel=0.1, abs=512)
         assert ours.permanent == theirs.permanent
+
+
+class AutocastBlock(Block):
+    """A block in low precision, whatever the config says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def under_autocast(rank: int, config: dict[str, Any], block: type[Block]) -> tuple[list[str], int | None]:
+    """What the log says of sizes before the first batch, and activations as they are measured in the second one."""
+    without_process()
+    with Lines() as lines:
+        engine = Job({"name": "v-half", "memory_limit": "1GiB"}, 2, 6, config, tuple(specs(BLOCKS, block))).engine()
+        engine.train_batch(data(engine, 0))
+    with pytest.raises(PipelineError, match="measured in training batch 2"):
+        engine.memory_report()
+    engine.train_batch(data(engine, 1))
+    return lines.with_word("isn't known before"), engine.memory_report()[rank].activations_peak
+
+
+@pytest.mark.parametrize(("config", "block"), [
+    ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, Block), (FP32, AutocastBlock)],
+    ids=["config", "layer"])
+def test_sizes_under_autocast_are_unknown_until_they_are_measured(config: dict[str, Any], block: type[Block]) -> None:
+    """On the meta device they would be those of full precision."""
+    (lines, measured), (_, measured_too) = run_ranks(2, under_autocast, config, block)
+    assert [line.partition(": stage 0: ")[2] for line in lines] == [
+        "NotImplementedError: autocast has no effect on the meta device"]
+    assert measured and measured_too
 
 
 def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemory], list[str], Schedule]:

@@ -26,10 +26,15 @@ def resident() -> int:
 def rise_in(run: Callable[[], Any]) -> int:
     """The most bytes by which resident memory rises while `run` does, above what is resident before."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = resident()
+    return peak_in(run) - before
+
+
+def peak_in(run: Callable[[], Any]) -> int:
+    """The most bytes that are resident at once while `run` does."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     run()
-    return _status("VmHWM") - before
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:
