@@ -4,7 +4,7 @@
 #   bash tests/run.sh -k launch
 #   bash tests/run.sh -n 0        # in one process, which shows output with -s
 #   bash tests/run.sh -m slow     # the slow ones
-#   bash tests/run.sh -m drill    # what .ci/run leaves out too
+#   bash tests/run.sh -m drill    # slow ones on more cases, or for longer
 #   bash tests/run.sh -m ""       # all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
