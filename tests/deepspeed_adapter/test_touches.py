@@ -78,7 +78,7 @@ OVERRIDES = {name for names in parts.OVERRIDDEN.values() for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if ADAPTER not in path.parents)
 # The classes that DeepSpeed's engine and module are inherited through.
 INHERITING = {"StockEngine", "StockModule", "SavingEngine", "PipelineEngine", "PipelineModule", "PostValidatingEngine",
-              "StagePasses", "Messaging", "BatchEnd", "Rehearsal"}
+              "StagePasses", "Keeping", "Messaging", "BatchEnd", "Rehearsal"}
 
 
 def touched(tree: ast.AST) -> Iterator[tuple[str, int]]:

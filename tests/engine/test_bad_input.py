@@ -104,8 +104,8 @@ REFUSED: dict[str, Case] = {
                                       True),  # type: ignore[arg-type]
     "a section of another type": (Job(["v-half"], 2, 2).engine,
                                   "ConfigError: pipeline_schedule = ['v-half']: must be a schedule's name"),
-    "a memory limit of zero": field("a number above 0 and at most 2", memory_limit=0),
-    "a memory limit in percent": field("a number above 0 and at most 2", memory_limit=50),
+    "a memory limit of zero": field('must be bytes like "70GiB", for all that a rank needs', memory_limit=0),
+    "a memory limit in percent": field('must be bytes like "70GiB", for all that a rank needs', memory_limit=50),
     "a memory limit that the schedule breaks": section("MemoryLimitError: memory_limit = 0.5: v-zb needs 1 of 1F1B's",
                                                        "v-zb", memory_limit=0.5),
     "a memory limit that nothing can meet": section("MemoryLimitError: memory_limit = 0.1: the least possible peak on "
@@ -125,7 +125,8 @@ REFUSED: dict[str, Case] = {
     "a time-out that no batch meets": field("must be from 1 to 604,800 seconds", timeout_seconds=1e-9),
     "a planning time of years": field("must be from 0.001 to 86,400 seconds", planning_seconds=1e308),
     "a drift that never comes": field("must be from 0.001 to 1,000 of a stage's time", drift=1e308),
-    "bytes that no machine has": field("a number above 0 and at most 2", memory_limit="1EiB"),
+    "bytes that no machine has": field('must be bytes like "70GiB", at most 1PiB, for all that a rank needs',
+                                       memory_limit="1EiB"),
     "a trace of too much": field(TRACE, trace={"batches": [1, 10**18]}),
     "a trace that has no path": field(TRACE, trace={"batches": [1, 2], "path": "a\0b"}),
     "a trace that can't be written": section(
