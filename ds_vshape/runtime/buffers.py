@@ -175,6 +175,8 @@ def enter(payload: Payload) -> Payload:
 
     DeepSpeed clones them for that; here no memory is copied.
     """
+    if not any(t is not None and t.requires_grad for t in members(payload)):
+        return payload
     return _entered(payload, _Enter, lambda tensor: tensor)
 
 

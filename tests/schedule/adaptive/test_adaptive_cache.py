@@ -84,8 +84,9 @@ def forwards_first(orders: list[list[Any]]) -> None:
         order.sort(key=lambda entry: (entry[0] != "F", entry[1] if entry[0] == "F" else 0))
 
 
-def reverse_first(orders: list[list[Any]]) -> None:
-    orders[0].reverse()
+def second_chunk_first(orders: list[list[Any]]) -> None:
+    """Its inputs come from the first."""
+    orders[0].sort(key=lambda action: -action[1])
 
 
 def of_each(change: Callable[[list[Any]], list[Any]]) -> Callable[[list[list[Any]]], object]:
@@ -147,7 +148,7 @@ CORRUPTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown passes": (of_passes(of_each(lambda entry: ["X", *entry[1:]])), "orders.0.0"),
     "a pass of nothing": (of_passes(lambda orders: orders[0].append([])), "orders.0."),
     "small pieces": (of_passes(cut_small), "more than 4 pieces"),
-    "orders that get stuck": (of_passes(reverse_first), "can't run"),
+    "orders that get stuck": (of_passes(second_chunk_first), "can't run"),
     "too much memory": (of_passes(forwards_first), "more memory than the limits"),
     "a folder": (instead(Path.mkdir), "it is not a regular file"),
     "a folder of files": (instead(full_folder), "it is not a regular file"),
