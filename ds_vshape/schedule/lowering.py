@@ -38,7 +38,7 @@ import enum
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
@@ -132,43 +132,29 @@ class Run:
 
 
 @dataclass(frozen=True)
-class PostReceive:
+class MessageStep:
+    """A step of communication."""
+
+    message: Message
+
+    def later(self, micro_batches: int) -> Self:
+        return type(self)(self.message.later(micro_batches))
+
+
+class PostReceive(MessageStep):
     """Offer a buffer for the message; doesn't wait."""
 
-    message: Message
 
-    def later(self, micro_batches: int) -> PostReceive:
-        return PostReceive(self.message.later(micro_batches))
-
-
-@dataclass(frozen=True)
-class AwaitReceive:
+class AwaitReceive(MessageStep):
     """Wait until the message is there."""
 
-    message: Message
 
-    def later(self, micro_batches: int) -> AwaitReceive:
-        return AwaitReceive(self.message.later(micro_batches))
-
-
-@dataclass(frozen=True)
-class Send:
+class Send(MessageStep):
     """Start to send the message; doesn't wait."""
 
-    message: Message
 
-    def later(self, micro_batches: int) -> Send:
-        return Send(self.message.later(micro_batches))
-
-
-@dataclass(frozen=True)
-class AwaitSend:
+class AwaitSend(MessageStep):
     """Wait until the message has left, and let go of its memory."""
-
-    message: Message
-
-    def later(self, micro_batches: int) -> AwaitSend:
-        return AwaitSend(self.message.later(micro_batches))
 
 
 @dataclass(frozen=True)
@@ -180,47 +166,31 @@ class ShareLoss:
 
 
 @dataclass(frozen=True)
-class Offload:
+class CopyStep:
+    """A step of a copy to the host or back; `action` is its O or R."""
+
+    action: Pass
+
+    def later(self, micro_batches: int) -> Self:
+        return type(self)(self.action.later(micro_batches))
+
+
+class Offload(CopyStep):
     """Start the copy to the host that the O `action` waits for; doesn't wait."""
 
-    action: Pass
 
-    def later(self, micro_batches: int) -> Offload:
-        return Offload(self.action.later(micro_batches))
-
-
-@dataclass(frozen=True)
-class AwaitOffload:
+class AwaitOffload(CopyStep):
     """Run an O: wait until the copy is on the host, and free what was copied."""
 
-    action: Pass
 
-    def later(self, micro_batches: int) -> AwaitOffload:
-        return AwaitOffload(self.action.later(micro_batches))
-
-
-@dataclass(frozen=True)
-class Reload:
+class Reload(CopyStep):
     """Run an R: take memory, and start the copy back; doesn't wait."""
 
-    action: Pass
 
-    def later(self, micro_batches: int) -> Reload:
-        return Reload(self.action.later(micro_batches))
-
-
-@dataclass(frozen=True)
-class AwaitReload:
+class AwaitReload(CopyStep):
     """Wait until what the R `action` has started is back."""
 
-    action: Pass
 
-    def later(self, micro_batches: int) -> AwaitReload:
-        return AwaitReload(self.action.later(micro_batches))
-
-
-MessageStep = PostReceive | AwaitReceive | Send | AwaitSend
-CopyStep = Offload | AwaitOffload | Reload | AwaitReload
 Step = Load | Run | MessageStep | CopyStep | ShareLoss
 # A tuple, or a Repeated where the schedule is for many micro-batches.
 Program = Sequence[Step]

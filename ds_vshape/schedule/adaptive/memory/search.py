@@ -120,7 +120,7 @@ class MemorySearch:
         while not self.done:
             progress(1 - self._left())
             self._anneal_one()
-        found = [(makespan, schedule) for makespan, schedule in self._alone]
+        found = [*self._alone]
         for best in self._candidates[:1]:
             found.append((best.makespan, schedule_of(best.orders, self._layout(best.pieces), problem, self._keeping)))
         return min(found, key=lambda each: each[0])[1]
@@ -130,7 +130,7 @@ class MemorySearch:
     def _searched(self, problem: Problem, until: float, progress: Progress) -> list[tuple[float, Schedule]]:
         """The best schedule that the planner without recomputation and offload finds until that much time is left.
 
-        None if there can't be one as fast as the best candidate.
+        Empty if there can't be one as fast as the best candidate.
         """
         began = self._left()
         goal = problem.lower_bound
