@@ -177,8 +177,30 @@ def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Ca
     return PlannedSchedules(config, placement, exchange, known)
 
 
+class _Unmeasured:
+    """Nothing is measured, so the first schedule stays."""
+
+    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
+        return None
+
+    def within(self, room: Room) -> Schedule | None:
+        return None
+
+    @property
+    def will_plan(self) -> bool:
+        return False
+
+    @property
+    def times(self) -> Times | None:
+        return None
+
+    @property
+    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
+        return ()
+
+
 @dataclass(frozen=True)
-class NamedSchedules:
+class NamedSchedules(_Unmeasured):
     """One schedule of the table."""
 
     config: ScheduleConfig
@@ -189,26 +211,8 @@ class NamedSchedules:
         assert schedule is not None  # only an adaptive one may have none
         return schedule
 
-    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
-        return None
 
-    def within(self, room: Room) -> Schedule | None:
-        return None
-
-    @property
-    def will_plan(self) -> bool:
-        return False
-
-    @property
-    def times(self) -> Times | None:
-        return None
-
-    @property
-    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
-        return ()
-
-
-class PlannedSchedules:
+class PlannedSchedules(_Unmeasured):
     """The planner's schedule for equal times, or for those of known stages; training waits for it."""
 
     def __init__(self, config: ScheduleConfig, placement: Placement, exchange: Exchange,
@@ -217,24 +221,6 @@ class PlannedSchedules:
 
     def first(self, micro_batches: int) -> Schedule:
         return self._first_plans.wait(micro_batches)
-
-    def after_batch(self, schedule: Schedule, record: PassRecorder) -> Schedule | None:
-        return None
-
-    def within(self, room: Room) -> Schedule | None:
-        return None
-
-    @property
-    def will_plan(self) -> bool:
-        return False
-
-    @property
-    def times(self) -> Times | None:
-        return None
-
-    @property
-    def entry_costs(self) -> tuple[tuple[float, ...], ...]:
-        return ()
 
 
 @dataclass(frozen=True)
