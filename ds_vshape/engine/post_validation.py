@@ -12,6 +12,9 @@ has to be clipped. So each rank steps at once on that assumption, and sends the 
                                 repeated by DeepSpeed with all ranks, and batch n+1 runs again, with the same data
                                 and the same random numbers
 
+A step that isn't accepted costs the first passes of a batch, so the next one asks all ranks first, as DeepSpeed's does,
+and so do those that follow, until one is neither clipped nor skipped.
+
 Ranks of other replicas are still waited for: they add up gradients together. A batch whose forward fails raises
 at its own end; if a backward fails later than that, the next batch raises it, on all ranks, and neither counts.
 """
@@ -89,6 +92,10 @@ class PostValidatingEngine(PipelineEngine):
         self._passes: PassesSnapshot | None = None
         self._forwards: PendingStatus | None = None
         self._steps_before = 0
+        # Whether the next step is taken before its verdict; and, after one that asked first, whether it was changed on
+        # some rank: clipped, or skipped.
+        self._steps_ahead = True
+        self._reported: PendingStatus | None = None
         # Of this rank's gradients in the last step, loss scale included.
         self._norm = 0.0
         self._reducing = self._reducing_ranks()
@@ -126,6 +133,7 @@ class PostValidatingEngine(PipelineEngine):
         if verdict is Verdict.ACCEPTED:
             self._accept(ahead, norm)
         else:
+            self._steps_ahead = False
             self._take_back(ahead, verdict)
 
     def rollback_bytes(self) -> int:
@@ -170,6 +178,24 @@ class PostValidatingEngine(PipelineEngine):
         self._exec_agree_on_batch()
 
     def _exec_step_ahead(self) -> None:
+        if self._reported is not None:
+            reported, self._reported = self._reported, None
+            self._steps_ahead = not any(map(any, reported.result()))
+        if self._steps_ahead:
+            self._step_ahead()
+        else:
+            self._step_with_all()
+
+    def _step_with_all(self) -> None:
+        """The end of a batch as a PipelineEngine's. Whether the next step may go ahead is asked for meanwhile."""
+        limits = NormLimits(self._zero_step.clip, self._zero_step.loss_scale)
+        for instruction in instr.END:
+            self._execute(instruction())
+        norm = self.get_global_grad_norm() if limits.clip else 0.0
+        is_right = not self._zero_step.overflow and limits.allow(float(norm))
+        self._reported = self._agreement.start_status([float(not is_right)])
+
+    def _step_ahead(self) -> None:
         failure, self._guard.failure = self._guard.failure, None
         failed = failure is not None
         if self._reducing is not None:
@@ -214,6 +240,9 @@ class PostValidatingEngine(PipelineEngine):
         self.global_samples += self.train_batch_size()
 
     def _agree_on_step(self, failure: Failure | None) -> None:
+        if not self._steps_ahead:
+            super()._agree_on_step(failure)
+            return
         # This rank waits for no other; an error after the step is reported with the next batch, as one in the step is.
         if failure is not None and self._guard.step.reached is not Reached.WHOLE:
             raise failure.error

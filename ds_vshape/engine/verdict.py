@@ -54,6 +54,10 @@ class NormLimits:
     clip: float
     scale: float
 
+    def allow(self, norm: float) -> bool:
+        """Whether gradients of this norm, without the loss scale, are finite and far enough from being clipped."""
+        return math.isfinite(norm) and (not self.clip or norm * (1 + _MARGIN) + 1e-6 <= self.clip)
+
 
 def judge(reports: Sequence[StepReport], replicas: int, limits: NormLimits) -> tuple[Verdict, float]:
     """The verdict on all ranks' reports, and the norm of all gradients without the loss scale; infinite for an
@@ -67,5 +71,4 @@ def judge(reports: Sequence[StepReport], replicas: int, limits: NormLimits) -> t
     if any(report.overflow for report in reports) or not square < _LARGEST_SQUARE:
         return Verdict.REDO, math.inf
     norm = math.sqrt(square) / limits.scale
-    fits = not limits.clip or norm * (1 + _MARGIN) + 1e-6 <= limits.clip
-    return Verdict.ACCEPTED if fits else Verdict.REDO, norm
+    return Verdict.ACCEPTED if limits.allow(norm) else Verdict.REDO, norm

@@ -262,7 +262,7 @@ def name_of(instruction: PipeInstruction) -> str:
     return f"{name}{of_stage}, micro-batch {micro_batch}"
 
 
-_END = (AgreeOnBatch, ReduceTiedGrads, ReduceGrads, OptimizerStep)
+END = (AgreeOnBatch, ReduceTiedGrads, ReduceGrads, OptimizerStep)
 
 
 def training_instructions(program: Program) -> list[PipeInstruction]:
@@ -278,7 +278,7 @@ def training_instructions(program: Program) -> list[PipeInstruction]:
         instructions.append(instruction)
         if place in starts:
             instructions.append(starts[place])
-    return [*instructions, *(instruction() for instruction in _END)]
+    return [*instructions, *(instruction() for instruction in END)]
 
 
 def _last_places(program: Program, *kinds: Kind) -> dict[int, int]:
@@ -302,8 +302,8 @@ def stepping_ahead(instructions: Sequence[PipeInstruction]) -> list[PipeInstruct
     The verdict on the previous step is awaited at the last moment at which the batch can be abandoned for free: before
     the first backward. By then all ranks of the pipeline have started the batch, so none waits.
     """
-    passes, end = [*instructions[:-len(_END)]], instructions[-len(_END):]
-    assert tuple(map(type, end)) == _END
+    passes, end = [*instructions[:-len(END)]], instructions[-len(END):]
+    assert tuple(map(type, end)) == END
     kinds = [_KINDS.get(type(instruction)) for instruction in passes]
     first_backward = next(place for place, kind in enumerate(kinds) if kind in (Kind.B, Kind.BW))
     # After the last forward, and what other ranks wait for after it.

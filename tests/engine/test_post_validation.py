@@ -15,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 from instruction_functions import around_instruction
 from internals import count_rollbacks, kept_for_rollback
-from pipelines import (BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, data, post_validated,
-                       tied_specs)
+from pipelines import (BF16_ZERO1, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Dropping, Job, cross_entropy, data,
+                       post_validated, tied_specs)
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -101,10 +101,10 @@ class Events:
 class Training:
     """One engine, and how many of its steps were taken back."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, **module_options: Any) -> None:
         get_accelerator().is_fp16_supported = lambda: True
         torch.manual_seed(5)
-        self.engine = job.engine(seed_layers=False)
+        self.engine = job.engine(seed_layers=False, **module_options)
         self.engine.monitor = Events()
         self._redone = count_rollbacks(self.engine) if hasattr(self.engine, "settle") else [0]
 
@@ -180,11 +180,12 @@ def job(schedule: str, stages: int, *configs: dict[str, Any], clip: float = 0.0,
                remembering(2 * stages - 1) if layers is None else layers)
 
 
-NEVER, SOMETIMES, ALWAYS = range(1), range(1, 6), range(6, 9)
+# Where all are clipped, only the first wasn't expected to be.
+NEVER, SOMETIMES, ONCE = range(1), range(1, 6), range(1, 2)
 TIED = tuple(tied_specs(4))
 CASES = {2: [Case(job("v-zb", 2, FP32_ZERO1, clip=100.0), NEVER),
              Case(job("v-zb", 2, FP32_ZERO1, WARM_UP, clip=2.4), SOMETIMES),
-             Case(job("1f1b", 2, BF16_ZERO1, MOMENTUM, clip=1e-2), ALWAYS, interrupted=True),
+             Case(job("1f1b", 2, BF16_ZERO1, MOMENTUM, clip=1e-2), ONCE, interrupted=True),
              Case(job("1f1b", 2, FP16, WARM_UP), SOMETIMES, skipped=1),
              Case(job("v-half", 2, FP16, SUMS_IN_FP32, clip=2.2), SOMETIMES, skipped=1),
              Case(job("zb-h1", 2, FP32_ZERO1, clip=4.9, layers=TIED), SOMETIMES)],
@@ -202,6 +203,28 @@ def test_equals_the_step_that_asks_first(world: int, tmp_path: Path) -> None:
     for counts in run_ranks(world, both, CASES[world], tmp_path):
         for count, case in zip(counts, CASES[world], strict=True):
             assert count in case.redone, case
+
+
+def weighted(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    labels, weight = targets
+    return cross_entropy(logits, labels) * weight.mean()
+
+
+def rollbacks_by_batch(rank: int, clipped: list[int], batches: int) -> list[int]:
+    """How many steps had been taken back after each batch, when those of the batches in `clipped` were clipped."""
+    training = Training(post_validated(job("v-zb", 2, FP32_ZERO1, clip=50.0)), loss_fn=weighted)
+    engine, counts = training.engine, []
+    for batch in range(batches):
+        weight = torch.full((SAMPLES,), 1e3 if batch in clipped else 1.0)
+        engine.train_batch(iter([(inputs, (labels, weight)) for inputs, labels in data(engine, batch)]))
+        engine.settle()
+        counts.append(training.redone)
+    return counts
+
+
+def test_after_a_clipped_step_the_next_ones_ask_first_until_one_is_not_clipped() -> None:
+    for counts in run_ranks(2, rollbacks_by_batch, [1, 2, 3, 6], 8):
+        assert counts == [0, 1, 1, 1, 1, 1, 2, 2]
 
 
 def step_times(rank: int) -> tuple[float, float]:
