@@ -40,7 +40,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     for parser in (layouts, dry_run):
         parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what differs from the configs")
         parser.add_argument("--configs", type=Path, metavar="FOLDER",
-                            help="where train.yaml, layouts.yaml and their groups are (default: the checkout's)")
+                            help="where train.yaml, layouts.yaml and their groups are (default: those of the package)")
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
 
 

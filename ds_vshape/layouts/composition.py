@@ -27,8 +27,8 @@ from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.rules import legal_keys, read_job, section_of, unknown_key
 from ds_vshape.layouts.search import SearchSpace
 
-# The checkout's folder.
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# A link to the checkout's folder; an installed package has a copy of it.
+CONFIGS = (Path(__file__).parent / "configs").resolve()
 # Keys below these belong to hydra and to DeepSpeed, which check them.
 _OPEN = ("hydra", "deepspeed")
 # Groups that aren't a section.
