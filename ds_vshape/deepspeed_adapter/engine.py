@@ -105,9 +105,15 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         """Let DeepSpeed's hooks of a forward and a backward start no timers."""
         self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
 
-    def reset_batch_timer(self) -> None:
-        """The timer of a batch that has raised, which would refuse the next batch."""
-        self.timers(TRAIN_BATCH_TIMER).reset()
+    @contextmanager
+    def resetting_timer(self) -> Iterator[None]:
+        """Around a training batch. If it raises, DeepSpeed's timer of the batch is reset: it would still run, and the
+        next batch couldn't start it."""
+        try:
+            yield
+        except BaseException:
+            self.timers(TRAIN_BATCH_TIMER).reset()
+            raise
 
     def state_file(self, folder: str, tag: str, number: int) -> str:
         """The path of the state of the model parallel rank `number` in a checkpoint."""

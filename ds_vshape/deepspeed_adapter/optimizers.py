@@ -258,8 +258,8 @@ class ZeroStep:
 
     @property
     def counts_norm(self) -> bool:
-        """Whether it keeps the norm of gradients; always, before DeepSpeed 0.19.7."""
-        return bool(getattr(self._optimizer, "compute_grad_norm", True))
+        """Whether it keeps the norm of gradients."""
+        return bool(self._optimizer.compute_grad_norm)
 
     def set_grad_norm(self, norm: Any) -> None:
         """The norm of the last step."""

@@ -1,4 +1,7 @@
-"""Process groups of ranks that aren't there, for modules on the meta device: collectives return at once."""
+"""Process groups of ranks that aren't there, for modules on the meta device: collectives return at once.
+
+Checked with DeepSpeed 0.19.8 (comm/comm.py, ops/__init__.py, module_inject/layers.py).
+"""
 
 from __future__ import annotations
 

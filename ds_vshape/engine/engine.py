@@ -19,8 +19,8 @@ works on, and each has one method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -237,7 +237,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         with ExitStack() as around, flops_profile(self):
             for callback in self._callbacks:
                 around.enter_context(callback.batch())
-            around.enter_context(self._batch_timer())
+            around.enter_context(self.resetting_timer())
             loss = super().train_batch(data_iter)
             if self._observer.batches == METERED_BATCH + 1:
                 self._log_sizes()
@@ -256,16 +256,6 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         if path is not None:
             self._guard.loaded()
         return path, client_state
-
-    @contextmanager
-    def _batch_timer(self) -> Iterator[None]:
-        """Reset DeepSpeed's timer if the training batch raises: it would still run, and the next batch couldn't start
-        it."""
-        try:
-            yield
-        except BaseException:
-            self.reset_batch_timer()
-            raise
 
     def flops_profiler_enabled(self) -> bool:
         """Whether each forward is profiled by itself (DeepSpeedEngine's hooks): here a batch is, in `train_batch`."""

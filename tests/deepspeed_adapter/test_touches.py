@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from packaging.specifiers import SpecifierSet
 
 from ds_vshape.deepspeed_adapter import parts
-from ds_vshape.deepspeed_adapter.versions import VersionError
+from ds_vshape.deepspeed_adapter.versions import TESTED, VersionError
 
 PACKAGE = Path(parts.__file__).parents[1]
 ADAPTER = Path(parts.__file__).parent
@@ -155,6 +157,13 @@ def test_private_parts_are_touched_in_the_adapter_alone(path: str) -> None:
 ])
 def test_touches_are_found(text: str, found: list[str]) -> None:
     assert strays(text) == found
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(ADAPTER.glob("*.py"))
+                                  if path.name not in ("__init__.py", "versions.py")], ids=lambda path: path.name)
+def test_each_file_says_with_which_version_it_was_checked(path: Path) -> None:
+    told = re.search(r"hecked with DeepSpeed ([\d.]+\d)", ast.get_docstring(ast.parse(path.read_text())) or "")
+    assert told and told[1] in SpecifierSet(TESTED["deepspeed"])
 
 
 def test_the_installed_deepspeed_has_all_parts() -> None:

@@ -97,8 +97,11 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
 
 
 def test_the_way_of_a_batch_is_short() -> None:
-    numbers = re.findall(r"^(\d+)\. `ds_vshape/", (DOCS / "architecture.md").read_text(), re.M)
-    assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and len(numbers) <= 25
+    """One file in each step, so that there are no more files than steps."""
+    steps = re.findall(r"^(\d+)\. (.*(?:\n    .*)*)", (DOCS / "architecture.md").read_text(), re.M)
+    assert [int(number) for number, _ in steps] == list(range(1, len(steps) + 1)) and 20 < len(steps) <= 25
+    assert all(len(re.findall(r"\w+\.py", text)) == 1 and text.startswith("`ds_vshape/") for _, text in steps)
+    assert len((ROOT / "ds_vshape" / "engine" / "engine.py").read_text().splitlines()) < 400
 
 
 def test_the_citation_is_of_this_version() -> None:
