@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ds_vshape.config.section import ConfigError, ScheduleConfig, TraceConfig
-from ds_vshape.finetuning.settings import Settings, Training, read_settings
+from ds_vshape.finetuning.settings import EngineSettings, Settings, read_settings
 from ds_vshape.layouts.composition import CONFIGS, check_keys, compose_config, parse_overrides
 from ds_vshape.layouts.rules import section_of, unknown_key
 
@@ -48,11 +48,11 @@ def compose_settings(overrides: Sequence[str], options: Mapping[str, Any],
     composed = compose_config(name, others, configs, values)
     plain = {key: composed.pop(key) for key in Settings.model_fields if key in composed}
     for key, value in composed.items():
-        if key not in Training.model_fields:
+        if key not in EngineSettings.model_fields:
             raise unknown_key(key, value, legal_keys())
     settings = read_settings(plain)
     if settings.deepspeed_config is None:
-        return settings, section_of(Training, composed).ds_config()
+        return settings, section_of(EngineSettings, composed).ds_config()
     unused = next((key for key in parsed if key not in own), None)
     if unused is not None:
         raise ConfigError(f"{parsed[unused].input_line}: with deepspeed_config = {settings.deepspeed_config} that file "
@@ -63,7 +63,7 @@ def compose_settings(overrides: Sequence[str], options: Mapping[str, Any],
 def legal_keys() -> list[str]:
     """Every key of a fine-tuning, with dots."""
     keys = list(Settings.model_fields)
-    for name, field in Training.model_fields.items():
+    for name, field in EngineSettings.model_fields.items():
         keys.append(name)
         kind = ScheduleConfig if name == "schedule" else field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

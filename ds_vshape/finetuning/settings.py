@@ -69,7 +69,7 @@ class Sharing(Section):
     zero: Literal[0, 1]
 
 
-class Training(Section):
+class EngineSettings(Section):
     """What a ds_config is composed from. `schedule` is the "pipeline_schedule" section, `deepspeed` other keys."""
 
     schedule: dict[str, Any]

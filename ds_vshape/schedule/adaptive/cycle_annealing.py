@@ -52,6 +52,12 @@ class State(NamedTuple):
 
 
 @jit
+def _random(last: int) -> int:
+    """The random number after `last`."""
+    return (last * 1103515245 + 12345) & _RANDOM_BITS
+
+
+@jit
 def _copy(source: Ints, target: Ints) -> None:
     for index in range(len(source)):
         target[index] = source[index]
@@ -254,10 +260,10 @@ def anneal_cycle(layout: Layout, group: int, orders: Ints, leads: Ints, best_ord
     for _ in range(tries):
         if best <= goal * (1 + _CLOSE):
             break
-        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+        chance = _random(chance)
         node = state.critical[(chance >> 8) % critical]
         rank, place = node // length, node % length
-        chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+        chance = _random(chance)
         distance = _DISTANCES[(chance >> 10) % 16] * (1 if (chance >> 16) % 2 == 0 else -1)
         spread = min(ranks, _SPREADS[(chance >> 18) % 16])
         stream, past = orders[rank, place], orders[rank, (place + distance) % length]
@@ -286,7 +292,7 @@ def anneal_cycle(layout: Layout, group: int, orders: Ints, leads: Ints, best_ord
                 old_starts[index] = state.starts[index]
                 if graph.source[index, state.follows[index]] < 0:
                     state.follows[index] = 0
-            chance = (chance * 1103515245 + 12345) & _RANDOM_BITS
+            chance = _random(chance)
             cutoff = interval - temperature * log(((chance >> 8) + 1) / 2 ** 23)
             new_interval, new_critical = _interval(graph, state, cutoff, seen, path)
             if new_critical > 0:
