@@ -17,11 +17,13 @@ TEXT = torch.arange(400) * 7 % VOCABULARY
 PLAN = TrainingPlan(WindowRows(TEXT, LENGTH), WindowRows(TEXT[::2], LENGTH), batches=6, evaluate_every=2, save_every=2)
 
 
-def train(rank: int, plans: list[TrainingPlan], replicas: int) -> list[tuple[Result, list[torch.Tensor]]]:
-    """One training after the other, each with an engine of its own; results, and the rank's weights after each."""
+def train(rank: int, plans: list[TrainingPlan], replicas: int,
+          micro_batches: int = 4) -> list[tuple[Result, list[torch.Tensor]]]:
+    """One training after the other, each with an engine of its own, and batches of so many micro-batches of all
+    replicas; results, and the rank's weights after each."""
     found = []
     for plan in plans:
-        engine = Job("v-half", 2, 4 // replicas, {"train_micro_batch_size_per_gpu": SAMPLES}).engine()
+        engine = Job("v-half", 2, micro_batches // replicas, {"train_micro_batch_size_per_gpu": SAMPLES}).engine()
         found.append((Training(engine, plan).run(), [weight.detach().clone() for weight in engine.module.parameters()]))
     return found
 
@@ -47,6 +49,20 @@ def test_replicas_have_the_rows_of_one(tmp_path: Path) -> None:
     (shared, _), = run_ranks(4, train, [PLAN], 2)[0]
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
     assert shared.evaluations.keys() == alone.evaluations.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_training_goes_on_with_other_replicas(before: int, after: int, tmp_path: Path) -> None:
+    """Across the end of an epoch; bit for bit with two micro-batches, whose gradients have one sum in any order."""
+    whole = replace(PLAN, training=WindowRows(TEXT[:100], LENGTH), batches=12)
+    first = replace(whole, checkpoints=tmp_path, batches=5)
+    (uninterrupted, weights), = run_ranks(2 * before, train, [whole], before, 2)[0]
+    assert 4 * 2 * SAMPLES < len(whole.training) < 12 * 2 * SAMPLES
+    run_ranks(2 * before, train, [first], before, 2)
+    (continued, found), = run_ranks(2 * after, train, [replace(whole, checkpoints=tmp_path)], after, 2)[0]
+    assert continued.losses == pytest.approx(uninterrupted.losses[4:], rel=1e-6)
+    assert all(map(torch.equal, found, weights))
 
 
 def test_batches_of_epochs() -> None:
