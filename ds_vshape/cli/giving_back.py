@@ -30,7 +30,7 @@ class GivingBack:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> GivingBack:
-        """Of options; ValueError for one without that which it belongs to."""
+        """From options; ValueError for an option without the one that it belongs to."""
         if arguments.input_size is not None and not arguments.recompute:
             raise ValueError("--input-size needs --recompute")
         if arguments.copy_times is not None and not arguments.offload:
