@@ -23,12 +23,12 @@ _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
 }
 CONTENDERS = [*_DEEPSPEED_MODULES, *TORCH_SCHEDULES, *SCHEDULES, "v-zb:4", "interleaved-zb:4"]
 # Planned for the times that it measures, within a fraction of 1F1B's peak activations.
-ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)((?:\+recompute|\+offload)*)@(profile|[\d.]+)")
+ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)(?::(4))?((?:\+recompute|\+offload)*)@(profile|[\d.]+)")
 
 
 def contender_name(name: str) -> str:
-    """`name` if there is such a contender: one of CONTENDERS (:4 are four stages on a rank), adaptive@0.5 (and other
-    fractions), or v-half@profile."""
+    """`name` if there is such a contender: one of CONTENDERS (:4 are four stages on a rank), adaptive@0.5 or
+    adaptive:4@0.5 (and other fractions), or v-half@profile."""
     if name not in CONTENDERS and ADAPTIVE.fullmatch(name) is None:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONTENDERS)}, adaptive@0.5, v-half@profile")
     return name
@@ -40,8 +40,9 @@ def section_of(name: str, times: str) -> Any:
     if match is None:
         schedule, _, chunks = name.partition(":")
         return {"name": schedule, "chunks": int(chunks)} if chunks else name
-    schedule, means, limit = match.groups()
-    section = {"name": schedule, "times": times, **dict.fromkeys(means.split("+")[1:], True)}
+    schedule, chunks, means, limit = match.groups()
+    section = {"name": schedule, "times": times, **({"chunks": int(chunks)} if chunks else {}),
+               **dict.fromkeys(means.split("+")[1:], True)}
     return section if limit == "profile" else {**section, "memory_limit": float(limit)}
 
 

@@ -40,6 +40,7 @@ from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.layers import Layers
 from ds_vshape.schedule.partition_and_order import (Bounds, PartitionPlan, PartitionProblem, limits_of_1f1b,
                                                     plan_partition)
+from ds_vshape.schedule.placement import v
 
 EMBEDDING, LAYER, HEAD = (1, 0, 2), (10, 12, 8), (10, 10, 10)
 OF_EMBEDDING, OF_LAYER = (0, 1), (17, 16)
@@ -67,7 +68,7 @@ class Cell:
         """What is planned."""
         sizes = [OF_EMBEDDING, *[OF_LAYER] * (self.layers + 1)]
         layers = Layers(*zip(*self.times), *zip(*sizes))
-        return PartitionProblem(layers, self.ranks, self.micro_batches,
+        return PartitionProblem(layers, v(self.ranks), self.micro_batches,
                                 limits_of_1f1b(self.limit, layers, self.ranks, self.micro_batches),
                                 (float(HOP),) * (2 * self.ranks - 1), max_pieces)
 

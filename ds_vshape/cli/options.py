@@ -18,7 +18,8 @@ from ds_vshape.config.section import KEY, load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, count_of
-from ds_vshape.schedule.named import ADAPTIVE, MOST_RANKS, SCHEDULES, most_micro_batches, placement_of
+from ds_vshape.schedule.named import (ADAPTIVE, ADAPTIVE_PLACEMENTS, MOST_RANKS, SCHEDULES, check_placement,
+                                       most_micro_batches, placement_of)
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 
@@ -31,7 +32,7 @@ MOST_RATIO = 1e9
 MOST_ACTIVATIONS = 1e9
 MOST_LIMITS = 100
 # Options that --curve replaces: it shows all schedules, at all limits.
-_NOT_WITH_CURVE = ("schedule", "chunks", "compare", "memory_limit", "json", "svg", "png", "layer_costs")
+_NOT_WITH_CURVE = ("schedule", "placement", "chunks", "compare", "memory_limit", "json", "svg", "png", "layer_costs")
 _ONLY_WITH_CURVE = ("limits", "reference")
 
 
@@ -83,7 +84,7 @@ class PlanOptions:
     def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
         """Combine options and file; ValueError if neither has a value, or if they disagree."""
         _check_modes(arguments)
-        keys = ("schedule", "chunks", "stages", "micro_batches", "memory_limit")
+        keys = ("schedule", "placement", "chunks", "stages", "micro_batches", "memory_limit")
         given = {key: getattr(arguments, key) for key in keys}
         paths = [path for path in (arguments.config, arguments.config_option) if path is not None]
         if len(paths) > 1:
@@ -95,7 +96,7 @@ class PlanOptions:
                 given[key] = value
             elif given[key] != value:
                 raise ValueError(f"{_option(key)} says {given[key]}, but {paths[0]} says {value}")
-        schedule, chunks = given.pop("schedule"), given.pop("chunks")
+        schedule, where, chunks = given.pop("schedule"), given.pop("placement"), given.pop("chunks")
         if arguments.curve is not None:
             names: tuple[str, ...] = ()
             given["memory_limit"] = None
@@ -107,8 +108,9 @@ class PlanOptions:
             source = f"{paths[0]} lacks" if paths else "a config file or these options are needed; missing:"
             raise ValueError(f"{source} {', '.join(missing)}")
         _check_size(given["stages"], given["micro_batches"], chunks)
-        schedules = tuple((name, _placement(name, given["stages"], chunks if name == schedule else None))
-                          for name in names)
+        schedules = tuple(
+            (name, _placement(name, given["stages"], *((chunks, where) if name == schedule else (None, None))))
+            for name in names)
         try:
             arguments.times.check(given["stages"])
         except ValueError as error:
@@ -125,9 +127,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="a ds_config.json; the options below fill what it lacks")
     parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")
     parser.add_argument("--schedule", metavar="NAME", help=", ".join((*SCHEDULES, ADAPTIVE)))
+    parser.add_argument("--placement", choices=ADAPTIVE_PLACEMENTS,
+                        help="where the stages of --schedule adaptive are: down the ranks and back up (v, the default), or "
+                             "always down")
     parser.add_argument("--chunks", type=_count, metavar="C",
-                        help="stages that each rank holds, for --schedule interleaved-1f1b, interleaved-zb or v-zb "
-                             "(default: 2)")
+                        help="stages that each rank holds, for --schedule interleaved-1f1b, interleaved-zb, v-zb or "
+                             "adaptive (default: 2)")
     parser.add_argument("--stages", type=_count, metavar="P", help="pipeline ranks")
     parser.add_argument("--micro-batches", type=_count, metavar="M", help="micro-batches of a batch, for each replica")
     parser.add_argument("--times", type=_times, default=ChunkTimes(), metavar="F,B,W,HOP",
@@ -168,12 +173,17 @@ def _layer_costs(arguments: argparse.Namespace, limit: Limit | None) -> LayerCos
     return LayerCostsFile.read(arguments.layer_costs)
 
 
-def _placement(name: str, stages: int, chunks: int | None) -> Placement:
-    """The placement of the schedule `name` on `stages` ranks; ValueError for a number of chunks that it can't have."""
+def _placement(name: str, stages: int, chunks: int | None, placement: str | None) -> Placement:
+    """The placement of the schedule `name` on `stages` ranks; ValueError for a number of chunks and a name of the
+    placement that it can't have."""
+    option = f"--placement {placement}: " if placement else ""
     try:
-        return placement_of(name, stages, chunks)
+        check_placement(name, placement)
+        option = f"--chunks {chunks}: " if chunks else ""
+        return placement_of(name, stages, chunks, placement)
     except ValueError as error:
-        raise ValueError(f"--chunks {chunks}: {error}" if chunks else str(error)) from None
+        raise ValueError(f"{option}{error}") from None
+
 
 
 def _check_size(stages: int, micro_batches: int, chunks: int | None) -> None:
@@ -205,8 +215,7 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
     section = read_section(ds_config)
     if section is not None:
         found["schedule"] = section.name
-        if section.chunks is not None:
-            found["chunks"] = section.chunks
+        found.update({key: value for key in ("placement", "chunks") if (value := getattr(section, key)) is not None})
         if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
         elif section.memory_limit is not None and not has_limit:

@@ -108,7 +108,7 @@ def _plan_layers(name: str, placement: Placement, options: PlanOptions, file: La
     hops = (file.hop,) * (placement.stages - 1)
     if name == ADAPTIVE:
         limits = limits_of_1f1b(1.0 if limit is None else limit.value, layers, ranks, micro_batches)
-        found = plan_partition(PartitionProblem(layers, ranks, micro_batches, limits, hops), options.time_limit / 2)
+        found = plan_partition(PartitionProblem(layers, placement, micro_batches, limits, hops), options.time_limit / 2)
         bounds, planned = found.bounds, found.plan
         choice = Choice(planned.schedule, planned.timeline, planned.peaks, planned.lower_bound, 0.0,
                         "plan for these layers")

@@ -24,7 +24,7 @@ from pydantic import (BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, S
                       field_validator)
 from pydantic_core import PydanticCustomError
 
-from ds_vshape.schedule.named import ADAPTIVE, check_chunks, named, placement_of
+from ds_vshape.schedule.named import ADAPTIVE, check_chunks, check_placement, named, placement_of
 from ds_vshape.schedule.placement import MOST_CHUNKS, Placement
 
 KEY = "pipeline_schedule"
@@ -199,21 +199,34 @@ class ScheduleConfig(BaseModel):
     of 1F1B's peak on as many ranks; `{"activations": "6GiB"}` is that in bytes. An adaptive schedule is planned within
     the limit (for bytes with `"times": "profile"`); any other is refused if it needs more."""
 
+    placement: Literal["v", "interleaved"] | None = None
+    """Where the stages of an adaptive schedule are: down the ranks and back up, again and again (`v`, the default), or
+    always down (`interleaved`), where the last rank hands over to rank 0. Other schedules have their own placement."""
+
+    @field_validator("placement")
+    @classmethod
+    def _one_that_the_schedule_has(cls, placement: str | None, others: ValidationInfo) -> str | None:
+        with _beyond():
+            if "name" in others.data:
+                check_placement(others.data["name"], placement)
+        return placement
+
     chunks: Chunks | None = None
     """How many stages each rank holds, where the schedule can have several numbers of them: `interleaved-1f1b` and
-    `interleaved-zb` from 2 on, `v-zb` 2 or 4. By default the least."""
+    `interleaved-zb` from 2 on, `v-zb` and `adaptive` an even number, `adaptive` with the placement
+    `interleaved` any from 2 on. By default the least."""
 
     @field_validator("chunks")
     @classmethod
     def _as_many_as_the_schedule_has(cls, chunks: int | None, others: ValidationInfo) -> int | None:
         with _beyond():
-            if "name" in others.data:
-                check_chunks(others.data["name"], chunks)
+            if {"name", "placement"} <= others.data.keys():
+                check_chunks(others.data["name"], chunks, others.data["placement"])
         return chunks
 
     def placement_on(self, ranks: int) -> Placement:
         """Where the stages are on `ranks` ranks."""
-        return placement_of(self.name, ranks, self.chunks)
+        return placement_of(self.name, ranks, self.chunks, self.placement)
 
     deferred: Literal["matrices", "all"] = "matrices"
     """The weight gradients that a split backward leaves to W: those of matrix products, convolutions and embeddings,

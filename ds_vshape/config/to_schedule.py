@@ -54,7 +54,7 @@ def partition_problem(config: ScheduleConfig, layers: Layers, ranks: int, micro_
         return None
     fraction = config.memory_limit if isinstance(config.memory_limit, float) else 1.0
     limits = limits_of_1f1b(fraction, layers, ranks, micro_batches)
-    return PartitionProblem(layers, ranks, micro_batches, limits, max_pieces=1, noise=noise)
+    return PartitionProblem(layers, config.placement_on(ranks), micro_batches, limits, max_pieces=1, noise=noise)
 
 
 def is_planned(config: ScheduleConfig) -> bool:

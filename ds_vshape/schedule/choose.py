@@ -18,8 +18,8 @@ from time import perf_counter
 from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.adaptive import Plan, Problem, plan
 from ds_vshape.schedule.bounds import lower_bound_of_limits
-from ds_vshape.schedule.named import ADAPTIVE, TIMED, build
-from ds_vshape.schedule.placement import Placement, v
+from ds_vshape.schedule.named import ADAPTIVE, TIMED, build, names_on
+from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 from ds_vshape.schedule.within import plan_within
@@ -100,7 +100,7 @@ def schedule_for(name: str, placement: Placement, micro_batches: int, times: Tim
     timeline, level = simulate(order, times), level_of(order, activations)
     bound = lower_bound_of_limits(placement, micro_batches, times, activations, level)
     choice = Choice(order, timeline, peak_activations(order, activations), bound, perf_counter() - began, NAMED_ORDER)
-    if name not in TIMED or placement != v(placement.ranks) or _alike(times) or timeline.makespan <= bound:
+    if name not in TIMED or _alike(times) or timeline.makespan <= bound:
         return choice
     found = plan(Problem(placement, micro_batches, times, activations, level), time_limit, progress, cache, cores=cores)
     better = _chosen(found, name) if found.timeline.makespan < timeline.makespan else choice
@@ -119,11 +119,19 @@ def _choose_within(limits: Limits, working: Working, problem_of: Callable[[Limit
 
     # What no limit forbids.
     free = problem_of((_UNLIMITED,) * len(limits))
-    usual = build(TIMED[0], free.ranks, free.micro_batches)
+    usual = _usual(free)
     schedule = replace(plan_within(limits, free.least, usual, free.activations, working, planned), name=ADAPTIVE)
     return Choice(schedule, simulate(schedule, free.times), peak_activations(schedule, free.activations),
                   lower_bound_of_limits(schedule.placement, free.micro_batches, free.times, free.activations, limits),
                   perf_counter() - began, PLAN)
+
+
+def _usual(problem: Problem) -> Schedule:
+    """A schedule of the table on the placement of `problem`."""
+    placement = problem.placement
+    known = names_on(placement)
+    name = TIMED[0] if TIMED[0] in known else known[0]
+    return build(name, problem.ranks, problem.micro_batches, placement.chunks_each)
 
 
 def _chosen(found: Plan, name: str) -> Choice:

@@ -52,13 +52,13 @@ SCHEDULES: dict[str, NamedSchedule] = {
     "zb-v": NamedSchedule("v", {2: v_shape.zb_v}, "memory 1, bubble 0 within a rank's span, traffic 2", 2),
     "v-min": NamedSchedule("v", {2: v_shape.v_min}, "memory 1/3, bubble 2/3, more where times differ, traffic 2", 1),
     "v-half": NamedSchedule("v", {2: v_shape.v_half}, "memory 1/2, bubble 1/2, traffic 2", 1),
-    "v-zb": NamedSchedule("v", _with((2, 4), v_shape.v_zb), "memory 1, bubble 0 within a rank's span, traffic 2", 2),
+    "v-zb": NamedSchedule("v", _with(CHUNKS["v"], v_shape.v_zb), "memory 1, bubble 0 within a rank's span, traffic 2", 2),
 }
 
 
-# Made by the planner for given times and a memory limit; its placement.
+# Made by the planner for given times and a memory limit; on which placements, the usual one first.
 ADAPTIVE = "adaptive"
-_ADAPTIVE_PLACEMENT = "v"
+ADAPTIVE_PLACEMENTS = ("v", "interleaved")
 # Schedules that the planner can make again at their own memory level once the times are known.
 TIMED = ("v-min", "v-half", "v-zb", "zb-v")
 
@@ -86,28 +86,43 @@ def named(name: str) -> NamedSchedule:
                          f"Schedules: {', '.join(legal)}") from None
 
 
-def placement_of(name: str, ranks: int, chunks: int | None = None) -> Placement:
+def placement_of(name: str, ranks: int, chunks: int | None = None, placement: str | None = None) -> Placement:
     """Where the schedule `name` (of the table, or adaptive) puts its stages on `ranks` ranks.
 
-    `chunks` is how many stages each of them holds; None is the schedule's own number. Raises ValueError for an unknown
-    name, a number that the schedule can't have, and too few or too many ranks.
+    `chunks` is how many stages each of them holds, and `placement` the name of the placement; None is the schedule's
+    own. Raises ValueError for an unknown name, what the schedule can't have, and too few or too many ranks.
     """
-    chunks = check_chunks(name, chunks)
+    placement = check_placement(name, placement)
+    chunks = check_chunks(name, chunks, placement)
     if ranks < 1:
         raise ValueError(f"a pipeline needs at least 1 rank, not {ranks}")
     if ranks > MOST_RANKS:
         raise ValueError(f"a pipeline may have at most {MOST_RANKS} ranks, not {ranks}")
-    return PLACEMENTS[_ADAPTIVE_PLACEMENT if name == ADAPTIVE else named(name).placement](ranks, chunks)
+    return PLACEMENTS[placement](ranks, chunks)
 
 
-def check_chunks(name: str, chunks: int | None) -> int:
-    """How many stages a rank holds where `chunks` are asked for; ValueError if the schedule can't have so many."""
-    legal = (2,) if name == ADAPTIVE else tuple(named(name).builders)
+def check_placement(name: str, placement: str | None) -> str:
+    """The name of the placement where `placement` is asked for; ValueError if the schedule can't have it."""
+    legal = ADAPTIVE_PLACEMENTS if name == ADAPTIVE else (named(name).placement,)
+    if placement is None:
+        return legal[0]
+    if placement not in legal:
+        raise ValueError(f"{name} has the placement {' or '.join(legal)}")
+    return placement
+
+
+def check_chunks(name: str, chunks: int | None, placement: str | None = None) -> int:
+    """How many stages a rank holds where `chunks` and `placement`, a legal one, are asked for; ValueError if the
+    schedule can't have so many."""
+    placement = check_placement(name, placement)
+    legal = tuple(CHUNKS[placement] if name == ADAPTIVE else named(name).builders)
     if chunks is None:
         return legal[0]
     if chunks not in legal:
-        raise ValueError(f"{name} has {either(legal)} stage{'s' * (legal[-1] > 1)} on a rank")
+        where = f" with the placement {placement}" if name == ADAPTIVE else ""
+        raise ValueError(f"{name} has {either(legal)} stage{'s' * (legal[-1] > 1)} on a rank{where}")
     return chunks
+
 
 
 def names_on(placement: Placement) -> list[str]:

@@ -24,20 +24,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import permutations, takewhile
 from random import Random
 
 import numpy as np
 
 from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, plan
-from ds_vshape.schedule.adaptive.list_scheduler import B0, F0, KINDS, W0, ListScheduler, Policy, TargetStarts
+from ds_vshape.schedule.adaptive.layout import KINDS, B, F, W
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, TargetStarts
 from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.balance import PartitionError, balance
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.layers import Layers
 from ds_vshape.schedule.passes import Kind
-from ds_vshape.schedule.placement import Placement, linear, v
+from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.schedule.timeline import Timeline
 
 Bounds = tuple[int, ...]
@@ -64,7 +64,7 @@ _IMITATIONS = ((0.5, 1.0), (float("inf"), 1.0))
 
 @dataclass(frozen=True)
 class PartitionProblem:
-    """One batch on the V placement of `ranks` ranks, whose stages are to be found.
+    """One batch on a placement, whose stages are to be found.
 
     `limits` are the most that each rank may keep, its layers' `state` included, in the unit of the layers' sizes;
     `hops` and `max_pieces` as in `Times` and `Problem`. Where times are measured, `noise` is their relative error: what
@@ -72,7 +72,7 @@ class PartitionProblem:
     """
 
     layers: Layers
-    ranks: int
+    placement: Placement
     micro_batches: int
     limits: tuple[float, ...]
     hops: tuple[float, ...] = ()
@@ -80,15 +80,15 @@ class PartitionProblem:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.layers) < 2 * self.ranks:
-            raise PartitionError(f"{len(self.layers)} layers can't fill {2 * self.ranks} stages")
+        if len(self.layers) < self.placement.stages:
+            raise PartitionError(f"{len(self.layers)} layers can't fill {self.placement.stages} stages")
         if len(self.limits) != self.ranks:
             raise ValueError(f"there must be a limit for each of {self.ranks} ranks, not {len(self.limits)}")
 
-    @cached_property
-    def placement(self) -> Placement:
-        """Where the stages are."""
-        return v(self.ranks)
+    @property
+    def ranks(self) -> int:
+        """How many pipeline ranks there are."""
+        return self.placement.ranks
 
     def on(self, bounds: Bounds) -> Problem:
         """What remains to be planned once the layers are divided; LimitError if no order keeps to the limits."""
@@ -250,7 +250,7 @@ class _Search:
         return found
 
     def _policies(self, scheduler: ListScheduler) -> Iterator[Policy]:
-        nothing = np.zeros((self._problem.ranks, len(KINDS), self._problem.micro_batches, 1))
+        nothing = np.zeros((self._problem.ranks, scheduler.streams, self._problem.micro_batches, 1))
         yield Policy(nothing, 1.0, scheduler.least_reserves)
         for starts in self._models:
             for eagerness, patience in _IMITATIONS:
@@ -302,14 +302,15 @@ class _Search:
 
 def _starts_of(timeline: Timeline, problem: PartitionProblem) -> TargetStarts:
     """When each pass starts; the first piece of a W in pieces."""
-    starts = np.zeros((problem.ranks, len(KINDS), problem.micro_batches, 1))
+    each = problem.placement.chunks_each
+    starts = np.zeros((problem.ranks, KINDS * each, problem.micro_batches, 1))
     for rank, (chunks, spans) in enumerate(zip(problem.placement.chunks, timeline.ranks)):
         for span in reversed(spans):
             action, chunk = span.action, chunks.index(span.action.stage)
             if action.kind is not Kind.W:
-                first = F0 if action.kind is Kind.F else B0
-                starts[rank, first + chunk, action.micro_batch, 0] = span.start
+                kind = F if action.kind is Kind.F else B
+                starts[rank, kind * each + chunk, action.micro_batch, 0] = span.start
             if action.kind in (Kind.W, Kind.BW):
                 # Of a whole backward somewhere after its B.
-                starts[rank, W0 + chunk, action.micro_batch, 0] = span.start if action.kind is Kind.W else span.end
+                starts[rank, W * each + chunk, action.micro_batch, 0] = span.start if action.kind is Kind.W else span.end
     return starts

@@ -17,7 +17,8 @@ The paper turns with 1 1 1 in v-min at p % 3 = 2 and with 2 1 1 in v-half at odd
 save up to 4 and 3 units there, and with them both meet the lower bound of `bounds.py` from m = p on.
 
 With four chunks on a rank the block goes down and up twice, and T = 12. Steps of 3 on average keep p micro-batches as
-with two; the turns are the shortest at which no passes meet and nothing but the p - 1 units of the ramp is idle.
+with two; the turns are the shortest at which no passes meet and nothing but the p - 1 units of the ramp is idle. With
+more than four they are found one after another, and with few micro-batches some units more are idle.
 
 `1f1b-v` runs whole backwards, which overlap in its block; repeating and squeezing part them. `zb-v` is the hand-made
 schedule of "Zero Bubble Pipeline Parallelism" (section 6), with v-zb's peak and bubble from counting passes.
@@ -64,9 +65,38 @@ def v_half(ranks: int, micro_batches: int) -> Schedule:
 
 def v_zb(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
     """1F1B's activations and no bubble within a rank's own span: F B W of one chunk, then of another."""
-    turns = {2: (3, 1, 3), 4: ((1, 1, 2, 1, 2, 1, 1), (1, 2, 2, 1, 2, 2, 1))[ranks % 2]}[chunks]
+    known = {2: (3, 1, 3), 4: ((1, 1, 2, 1, 2, 1, 1), (1, 2, 2, 1, 2, 2, 1))[ranks % 2]}
+    turns = known[chunks] if chunks in known else _turns(ranks, chunks)
     block = v_block(ranks, (4, 2) * chunks, turns).split()
     return reorder(repeat(block, micro_batches, "v-zb"), chunks * ranks)
+
+
+def _turns(ranks: int, chunks: int) -> Sequence[int]:
+    """Turns for v-zb's steps at which no passes meet, each as short as those before it let it be."""
+    interval = 3 * chunks
+    found: list[int] = []
+    taken: set[tuple[int, int]] = set()
+
+    def go_on(start: int) -> bool:
+        if len(found) == 2 * chunks:
+            return True
+        step, way = (2, reversed(range(ranks))) if len(found) % 2 else (4, range(ranks))
+        places = list(enumerate(way))
+        # The first way needs no turn.
+        for turn in range(1, interval) if found else (0,):
+            passes = {(rank, (start + turn + step * place) % interval) for place, rank in places}
+            if taken.isdisjoint(passes):
+                found.append(turn)
+                taken.update(passes)
+                if go_on(start + turn + step * (ranks - 1)):
+                    return True
+                found.pop()
+                taken.difference_update(passes)
+        return False
+
+    if not go_on(0):
+        raise ValueError(f"no turns of v-zb on {ranks} ranks with {chunks} stages each")
+    return found[1:]
 
 
 def zb_v(ranks: int, micro_batches: int) -> Schedule:

@@ -114,6 +114,21 @@ def test_a_level_of_memory_by_name_is_planned_for_unequal_times(name: str, tmp_p
     assert origin in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where, chunks, expected", [
+    ("v", 4, ((0, 3, 4, 7), (1, 2, 5, 6))), ("interleaved", 3, ((0, 2, 4), (1, 3, 5)))])
+def test_more_stages_on_a_rank(where: str, chunks: int, expected: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    arguments = [*options(ADAPTIVE, 2, 5), "--placement", where, "--chunks", str(chunks), "--memory-limit", "0.75"]
+    planned = plan(tmp_path, *arguments, "--times", "10,12,8,1", "--time-limit", "0.3")
+    placement = Placement("read", tuple(map(tuple, planned["placement"])))
+    assert placement.chunks == expected
+    schedule = Schedule("read", placement, 5, tuple(tuple(map(pass_from_json, order)) for order in planned["orders"]))
+    check(schedule)
+    share = 4 / placement.stages
+    times = Times.uniform(placement.stages, 10 * share, 12 * share, 8 * share, 1)
+    assert planned["metrics"]["makespan"] == pytest.approx(simulate(schedule, times).makespan)
+    assert planned["metrics"]["peak_fraction_of_1f1b"] <= 0.75
+
+
 def test_times_of_each_chunk_and_link(tmp_path: Path) -> None:
     """The embedding before the first chunk, the head behind the last, and a slow link between ranks 1 and 2."""
     times = "14:10:10:10:10:16,20,10,1:7"

@@ -26,7 +26,7 @@ def model(layers: int, head: float, state: tuple[float, ...] = ()) -> Layers:
 
 def problem(ranks: int, micro_batches: int, layers: int, head: float, limit: float) -> PartitionProblem:
     costs = model(layers, head)
-    return PartitionProblem(costs, ranks, micro_batches, limits_of_1f1b(limit, costs, ranks, micro_batches),
+    return PartitionProblem(costs, v(ranks), micro_batches, limits_of_1f1b(limit, costs, ranks, micro_batches),
                             max_pieces=1)
 
 
@@ -80,7 +80,7 @@ def test_the_same_clock_gives_the_same_plan() -> None:
 def test_what_layers_keep_all_the_time_counts() -> None:
     """A head whose weights leave its rank room for no more than a micro-batch of one layer beside it."""
     costs = model(6, 1, state=(0.0, *(1.0,) * 6, 30.0))
-    asked = PartitionProblem(costs, 2, 4, (39.0, 39.0))
+    asked = PartitionProblem(costs, v(2), 4, (39.0, 39.0))
     assert asked.excess(balance(costs.costs, v(2)))
     found = plan_partition(asked, 0.5, clock=time.process_time)
     assert found.balanced is None
@@ -91,13 +91,13 @@ def test_what_layers_keep_all_the_time_counts() -> None:
 
 def test_what_fits_nowhere() -> None:
     with pytest.raises(LimitError, match="a limit of 3 on rank"):
-        plan_partition(PartitionProblem(model(6, 1), 2, 4, (3.0, 3.0)), 0.05)
+        plan_partition(PartitionProblem(model(6, 1), v(2), 4, (3.0, 3.0)), 0.05)
     with pytest.raises(LimitError, match="leaves no room for activations"):
-        plan_partition(PartitionProblem(model(6, 1, state=(2.0,) * 8), 2, 4, (3.0, 3.0)), 0.05)
+        plan_partition(PartitionProblem(model(6, 1, state=(2.0,) * 8), v(2), 4, (3.0, 3.0)), 0.05)
     with pytest.raises(PartitionError, match="3 layers can't fill 4 stages"):
-        PartitionProblem(model(1, 1), 2, 4, (30.0, 30.0))
+        PartitionProblem(model(1, 1), v(2), 4, (30.0, 30.0))
     with pytest.raises(ValueError, match="a limit for each of 2 ranks, not 1"):
-        PartitionProblem(model(6, 1), 2, 4, (30.0,))
+        PartitionProblem(model(6, 1), v(2), 4, (30.0,))
 
 
 def test_costs_of_stages_are_sums() -> None:

@@ -133,8 +133,9 @@ def _position(line: Any, value: float) -> int:
 def _duration(layout: Layout, orders: Orders, rank: int, place: int) -> float:
     """How long the pass at `place` of a rank's order takes."""
     stream, number = orders.streams[rank, place], orders.numbers[rank, place]
-    micro_batch = number // layout.pieces if stream >= 4 else number
-    piece = number - micro_batch * layout.pieces if stream >= 4 else 0
+    first_w = 2 * layout.taken.shape[1]
+    micro_batch = number // layout.pieces if stream >= first_w else number
+    piece = number - micro_batch * layout.pieces if stream >= first_w else 0
     duration: float = layout.durations[rank, stream, piece] * layout.scales[micro_batch]
     return duration
 
@@ -145,6 +146,7 @@ def _cut(layout: Layout, orders: Orders, timing: Timing, firsts: Ints) -> int:
     passes."""
     now, prefix = timing.now, timing.prefix
     ranks, length = orders.streams.shape
+    first_w, streams = 2 * layout.taken.shape[1], 3 * layout.taken.shape[1]
     time = _NEVER
     for rank in range(ranks):
         place = firsts[rank]
@@ -159,13 +161,13 @@ def _cut(layout: Layout, orders: Orders, timing: Timing, firsts: Ints) -> int:
         prefix.free[other] = 0.0
         if here > 0:
             prefix.free[other] = now.starts[other, here - 1] + _duration(layout, orders, other, here - 1)
-        for stream in range(6):
+        for stream in range(streams):
             line = now.places[other, stream]
-            of_stream = line if stream >= 4 else line[:layout.batch]
+            of_stream = line if stream >= first_w else line[:layout.batch]
             prefix.counts[other, stream] = _position(of_stream, here) if here > 0 else 0
         left += length - here
     for other in range(ranks):
-        for stream in range(4):
+        for stream in range(first_w):
             source = layout.from_rank[other, stream]
             prefix.sent[other, stream] = (prefix.counts[source, layout.from_stream[other, stream]] if source >= 0 else
                                           layout.batch)
@@ -223,6 +225,7 @@ def _replay(layout: Layout, orders: Orders, timing: Timing, left: int, rank: int
     """
     now, new, prefix, at = timing.now, timing.new, timing.prefix, timing.at
     ranks, length = orders.streams.shape
+    chunks, first_w = layout.taken.shape[1], 2 * layout.taken.shape[1]
     for other in range(ranks):
         at.place[other], at.free[other] = prefix.place[other], prefix.free[other]
         _copy(prefix.counts[other], at.counts[other])
@@ -233,12 +236,12 @@ def _replay(layout: Layout, orders: Orders, timing: Timing, left: int, rank: int
         began = place
         while place < length:
             stream, number = orders.streams[rank, place], orders.numbers[rank, place]
-            if stream < 4:
+            if stream < first_w:
                 if number >= at.sent[rank, stream]:
                     break
                 before = number < prefix.sent[rank, stream]
                 free = max(free, now.arrivals[rank, stream, number] if before else new.arrivals[rank, stream, number])
-            elif number >= at.counts[rank, stream - 2] * layout.pieces:
+            elif number >= at.counts[rank, stream - chunks] * layout.pieces:
                 break
             if place >= timing.settled[rank] and free + timing.tails[rank, place] > cutoff:
                 return False
@@ -275,13 +278,15 @@ def _take(layout: Layout, timing: Timing) -> None:
     """The new times after the prefix into `timing.now`."""
     now, new, prefix = timing.now, timing.new, timing.prefix
     ranks, length = now.starts.shape
+    first_w, streams = 2 * layout.taken.shape[1], 3 * layout.taken.shape[1]
     for rank in range(ranks):
         for place in range(prefix.place[rank], length):
             now.starts[rank, place] = new.starts[rank, place]
-        for stream in range(6):
-            for number in range(prefix.counts[rank, stream], layout.batch * (layout.pieces if stream >= 4 else 1)):
+        for stream in range(streams):
+            numbers = layout.batch * (layout.pieces if stream >= first_w else 1)
+            for number in range(prefix.counts[rank, stream], numbers):
                 now.places[rank, stream, number] = new.places[rank, stream, number]
-        for stream in range(4):
+        for stream in range(first_w):
             if layout.from_rank[rank, stream] >= 0:
                 for number in range(prefix.sent[rank, stream], layout.batch):
                     now.arrivals[rank, stream, number] = new.arrivals[rank, stream, number]
@@ -307,7 +312,7 @@ def _critical(layout: Layout, orders: Orders, timing: Timing, path: Ints, chance
             return length
         follows = place > 0 and (now.starts[rank, place - 1] + _duration(layout, orders, rank, place - 1)
                                  >= start - _CLOSE)
-        fed = stream < 4 and layout.from_rank[rank, stream] >= 0 and (
+        fed = stream < 2 * layout.taken.shape[1] and layout.from_rank[rank, stream] >= 0 and (
             now.arrivals[rank, stream, orders.numbers[rank, place]] >= start - _CLOSE)
         if fed and follows:
             chance = _random(chance)
@@ -341,8 +346,9 @@ def _move(layout: Layout, order: Ints, number: Ints, places: Ints, place: int, d
     """
     stream, other = order[place], order[place + distance]
     mine, others = number[place], number[place + distance]
-    step = layout.pieces if stream >= 4 else 1
-    other_step = layout.pieces if other >= 4 else 1
+    first_w = 2 * layout.taken.shape[1]
+    step = layout.pieces if stream >= first_w else 1
+    other_step = layout.pieces if other >= first_w else 1
     first, last = len(order), -1
     to = place + distance
     for repeat in range(repeats):
@@ -366,25 +372,26 @@ def _move(layout: Layout, order: Ints, number: Ints, places: Ints, place: int, d
 @jit
 def _allowed(layout: Layout, rank: int, order: Ints, end: int, counts: Ints) -> bool:
     """Whether the first passes up to `end` of a rank's `order` keep its limit and have what they need from itself."""
-    for stream in range(6):
+    chunks, first_w = layout.taken.shape[1], 2 * layout.taken.shape[1]
+    for stream in range(3 * chunks):
         counts[stream] = 0
     alive = 0.0
     for place in range(end + 1):
         stream = order[place]
         counts[stream] += 1
-        if stream < 2:
+        if stream < chunks:
             alive += layout.taken[rank, stream]
             if alive > layout.limits[rank]:
                 return False
-        elif stream < 4:
-            alive -= layout.freed[rank, stream - 2]
-            if counts[stream] > counts[stream - 2]:
+        elif stream < first_w:
+            alive -= layout.freed[rank, stream - chunks]
+            if counts[stream] > counts[stream - chunks]:
                 return False
         else:
-            if counts[stream] > counts[stream - 2] * layout.pieces:
+            if counts[stream] > counts[stream - chunks] * layout.pieces:
                 return False
             if counts[stream] % layout.pieces == 0:
-                alive -= layout.kept[rank, stream - 4]
+                alive -= layout.kept[rank, stream - first_w]
     return True
 
 
@@ -419,7 +426,7 @@ def _move_on_ranks(layout: Layout, orders: Orders, timing: Timing, move: Move, c
         _copy(streams[other], change.old.streams[other])
         _copy(numbers[other], change.old.numbers[other])
         if move.repeats > 1:
-            for line in range(6):
+            for line in range(len(places[other])):
                 _copy(places[other, line], spare[other, line])
         first, last = _move(layout, streams[other], numbers[other], spare[other], here, to - here, move.repeats)
         if last >= 0 and _allowed(layout, other, streams[other], last, counts):
@@ -432,15 +439,17 @@ def _move_on_ranks(layout: Layout, orders: Orders, timing: Timing, move: Move, c
 
 
 @jit
-def _empty_prefix(ranks: int) -> Prefix:
-    return Prefix(np.zeros(ranks, np.int64), np.zeros((ranks, 6), np.int64), np.zeros((ranks, 4), np.int64),
-                  np.zeros(ranks))
+def _empty_prefix(layout: Layout, ranks: int) -> Prefix:
+    chunks = layout.taken.shape[1]
+    return Prefix(np.zeros(ranks, np.int64), np.zeros((ranks, 3 * chunks), np.int64),
+                  np.zeros((ranks, 2 * chunks), np.int64), np.zeros(ranks))
 
 
 @jit
 def _empty_times(layout: Layout, ranks: int, length: int) -> Times:
-    return Times(np.zeros((ranks, length)), np.zeros((ranks, 4, layout.batch)),
-                 np.zeros((ranks, 6, layout.batch * layout.pieces), np.int64))
+    chunks = layout.taken.shape[1]
+    return Times(np.zeros((ranks, length)), np.zeros((ranks, 2 * chunks, layout.batch)),
+                 np.zeros((ranks, 3 * chunks, layout.batch * layout.pieces), np.int64))
 
 
 @jit
@@ -448,7 +457,7 @@ def _numbered(streams: Ints, counts: Ints) -> Orders:
     """Orders with the number of each pass in its stream; `counts` are overwritten."""
     numbers = np.zeros(streams.shape, np.int64)
     for rank in range(len(streams)):
-        for stream in range(6):
+        for stream in range(len(counts)):
             counts[stream] = 0
         for place in range(streams.shape[1]):
             stream = streams[rank, place]
@@ -459,8 +468,8 @@ def _numbered(streams: Ints, counts: Ints) -> Orders:
 
 @jit
 def _empty_timing(layout: Layout, ranks: int, length: int) -> Timing:
-    return Timing(_empty_times(layout, ranks, length), _empty_times(layout, ranks, length), _empty_prefix(ranks),
-                  _empty_prefix(ranks), np.full(ranks, length), np.zeros((ranks, length)))
+    return Timing(_empty_times(layout, ranks, length), _empty_times(layout, ranks, length), _empty_prefix(layout, ranks),
+                  _empty_prefix(layout, ranks), np.full(ranks, length), np.zeros((ranks, length)))
 
 
 @jit
@@ -479,7 +488,7 @@ def _replay_all(layout: Layout, orders: Orders, timing: Timing) -> bool:
 def left_shift(layout: Layout, orders: Ints) -> Floats:
     """When passes start [rank, place], as early as `orders` allow; empty if ranks wait for each other."""
     timing = _empty_timing(layout, orders.shape[0], orders.shape[1])
-    fine = _replay_all(layout, _numbered(orders, np.zeros(6, np.int64)), timing)
+    fine = _replay_all(layout, _numbered(orders, np.zeros(3 * layout.taken.shape[1], np.int64)), timing)
     return timing.now.starts if fine else timing.now.starts[:0]
 
 
@@ -506,7 +515,7 @@ def anneal(layout: Layout, orders: Ints, best_orders: Ints, best: float, tries: 
     Ends early at `goal`.
     """
     ranks, length = orders.shape
-    counts = np.zeros(6, np.int64)
+    counts = np.zeros(3 * layout.taken.shape[1], np.int64)
     numbered = _numbered(orders, counts)
     timing = _empty_timing(layout, ranks, length)
     path = np.zeros((ranks * length, 2), np.int64)

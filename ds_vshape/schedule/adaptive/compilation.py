@@ -13,7 +13,7 @@ import numpy as np
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive import annealing, cycle_annealing, filling
 from ds_vshape.schedule.adaptive.blocks import BlockParameters
-from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.memory.search import MEMORY_LOOPS, run_loops
 from ds_vshape.schedule.adaptive.problem import Problem
@@ -42,11 +42,11 @@ def is_compiled(loop: Any) -> bool:
 def compile_loops(memory: bool = False) -> None:
     """Run each of these loops once on a batch that is soon done; without numba they just run."""
     scheduler = ListScheduler(Problem(v(2), 2, Times.uniform(4), Activations.counted(v(2)), (4.0, 4.0)))
-    run = scheduler.run(BlockParameters((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, 0.0, 1).policy(scheduler))
+    run = scheduler.run(BlockParameters.fastest(0.0).policy(scheduler))
     assert run is not None
     scheduler.left_shift(run.orders, run.policy)
     annealing.anneal(scheduler.layouts(1), run.orders.copy(), run.orders, run.makespan, 1, 1.0, 0.0, 1)
-    period, leads = np.array([[F0, F1, B1, B0, W1, W0]] * 2), np.zeros((2, 6), np.int64)
+    period, leads = np.array([[0, 1, 3, 2, 5, 4]] * 2), np.zeros((2, 6), np.int64)
     cycle_annealing.anneal_cycle(scheduler.layouts(1), 1, period, leads, period.copy(), leads.copy(), 1.0, 1, 1.0, 0.0,
                                  1)
     if memory:

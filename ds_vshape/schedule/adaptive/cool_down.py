@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, W0, ListScheduler, PolicyRun
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, PolicyRun
 from ds_vshape.schedule.adaptive.problem import SLACK
 
 
@@ -16,8 +16,9 @@ def reschedule_cooldown(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:
     """`run` with its cool-down reordered, or unchanged if that is faster."""
     if scheduler.fused:
         return run
-    firsts = [int(np.flatnonzero(order < B0)[-1]) + 1 for order in run.orders]
-    backwards_first = [np.concatenate([order[:first], (tail := order[first:])[tail < W0], tail[tail >= W0]])
+    chunks, first_w = scheduler.first_b, scheduler.first_w
+    firsts = [int(np.flatnonzero(order < chunks)[-1]) + 1 for order in run.orders]
+    backwards_first = [np.concatenate([order[:first], (tail := order[first:])[tail < first_w], tail[tail >= first_w]])
                        for order, first in zip(run.orders, firsts)]
     fastest = scheduler.left_shift(np.array(backwards_first), run.policy)
     if fastest is None:
@@ -29,7 +30,7 @@ def reschedule_cooldown(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:
 
 def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler) -> list[int]:
     """The order of `rank` in which the passes from place `first` on are B as in `fastest`, and W wherever one fits."""
-    pieces = fastest.policy.pieces
+    chunks, first_w, pieces = scheduler.first_b, scheduler.first_w, fastest.policy.pieces
     layout = scheduler.layouts(pieces)
     durations, scales = layout.durations[rank], layout.scales
     order: list[int] = fastest.orders[rank, :first].tolist()
@@ -42,12 +43,12 @@ def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler)
         nonlocal free
         while True:
             waiting: list[tuple[float, float, int, float]] = []
-            for stream in (W0, W0 + 1):
+            for stream in range(first_w, first_w + chunks):
                 micro_batch, piece = divmod(counts[stream], pieces)
                 if micro_batch < fastest.starts.shape[2]:
                     seconds = durations[stream, piece] * scales[micro_batch]
-                    ready = (fastest.starts[rank, stream - 2, micro_batch, 0]
-                             + durations[stream - 2, 0] * scales[micro_batch])
+                    ready = (fastest.starts[rank, stream - chunks, micro_batch, 0]
+                             + durations[stream - chunks, 0] * scales[micro_batch])
                     waiting.append((max(free, ready), ready, stream, seconds))
             fitting = [each for each in waiting if each[0] + each[3] <= until * (1 + SLACK)]
             if not fitting:
@@ -58,7 +59,7 @@ def _filled(rank: int, first: int, fastest: PolicyRun, scheduler: ListScheduler)
             free = start + seconds
 
     for stream in fastest.orders[rank, first:].tolist():
-        if stream < W0:
+        if stream < first_w:
             start = fastest.starts[rank, stream, counts[stream], 0]
             fill(start)
             free = start + durations[stream, 0] * scales[counts[stream]]

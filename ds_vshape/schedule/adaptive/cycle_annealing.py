@@ -67,32 +67,39 @@ def _copy(source: Ints, target: Ints) -> None:
 def _connect(layout: Layout, group: int, orders: Ints, leads: Ints, graph: Graph, first: int, last: int) -> None:
     """Bring `graph` up to date after the orders of ranks `first` to `last` changed."""
     ranks, length = orders.shape
-    counts = np.zeros(6, np.int64)
+    chunks, first_w, streams = layout.taken.shape[1], 2 * layout.taken.shape[1], 3 * layout.taken.shape[1]
+    # Whether the last rank hands over to rank 0 without one between.
+    wraps = layout.next_rank[ranks - 1, 0] == 0
+    counts = np.zeros(streams, np.int64)
     for rank in range(first, last + 1):
-        for stream in range(6):
+        for stream in range(streams):
             counts[stream] = 0
         for place in range(length):
             stream = orders[rank, place]
             graph.numbers[rank, place] = counts[stream]
             graph.places[rank, stream, counts[stream]] = place
             counts[stream] += 1
-    for rank in range(max(0, first - 1), min(ranks, last + 2)):
+    for rank in range(ranks):
+        beside = first - 1 <= rank <= last + 1 or (
+            wraps and (rank == ranks - 1 and first == 0 or rank == 0 and last == ranks - 1))
+        if not beside:
+            continue
         for place in range(length):
             stream, node = orders[rank, place], rank * length + place
             before = place - 1 if place > 0 else length - 1
             graph.source[node, 0] = rank * length + before
             past = orders[rank, before]
-            piece = (leads[rank, past] + graph.numbers[rank, before]) % layout.pieces if past >= 4 else 0
+            piece = (leads[rank, past] + graph.numbers[rank, before]) % layout.pieces if past >= first_w else 0
             graph.time[node, 0] = layout.durations[rank, past, piece]
             graph.turns[node, 0] = 0 if place > 0 else 1
             # Which micro-batch's input it is, in its stream's own count.
             number = leads[rank, stream] + graph.numbers[rank, place]
-            if stream < 4:
+            if stream < first_w:
                 source, fed_by, delay = layout.from_rank[rank, stream], layout.from_stream[rank, stream], 0.0
                 if source >= 0:
                     delay = layout.delay[source, fed_by]
             else:
-                source, fed_by, delay, number = rank, stream - 2, 0.0, number // layout.pieces
+                source, fed_by, delay, number = rank, stream - chunks, 0.0, number // layout.pieces
             graph.source[node, 1] = -1
             if source >= 0:
                 number -= leads[source, fed_by]
@@ -195,26 +202,27 @@ def _shift(order: Ints, lead: Ints, place: int, distance: int) -> bool:
 def _allowed(layout: Layout, rank: int, order: Ints, lead: Ints, counts: Ints) -> bool:
     """Whether a rank's order keeps its limit and has what it needs from itself."""
     alive = 0.0
+    chunks, first_w = layout.taken.shape[1], 2 * layout.taken.shape[1]
     _copy(lead, counts)
-    for chunk in range(2):
-        done = counts[4 + chunk] // layout.pieces
-        alive += layout.taken[rank, chunk] * (counts[chunk] - counts[2 + chunk])
-        alive += layout.kept[rank, chunk] * (counts[2 + chunk] - done)
+    for chunk in range(chunks):
+        done = counts[first_w + chunk] // layout.pieces
+        alive += layout.taken[rank, chunk] * (counts[chunk] - counts[chunks + chunk])
+        alive += layout.kept[rank, chunk] * (counts[chunks + chunk] - done)
     for stream in order:
         counts[stream] += 1
-        if stream < 2:
+        if stream < chunks:
             alive += layout.taken[rank, stream]
             if alive > layout.limits[rank]:
                 return False
-        elif stream < 4:
-            alive -= layout.freed[rank, stream - 2]
-            if counts[stream] > counts[stream - 2]:
+        elif stream < first_w:
+            alive -= layout.freed[rank, stream - chunks]
+            if counts[stream] > counts[stream - chunks]:
                 return False
         else:
-            if counts[stream] > counts[stream - 2] * layout.pieces:
+            if counts[stream] > counts[stream - chunks] * layout.pieces:
                 return False
             if counts[stream] % layout.pieces == 0:
-                alive -= layout.kept[rank, stream - 4]
+                alive -= layout.kept[rank, stream - first_w]
     return True
 
 
@@ -242,13 +250,13 @@ def anneal_cycle(layout: Layout, group: int, orders: Ints, leads: Ints, best_ord
     exp(-d / temperature). Ends early at `goal`. Never if `orders` wait for themselves.
     """
     ranks, length = orders.shape
-    nodes = ranks * length
+    nodes, streams = ranks * length, 3 * layout.taken.shape[1]
     graph = Graph(np.full((nodes, 2), -1), np.zeros((nodes, 2)), np.zeros((nodes, 2), np.int64),
-                  np.zeros((ranks, length), np.int64), np.zeros((ranks, 6, group * layout.pieces), np.int64))
+                  np.zeros((ranks, length), np.int64), np.zeros((ranks, streams, group * layout.pieces), np.int64))
     state = State(np.zeros(nodes, np.int64), np.zeros(nodes), np.zeros(nodes, np.int64))
     old_follows, old_starts = state.follows.copy(), state.starts.copy()
     old_orders, old_leads = orders.copy(), leads.copy()
-    seen, path, counts = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64), np.zeros(6, np.int64)
+    seen, path, counts = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64), np.zeros(streams, np.int64)
     _connect(layout, group, orders, leads, graph, 0, ranks - 1)
     interval, critical = _interval(graph, state, _NEVER, seen, path)
     if critical == 0:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.lanes import Lanes
-from ds_vshape.schedule.adaptive.list_scheduler import F0, KINDS, W0, ListScheduler
+from ds_vshape.schedule.adaptive.layout import passes_of
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK
 
@@ -52,10 +53,11 @@ class Cycle:
     def of_batch(self, micro_batches: int) -> Orders:
         """The orders [rank, place] of a batch that goes round and round, without the micro-batches that it hasn't."""
         rows = []
+        streams = self.leads.shape[1]
+        share = passes_of(streams, self.pieces)
         for order, leads in zip(self.orders, self.leads):
-            share = np.where(np.arange(len(KINDS)) >= W0, self.pieces, 1)
             numbers = np.zeros(len(order), np.int64)
-            for stream in range(len(KINDS)):
+            for stream in range(streams):
                 here = order == stream
                 numbers[here] = leads[stream] + np.arange(here.sum())
             period = self.group * share[order]
@@ -142,17 +144,18 @@ def periods(orders: Orders, sizes: Iterable[tuple[int, int]], most: int) -> Iter
 
 def _middle(orders: Orders, group: int, pieces: int) -> Cycle | None:
     """`group` micro-batches in the middle of a batch, if each rank has as many passes of each stream there."""
-    micro_batches = int((orders[0] == F0).sum())
+    streams = int(orders.max()) + 1
+    micro_batches = int((orders[0] == 0).sum())
     at = micro_batches // 2
     if at + group >= micro_batches:
         return None
     periods, leads = [], []
     for order in orders:
-        begin, end = np.flatnonzero(order == F0)[[at, at + group]]
-        period, before = order[begin:end], np.bincount(order[:begin], minlength=len(KINDS))
-        if (np.bincount(period, minlength=len(KINDS)) != group).any():
+        begin, end = np.flatnonzero(order == 0)[[at, at + group]]
+        period, before = order[begin:end], np.bincount(order[:begin], minlength=streams)
+        if (np.bincount(period, minlength=streams) != group).any():
             return None
-        share = np.where(np.arange(len(KINDS)) >= W0, pieces, 1)
+        share = passes_of(streams, pieces)
         periods.append(np.repeat(period, share[period]))
         leads.append((before - at) * share)
     return Cycle(float("inf"), group, pieces, np.array(periods), np.array(leads))

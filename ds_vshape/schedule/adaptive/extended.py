@@ -7,18 +7,20 @@ part is copied (`lengthened`), or gives target starts to the list scheduler (`ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.adaptive.list_scheduler import B0, KINDS, W0, PolicyRun, TargetStarts
+from ds_vshape.schedule.adaptive.layout import KINDS, passes_of
+from ds_vshape.schedule.adaptive.list_scheduler import PolicyRun, TargetStarts
 from ds_vshape.schedule.adaptive.problem import Problem
+from ds_vshape.schedule.placement import Placement
 
-# Lengths of patterns in micro-batches, and a number of micro-batches that all of them divide.
+# Lengths of patterns in micro-batches.
 _PERIODS = (1, 2, 3, 4, 6)
-_WHOLE_PERIODS = 12
 # Where patterns are looked for, as shares of a batch's passes.
 _MIDDLES = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 
@@ -26,8 +28,14 @@ _MIDDLES = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 def fewer_micro_batches(problem: Problem) -> Problem | None:
     """`problem` with fewer micro-batches, but enough for the whole ramps; None if it has no more than these."""
     least = max(8, 2 * problem.ranks)
-    left_out = (problem.micro_batches - least) // _WHOLE_PERIODS * _WHOLE_PERIODS
+    whole = lcm(*periods_of(problem.placement))
+    left_out = (problem.micro_batches - least) // whole * whole
     return with_micro_batches(problem, problem.micro_batches - left_out) if left_out > 0 else None
+
+
+def periods_of(placement: Placement) -> tuple[int, ...]:
+    """Lengths of patterns in micro-batches: interleaved schedules go in groups of as many as there are ranks."""
+    return tuple(dict.fromkeys((*_PERIODS, placement.ranks))) if placement.name == "interleaved" else _PERIODS
 
 
 def with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
@@ -35,32 +43,33 @@ def with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
     return replace(problem, micro_batches=micro_batches, times=replace(problem.times, scales=()))
 
 
-def extended(run: PolicyRun, micro_batches: int) -> Iterator[TargetStarts]:
-    """Starts for `micro_batches` micro-batches that repeat a part of `run`, which has fewer."""
+def extended(run: PolicyRun, micro_batches: int, periods: Iterable[int]) -> Iterator[TargetStarts]:
+    """Starts for `micro_batches` micro-batches that repeat a part of `run`, which has fewer; the part is of one of `periods`."""
     fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
-        for period in _PERIODS:
+        for period in periods:
             if period <= at < fewer:
                 yield _repeated(run.starts, at, period, micro_batches - fewer)
 
 
 def _repeated(starts: TargetStarts, at: int, period: int, more: int) -> TargetStarts:
     """`starts` with the `period` micro-batches before number `at` repeated until there are `more`."""
-    interval = starts[0, B0, at, 0] - starts[0, B0, at - period, 0]
+    first_b = starts.shape[1] // KINDS
+    interval = starts[0, first_b, at, 0] - starts[0, first_b, at - period, 0]
     number = np.arange(more)
     middle = starts[:, :, at - period + number % period] + (interval * (1 + number // period))[:, None]
     return np.concatenate([starts[:, :, :at], middle, starts[:, :, at:] + interval * more / period], axis=2)
 
 
-def lengthened(run: PolicyRun, micro_batches: int) -> Iterator[NDArray[np.int64]]:
+def lengthened(run: PolicyRun, micro_batches: int, periods: Iterable[int] = _PERIODS) -> Iterator[NDArray[np.int64]]:
     """Orders [rank, place] for `micro_batches` micro-batches: those of `run`, with a part near the middle repeated.
 
     A rank repeats a part with equally many passes of each stream. There are none if annealing has left no such part.
     """
-    fewer, pieces = run.starts.shape[2:]
-    share = np.where(np.arange(len(KINDS)) >= W0, pieces, 1)
+    streams, fewer, pieces = run.starts.shape[1:]
+    share = passes_of(streams, pieces)
     found: set[bytes] = set()
-    for period in _PERIODS:
+    for period in periods:
         parts = [_regular(order, period * share) for order in run.orders]
         for middle in _MIDDLES if all(parts) else ():
             rows = []
@@ -77,8 +86,8 @@ def lengthened(run: PolicyRun, micro_batches: int) -> Iterator[NDArray[np.int64]
 def _regular(order: NDArray[np.int64], counts: NDArray[np.int64]) -> list[tuple[int, int]]:
     """The parts of `order` from one F or B to another of its stream that have `counts` passes of each stream."""
     parts = []
-    for stream in range(W0):
+    for stream in range(2 * len(counts) // KINDS):
         places: list[int] = np.flatnonzero(order == stream).tolist()
         parts += [(begin, end) for begin, end in zip(places, places[counts[stream]:])
-                  if (np.bincount(order[begin:end], minlength=len(KINDS)) == counts).all()]
+                  if (np.bincount(order[begin:end], minlength=len(counts)) == counts).all()]
     return parts

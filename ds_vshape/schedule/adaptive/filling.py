@@ -11,20 +11,39 @@ _NEVER = float("inf")
 
 
 @jit
-def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: float, first_room: Floats, cutoff: float,
+def _has_room(layout: Layout, rank: int, chunk: int, alive: Floats, room: Floats) -> bool:
+    """Whether a rank that keeps `alive` [chunk] may run a forward of `chunk`, with `room` [chunk] as in `fill`."""
+    taken, chunks = layout.taken[rank, chunk], layout.taken.shape[1]
+    free = layout.limits[rank]
+    for other in range(chunks):
+        free -= alive[other]
+    if taken > free:
+        return False
+    before = 0.0
+    for other in range(chunks - 1):
+        before += alive[other]
+        if other >= chunk and before + taken > room[other]:
+            return False
+    return True
+
+
+@jit
+def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: float, room: Floats, cutoff: float,
          starts: Floats, orders: Ints) -> tuple[float, float]:
     """Run a policy; the makespan, and the sum of the starts of all F and B. Both are infinite above `cutoff`.
 
     `target_starts` and `starts` are [rank, stream, micro-batch, piece], where F and B have piece 0 alone; `orders` are
-    streams [rank, place]. `first_room` is how full a rank may be after a forward of chunk 0.
+    streams [rank, place]. `room` [rank, chunk] is what the activations of this chunk and those before it may take
+    together after a forward.
     """
-    batch, pieces, ranks = layout.batch, layout.pieces, len(layout.limits)
+    batch, pieces, ranks, chunks = layout.batch, layout.pieces, len(layout.limits), layout.taken.shape[1]
+    first_w = 2 * chunks
     taken, freed, kept = layout.taken, layout.freed, layout.kept
-    counts = np.zeros((ranks, 6), np.int64)
-    arrivals = np.zeros((ranks, 4, batch))
-    sent = np.zeros((ranks, 4), np.int64)
+    counts = np.zeros((ranks, 3 * chunks), np.int64)
+    arrivals = np.zeros((ranks, first_w, batch))
+    sent = np.zeros((ranks, first_w), np.int64)
     sent[0, 0] = batch
-    alive = np.zeros((ranks, 2))
+    alive = np.zeros((ranks, chunks))
     placed = np.zeros(ranks, np.int64)
     free = np.zeros(ranks)
     wake = np.zeros(ranks)  # when each rank looks again what it could do
@@ -37,14 +56,13 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
                 now, rank = wake[other], other
         if rank < 0:
             raise AssertionError("a batch got stuck under its memory limit")
-        room = layout.limits[rank] - alive[rank, 0] - alive[rank, 1]
-        # The most urgent stream; of equals B of the second chunk first, W last.
+        # The most urgent stream; of equals B of the last chunk first, W last.
         best, pick, at = _NEVER, -1, now
-        for stream in range(3, -1, -1):
+        for stream in range(first_w - 1, -1, -1):
             number = counts[rank, stream]
-            if number >= sent[rank, stream] or (stream < 2 and taken[rank, stream] > room):
+            if number >= sent[rank, stream]:
                 continue
-            if stream == 0 and alive[rank, 0] + taken[rank, 0] > first_room[rank]:
+            if stream < chunks and not _has_room(layout, rank, stream, alive[rank], room[rank]):
                 continue
             start = arrivals[rank, stream, number]
             urgency = target_starts[rank, stream, number, 0] + patience * max(0.0, start - now)
@@ -53,9 +71,9 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
         if not layout.fused:
             wait = at - now  # a W that fits into it costs nothing
             filler = _NEVER
-            for stream in range(4, 6):
+            for stream in range(first_w, first_w + chunks):
                 number = counts[rank, stream]
-                if number < counts[rank, stream - 2] * pieces:
+                if number < counts[rank, stream - chunks] * pieces:
                     urgency = target_starts[rank, stream, number // pieces, number % pieces]
                     duration = layout.durations[rank, stream, number % pieces] * layout.scales[number // pieces]
                     fits = duration <= wait and urgency < filler
@@ -70,8 +88,8 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
             wake[rank] = best - eagerness
         else:
             number = counts[rank, pick]
-            micro_batch = number // pieces if pick >= 4 else number
-            piece = number % pieces if pick >= 4 else 0
+            micro_batch = number // pieces if pick >= first_w else number
+            piece = number % pieces if pick >= first_w else 0
             end = now + layout.durations[rank, pick, piece] * layout.scales[micro_batch]
             if end > cutoff:
                 return _NEVER, _NEVER
@@ -81,17 +99,17 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
             left -= 1
             free[rank] = wake[rank] = end
             makespan = max(makespan, end)
-            if pick >= 4:
+            if pick >= first_w:
                 starts[rank, pick, micro_batch, piece] = now
                 if piece + 1 == pieces:
-                    alive[rank, pick - 4] -= kept[rank, pick - 4]
+                    alive[rank, pick - first_w] -= kept[rank, pick - first_w]
                 continue
             starts[rank, pick, number, 0] = now
             waiting += now
-            if pick < 2:
+            if pick < chunks:
                 alive[rank, pick] += taken[rank, pick]
             else:
-                alive[rank, pick - 2] -= freed[rank, pick - 2]
+                alive[rank, pick - chunks] -= freed[rank, pick - chunks]
             target, stream = layout.next_rank[rank, pick], layout.next_stream[rank, pick]
             if target >= 0:
                 arrival = end + layout.delay[rank, pick]

@@ -7,7 +7,7 @@ from itertools import product
 
 from ds_vshape.schedule.adaptive.blocks import PATIENCES
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
-from ds_vshape.schedule.adaptive.extended import extended, lengthened
+from ds_vshape.schedule.adaptive.extended import extended, lengthened, periods_of
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun, TargetStarts
 from ds_vshape.schedule.adaptive.trials import Trials
 
@@ -29,10 +29,11 @@ def lengthen(trials: Trials, runs: Iterable[PolicyRun]) -> None:
     """Try what `runs`, of fewer micro-batches, repeat, in just their orders; the same run once."""
     until = trials.left() - _LENGTHENING
     micro_batches = trials.problem.micro_batches
+    periods = periods_of(trials.problem.placement)
     for run in {run.makespan: run for run in runs}.values():
         # Nothing repeats faster than the slowest rank works.
         least = run.makespan + (micro_batches - run.starts.shape[2]) * trials.scheduler.work
-        longer = lengthened(run, micro_batches)
+        longer = lengthened(run, micro_batches, periods)
         # Checked before each: finding what a run repeats takes time too.
         while not (trials.done or trials.left() < until
                    or trials.best is not None and trials.best.makespan <= least):
@@ -46,7 +47,7 @@ def lengthen(trials: Trials, runs: Iterable[PolicyRun]) -> None:
 
 def extend(trials: Trials, run: PolicyRun) -> None:
     """Try what `run`, of fewer micro-batches, repeats, with its starts as target starts."""
-    for starts in extended(run, trials.problem.micro_batches):
+    for starts in extended(run, trials.problem.micro_batches, periods_of(trials.problem.placement)):
         for policy in _targeting(trials.scheduler, starts, (0.1, 0.5, 2.0), (0.0, 1.0)):
             like = None if trials.done else trials.run_policy(policy)
             if like is not None:

@@ -1,16 +1,21 @@
 """A problem as arrays of numbers, which is what the planner's inner loops work on.
 
-Streams are numbered F, F, B, B, W, W of chunk 0 and 1; the passes of a stream are numbered in micro-batch order, those
-of W by pieces.
+With n chunks on each rank, streams are numbered kind * n + chunk, with the kinds F, B and W from 0: F, F, B, B, W, W for
+two chunks. The passes of a stream are numbered in micro-batch order, those of W by pieces.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ds_vshape.schedule.adaptive.problem import Problem
+
+F, B, W = range(3)
+KINDS = 3
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -39,3 +44,36 @@ class Layout(NamedTuple):
     freed: Floats
     kept: Floats
     scales: Floats
+
+
+class Way(NamedTuple):
+    """Where a micro-batch comes from and goes to [rank, stream], as in `Layout`; W goes nowhere."""
+
+    next_rank: Ints
+    next_stream: Ints
+    delay: Floats
+    from_rank: Ints
+    from_stream: Ints
+
+
+def way_of(problem: Problem) -> Way:
+    """Through all forwards, and back through all backwards."""
+    placement, delays = problem.placement, problem.times.delays(problem.placement)
+    shape = (placement.ranks, KINDS * placement.chunks_each)
+    next_rank, next_stream, from_rank, from_stream = (np.full(shape, -1) for _ in range(4))
+    delay = np.zeros(shape)
+    stages = range(placement.stages)
+    for (kind, stage), (next_kind, after) in pairwise([*((F, stage) for stage in stages),
+                                                       *((B, stage) for stage in reversed(stages))]):
+        rank, stream = placement.rank_of(stage), kind * placement.chunks_each + placement.chunk_of(stage)
+        target, fed = placement.rank_of(after), next_kind * placement.chunks_each + placement.chunk_of(after)
+        next_rank[rank, stream], next_stream[rank, stream] = target, fed
+        from_rank[target, fed], from_stream[target, fed] = rank, stream
+        if stage != after:
+            delay[rank, stream] = delays[min(stage, after)]
+    return Way(next_rank, next_stream, delay, from_rank, from_stream)
+
+
+def passes_of(streams: int, pieces: int) -> Ints:
+    """How many passes of each stream a micro-batch has [stream], with W in `pieces`."""
+    return np.repeat((1, 1, pieces), streams // KINDS)

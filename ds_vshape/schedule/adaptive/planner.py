@@ -4,8 +4,8 @@ The paper's schedules assume T_F = T_B = T_W and know three levels of memory; wi
 Its authors' own search moves whole-number offsets of one block. Here times are any numbers and the limit is any number
 for each rank:
 
-    [1] known       the table's V schedules that fit, run with the real times: never worse than those; and blocks of the
-                    slowest rank's work alone, where memory has room for them (`regular`)
+    [1] known       the table's schedules on this placement that fit, run with the real times: never worse than those;
+                    and blocks of the slowest rank's work alone, where memory has room for them (`regular`)
     [2] blocks      a population of building blocks, put in order by a list scheduler that knows times and memory
     [3] cycles      what a few micro-batches that take turns repeat fastest (`cycles`): the middle of more orders
     [4] a race      of all these orders, annealed: passes of a critical path move, alone or in many micro-batches or
@@ -48,8 +48,8 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
 
     `progress` is called with the share of the time that has passed, up to 1. With `cache`, a directory, a plan made
     before for the same problem and time limit is read from there, and a new one written. However short the time, the
-    plan is no slower than any of the table's V schedules within the limits. Time is that of `clock`, in seconds; with
-    `time.process_time` it doesn't matter how busy the machine is. What the first plan after an installation spends on
+    plan is no slower than any of the table's schedules on this placement within the limits. Time is that of `clock`, in
+    seconds; with `time.process_time` it doesn't matter how busy the machine is. What the first plan after an installation spends on
     compiling doesn't count. Annealing uses up to `cores` cores. Raises LimitError (when `problem` is
     made) for limits that can't be met.
     """
@@ -103,7 +103,7 @@ def _compiling_time(clock: Callable[[], float], memory: bool) -> float:
 
 def _finishing_time(problem: Problem) -> float:
     """Seconds to keep for `_finished` and what comes after it; it goes over each pass a few times."""
-    return 5e-5 * 6 * problem.ranks * problem.micro_batches
+    return 5e-5 * 3 * problem.placement.stages * problem.micro_batches
 
 
 def _finished(schedule: Schedule, problem: Problem) -> tuple[Schedule, Timeline]:

@@ -19,6 +19,7 @@ class Population:
 
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
+        self._chunks = trials.problem.placement.chunks_each
         # Makespans and blocks, by the number of pieces, best first, no makespan twice.
         self._members: dict[int, list[tuple[float, BlockParameters]]] = {}
 
@@ -57,17 +58,17 @@ class Population:
     def add_fastest(self) -> None:
         """Blocks that run under any limits: every micro-batch as fast as it can."""
         for patience in PATIENCES:
-            self.add(BlockParameters((0.0,) * 4, (0.0,) * 3, 0.0, 1.0, 0.0, patience, 1))
+            self.add(BlockParameters.fastest(patience, self._chunks))
 
     def add_known(self, until: float) -> None:
         """Blocks that are known to be good, while more than `until` of the time is left."""
-        for block in BlockParameters.known(self._trials.problem.max_pieces):
+        for block in BlockParameters.known(self._trials.problem.max_pieces, self._chunks):
             if self._trials.left() > until and not self._trials.done:
                 self.add(block)
 
     def add_random(self) -> None:
         """Any block."""
-        self.add(BlockParameters.random(self._trials.problem.max_pieces, self._trials.random))
+        self.add(BlockParameters.random(self._trials.problem.max_pieces, self._trials.random, self._chunks))
 
     def add_descendant(self, late: bool) -> None:
         """A variant of a good block. Only a `late` one may move single ranks out of the common pattern."""

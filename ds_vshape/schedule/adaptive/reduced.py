@@ -12,7 +12,7 @@ from statistics import fmean
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.adaptive.problem import Problem
-from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.placement import PLACEMENTS
 from ds_vshape.schedule.timeline import Times
 
 _LEAST_RANKS = 8
@@ -23,14 +23,16 @@ _LARGE = 6000
 
 def is_large(problem: Problem) -> bool:
     """Whether it's worth looking at a smaller one first."""
-    return 2 * problem.ranks * problem.micro_batches > _LARGE
+    return problem.placement.stages * problem.micro_batches > _LARGE
 
 
 def reduced(problem: Problem) -> Problem:
     """Every other rank of `problem`, with as much less memory above the least, and fewer micro-batches."""
     ranks = min(problem.ranks, max(_LEAST_RANKS, (problem.ranks + 1) // 2))
     chosen = [round(rank * (problem.ranks - 1) / max(1, ranks - 1)) for rank in range(ranks)]
-    stages = chosen + [2 * problem.ranks - 1 - rank for rank in reversed(chosen)]
+    placement = PLACEMENTS[problem.placement.name](ranks, problem.placement.chunks_each)
+    stages = [problem.placement.chunks[chosen[placement.rank_of(stage)]][placement.chunk_of(stage)]
+              for stage in range(placement.stages)]
 
     def pick(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(values[stage] for stage in stages)
@@ -42,7 +44,7 @@ def reduced(problem: Problem) -> Problem:
     hops = tuple(fmean(delays[here:there]) for here, there in pairwise(stages))
     # As many micro-batches a rank, so that ramps and steady state weigh the same; a steady state shows within four.
     micro_batches = max(1, round(min(problem.micro_batches * share, _PER_RANK * ranks)))
-    return Problem(v(ranks), micro_batches,
+    return Problem(placement, micro_batches,
                    Times(pick(times.forward), pick(times.input_grad), pick(times.weight_grad), hops,
                          entry_costs=tuple(times.entry_costs[stage] for stage in stages if times.entry_costs)),
                    Activations(pick(activations.after_forward), pick(activations.after_backward)),

@@ -14,7 +14,7 @@ import numpy as np
 
 from ds_vshape.schedule.adaptive.annealing import anneal
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
-from ds_vshape.schedule.adaptive.list_scheduler import W0, ListScheduler, PolicyRun
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, PolicyRun
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.adaptive.trials import Progress, Trials
@@ -133,5 +133,5 @@ class _Annealed:
 def _finer(run: PolicyRun, scheduler: ListScheduler) -> PolicyRun:
     """The same with twice as many pieces of each W."""
     policy = replace(run.policy, target_starts=np.repeat(run.policy.target_starts, 2, axis=-1))
-    orders = np.array([np.repeat(row, np.where(row >= W0, 2, 1)) for row in run.orders])
+    orders = np.array([np.repeat(row, np.where(row >= scheduler.first_w, 2, 1)) for row in run.orders])
     return scheduler.left_shift(orders, policy) or run

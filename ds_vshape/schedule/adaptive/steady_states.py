@@ -10,6 +10,7 @@ from ds_vshape.schedule.adaptive.extended import with_micro_batches
 from ds_vshape.schedule.adaptive.imitation import imitate
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, PolicyRun
 from ds_vshape.schedule.adaptive.population import Population
+from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.adaptive.reduced import is_large
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.adaptive.trials import Trials
@@ -35,15 +36,22 @@ def find_cycles(trials: Trials, population: Population) -> list[Cycle]:
         return []
     until = trials.left() * (1 - _SHARE)
     scheduler = ListScheduler(with_micro_batches(problem, _SETTLED * problem.ranks))
+    sizes = [size for size in (*_SIZES, *_of_placement(problem)) if size[1] <= problem.max_pieces]
     starts: list[Cycle] = []
     for orders in map(scheduler.orders_of, known_schedules(scheduler.problem)):
         if orders is not None:
-            starts += periods(orders, [size for size in _SIZES if size[1] <= problem.max_pieces], len(_SIZES))
+            starts += periods(orders, sizes, len(sizes))
     for block in population.blocks(_BLOCKS):
         run = scheduler.run(replace(block, pieces=1).policy(scheduler))
         starts += periods(run.orders, _BLOCK_SIZES, 1) if run is not None and trials.left() > until else []
     return best_cycles(trials.scheduler, starts, lambda: trials.left() - until, trials.random, trials.lanes,
                        _MOST)
+
+
+def _of_placement(problem: Problem) -> list[tuple[int, int]]:
+    """Interleaved schedules go in groups of as many micro-batches as there are ranks."""
+    group = problem.ranks, 1
+    return [group] if problem.placement.name == "interleaved" and group not in _SIZES else []
 
 
 def try_cycles(trials: Trials, cycles: Sequence[Cycle]) -> list[PolicyRun]:

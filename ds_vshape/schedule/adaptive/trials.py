@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ds_vshape.schedule.adaptive.cool_down import reschedule_cooldown
 from ds_vshape.schedule.adaptive.lanes import Lanes
-from ds_vshape.schedule.adaptive.list_scheduler import KINDS, ListScheduler, Policy, PolicyRun
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 
 Progress = Callable[[float], None]
@@ -56,7 +56,7 @@ class Trials:
 
     def run_of(self, orders: NDArray[np.int64], pieces: int = 1) -> PolicyRun | None:
         """The run of `orders` [rank, place], its cool-down rescheduled; None if they exceed a limit."""
-        policy = Policy(np.zeros((self.problem.ranks, len(KINDS), self.problem.micro_batches, pieces)), 0.0,
+        policy = Policy(np.zeros((self.problem.ranks, self.scheduler.streams, self.problem.micro_batches, pieces)), 0.0,
                         self.scheduler.least_reserves)
         run = self.scheduler.left_shift(orders, policy)
         return reschedule_cooldown(run, self.scheduler) if run is not None else None

@@ -9,16 +9,17 @@ from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import Plan, Problem
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Times, simulate
 
 
-def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, float], peak: float) -> Problem:
-    """Equal stages, counted as the paper does."""
-    forward, input_grad, weight_grad, hop = times
-    return Problem(v(ranks), micro_batches, Times.uniform(2 * ranks, forward, input_grad, weight_grad, hop),
-                   Activations.counted(v(ranks)), (float(peak),) * ranks)
+def counted(ranks: int, micro_batches: int, times: tuple[float, float, float, float], peak: float,
+            placement: Placement | None = None) -> Problem:
+    """Equal stages, counted as the paper does; in a V if there is no other `placement`."""
+    placement, (forward, input_grad, weight_grad, hop) = placement or v(ranks), times
+    return Problem(placement, micro_batches, Times.uniform(placement.stages, forward, input_grad, weight_grad, hop),
+                   Activations.counted(placement), (float(peak),) * ranks)
 
 
 def entry_costs(stages: int) -> st.SearchStrategy[tuple[tuple[float, ...], ...]]:
@@ -28,21 +29,22 @@ def entry_costs(stages: int) -> st.SearchStrategy[tuple[tuple[float, ...], ...]]
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
+def problems(draw: st.DrawFn, placements: st.SearchStrategy[Placement] = st.integers(1, 4).map(v)) -> Problem:
     """Any times and sizes, different on every stage, and limits from the least upwards."""
-    ranks, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    placement, micro_batches = draw(placements), draw(st.integers(1, 6))
+    stages = placement.stages
 
     def each(low: float, high: float) -> tuple[float, ...]:
-        return tuple(draw(st.lists(st.floats(low, high), min_size=2 * ranks, max_size=2 * ranks)))
+        return tuple(draw(st.lists(st.floats(low, high), min_size=stages, max_size=stages)))
 
     whole, kept = each(0.5, 4), each(0, 4)
     if draw(st.booleans()):
         kept = tuple(min(size, left) for size, left in zip(whole, kept))
     scales = tuple(draw(st.lists(st.floats(0.2, 4), min_size=micro_batches, max_size=micro_batches) | st.just([])))
-    limits = tuple((whole[rank] + whole[2 * ranks - 1 - rank]) * draw(st.floats(1, 3)) for rank in range(ranks))
+    limits = tuple(sum(whole[stage] for stage in chunks) * draw(st.floats(1, 3)) for chunks in placement.chunks)
     times = Times(each(0.5, 4), each(0.5, 4), each(0, 4), each(0, 2)[1:], scales,
-                  entry_costs=draw(entry_costs(2 * ranks)))
-    return Problem(v(ranks), micro_batches, times, Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
+                  entry_costs=draw(entry_costs(stages)))
+    return Problem(placement, micro_batches, times, Activations(whole, kept), limits, draw(st.sampled_from((1, 2, 4))))
 
 
 def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float, float]]:
@@ -76,7 +78,7 @@ def second_simulator(schedule: Schedule, times: Times) -> dict[Pass, tuple[float
 
 def assert_plan_is_right(found: Plan, problem: Problem) -> None:
     schedule = found.schedule
-    assert schedule.name == "adaptive" and schedule.placement == v(problem.ranks)
+    assert schedule.name == "adaptive" and schedule.placement == problem.placement
     check(schedule)
     # Micro-batches in order on every stage, and the pieces of a W too: gradients are summed in a fixed order.
     for order in schedule.orders:

@@ -19,11 +19,12 @@ from ds_vshape.schedule.adaptive.cycle_annealing import anneal_cycle
 from ds_vshape.schedule.adaptive.cycles import Cycle, best_cycles, periods
 from ds_vshape.schedule.adaptive.extended import lengthened, with_micro_batches
 from ds_vshape.schedule.adaptive.lanes import Lanes
-from ds_vshape.schedule.adaptive.list_scheduler import B0, B1, F0, F1, W0, W1, ListScheduler, Policy, PolicyRun
+from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, PolicyRun
 from ds_vshape.schedule.adaptive.seeds import known_schedules
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import simulate
 
+F0, F1, B0, B1, W0, W1 = range(6)
 IN_TURN = [F0, F1, B1, B0, W1, W0]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from ds_vshape.schedule.adaptive.layout import Floats
+from ds_vshape.schedule.adaptive.layout import Floats, way_of
 from ds_vshape.schedule.adaptive.memory.annealing import empty_steps, insert_copies
 from ds_vshape.schedule.adaptive.memory.keeping import Keeping
 from ds_vshape.schedule.adaptive.memory.layout import B, C, F, MemoryLayout, O, Orders, R, W
@@ -22,7 +21,6 @@ _KINDS = {Kind.F: F, Kind.B: B, Kind.BW: B}
 def layout_of(problem: Problem, keeping: Keeping, pieces: int) -> MemoryLayout:
     """The problem in arrays, for W in up to `pieces`."""
     times, activations, placement = problem.times, problem.activations, problem.placement
-    ranks, chunks = placement.ranks, len(placement.chunks[0])
 
     def each(of_stages: Sequence[Any]) -> Floats:
         """Numbers of stages as [rank, chunk, ...]."""
@@ -32,23 +30,11 @@ def layout_of(problem: Problem, keeping: Keeping, pieces: int) -> MemoryLayout:
         """Numbers of stages in each way of keeping as [rank, chunk, way, ...]."""
         return each([[of_way(way, stage) for way in range(len(keeping))] for stage in range(placement.stages)])
 
-    next_rank, next_stream, from_rank, from_stream = (np.full((ranks, 2 * chunks), -1) for _ in range(4))
-    delay = np.zeros((ranks, 2 * chunks))
-    stages = range(placement.stages)
-    delays = times.delays(placement)
-    way = [(F, stage) for stage in stages] + [(B, stage) for stage in reversed(stages)]
-    for (kind, stage), (next_kind, after) in pairwise(way):
-        rank, stream = placement.rank_of(stage), kind * chunks + placement.chunk_of(stage)
-        target, fed = placement.rank_of(after), next_kind * chunks + placement.chunk_of(after)
-        next_rank[rank, stream], next_stream[rank, stream] = target, fed
-        from_rank[target, fed], from_stream[target, fed] = rank, stream
-        if stage != after:
-            delay[rank, stream] = delays[min(stage, after)]
     again, offload, reload = (np.ascontiguousarray(values) for values in np.moveaxis(ways(keeping.seconds), -1, 0))
     return MemoryLayout(
         problem.micro_batches, pieces, int(problem.offload),
         np.concatenate([each(times.forward), each(times.input_grad)], axis=1), each(times.weight_grad),
-        np.array(times.scales or (1.0,) * problem.micro_batches), next_rank, next_stream, delay, from_rank, from_stream,
+        np.array(times.scales or (1.0,) * problem.micro_batches), *way_of(problem),
         np.array(problem.limits) * (1 + SLACK), each(activations.after_forward), each(activations.after_backward),
         again, ways(keeping.left), ways(keeping.moved), offload, reload)
 
