@@ -128,8 +128,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", dest="config_option", type=Path, metavar="DS_CONFIG", help="the same")
     parser.add_argument("--schedule", metavar="NAME", help=", ".join((*SCHEDULES, ADAPTIVE)))
     parser.add_argument("--placement", choices=ADAPTIVE_PLACEMENTS,
-                        help="where the stages of --schedule adaptive are: down the ranks and back up (v, the default), or "
-                             "always down")
+                        help="where the stages of --schedule adaptive are: down the ranks and back up (v), or always "
+                             "down (default: v)")
     parser.add_argument("--chunks", type=_count, metavar="C",
                         help="stages that each rank holds, for --schedule interleaved-1f1b, interleaved-zb, v-zb or "
                              "adaptive (default: 2)")
@@ -183,7 +183,6 @@ def _placement(name: str, stages: int, chunks: int | None, placement: str | None
         return placement_of(name, stages, chunks, placement)
     except ValueError as error:
         raise ValueError(f"{option}{error}") from None
-
 
 
 def _check_size(stages: int, micro_batches: int, chunks: int | None) -> None:

@@ -52,7 +52,8 @@ SCHEDULES: dict[str, NamedSchedule] = {
     "zb-v": NamedSchedule("v", {2: v_shape.zb_v}, "memory 1, bubble 0 within a rank's span, traffic 2", 2),
     "v-min": NamedSchedule("v", {2: v_shape.v_min}, "memory 1/3, bubble 2/3, more where times differ, traffic 2", 1),
     "v-half": NamedSchedule("v", {2: v_shape.v_half}, "memory 1/2, bubble 1/2, traffic 2", 1),
-    "v-zb": NamedSchedule("v", _with(CHUNKS["v"], v_shape.v_zb), "memory 1, bubble 0 within a rank's span, traffic 2", 2),
+    "v-zb": NamedSchedule("v", _with(CHUNKS["v"], v_shape.v_zb),
+                          "memory 1, bubble 0 within a rank's span, traffic 2", 2),
 }
 
 
@@ -122,7 +123,6 @@ def check_chunks(name: str, chunks: int | None, placement: str | None = None) ->
         where = f" with the placement {placement}" if name == ADAPTIVE else ""
         raise ValueError(f"{name} has {either(legal)} stage{'s' * (legal[-1] > 1)} on a rank{where}")
     return chunks
-
 
 
 def names_on(placement: Placement) -> list[str]:

@@ -312,5 +312,6 @@ def _starts_of(timeline: Timeline, problem: PartitionProblem) -> TargetStarts:
                 starts[rank, kind * each + chunk, action.micro_batch, 0] = span.start
             if action.kind in (Kind.W, Kind.BW):
                 # Of a whole backward somewhere after its B.
-                starts[rank, W * each + chunk, action.micro_batch, 0] = span.start if action.kind is Kind.W else span.end
+                start = span.start if action.kind is Kind.W else span.end
+                starts[rank, W * each + chunk, action.micro_batch, 0] = start
     return starts

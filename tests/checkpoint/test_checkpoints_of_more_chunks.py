@@ -1,4 +1,4 @@
-"""Checkpoints and tied weights with four stages on a rank: saved, loaded, converted, and refused where they don't fit."""
+"""Checkpoints and tied weights with four stages on a rank: saved, loaded, converted, and refused elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import (BF16_ZERO1, FP32_ZERO1, Job, Outcome, PlainTraining, data, merged, specs, tied_specs, train)
+from pipelines import BF16_ZERO1, FP32_ZERO1, Job, Outcome, PlainTraining, data, merged, specs, tied_specs, train
 from ranks import RanksFailed, run_ranks
 from universal import convert
 
@@ -65,8 +65,8 @@ def test_two_stages_on_a_rank_are_another_placement(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before, after", [
-    (None, V), pytest.param(INTERLEAVED, None, marks=pytest.mark.slow), pytest.param(V, "v-half", marks=pytest.mark.slow)],
-    ids=str)
+    (None, V), pytest.param(INTERLEAVED, None, marks=pytest.mark.slow),
+    pytest.param(V, "v-half", marks=pytest.mark.slow)], ids=str)
 def test_weights_alone_and_universal_checkpoints_fit_every_placement(before: Any, after: Any, tmp_path: Path) -> None:
     saved = merged(run_ranks(2, train_and_save, Job(before, 2, 3, FP32_ZERO1, LAYERS), str(tmp_path)))
     oracle = merged(run_ranks(2, load_weights, Job(before, 2, 3, FP32_ZERO1, LAYERS), str(tmp_path)))

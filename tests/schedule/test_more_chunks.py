@@ -117,8 +117,10 @@ def test_layers_are_balanced_about_as_well_as_can_be(placement: Placement) -> No
 
 
 @pytest.mark.parametrize("name, chunks, message", [
-    ("v-half", 4, "v-half has 2 stages"), ("v-zb", 3, "v-zb has 2, 4, .* or 16 stages"), ("1f1b", 2, "1f1b has 1 stage"),
-    ("adaptive", 3, "adaptive has 2, 4, .* or 16 stages on a rank with the placement v"), ("interleaved-zb", 17, "interleaved-zb has 2, 3, .* or 16 stages")])
+    ("v-half", 4, "v-half has 2 stages"), ("v-zb", 3, "v-zb has 2, 4, .* or 16 stages"),
+    ("1f1b", 2, "1f1b has 1 stage"),
+    ("adaptive", 3, "adaptive has 2, 4, .* or 16 stages on a rank with the placement v"),
+    ("interleaved-zb", 17, "interleaved-zb has 2, 3, .* or 16 stages")])
 def test_what_a_schedule_cannot_have(name: str, chunks: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         placement_of(name, 4, chunks)

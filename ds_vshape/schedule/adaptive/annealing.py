@@ -468,8 +468,9 @@ def _numbered(streams: Ints, counts: Ints) -> Orders:
 
 @jit
 def _empty_timing(layout: Layout, ranks: int, length: int) -> Timing:
-    return Timing(_empty_times(layout, ranks, length), _empty_times(layout, ranks, length), _empty_prefix(layout, ranks),
-                  _empty_prefix(layout, ranks), np.full(ranks, length), np.zeros((ranks, length)))
+    return Timing(_empty_times(layout, ranks, length), _empty_times(layout, ranks, length),
+                  _empty_prefix(layout, ranks), _empty_prefix(layout, ranks), np.full(ranks, length),
+                  np.zeros((ranks, length)))
 
 
 @jit

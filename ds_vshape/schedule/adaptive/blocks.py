@@ -1,6 +1,6 @@
 """Policies from building blocks: one micro-batch's ideal starts, repeated every interval.
 
-A block follows a micro-batch down, up, down and up again (more often with more chunks), as the paper's does (section 3),
+A block follows a micro-batch down, up, down and up again, with more chunks more often, as the paper's does (section 3),
 but with the real times: each step takes the pass and its hop, times the stretch of that way; at the turns between ways
 (F at the last rank, F to B at rank 0, B at the last rank) it may rest. Passes of a rank may meet in it; the list
 scheduler parts them. Few numbers describe a block whatever the number of ranks, so a search among them works for many

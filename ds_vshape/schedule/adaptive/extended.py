@@ -44,7 +44,7 @@ def with_micro_batches(problem: Problem, micro_batches: int) -> Problem:
 
 
 def extended(run: PolicyRun, micro_batches: int, periods: Iterable[int]) -> Iterator[TargetStarts]:
-    """Starts for `micro_batches` micro-batches that repeat a part of `run`, which has fewer; the part is of one of `periods`."""
+    """Starts for `micro_batches` micro-batches that repeat a part of `run`, which has fewer; parts are of `periods`."""
     fewer = run.starts.shape[2]
     for at in sorted({fewer // 2, 2 * fewer // 3, max(1, fewer // 3)}):
         for period in periods:
@@ -61,7 +61,8 @@ def _repeated(starts: TargetStarts, at: int, period: int, more: int) -> TargetSt
     return np.concatenate([starts[:, :, :at], middle, starts[:, :, at:] + interval * more / period], axis=2)
 
 
-def lengthened(run: PolicyRun, micro_batches: int, periods: Iterable[int] = _PERIODS) -> Iterator[NDArray[np.int64]]:
+def lengthened(run: PolicyRun, micro_batches: int,
+               periods: Iterable[int] = _PERIODS) -> Iterator[NDArray[np.int64]]:
     """Orders [rank, place] for `micro_batches` micro-batches: those of `run`, with a part near the middle repeated.
 
     A rank repeats a part with equally many passes of each stream. There are none if annealing has left no such part.

@@ -11,23 +11,6 @@ _NEVER = float("inf")
 
 
 @jit
-def _has_room(layout: Layout, rank: int, chunk: int, alive: Floats, room: Floats) -> bool:
-    """Whether a rank that keeps `alive` [chunk] may run a forward of `chunk`, with `room` [chunk] as in `fill`."""
-    taken, chunks = layout.taken[rank, chunk], layout.taken.shape[1]
-    free = layout.limits[rank]
-    for other in range(chunks):
-        free -= alive[other]
-    if taken > free:
-        return False
-    before = 0.0
-    for other in range(chunks - 1):
-        before += alive[other]
-        if other >= chunk and before + taken > room[other]:
-            return False
-    return True
-
-
-@jit
 def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: float, room: Floats, cutoff: float,
          starts: Floats, orders: Ints) -> tuple[float, float]:
     """Run a policy; the makespan, and the sum of the starts of all F and B. Both are infinite above `cutoff`.
@@ -38,7 +21,10 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
     """
     batch, pieces, ranks, chunks = layout.batch, layout.pieces, len(layout.limits), layout.taken.shape[1]
     first_w = 2 * chunks
-    taken, freed, kept = layout.taken, layout.freed, layout.kept
+    # Fields in variables: each use of one in the loop would count references.
+    limits, taken, freed, kept = layout.limits, layout.taken, layout.freed, layout.kept
+    durations, scales = layout.durations, layout.scales
+    next_rank, next_stream, delay = layout.next_rank, layout.next_stream, layout.delay
     counts = np.zeros((ranks, 3 * chunks), np.int64)
     arrivals = np.zeros((ranks, first_w, batch))
     sent = np.zeros((ranks, first_w), np.int64)
@@ -62,8 +48,17 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
             number = counts[rank, stream]
             if number >= sent[rank, stream]:
                 continue
-            if stream < chunks and not _has_room(layout, rank, stream, alive[rank], room[rank]):
-                continue
+            if stream < chunks:
+                free_memory, together = limits[rank] - alive[rank, 0], taken[rank, stream]
+                fits = True
+                for chunk in range(chunks - 1):
+                    together += alive[rank, chunk]
+                    free_memory -= alive[rank, chunk + 1]
+                    if chunk >= stream and together > room[rank, chunk]:
+                        fits = False
+                        break
+                if not fits or taken[rank, stream] > free_memory:
+                    continue
             start = arrivals[rank, stream, number]
             urgency = target_starts[rank, stream, number, 0] + patience * max(0.0, start - now)
             if urgency < best:
@@ -74,8 +69,10 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
             for stream in range(first_w, first_w + chunks):
                 number = counts[rank, stream]
                 if number < counts[rank, stream - chunks] * pieces:
-                    urgency = target_starts[rank, stream, number // pieces, number % pieces]
-                    duration = layout.durations[rank, stream, number % pieces] * layout.scales[number // pieces]
+                    micro_batch = number // pieces
+                    piece = number - micro_batch * pieces
+                    urgency = target_starts[rank, stream, micro_batch, piece]
+                    duration = durations[rank, stream, piece] * scales[micro_batch]
                     fits = duration <= wait and urgency < filler
                     if urgency < best or fits:
                         best, pick, at = urgency, stream, now
@@ -89,8 +86,8 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
         else:
             number = counts[rank, pick]
             micro_batch = number // pieces if pick >= first_w else number
-            piece = number % pieces if pick >= first_w else 0
-            end = now + layout.durations[rank, pick, piece] * layout.scales[micro_batch]
+            piece = number - micro_batch * pieces if pick >= first_w else 0
+            end = now + durations[rank, pick, piece] * scales[micro_batch]
             if end > cutoff:
                 return _NEVER, _NEVER
             counts[rank, pick] += 1
@@ -110,9 +107,9 @@ def fill(layout: Layout, target_starts: Floats, patience: float, eagerness: floa
                 alive[rank, pick] += taken[rank, pick]
             else:
                 alive[rank, pick - chunks] -= freed[rank, pick - chunks]
-            target, stream = layout.next_rank[rank, pick], layout.next_stream[rank, pick]
+            target, stream = next_rank[rank, pick], next_stream[rank, pick]
             if target >= 0:
-                arrival = end + layout.delay[rank, pick]
+                arrival = end + delay[rank, pick]
                 arrivals[target, stream, number] = arrival
                 sent[target, stream] = number + 1
                 if target != rank:

@@ -1,7 +1,7 @@
 """A problem as arrays of numbers, which is what the planner's inner loops work on.
 
-With n chunks on each rank, streams are numbered kind * n + chunk, with the kinds F, B and W from 0: F, F, B, B, W, W for
-two chunks. The passes of a stream are numbered in micro-batch order, those of W by pieces.
+With n chunks on each rank, streams are numbered kind * n + chunk, with the kinds F, B and W from 0: F, F, B, B, W, W
+for two chunks. The passes of a stream are numbered in micro-batch order, those of W by pieces.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ def plan(problem: Problem, time_limit: float = 10.0, progress: Callable[[float],
     `progress` is called with the share of the time that has passed, up to 1. With `cache`, a directory, a plan made
     before for the same problem and time limit is read from there, and a new one written. However short the time, the
     plan is no slower than any of the table's schedules on this placement within the limits. Time is that of `clock`, in
-    seconds; with `time.process_time` it doesn't matter how busy the machine is. What the first plan after an installation spends on
-    compiling doesn't count. Annealing uses up to `cores` cores. Raises LimitError (when `problem` is
-    made) for limits that can't be met.
+    seconds; with `time.process_time` it doesn't matter how busy the machine is. What the first plan after an
+    installation spends on compiling doesn't count. Annealing uses up to `cores` cores. Raises LimitError (when
+    `problem` is made) for limits that can't be met.
     """
     began = clock()
     bound = problem.lower_bound

@@ -57,22 +57,22 @@ def test_no_slower_than_the_named_order_within_its_memory(name: str, placement: 
 
 
 @pytest.mark.parametrize("placement", [v(4, 4), interleaved(4, 4)], ids=str)
-def test_less_memory_costs_some_time_and_no_more(placement: Placement) -> None:
-    """Within a half and a third of 1F1B's memory, beside the named order with all of it and a batch one by one."""
-    micro_batches = 12
+def test_less_memory_costs_some_time(placement: Placement) -> None:
+    """Within three quarters and a half of 1F1B's memory, beside a plan with all of it and a batch one by one."""
     makespans = []
-    for limit in (8.0, 4.0, 8 / 3, 2.0):
-        problem = counted(4, micro_batches, UNEQUAL, limit, placement)
+    for limit in (8.0, 6.0, 4.0, 2.0):
+        problem = counted(4, 12, UNEQUAL, limit, placement)
         found = plan(problem, 2.0, clock=time.process_time)
         assert_plan_is_right(found, problem)
         makespans.append(found.timeline.makespan)
-    assert makespans == sorted(makespans)
-    assert makespans[1] < 1.25 * makespans[0] and makespans[2] < 0.6 * makespans[3]
+    whole, three_quarters, half, one_by_one = makespans
+    assert whole <= three_quarters < 1.12 * whole and half < 1.4 * whole and 1.4 * half < one_by_one
 
 
 @pytest.mark.parametrize("placement, micro_batches, times, kept", [
-    (v(1, 4), 1, (1, 2, 1), 4), (v(1, 4), 2, (1, 1, 1), 5), (v(2, 4), 1, (1, 1, 1), 4), (interleaved(2), 1, (2, 1, 1), 2),
-    (interleaved(2), 2, (1, 1, 1), 3), (interleaved(2, 3), 1, (1, 2, 1), 3), (interleaved(3), 1, (1, 1, 2), 2)], ids=str)
+    (v(1, 4), 1, (1, 2, 1), 4), (v(1, 4), 2, (1, 1, 1), 5), (v(2, 4), 1, (1, 1, 1), 4),
+    (interleaved(2), 1, (2, 1, 1), 2), (interleaved(2), 2, (1, 1, 1), 3), (interleaved(2, 3), 1, (1, 2, 1), 3),
+    (interleaved(3), 1, (1, 1, 2), 2)], ids=str)
 def test_annealing_finds_the_optimum(placement: Placement, micro_batches: int, times: tuple[int, int, int],
                                      kept: int) -> None:
     """Against trying everything, with W whole; limits count chunks."""
