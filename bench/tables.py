@@ -28,6 +28,8 @@ _NAMED = "1f1b zb-h1 v-min v-half v-zb"
 _OURS = f"{_NAMED} adaptive@0.75 adaptive@1.0"
 _TORCHS = ('"torch 1f1b" "torch interleaved1f1b" "torch interleavedzerobubble" "torch zbvzerobubble" '
            '"torch dualpipev"')
+_CHUNKS = ('"torch interleavedzerobubble" "torch interleavedzerobubble:4" '
+           "interleaved-zb interleaved-zb:4 v-zb v-zb:4")
 _BY_HEAD = "--contenders v-half --checkpointing off --partition blocks multiplications times"
 _GPU_SUMS = ("--device cuda --dtype bfloat16 --sums float32 --tokens 2048 4096 "
              "--sizes 4096x4096 12288x4096 16384x4096 4096x16384 20480x5120")
@@ -65,6 +67,9 @@ RUNS = [
     Run("sleeping-torch", 'bench/run.py --rounds 3 --micro-batches 8 '
                           f'--contenders "deepspeed 1f1b" {_TORCHS} v-zb adaptive@1.0',
         f"{_SLEEPING} --contenders 1f1b {_TORCHS}"),
+    Run("sleeping-chunks", 'bench/run.py --rounds 3 --micro-batches 8 16 --ms 20 20 20 '
+                           f'--contenders {_CHUNKS}',
+        f"{_SLEEPING} --layers 4 --contenders {_CHUNKS}"),
     Run("gpt", 'bench/run.py --workload gpt --ranks 2 --micro-batches 4 8 --rounds 5 '
                '--contenders "deepspeed 1f1b" "torch zbvzerobubble" 1f1b zb-h1 v-half v-zb', f"{_TWO} --hidden 64"),
     Run("measured-times", 'bench/run.py --rounds 3 --micro-batches 8 --ms 5 8 3 '
