@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
 from ds_vshape.schedule.passes import B, F, Pass, W
 from ds_vshape.schedule.placement import v
@@ -66,25 +67,49 @@ def v_half(ranks: int, micro_batches: int) -> Schedule:
 def v_zb(ranks: int, micro_batches: int, chunks: int = 2) -> Schedule:
     """1F1B's activations and no bubble within a rank's own span: F B W of one chunk, then of another."""
     known = {2: (3, 1, 3), 4: ((1, 1, 2, 1, 2, 1, 1), (1, 2, 2, 1, 2, 2, 1))[ranks % 2]}
-    turns = known[chunks] if chunks in known else _turns(ranks, chunks)
+    turns = known[chunks] if chunks in known else _turns(ranks, (4, 2) * chunks)
+    if turns is None:
+        raise ValueError(f"no turns of v-zb on {ranks} ranks with {chunks} stages each")
     block = v_block(ranks, (4, 2) * chunks, turns).split()
     return reorder(repeat(block, micro_batches, "v-zb"), chunks * ranks)
 
 
-def _turns(ranks: int, chunks: int) -> Sequence[int]:
-    """Turns for v-zb's steps at which no passes meet, each as short as those before it let it be."""
-    interval = 3 * chunks
+def of_steps(ranks: int, micro_batches: int, chunks: int, down: int, up: int) -> Schedule | None:
+    """The schedule with the steps `down` and `up` on all ways; None where no turns part its passes.
+
+    The longer the steps, the more memory: that of 4 and 2 is v-zb's, that of 3 and 1 about 0.7 of it.
+    """
+    turns = _turns(ranks, (down, up) * chunks)
+    if turns is None:
+        return None
+    repeated = repeat(v_block(ranks, (down, up) * chunks, turns).split(), micro_batches, f"v {down} {up}")
+    # Peaks count a chunk as 2 / chunks.
+    return reorder(repeated, round(max(peak_activations(repeated)) * chunks / 2))
+
+
+# How many ways are tried before there are said to be no turns.
+_MOST_WAYS = 2000
+
+
+def _turns(ranks: int, steps: Sequence[int]) -> Sequence[int] | None:
+    """Turns at which no passes meet, each as short as those before it let it be; None if there are none."""
+    interval = 3 * len(steps) // 2
     found: list[int] = []
     taken: set[tuple[int, int]] = set()
+    tried = 0
 
     def go_on(start: int) -> bool:
-        if len(found) == 2 * chunks:
+        nonlocal tried
+        if len(found) == len(steps):
             return True
-        step, way = (2, reversed(range(ranks))) if len(found) % 2 else (4, range(ranks))
+        step, way = steps[len(found)], reversed(range(ranks)) if len(found) % 2 else range(ranks)
         places = list(enumerate(way))
         # The first way needs no turn.
         for turn in range(1, interval) if found else (0,):
             passes = {(rank, (start + turn + step * place) % interval) for place, rank in places}
+            tried += 1
+            if tried > _MOST_WAYS:
+                return False
             if taken.isdisjoint(passes):
                 found.append(turn)
                 taken.update(passes)
@@ -94,9 +119,7 @@ def _turns(ranks: int, chunks: int) -> Sequence[int]:
                 taken.difference_update(passes)
         return False
 
-    if not go_on(0):
-        raise ValueError(f"no turns of v-zb on {ranks} ranks with {chunks} stages each")
-    return found[1:]
+    return found[1:] if go_on(0) else None
 
 
 def zb_v(ranks: int, micro_batches: int) -> Schedule:

@@ -20,6 +20,7 @@ from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement, interleaved, v
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Times, simulate
+from ds_vshape.schedule.v_shape import of_steps
 
 STAIRCASES = {
     "v-zb": """
@@ -88,6 +89,18 @@ def test_more_chunks_in_a_v_wait_for_little_but_the_ramp(chunks: int) -> None:
             makespan = simulate(schedule, Times.uniform(chunks * ranks)).makespan
             assert makespan == least if chunks < 10 and micro_batches > ranks else makespan <= 1.02 * least
             assert max(peak_activations(schedule)) <= 2 * ranks + 1e-9
+
+
+@pytest.mark.parametrize("ranks, down, up, memory, time", [
+    (4, 1, 1, 1 / 2, 1.15), (4, 3, 1, 3 / 4, 1.07), (8, 2, 1, 5 / 8, 1.13), (8, 3, 1, 11 / 16, 1.09)])
+def test_shorter_steps_need_less_memory(ranks: int, down: int, up: int, memory: float, time: float) -> None:
+    """As shares of 1F1B's memory and of the work alone, with four stages on a rank."""
+    schedule = of_steps(ranks, 3 * ranks, 4, down, up)
+    assert schedule is not None
+    check(schedule)
+    assert max(peak_activations(schedule)) == memory * 2 * ranks
+    makespan = simulate(schedule, Times.uniform(4 * ranks)).makespan
+    assert makespan <= time * 36 * ranks
 
 
 def test_an_incomplete_group_keeps_1f1bs_memory() -> None:

@@ -108,7 +108,7 @@ class ListScheduler:
         least = self.least_reserves
         first = np.minimum(most, np.maximum(least[:, 0], of_first))
         share = np.linspace(1.0, 0.0, least.shape[1]) if least.shape[1] > 1 else np.zeros(1)
-        reserves = least + np.maximum(0.0, first - least[:, 0])[:, None] * share
+        reserves: NDArray[np.float64] = least + np.maximum(0.0, first - least[:, 0])[:, None] * share
         reserves[:, 0] = first
         return reserves
 
