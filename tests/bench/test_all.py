@@ -76,6 +76,7 @@ def main():
     assert (tmp_path / "forked.log").read_text() == f"{ROOT} 1\n" and "forked_program" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_program_of_the_package_says_where_its_results_come_from(tmp_path: Path) -> None:
     run = next(run for run in RUNS if run.name == "hops")
     assert program.measure_quickly(run, tmp_path).state == "ok"

@@ -60,6 +60,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Run:
     return gpu.Run("cpu", tmp_path, tmp_path / "program.py")
 
 
+@pytest.mark.slow
 def test_the_next_step_follows_whatever_became_of_one(run: gpu.Run, tmp_path: Path) -> None:
     def wrong(results: list[Any]) -> str:
         raise RuntimeError(f"{len(results)} results are wrong")

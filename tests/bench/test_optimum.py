@@ -38,6 +38,7 @@ def test_blocks_that_repeat(ranks: int, peak: int, group: int, infeasible: int, 
     assert repeats(cell, group, feasible, 300) == "feasible"
 
 
+@pytest.mark.slow
 def test_the_planner_repeats_as_fast_as_can_be() -> None:
     """One micro-batch as fast as is proved above; two that take turns need less still, each; too little memory none."""
     assert annealed(Cell(4, 4, (10, 9, 7, 3)), 1, 10) == 69

@@ -30,6 +30,7 @@ def load_and_train(rank: int, job: Job, folder: str) -> tuple[Outcome, Any]:
     return train(engine, AFTER), client_state
 
 
+@pytest.mark.quick_cases("v-half-bf16-zero1", "zb-h1-fp32-zero0", "v-half-fp32-zero1")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("schedule", ["zb-h1", "v-half"])
 def test_goes_on_bit_for_bit(schedule: str, precision: str, tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_the_picture_names_every_point(tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_with_recomputation_and_offload_no_limit_takes_longer(tmp_path: Path) -> None:
     """And some limits can be kept that no order keeps alone."""
     found = curve(tmp_path, "--stages", "2", "--micro-batches", "3", "--recompute", "--offload", "--limits",

@@ -297,6 +297,7 @@ def copies(rank: int, jobs: list[tuple[Job, dict[str, Any]]]) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_ordinary_layers_are_not_copied() -> None:
     """Neither their outputs nor their gradients, in any pass, nor where layers are recomputed or measured."""
     recomputed = {"activation_checkpoint_interval": 1}

@@ -33,6 +33,7 @@ def evaluate_between_batches(rank: int, job: Job) -> list[Any]:
     return [seen, float(loss), logits if engine.is_last_stage() else None]
 
 
+@pytest.mark.quick_cases("1f1b", "v-half")
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved-1f1b", *V_SCHEDULES])
 def test_evaluation_alternates_with_training(schedule: str) -> None:
     """Any number of micro-batches, fewer or more than in training and than stages; training isn't disturbed."""
@@ -126,6 +127,7 @@ def train_on_training_data(rank: int, job: Job) -> tuple[list[float], bool]:
     return [float(engine.train_batch()) for _ in range(3)], engine.data_iterator is not None
 
 
+@pytest.mark.quick_cases("v-half")
 @pytest.mark.parametrize("schedule", ["1f1b", "v-half"])
 def test_training_data(schedule: str) -> None:
     oracle = run_ranks(3, train_on_training_data, Job(None, 3, 2))
@@ -142,6 +144,7 @@ def norm_and_outcome(rank: int, job: Job) -> Any:
     return train(engine, BATCHES), float(engine.get_global_grad_norm())
 
 
+@pytest.mark.quick_cases("v-zb-zero0", "v-half-zero1", "1f1b-zero0")
 @pytest.mark.parametrize("config", [FP32, FP32_ZERO1], ids=["zero0", "zero1"])
 @pytest.mark.parametrize("schedule", ["1f1b", "v-half", "v-zb"])
 def test_clipping_counts_all_of_the_model(schedule: str, config: dict[str, Any]) -> None:
@@ -164,6 +167,7 @@ def train_tied(rank: int, job: Job) -> tuple[Any, list[str], int]:
     return train(engine, BATCHES), tied, len(engine.module.tied_comms)
 
 
+@pytest.mark.quick_cases("v-half-zero1", "v-zb-zero0", "zb-h1-zero1", "1f1b-zero0")
 @pytest.mark.parametrize("config", [FP32, FP32_ZERO1], ids=["zero0", "zero1"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", *V_SCHEDULES])
 def test_tied_layers(schedule: str, config: dict[str, Any]) -> None:
@@ -280,6 +284,11 @@ MODULES: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.quick_cases("two gradients-v-zb",
+                         "inputs changed in place-v-min",
+                         "masks and integers-1f1b",
+                         "a frozen first stage-zb-h1",
+                         "a frozen first stage-v-zb")
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "v-min", "v-zb"])
 @pytest.mark.parametrize("layers", MODULES)
 def test_what_crosses_stages(layers: str, schedule: str) -> None:

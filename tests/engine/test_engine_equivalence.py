@@ -50,10 +50,10 @@ def assert_equal(outcomes: list[Outcome], oracles: list[Outcome], of: Any) -> No
             assert torch.equal(outcome.weights[name], value), (of, name)
 
 
+@pytest.mark.quick_cases("2-2-fp32-zero1")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("stages", [2, 4])
-@pytest.mark.quick_cases("2-2-fp32-zero1", "4-1-fp32-zero0")
 def test_equals_deepspeed_and_the_plain_model(stages: int, replicas: int, precision: str) -> None:
     counts = (1, 3, 8)
     jobs = [Job(schedule, stages, counts[0], PRECISIONS[precision]) for schedule in [None, *MAIN_SCHEDULES]]

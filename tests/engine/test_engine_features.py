@@ -66,6 +66,7 @@ def with_output(rank: int, job: Job) -> tuple[list[float], str]:
     return trained, output.getvalue()
 
 
+@pytest.mark.quick_cases("v-half")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_wall_clock_breakdown(schedule: str) -> None:
     """DeepSpeed's own pipeline engine fails with it."""
@@ -82,6 +83,7 @@ def test_wall_clock_breakdown(schedule: str) -> None:
     assert any("pipe_recv_grad" in line for line in lines)
 
 
+@pytest.mark.quick_cases("v-half")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_flops_profiler(schedule: str) -> None:
     """The multiplications of one batch's forwards on rank 0, counted by hand; training is what it is without."""
@@ -133,6 +135,7 @@ def with_optimizer(rank: int, job: Job, kind: str) -> list[Any]:
     return [*seen, type(scheduler).__name__, engine.global_steps, engine.global_samples]
 
 
+@pytest.mark.quick_cases("objects", "callables")
 @pytest.mark.parametrize("kind", ["config", "objects", "callables"])
 def test_optimizers_and_schedulers(kind: str) -> None:
     oracle = run_ranks(2, with_optimizer, Job(None, 2, 3), kind)

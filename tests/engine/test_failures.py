@@ -146,6 +146,7 @@ def train_through(rank: int, job: Job,
     return oracle, losses, errors
 
 
+@pytest.mark.quick_cases("1f1b-fp32", "v-min-bf16", "v-half-fp32 ZeRO-1")
 @pytest.mark.parametrize(["schedule", "config"], [("1f1b", "fp32"), ("interleaved-1f1b", "fp32 ZeRO-1"),
                                                   ("v-min", "bf16"), ("v-half", "bf16 accumulating fp32"),
                                                   ("v-zb", "fp32"), ("v-half", "fp32 ZeRO-1")])

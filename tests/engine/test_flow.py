@@ -138,6 +138,7 @@ def all_of(jobs: list[Job], ranks: int, dynamic: bool) -> list[tuple[list[float]
             for of_ranks in zip(*run_ranks(ranks, train_and_evaluate, jobs, dynamic))]
 
 
+@pytest.mark.quick_cases("gradients in some micro-batches", "masks, counts and tokens by content", "no elements")
 @pytest.mark.parametrize("flow", FLOWS)
 def test_members(flow: str) -> None:
     layers = tuple(FLOWS[flow])
@@ -191,6 +192,7 @@ def train_lengths_in_a_batch(rank: int, job: Job) -> list[float]:
 SHALLOW = (EMBEDDING, *[LayerSpec(Block)] * 6, HEAD)
 
 
+@pytest.mark.quick_cases("v-zb", "1f1b")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_lengths_that_change(schedule: str) -> None:
     stock, job = Job(None, 1, 4, layers=SHALLOW), Job(schedule, 2, 4, layers=SHALLOW)
@@ -222,6 +224,7 @@ def legacy_curriculum(rank: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_curriculum() -> None:
     """A sequence length that grows; the old key of the config is refused by DeepSpeed, with the way out."""
     (losses, lengths), = run_ranks(1, train_by_curriculum, Job(None, 1, 4, layers=SHALLOW))

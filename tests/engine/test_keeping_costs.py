@@ -118,7 +118,7 @@ def train_without(rank: int, batches: int) -> Outcome:
     return train(job().engine(loss_fn=loss), range(batches))
 
 
-@pytest.mark.quick_cases("both")
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, means, planned", [
     (0.3, ("recompute", "offload"), (Kind.O, Kind.R)),
     (0.3, ("offload",), (Kind.O, Kind.R)),

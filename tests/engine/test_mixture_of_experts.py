@@ -251,6 +251,7 @@ def failed(rank: int) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_failure_before_an_exchange_of_tokens_ends_all_ranks_with_its_cause() -> None:
     """Not with what follows from it on the first rank, which gets no activations."""
     for told in run_ranks(4, failed, timeout=60):

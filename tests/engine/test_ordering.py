@@ -133,6 +133,7 @@ def measure_lengths(rank: int) -> tuple[Times, Any, Times]:
     return times, first, planned((*LENGTHS, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_plans_are_for_the_lengths_in_each_place() -> None:
     (times, first, of_five), other = run_ranks(2, measure_lengths)

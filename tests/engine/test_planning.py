@@ -231,6 +231,7 @@ def train_plainly(rank: int) -> list[float]:
     return train(Job(None, 2, 3).engine(), range(80)).losses
 
 
+@pytest.mark.slow
 def test_training_goes_on_whatever_the_planner_does() -> None:
     """With DeepSpeed's losses, one line in the log of rank 0, and nothing said by others."""
     first, second = run_ranks(2, train_by_failing_planners, timeout=180)

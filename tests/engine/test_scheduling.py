@@ -190,6 +190,7 @@ def pieces_as_they_are(rank: int) -> dict[str, Any]:
     return {"times": times, "planned": planned, "predicted": predicted, "measured": measured}
 
 
+@pytest.mark.slow
 def test_pieces_take_what_was_planned() -> None:
     """The head's W is a piece of its own, and that of a single layer isn't cut."""
     found = run_ranks(2, pieces_as_they_are)[0]
@@ -231,6 +232,7 @@ def drift(rank: int) -> tuple[Times, Times]:
     return before, engine.planned_times
 
 
+@pytest.mark.slow
 def test_drift_plans_again() -> None:
     (before, after), other = run_ranks(2, drift, timeout=180)
     assert (before, after) == other
@@ -255,6 +257,7 @@ def change_micro_batches_plainly(rank: int, at: int) -> list[float]:
     return [at, *losses, *train(engine, range(at + 1, at + 9)).losses]
 
 
+@pytest.mark.slow
 def test_another_number_of_micro_batches() -> None:
     ours = run_ranks(2, change_micro_batches)
     assert ours[0] == ours[1] == run_ranks(2, change_micro_batches_plainly, int(ours[0][0]))[0]

@@ -40,9 +40,9 @@ def train_parallel(rank: int, job: Job) -> tuple[list[float], float, float]:
     return losses, float(engine.get_global_grad_norm()), float(engine.eval_batch(data(engine, 9)))
 
 
+@pytest.mark.quick_cases("v-half-zero1")
 @pytest.mark.parametrize("config", [FP32, FP32_ZERO1], ids=["zero0", "zero1"])
 @pytest.mark.parametrize("schedule", ["1f1b", "v-half", "v-zb"])
-@pytest.mark.quick_cases("v-half-zero1", "1f1b-zero0")
 def test_equals_the_plain_model(schedule: str, config: dict[str, Any]) -> None:
     """Partial products add up in another order: equal to rounding. The clip acts, so the norm must be right."""
     job = Job(schedule, PIPE, 3, {**config, "gradient_clipping": 0.5}, tuple(gpt_layers(MODEL)))
@@ -71,6 +71,7 @@ def train_in_precisions(rank: int, jobs: list[Job], whole: bool) -> list[tuple[l
     return results
 
 
+@pytest.mark.slow
 def test_low_precisions() -> None:
     """Against DeepSpeed's engine on one rank. Uniformly cut, a V's rank 0 has no tensor parallel layer at all: nothing
     that its second tensor parallel rank would count in the norm."""
@@ -154,6 +155,7 @@ def test_ranks_that_share_a_layer_fail_together(victims: list[int]) -> None:
         assert "a layer had enough" in told
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_in_a_shared_layer() -> None:
     """The others would wait for it inside the layer as long as torch lets them; the job ends instead, and says why."""
     with pytest.raises(RanksFailed) as failed:
@@ -200,6 +202,7 @@ def train_beside(rank: int, overlapping: bool) -> tuple[Outcome, int, int]:
     return train(engine, BATCHES), works.sums, works.overlapped
 
 
+@pytest.mark.slow
 def test_sums_of_input_gradients_run_beside_weight_gradients() -> None:
     """Which changes no bit of the weights."""
     with_overlap, without = (run_ranks(PIPE * TENSOR, train_beside, overlapping) for overlapping in (True, False))

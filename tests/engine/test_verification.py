@@ -192,6 +192,7 @@ def test_tensor_parallel_layers() -> None:
     assert equal and others == [([], True)] * 3
 
 
+@pytest.mark.slow
 def test_tied_layers() -> None:
     told = run_ranks(2, with_and_without, [("v-half", FP32, {}), ("zb-h1", FP32_ZERO1, {})], 4, tuple(tied_specs(6)))[0]
     assert all("bit for bit" in line for line, in told)

@@ -115,6 +115,7 @@ def test_a_send_reads_its_memory_when_both_sides_have_met() -> None:
     assert run_on_gpus(2, early_write)[1] == [7, 7, 7]
 
 
+@pytest.mark.slow
 def test_an_operation_that_nobody_meets_ends_the_process_without_a_word() -> None:
     with pytest.raises(RanksFailed, match="Watchdog caught collective operation timeout: recv"):
         run_on_gpus(2, unmet, watchdog_seconds=3)

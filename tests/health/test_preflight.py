@@ -190,6 +190,7 @@ def start_without_messages(rank: int, silent: int, job: Job) -> str:
     return str(error.value)
 
 
+@pytest.mark.quick_cases("two pipelines")
 @pytest.mark.parametrize(["job", "silent", "pairs"], [
     (Job("v-half", 4, 4), 2, "rank 1 (host-0) and rank 2 (host-1) can't reach each other; "
                              "rank 2 (host-1) and rank 3 (host-1) can't reach each other. "),

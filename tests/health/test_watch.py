@@ -218,6 +218,7 @@ def train_slowly(rank: int, how: str, folder: str) -> list[float]:
     return losses
 
 
+@pytest.mark.quick_cases("stopped")
 @pytest.mark.parametrize("how", ["stopped", "busy"])
 def test_who_takes_long_is_not_lost(how: str, tmp_path: Path) -> None:
     slow, _ = run_ranks(2, train_slowly, how, str(tmp_path), timeout=90)

@@ -108,6 +108,7 @@ def measured_peak(rank: int, job: Job) -> Any:
     return activations, predicted, most
 
 
+@pytest.mark.quick_cases("1f1b-2-6", "v-min-4-8", "v-zb-2-8")
 @pytest.mark.parametrize("schedule, ranks, micro_batches", [("1f1b", 2, 6), ("v-min", 4, 8), ("v-half", 2, 8),
                                                             ("v-zb", 2, 8), ("zb-h2", 2, 8)])
 def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_batches: int) -> None:
@@ -117,6 +118,7 @@ def test_predicted_against_really_allocated(schedule: str, ranks: int, micro_bat
         assert 0.91 < ratio < 1.01
 
 
+@pytest.mark.quick_cases("v-half-2")
 @pytest.mark.parametrize("schedule, ranks", [("1f1b", 2), ("v-half", 2), ("v-zb", 4)])
 def test_predicted_where_blocks_are_recomputed(schedule: str, ranks: int) -> None:
     """A B of recomputed layers has what all layers before it keep for W, a BW has not. In these small blocks the random
@@ -135,8 +137,8 @@ def predicted_against_allocated(job: Job) -> list[float]:
             for memory, (_, _, most) in zip(predicted, results, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, ranks", [("zb-h1", 2), ("v-min", 2), ("v-half", 2), ("v-zb", 4)])
-@pytest.mark.quick_cases("v-half-2")
 def test_checkpointing_takes_less_on_every_rank(schedule: str, ranks: int) -> None:
     """Really allocated beyond gradients; a running backward has a recomputed block and its gradients."""
     plain = run_ranks(ranks, measured_peak, job(schedule, ranks, 8, blocks=4 * ranks - 2))

@@ -130,6 +130,7 @@ def measured_and_not(rank: int) -> None:
             assert all(map(torch.equal, state(engine), state(other)))
 
 
+@pytest.mark.slow
 def test_layers_may_do_in_the_measured_batch_what_they_may_do_in_others() -> None:
     """Transforms, control flow, modes and hooks of their own; losses, weights and random numbers bit for bit."""
     run_ranks(2, measured_and_not)

@@ -93,8 +93,8 @@ TIED_JOBS = [("1f1b", FP32), ("1f1b", BF16_ZERO1_FP32), ("zb-h1", FP32_ZERO1), (
              ("v-half", BF16_ZERO1), ("v-zb", FP32_ZERO1), ("v-zb", BF16_ZERO1_FP32)]
 
 
+@pytest.mark.quick_cases("two chunks of a rank")
 @pytest.mark.parametrize("layers", TIES)
-@pytest.mark.quick_cases("two chunks of a rank", "frozen")
 def test_tied_layers_anywhere(layers: str) -> None:
     """Weights, all of their copies, are the plain model's. Each rank adds up its own uses first, so that the sum over
     ranks may round differently."""
@@ -131,6 +131,7 @@ def load_train(rank: int, jobs: list[tuple[Job, str]], weights_alone: bool) -> l
     return outcomes
 
 
+@pytest.mark.slow
 def test_checkpoints_have_tied_weights(tmp_path: Path) -> None:
     """Under the same schedule training continues bit for bit; under another the weights are right on all ranks."""
     ties = list(TIES)[:4]
@@ -222,9 +223,9 @@ PARTLY_FROZEN: dict[str, list[Any]] = {
 CLIPPED = {**FP32, "gradient_clipping": 0.01}
 
 
+@pytest.mark.quick_cases("LoRA-kept")
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("frozen", PARTLY_FROZEN)
-@pytest.mark.quick_cases("LoRA-kept", "the middle-recomputed")
 def test_frozen_layers(frozen: str, checkpointed: bool) -> None:
     """Whatever isn't trained, a whole rank included, and with DeepSpeed's reentrant checkpointing."""
     layers = tuple(PARTLY_FROZEN[frozen])

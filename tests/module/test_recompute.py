@@ -70,9 +70,9 @@ def train_counting(rank: int, job: Job, options: dict[str, Any]) -> tuple[Outcom
     return train(engine, BATCHES), calls
 
 
+@pytest.mark.quick_cases("torch reentrant-bf16")
 @pytest.mark.parametrize("precision", [FP32, BF16_ZERO1, BF16_ZERO1_FP32], ids=["fp32", "bf16", "bf16-fp32"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.quick_cases("deepspeed non-reentrant-fp32", "torch reentrant-bf16")
 def test_forwards_run_twice_and_gradients_are_equal(kind: str, precision: dict[str, Any]) -> None:
     block, options, config = KINDS[kind]
 

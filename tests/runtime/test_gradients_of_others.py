@@ -156,6 +156,7 @@ def of_last(results: list[tuple[list[float], dict[str, Tensor]]]) -> tuple[list[
     return losses, state
 
 
+@pytest.mark.quick_cases("v-half-config0")
 @pytest.mark.parametrize(["schedule", "config"], [("v-half", FP32), ("zb-h1", BF16_ZERO1_FP32)])
 def test_a_loss_functions_weights_are_saved_and_loaded(schedule: str, config: dict[str, Any], tmp_path: Path) -> None:
     one = Job(schedule, 2, 3, config, chosen(Block))
@@ -169,6 +170,7 @@ def test_a_loss_functions_weights_are_saved_and_loaded(schedule: str, config: di
     assert all(torch.equal(state[name], loaded[name]) for name in state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(["before", "after"], [("zb-h1", "v-half"), ("v-zb", "zb-h1")])
 def test_a_loss_functions_weights_are_converted(before: str, after: str, tmp_path: Path) -> None:
     """By DeepSpeed's universal conversion, in which ranks that don't compute the loss have copies of the weights."""
@@ -215,6 +217,7 @@ def train_part(rank: int, jobs: list[Job]) -> list[tuple[list[float], list[float
     return results
 
 
+@pytest.mark.slow
 def test_weights_in_no_optimizer_group() -> None:
     """As under DeepSpeed with one stage, in the same precision: they stay, and the norm leaves them out."""
     cases = {name: case for name, case in JOBS.items() if name != "fp32, sums in bf16"}

@@ -78,6 +78,7 @@ def reads(rank: int, job: Job) -> dict[str, int]:
     return dict(seen.found)
 
 
+@pytest.mark.quick_cases("v-half-bf16 ZeRO-1", "1f1b-fp32")
 @pytest.mark.parametrize("config", [FP32, FP32_ZERO1, BF16_ZERO1_FP32], ids=["fp32", "fp32 ZeRO-1", "bf16 ZeRO-1"])
 @pytest.mark.parametrize("schedule", ["1f1b", "v-half"])
 def test_only_the_end_of_a_batch_reads_values(schedule: str, config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
@@ -58,6 +59,7 @@ def train_counting(job: Job) -> tuple[Any, list[int]]:
     return train(engine, BATCHES), counts
 
 
+@pytest.mark.slow
 def test_weights_are_deepspeeds_bit_for_bit() -> None:
     for of_ranks in zip(*run_ranks(4, train_both), strict=True):
         stock, ours, counts = zip(*of_ranks, strict=True)

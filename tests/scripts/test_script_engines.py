@@ -142,8 +142,8 @@ def patch_engine(engine: Any, calls: list[str]) -> None:
     engine._INSTRUCTION_MAP = {**functions, **{kind: counting(functions[kind], calls, kind.__name__) for kind in ENDS}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [FP32, FP32_ZERO1, BF16_ZERO1_FP32], ids=["ZeRO-0", "ZeRO-1", "BF16_Optimizer"])
-@pytest.mark.quick_cases("ZeRO-0")
 def test_functions_at_the_end_of_a_batch(keys: dict[str, Any]) -> None:
     """Put in before initialize, and between batches: on the class, in the engine's map, and as a map of its own."""
 

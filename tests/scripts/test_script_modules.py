@@ -91,6 +91,7 @@ SUBCLASSES: dict[str, dict[str, Any]] = {"manual": {"split": [5], "partition_met
                                          "shifted": {"partition_method": "uniform"}}
 
 
+@pytest.mark.quick_cases("shifted")
 @pytest.mark.parametrize("name", SUBCLASSES)
 def test_a_partition_of_a_subclass(name: str) -> None:
     """Without the key it's DeepSpeed's own, with one stage a rank it counts, with two the section must have one."""

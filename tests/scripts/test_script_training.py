@@ -158,6 +158,7 @@ def test_targets_that_nobody_receives() -> None:
 # -- settings
 
 
+@pytest.mark.quick_cases("True")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_function_by_partial(reentrant: bool) -> None:
     def script(config: dict[str, Any]) -> Any:
@@ -167,8 +168,8 @@ def test_a_checkpoint_function_by_partial(reentrant: bool) -> None:
     same(variants(script, **FP32_ZERO1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [FP32, FP32_ZERO1, BF16_ZERO1], ids=["ZeRO-0", "ZeRO-1", "bf16, ZeRO-1"])
-@pytest.mark.quick_cases("ZeRO-1")
 def test_a_communication_dtype_set_after_the_start(keys: dict[str, Any]) -> None:
     """Of gradients that replicas add up, where DeepSpeed asks the engine for it; and a scheduler some batches later."""
 

@@ -95,10 +95,10 @@ def outcomes(schedule: str, fusion: bool, cases: list[tuple[Any, dict[str, Any]]
     return [merged(list(of_ranks)) for of_ranks in zip(*run_ranks(2, body), strict=True)]
 
 
+@pytest.mark.quick_cases("v-half-True")
 @pytest.mark.filterwarnings("ignore:This overload of addmm is deprecated")
 @pytest.mark.parametrize("fusion", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.quick_cases("v-half-True", "zb-h1-False")
 def test_stages_train_as_the_plain_model(schedule: str, fusion: bool) -> None:
     cases = [(specs(layer), FP32_ZERO1 if layer in (Adversarial, OfWeights) else {}) for layer in LAYERS]
     for layer, outcome, (layers, config) in zip(LAYERS, outcomes(schedule, fusion, cases), cases, strict=True):

@@ -89,7 +89,7 @@ def saved_four_bit(setting: str, quantization: dict[str, Any], is_stored: bool, 
     return FourBitCase(root / "stored", "v-half", adapter=adapter, quantization=None)
 
 
-@pytest.mark.quick_cases("nf4")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(QUANTIZATIONS))
 def test_trains_what_peft_trains(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, setting in SETTINGS_HERE.items():

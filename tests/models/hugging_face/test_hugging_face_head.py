@@ -54,7 +54,7 @@ def saved(name: str, folder: Path) -> Path:
 
 
 # Tied, scaled and capped logits, a router loss; the others in the slow suite.
-@pytest.mark.quick_cases("gemma2-tied", "mixtral")
+@pytest.mark.quick_cases("gemma2-tied")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_trains_what_transformers_trains(name: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path / "source")

@@ -122,7 +122,7 @@ IN_W = {"mixtral": {*ATTENTION, "mlp.gate", "mlp.experts.gate_up_proj", "mlp.exp
         "phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}}
 
 
-@pytest.mark.quick_cases("llama-tied", "mixtral")
+@pytest.mark.quick_cases("llama-tied")
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_train_what_transformers_trains(name: str, tmp_path: Path) -> None:
     folder, output = tmp_path / "source", tmp_path / "output"

@@ -153,6 +153,7 @@ print(json.dumps([run.makespan, run.orders.tolist(), best.tolist()]))
 """
 
 
+@pytest.mark.slow
 def test_without_numba_it_is_no_worse_than_the_papers_schedules() -> None:
     """And all that is compiled elsewhere comes to the same."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, cwd=ROOT, check=False)
