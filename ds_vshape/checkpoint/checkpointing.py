@@ -39,11 +39,15 @@ _CHECKPOINT = "checkpoint"
 # What DeepSpeed copies into the save_dir for a checkpoint with ZeRO.
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
+# With the client's state; the seeds of layers (`seed_layers`), and so the numbers of dropout, follow from it.
+_FORWARDS = "ds_vshape_forwards"
 
 
 class SavingEngine(StockEngine):
     """DeepSpeed's engine with safe checkpoints; the files and their contents are DeepSpeed's."""
 
+    # How many micro-batches have run forward, in training and evaluation.
+    _forwards_before: int
     _agreement: Agreement
     _watch: Watch
     # Whether any rank has an MoE layer.
@@ -71,7 +75,7 @@ class SavingEngine(StockEngine):
         if self._has_experts and is_bf16(self.optimizer) and not self.zero_optimization():
             raise CheckpointError("MoE layers with bf16 and without ZeRO: zero_optimization.stage must be 1, DeepSpeed "
                                   "can't load the optimizer states that it would save")
-        client_state = {} if client_state is None else client_state
+        client_state = {**(client_state or {}), _FORWARDS: self._forwards_before}
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         # Hosts may keep their own folders under other names.
         place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
@@ -227,6 +231,9 @@ class SavingEngine(StockEngine):
                 path, client_state = super().load_checkpoint(load_dir, tag, **options)
                 if not os.path.isdir(folder) or os.stat(folder).st_ino != seen:
                     raise CheckpointError(f"{folder} was replaced while it was loaded: load it again when no job saves")
+            forwards = client_state.pop(_FORWARDS, None)
+            if forwards is not None and not options["load_module_only"]:
+                self._forwards_before = forwards
             # Where ranks have folders of their own, one may be older.
             steps = client_state.get("global_steps", self.global_steps)
             self.module.preflight.compare(lambda: {f"global_steps of {tag}": steps})

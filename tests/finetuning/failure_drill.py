@@ -75,9 +75,18 @@ class Drill:
             raise RuntimeError(f"status {status}: {(self.folder / f'{name}.log').read_text()[-3000:]}")
         return time.monotonic() - began
 
-    def kill(self, name: str, moment: float, victim: int | None) -> None:
-        """Start, and kill one of the ranks after so many seconds, or all processes for None."""
+    def _said(self, name: str, words: str) -> int:
+        """How often the log has these words."""
+        log = self.folder / f"{name}.log"
+        return log.read_text(errors="replace").count(words) if log.exists() else 0
+
+    def kill(self, name: str, moment: float, victim: int | None, after_save: bool) -> None:
+        """Start, and kill one of the ranks, or all processes for None: so many seconds later, or so many after the next
+        checkpoint."""
+        saved = self._said(name, "saved as")
         launcher = self.start(name)
+        while after_save and launcher.poll() is None and self._said(name, "saved as") == saved:
+            time.sleep(0.02)
         time.sleep(moment)
         started = psutil.Process(launcher.pid).children(recursive=True)
         ranks = [child for child in started if "finetune.py" in " ".join(_words(child)[:4]) and _is_rank(child)]
@@ -95,12 +104,16 @@ class Drill:
         self.prepare()
         start = self.finish("first", 1)
         whole = self.finish("uninterrupted")
-        # Kills are spread over the training.
-        latest = start + 2 * max(whole - start, 0.0) / (kills + 1)
+        # Every second one comes in the middle of a training with a checkpoint, the others at any time.
+        latest = 2 * max(whole - start, 1.0) / (kills + 1)
         moments = random.Random(seed)
-        for _ in tqdm(range(kills), desc="kills", disable=None):
-            self.kill("killed", moments.uniform(0.0, latest), moments.choice([None, 0, 1]))
+        for number in tqdm(range(kills), desc="kills", disable=None):
+            after_save = number % 2 == 0
+            self.kill("killed", moments.uniform(0.0, latest if after_save else start + latest),
+                      moments.choice([None, 0, 1]), after_save)
         self.finish("killed")
+        if not self._said("killed", "continues from"):
+            raise RuntimeError("no kill came between a checkpoint and the end: take more batches")
         one, other = (_tensors(self.folder / name) for name in ("uninterrupted", "killed"))
         return sorted(name for name in one.keys() | other.keys()
                       if name not in one or name not in other or not torch.equal(one[name], other[name]))
