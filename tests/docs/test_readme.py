@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +17,11 @@ from readme_commands import FILES, ROOT, blocks, commands
 import ds_vshape
 from ds_vshape.cli import main
 from ds_vshape.config.section import read_section
+from ds_vshape.schedule import deadlock
+from ds_vshape.schedule.lowering import lower
+from ds_vshape.schedule.schedule import Schedule
+from ds_vshape.schedule.schedule import check as check_schedule
+from ds_vshape.schedule.timeline import Times, simulate
 
 TESTS = ROOT / "tests"
 DOCS = ROOT / "ds_vshape" / "docs"
@@ -102,6 +108,20 @@ def test_the_way_of_a_batch_is_short() -> None:
     assert [int(number) for number, _ in steps] == list(range(1, len(steps) + 1)) and 20 < len(steps) <= 25
     assert all(len(re.findall(r"\w+\.py", text)) == 1 and text.startswith("`ds_vshape/") for _, text in steps)
     assert len((ROOT / "ds_vshape" / "engine" / "engine.py").read_text().splitlines()) < 400
+
+
+def test_the_example_of_a_new_schedule_runs() -> None:
+    """CONTRIBUTING.md's builder gives what its docstring says, and programs that can't hang."""
+    text, = ("\n".join(block) for language, block in blocks((ROOT / "CONTRIBUTING.md").read_text())
+             if language == "python")
+    found: dict[str, Any] = {}
+    exec(compile(text, "CONTRIBUTING.md", "exec"), found)
+    for ranks, micro_batches in ((1, 1), (3, 5)):
+        schedule: Schedule = found["gpipe_split"](ranks, micro_batches)
+        check_schedule(schedule)
+        times = Times.uniform(ranks)
+        assert simulate(schedule, times).makespan == 3 * micro_batches + 2 * (ranks - 1)
+        deadlock.check(lower(schedule, times), schedule.placement)
 
 
 def test_the_citation_is_of_this_version() -> None:
