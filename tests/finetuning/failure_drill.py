@@ -88,6 +88,8 @@ class Drill:
         while after_save and launcher.poll() is None and self._said(name, "saved as") == saved:
             time.sleep(0.02)
         time.sleep(moment)
+        if launcher.poll() is not None:  # the training has ended
+            return
         started = psutil.Process(launcher.pid).children(recursive=True)
         ranks = [child for child in started if "finetune.py" in " ".join(_words(child)[:4]) and _is_rank(child)]
         victims = [launcher, *started] if victim is None or len(ranks) <= victim else [ranks[victim]]
