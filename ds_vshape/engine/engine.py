@@ -32,7 +32,7 @@ from torch import Tensor
 from ds_vshape.checkpoint.checkpointing import SavingEngine
 from ds_vshape.comm.background import Handle, background
 from ds_vshape.comm.channels import Channels, Signatures
-from ds_vshape.config.section import ScheduleConfig
+from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import is_in_bytes
 from ds_vshape.engine.batch_end import BatchEnd
 from ds_vshape.engine.construction import Construction
@@ -116,7 +116,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
         self._keeping: KeepingMeter | None = None
         if config.recompute or config.offload:
-            self._check_keeping()
+            self._check_keeping(f"{KEY}.recompute or {KEY}.offload = true")
             layers = [stop - start for start, stop in pairwise(self.module.parts)]
             self._keeping = KeepingMeter(self.module.at_layers, layers, self.device)
         self._observer = Observer(self, self._keeping)
@@ -194,8 +194,10 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         """Train by `schedule` from the next batch of as many micro-batches on; to be called on every rank.
 
         Losses don't change. Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with
-        another placement than the model's.
+        another placement than the model's, and for one that recomputes layers which are checkpointed.
         """
+        if any(action.kind is Kind.C for _, action in schedule.passes()):
+            self._check_keeping(f"the schedule {schedule.name}, which recomputes")
         self._plans.use(schedule)
         self._signatures = None
 

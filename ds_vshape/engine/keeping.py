@@ -12,7 +12,6 @@ from typing import Any
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.comm.payload import members
-from ds_vshape.config.section import KEY
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.observer import Observer
@@ -40,13 +39,12 @@ class Keeping(StockEngine):
     _operators: Operators
     _stage_buffers: Buffers
 
-    def _check_keeping(self) -> None:
-        """Raise PipelineError, on every rank, where recomputation and offload can't be planned."""
+    def _check_keeping(self, what: str) -> None:
+        """Raise PipelineError, on every rank, where `what` recomputes what is recomputed already."""
         interval = self.module.activation_checkpoint_interval
         if interval:
-            raise PipelineError(f"activation_checkpoint_interval = {interval} with {KEY}.recompute or {KEY}.offload = "
-                                "true: must be 0, because the plan decides what is recomputed, and sizes of what is "
-                                "recomputed already aren't known")
+            raise PipelineError(f"activation_checkpoint_interval = {interval} with {what}: must be 0, because the "
+                                "plan decides what is recomputed")
 
     def _keeping_times(self, times: Times) -> Times:
         """`times`, with those of recomputation and copies where these may be planned (collective)."""
@@ -63,8 +61,7 @@ class Keeping(StockEngine):
         key = buffer_id.stage, stop
         if key not in self._changing_buffers:
             forgotten = chunk.funcs[:stop - chunk.start]
-            self._changing_buffers[key] = ChangingBuffers(
-                tensor for module in modules_of(forgotten) for tensor in module.buffers())
+            self._changing_buffers[key] = ChangingBuffers(modules_of(forgotten))
         again = Recomputation(f"stage {buffer_id.stage}, micro-batch {buffer_id.micro_batch}", stop,
                               self._changing_buffers[key])
         buffer.recomputation = again

@@ -18,6 +18,7 @@ from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.plans import Plans
 from ds_vshape.engine.rollback import Samples
+from ds_vshape.measure.observer import Observer
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.wrappers import InstructionWrappers
@@ -32,6 +33,7 @@ class Rehearsal(StockEngine):
     _active_stage: int | None
     _channels: Channels
     _guard: BatchGuard
+    _observer: Observer
     _plans: Plans
     _samples: Samples
     _signatures: Signatures | None
@@ -65,6 +67,8 @@ class Rehearsal(StockEngine):
         self._active_stage = None
         # Micro-batches in the places that they have in the batch itself, whose schedule may order them otherwise.
         self.draw_ahead(self._plans.training(schedule.micro_batches).schedule)
+        # What is copied isn't the last batch's.
+        self._observer.begin_batch(schedule, training=False)
         with self._wrappers.none():
             self._run(instructions, [None] * len(instructions))
         yield

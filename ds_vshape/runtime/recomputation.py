@@ -14,47 +14,66 @@ from typing import NamedTuple
 
 import torch
 from deepspeed.runtime.pipe.module import PipelineError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.runtime.saved_tensors import SavedTensor
 
 
-class ChangingBuffers:
-    """Those of `buffers` that a forward changes, such as a norm's statistics: C must find them as F did, and leave them
-    as they are."""
+class _Held(NamedTuple):
+    """What a module has as a buffer: by which name, the tensor, and a copy of its numbers."""
 
-    def __init__(self, buffers: Iterable[Tensor]) -> None:
-        self._buffers = list(buffers)
+    buffers: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor
+    value: Tensor
+
+    def is_unchanged(self) -> bool:
+        return self.buffers[self.name] is self.tensor and torch.equal(self.tensor, self.value)
+
+    def put_back(self) -> None:
+        self.buffers[self.name] = self.tensor
+        # By `data`, which autograd doesn't look at: a graph may have saved the buffer.
+        self.tensor.data.copy_(self.value)
+
+
+class ChangingBuffers:
+    """Those of the buffers of `modules` that a forward changes or replaces, such as a norm's statistics: C must find
+    them as F did, and leave them as they are."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places = [(part._buffers, name) for module in modules for part in module.modules()
+                        for name, buffer in part._buffers.items() if buffer is not None]
         self._known = False
 
     @contextmanager
-    def noted(self) -> Iterator[list[Tensor]]:
+    def noted(self) -> Iterator[list[_Held]]:
         """Around a forward; gives what they held before it. The first time it finds out which they are, and waits for
         the device."""
-        before = [buffer.clone() for buffer in self._buffers]
+        before = self._held()
         yield before
         if not self._known:
-            changed = [not torch.equal(buffer, value) for buffer, value in zip(self._buffers, before)]
-            before[:] = [value for value, is_changed in zip(before, changed) if is_changed]
-            self._buffers = [buffer for buffer, is_changed in zip(self._buffers, changed) if is_changed]
+            before[:] = [held for held in before if not held.is_unchanged()]
+            self._places = [(held.buffers, held.name) for held in before]
             self._known = True
 
     @contextmanager
-    def at(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Inside they hold `values`."""
-        now = [buffer.clone() for buffer in self._buffers]
-        self._hold(values)
+    def at(self, before: Sequence[_Held]) -> Iterator[None]:
+        """Inside they hold what they did `before`."""
+        # Of those that were replaced, both tensors may be known elsewhere.
+        now = [*(held._replace(value=held.tensor.clone()) for held in before), *self._held()]
+        for held in before:
+            held.put_back()
         try:
             yield
         finally:
-            self._hold(now)
+            for held in now:
+                held.put_back()
 
-    def _hold(self, values: Sequence[Tensor]) -> None:
-        for buffer, value in zip(self._buffers, values, strict=True):
-            # By `data`, which autograd doesn't look at: a graph may have saved the buffer.
-            buffer.data.copy_(value)
+    def _held(self) -> list[_Held]:
+        return [_Held(buffers, name, tensor, tensor.clone()) for buffers, name in self._places
+                if (tensor := buffers[name]) is not None]
 
 
 class _Expected(NamedTuple):
@@ -77,7 +96,7 @@ class Recomputation:
     def __init__(self, what: str, stop: int, buffers: ChangingBuffers) -> None:
         self._what, self._stop, self._buffers = what, stop, buffers
         self._random = RandomState()
-        self._values: list[Tensor] = []
+        self._before: list[_Held] = []
         self._expected: list[_Expected] = []
         # How many of them are dropped, and how many C has given back.
         self._dropped = self._filled = 0
@@ -86,11 +105,11 @@ class Recomputation:
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """Around F, which has to tell when each of its layers starts."""
-        with self._buffers.noted() as values, self._hooks:
+        with self._buffers.noted() as before, self._hooks:
             self._hooks.enter_context(saved_tensors_hooks(self._pack, SavedTensor.unpacked))
             yield
         self._drop()
-        self._values = values
+        self._before = before
 
     def starts(self, layer: int) -> None:
         """Layer number `layer` of the model starts, or all layers before it have ended."""
@@ -113,14 +132,14 @@ class Recomputation:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Around C. Raises PipelineError where the layers save other tensors than they did in F."""
-        with RandomState.kept(), self._buffers.at(self._values):
+        with RandomState.kept(), self._buffers.at(self._before):
             self._random.restore()
             with saved_tensors_hooks(self._fill, SavedTensor.unpacked):
                 yield
         if self._filled < len(self._expected):
             raise self._differs(f"{self._filled} of them")
         self._expected.clear()
-        self._values.clear()
+        self._before.clear()
 
     def _fill(self, tensor: Tensor) -> SavedTensor:
         if self._filled == len(self._expected):

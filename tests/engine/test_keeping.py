@@ -52,6 +52,23 @@ def test_two_ranks() -> None:
                   Job("1f1b", 2, 3, FP32_ZERO1, tuple(tied_specs(6)))])
 
 
+def refused(rank: int) -> str:
+    engine = Job("v-half", 2, 4).engine(activation_checkpoint_interval=1)
+    with pytest.raises(PipelineError) as error:
+        engine.use_schedule(gives_back(engine.schedule(), ways=(RECOMPUTED,)))
+    # Offload alone moves what checkpoints leave.
+    engine.use_schedule(gives_back(engine.schedule(), ways=(MOVED,)))
+    losses = train(engine, BATCHES).losses
+    assert losses == train(Job("v-half", 2, 4).engine(), BATCHES).losses
+    return str(error.value)
+
+
+def test_checkpointed_layers_are_not_recomputed_twice() -> None:
+    first, second = run_ranks(2, refused)
+    assert first == second and re.match(
+        "activation_checkpoint_interval = 1 with the schedule v-half, which recomputes: must be 0", first)
+
+
 class Full:
     """A host whose memory is full in one copy."""
 

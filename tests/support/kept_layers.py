@@ -46,17 +46,19 @@ class Random(nn.Module):
 
 
 class Statistics(nn.Module):
-    """Reads its buffer and changes it, as a norm by a running mean."""
+    """Reads its buffers and changes them, as a norm by running means: one in place, another one is replaced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(WIDTH)
         self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("size", torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             self.mean.mul_(0.9).add_(x.mean((0, 1)))
-        return self.norm((x - self.mean).transpose(1, 2)).transpose(1, 2).square() + x
+            self.size = 0.9 * self.size + x.abs().mean((0, 1))
+        return self.norm((x - self.mean).transpose(1, 2)).transpose(1, 2).square() + x / self.size
 
 
 class Tables(nn.Module):
