@@ -26,10 +26,10 @@ _PLAIN_TYPES = (Tensor, Parameter)
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:
-    """The address of a tensor's memory, and its bytes. On the meta device there is no memory: a number that stands for
-    it, which no other has as long as anyone refers to it."""
+    """A number that stands for a tensor's memory, which no other has as long as anyone refers to it, and its bytes. An
+    address would change while the memory is on the host, and there is none on the meta device."""
     storage = tensor.untyped_storage()
-    return (storage._cdata if tensor.device.type == "meta" else storage.data_ptr()), storage.nbytes()
+    return storage._cdata, storage.nbytes()
 
 
 class CannotWatch(RuntimeError):
@@ -38,10 +38,10 @@ class CannotWatch(RuntimeError):
 
 @dataclass(frozen=True)
 class MemoryChange:
-    """Memory that was taken at an address, or was given back there (a negative size)."""
+    """Memory that was taken, or was given back (a negative size); `number` as in `memory_of`."""
 
     time: int
-    address: int
+    number: int
     size: int
 
 
@@ -59,7 +59,7 @@ class AllocationWatcher:
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
         self._watched: Watched | None = None
-        # What was taken and is still there, by its storage: address and bytes.
+        # What was taken and is still there, by its storage: its number and bytes.
         self._alive: dict[StorageWeakRef, tuple[int, int]] = {}
         self._spans = self._time = 0
         self._failure: Exception | None = None
@@ -107,10 +107,10 @@ class AllocationWatcher:
                       for tensor in self._on_device(given)}
             for tensor in self._on_device(results):
                 reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-                address, size = memory_of(tensor)
+                number, size = memory_of(tensor)
                 if reference not in before and reference not in self._alive and size:
-                    self._alive[reference] = address, size
-                    self._note(address, size)
+                    self._alive[reference] = number, size
+                    self._note(number, size)
         except Exception as error:
             self._failure = self._failure or error
 
@@ -121,12 +121,12 @@ class AllocationWatcher:
     def _prune(self) -> None:
         for reference in [reference for reference in self._alive
                           if reference.expired()]:  # type: ignore[no-untyped-call]
-            address, size = self._alive.pop(reference)
-            self._note(address, -size)
+            number, size = self._alive.pop(reference)
+            self._note(number, -size)
 
-    def _note(self, address: int, size: int) -> None:
+    def _note(self, number: int, size: int) -> None:
         if self._watched is not None:
-            self._watched.changes.append(MemoryChange(self._tick(), address, size))
+            self._watched.changes.append(MemoryChange(self._tick(), number, size))
 
     def _tick(self) -> int:
         self._time += 1

@@ -121,7 +121,7 @@ class ActivationMeter:
         """Around an F; `inputs` and `labels` are a tensor or nested ones."""
         span = _Span(action)
         with self._measuring():
-            span.alive = _addresses(tree_leaves(inputs))
+            span.alive = _numbered(tree_leaves(inputs))
             self._inputs[action.stage] = sum(span.alive.values())
             span.labels = [*map(_reference, _strided(tree_leaves(labels)))]
             if not span.alive:
@@ -129,7 +129,7 @@ class ActivationMeter:
         with self._watched(span):
             yield
         with self._measuring():
-            span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
+            span.apart = _numbered([*self._module.parameters(), *self._module.buffers()])
 
     @contextmanager
     def backward(self, action: Pass) -> Iterator[None]:
@@ -139,7 +139,7 @@ class ActivationMeter:
             first = Pass(Kind.F, action.stage, action.micro_batch)
             forward = next(span for span in self._spans if span.action == first)
             span.apart = forward.apart
-            saved = {address: size for ref, address, size in forward.labels if not _expired(ref)}
+            saved = {number: size for ref, number, size in forward.labels if not _expired(ref)}
             span.alive = {**forward.alive, **saved}
         with self._watched(span):
             yield
@@ -154,8 +154,8 @@ class ActivationMeter:
         """Around W, which empties `store`."""
         span = _Span(action)
         with self._measuring():
-            span.apart = _addresses([*self._module.parameters(), *self._module.buffers()])
-            span.alive = _addresses(store.tensors())
+            span.apart = _numbered([*self._module.parameters(), *self._module.buffers()])
+            span.alive = _numbered(store.tensors())
         with self._watched(span):
             yield
 
@@ -187,13 +187,13 @@ class ActivationMeter:
             while changes and changes[0].time <= time:
                 change = changes.popleft()
                 if change.size > 0:
-                    alive[change.address] = change.size
+                    alive[change.number] = change.size
                     now += change.size
                     most = max(most, now)
                 else:
-                    now -= alive.pop(change.address, 0)
+                    now -= alive.pop(change.number, 0)
                     for of_forward in left.values():
-                        of_forward.pop(change.address, None)
+                        of_forward.pop(change.number, None)
             return most
 
         for span in self._spans:
@@ -208,7 +208,7 @@ class ActivationMeter:
             kind = Kind.F if action.kind is Kind.C else action.kind, action.stage
             self._most[kind] = max(take_until(end, alive), self._most.get(kind, 0))
             if action.kind is Kind.F:
-                left[buffer] = _without({address: alive[address] for address in alive.keys() - before}, span.apart)
+                left[buffer] = _without({number: alive[number] for number in alive.keys() - before}, span.apart)
             elif action.kind is Kind.C:
                 left[buffer] = _without(alive, span.apart)
 
@@ -241,7 +241,7 @@ class ActivationMeter:
 
 @dataclass(eq=False)
 class _Span:
-    """A pass that is measured. Memory is a size in bytes by its address."""
+    """A pass that is measured. Memory is a size in bytes by its number (`memory_of`)."""
 
     action: Pass
     number: int = 0
@@ -253,16 +253,16 @@ class _Span:
 
 
 def _without(memory: dict[int, int], apart: dict[int, int]) -> dict[int, int]:
-    return {address: size for address, size in memory.items() if address not in apart}
+    return {number: size for number, size in memory.items() if number not in apart}
 
 
 def _strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
     return (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided)
 
 
-def _addresses(tensors: Iterable[Any]) -> dict[int, int]:
+def _numbered(tensors: Iterable[Any]) -> dict[int, int]:
     """The memory of tensors, each piece once."""
-    return {address: size for address, size in map(memory_of, _strided(tensors)) if size}
+    return {number: size for number, size in map(memory_of, _strided(tensors)) if size}
 
 
 def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:

@@ -45,8 +45,10 @@ class Observer:
     def __init__(self, rank: Rank, keeping: KeepingMeter | None = None) -> None:
         self._rank = rank
         self._recorder = PassRecorder()
-        # The passes that are yet to be measured in this batch; none in all batches but one.
+        # The passes that are yet to be measured in this batch; none in all batches but one. What shapes have told of
+        # recomputation and offload stays for stages of which all micro-batches have that already.
         self._metered: set[Pass] = set()
+        self._given_back: set[BufferId] = set()
         self._last: tuple[Schedule, PassRecorder] | None = None
         self._meter = ActivationMeter(rank.module, rank.device.type)
         self._meter_runs = False
@@ -71,7 +73,9 @@ class Observer:
         """A batch of training or evaluation starts."""
         self._recorder = PassRecorder()
         measured = training and self.batches == METERED_BATCH
-        self._metered = _to_measure(schedule.orders[self._rank.stage_id]) if measured else set()
+        order = schedule.orders[self._rank.stage_id] if measured else ()
+        self._given_back = _given_back(order)
+        self._metered = _to_measure(order)
         if measured:
             self._meter.drop()
             self._meter_runs = False
@@ -96,13 +100,14 @@ class Observer:
         if not self._meter_runs:
             self._meter.start()
             self._meter_runs = True
-        buffer = buffers[BufferId(action.stage, action.micro_batch)]
+        buffer_id = BufferId(action.stage, action.micro_batch)
+        buffer = buffers[buffer_id]
         if action.kind is Kind.W:
             with self._meter.weights(action, buffer.store):
                 yield
         elif action.kind is Kind.F:
             assert buffer.inputs is not None
-            keeping = nullcontext() if self._keeping is None else (
+            keeping = nullcontext() if self._keeping is None or buffer_id in self._given_back else (
                 self._keeping.sizes(action.stage, members(buffer.inputs)))
             with self._meter.forward(action, buffer.inputs, buffer.labels), keeping:
                 yield
@@ -223,11 +228,16 @@ class Observer:
         return self._rank.grid.get_pipe_parallel_group()
 
 
+def _given_back(order: Sequence[Pass]) -> set[BufferId]:
+    """What is recomputed or offloaded."""
+    return {BufferId(action.stage, action.micro_batch) for action in order if action.kind.is_optional}
+
+
 def _to_measure(order: Sequence[Pass]) -> set[Pass]:
     """All passes of a micro-batch of each stage whose backward is a B, and of one whose is a BW, if it has both. The
-    second one, if there is one: after the first, allocators and caches are warm. Better one that nothing gives back
-    before its backward."""
-    given_back = {BufferId(action.stage, action.micro_batch) for action in order if action.kind.is_optional}
+    second one, if there is one: after the first, allocators and caches are warm. Better one that isn't recomputed or
+    offloaded."""
+    given_back = _given_back(order)
     found: dict[tuple[Kind, int], list[BufferId]] = {}
     for action in order:
         if action.kind.gives_input_gradient:

@@ -11,6 +11,7 @@ import torch
 from counted_blocks import (BLOCK_KEPT, BLOCK_WHOLE, LENGTH, SAMPLES, UNIT, WIDTH, WORDS, GPTBlock, allocated, job,
                             tokens)
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from given_back import BOTH, MOVED, NOTHING, RECOMPUTED, gives_back
 from instruction_functions import around_instruction
 from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job
 from ranks import run_ranks
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_vshape.measure.memory import ActivationMeter
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime import instructions as instr
+from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import B, F
 from ds_vshape.split_backward import SplitBackward, WeightGradientStore
 
@@ -126,6 +128,40 @@ def test_predicted_where_blocks_are_recomputed(schedule: str, ranks: int) -> Non
     recomputed = {**FP32, "pipeline": {"activation_checkpoint_interval": 1}}
     for ratio in predicted_against_allocated(job(schedule, ranks, 8, recomputed, 4 * ranks - 2)):
         assert 0.97 < ratio < 1.06
+
+
+GIVES_BACK = {"name": "adaptive", "times": "profile", "recompute": True, "offload": True}
+
+
+def measured_peak_giving_back(rank: int, schedule: str, ranks: int, ways: tuple[int, ...]) -> Any:
+    """As measured_peak, with memory given back in some of the `ways`."""
+    engine = job(GIVES_BACK, ranks, 8).engine()
+    engine.use_schedule(gives_back(build(schedule, ranks, 8), ranks, ways))
+    for _ in range(2):
+        engine.train_batch(tokens(engine.micro_batches))
+    predicted = engine.memory_report()
+    _, most = allocated(lambda: engine.train_batch(tokens(engine.micro_batches)))
+    return engine.activation_sizes(), predicted, most
+
+
+@pytest.mark.parametrize("ways", [(NOTHING, RECOMPUTED), (NOTHING, MOVED), (NOTHING, RECOMPUTED, MOVED, BOTH)],
+                         ids=["recomputed", "offloaded", "all ways"])
+@pytest.mark.parametrize("schedule, ranks", [("v-half", 2), ("v-zb", 4)])
+@pytest.mark.quick_cases("v-half-2-all ways")
+def test_predicted_where_memory_is_given_back(schedule: str, ranks: int, ways: tuple[int, ...]) -> None:
+    results = run_ranks(ranks, measured_peak_giving_back, schedule, ranks, ways)
+    for memory, (_, _, most) in zip(results[0][1], results, strict=True):
+        ratio = most / (memory.gradients + memory.activations_peak + memory.working)
+        assert 0.91 < ratio < 1.01
+
+
+@pytest.mark.parametrize("way", [RECOMPUTED, MOVED, BOTH], ids=["recomputed", "offloaded", "both"])
+def test_sizes_are_those_without_recomputation_and_offload(way: int) -> None:
+    """Also where all micro-batches, the measured one among them, are recomputed or offloaded: memory that has gone to
+    the host and comes back to another place is the same memory."""
+    (oracle, *_), (sizes, *_) = (run_ranks(2, measured_peak_giving_back, "v-half", 2, (of_all,))[0]
+                                 for of_all in (NOTHING, way))
+    assert (sizes.after_forward, sizes.after_backward) == (oracle.after_forward, oracle.after_backward)
 
 
 def predicted_against_allocated(job: Job) -> list[float]:
