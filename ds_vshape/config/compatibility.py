@@ -128,10 +128,15 @@ def check_post_validation(ds_config: Mapping[str, Any]) -> None:
     if offload and offload.get("device", "none") != "none":
         raise ConfigError(f"{key} with zero_optimization.offload_optimizer.device = {offload['device']!r}: must be "
                           "'none', or the key false")
+    if autocast_dtype(ds_config) == "fp16":
+        raise ConfigError(f"{key} with torch_autocast.dtype = {ds_config['torch_autocast']['dtype']!r}: must be "
+                          "'bfloat16', or the key false")
+
+
+def autocast_dtype(ds_config: Mapping[str, Any]) -> str | None:
+    """The dtype of the torch.autocast that passes run in, by DeepSpeed's main name; None where there is none."""
     autocast = _section(ds_config, "torch_autocast")
-    if autocast.get("enabled", False) and _dtype_name(autocast.get("dtype")) == "fp16":
-        raise ConfigError(f"{key} with torch_autocast.dtype = {autocast['dtype']!r}: must be 'bfloat16', or the key "
-                          "false")
+    return _dtype_name(autocast.get("dtype", "bfloat16")) if autocast.get("enabled", False) else None
 
 
 def _section(ds_config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -4,11 +4,13 @@
     rules.py          what must be legal together; a mapping becomes a job
     composition.py    jobs from overrides like parallel.pipe=4, composed by hydra from a folder of configs
     gpt_costs.py      times and bytes of a GPT, by a cost model
-    hugging_face.py   the same of any Hugging Face model, by its own modules on the meta device
+    measured.py       the same of a GPT under autocast, by its modules on the meta device
+    hugging_face.py   the same of any Hugging Face model
     job_costs.py      a job in the terms of the cost model
     prediction.py     the simulated batch, and the memory of each rank
     report.py         a prediction as a table and as JSON
     search.py         all layouts of a number of devices, ranked by prediction
 
-Nothing here imports torch or deepspeed, but for hugging_face.py, which `layouts --model` alone needs.
+Nothing here imports torch or deepspeed, but for measured.py and hugging_face.py, which autocast and `layouts --model`
+alone need.
 """

@@ -1,73 +1,30 @@
 """A Hugging Face model for the cost model: the costs of its layers are those of its own modules on the meta device.
 
-This is the only part of the folder that imports torch and transformers; `ds-vshape layouts --model` asks for it.
+It imports torch and transformers; `ds-vshape layouts --model` asks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from math import gcd
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from ds_vshape.config.section import ConfigError
-from ds_vshape.layouts.gpt_costs import Code, Layer, Shape, TrainingCosts
+from ds_vshape.layouts.gpt_costs import Code, Shape
 from ds_vshape.layouts.job import Job
 from ds_vshape.layouts.job_costs import bytes_of, predict_training, speeds_of
+from ds_vshape.layouts.measured import DTYPES, MeasuredTrainingCosts, autocast_for
 from ds_vshape.layouts.prediction import Prediction
-from ds_vshape.models.hugging_face.layer_costs import MeasuredCosts, layer_costs
+from ds_vshape.measure.layer_costs import Autocast, MeasuredCosts
+from ds_vshape.models.hugging_face.layer_costs import layer_costs
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The default length, in tokens; less if the model has a lower limit.
 _LENGTH = 4096
 # The least vocabulary that a job's config may have.
 _VOCABULARY = 256
-
-
-@dataclass(frozen=True)
-class MeasuredTrainingCosts(TrainingCosts):
-    """A training of a model whose layers have been measured; `costs` are one tensor parallel rank's."""
-
-    costs: tuple[MeasuredCosts, ...] = ()
-
-    @cached_property
-    def layers(self) -> tuple[Layer, ...]:
-        """Those of pipeline_layers. The model's own products, for the share of the FLOPs, are F's of all ranks."""
-        return tuple(_MeasuredLayer(self.tensor * costs.flops[0], 0, costs.parameters, costs.after_forward,
-                                    costs.after_backward, costs.working, costs=costs) for costs in self.costs)
-
-    @property
-    def partition(self) -> list[int]:
-        """PipelineModule's, of the layers of pipeline_layers."""
-        assert self.bounds is not None
-        return list(self.bounds)
-
-    @property
-    def _output(self) -> float:
-        # Every tensor parallel rank sends all of it.
-        return super()._output * self.tensor
-
-    def _share(self, layer: Layer) -> Layer:
-        return layer
-
-    def _times_of(self, layer: Layer) -> tuple[float, float, float]:
-        assert isinstance(layer, _MeasuredLayer)
-        f, b, w = (flops / (self.speeds.flops * share)
-                   for flops, share in zip(layer.costs.flops, self.speeds.efficiency, strict=True))
-        bandwidth, latency = self.speeds.inside
-        sums = [latency * count + 2 * (self.tensor - 1) / self.tensor * size / bandwidth
-                for count, size in (layer.costs.sums_in_f, layer.costs.sums_in_b)]
-        return f + sums[0], b + sums[1], w
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MeasuredLayer(Layer):
-    costs: MeasuredCosts
 
 
 class ModelFolder:
@@ -92,7 +49,7 @@ class ModelFolder:
                               "quantization_config")
         most = getattr(self.config, "max_position_embeddings", None) or _LENGTH
         self.length = length or min(most, _LENGTH)
-        self._costs: dict[tuple[int, str, int], tuple[MeasuredCosts, ...]] = {}
+        self._costs: dict[tuple[int, str, int, Autocast | None], tuple[MeasuredCosts, ...]] = {}
 
     @property
     def section(self) -> dict[str, Any]:
@@ -103,16 +60,17 @@ class ModelFolder:
                 "heads": gcd(config.hidden_size, config.num_attention_heads), "length": self.length,
                 "vocabulary": max(config.vocab_size, _VOCABULARY)}
 
-    def costs(self, samples: int, dtype: str, tensor: int) -> tuple[MeasuredCosts, ...]:
+    def costs(self, samples: int, dtype: str, tensor: int,
+              autocast: Autocast | None = None) -> tuple[MeasuredCosts, ...]:
         """Of each layer of the pipeline, for micro-batches of `samples` sequences.
 
         Raises:
             ConfigError: for a model that can't be cut into layers, or into shares for `tensor` ranks.
         """
-        key = samples, dtype, tensor
+        key = samples, dtype, tensor, autocast
         if key not in self._costs:
             try:
-                self._costs[key] = layer_costs(self.config, samples, self.length, _DTYPES[dtype], tensor)
+                self._costs[key] = layer_costs(self.config, samples, self.length, DTYPES[dtype], tensor, autocast)
             except ValueError as error:
                 raise ConfigError(f"--model {self.folder}: {_first_line(error)}") from None
         return self._costs[key]
@@ -120,7 +78,7 @@ class ModelFolder:
     def training(self, job: Job) -> MeasuredTrainingCosts:
         """What the cost model takes, with the stages balanced by it unless the config has bounds."""
         tensor = job.parallel.tensor
-        costs = self.costs(job.data.micro_batch, job.precision.dtype, tensor)
+        costs = self.costs(job.data.micro_batch, job.precision.dtype, tensor, autocast_for(job))
         config = self.config
         shape = Shape(self.folder.name, config.num_hidden_layers, config.num_attention_heads, config.hidden_size,
                       job.ranks, config.vocab_size)

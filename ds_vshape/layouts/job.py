@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from ds_vshape.config.compatibility import autocast_dtype
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, read_section
 from ds_vshape.schedule.placement import Placement, linear
 
@@ -137,6 +138,12 @@ class Job(Section):
     def schedule_name(self) -> str:
         """Of the table; DeepSpeed's own engine runs 1f1b."""
         return self.section.name if self.section else "1f1b"
+
+    @property
+    def autocast(self) -> Dtype | None:
+        """The dtype of the torch.autocast that passes run in; None where there is none."""
+        found = autocast_dtype(self.deepspeed)
+        return next((dtype for dtype in get_args(Dtype) if dtype == found), None)
 
     @property
     def placement(self) -> Placement:

@@ -66,7 +66,11 @@ def bytes_of(job: Job) -> Bytes:
 
 def predict_job(job: Job, progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
     """The batch of `job`; raises ValueError as prediction.predict does."""
-    return predict_training(job, training_of(job), progress)
+    training = training_of(job)
+    if job.autocast is not None:
+        from ds_vshape.layouts.measured import measured_gpt  # needs torch
+        training = measured_gpt(job, training)
+    return predict_training(job, training, progress)
 
 
 def predict_training(job: Job, training: TrainingCosts,
@@ -110,5 +114,5 @@ def speeds_of(job: Job) -> Speeds:
     inside, between = ((bandwidth * 1e9, microseconds * 1e-6)
                        for bandwidth, microseconds in (machine.inside, machine.between))
     # Nothing is reduced between hosts where there is one.
-    return Speeds(machine.teraflops[job.precision.dtype] * 1e12, machine.efficiency, inside,
+    return Speeds(machine.teraflops[job.autocast or job.precision.dtype] * 1e12, machine.efficiency, inside,
                    between if len(job.hosts) > 1 else inside)

@@ -64,7 +64,7 @@ def predict(config: ScheduleConfig, training: TrainingCosts, times: Times,
         state = [replace(of_rank, rollback=of_rank.optimizer) for of_rank in state]
     limit = config.memory_limit
     if isinstance(limit, int):
-        _check(limit, "the least possible is", least(state, placement, sizes))
+        _check(limit, "the least possible is", least(state, placement, sizes, config))
     room = Room(*sizes, rooms(limit, state) if isinstance(limit, int) else None)
     schedule = _schedule(config, training, times, room, progress)
     memory = with_passes(state, schedule, sizes)

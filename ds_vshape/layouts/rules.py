@@ -130,8 +130,9 @@ def _check_precision(job: Job) -> None:
                           "loss without ZeRO")
     if job.parallel.zero == 0 and sums not in (None, dtype):
         raise ConfigError(f"precision.sums = {sums!r}: must be null or {dtype!r} with parallel.zero = 0")
-    if dtype not in job.machine.teraflops:
-        raise ConfigError(f"precision.dtype = {dtype!r}: machine.teraflops has {', '.join(job.machine.teraflops)} only")
+    for key, used in (("precision.dtype", dtype), ("deepspeed.torch_autocast.dtype", job.autocast)):
+        if used is not None and used not in job.machine.teraflops:
+            raise ConfigError(f"{key} = {used!r}: machine.teraflops has {', '.join(job.machine.teraflops)} only")
 
 
 def _check_rest(job: Job) -> None:

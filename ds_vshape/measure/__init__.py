@@ -9,6 +9,7 @@
     allocations.py   what operators allocate, as a dispatch mode sees it
     on_meta.py       what layers need to run with shapes alone
     passes_on_meta.py   all passes of a stage there
+    layer_costs.py   what a layer costs there
     accounting.py    what each rank needs, part by part
     rank_memory.py   these parts, and their sum
     optimizer_needs.py  what an optimizer's step makes

@@ -1,24 +1,31 @@
 """What layers need to run on the meta device, with shapes and without data.
 
-Attention by scaled_dot_product_attention is taken to be fused, without dropout: it keeps queries, keys, values, output
-and a number for each row of scores, and computes the scores again in B.
+Autocast casts there as it would on its own device. Attention by scaled_dot_product_attention is taken to be fused,
+without dropout: it keeps queries, keys, values, output and a number for each row of scores, and computes the scores
+again in B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+from ds_vshape.split_backward.autocast import enabled_autocast
 
 # The attribute of a tensor that torch.any has returned.
 _IS_ANY = "ds_vshape_is_any"
+# The functions by which attributes of tensors are read and set.
+_ATTRIBUTES = ("__get__", "__set__")
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
@@ -29,8 +36,9 @@ def _ignore(flops: int) -> None:
 @contextmanager
 def on_meta(attention_flops: Callable[[int], None] = _ignore) -> Iterator[None]:
     """Around a pass on the meta device; `attention_flops` is told those of each attention."""
-    with torch.device("meta"), _FusedAttention(attention_flops), _Answers():  # type: ignore[no-untyped-call]
-        yield
+    with torch.device("meta"), _FusedAttention(attention_flops), _Autocast():
+        with _Answers():  # type: ignore[no-untyped-call]
+            yield
 
 
 class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,6 +68,62 @@ def _grouped(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any, *
     if left.ndim == right.ndim:
         return left.new_empty(*left.shape[:2], right.shape[-1])
     return left.new_empty(left.shape[-2], right.shape[-1])
+
+
+class _Autocast(TorchFunctionMode):
+    """Autocast, which leaves tensors of the meta device alone. What it casts for a call, the same call shows of fake
+    tensors that are on autocast's device."""
+
+    def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        for device in enabled_autocast():
+            args, kwargs = _cast_for(func, args, kwargs, device)
+        return func(*args, **kwargs)
+
+
+def _cast_for(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+              device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call as autocast for `device` hands them to its kernel."""
+    leaves, structure = tree_flatten((args, kwargs))
+    operands = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    if getattr(func, "__name__", "") in _ATTRIBUTES or not any(map(Tensor.is_floating_point, operands.values())):
+        return args, kwargs
+
+    def casts(enabled: bool) -> dict[int, torch.dtype]:
+        fakes = {place: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                 for place, tensor in operands.items()}
+        given, named = tree_unflatten([fakes.get(place, leaf) for place, leaf in enumerate(leaves)], structure)
+        torch.set_autocast_enabled(device, enabled)
+        noted = _NotedCasts(fakes)
+        # Fails for dtypes that don't go together without autocast, and for what no fake tensor can be given to.
+        with noted, suppress(Exception):
+            func(*given, **named)
+        return noted.found
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), FakeTensorMode():
+        by_itself = casts(False)
+        found = casts(True)
+    for place, dtype in found.items():
+        if by_itself.get(place) is not dtype:
+            leaves[place] = leaves[place].to(dtype)
+    return tree_unflatten(leaves, structure)  # type: ignore[no-any-return]
+
+
+class _NotedCasts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes to which dtype each of some `tensors` is cast first."""
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors = tensors
+        self.found: dict[int, torch.dtype] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and kwargs and "dtype" in kwargs:
+            for place, tensor in self._tensors.items():
+                if args[0] is tensor:
+                    self.found.setdefault(place, kwargs["dtype"])
+        return func(*args, **(kwargs or {}))
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -23,6 +23,19 @@ def enabled_autocast() -> Mapping[str, torch.dtype]:
 
 
 @contextmanager
+def autocast_of(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast for a device that needn't be there, which torch.autocast refuses."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+@contextmanager
 def autocast_as(devices: Mapping[str, torch.dtype]) -> Iterator[None]:
     """Enable autocast for just these devices, with these dtypes and without its cache."""
     with ExitStack() as stack:

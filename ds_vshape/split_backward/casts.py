@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_vshape.split_backward.autocast import enabled_autocast
 from ds_vshape.split_backward.function import apply_split_function
 from ds_vshape.split_backward.targets import Cast
 from ds_vshape.split_backward.weights import is_deferrable, is_plain, is_transposed_weight, target_of
@@ -60,7 +61,9 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or not all(is_plain(tensor) for tensor in tensors):
         return None
-    device = tensors[0].device.type
+    here = tensors[0].device.type
+    # With shapes alone, those of the device for which autocast is on.
+    device = here if here != "meta" else next(iter(enabled_autocast()), here)
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return args, kwargs
     if device not in _DISPATCH_KEYS:
@@ -83,7 +86,7 @@ def cast_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return None
 
     def cast(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.device.type != device or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.device.type != here or not value.is_floating_point():
             return value
         return value if value.dtype in (torch.float64, dtype) else _cast(value, dtype, device)
 

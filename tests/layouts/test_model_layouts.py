@@ -35,8 +35,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 # The schedule, and the precision with its stage of ZeRO.
+AUTOCAST = "+deepspeed.torch_autocast={enabled: true, dtype: bfloat16}"
 WORDS = [["schedule=v-half"], ["schedule=v-zb", "precision=bf16_sums", "parallel.zero=1"],
-         ["schedule=1f1b", "parallel.zero=1"]]
+         ["schedule=1f1b", "parallel.zero=1"], ["schedule=v-zb", "parallel.zero=1", AUTOCAST]]
 
 
 def config_of(family: str) -> Any:

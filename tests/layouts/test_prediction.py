@@ -24,6 +24,7 @@ JOBS = [
     ["schedule=1f1b", "precision=bf16", "parallel.zero=1"],
     ["schedule=v-min", "precision=bf16_sums", "parallel.zero=1"],
     ["schedule=v-zb", "precision=bf16", "parallel.zero=1", "+schedule.optimizer_post_validation=true"],
+    ["schedule=v-half", "parallel.zero=1", "+deepspeed.torch_autocast={enabled: true, dtype: bfloat16}"],
 ]
 
 
