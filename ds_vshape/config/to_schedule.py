@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ds_vshape.config.section import ActivationLimit, ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working
+from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.layers import Layers
 from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
@@ -20,6 +21,7 @@ from ds_vshape.schedule.partition_and_order import PartitionProblem, limits_of_1
 from ds_vshape.schedule.request import Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
+from ds_vshape.schedule.within import peaks_with_passes
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Room:
     activations: Activations
     working: Working
     limits: tuple[float, ...] | None = None
+
+    def holds(self, schedule: Schedule) -> bool:
+        """Whether all ranks keep to the limits under `schedule`, while passes run too."""
+        if self.limits is None:
+            return True
+        peaks = peaks_with_passes(schedule, self.activations, self.working)
+        return all(peak <= limit * (1 + SLACK) for peak, limit in zip(peaks, self.limits, strict=True))
 
 
 def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: Times, room: Room | None = None,
@@ -137,8 +146,9 @@ def gives_back_memory(config: ScheduleConfig) -> bool:
 
 
 def equal_times(stages: int) -> Times:
-    """Times for a plan without any that are measured: all passes alike, and W whole, whose entries aren't known."""
-    return replace(Times.uniform(stages), entry_costs=((1.0,),) * stages)
+    """Times for a plan without any that are measured: all passes and copies alike, and W whole, whose entries aren't
+    known."""
+    return replace(Times.uniform(stages, copy=1), entry_costs=((1.0,),) * stages)
 
 
 def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import Room, gives_back_memory
+from ds_vshape.config.to_schedule import Room
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.plans import Plans
 from ds_vshape.engine.rank_limit import RankLimit
 from ds_vshape.engine.shape_rehearsal import ShapeRehearsal
+from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.rank_memory import readable
 from ds_vshape.runtime.micro_batch import loss_of
@@ -32,6 +33,7 @@ class MemoryLimits(StockEngine):
 
     global_rank: int
     placement: Placement
+    _keeping: KeepingMeter | None
     _limit: RankLimit | None
     _observer: Observer
     _operators: Operators
@@ -43,8 +45,7 @@ class MemoryLimits(StockEngine):
     def _set_limit(self, config: ScheduleConfig) -> None:
         """Collective, as all that follows."""
         limit = config.memory_limit
-        self._limit = RankLimit(limit, self.placement, Exchange(), gives_back_memory(config)) if isinstance(
-            limit, int) else None
+        self._limit = RankLimit(limit, self.placement, Exchange(), config) if isinstance(limit, int) else None
         if isinstance(limit, int) and config.name == ADAPTIVE:
             self._log(f"{KEY}.memory_limit = {readable(limit)} holds for all that a rank needs; for activations alone "
                       f"give {{\"activations\": ...}}, as bytes meant before ds_vshape 0.2")
@@ -70,7 +71,7 @@ class MemoryLimits(StockEngine):
             with suppress(Exception):
                 inputs, labels = self.peek()
         rehearsal = ShapeRehearsal(self.module, self.autocast, self._loss_of_shapes, self._sums.holds, self._operators,
-                                   self.module.schedule_config.gradient_accumulation_fusion)
+                                   self.module.schedule_config.gradient_accumulation_fusion, self._keeping)
         pipeline = next(ranks for ranks in self.grid.pipe_groups if self.global_rank in ranks)
         sizes, unknown = rehearsal.sizes(inputs, labels, limit.exchange, pipeline)
         self._observer.take_shapes(sizes)
@@ -81,12 +82,9 @@ class MemoryLimits(StockEngine):
         else:
             for rank, of_rank in enumerate(memory):
                 self._log(f"pipeline rank {rank} will need {of_rank}, by its shapes")
-            breaks = not limit.gives_back and not limit.fits(memory)
-            if breaks and self._plans.start_within(limit.room(memory, sizes, _BY_SHAPES)):
+            if not limit.fits(memory) and self._plans.start_within(limit.room(memory, sizes, _BY_SHAPES)):
                 memory = self._observer.memory(self._present())
-        # Shapes don't say what recomputation and offload would leave.
-        if not limit.gives_back:
-            limit.check(self._present().name, memory, sizes, _BY_SHAPES)
+        limit.check(self._present().name, memory, sizes, _BY_SHAPES)
 
     def check_measured(self) -> None:
         """Refuse a limit that the present schedule breaks, once sizes have been measured; one that is planned comes

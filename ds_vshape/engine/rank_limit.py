@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.comm.exchange import Exchange
-from ds_vshape.config.section import KEY
+from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import Room
 from ds_vshape.measure.rank_memory import RankMemory, Sizes, beyond, least, rooms
 from ds_vshape.schedule.placement import Placement
@@ -17,27 +17,25 @@ from ds_vshape.schedule.placement import Placement
 
 @dataclass(frozen=True)
 class RankLimit:
-    """A `limit` in bytes for each rank of all pipelines, whose plan may recompute and offload if it `gives_back`;
+    """A `limit` in bytes for each rank of all pipelines, whose plan may recompute and offload as far as `config` says;
     methods are collective over `exchange`, that of the job, and raise PipelineError on every rank."""
 
     limit: int
     placement: Placement
     exchange: Exchange
-    gives_back: bool
+    config: ScheduleConfig
 
     def check(self, name: str, memory: Sequence[RankMemory], sizes: Sizes | None, known: str) -> None:
         """Raise if the ranks need more under the schedule `name`; `known` says how that is known."""
         if found := beyond(f"{KEY}.memory_limit", self.limit, f"{name} needs", self._largest(memory),
-                           None if sizes is None else least(memory, self.placement, sizes)):
+                           None if sizes is None else least(memory, self.placement, sizes, self.config)):
             raise PipelineError(f"{found} ({known})")
 
     def room(self, memory: Sequence[RankMemory], sizes: Sizes, known: str) -> Room:
         """What is left for the passes of any order; raises if that isn't enough for the one that needs least."""
         of_all = self._largest(memory)
-        found = beyond(f"{KEY}.memory_limit", self.limit, "the least possible is",
-                       least(of_all, self.placement, sizes))
-        # What recomputation and offload make of it, the planner knows.
-        if found and not self.gives_back:
+        if found := beyond(f"{KEY}.memory_limit", self.limit, "the least possible is",
+                           least(of_all, self.placement, sizes, self.config)):
             raise PipelineError(f"{found} ({known})")
         return Room(*sizes, rooms(self.limit, of_all))
 

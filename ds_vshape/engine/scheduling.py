@@ -288,6 +288,8 @@ class MeasuredSchedules:
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
         self._orders = config.micro_batch_order == "length"
         self._micro_batches = 0
+        # The schedule that was found by `within`.
+        self._within: Schedule | None = None
         self._times: Times | None = None
         self._enter(_Phase.WARM_UP)
 
@@ -303,7 +305,9 @@ class MeasuredSchedules:
 
     def _safe_schedule(self) -> Schedule:
         """A schedule for equal times, or those of known stages, within the memory limit, in which every B and W can be
-        timed."""
+        timed, where there is room for that."""
+        if self._within is not None and self._within.micro_batches == self._micro_batches:
+            return self._within
         safe = None
         if self._known is None:
             safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
@@ -316,8 +320,11 @@ class MeasuredSchedules:
     def within(self, room: Room) -> Schedule | None:
         if self._config.name != ADAPTIVE:
             return None
-        return unfused(_FirstPlans(self._config, self._placement, self._planner, self._known).wait(
-            self._micro_batches, room))
+        plans = _FirstPlans(self._config, self._placement, self._planner, self._known)
+        fused = plans.wait(self._micro_batches, room)
+        apart = unfused(fused)
+        self._within = apart if room.holds(apart) else fused
+        return self._within
 
     @property
     def will_plan(self) -> bool:

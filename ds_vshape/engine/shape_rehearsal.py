@@ -3,14 +3,14 @@
 Each rank runs F, B and W of its stages on copies of its layers without data, and tells the next one the shapes of its
 outputs. The meter is the one of the second batch, so sizes are those that it will measure, as far as operators take on
 the meta device what they take on the real one. Layers that can't run there (kernels without shapes, sizes that depend
-on data, autocast, messages between tensor parallel ranks) leave the sizes unknown until that batch.
+on data, messages between tensor parallel ranks) leave the sizes unknown until that batch.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,21 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ds_vshape.comm.exchange import Exchange
-from ds_vshape.comm.payload import Payload, Signature, check_payload
+from ds_vshape.comm.payload import Payload, Signature, check_payload, members
+from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.memory import ActivationMeter
 from ds_vshape.measure.passes_on_meta import run_on_meta
 from ds_vshape.measure.rank_memory import Sizes
 from ds_vshape.module.segment import parameters_of
 from ds_vshape.runtime.buffers import enter, leaves
 from ds_vshape.runtime.gradients import InGrad, accumulator_of, leave_to_backward
+from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, Operators
-from ds_vshape.split_backward.autocast import is_autocast_enabled
 
 _META = torch.device("meta")
 # DeepSpeed's own copies what it keeps to the device.
@@ -51,6 +51,7 @@ class ShapeRehearsal:
         loss: from the last stage's outputs and the labels, with where early gradients go.
         held: whether the optimizer adds up a parameter's gradient.
         operators, fusion: of the split backward.
+        keeping: gets the sizes that recomputation and offload would leave.
     """
 
     module: Any
@@ -59,6 +60,7 @@ class ShapeRehearsal:
     held: Callable[[Parameter], bool]
     operators: Operators
     fusion: bool
+    keeping: KeepingMeter | None
     _meter: ActivationMeter = field(init=False)
 
     def sizes(self, inputs: Any, labels: Any, exchange: Exchange, pipeline: Sequence[int]) -> tuple[Sizes | None, str]:
@@ -93,8 +95,11 @@ class ShapeRehearsal:
             payload = _received(of_stage) if of_stage else None
         self._meter.stop()
         unknown = self._meter.unknown
-        return self._meter.gather(placement, torch.device("cpu") if dist.get_backend() == "gloo" else
-                                  torch.device("cuda")), unknown or ""
+        sizes = self._meter.gather(placement, torch.device("cpu") if dist.get_backend() == "gloo" else
+                                   torch.device("cuda"))
+        if sizes is not None and self.keeping is not None:
+            sizes = self.keeping.gather(sizes[0]), sizes[1]
+        return sizes, unknown or ""
 
     def _run(self, stage: int, layers: nn.ModuleList, inputs: Payload, labels: Any) -> Signature | None:
         """All passes of a micro-batch with a split backward, and of one with a whole one; what the outputs are."""
@@ -112,27 +117,28 @@ class ShapeRehearsal:
         inputs, labels = (tree_map_only(Tensor, _shapes, of) for of in (inputs, labels))
 
         def forward(payload: Payload) -> Any:
-            with _NoAutocast():
-                with self.autocast():
-                    outputs = module.run_layers(of_shapes, enter(payload), lambda layer: None, _checkpoint)
-                return self.loss(outputs, labels, accumulator) if last else outputs
+            with self.autocast():
+                outputs = module.run_layers(of_shapes, enter(payload), module.layer_starts, _checkpoint)
+                module.layer_starts(of_shapes.stop)
+            return self.loss(outputs, labels, accumulator) if last else outputs
 
-        outputs = run_on_meta(self._meter, stage, forward, partial(leaves, inputs), weights, accumulator,
-                              self.operators, labels)
+        made: list[Payload] = []
+
+        def make_inputs() -> Payload:
+            made[:] = [leaves(inputs)]
+            return made[0]
+
+        def around(action: Pass) -> AbstractContextManager[Any]:
+            if self.keeping is None or action.kind is not Kind.F:
+                return nullcontext()
+            return self.keeping.sizes(stage, members(made.pop()))
+
+        outputs = run_on_meta(self._meter, stage, forward, make_inputs, weights, accumulator, self.operators, labels,
+                              around)
         if last:
             return None
         check_payload(outputs, _META)
         return Signature.of(outputs)
-
-
-class _NoAutocast(TorchFunctionMode):
-    """Raises where autocast is on, which changes no dtype on the meta device: sizes would be wrong."""
-
-    def __torch_function__(self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        if is_autocast_enabled():
-            raise NotImplementedError("autocast has no effect on the meta device")
-        return func(*args, **(kwargs or {}))
 
 
 def _received(text: str) -> Payload:

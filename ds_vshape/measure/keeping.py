@@ -56,8 +56,9 @@ class KeepingMeter:
 
     @contextmanager
     def sizes(self, stage: int, inputs: Sequence[Tensor | None]) -> Iterator[None]:
-        """Around an F; `inputs` are the stage's."""
-        saved, starts = SavedTensors(self._device.type), list[int]()
+        """Around an F; `inputs` are the stage's, on this rank's device or with shapes alone."""
+        device = next(tensor.device for tensor in inputs if tensor is not None)
+        saved, starts = SavedTensors(device.type), list[int]()
         with self._at_layers(lambda layer: starts.append(saved.count)), saved.hooks():
             yield
         last = saved.last_places()

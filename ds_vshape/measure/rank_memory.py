@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -104,9 +105,11 @@ def rooms(limit: int, memory: Sequence[RankMemory]) -> tuple[float, ...]:
     return tuple(float(limit - of_rank.permanent) for of_rank in memory)
 
 
-def least(memory: Sequence[RankMemory], placement: Placement, sizes: Sizes) -> tuple[RankMemory, ...]:
-    """The `memory` of all ranks under the order that needs least."""
-    return with_passes(memory, one_at_a_time(placement), sizes)
+def least(memory: Sequence[RankMemory], placement: Placement, sizes: Sizes, config: ScheduleConfig
+          ) -> tuple[RankMemory, ...]:
+    """The `memory` of all ranks under the order that needs least, recomputed and offloaded as far as `config` says."""
+    return with_passes(memory, one_at_a_time(placement, sizes[0], recompute=config.recompute, offload=config.offload),
+                       sizes)
 
 
 def beyond(key: str, limit: int, what: str, needed: Sequence[RankMemory],
@@ -124,7 +127,7 @@ def beyond(key: str, limit: int, what: str, needed: Sequence[RankMemory],
     if least is None:
         return told
     lowest = max(of_rank.total for of_rank in least)
-    return f"{told}. The least possible of any order is {readable(lowest)}"
+    return f"{told}. The least possible is {readable(lowest)}"
 
 
 def _in_words(part: str) -> str:

@@ -294,8 +294,7 @@ class PipelineModule(FastSetattr, StockModule):
     def _enter_layer(self, forwards: int, layer: int) -> None:
         """Seed `layer` as DeepSpeed does, in the module's forward number `forwards`."""
         self.curr_layer = layer
-        for starts in self._at_layers:
-            starts(layer)
+        self.layer_starts(layer)
         if self.seed_layers:
             (self.seed_fn or set_random_seed)(self.base_seed * (forwards + 1) + layer)
 
@@ -346,8 +345,7 @@ class PipelineModule(FastSetattr, StockModule):
         active = Chunk(self.stage_id, *self.local_bounds, self.forward_funcs, self.is_checkpointable_results)
         outputs = self.run_layers(active, forward_input, partial(self._enter_layer, self.micro_offset),
                                   self.activation_checkpoint_func)
-        for starts in self._at_layers:
-            starts(self.local_bounds[1])
+        self.layer_starts(self.local_bounds[1])
         return outputs
 
     def run_layers(self, chunk: Chunk, inputs: Any, before_layer: Callable[[int], None], checkpoint: Checkpoint) -> Any:
@@ -359,6 +357,11 @@ class PipelineModule(FastSetattr, StockModule):
             segment = Segment(chunk.funcs[start:start + interval], chunk.start + start, before_layer)
             inputs = segment.run_checkpointed(checkpoint, inputs) if again else segment.run(inputs)
         return inputs
+
+    def layer_starts(self, layer: int) -> None:
+        """Tell those who asked by `at_layers` that a forward comes to `layer`."""
+        for starts in self._at_layers:
+            starts(layer)
 
     @contextmanager
     def at_layers(self, starts: Callable[[int], None]) -> Iterator[None]:

@@ -66,6 +66,17 @@ class Activations:
         """What F of `stage` leaves until its backward, or until the C `recompute` if there is one."""
         return of_layers(recompute, self.recomputed) if recompute and self.recomputed else self.after_forward[stage]
 
+    def least_between(self, stage: int, recompute: bool, offload: bool) -> tuple[float, Kind | None]:
+        """The least that F of `stage` can leave until its backward is near, and by which of C and O, as far as they may
+        be used; None where nothing gives less than the F itself."""
+        whole = self.after_forward[stage]
+        ways: list[tuple[float, Kind | None]] = [(whole, None)]
+        if recompute:
+            ways.append((self.left(stage, Pass(Kind.C, stage, 0)), Kind.C))
+        if offload:
+            ways.append((whole + self.change(Pass(Kind.O, stage, 0)).at_end, Kind.O))
+        return min(ways, key=lambda way: way[0])
+
     def change(self, action: Pass, recompute: Pass | None = None) -> Change:
         """What `action` adds to the memory of its rank; `recompute` is the C of its stage and micro-batch, if any.
 

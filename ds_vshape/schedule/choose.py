@@ -22,7 +22,7 @@ from ds_vshape.schedule.named import ADAPTIVE, TIMED, build, names_on
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
-from ds_vshape.schedule.within import plan_within
+from ds_vshape.schedule.within import one_at_a_time, plan_within
 
 # The origins of a choice.
 NAMED_ORDER, PLAN = "named order", "plan for these times"
@@ -120,7 +120,10 @@ def _choose_within(limits: Limits, working: Working, problem_of: Callable[[Limit
     # What no limit forbids.
     free = problem_of((_UNLIMITED,) * len(limits))
     usual = _usual(free)
-    schedule = replace(plan_within(limits, free.least, usual, free.activations, working, planned), name=ADAPTIVE)
+    smallest = one_at_a_time(free.placement, free.activations, free.micro_batches, recompute=free.recompute,
+                             offload=free.offload)
+    schedule = replace(plan_within(limits, free.least, usual, smallest, free.activations, working, planned),
+                       name=ADAPTIVE)
     return Choice(schedule, simulate(schedule, free.times), peak_activations(schedule, free.activations),
                   lower_bound_of_limits(schedule.placement, free.micro_batches, free.times, free.activations, limits),
                   perf_counter() - began, PLAN)

@@ -7,12 +7,12 @@ plans again with what its own order needs, if that is more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from ds_vshape.schedule.activations import Activations, Working, peak_activations, working_peaks
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError
 from ds_vshape.schedule.lowering import lower
-from ds_vshape.schedule.passes import BW, F
+from ds_vshape.schedule.passes import BW, F, Kind, O, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
@@ -29,12 +29,26 @@ def peaks_with_passes(schedule: Schedule, activations: Activations, working: Wor
     return working_peaks(lower(looked_at, Times.uniform(schedule.placement.stages)), activations, working)
 
 
-def one_at_a_time(placement: Placement, micro_batches: int = 1) -> Schedule:
-    """The order that needs least memory: the passes of a micro-batch with whole backwards, then those of the next."""
+def one_at_a_time(placement: Placement, activations: Activations, micro_batches: int = 1, *, recompute: bool = False,
+                  offload: bool = False) -> Schedule:
+    """The order that needs least memory: the passes of a micro-batch with whole backwards, then those of the next; with
+    each stage but the rank's last recomputed or offloaded, where that is allowed and gives memory back."""
+    def of_micro_batch(stages: Sequence[int], micro_batch: int) -> Iterator[Pass]:
+        *before, last = sorted(stages)
+        kinds = {stage: activations.least_between(stage, recompute, offload)[1] for stage in before}
+        for stage in before:
+            yield F(stage, micro_batch)
+            if kinds[stage] is Kind.O:
+                yield O(stage, micro_batch)
+        yield F(last, micro_batch)
+        yield BW(last, micro_batch)
+        for stage in reversed(before):
+            if kinds[stage] is not None:
+                yield Pass(Kind.C if kinds[stage] is Kind.C else Kind.R, stage, micro_batch)
+            yield BW(stage, micro_batch)
+
     orders = tuple(tuple(action for micro_batch in range(micro_batches)
-                         for action in (*(F(stage, micro_batch) for stage in sorted(stages)),
-                                        *(BW(stage, micro_batch) for stage in sorted(stages, reverse=True))))
-                   for stages in placement.chunks)
+                         for action in of_micro_batch(stages, micro_batch)) for stages in placement.chunks)
     return Schedule("one at a time", placement, micro_batches, orders)
 
 
@@ -44,20 +58,20 @@ def besides_activations(schedule: Schedule, activations: Activations, working: W
     return tuple(peak - alive for peak, alive in zip(peaks, peak_activations(schedule, activations), strict=True))
 
 
-def plan_within(limits: Limits, alive: Limits, usual: Schedule, activations: Activations, working: Working,
-                plan: Callable[[Limits], Schedule]) -> Schedule:
+def plan_within(limits: Limits, alive: Limits, usual: Schedule, smallest: Schedule, activations: Activations,
+                working: Working, plan: Callable[[Limits], Schedule]) -> Schedule:
     """A schedule whose peaks with passes are within `limits`, of one rank each.
 
     Args:
         alive: the least possible peaks of activations.
         usual: what is known of orders: what passes need besides the activations in this one is left for them at first.
+        smallest: the order that needs least.
         plan: makes a schedule for limits of activations alone; raises LimitError for those that can't be met.
 
     Raises:
         LimitError: if not even the order that needs least is within the limits.
     """
     sizes = activations, working
-    smallest = one_at_a_time(usual.placement, usual.micro_batches)
     least = tuple(map(sum, zip(alive, besides_activations(smallest, *sizes), strict=True)))
     short = [rank for rank, peak in enumerate(least) if peak > limits[rank] * (1 + SLACK)]
     if short:

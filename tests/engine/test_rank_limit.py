@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.pipe.module import PipelineError
 from logged import Lines
-from pipelines import FP32, FP32_ZERO1, Block, Job, data, profiled, specs
+from pipelines import FP32, FP32_ZERO1, VOCABULARY, Block, Job, data, profiled, specs
 from ranks import RanksFailed, run_ranks
 from torch import Tensor
 
@@ -36,29 +37,6 @@ def job(section: Any, config: dict[str, Any] = FP32) -> Job:
     return Job(section, 2, 6, config, tuple(specs(BLOCKS)))
 
 
-def reports(rank: int, config: dict[str, Any]) -> list[tuple[RankMemory, ...]]:
-    """After the first batch activations are those of shapes; after the second one they are measured."""
-    without_process()
-    engine = job({"name": "v-half", "memory_limit": "1GiB"}, config).engine()
-    found = []
-    for batch in range(2):
-        engine.train_batch(data(engine, batch))
-        found.append(engine.memory_report())
-    return found
-
-
-@pytest.mark.parametrize("config", [FP32_ZERO1, {"pipeline": {"activation_checkpoint_interval": 1}}],
-                         ids=["zero1", "checkpoints"])
-def test_sizes_by_shapes_are_those_that_are_measured(config: dict[str, Any]) -> None:
-    """Activations to 3%, passes to a tenth, or a few numbers that have no place in such small blocks."""
-    (by_shapes, measured), other = run_ranks(2, reports, config)
-    assert [by_shapes, measured] == other
-    for ours, theirs in zip(by_shapes, measured, strict=True):
-        assert ours.activations_peak == pytest.approx(theirs.activations_peak, rel=0.03, abs=256)
-        assert ours.passes == pytest.approx(theirs.passes, rel=0.1, abs=512)
-        assert ours.permanent == theirs.permanent
-
-
 class AutocastBlock(Block):
     """A block in low precision, whatever the config says."""
 
@@ -67,27 +45,29 @@ class AutocastBlock(Block):
             return super().forward(x).float()
 
 
-def under_autocast(rank: int, config: dict[str, Any], block: type[Block]) -> tuple[list[str], int | None]:
-    """What the log says of sizes before the first batch, and activations as they are measured in the second one."""
+def reports(rank: int, config: dict[str, Any], block: type[Block]) -> list[tuple[RankMemory, ...]]:
+    """After the first batch activations are those of shapes; after the second one they are measured."""
     without_process()
-    with Lines() as lines:
-        engine = Job({"name": "v-half", "memory_limit": "1GiB"}, 2, 6, config, tuple(specs(BLOCKS, block))).engine()
-        engine.train_batch(data(engine, 0))
-    with pytest.raises(PipelineError, match="measured in training batch 2"):
-        engine.memory_report()
-    engine.train_batch(data(engine, 1))
-    return lines.with_word("isn't known before"), engine.memory_report()[rank].activations_peak
+    engine = Job({"name": "v-half", "memory_limit": "1GiB"}, 2, 6, config, tuple(specs(BLOCKS, block))).engine()
+    found = []
+    for batch in range(2):
+        engine.train_batch(data(engine, batch))
+        found.append(engine.memory_report())
+    return found
 
 
-@pytest.mark.parametrize(("config", "block"), [
+@pytest.mark.parametrize("config, block", [
+    (FP32_ZERO1, Block), ({"pipeline": {"activation_checkpoint_interval": 1}}, Block),
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, Block), (FP32, AutocastBlock)],
-    ids=["config", "layer"])
-def test_sizes_under_autocast_are_unknown_until_they_are_measured(config: dict[str, Any], block: type[Block]) -> None:
-    """On the meta device they would be those of full precision."""
-    (lines, measured), (_, measured_too) = run_ranks(2, under_autocast, config, block)
-    assert [line.partition(": stage 0: ")[2] for line in lines] == [
-        "NotImplementedError: autocast has no effect on the meta device"]
-    assert measured and measured_too
+    ids=["zero1", "checkpoints", "autocast", "autocast in layers"])
+def test_sizes_by_shapes_are_those_that_are_measured(config: dict[str, Any], block: type[Block]) -> None:
+    """Activations to 3%, passes to a tenth, or a few numbers that have no place in such small blocks."""
+    (by_shapes, measured), other = run_ranks(2, reports, config, block)
+    assert [by_shapes, measured] == other
+    for ours, theirs in zip(by_shapes, measured, strict=True):
+        assert ours.activations_peak == pytest.approx(theirs.activations_peak, rel=0.03, abs=256)
+        assert ours.passes == pytest.approx(theirs.passes, rel=0.1, abs=512)
+        assert ours.permanent == theirs.permanent
 
 
 def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemory], list[str], Schedule]:
@@ -112,10 +92,10 @@ def test_a_plan_keeps_to_the_limit() -> None:
     assert all(of_rank.total <= limit for of_rank in memory)
 
 
-def refused(rank: int, section: Any, config: dict[str, Any]) -> None:
+def refused(rank: int, section: Any, config: dict[str, Any], batch: Callable[[Any, int], Any] = data) -> None:
     without_process()
     engine = job(section, config).engine()
-    engine.train_batch(data(engine, 0))
+    engine.train_batch(batch(engine, 0))
 
 
 @pytest.mark.parametrize("section", [{"name": "v-zb", "memory_limit": "20KB"},
@@ -137,23 +117,107 @@ WORKING = Working((5.0, 6.0, 5.0, 9.0), (9.0, 8.0, 9.0, 20.0), (8.0, 7.0, 8.0, 1
 TIMES = Times((3.0, 2.0, 2.0, 4.0), (3.0, 3.0, 2.0, 4.0), (2.0, 2.0, 2.0, 3.0))
 
 
+@pytest.mark.parametrize("recompute, offload", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("room", [1.0, 1.15, 1.5, 2.5])
-def test_plans_are_within_limits_with_running_passes(room: float) -> None:
-    least = peaks_with_passes(one_at_a_time(v(2)), SIZES, WORKING)
+def test_plans_are_within_limits_with_running_passes(room: float, recompute: bool, offload: bool) -> None:
+    smallest = one_at_a_time(v(2), SIZES, 5, recompute=recompute, offload=offload)
+    least = peaks_with_passes(smallest, SIZES, WORKING)
     limits = tuple(room * peak for peak in least)
 
     def planned(left: tuple[float, ...]) -> Schedule:
-        return plan(Problem(v(2), 5, TIMES, SIZES, left), 0.2, cache=None).schedule
+        problem = Problem(v(2), 5, TIMES, SIZES, left, recompute=recompute, offload=offload)
+        return plan(problem, 0.2, cache=None).schedule
 
-    alive = peak_activations(one_at_a_time(v(2)), SIZES)
-    found = plan_within(limits, alive, build("v-min", 2, 5), SIZES, WORKING, planned)
+    found = plan_within(limits, peak_activations(smallest, SIZES), build("v-min", 2, 5), smallest, SIZES, WORKING,
+                        planned)
     check(found)
     assert all(peak <= limit * (1 + 1e-9) for peak, limit in
                zip(peaks_with_passes(found, SIZES, WORKING), limits, strict=True))
 
 
 def test_limits_below_the_least_are_refused() -> None:
-    least = peaks_with_passes(one_at_a_time(v(2)), SIZES, WORKING)
+    smallest = one_at_a_time(v(2), SIZES)
+    least = peaks_with_passes(smallest, SIZES, WORKING)
     with pytest.raises(LimitError, match="the least possible peaks of the ranks are"):
-        plan_within((least[0] * 0.99, least[1]), peak_activations(one_at_a_time(v(2)), SIZES), build("v-min", 2, 5),
+        plan_within((least[0] * 0.99, least[1]), peak_activations(smallest, SIZES), build("v-min", 2, 5), smallest,
                     SIZES, WORKING, lambda left: build("v-min", 2, 5))
+
+
+@pytest.mark.parametrize("recompute, offload", [(True, False), (False, True), (True, True)])
+def test_the_least_is_what_the_planner_takes_for_it(recompute: bool, offload: bool) -> None:
+    """Also where a stage is better not recomputed, and another one not offloaded."""
+    placement = v(3)
+    sizes = Activations((30.0, 20.0, 25.0, 35.0, 9.0, 12.0), (10.0,) * 6, recomputed=(
+        (20.0, 4.0), (20.0, 21.0), (25.0, 3.0), (35.0, 30.0), (9.0, 5.0), (12.0, 6.0)),
+        offloadable=(10.0, 20.0, 24.0, 1.0, 9.0, 12.0))
+    smallest = one_at_a_time(placement, sizes, 2, recompute=recompute, offload=offload)
+    check(smallest)
+    free = Problem(placement, 2, Times.uniform(6), sizes, (1e9,) * 3, recompute=recompute, offload=offload)
+    assert peak_activations(smallest, sizes) == free.least
+
+
+# -- limits that no order keeps to, with recomputation and offload
+
+GIVES_BACK = {"recompute": True, "offload": True}
+
+
+def long(engine: Any, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Micro-batches of so many tokens that activations are most of the memory."""
+    generator = torch.Generator().manual_seed(batch)
+    for _ in range(engine.micro_batches):
+        tokens = torch.randint(VOCABULARY, (2, 257), generator=generator)
+        yield tokens[:, :-1], tokens[:, 1:]
+
+
+def reports_of_giving_back(rank: int) -> list[tuple[RankMemory, ...]]:
+    without_process()
+    engine = job(profiled("adaptive", memory_limit="1GiB", **GIVES_BACK), FP32_ZERO1).engine()
+    found = []
+    for batch in range(2):
+        engine.train_batch(data(engine, batch))
+        found.append(engine.memory_report())
+    return found
+
+
+def test_sizes_by_shapes_of_what_is_recomputed_and_offloaded() -> None:
+    """Under a schedule with both."""
+    (by_shapes, measured), other = run_ranks(2, reports_of_giving_back)
+    assert [by_shapes, measured] == other
+    for ours, theirs in zip(by_shapes, measured, strict=True):
+        assert ours.activations_peak == pytest.approx(theirs.activations_peak, rel=0.03, abs=256)
+        assert ours.passes == pytest.approx(theirs.passes, rel=0.1, abs=512)
+
+
+def least_by_its_error(section: dict[str, Any]) -> int:
+    """The bytes that the error for a limit of nothing says would do."""
+    with pytest.raises(RanksFailed) as error:
+        run_ranks(2, refused, profiled("adaptive", memory_limit="1KB", **section), FP32_ZERO1, long)
+    told = str(error.value)
+    assert told.count("PipelineError: pipeline_schedule.memory_limit = 1000 B: ") == 2
+    assert told.count("by shapes, before training") == 2
+    number, unit = re.findall(r"the least possible is ([\d.]+) (KiB|B) on rank", told)[0]
+    totals = re.findall(r"([\d.]+) KiB on rank \d", told)
+    assert unit == "KiB" and number in totals
+    return round(1024 * max(map(float, totals)) * 1.002)
+
+
+def losses_within(rank: int, limit: int, section: dict[str, Any]) -> tuple[list[float], Schedule, list[RankMemory]]:
+    without_process()
+    engine = job(profiled("adaptive", memory_limit=f"{limit}B", **section), FP32_ZERO1).engine()
+    losses = [float(engine.train_batch(long(engine, batch))) for batch in range(3)]
+    return losses, engine.schedule(), [*engine.memory_report()]
+
+
+def losses_without(rank: int) -> list[float]:
+    engine = job("v-half", FP32_ZERO1).engine()
+    return [float(engine.train_batch(long(engine, batch))) for batch in range(3)]
+
+
+def test_what_no_order_keeps_to_recomputation_and_offload_do() -> None:
+    """Refused before the first batch if they don't either; the limit that the error names is one that they keep to,
+    with everything recomputed or offloaded, the micro-batch that is measured too."""
+    by_order, by_both = least_by_its_error({}), least_by_its_error(GIVES_BACK)
+    assert by_both < 0.95 * by_order
+    (losses, schedule, memory), other = run_ranks(2, losses_within, by_both, GIVES_BACK)
+    assert (losses, schedule, memory) == other and losses == run_ranks(2, losses_without)[0]
+    assert schedule.gives_back_memory and all(of_rank.total <= by_both for of_rank in memory)

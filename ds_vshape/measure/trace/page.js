@@ -5,11 +5,11 @@ window.addEventListener("error", (event) => { document.documentElement.dataset.e
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const MEANINGS = {F: "forward", B: "input gradient", W: "weight gradients", BW: "both gradients at once",
-                  C: "forward again"};
+                  C: "forward again", O: "copy to the host", R: "copy back"};
 // Pixels around the lanes.
 const LEFT = 92, RIGHT = 112, TOP = 4, AXIS = 26;
-// Of a rank's boxes and of its memory below, as many ranks as there are.
-const FEW = {lane: 26, curve: 24, pitch: 66}, MANY = {lane: 18, curve: 15, pitch: 42}, BETWEEN = 3;
+// Of a rank's boxes and of its memory below, as many ranks as there are; and of a row of copies between them.
+const FEW = {lane: 26, curve: 24, pitch: 66}, MANY = {lane: 18, curve: 15, pitch: 42}, BETWEEN = 3, COPY = 9;
 
 const byId = (id) => document.getElementById(id);
 const state = {batch: null, from: 0, to: 1, width: 0, panels: [], followed: null, scheduled: false};
@@ -61,7 +61,9 @@ class Panel {
     this.timeline = batch[id];
     this.root = byId(id);
     this.root.replaceChildren();
-    this.size = batch.chunks.length > 5 ? MANY : FEW;
+    const size = batch.chunks.length > 5 ? MANY : FEW;
+    const rows = Math.max(...["predicted", "measured"].map((which) => batch[which].ranks[0].copies.length));
+    this.size = {...size, copies: rows * (COPY + 1), pitch: size.pitch + rows * (COPY + 1)};
     this.height = TOP + this.size.pitch * batch.chunks.length + AXIS;
     this.root.setAttribute("height", this.height);
     this.defs();
@@ -85,8 +87,8 @@ class Panel {
   }
 
   rank(stages, rank) {
-    const {lane, curve, pitch} = this.size, row = this.timeline.ranks[rank];
-    const top = TOP + rank * pitch, below = top + lane + BETWEEN, middle = top + lane / 2;
+    const {lane, curve, copies, pitch} = this.size, row = this.timeline.ranks[rank];
+    const top = TOP + rank * pitch, below = top + lane + copies + BETWEEN, middle = top + lane / 2;
     svg("text", {class: "rank", x: 0, y: middle + 4}, this.root, `rank ${rank}`);
     svg("text", {class: "soft", x: 0, y: below + curve / 2 + 4}, this.root,
         `stage${stages.length > 1 ? "s" : ""} ${stages.join(", ")}`);
@@ -96,9 +98,12 @@ class Panel {
     let last = 0;
     for (const pass of row.passes) {
       this.gap(last, pass[5], top);
-      this.pass(pass, rank, stages, top);
+      this.pass(pass, rank, stages, top, lane);
       last = pass[6];
     }
+    row.copies.forEach((spans, direction) => {
+      for (const copy of spans) this.pass(copy, rank, stages, top + lane + 1 + direction * (COPY + 1), COPY);
+    });
     this.gap(last, this.timeline.makespan, top);
     for (const [what, start, end] of this.timeline.others[rank]) {
       const rect = svg("rect", {class: "other", y: top, height: this.size.lane}, this.lanes);
@@ -115,14 +120,15 @@ class Panel {
     this.box(rect, start, end);
   }
 
-  pass(pass, rank, stages, top) {
+  pass(pass, rank, stages, top, height) {
     const [kind, stage, microBatch] = pass, [start, end] = pass.slice(5);
     const look = `${kind} c${Math.min(stages.indexOf(stage), 1)}`;
-    const rect = svg("rect", {class: `pass ${look}`, y: top, height: this.size.lane, rx: 1.5, "data-pass": nameOf(pass),
+    const rect = svg("rect", {class: `pass ${look}`, y: top, height, rx: 1.5, "data-pass": nameOf(pass),
                               "data-rank": rank}, this.lanes);
     Object.assign(rect, {pass, rank, tip: `${nameOf(pass)}  ${MEANINGS[kind]}\n${seconds(end - start)}, from ` +
                                           `${seconds(start)} to ${seconds(end)}`});
-    this.box(rect, start, end, {text: `${microBatch}`, look, y: top + this.size.lane / 2 + 0.5});
+    this.box(rect, start, end, height < this.size.lane ? undefined :
+             {text: `${microBatch}`, look, y: top + height / 2 + 0.5});
   }
 
   box(rect, start, end, label) {
@@ -153,7 +159,7 @@ class Panel {
     box.rect.setAttribute("x", left.toFixed(2));
     box.rect.setAttribute("width", Math.max(wide, 0.4).toFixed(2));
     // A white frame around boxes of a pixel would leave nothing of them.
-    if (box.label) box.rect.style.strokeWidth = wide < 4 ? "0" : "";
+    if (box.rect.pass) box.rect.style.strokeWidth = wide < 4 ? "0" : "";
     const seen = box.end > state.from && box.start < state.to;
     const room = box.label !== undefined && seen && wide >= 5 + 6.6 * box.label.text.length;
     if (room && !box.number) {
@@ -189,6 +195,10 @@ class Panel {
           `${Number((tick * step * unit[0]).toPrecision(6))} ${unit[1]}`);
     }
   }
+}
+
+function everyPass(row) {
+  return [...row.passes, ...row.copies.flat()];
 }
 
 function peakOf(row) {
@@ -279,7 +289,7 @@ function describe() {
   fact(MEANINGS[kind], `stage ${stage}, micro-batch ${microBatch}, rank ${rank}`);
   const took = {};
   for (const which of ["predicted", "measured"]) {
-    const found = batch[which].ranks[rank].passes.find((other) => nameOf(other) === name);
+    const found = everyPass(batch[which].ranks[rank]).find((other) => nameOf(other) === name);
     if (!found) continue;
     took[which] = found[6] - found[5];
     fact(which, `${seconds(took[which])}, from ${seconds(found[5])} to ${seconds(found[6])}`);
@@ -375,7 +385,7 @@ function figure(name, value, beside) {
 function legend(batch) {
   const list = byId("legend");
   list.replaceChildren();
-  const kinds = new Set(batch.measured.ranks.flatMap((rank) => rank.passes.map(([kind]) => kind)));
+  const kinds = new Set(batch.measured.ranks.flatMap((rank) => everyPass(rank).map(([kind]) => kind)));
   const entry = (label, ...colours) => {
     const item = html("li", list);
     for (const colour of colours) html("i", item).style.background = colour;

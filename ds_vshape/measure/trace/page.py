@@ -14,8 +14,7 @@ from typing import Any
 
 from ds_vshape.measure.trace.batch import BatchTrace
 from ds_vshape.schedule.activations import memory_curve
-from ds_vshape.schedule.passes import Pass
-from ds_vshape.schedule.timeline import Timeline
+from ds_vshape.schedule.timeline import Span, Timeline
 
 _Json = dict[str, Any]
 
@@ -52,20 +51,24 @@ def _start(timeline: Timeline) -> float:
 def _timeline(timeline: Timeline, batch: BatchTrace) -> _Json:
     start, makespan = _start(timeline), timeline.makespan
     ranks = []
-    for spans in timeline.ranks:
+    for rank, spans in enumerate(timeline.ranks):
         curve = memory_curve(spans, batch.activations)
         ranks.append({
-            # Kind, stage, micro-batch, piece, of pieces, start, end. O and R take no time: the memory shows them.
-            "passes": [[*_described(span.action), span.start - start, span.end - start] for span in spans
-                       if not span.action.kind.is_copy],
+            # Kind, stage, micro-batch, piece, of pieces, start, end. An O or R takes none of the rank's time.
+            "passes": [_span(span, start) for span in spans if not span.action.kind.is_copy],
+            # Those to the host, and those back; nothing where no rank copies.
+            "copies": [[_span(span, start) for span in ranks[rank]]
+                       for ranks in (timeline.offloads, timeline.reloads) if any(ranks)],
             "memory": [[time - start, alive] for time, alive in curve],
             "bubble": 1 - sum(span.end - span.start for span in spans) / makespan if makespan else 0.0,
         })
     return {"makespan": makespan, "bubble": timeline.bubble, "ranks": ranks}
 
 
-def _described(action: Pass) -> tuple[Any, ...]:
-    return action.kind, action.stage, action.micro_batch, action.piece, action.pieces
+def _span(span: Span, start: float) -> list[Any]:
+    action = span.action
+    return [action.kind, action.stage, action.micro_batch, action.piece, action.pieces, span.start - start,
+            span.end - start]
 
 
 def _others(batch: BatchTrace) -> list[list[list[Any]]]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.of_stages import check_numbers
-from ds_vshape.schedule.passes import C, Kind, O, Pass
+from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times
@@ -89,13 +89,7 @@ class Problem:
     @cached_property
     def waiting(self) -> tuple[float, ...]:
         """The least that each stage's activation can take on the device between its F and its backward."""
-        sizes = self.activations
-
-        def least(stage: int, recompute: Pass | None) -> float:
-            moved = -sizes.change(O(stage, 0), recompute).at_end if self.offload else 0.0
-            return sizes.left(stage, recompute) - moved
-
-        return tuple(min(least(stage, None), least(stage, C(stage, 0) if self.recompute else None))
+        return tuple(self.activations.least_between(stage, self.recompute, self.offload)[0]
                      for stage in range(self.placement.stages))
 
 
