@@ -15,6 +15,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from given_back import gives_back
 from internals import messages_are_announced
 from pipelines import (BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, LENGTH, SAMPLES, VOCABULARY, Job,
                        Outcome, cross_entropy, merged, post_validated, tied_specs)
@@ -95,7 +96,8 @@ def train_cases(rank: int, cases: list[Case], prepare: Callable[[Any], None]) ->
     return outcomes
 
 
-PASSES = {instr.ForwardPass, instr.SplitForwardPass, instr.BackwardPass, instr.InputGradPass, instr.WeightGradPass}
+PASSES = {instr.ForwardPass, instr.SplitForwardPass, instr.BackwardPass, instr.InputGradPass, instr.WeightGradPass,
+          instr.RecomputePass, instr.SplitRecomputePass}
 
 
 def synchronizing(instructions: Mapping[Instruction, Execute],
@@ -121,9 +123,15 @@ def synchronize_in_passes(engine: Any) -> None:
     InstructionWrappers(engine).add(partial(synchronizing, is_due=is_due))
 
 
-def assert_equal_to_gloo(cases: list[Case], world: int) -> None:
+def synchronize_and_give_memory_back(engine: Any) -> None:
+    """Also recompute and offload here and there."""
+    synchronize_in_passes(engine)
+    engine.use_schedule(gives_back(engine.schedule(), engine.micro_batches))
+
+
+def assert_equal_to_gloo(cases: list[Case], world: int, prepare: Callable[[Any], None] = synchronize_in_passes) -> None:
     gloo = run_ranks(world, train_cases, cases, lambda engine: None, timeout=300)
-    gpus = run_on_gpus(world, train_cases, cases, synchronize_in_passes, timeout=400)
+    gpus = run_on_gpus(world, train_cases, cases, prepare, timeout=400)
     over_gloo, on_gpus = ([merged(list(ranks)) for ranks in zip(*results)] for results in (gloo, gpus))
     for case, oracle, outcome in zip(cases, over_gloo, on_gpus, strict=True):
         assert outcome.losses == oracle.losses, case
@@ -167,6 +175,18 @@ QUICK = ("checkpointing", "dynamic", "reset", "clipping", "post-validation", "ti
 def test_two_ranks() -> None:
     cases = features(2)
     assert_equal_to_gloo([Case(Job("v-half", 2, 4, FP32_ZERO1)), *(cases[name] for name in QUICK)], 2)
+
+
+# What isn't checkpointed, and so may be recomputed.
+NOT_CHECKPOINTED = ("dynamic", "dynamic, whole backwards", "reset", "clipping, ZeRO-1", "post-validation", "tied")
+
+
+@pytest.mark.parametrize("names", [("dynamic", "post-validation"),
+                                   pytest.param(NOT_CHECKPOINTED, marks=pytest.mark.slow)])
+def test_recomputation_and_offload(names: tuple[str, ...]) -> None:
+    """The copies run on streams of their own, to page-locked memory; no host waits for them."""
+    cases = features(2)
+    assert_equal_to_gloo([cases[name] for name in names], 2, synchronize_and_give_memory_back)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     views, new memory         at once: no numbers are read
     numbers for the host      item(), tolist(), .cpu(), shapes that depend on numbers: the host waits; it is noted
+    numbers to the host       copy_ into page-locked memory with non_blocking: late, no one waits
     numbers of the host       .to(device), tensor(..., device): the host waits, which is noted. With non_blocking it
                               doesn't, and page-locked memory is read late, other memory at once
     random numbers            at once, after all before: a real device gets the generator's state with the launch
@@ -92,7 +93,7 @@ class Deferral(TorchDispatchMode):
                 DEVICE_OF_RANK.finish()
                 return _taken(func(*args, **kwargs))
             args, kwargs = same_memory((args, kwargs))
-            stream.put(lambda: func(*args, **kwargs))
+            stream.put(lambda: func(*args, **kwargs), tensors_of(args, kwargs))
             values = [targets[result.alias_info] for result in func._schema.returns]
             return values[0] if len(values) == 1 else tuple(values) if values else None
         # For its shapes and strides alone; what it reads may be wrong yet.
@@ -115,18 +116,23 @@ class Deferral(TorchDispatchMode):
             for output, value in zip(outputs, values, strict=True):
                 output.copy_(value)
 
-        stream.put(run)
+        stream.put(run, tensors_of(args, kwargs, outputs))
         return result
 
     def _copy_between(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: list[bool]) -> Any:
         target, source, *rest = args
+        is_blocking = not (rest[0] if rest else kwargs.get("non_blocking", False))
         if DEVICE_OF_RANK.holds(target):
-            is_blocking = not (rest[0] if rest else kwargs.get("non_blocking", False))
             if is_blocking and source.dim():
                 _note_copy_from_host()
             late = not is_blocking and DEVICE_OF_RANK.is_pinned(source)
             numbers, target_memory = source if late else source.clone(), same_memory(target)
-            DEVICE_OF_RANK.current.put(lambda: func(target_memory, numbers, *rest, **kwargs))
+            DEVICE_OF_RANK.current.put(lambda: func(target_memory, numbers, *rest, **kwargs), (target_memory,))
+            return target
+        if DEVICE_OF_RANK.is_pinned(target):
+            # By a stream of the device, as one that doesn't wait.
+            target_memory, numbers = same_memory((target, source))
+            DEVICE_OF_RANK.current.put(lambda: func(target_memory, numbers, *rest, **kwargs), (numbers,))
             return target
         # Memory that torch's own C++ has made with the options of a tensor, which don't tell the device.
         DEVICE_OF_RANK.take(target)
@@ -137,6 +143,10 @@ def same_memory(tensors: Any) -> Any:
     """Tensors on the memory that `tensors` (nested) have now, as a launched kernel keeps its pointers: a tensor's
     `data` may be another one's by the time at which the kernel runs."""
     return tree_map(lambda leaf: aten.alias.default(leaf) if isinstance(leaf, Tensor) else leaf, tensors)
+
+
+def tensors_of(*nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def poison(tensor: Tensor) -> None:
@@ -204,6 +214,8 @@ class Residence(TorchFunctionMode):
         if func == _DEVICE_OF:
             return DEVICE if DEVICE_OF_RANK.holds(args[0]) else func(*args)
         if func is Tensor.copy_ and not DEVICE_OF_RANK.holds(args[0]) and DEVICE_OF_RANK.holds(args[1]):
+            if DEVICE_OF_RANK.is_pinned(args[0]) and kwargs.get("non_blocking"):
+                return func(*args, **kwargs)
             _wait_for(args[1])
             with _disable_current_modes():
                 return func(*args, **kwargs)

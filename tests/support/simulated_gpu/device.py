@@ -11,18 +11,21 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 DEVICE = torch.device("cpu", 0)
 # Seconds after which a thread that waits for a stream looks again whether it can run the stream itself.
 _PATIENCE = 0.002
+# In each byte of memory that anybody may have: NaN in all formats of floats.
+_GARBAGE = 0xFF
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
@@ -43,14 +46,19 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device_index, self.priority = 0, priority
-        self._work: deque[Callable[[], None] | Marker] = deque()
+        self._work: deque[tuple[Callable[[], None], Sequence[Tensor]] | Marker] = deque()
         self._running = threading.RLock()
         self._last: Marker | None = None
 
-    def put(self, work: Callable[[], None]) -> None:
-        """Run `work` after everything queued before it."""
+    def put(self, work: Callable[[], None], uses: Sequence[Tensor] = ()) -> None:
+        """Run `work` after everything queued before it; it has tensors of its own on the memory that it `uses`."""
         self._last = None
-        self._work.append(work)
+        self._work.append((work, uses))
+
+    def uses_of(self, storage: int) -> int:
+        """How many tensors of work that hasn't run yet are on a storage (its `_cdata`)."""
+        return sum(tensor.untyped_storage()._cdata == storage
+                   for work in list(self._work) if not isinstance(work, Marker) for tensor in work[1])
 
     def mark(self) -> Marker:
         """This place in the stream."""
@@ -79,7 +87,7 @@ class Stream:
         # Below autograd and autocast, where the mode has caught the operators.
         with _disable_current_modes(), torch.no_grad():
             with torch._C._AutoDispatchBelowADInplaceOrView(), _without_autocast():
-                work()
+                work[0]()
 
     # -- torch's names
 
@@ -204,7 +212,30 @@ class Device:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is on the device."""
-        return tensor.layout is torch.strided and StorageWeakRef(tensor.untyped_storage()) in self._memory
+        return tensor.layout is torch.strided and self.holds_storage(tensor.untyped_storage())
+
+    def holds_storage(self, storage: UntypedStorage) -> bool:
+        return StorageWeakRef(storage) in self._memory
+
+    def uses_of(self, storage: int) -> int:
+        """How many tensors of work that hasn't run yet are on a storage (its `_cdata`)."""
+        return sum(stream.uses_of(storage) for stream in self._streams)
+
+    def resize(self, storage: UntypedStorage, nbytes: int, resize: Callable[[UntypedStorage, int], Any]) -> None:
+        """Free memory of the device, or take memory for a storage that has none, by `resize`, in the order of the
+        current stream: what comes later on it may have the memory then, and what other streams still do with it, or
+        have done before they waited for this one, is lost."""
+        memory = torch.empty(0, dtype=torch.uint8)
+        if nbytes:
+            resize(storage, nbytes)
+            memory.set_(storage, 0, (nbytes,), (1,))
+            self.current.put(partial(_fill_with_garbage, memory), (memory,))
+            return
+        self.current.run_to(self.current.mark())
+        _fill_with_garbage(memory.set_(storage, 0, (storage.nbytes(),), (1,)))
+        for stream in [stream for stream in self._streams if stream.uses_of(storage._cdata)]:
+            stream.run_to(stream.mark())
+        resize(storage, 0)
 
     def pin(self, tensor: Tensor) -> Tensor:
         """`tensor`'s memory, which is the host's, is page-locked from now on."""
@@ -241,6 +272,10 @@ class Device:
         while self.host_spins and not done.is_set():
             continue
         done.wait()
+
+
+def _fill_with_garbage(memory: Tensor) -> None:
+    memory.fill_(_GARBAGE)
 
 
 DEVICE_OF_RANK = Device()

@@ -18,6 +18,7 @@ from simulated_gpu.accelerator import SimulatedGpu
 from simulated_gpu.communicator import BACKEND, BOUND_DEVICE, SIMULATION, register
 from simulated_gpu.deferral import Deferral, Residence
 from simulated_gpu.device import DEVICE_OF_RANK
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Longer than any test waits: for those that want the watchdog there is an argument.
 WATCHDOG_SECONDS = 600.0
@@ -41,6 +42,8 @@ def _start(watchdog: timedelta, rank: int, world: int, store: str) -> None:
     threading.Thread.run = _run_on_gpu  # type: ignore[method-assign]
     # Memory isn't given out again before all that uses it has run. (torch refuses a stream that isn't its own.)
     torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = _resize  # type: ignore[method-assign]
+    torch._C._storage_Use_Count = _use_count  # type: ignore[attr-defined]
 
 
 def _run(rank: int, body: Callable[..., Any], *args: Any) -> Any:
@@ -48,6 +51,25 @@ def _run(rank: int, body: Callable[..., Any], *args: Any) -> Any:
         result = body(rank, *args)
         DEVICE_OF_RANK.synchronize()
     return result
+
+
+_resize_storage = torch.UntypedStorage.resize_
+
+
+def _resize(storage: torch.UntypedStorage, nbytes: int) -> None:
+    if DEVICE_OF_RANK.holds_storage(storage):
+        with _disable_current_modes():
+            DEVICE_OF_RANK.resize(storage, nbytes, _resize_storage)
+    else:
+        _resize_storage(storage, nbytes)
+
+
+_count_uses = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+
+
+def _use_count(number: int) -> int:
+    """Kernels that are launched hold no tensors."""
+    return int(_count_uses(number)) - DEVICE_OF_RANK.uses_of(number)
 
 
 _run_thread = threading.Thread.run
