@@ -70,6 +70,9 @@ RUNS = [
     Run("sleeping-chunks", 'bench/run.py --rounds 3 --micro-batches 8 16 --ms 20 20 20 '
                            f'--contenders {_CHUNKS}',
         f"{_SLEEPING} --layers 4 --contenders {_CHUNKS}"),
+    Run("sleeping-chunks-planned", "bench/run.py --rounds 2 --micro-batches 8 --ms 20 20 20 --planning-seconds 5 "
+                                   "--contenders v-zb v-zb:4 adaptive@0.75 adaptive:4@0.75 adaptive:4@1.0",
+        f"{_SLEEPING} --layers 4 --planning-seconds 1 --contenders v-zb:4 adaptive:4@0.75"),
     Run("gpt", 'bench/run.py --workload gpt --ranks 2 --micro-batches 4 8 --rounds 5 '
                '--contenders "deepspeed 1f1b" "torch zbvzerobubble" 1f1b zb-h1 v-half v-zb', f"{_TWO} --hidden 64"),
     Run("measured-times", 'bench/run.py --rounds 3 --micro-batches 8 --ms 5 8 3 '
