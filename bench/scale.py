@@ -37,13 +37,13 @@ from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.layouts.gpt_costs import Shape, Speeds, TrainingCosts
 from ds_vshape.layouts.prediction import predict
 from ds_vshape.runtime.instructions import training_instructions
-from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import limits_at
+from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.communicators import communicators
 from ds_vshape.schedule.lowering import Run, lower, lower_announced
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
-from ds_vshape.schedule.synchronization import check_synchronization
+from ds_vshape.schedule.synchronization import check_with_synchronization
 from ds_vshape.schedule.timeline import Times, simulate
 
 # "Pipeline Parallelism with Controllable Memory", section 4: the models.
@@ -220,11 +220,11 @@ def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
     moments.append(time.process_time())
     # The programs of batches in which messages are announced, as in the first one, and of all others.
     times = Times.uniform(schedule.placement.stages)
-    both = lower_announced(schedule, times), lower(schedule, times)
-    moments.append(time.process_time())
-    for programs in both:
-        deadlock.check(programs, schedule.placement)
-        check_synchronization(programs)
+    with uncollected():
+        both = lower_announced(schedule, times), lower(schedule, times)
+        moments.append(time.process_time())
+        for programs in both:
+            check_with_synchronization(programs, schedule.placement)
     moments.append(time.process_time())
     longest = max(programs, key=len)
     training_instructions(longest)
@@ -234,45 +234,10 @@ def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
                     sum(isinstance(step, Run) for step in longest), len(communicators(schedule.placement)))
 
 
-def instruction_seconds(rank: int, workload: Any, batches: int) -> float:
-    """CPU seconds of an instruction, in the thread that runs them: a batch's, without those that its layers take when
-    they run alone, over its number of instructions; the least of some batches."""
-    from contenders import engine_of
-
-    engine = engine_of("v-half", workload)
-    schedule = engine.schedule()
-    instructions = len(lower(schedule, Times.uniform(schedule.placement.stages))[rank])
-    layers = [workload.spec(number).build() for number in range(2)]
-
-    def alone() -> None:
-        for inputs, labels in workload.batch(0):
-            for layer in layers:
-                outputs = layer(inputs.requires_grad_())
-                outputs.backward(labels)
-
-    def least(run: Any) -> float:
-        seconds = []
-        for _ in range(batches):
-            start = time.thread_time()
-            run()
-            seconds.append(time.thread_time() - start)
-        return min(seconds[2:])
-
-    return (least(lambda: engine.train_batch(iter(workload.batch(0)))) - least(alone)) / instructions
-
-
-def measured_instruction(ranks: int, batches: int) -> float:
-    """The mean over ranks of `instruction_seconds`, with one layer a stage."""
-    from ranks import run_ranks
-    from workloads import Sleeping
-
-    workload = Sleeping(ranks, 2 * ranks, 16 * ranks, (0.0, 0.0, 0.0))
-    found = run_ranks(ranks, instruction_seconds, workload, batches, timeout=300)
-    return sum(found) / len(found)
-
-
 def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The costs of plans of some sizes, each in a process of its own, and of Python in a batch."""
+    if options.measure:
+        from instructions import measured_instruction
     cost = (measured_instruction(2, 10),) if options.measure else tuple(options.instruction_us)
     table = Table(title="what every rank does at start, and the host's part in a batch: measured")
     for column in ("schedule", "p", "m", "build s", "lower s", "check s", "MiB", "instructions a rank", "a pass",

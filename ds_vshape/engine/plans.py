@@ -16,15 +16,15 @@ from ds_vshape.config.to_schedule import Room
 from ds_vshape.engine.scheduling import Schedules
 from ds_vshape.measure.profiling import PassRecorder
 from ds_vshape.runtime import instructions as instr
-from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Program, lower, lower_announced
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.synchronization import check_synchronization
+from ds_vshape.schedule.synchronization import check_with_synchronization
 from ds_vshape.schedule.timeline import Times
 
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
@@ -72,6 +72,7 @@ class Plans:
         self._plans: dict[int, BatchPlan] = {}
         # The same schedules for batches in which messages are announced, as far as there were any.
         self._announced: dict[int, BatchPlan] = {}
+        self._evaluated: dict[int, BatchPlan] = {}
         # Whether the next training batch is the first by another schedule.
         self.swapped = False
 
@@ -104,8 +105,11 @@ class Plans:
         if micro_batches < 1:
             raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
         check_micro_batches(micro_batches, self._placement, "num_micro_batches")
-        schedule = forward_only(self._placement, micro_batches)
-        return BatchPlan(schedule, instr.evaluation_instructions(self.program(schedule, lower_announced)))
+        if micro_batches not in self._evaluated:
+            schedule = forward_only(self._placement, micro_batches)
+            instructions = instr.evaluation_instructions(self.program(schedule, lower_announced))
+            self._evaluated[micro_batches] = BatchPlan(schedule, instructions)
+        return self._evaluated[micro_batches]
 
     @property
     def will_plan(self) -> bool:
@@ -155,9 +159,9 @@ class Plans:
         """Use a schedule of the source, with fewer pending weight gradients where those are most of the memory."""
         self.use(with_few_pending(schedule) if self._recomputes and not self._knows_sizes() else schedule)
 
+    @uncollected()
     def program(self, schedule: Schedule, lowering: Lowering) -> Program:
         """This rank's part of `schedule`, after the checks of all ranks' parts together."""
         programs = lowering(schedule, Times.uniform(self._placement.stages))
-        deadlock.check(programs, self._placement)
-        check_synchronization(programs)
+        check_with_synchronization(programs, self._placement)
         return programs[self._rank]

@@ -47,6 +47,7 @@ How it runs:
     vector_clocks.py     what each pass depends on, through all ranks
     synchronization.py   a synchronized device can't hang them
     communicators.py     which channels share a communicator
+    collection.py        the garbage collector, out of the way of plans
     request.py           a request to a planner in a process of its own
     worker.py            that process
 

@@ -41,16 +41,20 @@ from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload
                                          Message, Offload, PostReceive, Program, Reload, Run, Send, Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.rendezvous import DeadlockError, JointRun, Place, Receives
-from ds_vshape.schedule.repeated import run_through
+from ds_vshape.schedule.rendezvous import DeadlockError, JointRun, Place, Receives, run_together
+from ds_vshape.schedule.repeated import ComesBack, run_through
 from ds_vshape.schedule.schedule import dependencies
 
 
 def check(programs: Sequence[Program], placement: Placement,
-          communicator: Callable[[Channel], Hashable] = communicator_of) -> None:
+          communicator: Callable[[Channel], Hashable] = communicator_of, early: JointRun | None = None) -> None:
     """Raise DeadlockError unless `programs` run to their end and every pass finds its input.
 
-    `communicator` tells which channels share one, as they do at runtime unless it is given.
+    Args:
+        programs: those of all ranks.
+        placement: of their stages.
+        communicator: which channels share one, as they do at runtime unless it is given.
+        early: the run in which receives start when they are posted, where that looks at more.
     """
     # Programs may be made without the data.
     loading = any(isinstance(step, Load) for program in programs for step in program)
@@ -60,15 +64,13 @@ def check(programs: Sequence[Program], placement: Placement,
         for of_rank, part in zip(alone, parts):
             of_rank.run(part)
 
-    run_through(programs, each_alone, lambda start: [of_rank.state(start) for of_rank in alone])
+    run_through(programs, each_alone, ComesBack(lambda start: [of_rank.state(start) for of_rank in alone]))
     for of_rank in alone:
         of_rank.end()
     sequences = _Sequences(communicator)
-    run_through(programs, sequences.run, sequences.state)
+    run_through(programs, sequences.run, ComesBack(sequences.state))
     sequences.end()
-    for receives in Receives:
-        together = JointRun(receives, communicator)
-        run_through(programs, together.run, together.state)
+    run_together(programs, communicator, [early or JointRun(Receives.EARLY), JointRun(Receives.LATE)])
 
 
 # -- [1] each program alone
@@ -246,7 +248,7 @@ class _Alone:
         return found
 
     def state(self, start: int) -> Hashable:
-        """As `run_through` wants it."""
+        """As `ComesBack` wants it."""
         messages = [frozenset(message.later(-start) for message in each)
                     for each in (*self._started.values(), self._received)]
         done = frozenset((key, each.counted_from(start)) for key, each in self._done.items())
@@ -322,7 +324,7 @@ class _Sequences:
                     found.start(step)
 
     def state(self, start: int) -> Hashable:
-        """As `run_through` wants it."""
+        """As `ComesBack` wants it."""
         return tuple((place, each.first if each.ahead else None, tuple(message.later(-start) for message in each.ahead),
                       tuple((of, micro_batches.counted_from(start)) for of, micro_batches in each.seen.items()))
                      for place, each in self._every.items())

@@ -9,6 +9,7 @@ from functools import partial
 from math import ceil
 
 from ds_vshape.schedule import gpipe, interleaved, one_f_one_b, v_shape, zero_bubble
+from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.fuse import fuse
 from ds_vshape.schedule.placement import CHUNKS, PLACEMENTS, Placement, either
 from ds_vshape.schedule.schedule import Schedule, check
@@ -46,8 +47,8 @@ SCHEDULES: dict[str, NamedSchedule] = {
                                       "memory 3/2, bubble 1/2 if p divides m, traffic 2", 4, True),
     "interleaved-zb": NamedSchedule("interleaved", _with(CHUNKS["interleaved"], interleaved.interleaved_zb),
                                     "memory 1, bubble 1/6 if p divides m, traffic 2", 4, True),
-    "zb-h1": NamedSchedule("linear", {1: zero_bubble.zb_h1}, "memory 1, bubble 1/3, traffic 1", 1.4),
-    "zb-h2": NamedSchedule("linear", {1: zero_bubble.zb_h2}, "memory 2, bubble 0 within a rank's span, traffic 1", 3),
+    "zb-h1": NamedSchedule("linear", {1: zero_bubble.zb_h1}, "memory 1, bubble 1/3, traffic 1", 2),
+    "zb-h2": NamedSchedule("linear", {1: zero_bubble.zb_h2}, "memory 2, bubble 0 within a rank's span, traffic 1", 4),
     "1f1b-v": NamedSchedule("v", {2: v_shape.one_f_one_b_v}, "memory 2/3, bubble 1, traffic 2", 1.5),
     "zb-v": NamedSchedule("v", {2: v_shape.zb_v}, "memory 1, bubble 0 within a rank's span, traffic 2", 2),
     "v-min": NamedSchedule("v", {2: v_shape.v_min}, "memory 1/3, bubble 2/3, more where times differ, traffic 2", 1),
@@ -131,6 +132,7 @@ def names_on(placement: Placement) -> list[str]:
             if entry.placement == placement.name and placement.chunks_each in entry.builders]
 
 
+@uncollected()
 def build(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
     """The schedule `name` for a batch of `micro_batches` on `ranks` ranks, checked; W right behind B runs as BW.
 
@@ -152,6 +154,8 @@ def build(name: str, ranks: int, micro_batches: int, chunks: int | None = None) 
     if entry.steady is None:
         schedule = make(micro_batches)
     else:
-        schedule = extended(make, micro_batches, ceil(entry.steady * ranks) + _MARGIN, ranks if entry.in_groups else 1)
+        fewest = ceil(entry.steady * ranks)
+        schedule = (extended(make, micro_batches, fewest, interval=ranks) if entry.in_groups else
+                    extended(make, micro_batches, fewest + _MARGIN))
     check(schedule)
     return schedule

@@ -1,6 +1,6 @@
 """All programs run together, without times: an operation completes as soon as the rules of `deadlock` let it.
 
-What `deadlock.check` and `synchronization.check_synchronization` look at is such a run.
+What `deadlock.check` and `synchronization.check_synchronization` look at are such runs.
 """
 
 from __future__ import annotations
@@ -8,8 +8,12 @@ from __future__ import annotations
 import enum
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
-from ds_vshape.schedule.lowering import AwaitReceive, AwaitSend, Channel, Message, MessageStep, PostReceive, Send, Step
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Message, MessageStep, PostReceive, Program,
+                                         Run, Send, ShareLoss, Step)
+from ds_vshape.schedule.passes import Pass
+from ds_vshape.schedule.repeated import ComesBack, run_through
 
 # One direction of a communicator: source, target, and what its channels share.
 Place = tuple[int, int, Hashable]
@@ -26,79 +30,123 @@ class Receives(enum.Enum):
     LATE = "receives start when waited for"
 
 
+class Operation(NamedTuple):
+    """A step of communication: the direction of its message, its message's number there, and how many passes its rank
+    runs before it. Sharing the loss has no direction."""
+
+    step: MessageStep | ShareLoss
+    direction: int
+    number: int
+    passes: int
+
+
+class Operations:
+    """The operations of all ranks, part by part."""
+
+    def __init__(self, ranks: int, communicator: Callable[[Channel], Hashable]) -> None:
+        self._communicator = communicator
+        self.passes: list[list[Pass]] = [[] for _ in range(ranks)]
+        self.places: list[Place] = []
+        # By direction, how many messages are sent and posted.
+        self._sent: list[int] = []
+        self._posted: list[int] = []
+        self._of_channel: dict[Channel, int] = {}
+        self._of_place: dict[Place, int] = {}
+        # The numbers of messages that are started and not waited for, by whether they are sent.
+        self._open_sends: dict[Message, int] = {}
+        self._open_receives: dict[Message, int] = {}
+
+    def of(self, rank: int, part: Sequence[Step]) -> list[Operation]:
+        """Those of the next part of a rank's program."""
+        passes, found = self.passes[rank], []
+        for step in part:
+            kind = type(step)
+            if kind is Run:
+                passes.append(step.action)  # type: ignore[union-attr]
+            elif isinstance(step, MessageStep):
+                message = step.message
+                direction = self._of_channel.get(message.channel)
+                if direction is None:
+                    direction = self._direction(message.channel)
+                if kind is Send:
+                    number = self._open_sends[message] = self._sent[direction]
+                    self._sent[direction] += 1
+                elif kind is PostReceive:
+                    number = self._open_receives[message] = self._posted[direction]
+                    self._posted[direction] += 1
+                else:
+                    number = (self._open_sends if kind is AwaitSend else self._open_receives).pop(message)
+                found.append(Operation(step, direction, number, len(passes)))
+            elif kind is ShareLoss:
+                found.append(Operation(step, -1, 0, len(passes)))  # type: ignore[arg-type]
+        return found
+
+    def _direction(self, channel: Channel) -> int:
+        place = channel.source, channel.target, self._communicator(channel)
+        if place not in self._of_place:
+            self._of_place[place] = len(self.places)
+            self.places.append(place)
+            self._sent.append(0)
+            self._posted.append(0)
+        self._of_channel[channel] = self._of_place[place]
+        return self._of_place[place]
+
+    def state(self, start: int, through: Sequence[int]) -> Hashable:
+        """What decides about the operations of the next part, where so many messages are `through`."""
+        return (tuple(sent - done for sent, done in zip(self._sent, through)),
+                tuple(posted - done for posted, done in zip(self._posted, through)),
+                *(frozenset((message.later(-start), number - through[self._of_channel[message.channel]])
+                            for message, number in each.items()) for each in (self._open_sends, self._open_receives)))
+
+
 class Direction:
     """One direction of a communicator: how many of its messages are sent, have a receive, and have arrived.
 
     `queues` are those of the communicator at either end: directions of started operations, in the order of their start.
     """
 
-    __slots__ = ("coming", "place", "queues", "received", "sent", "through")
+    __slots__ = ("index", "queues", "received", "sent", "through")
 
-    def __init__(self, place: Place, queues: tuple[deque[Direction], deque[Direction]]) -> None:
-        self.place, self.queues = place, queues
+    def __init__(self, index: int, queues: tuple[deque[Direction], deque[Direction]]) -> None:
+        self.index, self.queues = index, queues
         self.sent = self.received = self.through = 0
-        # How many of its messages the steps taken in send and post.
-        self.coming = {Send: 0, PostReceive: 0}
-
-
-# A step, and if it is one of communication its message's direction and the number on it.
-Operation = tuple[Step, Direction | None, int]
 
 
 class JointRun:
-    """All programs at once, under one rule for receives; `run` and `state` are as `repeated.run_through` wants them."""
+    """All programs at once, under one rule for receives."""
 
-    def __init__(self, receives: Receives, communicator: Callable[[Channel], Hashable]) -> None:
-        self._receives, self._communicator = receives, communicator
-        self._of_channel: dict[Channel, Direction] = {}
-        self._directions: dict[Place, Direction] = {}
+    def __init__(self, receives: Receives) -> None:
+        self._receives = receives
+        self._directions: list[Direction] = []
         self._queues: dict[tuple[int, Hashable], deque[Direction]] = defaultdict(deque)
-        # The numbers of messages that are started and not waited for, by whether they are sent.
-        self._numbers: dict[tuple[bool, Message], int] = {}
 
-    def run(self, parts: Sequence[Sequence[Step]]) -> None:
-        """Run some steps of all ranks to their end; DeadlockError where they get stuck."""
-        operations = [self._operations(rank, part) for rank, part in enumerate(parts)]
-        places = [0] * len(operations)
+    def run(self, parts: Sequence[Sequence[Operation]], operations: Operations) -> None:
+        """Run some operations of all ranks to their end; DeadlockError where they get stuck."""
+        for source, target, shared in operations.places[len(self._directions):]:
+            ends = self._queues[source, shared], self._queues[target, shared]
+            self._directions.append(Direction(len(self._directions), ends))
+        places = [0] * len(parts)
         moved = True
         while moved:
             moved = False
-            for rank, program in enumerate(operations):
+            for rank, part in enumerate(parts):
                 place = before = places[rank]
-                while place < len(program) and self._act(rank, *program[place]):
+                while place < len(part) and self._act(rank, part[place]):
                     place += 1
                 places[rank] = place
                 moved |= place > before
-        stuck = [f"rank {rank} at {program[place][0]}" for rank, (program, place) in enumerate(zip(operations, places))
-                 if place < len(program)]
+        stuck = [f"rank {rank} at {part[place].step}" for rank, (part, place) in enumerate(zip(parts, places))
+                 if place < len(part)]
         if stuck:
             raise DeadlockError(f"deadlock ({self._receives.value}): " + "; ".join(stuck))
 
-    def _operations(self, rank: int, part: Sequence[Step]) -> list[Operation]:
-        return [self._numbered(step) for step in part if isinstance(step, MessageStep)]
-
-    def _numbered(self, step: MessageStep) -> Operation:
-        if isinstance(step, (Send, PostReceive)):
-            direction = self._of_channel.get(step.message.channel) or self._direction(step.message.channel)
-            number = self._numbers[isinstance(step, Send), step.message] = direction.coming[type(step)]
-            direction.coming[type(step)] += 1
-            return step, direction, number
-        number = self._numbers.pop((isinstance(step, AwaitSend), step.message))
-        return step, self._of_channel[step.message.channel], number
-
-    def _direction(self, channel: Channel) -> Direction:
-        shared = self._communicator(channel)
-        place = channel.source, channel.target, shared
-        if place not in self._directions:
-            ends = self._queues[channel.source, shared], self._queues[channel.target, shared]
-            self._directions[place] = Direction(place, ends)
-        self._of_channel[channel] = self._directions[place]
-        return self._directions[place]
-
-    def _act(self, rank: int, step: Step, direction: Direction | None, number: int) -> bool:
-        """Do `step` of `rank`, or return False if it has to wait."""
-        assert direction is not None
+    def _act(self, rank: int, operation: Operation) -> bool:
+        """Do `operation` of `rank`, or return False if it has to wait."""
+        step, index, number, _ = operation
         kind = type(step)
+        if kind is ShareLoss:
+            return True
+        direction = self._directions[index]
         if kind is Send:
             direction.sent += 1
             self._start(direction, 0)
@@ -118,12 +166,12 @@ class JointRun:
     def _start(self, direction: Direction, end: int) -> None:
         """Start an operation at one end of `direction`; complete all operations that it unblocks."""
         direction.queues[end].append(direction)
-        candidates = [direction]
+        candidates = [direction] if direction.sent > direction.through < direction.received else []
         while candidates:
             direction = candidates.pop()
             source, target = direction.queues
-            both = min(direction.sent, direction.received)
-            if direction.through < both and source[0] is direction and target[0] is direction:
+            if (direction.sent > direction.through < direction.received and source[0] is direction
+                    and target[0] is direction):
                 source.popleft()
                 target.popleft()
                 self._complete(direction)
@@ -133,13 +181,33 @@ class JointRun:
     def _complete(self, direction: Direction) -> None:
         """Called when the message number `through` of `direction` completes."""
 
-    def state(self, start: int) -> Hashable:
-        """All that decides how the run goes on."""
-        directions = list(self._directions.values())
-        counts = tuple(tuple(count - each.through for count in (each.sent, each.received, *each.coming.values()))
-                       for each in directions)
-        numbers = {direction: number for number, direction in enumerate(directions)}
-        queues = tuple(tuple(numbers[direction] for direction in queue) for queue in self._queues.values())
-        started = frozenset((sent, message.later(-start), number - self._of_channel[message.channel].through)
-                            for (sent, message), number in self._numbers.items())
-        return counts, queues, started
+    def through(self) -> list[int]:
+        """How many messages of each direction have arrived."""
+        return [each.through for each in self._directions]
+
+    def state(self) -> Hashable:
+        """What decides how the run goes on, besides the next operations."""
+        return (tuple((each.sent - each.through, each.received - each.through) for each in self._directions),
+                tuple(tuple(direction.index for direction in queue) for queue in self._queues.values()))
+
+    def is_known(self) -> bool:
+        """Whether further repeats, which all run as the last one has, could tell nothing more."""
+        return True
+
+
+def run_together(programs: Sequence[Program], communicator: Callable[[Channel], Hashable],
+                 runs: Sequence[JointRun]) -> None:
+    """Run `programs` in each of `runs`; DeadlockError where they get stuck in one."""
+    operations = Operations(len(programs), communicator)
+
+    def run(parts: Sequence[Sequence[Step]]) -> None:
+        of_ranks = [operations.of(rank, part) for rank, part in enumerate(parts)]
+        for each in runs:
+            each.run(of_ranks, operations)
+
+    def state(start: int) -> Hashable:
+        return operations.state(start, runs[0].through()), tuple(each.state() for each in runs), tuple(
+            tuple(one - other for one, other in zip(each.through(), runs[0].through())) for each in runs[1:])
+
+    comes_back = ComesBack(state)
+    run_through(programs, run, lambda start: comes_back(start) and all([each.is_known() for each in runs]))

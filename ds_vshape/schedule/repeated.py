@@ -88,16 +88,33 @@ def times_of(sequences: Sequence[Sequence[Any]]) -> int:
     return found.pop()[0] if len(found) == 1 else 1
 
 
-def run_through(sequences: Sequence[Sequence[T]], run: Callable[[Sequence[Sequence[T]]], None],
-                state: Callable[[int], object]) -> None:
-    """Run all of `sequences`, one of each rank, together, and what repeats only until nothing new can happen.
+class ComesBack:
+    """Whether a state is what it was a repeat before.
 
-    What repeats does the same from the same state, but for later micro-batches. So once the state is the one of a
-    repeat before, all further repeats pass as this one did, and leave what follows the same state.
+    What repeats does the same from the same state, but for later micro-batches. So once the state comes back, all
+    further repeats pass as the last one did, and leave what follows the same state.
+
+    Args:
+        state: all that decides how something goes on, for micro-batches counted from the given one.
+    """
+
+    def __init__(self, state: Callable[[int], object]) -> None:
+        self._state = state
+        self._before: object = None
+
+    def __call__(self, start: int) -> bool:
+        """Asked after each repeat, with the micro-batch from which the next one counts."""
+        before, self._before = self._before, self._state(start)
+        return before == self._before
+
+
+def run_through(sequences: Sequence[Sequence[T]], run: Callable[[Sequence[Sequence[T]]], None],
+                is_known: Callable[[int], bool]) -> None:
+    """Run all of `sequences`, one of each rank, together, and what repeats only until nothing new can happen.
 
     Args:
         run: is given the heads of all ranks, then some times their bodies, then their tails; each to its end.
-        state: all that decides how `run` goes on, for micro-batches counted from the given one.
+        is_known: whether further repeats could tell nothing more; asked as `ComesBack`.
     """
     repeated = [each for each in sequences if isinstance(each, Repeated)]
     if times_of(sequences) == 1:
@@ -105,11 +122,11 @@ def run_through(sequences: Sequence[Sequence[T]], run: Callable[[Sequence[Sequen
         return
     interval = repeated[0].interval
     run([each.head for each in repeated])
-    before, done = state(0), 0
+    is_known(0)
+    done = 0
     for time in range(repeated[0].times):
         run([tuple(later(each.body, time * interval)) for each in repeated])
-        now, done = state((time + 1) * interval), time
-        if now == before:
+        done = time
+        if is_known((time + 1) * interval):
             break
-        before = now
     run([tuple(later(each.tail, done * interval)) for each in repeated])

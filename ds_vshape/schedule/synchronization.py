@@ -7,32 +7,46 @@ allocator that is short of memory, the first launch of a kernel or a profiler sy
 host then waits for all of these, so none of them may wait for anything that this rank does from that pass on.
 
 The programs are run together once, each operation with a vector clock: how many passes of each rank must have ended
-before it completes. One run says it for all passes, since what an operation waits for doesn't depend on times. What
-repeats is run until the clocks, counted from the passes done, are those of the repeat before (`repeated.run_through`).
+before it completes. One run says it for all passes, since what an operation waits for doesn't depend on times.
+
+What repeats is run until the state comes back, clocks apart, and all that was started until then is complete. For an
+operation waits for a later pass of its own rank only through passes and operations that come between its start and its
+end. So nothing before its start matters, and an operation of a further repeat has the same between its ends as one of
+these repeats, or if it ends behind all repeats, as one that is started as many repeats before their end.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from operator import ge
 from typing import NamedTuple
 
 import numpy as np
 
 from ds_vshape.schedule.communicators import communicator_of
-from ds_vshape.schedule.lowering import Channel, Message, MessageStep, PostReceive, Program, Run, Send, ShareLoss, Step
+from ds_vshape.schedule.deadlock import check
+from ds_vshape.schedule.lowering import Channel, MessageStep, PostReceive, Program, Send
 from ds_vshape.schedule.passes import Pass
-from ds_vshape.schedule.rendezvous import DeadlockError, Direction, JointRun, Operation, Receives
-from ds_vshape.schedule.repeated import run_through
+from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.rendezvous import (DeadlockError, Direction, JointRun, Operation, Operations, Receives,
+                                           run_together)
 from ds_vshape.schedule.vector_clocks import Clock
 
 
 class _Start(NamedTuple):
-    """A rank's start of its end of a message, and the rank's clock then."""
+    """A rank's operation, and the rank's clock then: what it knows of other ranks, and its own passes."""
 
     rank: int
     clock: Clock
-    message: Message
+    operation: Operation
+
+
+class _Completed(NamedTuple):
+    """The clock of a completed message, and at how many ends it is waited for."""
+
+    clock: Clock
+    ends: int
 
 
 def check_synchronization(programs: Sequence[Program],
@@ -46,94 +60,101 @@ def check_synchronization(programs: Sequence[Program],
         programs: those of all ranks, which `deadlock.check` has accepted with the same `communicator`.
         communicator: which channels share one, as they do at runtime unless it is given.
     """
-    operations = _Operations(len(programs), communicator)
-    run_through(programs, operations.run, operations.state)
+    run_together(programs, communicator, [_ClockedRun(len(programs))])
 
 
-class _Operations(JointRun):
-    """Sends and receives that were started, and the clocks at which they completed."""
+def check_with_synchronization(programs: Sequence[Program], placement: Placement) -> None:
+    """`deadlock.check` and `check_synchronization` of the same programs in one, which takes less time."""
+    check(programs, placement, early=_ClockedRun(len(programs)))
 
-    def __init__(self, ranks: int, communicator: Callable[[Channel], Hashable]) -> None:
-        super().__init__(Receives.EARLY, communicator)
-        self._clocks = [np.zeros(ranks, np.int32) for _ in range(ranks)]
-        self._passes: list[list[Pass]] = [[] for _ in range(ranks)]
-        self._sharing: dict[int, Clock] = {}
-        # What was started at both ends of each direction and isn't complete.
-        self._started: dict[Direction, tuple[deque[_Start], deque[_Start]]] = defaultdict(lambda: (deque(), deque()))
-        # By number: what is complete, and how many ends still wait for it.
-        self._completed: dict[Direction, dict[int, tuple[Clock, int]]] = defaultdict(dict)
-        # By rank and communicator: the clock of the last completion.
+
+class _ClockedRun(JointRun):
+    """A run that knows the clock at which each operation completes.
+
+    A rank's entry in its own clock is out of date: how many passes it has run is known of each operation.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(Receives.EARLY)
+        self._clocks: list[Clock] = [np.zeros(ranks, np.int32) for _ in range(ranks)]
+        self._sharing: dict[int, _Start] = {}
+        # By direction: what was started at either end and isn't complete; and by number, what is.
+        self._started: list[tuple[deque[_Start], deque[_Start]]] = []
+        self._completed: list[dict[int, _Completed]] = []
+        # By direction: its communicator at either end; the clock of the last completion there.
+        self._ends: list[tuple[tuple[int, Hashable], tuple[int, Hashable]]] = []
         self._last: dict[tuple[int, Hashable], Clock] = {}
+        self._passes: Sequence[Sequence[Pass]] = ()
+        # How many messages of each direction were started when the state came back.
+        self._until: list[int] | None = None
 
-    def _operations(self, rank: int, part: Sequence[Step]) -> list[Operation]:
-        found: list[Operation] = []
-        for step in part:
-            if isinstance(step, MessageStep):
-                found.append(self._numbered(step))
-            elif isinstance(step, (Run, ShareLoss)):
-                found.append((step, None, 0))
-                if isinstance(step, Run):
-                    self._passes[rank].append(step.action)
-        return found
+    def run(self, parts: Sequence[Sequence[Operation]], operations: Operations) -> None:
+        self._passes = operations.passes
+        for source, target, shared in operations.places[len(self._ends):]:
+            self._started.append((deque(), deque()))
+            self._completed.append({})
+            self._ends.append(((source, shared), (target, shared)))
+        super().run(parts, operations)
 
-    def _act(self, rank: int, step: Step, direction: Direction | None, number: int) -> bool:
-        clock = self._clocks[rank]
-        if direction is None:
-            if isinstance(step, Run):
-                clock[rank] += 1
-            else:
-                self._share(rank, clock.copy())
+    def _act(self, rank: int, operation: Operation) -> bool:
+        step, index, number, _ = operation
+        kind = type(step)
+        if kind is Send or kind is PostReceive:
+            self._started[index][kind is PostReceive].append(_Start(rank, self._clocks[rank], operation))
+            return super()._act(rank, operation)
+        if index < 0:
+            self._share(_Start(rank, self._clocks[rank], operation))
             return True
-        if isinstance(step, (Send, PostReceive)):
-            self._started[direction][isinstance(step, PostReceive)].append(_Start(rank, clock.copy(), step.message))
-            return super()._act(rank, step, direction, number)
-        if direction.through <= number:
+        if self._directions[index].through <= number:
             return False
-        completed = self._completed[direction]
-        completion, ends = completed.pop(number)
+        completed = self._completed[index]
+        clock, ends = completed.pop(number)
         if ends > 1:
-            completed[number] = completion, ends - 1
-        np.maximum(clock, completion, out=clock)
+            completed[number] = _Completed(clock, ends - 1)
+        self._clocks[rank] = np.maximum(self._clocks[rank], clock)
         return True
 
     def _complete(self, direction: Direction) -> None:
-        starts = [started.popleft() for started in self._started[direction]]
-        completion = np.maximum(*(start.clock for start in starts))
-        source, target, shared = direction.place
-        for end in (source, shared), (target, shared):
+        starts = [started.popleft() for started in self._started[direction.index]]
+        completion = _joined(starts)
+        ends = self._ends[direction.index]
+        for end in ends:
             if end in self._last:
                 np.maximum(completion, self._last[end], out=completion)
-        for end in (source, shared), (target, shared):
+        for end in ends:
             self._last[end] = completion
         for start in starts:
-            self._check(start.rank, start.clock, completion, start.message)
-        self._completed[direction][direction.through] = completion, len(starts)
+            self._check(start, completion)
+        self._completed[direction.index][direction.through] = _Completed(completion, len(starts))
 
-    def state(self, start: int) -> Hashable:
-        """What decides how the run goes on, with clocks counted from the passes done."""
-        done = np.array([clock[rank] for rank, clock in enumerate(self._clocks)], np.int32)
-        clocks: list[tuple[Hashable, Clock]] = [
-            *self._last.items(), *enumerate(self._clocks),
-            *((("loss", rank), clock) for rank, clock in self._sharing.items()),
-            *(((direction, end, place), each.clock) for direction, ends in self._started.items()
-              for end, started in enumerate(ends) for place, each in enumerate(started)),
-            *(((direction, number - direction.through, ends), clock) for direction, completed in self._completed.items()
-              for number, (clock, ends) in completed.items())]
-        return super().state(start), {key: (clock - done).tobytes() for key, clock in clocks}
+    def is_known(self) -> bool:
+        if self._until is None:
+            self._until = [max(each.sent, each.received) for each in self._directions]
+        # Sharing the loss would stay open for all repeats.
+        return not self._sharing and all(map(ge, self.through(), self._until))
 
-    def _share(self, rank: int, clock: Clock) -> None:
-        """Start `rank`'s part in sharing the loss, which completes once all ranks have."""
-        self._sharing[rank] = clock
-        if len(self._sharing) == len(self._passes):
-            completion = np.maximum.reduce(list(self._sharing.values()))
-            for sharer, started in self._sharing.items():
-                self._check(sharer, started, completion, "the batch's loss")
+    def _share(self, start: _Start) -> None:
+        """Start a rank's part in sharing the loss, which completes once all ranks have."""
+        self._sharing[start.rank] = start
+        if len(self._sharing) == len(self._clocks):
+            completion = _joined(list(self._sharing.values()))
+            for sharer in self._sharing.values():
+                self._check(sharer, completion)
 
-    def _check(self, rank: int, clock: Clock, completion: Clock, what: object) -> None:
-        """Raise DeadlockError if an operation that `rank` started at its `clock` waits for a pass after that."""
-        if completion[rank] > clock[rank]:
-            # What repeats is only taken in part by part.
-            passes, place = self._passes[rank], int(clock[rank])
+    def _check(self, start: _Start, completion: Clock) -> None:
+        """Raise DeadlockError if an operation waits for a pass that its rank runs after its start."""
+        if completion[start.rank] > start.operation.passes:
+            passes, place = self._passes[start.rank], start.operation.passes
             blocked = passes[place] if place < len(passes) else f"the pass after {passes[-1]}"
-            raise DeadlockError(f"rank {rank} can't synchronize its device in {blocked}: it would wait there for "
+            step = start.operation.step
+            what = step.message if isinstance(step, MessageStep) else "the batch's loss"
+            raise DeadlockError(f"rank {start.rank} can't synchronize its device in {blocked}: it would wait there for "
                                 f"{what}, which waits for that pass")
+
+
+def _joined(starts: Sequence[_Start]) -> Clock:
+    """The clock at which all of `starts` have come."""
+    joined: Clock = np.maximum.reduce([start.clock for start in starts])
+    for start in starts:
+        joined[start.rank] = max(joined[start.rank], start.operation.passes)
+    return joined
