@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,23 +81,31 @@ class _Transfer:
 
     def wait(self, peer: int) -> None:
         """Until all is there; PeerLost if the connection to pipeline rank `peer` breaks."""
-        with _losing(peer):
+        with _Losing(peer):
             for work in self.works:
                 work.wait()
         self.works.clear()
 
 
-@contextmanager
-def _losing(peer: int) -> Iterator[None]:
-    """Around communication with pipeline rank `peer`: PeerLost for an error of the connection."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_connection_error(error):
-            raise
-        # Gloo's errors begin with the place in its source.
-        reason = str(error).splitlines()[0]
-        raise PeerLost(f"pipeline rank {peer} is lost: {reason.partition('] ')[2] or reason}") from error
+class _Losing:
+    """Around communication with pipeline rank `peer`: PeerLost for an error of the connection.
+
+    A class, since every message goes through it and a generator would take four times as long.
+    """
+
+    __slots__ = ("_peer",)
+
+    def __init__(self, peer: int) -> None:
+        self._peer = peer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RuntimeError) and is_connection_error(error):
+            # Gloo's errors begin with the place in its source.
+            reason = str(error).splitlines()[0]
+            raise PeerLost(f"pipeline rank {self._peer} is lost: {reason.partition('] ')[2] or reason}") from error
 
 
 @dataclass(frozen=True)
@@ -289,7 +297,7 @@ class Channels:
         group, _, target = self._ends[message.channel]
         if header is not None:
             transfer.header = torch.tensor([*header, *[0] * (HEADER_SIZE - len(header))])
-            with _losing(message.channel.target):
+            with _Losing(message.channel.target):
                 transfer.works.append(self._headers.send([transfer.header], message.channel.target, 0))
         _start(transfer, group.send, tensors, target, message.channel.target)
 
@@ -303,7 +311,7 @@ class Channels:
 
     def _read_header(self, channel: Channel) -> Signature:
         header = torch.empty(HEADER_SIZE, dtype=torch.int64)
-        with _losing(channel.source):
+        with _Losing(channel.source):
             self._headers.recv([header], channel.source, 0).wait()
         try:
             return Signature.decode(header.tolist())
@@ -325,7 +333,7 @@ def _start(transfer: _Transfer, start: Callable[..., Any], tensors: Sequence[Ten
            peer: int) -> None:
     """Start to send or receive those of `tensors` that aren't empty; `start` is a group's send or recv."""
     try:
-        with _losing(peer):
+        with _Losing(peer):
             for tensor in tensors:
                 if tensor is not None and tensor.numel():
                     transfer.works.append(start([carried(tensor)], place, 0))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,15 +44,17 @@ class StagePasses(Keeping):
     # -- forward
 
     def _exec_forward_pass(self, buffer_id: BufferId, keeps: Keeps = EVERYTHING) -> None:
-        self._pass_on(buffer_id, self._forward(buffer_id, keeps))
+        self._pass_on(buffer_id, self._forward(buffer_id, keeps, nullcontext()))
 
     def _exec_split_forward_pass(self, buffer_id: BufferId, keeps: Keeps = EVERYTHING) -> None:
-        with SplitForward(self._stage_buffers[buffer_id].store, self._operators):
-            outputs = self._forward(buffer_id, keeps)
-        self._pass_on(buffer_id, outputs)
+        recording = SplitForward(self._stage_buffers[buffer_id].store, self._operators)
+        self._pass_on(buffer_id, self._forward(buffer_id, keeps, recording))
 
-    def _forward(self, buffer_id: BufferId, keeps: Keeps) -> list[Any]:
-        """Run the stage, and the loss function on the last one; the outputs alone in a list, if a stage follows."""
+    def _forward(self, buffer_id: BufferId, keeps: Keeps, recording: AbstractContextManager[Any]) -> list[Any]:
+        """Run the stage, and the loss function on the last one; the outputs alone in a list, if a stage follows.
+
+        `recording` is around the model's functions alone: each call of torch costs more inside.
+        """
         buffer = self._stage_buffers[buffer_id]
         buffer.check_unwritten(Content.ACTIVATION)
         self._activate(buffer_id.stage)
@@ -60,13 +62,16 @@ class StagePasses(Keeping):
         assert buffer.inputs is not None
         with buffer.saving(self.device) if keeps.goes_to_host else nullcontext():
             if keeps.recomputed is None:
-                outputs = self.stock_forward(enter(buffer.inputs))
+                inputs = enter(buffer.inputs)
+                with recording:
+                    outputs = self.stock_forward(inputs)
             else:
-                outputs = self._forgetting_forward(buffer_id, keeps.recomputed)
+                with recording:
+                    outputs = self._forgetting_forward(buffer_id, keeps.recomputed)
             if not self.module.training:
                 forget_checkpoints()
             if buffer_id.stage == self.placement.last_stage:
-                buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels)
+                buffer.loss = self._compute_micro_batch_loss(outputs, buffer.labels, recording)
                 buffer.labels = None
                 return []
         return [outputs]
@@ -81,10 +86,10 @@ class StagePasses(Keeping):
         if not torch.is_grad_enabled():
             self._stage_buffers.close(buffer_id)
 
-    def _compute_micro_batch_loss(self, outputs: Any, labels: Any) -> Any:
+    def _compute_micro_batch_loss(self, outputs: Any, labels: Any, recording: AbstractContextManager[Any]) -> Any:
         """The loss of one micro-batch; in training it is added to the batch's."""
         compute = self.computes_loss and self.module.loss_fn is not None
-        with self._early.active(outputs, self._accumulator, self._gradient_of_loss) as outputs:
+        with self._early.active(outputs, self._accumulator, self._gradient_of_loss) as outputs, recording:
             if compute and self._token_mean is not None:
                 loss = self._token_mean.loss(outputs, labels)
             else:
@@ -107,15 +112,14 @@ class StagePasses(Keeping):
     # -- backward
 
     def _exec_backward_pass(self, buffer_id: BufferId) -> None:
-        self._backward(buffer_id)
+        self._backward(buffer_id, nullcontext())
         self._stage_buffers.close(buffer_id)
 
     def _exec_input_grad_pass(self, buffer_id: BufferId) -> None:
         store = self._stage_buffers[buffer_id].store
         store.meanwhile = partial(self._weight_grad_meanwhile, buffer_id)
         # Active in the backward too: a checkpointed layer runs its forward again in there.
-        with SplitBackward(store, self._operators):
-            self._backward(buffer_id)
+        self._backward(buffer_id, SplitBackward(store, self._operators))
 
     def _weight_grad_meanwhile(self, running: BufferId) -> None:
         """Take one weight gradient of a W to come while a B waits for other ranks."""
@@ -133,28 +137,29 @@ class StagePasses(Keeping):
         if piece == pieces - 1:
             self._stage_buffers.close(buffer_id)
 
-    def _backward(self, buffer_id: BufferId) -> None:
-        """Run autograd from the stage's outputs to its inputs, and to the weights that the split leaves to it."""
+    def _backward(self, buffer_id: BufferId, splitting: AbstractContextManager[Any]) -> None:
+        """Run autograd from the stage's outputs to its inputs, and to the weights that `splitting` leaves to it."""
         buffer = self._stage_buffers[buffer_id]
         buffer.check_unwritten(Content.GRADIENT)
         self._activate(buffer_id.stage)
         if buffer_id.stage == self.placement.last_stage:
             loss, buffer.loss = buffer.loss, None
-            self.stock_backward(loss)
+            with splitting:
+                self.stock_backward(loss)
         else:
-            self._backward_without_loss(buffer)
+            self._backward_without_loss(buffer, splitting)
         grads = buffer.take_input_grads()
         if buffer_id.stage:
             receiver = BufferId(buffer_id.stage - 1, buffer_id.micro_batch)
             self._stage_buffers.hand_over(Content.GRADIENT, receiver, grads, is_tuple=True)
 
-    def _backward_without_loss(self, buffer: Buffer) -> None:
+    def _backward_without_loss(self, buffer: Buffer, splitting: AbstractContextManager[Any]) -> None:
         """What the stock engine does around the backward of a stage that has no loss."""
         pairs = [(root, grad) for root, grad in zip(buffer.roots, buffer.output_grads, strict=True)
                  if root is not None and grad is not None]
         buffer.roots = buffer.output_grads = ()
         if pairs:
-            with self.running_backward():
+            with self.running_backward(), splitting:
                 torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
         self._sums.take_in()
 

@@ -8,7 +8,7 @@ runs like any other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineError
@@ -80,19 +80,13 @@ class Observer:
             self._meter.drop()
             self._meter_runs = False
 
-    @contextmanager
-    def watching(self, action: Pass, buffers: Buffers) -> Iterator[None]:
+    def watching(self, action: Pass, buffers: Buffers) -> AbstractContextManager[None]:
         """Around a pass."""
-        start = self._recorder.start(action)
         if action in self._metered:
-            with self._metering(action, buffers):
-                yield
-        elif self._keeping is not None and action.kind is Kind.F and self.batches > METERED_BATCH:
-            with self._keeping.times(action.stage):
-                yield
-        else:
-            yield
-        self._recorder.end(action, start)
+            return self._recorder.around(action, self._metering(action, buffers))
+        if self._keeping is not None and action.kind is Kind.F and self.batches > METERED_BATCH:
+            return self._recorder.around(action, self._keeping.times(action.stage))
+        return self._recorder.around(action)
 
     @contextmanager
     def _metering(self, action: Pass, buffers: Buffers) -> Iterator[None]:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
@@ -69,6 +70,24 @@ def clock() -> Clock:
     return HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
 
 
+class _Around:
+    """A class, since every pass goes through it and a generator would take four times as long."""
+
+    __slots__ = ("_action", "_inside", "_recorder", "_start")
+
+    def __init__(self, recorder: PassRecorder, action: Pass, inside: AbstractContextManager[None]) -> None:
+        self._recorder, self._action, self._inside = recorder, action, inside
+
+    def __enter__(self) -> None:
+        self._start = self._recorder.start(self._action)
+        self._inside.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._inside.__exit__(*exception)
+        if exception[0] is None:
+            self._recorder.end(self._action, self._start)
+
+
 class PassRecorder:
     """One batch on this rank: its passes and copies with start and end, and how many activations were alive at once."""
 
@@ -110,6 +129,10 @@ class PassRecorder:
         self._marks.append((action, end if action.kind.is_copy else start, end))
         if action.frees_activations:
             self._alive -= 1
+
+    def around(self, action: Pass, inside: AbstractContextManager[None] = nullcontext()) -> AbstractContextManager[None]:
+        """Between the start of `action` and its end, `inside`; a pass that raises has no end."""
+        return _Around(self, action, inside)
 
     def copied(self, buffer_id: BufferId, copy: Copy) -> None:
         """`copy` is that of what a forward left, to the host and back."""

@@ -191,7 +191,7 @@ def _working_peak(program: Program, activations: Activations, working: Working) 
         elif isinstance(step, (Run, AwaitOffload, Reload)):
             action = step.action
             change = activations.change(action, recompute.get((action.stage, action.micro_batch)))
-            taken = received.pop(replace(action, kind=Kind.B) if action.kind is Kind.BW else action, 0.0)
+            taken = received.pop(action._replace(kind=Kind.B) if action.kind is Kind.BW else action, 0.0)
             # The data of a message are the F's own from its start, and gone when a B ends.
             at_start, at_end = (taken, 0.0) if action.kind is Kind.F else (0.0, taken)
             alive += change.at_start - at_start

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 
 from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, CopyStep, Load,
@@ -228,7 +227,7 @@ class _Alone:
         if micro_batch in self._done[Kind.W, stage] or (done and piece in done):
             raise DeadlockError(f"rank {self._rank} runs {action} twice")
         if action.piece and (action.piece - 1, action.pieces) not in (done or []):
-            raise DeadlockError(f"rank {self._rank} runs {action} before {replace(action, piece=action.piece - 1)}")
+            raise DeadlockError(f"rank {self._rank} runs {action} before {action._replace(piece=action.piece - 1)}")
         if done is None:
             raise DeadlockError(f"rank {self._rank} runs {action} before {Pass(Kind.B, stage, micro_batch)}")
         done.append(piece)

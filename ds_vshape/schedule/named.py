@@ -154,8 +154,6 @@ def build(name: str, ranks: int, micro_batches: int, chunks: int | None = None) 
     if entry.steady is None:
         schedule = make(micro_batches)
     else:
-        fewest = ceil(entry.steady * ranks)
-        schedule = (extended(make, micro_batches, fewest, interval=ranks) if entry.in_groups else
-                    extended(make, micro_batches, fewest + _MARGIN))
+        schedule = extended(make, micro_batches, ceil(entry.steady * ranks) + _MARGIN, ranks if entry.in_groups else 1)
     check(schedule)
     return schedule

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 
 class Kind(str, enum.Enum):
@@ -75,26 +75,33 @@ class Kind(str, enum.Enum):
 _NOTATION = re.compile(r"(F|BW|B|W|C|O|R)(\d+)\.(\d+)(?:\[(\d+)(?:/(\d+))?\])?")
 
 
-@dataclass(frozen=True, order=True)
-class Pass:
+# A plan of many ranks makes and looks up hundreds of thousands of passes: tuples do that in C.
+class _Fields(NamedTuple):
+    kind: Kind
+    stage: int
+    micro_batch: int
+    piece: int
+    pieces: int
+    layers: int
+
+
+class Pass(_Fields):
     """One unit of work: `kind` on `stage` for `micro_batch` (both counted from 0).
 
     A W may be `piece` (counted from 0) of `pieces`; everything else is whole. A C may be of the stage's first `layers`
     alone; 0 stands for all. ValueError for other pieces and layers.
     """
 
-    kind: Kind
-    stage: int
-    micro_batch: int
-    piece: int = 0
-    pieces: int = 1
-    layers: int = 0
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.piece < self.pieces or (self.pieces > 1 and self.kind is not Kind.W):
+    def __new__(cls, kind: Kind, stage: int, micro_batch: int, piece: int = 0, pieces: int = 1,
+                layers: int = 0) -> Self:
+        self = tuple.__new__(cls, (kind, stage, micro_batch, piece, pieces, layers))
+        if (piece or pieces != 1) and (not 0 <= piece < pieces or kind is not Kind.W):
             raise ValueError(f"{self!r} isn't a pass: only W has pieces, which count from 0")
-        if self.layers < 0 or (self.layers and self.kind is not Kind.C):
+        if layers and (layers < 0 or kind is not Kind.C):
             raise ValueError(f"{self!r} isn't a pass: only C has a number of layers")
+        return self
 
     def __repr__(self) -> str:
         part = f"[{self.piece}/{self.pieces}]" if self.pieces != 1 else f"[{self.layers}]" if self.layers else ""

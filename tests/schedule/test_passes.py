@@ -10,7 +10,8 @@ from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import PLACEMENTS, interleaved, linear, v
 
 numbers = st.integers(0, 10 ** 6)
-passes = st.one_of(st.builds(Pass, st.sampled_from(Kind), numbers, numbers), st.builds(C, numbers, numbers, numbers))
+passes = st.one_of(st.builds(Pass, st.sampled_from(Kind), numbers, numbers, st.just(0), st.just(1), st.just(0)),
+                   st.builds(C, numbers, numbers, numbers))
 
 
 @given(passes)
