@@ -42,7 +42,7 @@ from ds_vshape.schedule.choose import limits_at
 from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.communicators import communicators
 from ds_vshape.schedule.lowering import Run, lower, lower_announced
-from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, most_micro_batches, placement_of
 from ds_vshape.schedule.synchronization import check_with_synchronization
 from ds_vshape.schedule.timeline import Times, simulate
 
@@ -201,6 +201,7 @@ class PlanCost:
     instructions: int
     passes: int
     communicators: int
+    estimated: bool = False
 
     @property
     def seconds(self) -> float:
@@ -234,6 +235,18 @@ def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
                     sum(isinstance(step, Run) for step in longest), len(communicators(schedule.placement)))
 
 
+def cost_of(name: str, ranks: int, micro_batches: int) -> PlanCost:
+    """`plan_cost`; where a batch may not have so many micro-batches, an estimate from a fourth of the ranks: what is
+    kept and checked grows with the square of the ranks, a rank's instructions with the micro-batches."""
+    if micro_batches <= most_micro_batches(ranks, placement_of(name, ranks).chunks_each):
+        return plan_cost(name, ranks, micro_batches)
+    few = ranks // 4
+    base = plan_cost(name, few, micro_batches // 4)
+    return PlanCost(name, ranks, micro_batches, *(16 * each for each in (base.build, base.lower, base.check)),
+                    16 * base.memory, 4 * base.instructions, 4 * base.passes,
+                    len(communicators(placement_of(name, ranks))), estimated=True)
+
+
 def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The costs of plans of some sizes, each in a process of its own, and of Python in a batch."""
     if options.measure:
@@ -248,10 +261,10 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
         for size in tqdm(sizes, disable=None):
-            plan = process.submit(plan_cost, *size).result()
+            plan = process.submit(cost_of, *size).result()
             found.append(plan)
-            table.add_row(plan.schedule, str(plan.ranks), str(plan.micro_batches), f"{plan.build:.2f}",
-                          f"{plan.lower:.2f}", f"{plan.check:.2f}", f"{plan.memory / 1024 ** 2:.0f}",
+            table.add_row(f"{plan.schedule}{' (estimated)' * plan.estimated}", str(plan.ranks),
+                          str(plan.micro_batches), f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}", f"{plan.memory / 1024 ** 2:.0f}",
                           str(plan.instructions), f"{plan.instructions / plan.passes:.2f}",
                           *(f"{each * plan.instructions:.2f}" for each in cost),
                           *(f"{1e3 * plan.least_pass(each):.2f}" for each in cost), str(plan.communicators))

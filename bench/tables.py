@@ -130,6 +130,9 @@ RUNS = [
         "--model 9.6B --batch 64 --schedules v-half"),
     Run("hops", "-m ds_vshape plan --stages 16 --micro-batches 32 --schedule v-half --times 1,1,1,0.5 "
                 "--compare 1f1b,zb-h1,v-half", "--stages 4 --micro-batches 8"),
-    Run("host", "bench/scale.py host --ranks 64 --micro-batches 256 1024", "--ranks 2 --micro-batches 8"),
+    Run("host", "bench/scale.py host --ranks 64 --micro-batches 1024 --schedules 1f1b zb-h1 zb-h2 interleaved-1f1b "
+                "interleaved-zb 1f1b-v v-min v-half v-zb zb-v", "--ranks 2 --micro-batches 8"),
+    Run("host-256", "bench/scale.py host --ranks 256 --micro-batches 4096", "--ranks 2 --micro-batches 8"),
     Run("host-measured", "bench/scale.py host --measure", "--ranks 2 --micro-batches 8"),
+    Run("instructions", "bench/instructions.py --places 20", "--micro-batches 4 --batches 2"),
 ]

@@ -130,7 +130,8 @@ class PassRecorder:
         if action.frees_activations:
             self._alive -= 1
 
-    def around(self, action: Pass, inside: AbstractContextManager[None] = nullcontext()) -> AbstractContextManager[None]:
+    def around(self, action: Pass,
+               inside: AbstractContextManager[None] = nullcontext()) -> AbstractContextManager[None]:
         """Between the start of `action` and its end, `inside`; a pass that raises has no end."""
         return _Around(self, action, inside)
 
