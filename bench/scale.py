@@ -264,7 +264,8 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
             plan = process.submit(cost_of, *size).result()
             found.append(plan)
             table.add_row(f"{plan.schedule}{' (estimated)' * plan.estimated}", str(plan.ranks),
-                          str(plan.micro_batches), f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}", f"{plan.memory / 1024 ** 2:.0f}",
+                          str(plan.micro_batches), f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}",
+                          f"{plan.memory / 1024 ** 2:.0f}",
                           str(plan.instructions), f"{plan.instructions / plan.passes:.2f}",
                           *(f"{each * plan.instructions:.2f}" for each in cost),
                           *(f"{1e3 * plan.least_pass(each):.2f}" for each in cost), str(plan.communicators))
