@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_vshape.schedule.activations import Activations, peak_activations
-from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.bounds import lower_bound_of_limits
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule, variants
@@ -31,8 +31,9 @@ def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None,
     `activations` are counted as the paper does; they matter where some are recomputed.
     """
     timeline = timeline or simulate(schedule, times)
-    peaks = peak_activations(schedule, activations)
     placement, micro_batches = schedule.placement, schedule.micro_batches
+    sizes = activations or Activations.counted(placement)
+    peaks = peak_activations(schedule, sizes)
     # Compared with what may be done as this schedule does.
     kinds = {kind for kind, _, _ in variants(schedule)} & {Kind.C, Kind.O} if schedule.gives_back_memory else ()
     return Metrics(
@@ -41,4 +42,5 @@ def measure(schedule: Schedule, times: Times, timeline: Timeline | None = None,
         bubble=timeline.bubble,
         peak_activations=peaks,
         peak_fraction_of_1f1b=max(peaks) / peak_of_1f1b(placement.ranks, micro_batches),
-        lower_bound=lower_bound(placement, micro_batches, times, max(peaks), kinds))
+        lower_bound=lower_bound_of_limits(placement, micro_batches, times, sizes, (max(peaks),) * placement.ranks,
+                                          kinds))
