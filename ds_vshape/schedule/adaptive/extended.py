@@ -25,9 +25,10 @@ _PERIODS = (1, 2, 3, 4, 6)
 _MIDDLES = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)
 
 
-def fewer_micro_batches(problem: Problem) -> Problem | None:
-    """`problem` with fewer micro-batches, but enough for the whole ramps; None if it has no more than these."""
-    least = max(8, 2 * problem.ranks)
+def fewer_micro_batches(problem: Problem, per_rank: int = 2) -> Problem | None:
+    """`problem` with fewer micro-batches, but enough for the whole ramps, `per_rank` or more; None if it has no more
+    than these."""
+    least = max(8, per_rank * problem.ranks)
     whole = lcm(*periods_of(problem.placement))
     left_out = (problem.micro_batches - least) // whole * whole
     return with_micro_batches(problem, problem.micro_batches - left_out) if left_out > 0 else None

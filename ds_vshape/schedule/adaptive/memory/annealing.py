@@ -6,8 +6,8 @@
     moves     _shift, _move_pass, set_way, _change_keeping
     anneal    _critical, anneal
 
-O stands as late as memory allows, since it waits; R at its lead, or as soon after as memory allows. machine_code.py
-says why all loops are in one file.
+O stands as late as memory allows, since it waits; R at its lead, or as soon after as memory allows. What is still there
+when its R is due needs neither. machine_code.py says why all loops are in one file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _REPEATS = np.array([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 1 << 30])
 _SPREADS = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1 << 30])
 # The random numbers of a plan: a linear congruential generator modulo 2 ** 31, of which the upper bits are used.
 _RANDOM_BITS = 0x7FFFFFFF
+# Where the R of an activation would stand that is still there when it is due.
+_STAYS = -2
 # Kinds of entries of a critical path besides those of passes: a copy to the host, and one back.
 _OUT, _BACK = 6, 7
 # What a change does: R earlier, R later, offloaded or not, kept in another way.
@@ -50,15 +52,6 @@ def _user(orders: Orders, rank: int, chunk: int, number: int) -> int:
 
 
 @jit
-def _is_copied(orders: Orders, rank: int, chunk: int, number: int) -> bool:
-    """Whether an activation is offloaded: if a pass runs between its F and what needs it."""
-    if orders.leads[rank, chunk, number] <= 0:
-        return False
-    fine: bool = _user(orders, rank, chunk, number) >= orders.places[rank, chunk, number] + 2
-    return fine
-
-
-@jit
 def insert_copies(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int, queue: Ints, users: Ints) -> int:
     """Into `steps`: those of `rank`. The place of a pass that doesn't fit or comes before what it needs, -1 if none.
 
@@ -66,7 +59,8 @@ def insert_copies(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int,
     """
     streams, numbers, places = orders.streams[rank], orders.numbers[rank], orders.places[rank]
     ways, leads, cuts = orders.ways[rank], orders.leads[rank], orders.cuts[rank]
-    at, whole, kept = steps.at[rank], layout.whole[rank], layout.kept[rank]
+    at, to_streams, to_numbers = steps.at[rank], steps.streams[rank], steps.numbers[rank]
+    whole, kept = layout.whole[rank], layout.kept[rank]
     left, moved = layout.left[rank], layout.moved[rank]
     length, limit, pieces = orders.lengths[rank], layout.limits[rank], layout.pieces
     chunks = len(whole)
@@ -78,7 +72,8 @@ def insert_copies(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int,
         kind, chunk = streams[place] // chunks, streams[place] % chunks
         if kind == B or kind == C:
             number = numbers[place]
-            if (ways[chunk, number] > 0) == (kind == C) and _is_copied(orders, rank, chunk, number):
+            if (ways[chunk, number] > 0) == (kind == C) and leads[chunk, number] > 0 and (
+                    place >= places[chunk, number] + 2):
                 users[all_users] = chunks * number + chunk
                 all_users += 1
     alive = 0.0
@@ -93,15 +88,23 @@ def insert_copies(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int,
             if place < max(needed - leads[which, batch] + 1, places[which, batch] + 2):
                 break
             size = moved[which, ways[which, batch]]
-            while first < last and (at[O * chunks + which, batch] < 0 or alive + size > limit):
-                alive -= _offload(layout, orders, steps, rank, queue[first], count)
-                count += 1
+            if at[O * chunks + which, batch] < 0:
+                at[R * chunks + which, batch] = _STAYS
+                user += 1
+                continue
+            while first < last and alive + size > limit:
+                which_out, out = queue[first] % chunks, queue[first] // chunks
+                if at[R * chunks + which_out, out] != _STAYS:
+                    to_streams[count], to_numbers[count] = O * chunks + which_out, out
+                    at[O * chunks + which_out, out] = count
+                    alive -= moved[which_out, ways[which_out, out]]
+                    count += 1
                 first += 1
             if alive + size > limit:
                 if place == needed:
                     return place
                 break
-            steps.streams[rank, count], steps.numbers[rank, count] = R * chunks + which, batch
+            to_streams[count], to_numbers[count] = R * chunks + which, batch
             at[R * chunks + which, batch] = count
             count += 1
             alive += size
@@ -130,29 +133,23 @@ def insert_copies(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int,
         while alive + need > limit:
             if first == last:
                 return place
-            alive -= _offload(layout, orders, steps, rank, queue[first], count)
-            count += 1
+            which, batch = queue[first] % chunks, queue[first] // chunks
+            if at[R * chunks + which, batch] != _STAYS:
+                to_streams[count], to_numbers[count] = O * chunks + which, batch
+                at[O * chunks + which, batch] = count
+                alive -= moved[which, ways[which, batch]]
+                count += 1
             first += 1
-        steps.streams[rank, count], steps.numbers[rank, count] = stream, number
+        to_streams[count], to_numbers[count] = stream, number
         at[stream, number] = count
         count += 1
         alive += before + after
-        if kind == F and _is_copied(orders, rank, chunk, number):
+        if kind == F and leads[chunk, number] > 0 and (
+                places[(C if ways[chunk, number] > 0 else B) * chunks + chunk, number] >= place + 2):
             queue[last] = chunks * number + chunk
             last += 1
     steps.counts[rank] = count
     return -1
-
-
-@jit
-def _offload(layout: MemoryLayout, orders: Orders, steps: Steps, rank: int, which: int, step: int) -> float:
-    """Make `step` the O of an activation; what it frees."""
-    chunks = orders.ways.shape[1]
-    chunk, number = which % chunks, which // chunks
-    steps.streams[rank, step], steps.numbers[rank, step] = O * chunks + chunk, number
-    steps.at[rank, O * chunks + chunk, number] = step
-    size: float = layout.moved[rank, chunk, orders.ways[rank, chunk, number]]
-    return size
 
 
 @jit
@@ -459,28 +456,33 @@ def _change_keeping(layout: MemoryLayout, orders: Orders, rank: int, chunk: int,
 
 @jit
 def _copy_rank(source: Orders, target: Orders, rank: int) -> None:
-    for place in range(source.lengths[rank]):
-        target.streams[rank, place] = source.streams[rank, place]
-        target.numbers[rank, place] = source.numbers[rank, place]
-    target.lengths[rank] = source.lengths[rank]
-    for stream in range(source.places.shape[1]):
-        for number in range(source.places.shape[2]):
-            target.places[rank, stream, number] = source.places[rank, stream, number]
-    for chunk in range(source.ways.shape[1]):
-        for number in range(source.ways.shape[2]):
-            target.ways[rank, chunk, number] = source.ways[rank, chunk, number]
-            target.leads[rank, chunk, number] = source.leads[rank, chunk, number]
+    streams, numbers, places = source.streams[rank], source.numbers[rank], source.places[rank]
+    ways, leads = source.ways[rank], source.leads[rank]
+    to_streams, to_numbers, to_places = target.streams[rank], target.numbers[rank], target.places[rank]
+    to_ways, to_leads = target.ways[rank], target.leads[rank]
+    length = source.lengths[rank]
+    for place in range(length):
+        to_streams[place], to_numbers[place] = streams[place], numbers[place]
+    target.lengths[rank] = length
+    for stream in range(places.shape[0]):
+        for number in range(places.shape[1]):
+            to_places[stream, number] = places[stream, number]
+    for chunk in range(ways.shape[0]):
+        for number in range(ways.shape[1]):
+            to_ways[chunk, number], to_leads[chunk, number] = ways[chunk, number], leads[chunk, number]
 
 
 @jit
 def _copy_steps(source: Steps, target: Steps, rank: int) -> None:
-    for step in range(source.counts[rank]):
-        target.streams[rank, step] = source.streams[rank, step]
-        target.numbers[rank, step] = source.numbers[rank, step]
-    target.counts[rank] = source.counts[rank]
-    for stream in range(source.at.shape[1]):
-        for number in range(source.at.shape[2]):
-            target.at[rank, stream, number] = source.at[rank, stream, number]
+    streams, numbers, at = source.streams[rank], source.numbers[rank], source.at[rank]
+    to_streams, to_numbers, to_at = target.streams[rank], target.numbers[rank], target.at[rank]
+    count = source.counts[rank]
+    for step in range(count):
+        to_streams[step], to_numbers[step] = streams[step], numbers[step]
+    target.counts[rank] = count
+    for stream in range(at.shape[0]):
+        for number in range(at.shape[1]):
+            to_at[stream, number] = at[stream, number]
 
 
 @jit

@@ -71,7 +71,7 @@ class Orders(NamedTuple):
 class Steps(NamedTuple):
     """The passes of `Orders` with O and R between them [rank, step], as many as `counts` [rank].
 
-    `at` [rank, stream, number] says which step each is; -1 for what there isn't.
+    `at` [rank, stream, number] says which step each is; below 0 for what there isn't.
     """
 
     streams: Ints
