@@ -26,8 +26,8 @@ and [1] shows that a copy starts after the F that made its data has run, and one
 end of the copy to the host. So none waits for anything but what this rank has started before.
 
 What repeats is looked at until the state comes back (`repeated.run_through`): what is in flight, and what each rank has
-done and still waits for, all but for the number of the micro-batch. In [3] all ranks first end one repeat, then start
-the next: programs whose repeats wait for later ones are refused, though they might run.
+done and still waits for, all but for the number of the micro-batch. In [3] that includes the steps that a rank can't do
+yet: where ranks are of very unequal speed, one may wait for what another does in a later repeat.
 """
 
 from __future__ import annotations

@@ -113,18 +113,26 @@ class Direction:
 
 
 class JointRun:
-    """All programs at once, under one rule for receives."""
+    """All programs at once, under one rule for receives.
+
+    A rank needn't end a part before others go on to the next: where it is slower than a receiver, it may wait for a
+    send in a part that comes before the one that receives it.
+    """
 
     def __init__(self, receives: Receives) -> None:
         self._receives = receives
         self._directions: list[Direction] = []
         self._queues: dict[tuple[int, Hashable], deque[Direction]] = defaultdict(deque)
+        # What each rank has taken in and not done.
+        self._waiting: list[Sequence[Operation]] = []
 
     def run(self, parts: Sequence[Sequence[Operation]], operations: Operations) -> None:
-        """Run some operations of all ranks to their end; DeadlockError where they get stuck."""
+        """Take in some operations of all ranks, and run them as far as they go; DeadlockError once all are stuck."""
         for source, target, shared in operations.places[len(self._directions):]:
             ends = self._queues[source, shared], self._queues[target, shared]
             self._directions.append(Direction(len(self._directions), ends))
+        if any(self._waiting):
+            parts = [(*before, *part) for before, part in zip(self._waiting, parts)]
         places = [0] * len(parts)
         moved = True
         while moved:
@@ -135,8 +143,13 @@ class JointRun:
                     place += 1
                 places[rank] = place
                 moved |= place > before
-        stuck = [f"rank {rank} at {part[place].step}" for rank, (part, place) in enumerate(zip(parts, places))
-                 if place < len(part)]
+        self._waiting = [part[place:] for part, place in zip(parts, places)]
+        if all(self._waiting) and not any(places):
+            self.end()
+
+    def end(self) -> None:
+        """DeadlockError if a rank isn't done."""
+        stuck = [f"rank {rank} at {part[0].step}" for rank, part in enumerate(self._waiting) if part]
         if stuck:
             raise DeadlockError(f"deadlock ({self._receives.value}): " + "; ".join(stuck))
 
@@ -188,7 +201,10 @@ class JointRun:
     def state(self) -> Hashable:
         """What decides how the run goes on, besides the next operations."""
         return (tuple((each.sent - each.through, each.received - each.through) for each in self._directions),
-                tuple(tuple(direction.index for direction in queue) for queue in self._queues.values()))
+                tuple(tuple(direction.index for direction in queue) for queue in self._queues.values()),
+                tuple(tuple((type(each.step), each.direction,
+                             each.number - (self._directions[each.direction].through if each.direction >= 0 else 0))
+                            for each in part) for part in self._waiting))
 
     def is_known(self) -> bool:
         """Whether further repeats, which all run as the last one has, could tell nothing more."""
@@ -211,3 +227,5 @@ def run_together(programs: Sequence[Program], communicator: Callable[[Channel], 
 
     comes_back = ComesBack(state)
     run_through(programs, run, lambda start: comes_back(start) and all([each.is_known() for each in runs]))
+    for each in runs:
+        each.end()

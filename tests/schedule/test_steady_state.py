@@ -177,6 +177,22 @@ def test_checkers_accept_repeats_exactly_if_they_accept_the_whole() -> None:
     assert all(seen[verdict] > 2 for verdict in ((False, False), (True, False), (True, True))), seen
 
 
+def test_ranks_of_very_unequal_speed() -> None:
+    """A slow sender waits for what a fast receiver does in a later repeat."""
+    verdicts = Counter[tuple[bool, bool]]()
+    for seed in range(60):
+        pick = random.Random(seed)
+        schedule = build(pick.choice(STEADY), pick.randint(2, 4), 40)
+        stages = schedule.placement.stages
+        counts = (stages, stages, stages, stages - 1)
+        times = Times(*(tuple(10 ** pick.uniform(-2, 2) for _ in range(count)) for count in counts))
+        programs = pick.choice([lower, lower_announced])(schedule, times)
+        found, expected = (accepted(some, schedule.placement) for some in (programs, tuple(map(tuple, programs))))
+        assert found == expected, seed
+        verdicts[found] += 1
+    assert verdicts[True, True] > 30, verdicts
+
+
 @pytest.mark.drill
 def test_and_so_for_many_more() -> None:
     wrong, _ = disagreements(range(1000, 2500))
