@@ -94,7 +94,7 @@ def _run(run: Run, words: Sequence[str], folder: Path, interpreter: Interpreter,
 
 def missing(words: Sequence[str]) -> str | None:
     """What a command needs that this machine hasn't got, if anything."""
-    if "bench/cluster.py" in words:
+    if "bench/cluster.py" in words or "bench/bandwidth.py" in words:
         return missing_for_hosts()
     if "schedules.json" in words and not (ROOT / "schedules.json").exists():
         return f"needs the schedules of another scheduler as {ROOT / 'schedules.json'}"

@@ -10,32 +10,50 @@ schedule crosses the wire twice as often as 1F1B.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
-import deepspeed
 import record
 import torch
 import torch.distributed as dist
 from contenders import contender_name
-from hosts import INTERFACE, missing, two_hosts
+from hosts import INTERFACE, Host, missing, two_hosts
+from ranks import run_ranks, start_on_gloo
 from rich.console import Console
 from rich.table import Table
 from run import Result, compare_losses, measure, summarize
-from workloads import Sleeping
+from workloads import Sleeping, Workload
 
 RANKS_A_HOST = 2
 RANKS = 2 * RANKS_A_HOST
+
+
+def run_on_two_hosts(hosts: Sequence[Host], body: Callable[..., Any], *args: Any) -> list[Any]:
+    """`run_ranks` of `body` with RANKS ranks, the first half of them on the first of `hosts`."""
+    return run_ranks(RANKS, body, *args, timeout=3600, start=partial(_start, hosts))
+
+
+def _start(hosts: Sequence[Host], rank: int, world: int, store: str) -> None:
+    hosts[rank // RANKS_A_HOST].enter()
+    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+    start_on_gloo(rank, world, store)
+
+
+def need_two_hosts() -> None:
+    """End the program where this machine can't have them; and have whatever ends it take them away."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if obstacle := missing():
+        sys.exit(f"two hosts on this machine: {obstacle}")
 
 
 def hop(rounds: int = 30) -> float:
@@ -54,37 +72,9 @@ def hop(rounds: int = 30) -> float:
     return statistics.median(trips) / 2
 
 
-def run_rank(folder: Path, rank: int, options: argparse.Namespace) -> None:
-    """One rank; rank 0 writes what was measured into `folder`."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % RANKS_A_HOST), WORLD_SIZE=str(RANKS))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    deepspeed.init_distributed("gloo", verbose=False)
-    took = hop()
-    results = measure(rank, options.contenders, workload_of(options), options.rounds)
-    if rank == 0:
-        measured = {name: [result.losses, result.seconds, result.simulated] for name, result in results.items()}
-        (folder / "measured").write_text(json.dumps({"hop": took, "results": measured}))
-    dist.barrier()
-
-
-def run_job(milliseconds: float, options: argparse.Namespace) -> tuple[float, dict[str, Result]]:
-    """The measured hop in seconds, and each contender's result, with such a wire between the hosts."""
-    with tempfile.TemporaryDirectory() as folder, two_hosts(milliseconds) as hosts:
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE}
-        ranks = [subprocess.Popen(hosts[rank // RANKS_A_HOST].command(
-            [sys.executable, __file__, *sys.argv[1:], "--as-rank", str(rank), folder]), env=environment,
-            # DeepSpeed prints the partition.
-            stdout=subprocess.DEVNULL) for rank in range(RANKS)]
-        for rank in ranks:
-            if rank.wait():
-                sys.exit(f"a rank ended with status {rank.returncode}; see its output above")
-        measured = json.loads((Path(folder) / "measured").read_text())
-    return measured["hop"], {name: Result(*lists, None, None) for name, lists in measured["results"].items()}
-
-
-def workload_of(options: argparse.Namespace) -> Sleeping:
-    return Sleeping(RANKS, RANKS * options.layers, options.micro_batches, tuple(ms / 1000 for ms in options.ms))
+def measure_on_wire(rank: int, names: list[str], workload: Workload, rounds: int) -> tuple[float, dict[str, Result]]:
+    """The hop in seconds, and each contender's result (on rank 0)."""
+    return hop(), measure(rank, names, workload, rounds)
 
 
 def main() -> None:
@@ -97,17 +87,9 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", type=contender_name, metavar="NAME",
                         default=["1f1b", "v-half", "v-zb", "adaptive@1.0"], help="as those of run.py")
     record.add_json_option(parser)
-    parser.add_argument("--as-rank", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.as_rank:
-        rank, folder = options.as_rank
-        run_rank(Path(folder), int(rank), options)
-        return
-    # Whatever ends this takes the hosts away.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if obstacle := missing():
-        sys.exit(f"two hosts on this machine: {obstacle}")
-    workload = workload_of(options)
+    need_two_hosts()
+    workload = Sleeping(RANKS, RANKS * options.layers, options.micro_batches, tuple(ms / 1000 for ms in options.ms))
     table = Table(title=f"{RANKS} ranks on two hosts, {options.micro_batches} micro-batches, {workload}; "
                   f"{options.rounds} rounds")
     table.add_column("wire ms")
@@ -115,7 +97,8 @@ def main() -> None:
         table.add_column(column, justify="right")
     written = []
     for milliseconds in options.wire:
-        took, results = run_job(milliseconds, options)
+        with two_hosts(milliseconds) as hosts:
+            took, results = run_on_two_hosts(hosts, measure_on_wire, options.contenders, workload, options.rounds)[0]
         compare_losses(results)
         summary = summarize(results, workload)
         written.append({"wire_ms": milliseconds, "hop": took, "summary": summary})

@@ -6,9 +6,11 @@ import argparse
 import re
 from typing import Any
 
+from data_parallel import DataParallel
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
-from torch_pipeline import TORCH_SCHEDULES, TorchPipeline
+from torch_orders import TORCH_SCHEDULES
+from torch_pipeline import TorchPipeline
 from workloads import Workload
 
 import ds_vshape
@@ -21,14 +23,16 @@ _DEEPSPEED_MODULES: dict[str, type[PipelineModule]] = {
     "deepspeed 1f1b": PipelineModule,
     "deepspeed dualpipev": DualPipeVModule,
 }
-CONTENDERS = [*_DEEPSPEED_MODULES, *TORCH_SCHEDULES, *SCHEDULES, "v-zb:4", "interleaved-zb:4"]
+# The stage of ZeRO, and how many micro-batches run as one.
+ZERO = {"deepspeed zero-1": (1, 1), "deepspeed zero-3": (3, 1), "deepspeed zero-3:2": (3, 2)}
+CONTENDERS = [*_DEEPSPEED_MODULES, *ZERO, *TORCH_SCHEDULES, *SCHEDULES, "v-zb:4", "interleaved-zb:4"]
 # Planned for the times that it measures, within a fraction of 1F1B's peak activations.
 ADAPTIVE = re.compile(r"(adaptive|v-min|v-half|v-zb)(?::(4))?((?:\+recompute|\+offload)*)@(profile|[\d.]+)")
 
 
 def contender_name(name: str) -> str:
-    """`name` if there is such a contender: one of CONTENDERS (:4 are four stages on a rank), adaptive@0.5 or
-    adaptive:4@0.5 (and other fractions), or v-half@profile."""
+    """`name` if there is such a contender: one of CONTENDERS (:4 are four stages on a rank, and of ZeRO :2 two
+    micro-batches at a time), adaptive@0.5 or adaptive:4@0.5 (and other fractions), or v-half@profile."""
     if name not in CONTENDERS and ADAPTIVE.fullmatch(name) is None:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONTENDERS)}, adaptive@0.5, v-half@profile")
     return name
@@ -50,8 +54,11 @@ def engine_of(name: str, workload: Workload, times: str = "profile", *, dynamic_
               **config_keys: Any) -> Any:
     """The engine of contender `name`, with more `config_keys` in its ds_config; collective.
 
-    Of these keys torch's pipelines take gradient_clipping alone.
+    Of these keys torch's pipelines take gradient_clipping alone, and data parallelism none.
     """
+    if name in ZERO:
+        stage, joined = ZERO[name]
+        return DataParallel(stage, workload, LEARNING_RATE, joined)
     if name in TORCH_SCHEDULES:
         return TorchPipeline(TORCH_SCHEDULES[name], workload, LEARNING_RATE, config_keys.get("gradient_clipping", 0.0))
     config: dict[str, Any] = {

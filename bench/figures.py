@@ -96,8 +96,38 @@ def draw_memory(figure: Figure, results: Mapping[str, Any]) -> None:
     _legend(figure, handles)
 
 
+def draw_bandwidths(figure: Figure, results: Mapping[str, Any]) -> None:
+    """Of bandwidth.py: time of a batch by bandwidth, and the least possible one of ZeRO; beside it, memory."""
+    (found,) = results.values()
+    curves, bars = figure.subplots(1, 2, width_ratios=(2, 1))
+    jobs = found["jobs"]
+    widths = [job["megabits"] for job in jobs]
+    names = list(jobs[0]["results"])
+    for colour, name in zip(_COLOURS, names):
+        curves.plot(widths, [job["results"][name]["median"] for job in jobs], color=colour, marker="o", markersize=4,
+                    linewidth=1.4, label=name)
+        if name in jobs[0]["hidden"]:
+            curves.plot(widths, [job["hidden"][name] for job in jobs], color=colour, linewidth=1, linestyle="dashed")
+    curves.set(xscale="log", yscale="log")
+    curves.set_xticks(widths, [f"{width:g}" for width in widths])
+    curves.minorticks_off()
+    least, most = curves.get_ylim()
+    seconds = [second for second in (0.5, 1, 2, 5, 10, 20, 50) if least <= second <= most]
+    curves.set_yticks(seconds, [f"{second:g}" for second in seconds])
+    curves.set_xlabel("Mbit/s between two hosts", fontsize=8.5)
+    curves.set_ylabel("seconds of a batch; dashed: all messages of ZeRO hidden", fontsize=8.5)
+    _style(curves, "both")
+    bars.barh(range(len(names)), [found["memory"][name] / MIB for name in names], color=_COLOURS[:len(names)])
+    bars.set_yticks(range(len(names)), names, fontsize=7.5)
+    bars.invert_yaxis()
+    bars.set_xlabel("MiB of the fullest rank", fontsize=8.5)
+    _style(bars, "x")
+
+
 FIGURES = {
     "speed.svg": Picture(("sleeping", "sleeping-20ms"), "Speed of schedules on sleeping layers", 9.5, draw_speeds),
+    "bandwidth.svg": Picture(("bandwidth",), "Pipelines beside ZeRO, by the bandwidth between two hosts", 9.5,
+                             draw_bandwidths),
     "memory.svg": Picture(("memory",), "Peak memory of each rank, measured and predicted", 11.0, draw_memory),
 }
 

@@ -3,16 +3,19 @@
     host-a 10.77.0.1 eth0 ---------- eth0 10.77.0.2 host-b
 
 They share the file system and the cores, and nothing of the network: they are reachable only from inside. The wire may
-take a while: by `tc netem`, or where the kernel has none by wire.py. Needs root, iproute2, and for sshd openssh-server.
+take a while: by `tc netem`, or where the kernel has none by wire.py; or it may be narrow: by `tc tbf`. Needs root,
+iproute2, and for sshd openssh-server.
 Everything is in temporary places, and gone at the end.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wire import INTERFACE
 
@@ -27,6 +31,11 @@ _ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 _SBIN = "/usr/sbin:/sbin"
 # sshd wants it, and on a machine without the service nobody has made it.
 _SSHD_FOLDER = Path("/run/sshd")
+# Of setns, unshare and mount, which Python 3.11 hasn't got.
+_NETWORK, _MOUNTS, _NAMES = 0x40000000, 0x00020000, 0x04000000
+_RECURSIVE, _PRIVATE, _BIND = 0x4000, 0x40000, 0x1000
+# What a narrow wire lets through at once, and what may wait for it: packets that are lost would slow TCP down.
+_BURST, _QUEUE = "64kb", "64mb"
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,15 @@ class Host:
         named = ["sh", "-c", f'hostname {self.name} && exec "$@"', "sh", *command]
         return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", *named]
 
+    def enter(self) -> None:
+        """Make this process one that `command` would have started there; it must have no other thread."""
+        with open(f"/run/netns/{self.namespace}") as namespace:
+            _call("setns", namespace.fileno(), _NETWORK)
+        _call("unshare", _MOUNTS | _NAMES)
+        _call("mount", b"none", b"/", None, _RECURSIVE | _PRIVATE, None)
+        _call("mount", f"/etc/netns/{self.namespace}/hosts".encode(), b"/etc/hosts", None, _BIND, None)
+        socket.sethostname(self.name)
+
     def processes(self) -> list[int]:
         """The ids of all that runs there."""
         return [int(pid) for pid in _run("ip", "netns", "pids", self.namespace).split()]
@@ -56,11 +74,14 @@ def missing(programs: Sequence[str] = ("ip", "tc", "unshare")) -> str | None:
 
 
 @contextmanager
-def two_hosts(milliseconds: float = 0) -> Iterator[tuple[Host, Host]]:
-    """host-a and host-b with a wire between them, on which a packet takes so long in each direction.
+def two_hosts(milliseconds: float = 0, megabits: float | None = None) -> Iterator[tuple[Host, Host]]:
+    """host-a and host-b with a wire between them, on which a packet takes so long in each direction, or which carries
+    so many megabits a second in each; ValueError for both.
 
     Whatever still runs there at the end is killed.
     """
+    if milliseconds and megabits is not None:
+        raise ValueError("a wire has a delay or a bandwidth here, not both")
     job = secrets.token_hex(4)
     a, b = (Host(name, address, f"ds-vshape-{job}-{name}") for name, address in _ADDRESSES.items())
     with ExitStack() as stack:
@@ -74,6 +95,9 @@ def two_hosts(milliseconds: float = 0) -> Iterator[tuple[Host, Host]]:
             for command in (["address", "add", f"{host.address}/24", "dev", INTERFACE],
                             ["link", "set", INTERFACE, "up"], ["link", "set", "lo", "up"]):
                 _run("ip", "-netns", host.namespace, *command)
+            if megabits is not None:
+                _run(*host.command(["tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", "rate", f"{megabits}mbit",
+                                    "burst", _BURST, "limit", _QUEUE]))
         yield a, b
 
 
@@ -180,6 +204,13 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def _call(function: str, *arguments: Any) -> None:
+    """A system call by the C library; OSError if it fails."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if getattr(library, function)(*arguments):
+        raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
 
 
 def _run(*command: str) -> str:

@@ -88,6 +88,21 @@ class HoldingLinear(SleepingLinear):
         return product
 
 
+class BlockLinear(HoldingLinear):
+    """The same layer, of which x [rows, width] takes and keeps in proportion to its rows: `seconds` and `held` are of
+    `rows` of them."""
+
+    def __init__(self, width: int, seconds: tuple[float, ...], held: int, rows: int) -> None:
+        super().__init__(width, seconds, held)
+        self.of_rows = rows, seconds, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, seconds, held = self.of_rows
+        self.seconds = tuple(each * len(x) / rows for each in seconds)
+        self.held = held * len(x) // rows
+        return super().forward(x)
+
+
 class LengthSleepingLinear(SleepingLinear):
     """The same layer, of which the passes of x [length, width] take `seconds` for `length` of `mean`."""
 
@@ -101,30 +116,35 @@ class LengthSleepingLinear(SleepingLinear):
 
 
 class _SleepingGradient(torch.autograd.Function):
-    """The identity, whose gradient takes `seconds`."""
+    """The identity, whose gradient takes `seconds`; it saves `held` bytes until then."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seconds: float, held: int = 0) -> Tensor:
         ctx.seconds = seconds
+        ctx.save_for_backward(torch.ones(held, dtype=torch.uint8))
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         time.sleep(ctx.seconds)
-        return gradient, None
+        return gradient, None, None
 
 
-class SleepingPaths(SleepingLinear):
-    """The same layer for torch's pipelines.
+class HoldingPaths(SleepingLinear):
+    """The same layer for torch's pipelines, which keeps `held` bytes of a micro-batch from F to W.
 
     Their split runs autograd twice, once for the inputs and once for the weights. A Function that computes both
     gradients would run whole, sleeps included, in both; so each sleep stands on a path of its own to the product.
     """
+
+    def __init__(self, width: int, seconds: tuple[float, ...], held: int = 0) -> None:
+        super().__init__(width, seconds)
+        self.held = held
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(self.seconds[0])
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
         by_input = _SleepingGradient.apply(x, self.seconds[1])
-        by_weight = _SleepingGradient.apply(self.weight, self.seconds[2])
+        by_weight = _SleepingGradient.apply(self.weight, self.seconds[2], self.held)
         return x + functional.linear(by_input, by_weight)

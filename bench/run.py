@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "suppo
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import record
-import torch.distributed as dist
 from contenders import ADAPTIVE, CONTENDERS, contender_name, engine_of, section_of
 from ranks import run_ranks
 from resident import rise_in
 from rich.console import Console
 from rich.table import Table
+from turns import Turns
 from workloads import Gpt, Holding, Sleeping, Workload
 
 from ds_vshape.schedule.activations import Activations, peak_activations
@@ -60,34 +59,24 @@ def measure(rank: int, names: list[str], workload: Workload, rounds: int, planni
     """
     engines = {name: _engine_of(name, workload, planning_seconds) for name in names}
     planning = [name for name in names if ADAPTIVE.fullmatch(name)]
-    losses: dict[str, list[float]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     simulated: dict[str, list[float]] = {name: [] for name in names}
-
-    def train(name: str) -> float:
-        """The seconds of a batch."""
-        data = iter(workload.batch(len(losses[name])))
-        dist.barrier()
-        start = time.perf_counter()
-        losses[name].append(float(engines[name].train_batch(data)))
-        dist.barrier()
-        return time.perf_counter() - start
-
+    turns = Turns(engines, workload)
     for name in names:
-        train(name)
+        turns.train(name)
     while any(engines[name].planned_times is None for name in planning):
         for name in names:
-            train(name)
+            turns.train(name)
     for _ in range(rounds):
         for name in names:
-            train(name)
+            turns.train(name)
             for _ in range(_IN_TURN):
-                seconds[name].append(train(name))
+                seconds[name].append(turns.train(name))
                 if hasattr(engines[name], "schedule"):
                     simulated[name].append(workload.simulated(engines[name]))
     holds = isinstance(workload, Holding)
-    rises = {name: rise_in(partial(train, name)) if holds else None for name in names}
-    return {name: Result(losses[name], seconds[name], simulated[name], rises[name], _peak_of(engine))
+    rises = {name: rise_in(partial(turns.train, name)) if holds else None for name in names}
+    return {name: Result(turns.losses[name], seconds[name], simulated[name], rises[name], _peak_of(engine))
             for name, engine in engines.items()}
 
 

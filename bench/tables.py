@@ -34,6 +34,7 @@ _BY_HEAD = "--contenders v-half --checkpointing off --partition blocks multiplic
 _GPU_SUMS = ("--device cuda --dtype bfloat16 --sums float32 --tokens 2048 4096 "
              "--sizes 4096x4096 12288x4096 16384x4096 4096x16384 20480x5120")
 _GPU_SPLIT = "--device cuda --dtype bfloat16 --sums float32 --hidden 4096 5120 --length 2048 4096 --samples 1"
+_PLANS = "--plans runs/bench/plans"
 _HALF = "-m ds_vshape plan --schedule adaptive --memory-limit 0.5 --times 10,12,8,1"
 
 
@@ -78,8 +79,12 @@ RUNS = [
     Run("measured-times", 'bench/run.py --rounds 3 --micro-batches 8 --ms 5 8 3 '
                           '--contenders "deepspeed 1f1b" v-half v-half@profile adaptive@0.75',
         f"{_SLEEPING} --contenders 1f1b v-half@profile adaptive@0.75"),
+    Run("unequal", f"bench/unequal.py {_PLANS}",
+        "--cases head slow-rank --ranks 2 --micro-batches 4 --layers 4 --seconds 0.1"),
     Run("two-hosts", "bench/cluster.py --rounds 5",
         "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
+    Run("bandwidth", "bench/bandwidth.py",
+        "--megabits 200 800 --layers 2 --ms 1 1 1 --width 96 --memory-width 128 --rounds 1 --micro-batches 8"),
     Run("consecutive", "bench/consecutive.py --batches 8 --rounds 2", f"{_SLEEPING} --batches 2"),
     Run("consecutive-24", "bench/consecutive.py --batches 24 --rounds 1", f"{_SLEEPING} --batches 2"),
     Run("consecutive-50ms", "bench/consecutive.py --batches 6 --rounds 1 --ms 50 50 50", f"{_SLEEPING} --batches 2"),

@@ -6,61 +6,36 @@ the number of micro-batches, SGD, gradients clipped by their norm over all ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor, nn
-from torch.distributed.pipelining import (PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B,
-                                          ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble)
+from torch.distributed.pipelining import PipelineStage
+from torch_orders import TorchSchedule
 from workloads import Workload
 
 BASE_SEED = 1234
 
 
-@dataclass(frozen=True)
-class TorchSchedule:
-    """One of torch's schedules, and which stages of how many a rank holds."""
-
-    schedule: type[Any]
-    chunks: int
-    in_v: bool = False
-
-    def stages(self, rank: int, ranks: int) -> list[int]:
-        """The stages of a rank, in the order that torch wants."""
-        if self.in_v:
-            return [rank, 2 * ranks - 1 - rank]
-        return [rank + chunk * ranks for chunk in range(self.chunks)]
-
-
-TORCH_SCHEDULES = {
-    "torch 1f1b": TorchSchedule(Schedule1F1B, 1),
-    "torch interleaved1f1b": TorchSchedule(ScheduleInterleaved1F1B, 2),
-    "torch interleavedzerobubble": TorchSchedule(ScheduleInterleavedZeroBubble, 2),
-    "torch interleavedzerobubble:4": TorchSchedule(ScheduleInterleavedZeroBubble, 4),
-    "torch zbvzerobubble": TorchSchedule(ScheduleZBVZeroBubble, 2, in_v=True),
-    "torch dualpipev": TorchSchedule(ScheduleDualPipeV, 2, in_v=True),
-}
-
-
 class TorchPipeline:
     """Trains a workload by one of torch's schedules (collective)."""
 
-    def __init__(self, kind: TorchSchedule, workload: Workload, learning_rate: float, clipping: float = 0.0) -> None:
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        count = kind.chunks * ranks
+    def __init__(self, kind: TorchSchedule, workload: Workload, learning_rate: float, clipping: float = 0.0,
+                 bounds: Sequence[int] | None = None) -> None:
+        """`bounds` are the first layer of each stage, and the number of layers; without any all have as many."""
+        rank, placement = dist.get_rank(), kind.placement(dist.get_world_size())
+        own, count = placement.chunks[rank], placement.stages
+        if bounds is None:
+            bounds = range(0, workload.layers + 1, workload.layers // count)
         self._micro_batches = workload.micro_batches
-        self._loads, self._has_loss = 0 in kind.stages(rank, ranks), count - 1 in kind.stages(rank, ranks)
-        self._loss_rank = next(other for other in range(ranks) if count - 1 in kind.stages(other, ranks))
-        size = workload.layers // count
-        self.module = nn.ModuleList(_layers(workload, range(stage * size, (stage + 1) * size))
-                                    for stage in kind.stages(rank, ranks))
+        self._loads, self._has_loss = 0 in own, placement.last_stage in own
+        self._loss_rank = placement.rank_of(placement.last_stage)
+        self.module = nn.ModuleList(_layers(workload, range(bounds[stage], bounds[stage + 1])) for stage in own)
         stages = [PipelineStage(module, stage, count, torch.device("cpu"))
-                  for module, stage in zip(self.module, kind.stages(rank, ranks), strict=True)]
-        self._schedule = kind.schedule(stages[0] if kind.chunks == 1 else stages, workload.micro_batches,
+                  for module, stage in zip(self.module, own, strict=True)]
+        self._schedule = kind.schedule(stages[0] if len(own) == 1 else stages, workload.micro_batches,
                                        loss_fn=workload.loss_fn)
         self._clipping = clipping
         self._optimizer = torch.optim.SGD(self.module.parameters(), lr=learning_rate)

@@ -3,6 +3,7 @@
     Sleeping            layers that take a set time and no core: what a schedule does on as many devices as ranks
     SleepingLayers      the same, of different times
     SleepingByLength    the same, in proportion to the length of a micro-batch
+    Blocks              the same with parameters, messages and activations as those of a transformer's block
     Holding             the same with large activations, of which a copy to the host sleeps as long as their F
     Gpt                 a byte-level GPT with real matrix products: one thread a rank, and no more ranks than cores
 """
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed.pipe import LayerSpec
-from layers import HoldingLinear, LengthSleepingLinear, SleepingLinear, SleepingPaths
+from layers import BlockLinear, HoldingLinear, HoldingPaths, LengthSleepingLinear, SleepingLinear
 from resident import map_large_tensors
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,7 +75,7 @@ class Sleeping:
         return LayerSpec(SleepingLinear, self.width, self.seconds)
 
     def layer_of_paths(self, number: int) -> nn.Module:
-        return SleepingPaths(self.width, self.seconds)
+        return HoldingPaths(self.width, self.seconds)
 
     def batch(self, number: int) -> Batch:
         generator = torch.Generator().manual_seed(number)
@@ -105,12 +106,18 @@ class Sleeping:
 
 @dataclass(frozen=True)
 class SleepingLayers(Sleeping):
-    """Layers of which F, B and W of each sleep its own seconds, `of_layers`."""
+    """Layers of which F, B and W of each sleep its own seconds, `of_layers`, and keep `held` bytes of a micro-batch."""
 
     of_layers: tuple[tuple[float, ...], ...] = ()
+    held: tuple[int, ...] = ()
 
     def spec(self, number: int) -> LayerSpec:
-        return LayerSpec(SleepingLinear, self.width, self.of_layers[number])
+        if not self.held:
+            return LayerSpec(SleepingLinear, self.width, self.of_layers[number])
+        return LayerSpec(HoldingLinear, self.width, self.of_layers[number], self.held[number])
+
+    def layer_of_paths(self, number: int) -> nn.Module:
+        return HoldingPaths(self.width, self.of_layers[number], self.held[number] if self.held else 0)
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,50 @@ class SleepingByLength(Sleeping):
 
 
 @dataclass(frozen=True)
+class Blocks(Sleeping):
+    """Layers whose parameters, messages and activations are in the proportions of a transformer's block.
+
+    A block of hidden size h has 12 h^2 parameters, hands on t h elements of a micro-batch of t tokens, and keeps about
+    17 times as many (34 t h bytes in bf16). With t = h, as 4096 of Llama 7B, that is 12 to 1 to 17. Here a layer of
+    `width` w has w^2 parameters.
+    """
+
+    width: int = 512
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch [rows, width]."""
+        return self.width // 12
+
+    @property
+    def message(self) -> int:
+        """The bytes that a layer hands on."""
+        return 4 * self.rows * self.width
+
+    def spec(self, number: int) -> LayerSpec:
+        # It keeps its input too.
+        return LayerSpec(BlockLinear, self.width, self.seconds, 16 * self.message, self.rows)
+
+    def layer_of_paths(self, number: int) -> nn.Module:
+        return HoldingPaths(self.width, self.seconds, 16 * self.message)
+
+    def batch(self, number: int) -> Batch:
+        generator = torch.Generator().manual_seed(number)
+        return [(torch.randn(self.rows, self.width, generator=generator),
+                 torch.randn(self.rows, self.width, generator=generator)) for _ in range(self.micro_batches)]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {4 * self.width ** 2 / 2 ** 20:g} MiB of parameters each"
+
+
+@dataclass(frozen=True)
 class Holding(Sleeping):
     """Layers of which each keeps `held` bytes of a micro-batch."""
 
     held: int = 2 ** 20
+
+    def layer_of_paths(self, number: int) -> nn.Module:
+        return HoldingPaths(self.width, self.seconds, self.held)
 
     def spec(self, number: int) -> LayerSpec:
         return LayerSpec(HoldingLinear, self.width, self.seconds, self.held)

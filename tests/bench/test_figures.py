@@ -11,12 +11,14 @@ from typing import Any
 
 import figures
 import pytest
+from unequal import TORCHS
 
 BENCH = Path(__file__).parents[2] / "bench"
 MEASURED = BENCH / "measured"
 # The page's names of contenders of the bench programs.
 NAMES = {"deepspeed 1f1b": "DeepSpeed 1F1B", "deepspeed dualpipev": "DeepSpeed DualPipeV",
-         "torch zbvzerobubble": "torch ZBVZeroBubble"}
+         "torch zbvzerobubble": "torch ZBVZeroBubble", "deepspeed zero-1": "DeepSpeed ZeRO-1",
+         "deepspeed zero-3": "DeepSpeed ZeRO-3", "deepspeed zero-3:2": "DeepSpeed ZeRO-3, two micro-batches at a time"}
 
 
 def results(table: str) -> Any:
@@ -65,6 +67,35 @@ def test_the_page_has_the_memory_of_the_file() -> None:
         without_ratios = [[line[place] for place in (1, 2, 4, 5) if line[place] != "-" or place == 2]
                           for line in rows if line[0] == name_of(contender) and len(line) == 7]
         assert row in without_ratios, contender
+
+
+def test_the_page_has_the_bandwidths_of_the_file() -> None:
+    found = results("bandwidth")
+    jobs = found["jobs"]
+    for contender, first in jobs[0]["results"].items():
+        row = [name_of(contender), f"{found['memory'][contender] / figures.MIB:.0f}",
+               f"{first['sent'] / figures.MIB:.1f}", *(f"{job['results'][contender]['median']:.3f}" for job in jobs)]
+        assert page_has(row), row
+    for contender in jobs[0]["hidden"]:
+        row = [f"{name_of(contender)}, all messages hidden", "-", "-",
+               *(f"{job['hidden'][contender]:.3f}" for job in jobs)]
+        assert page_has(row), row
+
+
+def of_run(run: dict[str, float] | None) -> str:
+    return "-" if run is None else f"{run['makespan']:.0f}, {run['peak']:g}"
+
+
+def test_the_page_has_the_cells_of_the_file() -> None:
+    for cell in results("unequal"):
+        runs = cell["simulated"]
+        best, least = runs[cell["best"]], runs["adaptive, least memory"]
+        row = [cell["case"], str(cell["ranks"]), str(cell["micro_batches"]),
+               *(of_run(runs.get(name)) for name in TORCHS)]
+        for run in (runs["adaptive, same memory"], least):
+            row += [of_run(run), f"{run['makespan'] / best['makespan']:.3f}"]
+        row.append(f"{least['peak'] / best['peak']:.2f}")
+        assert page_has(row), row
 
 
 def test_a_figure_says_what_was_measured(tmp_path: Path) -> None:

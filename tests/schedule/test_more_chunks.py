@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import textwrap
-from types import SimpleNamespace
 
 import pytest
+from torch_orders import TORCH_SCHEDULES
 
 from ds_vshape.schedule import drawing
 from ds_vshape.schedule.activations import peak_activations
@@ -16,9 +16,8 @@ from ds_vshape.schedule.bounds import lower_bound
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.interleaved import interleaved_zb
 from ds_vshape.schedule.named import build, placement_of
-from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement, interleaved, v
-from ds_vshape.schedule.schedule import Schedule, check
+from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.schedule.v_shape import of_steps
 
@@ -41,26 +40,10 @@ def test_four_chunks_as_drawn(name: str) -> None:
     assert [row[8:] for row in rows[1:3]] == textwrap.dedent(STAIRCASES[name]).strip().splitlines()
 
 
-def of_torch(ranks: int, micro_batches: int, chunks: int) -> Schedule:
-    """torch's ScheduleInterleavedZeroBubble, which makes its orders without a process group."""
-    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
-    made = schedules.ScheduleInterleavedZeroBubble
-    rounds = max(1, micro_batches // ranks)
-    own = SimpleNamespace(pp_group_size=ranks, _n_microbatches=micro_batches, n_local_stages=chunks,
-                          number_of_rounds=rounds, microbatches_per_round=micro_batches // rounds)
-    orders = [[action for action in made._calculate_single_rank_operations(own, rank) if action is not None]
-              for rank in range(ranks)]
-    kinds = {schedules.FORWARD: Kind.F, schedules.BACKWARD_INPUT: Kind.B, schedules.BACKWARD_WEIGHT: Kind.W}
-    return Schedule("torch", interleaved(ranks, chunks), micro_batches, tuple(
-        tuple(Pass(kinds[action.computation_type], action.stage_index, action.microbatch_index) for action in order)
-        for order in orders))
-
-
 @pytest.mark.parametrize("chunks", [2, 4])
 @pytest.mark.parametrize("micro_batches", [8, 16, 32])
 def test_no_slower_and_no_larger_than_torchs(micro_batches: int, chunks: int) -> None:
-    torchs = of_torch(4, micro_batches, chunks)
-    check(torchs)
+    torchs = TORCH_SCHEDULES["torch interleavedzerobubble" + (":4" if chunks == 4 else "")].order(4, micro_batches)
     equal = Times.uniform(4 * chunks)
     for name in ("interleaved-zb", "v-zb"):
         ours = build(name, 4, micro_batches, chunks)
