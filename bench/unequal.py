@@ -180,7 +180,7 @@ class Planner:
         placement, limits = v(cell.ranks), (limit,) * cell.ranks
         bounds, runs = cell.balanced(placement), []
         if CASES[cell.case].head:
-            together = plan_partition(PartitionProblem(cell.layers, cell.ranks, cell.micro_batches, limits,
+            together = plan_partition(PartitionProblem(cell.layers, placement, cell.micro_batches, limits,
                                                        max_pieces=1), self.seconds / 2, time.process_time)
             bounds = together.bounds
             runs.append(Run.of(cell, bounds, together.plan.schedule))
