@@ -23,7 +23,7 @@ from ds_vshape.schedule.adaptive.lanes import Lanes
 from ds_vshape.schedule.adaptive.memory import relaxed
 from ds_vshape.schedule.adaptive.memory.annealing import (anneal, empty_steps, empty_timing, insert_copies,
                                                           keep_what_fits, make_fit, set_way, time_steps)
-from ds_vshape.schedule.adaptive.memory.candidates import Candidates, Pattern, Pool
+from ds_vshape.schedule.adaptive.memory.candidates import Candidate, Candidates, Pattern, Pool
 from ds_vshape.schedule.adaptive.memory.lengthened import lengthened
 from ds_vshape.schedule.adaptive.memory.rounds import Rounds
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
@@ -58,6 +58,8 @@ class MemorySearch:
         self._rounds = Rounds(self.candidates, self.pool, goal, left, lanes)
         # With their makespans: baselines, and plans with neither recomputation nor offload.
         self._others: list[tuple[float, Schedule]] = []
+        # The best before annealing and after the race: annealing leaves ever less that repeats.
+        self._regular: list[Candidate] = []
 
     @property
     def done(self) -> bool:
@@ -79,7 +81,9 @@ class MemorySearch:
             self._find_candidates(progress)
         else:
             self._take_over(fewer, progress)
+        self._regular += self.pool
         self._rounds.race(_RACE if fewer is None else _LENGTHENED / 2, progress)
+        self._regular += self.pool
         if not self.done:
             self._rounds.run(progress)
         found = [*self._others]
@@ -140,7 +144,7 @@ class MemorySearch:
         search.run(lambda done: progress(1 - self._left()))
         for schedule in known_schedules(relaxed.unlimited(self._problem)):
             self._try_order(schedule, self.candidates.patterns(), (_LENGTHENED + 1 - _FEWER) / 2)
-        for candidate in search.pool:
+        for candidate in (*search._regular, *search.pool):
             for found in lengthened(candidate, search.candidates, self.candidates):
                 self.pool.keep(found)
                 if self.done or self._left() <= _LENGTHENED:
