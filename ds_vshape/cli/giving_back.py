@@ -13,6 +13,8 @@ from ds_vshape.schedule.timeline import Times
 
 # What F of a chunk leaves where it is recomputed, if nothing is said: its input.
 _INPUT = 0.1
+# The longest copy, in any unit.
+MOST_TIME = 1e9
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,16 @@ class GivingBack:
     copies: tuple[float, float] | None = None
 
     @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace) -> GivingBack:
-        """From options; ValueError for an option without the one that it belongs to."""
-        if arguments.input_size is not None and not arguments.recompute:
+    def from_arguments(cls, arguments: argparse.Namespace, recompute: bool, offload: bool) -> GivingBack:
+        """From options, and from a config for the first two; ValueError for an option without the one that it belongs
+        to."""
+        recompute, offload = recompute or arguments.recompute, offload or arguments.offload
+        if arguments.input_size is not None and not recompute:
             raise ValueError("--input-size needs --recompute")
-        if arguments.copy_times is not None and not arguments.offload:
+        if arguments.copy_times is not None and not offload:
             raise ValueError("--copy-times needs --offload")
         size = _INPUT if arguments.input_size is None else arguments.input_size
-        return cls(arguments.recompute, arguments.offload, size, arguments.copy_times)
+        return cls(recompute, offload, size, arguments.copy_times)
 
     @property
     def any(self) -> bool:
@@ -47,14 +51,15 @@ class GivingBack:
         """Whether a plan that may do this may do all that `other` may."""
         return self.recompute >= other.recompute and self.offload >= other.offload
 
-    def times(self, times: Times) -> Times:
-        """`times` with those of the copies, if there are any."""
+    def times(self, times: Times, placement: Placement) -> Times:
+        """`times` of the stages on `placement` with those of the copies, if there are any."""
         if not self.offload:
             return times
         if self.copies is None:
             return replace(times, offload=times.forward, reload=times.forward)
-        out, back = self.copies
-        return replace(times, offload=(out,) * len(times.forward), reload=(back,) * len(times.forward))
+        # With more stages on a rank each is a part of a chunk.
+        out, back = (2 * placement.ranks / placement.stages * seconds for seconds in self.copies)
+        return replace(times, offload=(out,) * placement.stages, reload=(back,) * placement.stages)
 
     def sizes(self, placement: Placement) -> Activations:
         """As the paper counts, with those of recomputed chunks, if there are any."""
@@ -78,9 +83,9 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], float])
 
     def copies(text: str) -> tuple[float, float]:
         values = [number(part) for part in text.split(",")]
-        if len(values) not in (1, 2) or min(values) < 0:
-            raise argparse.ArgumentTypeError(f"{shown(text)} must be one or two times of at least 0: to the host, and "
-                                             "back")
+        if len(values) not in (1, 2) or min(values) < 0 or max(values) > MOST_TIME:
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be one or two times from 0 to {MOST_TIME:g}: to the "
+                                             "host, and back")
         return values[0], values[-1]
 
     parser.add_argument("--recompute", action="store_true",

@@ -43,15 +43,21 @@ class LayerCostsFile(BaseModel):
         except OSError as error:
             raise ValueError(f"--layer-costs {file} can't be read: {error}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"][:2])) or "the file"
-            raise ValueError(f"--layer-costs {file}: {place} = {shown(first['input'])}: {first['msg']}; must be "
-                             '{"costs": [a number, or F, B and W, for each layer], "activations": [a number, or what '
-                             'F and B leave, for each], "hop": a number}, of which the last two may be left '
+            problems = error.errors()
+            # Of a value that may be a number or a list, what is wrong in the list.
+            first = max((problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]),
+                        key=lambda problem: len(problem["loc"]))
+            place = ".".join(str(part) for at, part in enumerate(first["loc"]) if at < 2 or isinstance(part, int))
+            raise ValueError(f"--layer-costs {file}: {place or 'the file'} = {shown(first['input'])}: {first['msg']}; "
+                             'must be {"costs": [a number, or F, B and W, for each layer], "activations": [a number, '
+                             'or what F and B leave, for each], "hop": a number}, of which the last two may be left '
                              "out") from None
         if found.activations and len(found.activations) != len(found.costs):
             raise ValueError(f"--layer-costs {file}: activations of {len(found.activations)} layers, but costs of "
                              f"{len(found.costs)}")
+        for key, values in (("costs", found.costs), ("activations", found.activations)):
+            if values and not any(sum(value) if isinstance(value, tuple) else value for value in values):
+                raise ValueError(f"--layer-costs {file}: {key} are all 0: at least one must be more")
         return found
 
     @property

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_vshape.cli import giving_back
-from ds_vshape.cli.giving_back import GivingBack
+from ds_vshape.cli.giving_back import MOST_TIME, GivingBack
 from ds_vshape.cli.layer_costs import LayerCostsFile
 from ds_vshape.config.batch_size import micro_batches_of, whole_number
+from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
@@ -27,7 +28,7 @@ from ds_vshape.schedule.schedule import Schedule
 # which sums over a batch still resolve; counts of chunk activations; the number of limits of a curve, each of which
 # takes a plan.
 SECONDS = 0.001, 86400.0
-TIMES = 1e-9, 1e9
+TIMES = 1e-9, MOST_TIME
 MOST_RATIO = 1e9
 MOST_ACTIVATIONS = 1e9
 MOST_LIMITS = 100
@@ -47,7 +48,10 @@ class Limit:
     def parse(cls, text: str) -> Limit:
         """0.5 or 6u; argparse.ArgumentTypeError for anything else."""
         is_count = text.endswith("u")
-        value = _number(text.removesuffix("u"))
+        try:
+            value = _number(text.removesuffix("u"))
+        except argparse.ArgumentTypeError:
+            value = math.nan
         if not 0 < value <= (MOST_ACTIVATIONS if is_count else 2):
             raise argparse.ArgumentTypeError(f"{shown(text)} must be a fraction of 1F1B's peak above 0 and at most 2, "
                                              "or a count of chunk activations above 0 with the suffix u, like 6u")
@@ -91,6 +95,7 @@ class PlanOptions:
             raise ValueError(f"give one config file, not both {paths[0]} and {paths[1]}")
         has_limit = arguments.memory_limit is not None or arguments.curve is not None
         config = _from_config(load_ds_config(str(paths[0])), has_limit) if paths else {}
+        giving_back = GivingBack.from_arguments(arguments, config.pop("recompute", False), config.pop("offload", False))
         for key, value in config.items():
             if given[key] is None:
                 given[key] = value
@@ -108,6 +113,8 @@ class PlanOptions:
             source = f"{paths[0]} lacks" if paths else "a config file or these options are needed; missing:"
             raise ValueError(f"{source} {', '.join(missing)}")
         _check_size(given["stages"], given["micro_batches"], chunks)
+        if arguments.curve is None:
+            _check_belongs(names, schedule, where, chunks, giving_back)
         schedules = tuple(
             (name, _placement(name, given["stages"], *((chunks, where) if name == schedule else (None, None))))
             for name in names)
@@ -115,10 +122,10 @@ class PlanOptions:
             arguments.times.check(given["stages"])
         except ValueError as error:
             raise ValueError(f"--times: {error}") from None
-        layer_costs = _layer_costs(arguments, given["memory_limit"])
+        layer_costs = _layer_costs(arguments, given["memory_limit"], giving_back, schedules)
         return cls(schedules, **given, times=arguments.times, time_limit=arguments.time_limit,
                    cache=None if arguments.no_cache else cache.folder(), layer_costs=layer_costs,
-                   giving_back=GivingBack.from_arguments(arguments))
+                   giving_back=giving_back)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -158,9 +165,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="other schedulers' figures for the curve, as bench/compare_reference.py reads them")
 
 
-def _layer_costs(arguments: argparse.Namespace, limit: Limit | None) -> LayerCostsFile | None:
-    """The file that says what layers cost; ValueError with options that it replaces, and for a limit in chunks, which
-    have no size before the layers are divided."""
+def _layer_costs(arguments: argparse.Namespace, limit: Limit | None, giving_back: GivingBack,
+                 schedules: Sequence[tuple[str, Placement]]) -> LayerCostsFile | None:
+    """The file that says what layers cost; ValueError with options that it replaces, for a limit in chunks, which
+    have no size before the layers are divided, and for fewer layers than a schedule has stages."""
     if arguments.layer_costs is None:
         return None
     if arguments.times != ChunkTimes():
@@ -168,9 +176,14 @@ def _layer_costs(arguments: argparse.Namespace, limit: Limit | None) -> LayerCos
     if limit is not None and limit.is_count:
         raise ValueError(f"--memory-limit {limit} can't be used with --layer-costs, because chunks differ: give a "
                          "fraction of 1F1B's peak")
-    if GivingBack.from_arguments(arguments).any:
+    if giving_back.any:
         raise ValueError("--layer-costs can't be used with recomputation or offload, which need stages of known sizes")
-    return LayerCostsFile.read(arguments.layer_costs)
+    found = LayerCostsFile.read(arguments.layer_costs)
+    for name, placement in schedules:
+        if len(found.costs) < placement.stages:
+            raise ValueError(f"--layer-costs {arguments.layer_costs}: {len(found.costs)} layers can't fill "
+                             f"{placement.stages} stages of {name}")
+    return found
 
 
 def _placement(name: str, stages: int, chunks: int | None, placement: str | None) -> Placement:
@@ -194,6 +207,17 @@ def _check_size(stages: int, micro_batches: int, chunks: int | None) -> None:
         raise ValueError(f"micro-batches = {micro_batches}: must be at most {most} on {stages} pipeline ranks")
 
 
+def _check_belongs(names: tuple[str, ...], schedule: str | None, placement: str | None, chunks: int | None,
+                   giving_back: GivingBack) -> None:
+    """Raise ValueError for what has no effect on any of the schedules `names`; `schedule` is the main one."""
+    for option, value in (("placement", placement), ("chunks", chunks)):
+        if schedule is None and value is not None:
+            raise ValueError(f"--{option} {value} needs --schedule: the schedules of --compare have their usual one")
+    if giving_back.any and ADAPTIVE not in names:
+        option = "recompute" if giving_back.recompute else "offload"
+        raise ValueError(f"--{option} needs --schedule {ADAPTIVE}: {', '.join(names)} can't be planned with it")
+
+
 def _check_modes(arguments: argparse.Namespace) -> None:
     if arguments.curve is None:
         wrong = [_option(key) for key in _ONLY_WITH_CURVE if getattr(arguments, key) is not None]
@@ -213,8 +237,10 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
     found: dict[str, Any] = {}
     section = read_section(ds_config)
     if section is not None:
+        check_demands(section)
         found["schedule"] = section.name
         found.update({key: value for key in ("placement", "chunks") if (value := getattr(section, key)) is not None})
+        found.update(recompute=section.recompute, offload=section.offload)
         if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
         elif section.memory_limit is not None and not has_limit:

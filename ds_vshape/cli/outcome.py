@@ -93,8 +93,9 @@ def plan_one(name: str, placement: Placement, options: PlanOptions, limit: Limit
         return _plan_layers(name, placement, options, options.layer_costs, limit, progress)
     micro_batches, giving_back = options.micro_batches, options.giving_back
     count = None if limit is None or name != ADAPTIVE else limit.count(placement.ranks, micro_batches)
-    request = Request.within(count, name, placement, micro_batches, giving_back.times(options.times.on(placement)),
-                             giving_back.sizes(placement), time_limit=options.time_limit, cache=options.cache)
+    times = giving_back.times(options.times.on(placement), placement)
+    request = Request.within(count, name, placement, micro_batches, times, giving_back.sizes(placement),
+                             time_limit=options.time_limit, cache=options.cache)
     request = replace(request, recompute=giving_back.recompute, offload=giving_back.offload,
                       cores=usable_cores())
     return Outcome.of(request.choose(progress), options.times, giving_back)

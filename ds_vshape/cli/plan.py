@@ -17,8 +17,10 @@ from ds_vshape.cli.files import check_writable, write_json, writing
 from ds_vshape.cli.options import Limit, PlanOptions, add_options
 from ds_vshape.cli.outcome import Outcome, plan_one
 from ds_vshape.cli.progress import progress_bar
+from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
+from ds_vshape.schedule.partition_and_order import limits_of_1f1b
 
 _PICTURES = ("svg", "png")
 # The most in one picture: matplotlib draws some hundred passes a second, and at most 2^16 pixels in height.
@@ -55,8 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         _check_size(options)
     outcomes = []
     for name, placement in options.schedules:
-        with progress_bar(f"planning {name}") as progress:
-            outcomes.append(plan_one(name, placement, options, options.memory_limit, progress))
+        try:
+            with progress_bar(f"planning {name}") as progress:
+                outcomes.append(plan_one(name, placement, options, options.memory_limit, progress))
+        except LimitError as error:
+            raise ValueError(f"--memory-limit {options.memory_limit}: {error}, where 1F1B's is "
+                             f"{_peak_of_1f1b(options):g}") from None
     first, limit = outcomes[0], options.memory_limit
     if arguments.compare is None and limit is not None and first.schedule.name != ADAPTIVE:
         if options.layer_costs is None:
@@ -74,6 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         report.print_comparison(outcomes, limit)
     return 0
+
+
+def _peak_of_1f1b(options: PlanOptions) -> float:
+    """1F1B's peak, in the unit of limits: chunk activations, or that of a file with the costs of layers."""
+    sizes = options.stages, options.micro_batches
+    return peak_of_1f1b(*sizes) if options.layer_costs is None else limits_of_1f1b(1, options.layer_costs.layers,
+                                                                                     *sizes)[0]
 
 
 def _draw(outcomes: Sequence[Outcome], options: PlanOptions, files: Mapping[str, Path]) -> None:

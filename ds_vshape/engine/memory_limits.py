@@ -58,7 +58,9 @@ class MemoryLimits(StockEngine):
             return None
         if self._limit is None:
             return Room(*sizes)
-        return self._limit.room(self._observer.memory(self._present()), sizes, _MEASURED)
+        # What isn't for passes is the same under every schedule. The one to come may be what is being planned here.
+        schedule, _ = self._observer.last_batch()
+        return self._limit.room(self._observer.memory(schedule), sizes, _MEASURED)
 
     def look_at_shapes(self) -> None:
         """Before the first batch: refuse a limit that can't be met as far as shapes tell, or start with a schedule that

@@ -53,7 +53,7 @@ class Found:
 @dataclass(frozen=True)
 class Ranking:
     """The layouts that fit into `memory` GiB, the fastest first; how many combinations were impossible, and how many
-    too large; and of these the one that needs least.
+    too large; of these the one that needs least, and what the first impossible one was refused for.
     """
 
     search: SearchSpace
@@ -62,6 +62,7 @@ class Ranking:
     impossible: int
     too_large: int
     least: Found | None = None
+    refusal: str | None = None
 
     @property
     def tried(self) -> int:
@@ -87,7 +88,8 @@ class Ranking:
     def why_nothing(self) -> str:
         """Why nothing was found: the least that a layout needs, and what takes most of it."""
         if self.least is None:
-            return "Nothing fits: no combination is possible."
+            why = "none uses all devices" if self.refusal is None else f"the first: {self.refusal}"
+            return f"Nothing fits: no combination is possible; {why}"
         job, prediction = self.least.job, self.least.prediction
         fullest = max(prediction.memory, key=lambda memory: memory.total)
         part, size = max(asdict(fullest).items(), key=lambda item: item[1] or 0)
@@ -144,17 +146,17 @@ def rank_layouts(search: SearchSpace, config: dict[str, Any], schedules: Sequenc
     memory = search.memory or config["machine"]["memory"]
     found: list[Found] = []
     too_large: list[Found] = []
-    impossible = 0
+    refusals: list[str] = []
     every = list(candidates(search, config, schedules))
     for place, candidate in enumerate(every):
         progress(place / len(every))
         try:
             job = read_job(candidate)
             each = Found(job, predict(job))
-        except ValueError:
-            impossible += 1
+        except ValueError as error:
+            refusals.append(str(error))
             continue
         (too_large if each.prediction.fullest > memory * GIB else found).append(each)
     ranked = sorted(found, key=lambda each: each.prediction.seconds)
     least = min(too_large, key=lambda each: each.prediction.fullest, default=None)
-    return Ranking(search, memory, tuple(ranked), impossible, len(too_large), least)
+    return Ranking(search, memory, tuple(ranked), len(refusals), len(too_large), least, *refusals[:1])

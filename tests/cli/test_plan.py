@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from ds_vshape.cli import main
+from ds_vshape.cli.giving_back import GivingBack
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, TIMED, build
 from ds_vshape.schedule.passes import Kind
-from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import pass_from_json
 from ds_vshape.schedule.timeline import Times, simulate
@@ -274,6 +276,7 @@ def test_options_that_contradict_a_config_are_refused(tmp_path: Path, capsys: py
     ({"pipeline_schedule": "v-haf"}, "did you mean 'v-half'"),
     ({"pipeline_schedul": "v-half"}, "did you mean 'pipeline_schedule'"),
     ({"pipeline_schedule": {"name": "v-half", "memory_limit": 0}}, "memory_limit = 0"),
+    ({"pipeline_schedule": {"name": "v-half", "offload": True}}, "offload = true: must be false without"),
     ({"pipeline_schedule": "v-half", "pipeline": {"stages": 0}}, "pipeline.stages = 0"),
     ({"pipeline_schedule": "v-half", "gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps = 1.5"),
     ({"pipeline_schedule": "v-half", "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2},
@@ -288,8 +291,8 @@ def test_a_bad_config_gets_one_clear_error(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_config_with_bytes_needs_a_limit_in_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path, pipeline_schedule={"name": ADAPTIVE, "memory_limit": "6GiB"}, pipeline={"stages": 3},
-                 gradient_accumulation_steps=4)
+    file = write(tmp_path, pipeline_schedule={"name": ADAPTIVE, "memory_limit": "6GiB", "times": "profile"},
+                 pipeline={"stages": 3}, gradient_accumulation_steps=4)
     assert "give --memory-limit as a fraction" in error_of([file], capsys)
     assert plan(tmp_path, file, "--memory-limit", "0.7", "--time-limit", "0.2")["schedule"] == ADAPTIVE
 
@@ -320,8 +323,13 @@ def test_a_limit_that_is_exceeded_names_value_peak_and_what_fits(capsys: pytest.
     ([*options(), "--memory-limit", "0"], "--memory-limit: '0' must be"),
     ([*options(), "--memory-limit", "-1u"], "--memory-limit"),
     ([*options(), "--memory-limit", "3"], "like 6u"),
-    ([*options(), "--memory-limit", "much"], "'much' is not a number"),
-    ([*options(), "--memory-limit", "nan"], "is not a number"),
+    ([*options(), "--memory-limit", "much"], "'much' must be a fraction of 1F1B's peak above 0 and at most 2, or"),
+    ([*options(), "--memory-limit", "70GiB"], "'70GiB' must be a fraction"),
+    ([*options(), "--memory-limit", "nan"], "'nan' must be a fraction"),
+    (["--compare", "v-zb,1f1b", *options()[2:], "--chunks", "4"], "--chunks 4 needs --schedule"),
+    (["--compare", "adaptive", *options()[2:], "--placement", "v"], "--placement v needs --schedule"),
+    ([*options(ADAPTIVE), "--memory-limit", "0.1"], "--memory-limit 0.1: a limit of 0.8 on rank 0, "),
+    ([*options(ADAPTIVE), "--memory-limit", "1u"], "peaks of the ranks are 2, 2, 2, 2, where 1F1B's is 8"),
     ([*options(), "--times", "1,1,1"], "must be F,B,W,HOP"),
     ([*options(), "--times", "1,0,1,0"], "must be F,B,W,HOP"),
     ([*options(), "--times", "1:1:0,1,1,0"], "must be F,B,W,HOP"),
@@ -372,7 +380,7 @@ HUGE = "9" * 5000
     ([*options(), "--times", HUGE + ",1,1,0"], "is not a number"),
     ([*options(), "--memory-limit", "1e300u"], "like 6u"),
     ([*options(), "--memory-limit", "1.1e9u"], "like 6u"),
-    ([*options(), "--memory-limit", "1e999u"], "is not a number"),
+    ([*options(), "--memory-limit", "1e999u"], "must be a fraction"),
     ([*options(ADAPTIVE), "--memory-limit", "1e-320"], "can't be met"),
     ([*options(ADAPTIVE), "--memory-limit", "1e-320u"], "can't be met"),
     ([*options(), "--time-limit", "1e-320"], "must be above 0: from 0.001 to 86400"),
@@ -460,10 +468,16 @@ def test_layers_are_cut_for_the_order(tmp_path: Path) -> None:
     (LAYERS, ["--times", "1,2,1,0"], "--times can't be used with --layer-costs"),
     (LAYERS, ["--memory-limit", "6u"], "--memory-limit 6u can't be used with --layer-costs"),
     (LAYERS, ["--memory-limit", "0.1"], "memory_limit = 0.1: v-half needs"),
+    (LAYERS, ["--memory-limit", "0.1", "--compare", ADAPTIVE], "--memory-limit 0.1: a limit of "),
     ({"costs": [1, -1, 1, 1]}, [], "layers.json: costs.1 = -1: "),
+    ({"costs": [1, [1, "a", 1], 1, 1]}, [], "layers.json: costs.1.1 = 'a': Input should be a valid number; must be"),
+    ({"costs": [1, [1, 1, math.nan], 1, 1]}, [], "layers.json: costs.1.2 = nan: Input should be a finite number"),
+    ({"costs": [1, 1, 1, [0, 0, 1e300]]}, [], "layers.json: costs.3.2 = 1e+300: Input should be less than or equal"),
+    ({"costs": [0, 0, [0, 0, 0], 0]}, [], "layers.json: costs are all 0"),
+    ({"costs": [1, 1, 1, 1], "activations": [0, [0, 0], 0, 0]}, [], "layers.json: activations are all 0"),
     ({"costs": [1, 1, 1, 1], "hops": 1}, [], "layers.json: hops = 1: "),
     ({"costs": [1, 1, 1, 1], "activations": [1]}, [], "layers.json: activations of 1 layers, but costs of 4"),
-    ({"costs": [1, 1, 1]}, [], "3 layers can't fill 4 stages"),
+    ({"costs": [1, 1, 1]}, [], "layers.json: 3 layers can't fill 4 stages of v-half"),
     ([1, 2], [], "layers.json: the file = [1, 2]: "),
 ])
 def test_bad_costs_of_layers_get_one_clear_error(content: Any, more: list[str], message: str, tmp_path: Path,
@@ -579,10 +593,29 @@ def test_plans_that_offload_and_recompute(tmp_path: Path) -> None:
     assert written["metrics"]["lower_bound"] <= written["metrics"]["makespan"]
 
 
+def test_a_config_may_let_plans_offload_and_recompute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They keep to a limit that no order alone can."""
+    given = {"pipeline": {"stages": 2}, "gradient_accumulation_steps": 3}
+    section = {"name": ADAPTIVE, "times": "profile", "memory_limit": 0.375}
+    assert "least possible peaks of the ranks are 2, 2" in error_of(
+        [write(tmp_path, pipeline_schedule=section, **given)], capsys)
+    file = write(tmp_path, pipeline_schedule={**section, "recompute": True, "offload": True}, **given)
+    written = plan(tmp_path, file, "--copy-times", "0.5", "--input-size", "0.2", "--time-limit", "0.2")
+    assert max(written["metrics"]["peak_activations"]) <= 1.5
+
+
+def test_copies_of_more_stages_on_a_rank_are_as_short_as_their_stages() -> None:
+    giving_back = GivingBack(offload=True, copies=(2.0, 3.0))
+    times = giving_back.times(Times.uniform(8), v(2, 4))
+    assert (times.offload, times.reload) == ((1.0,) * 8, (1.5,) * 8)
+
+
 @pytest.mark.parametrize("wrong, message", [
     (["--input-size", "0.1"], "--input-size needs --recompute"),
     (["--copy-times", "1"], "--copy-times needs --offload"),
-    (["--offload", "--copy-times", "1,2,3"], "one or two times"), (["--recompute", "--input-size", "2"], "from 0 to 1"),
+    (["--offload", "--copy-times", "1,2,3"], "one or two times"), (["--offload", "--copy-times", "1e10"], "0 to 1e+09"),
+    (["--schedule", "v-half", "--offload"], "--offload needs --schedule adaptive: v-half"),
+    (["--recompute", "--input-size", "2"], "from 0 to 1"),
     (["--memory-limit", "1u"], "least possible")])
 def test_wrong_options_of_recomputation_and_offload(wrong: list[str], message: str,
                                                     capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 from logged import Lines
-from pipelines import FP32, FP32_ZERO1, VOCABULARY, Block, Job, data, profiled, specs
+from pipelines import FP32, FP32_ZERO1, SAMPLES, VOCABULARY, Block, Job, data, profiled, specs
 from ranks import RanksFailed, run_ranks
 from torch import Tensor
 
@@ -70,24 +71,29 @@ def test_sizes_by_shapes_are_those_that_are_measured(config: dict[str, Any], blo
         assert ours.permanent == theirs.permanent
 
 
-def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemory], list[str], Schedule]:
-    """What ranks need before the first batch, by the log, and after an adaptive schedule has come."""
+def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemory], list[str], list[Schedule]]:
+    """What ranks need before the first batch, by the log, and after an adaptive schedule has come, and another one
+    for more micro-batches."""
     without_process()
     with Lines() as lines:
         engine = job(profiled("adaptive", memory_limit=limit), config).engine()
-        first = engine.schedule()
-        for batch in range(400):
-            engine.train_batch(data(engine, batch))
-            if engine.schedule() is not first:
-                break
-    return [*engine.memory_report()], lines.with_word("by its shapes"), engine.schedule()
+        batches, memory, planned = count(), list[RankMemory](), list[Schedule]()
+        for more in (0, 2):
+            engine.set_train_batch_size(engine.train_batch_size() + more * SAMPLES)
+            first = engine.schedule()
+            while engine.schedule() is first:
+                engine.train_batch(data(engine, next(batches)))
+            memory += engine.memory_report()
+            planned.append(engine.schedule())
+    return memory, lines.with_word("by its shapes"), planned
 
 
 def test_a_plan_keeps_to_the_limit() -> None:
     """With Adam's states and ZeRO-1; of what is asked for, nearly all is used."""
     limit = 60_000
-    (memory, lines, schedule), other = run_ranks(2, needs, f"{limit}B", FP32_ZERO1)
-    assert (memory, schedule) == (other[0], other[2]) and schedule.name == "adaptive"
+    (memory, lines, planned), other = run_ranks(2, needs, f"{limit}B", FP32_ZERO1)
+    assert (memory, planned) == (other[0], other[2]) and {schedule.name for schedule in planned} == {"adaptive"}
+    assert planned[1].micro_batches == planned[0].micro_batches + 2
     assert len(lines) == 2 and all("will need" in line for line in lines)
     assert all(of_rank.total <= limit for of_rank in memory)
 

@@ -167,6 +167,14 @@ def test_a_step_takes_the_flops_of_the_model(tmp_path: Path) -> None:
     assert model.predict(job).timeline.makespan == pytest.approx(expected, rel=1e-9)
 
 
+def test_where_nothing_is_possible_the_reason_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layouts", "--length", "0", "--ranks", "4"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no combination is possible; the first: model.length = 0: must be" in said
+    assert main(["layouts", "search.pipe=[3]", "--ranks", "4"]) == 1
+    assert "is possible; none uses all devices" in " ".join(capsys.readouterr().out.split())
+
+
 def test_where_nothing_fits_the_least_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of("llama").save_pretrained(tmp_path)
     words = ["layouts", "--model", str(tmp_path), "--ranks", "2", "--batch", "4", "--length", str(LENGTH),
