@@ -28,7 +28,7 @@ from train_rank import start_distributed
 from transformers import get_scheduler
 
 import ds_vshape
-from ds_vshape.finetuning.batches import Rows, WindowRows
+from ds_vshape.finetuning.batches import PackedRows, Rows, WindowRows
 from ds_vshape.finetuning.record import Record
 from ds_vshape.finetuning.settings import BATCHES
 from ds_vshape.finetuning.training import Result, Training, TrainingPlan, batches_of
@@ -67,9 +67,10 @@ def token_loss(group: Any) -> Any:
     return TensorParallelLoss(group) if group else next_token_loss
 
 
-def build(args: argparse.Namespace, config: Any, loss: Callable[[Any], Any] = token_loss) -> Any:
+def build(args: argparse.Namespace, config: Any, loss: Callable[[Any], Any] = token_loss,
+          samples_per_row: int | None = None) -> Any:
     """The PipelineModule of `config`, a model's; its weights are random (collective). `loss` makes the loss function
-    for the group of this rank's tensor parallel ranks, or for None."""
+    for the group of this rank's tensor parallel ranks, or for None; `samples_per_row` is the most of packed rows."""
     topology = topology_of(args.stages, args.tensor_parallel)
     group = tensor_group(topology) if args.tensor_parallel > 1 else None
     lora = None
@@ -77,7 +78,7 @@ def build(args: argparse.Namespace, config: Any, loss: Callable[[Any], Any] = to
         from ds_vshape.models.hugging_face import lora_files  # peft is an extra of its own
         lora = lora_files.read_config(args.lora)
     layers = pipeline_layers(config, args.attention, experts=args.experts, tensor_group=group, lora=lora,
-                             packed=args.packed, chunked_head=args.chunked_head)
+                             packed=args.packed, chunked_head=args.chunked_head, samples_per_row=samples_per_row)
     # seed_layers: dropout then doesn't depend on the order of the passes.
     return ds_vshape.PipelineModule(layers, topology=topology, config=args.ds_config, loss_fn=loss(group),
                                     partition_method=PARTITION_METHOD, checkpointable_layers=CHECKPOINTABLE_LAYERS,
@@ -124,8 +125,9 @@ def finetune(args: argparse.Namespace) -> Result:
     if (ended := record.result()) is not None:
         return ended
     config = read_config(args.model)
-    module = build(args, config)
     rows = rows_of(args, config.get_text_config().vocab_size)  # first, since its errors come sooner than weights
+    samples = max((each.samples_per_row for each in rows if isinstance(each, PackedRows)), default=None)
+    module = build(args, config, samples_per_row=samples)
     load(args, module)
     engine, plan = start(args, module, rows)
     result = Training(engine, plan).run()

@@ -64,7 +64,11 @@ class PaddedRows:
 class PackedRows:
     """Samples one after the other in rows of `length` tokens; inputs are (ids, position ids), each [rows, length].
 
-    The positions of each sample start at 0, by which transformers keeps the samples of a row apart.
+    The positions of each sample start at 0, by which transformers keeps the samples of a row apart. So do those of the
+    padding after them.
+
+    Attributes:
+        samples_per_row: the most samples in a row, with its padding.
 
     Raises:
         ValueError: for a sample of more than `length` + 1 tokens.
@@ -76,6 +80,8 @@ class PackedRows:
         self._padding = padding
         self._lengths = [len(ids) - 1 for ids in samples[IDS]]
         self._rows = pack(self._lengths, length)
+        self.samples_per_row = max((len(row) + (self.tokens(place) < length) for place, row in enumerate(self._rows)),
+                                   default=1)
 
     def __len__(self) -> int:
         return len(self._rows)

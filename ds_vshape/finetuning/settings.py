@@ -47,7 +47,8 @@ class Settings(Section):
     save_every: Whole = Field(0, description="batches between checkpoints")
     stages: Whole = Field(0, description="pipeline ranks (default: all ranks)")
     tensor_parallel: AtLeastOne = Field(1, description="ranks that share each layer")
-    attention: Literal["sdpa", "eager"] | None = Field(None, description="by default transformers chooses")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None, description="by default transformers chooses; flash attention must be installed")
     experts: Literal["grouped_mm", "batched_mm", "eager"] | None = Field(
         None, description="how the experts of a mixture are computed; by default transformers chooses")
     chunked_head: bool = Field(False, description="compute logits for some tokens at a time, which saves their memory")

@@ -63,6 +63,7 @@ def test_padded_and_packed_rows_have_the_losses_of_samples_alone(family: str, at
     assert torch.allclose(losses(model(ids).logits, labels), alone)
     packed = PackedRows(SAMPLES, 11)
     assert len(packed) == 4  # of 37 tokens
+    assert packed.samples_per_row == max(int((packed.micro_batch([row])[0][1] == 0).sum()) for row in range(4))
     (ids, positions), labels = packed.micro_batch(range(4))
     assert torch.allclose(losses(model(ids, position_ids=positions, use_cache=False).logits, labels), alone)
     assert not torch.allclose(losses(model(ids, use_cache=False).logits, labels), alone)

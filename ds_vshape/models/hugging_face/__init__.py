@@ -5,6 +5,7 @@
     shared.py            what they share on a rank
     plan.py              which modules make which layer
     forward.py           what a model does around its layers, by its own forwards
+    packed.py            how the samples of packed rows are kept apart, by masks or cu_seqlens
     tensor_parallel.py   which ranks hold what of a layer, by transformers' plan; the loss over them
     folder.py            the config of a model's folder
     weights.py           their weights, from and to safetensors

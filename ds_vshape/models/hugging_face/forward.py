@@ -92,25 +92,29 @@ class BaseForward:
             after_layers: what the last layer is to return; the embeddings in their last form where there is nothing.
             training: as the flag of the base model.
         """
+        if mask is None and position_ids is not None:
+            mask = finished_mask(embeddings)  # the layers' stand-ins need none
         try:
             return self._run(embeddings, mask, position_ids, modules or {}, after_layers, training)
         finally:
             for layer in self._layers:  # keeps no graph alive
                 layer.received = None
 
-    def arguments(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> list[Arguments]:
-        """For every decoder layer, at hidden states of this shape and type."""
+    def arguments(self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None,
+                  keywords: Mapping[str, Any] = MappingProxyType({})) -> list[Arguments]:
+        """For every decoder layer, at hidden states of this shape and type; `keywords` are for the base model, which
+        hands them on to its layers."""
         with torch.no_grad():
-            self._run(hidden.detach(), mask, position_ids)
+            self._run(hidden.detach(), mask, position_ids, keywords=keywords)
         return [Arguments(args, kwargs) for _, args, kwargs in self._received()]
 
     def _run(self, embeddings: Tensor, mask: Tensor | None, position_ids: Tensor | None,
              modules: Mapping[str, nn.Module] = MappingProxyType({}), after_layers: Tensor | None = None,
-             training: bool = False) -> Tensor:
+             training: bool = False, keywords: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
         if embeddings.device != self._device:
             self._owner.to(embeddings.device)
             self._device = embeddings.device
-        given: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        given = {**keywords, **({} if position_ids is None else {"position_ids": position_ids})}
         stand_ins = dict(self._owner._modules)
         self._owner._modules.update(modules)
         self._owner.training = training
@@ -223,6 +227,12 @@ class _Output(MoeModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def finished_mask(hidden: Tensor) -> Tensor:
+    """A mask that transformers hands on as it is, because of its four dimensions. Without one, its forwards read
+    position ids on the host, to see whether rows are packed."""
+    return hidden.new_empty(1, 1, 1, 1)
 
 
 def _copy_with(module: Any, children: Mapping[str, nn.Module]) -> Any:

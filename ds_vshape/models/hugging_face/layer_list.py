@@ -22,6 +22,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor
 
 from ds_vshape.models.hugging_face.layers import DecoderLayer, Head, Norm, Positions, Tokens
+from ds_vshape.models.hugging_face.packed import check_packed, takes_cu_seqlens
 from ds_vshape.models.hugging_face.plan import Plan, PlannedModel
 from ds_vshape.models.hugging_face.quantization import quantization_of
 from ds_vshape.models.hugging_face.shared import Flow, Shared
@@ -50,14 +51,16 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
                     plan: Plan | None = None, tensor_group: Any = None, experts: str | None = None,
                     lora: LoraConfig | None = None, packed: bool = False,
                     chunked_head: bool = False,
-                    quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None) -> list[LayerSpec]:
+                    quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None,
+                    samples_per_row: int | None = None) -> list[LayerSpec]:
     """The layers of the causal language model that `config` describes, for a PipelineModule; their weights are random.
 
     With a `tensor_group` each layer is cut over its ranks (tensor_parallel.py), and the pipeline returns
     logits [batch, length, vocab_size / ranks], for TensorParallelLoss. Collective over the group.
 
     Args:
-        attention: the attention that transformers is to use, "sdpa" or "eager"; by default transformers chooses.
+        attention: the attention that transformers is to use: "sdpa", "eager", "flash_attention_2" or another one that
+            it has, or a function's name in its AttentionInterface; by default transformers chooses.
         plan: for a family that has none in transformers, in the form of its base_model_pp_plan: the modules of the
             base model in the order in which they run, each with what it takes and what it returns.
         tensor_group: the process group of this rank's tensor parallel ranks (parallel_layers.tensor_group).
@@ -71,6 +74,8 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
             at a time, so that they never exist whole (split_backward/head.py).
         quantization_config: with `lora`, for a model whose config has none: a base of 4 bits, by what transformers'
             from_pretrained takes. load_weights quantizes each weight when it has read it.
+        samples_per_row: the most samples in a packed row, which attention without masks needs: flash attention, and
+            functions of the AttentionInterface that have `cu_seq_lens_q` among their parameters.
 
     Raises:
         ValueError: for a model that can't be cut into these layers, or not over these ranks, for adapters that it
@@ -90,9 +95,10 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
             raise ValueError(f"lora with {ranks} tensor parallel ranks: must have 1, adapters aren't cut")
         parallel = TensorParallelPlan(planned, tensor_group)
         share_random_state(tensor_group)
-    shared = Shared(planned, parallel, chunked_head)
+    samples = _samples(planned, samples_per_row) if packed else None
+    shared = Shared(planned, parallel, chunked_head, samples)
     if packed:
-        shared.check_packed()
+        check_packed(planned, shared.forward, samples)
     if planned.is_tied:
         first: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, packed, tied_weight_attr="module.weight")
         last: LayerSpec = TiedLayerSpec("embedding", Tokens, shared, packed, tied_weight_attr="module.weight",
@@ -106,6 +112,19 @@ def pipeline_layers(config: PreTrainedConfig, attention: str | None = None,
         LayerSpec(Norm, shared),
         last,
     ]
+
+
+def _samples(planned: PlannedModel, samples_per_row: int | None) -> int | None:
+    """The most samples of a packed row where attention takes cu_seqlens, None elsewhere."""
+    attention = planned.config._attn_implementation
+    if samples_per_row is not None and samples_per_row < 1:
+        raise ValueError(f"samples_per_row = {samples_per_row}: must be at least 1")
+    if not takes_cu_seqlens(attention):
+        return None
+    if samples_per_row is None:
+        raise ValueError(f"packed = True with attention = {attention!r}: must come with samples_per_row, the most "
+                         "samples in a row; or attention must be 'sdpa' or 'eager', which have masks")
+    return samples_per_row
 
 
 def next_token_loss(outputs: Flow, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Flow:

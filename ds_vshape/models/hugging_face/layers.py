@@ -63,6 +63,10 @@ class Tokens(Part):
                             f"the ids of a micro-batch must be tokens, from 0 to {tokens - 1} (vocab_size = {tokens})")
         if self._packed:
             torch._assert_async((others[0][:, 0] == 0).all(), "packed = True: position ids must start at 0 in each row")
+            samples = self.shared.samples
+            if samples is not None:
+                torch._assert_async(((others[0] == 0).sum(1) <= samples).all(),
+                                    f"samples_per_row = {samples}: a row has more samples, by its position ids")
         elif others:
             torch._assert_async(((others[0] == 0) | (others[0] == 1)).all(),
                                 "an attention mask must hold 1 for tokens that count and 0 for others")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ds_vshape.models.hugging_face.forward import Arguments, BaseForward, HeadForward
+from ds_vshape.models.hugging_face.packed import varlen_arguments
 from ds_vshape.models.hugging_face.plan import PlannedModel
 from ds_vshape.models.hugging_face.tensor_parallel import Cut, TensorParallelPlan
 from ds_vshape.split_backward.head import HeadOutput, Projection
@@ -24,13 +24,17 @@ class Shared:
 
     The layers of a stage run one after the other on one micro-batch, so the latest arguments are cached: for all layers
     of the stage, and for all micro-batches where there is no mask.
+
+    Attributes:
+        samples: the most that a packed row has, where attention takes cu_seqlens; None elsewhere.
     """
 
     def __init__(self, planned: PlannedModel, parallel: TensorParallelPlan | None = None,
-                 chunked_head: bool = False) -> None:
+                 chunked_head: bool = False, samples: int | None = None) -> None:
         self.planned = planned
         self.parallel = parallel
         self.chunked_head = chunked_head
+        self.samples = samples
         self.forward = BaseForward(planned)
         self.head = HeadForward(planned, parallel is not None)
         self._layers = getattr(planned.owner, planned.layers)
@@ -70,18 +74,6 @@ class Shared:
             return share
         return self.parallel.whole(name, share)
 
-    def check_packed(self) -> None:
-        """Raise ValueError if a decoder layer's tokens would see another sample of their row."""
-        positions = torch.tensor([[0, 1, 0, 1]])
-        hidden = torch.zeros(*positions.shape, self.planned.config.hidden_size)
-        for index, arguments in enumerate(self.forward.arguments(hidden, None, positions)):
-            masks = [value for value in (*arguments.args, *arguments.kwargs.values())
-                     if isinstance(value, Tensor) and value.shape[-2:] == (4, 4)]
-            # True, or a bias of 0, lets a token be seen.
-            if not masks or any(bool(mask[0, 0, 2, 1]) is (mask.dtype == torch.bool) for mask in masks):
-                raise ValueError(f"packed = True: model_type = {self.planned.model_type!r} doesn't keep the samples of "
-                                 f"a row apart in decoder layer {index}; must be False")
-
     def logits(self, head: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None, hidden: Tensor,
                mask: Tensor | None, router_logits: Tensor | None) -> Flow:
         """The logits that `head`, a product with the weight, makes of what the norm has given, with a router loss if
@@ -109,7 +101,11 @@ class Shared:
         made_of = (hidden.shape[:2], hidden.dtype, hidden.device, mask is None, *given,
                    *(tensor._version for tensor in given))
         if not _are_same(made_of, self._made_of):
-            self._made_of, self._arguments = made_of, self.forward.arguments(hidden, mask, position_ids)
+            if self.samples is None or position_ids is None:
+                arguments = self.forward.arguments(hidden, mask, position_ids)
+            else:
+                arguments = varlen_arguments(self.forward, hidden, position_ids, self.samples)
+            self._made_of, self._arguments = made_of, arguments
         return self._arguments[index]
 
 
