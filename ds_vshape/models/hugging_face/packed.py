@@ -62,6 +62,11 @@ def check_packed(planned: PlannedModel, forward: BaseForward, samples: int | Non
     Args:
         samples: the most that a row has, for attention that takes cu_seqlens; None where masks keep them apart.
     """
+    chunk = getattr(planned.config, "attention_chunk_size", None)
+    if samples is not None and chunk:
+        raise ValueError(f"packed = True: attention_chunk_size = {chunk} with attention = "
+                         f"{planned.config._attn_implementation!r}, which has no masks: attention must be 'sdpa' or "
+                         "'eager'")
     positions = torch.tensor([[0, 1, 0, 1]])
     hidden = torch.zeros(*positions.shape, planned.config.hidden_size)
     try:
