@@ -19,8 +19,8 @@ from ds_vshape.models.hugging_face.forward import Arguments, BaseForward, finish
 from ds_vshape.models.hugging_face.plan import PlannedModel
 
 try:
-    from transformers import AttentionInterface
     from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers: pip install 'ds-vshape[models]'") from error
 
@@ -28,7 +28,7 @@ except ImportError as error:
 def takes_cu_seqlens(attention: str) -> bool:
     """Whether the attention that transformers knows by this name is flash attention, or names `cu_seq_lens_q` among its
     parameters."""
-    function = AttentionInterface().get(attention)
+    function = ALL_ATTENTION_FUNCTIONS.get(attention)
     return function is not None and (function is flash_attention_forward
                                      or "cu_seq_lens_q" in inspect.signature(function).parameters)
 
@@ -116,8 +116,8 @@ def _reaches_attention(planned: PlannedModel, layer: Any, hidden: Tensor, argume
         raise _Reached
 
     name = planned.config._attn_implementation
-    function = AttentionInterface()[name]
-    AttentionInterface.register(name, stand_in)
+    function = ALL_ATTENTION_FUNCTIONS[name]
+    ALL_ATTENTION_FUNCTIONS.register(name, stand_in)
     try:
         hidden, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"),
                                              (hidden, arguments.args, arguments.kwargs))
@@ -126,5 +126,5 @@ def _reaches_attention(planned: PlannedModel, layer: Any, hidden: Tensor, argume
     except _Reached:
         pass
     finally:
-        AttentionInterface.register(name, function)
+        ALL_ATTENTION_FUNCTIONS.register(name, function)
     return received == [True]

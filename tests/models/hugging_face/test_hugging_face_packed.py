@@ -179,5 +179,5 @@ def test_how_many_samples_a_row_has_must_be_said() -> None:
 
 def test_chunks_that_masks_alone_make_are_refused() -> None:
     """As Llama 4 has them."""
-    with with_flash_attention(), pytest.raises(ValueError, match="attention_chunk_size = 8 with attention = 'flash_att"):
+    with with_flash_attention(), pytest.raises(ValueError, match="attention_chunk_size = 8 with attention = 'flash"):
         pipeline_layers(tiny_config("llama", attention_chunk_size=8), FLASH, packed=True, samples_per_row=4)
