@@ -32,7 +32,7 @@ from ds_vshape.schedule.timeline import Times
 logger = logging.getLogger(__name__)
 
 # To be raised whenever the planner gives other plans: older files are then no longer found.
-VERSION = 11
+VERSION = 12
 
 
 class _Kept(TypedDict):

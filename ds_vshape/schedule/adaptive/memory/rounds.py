@@ -17,7 +17,7 @@ from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.adaptive.trials import Progress
 
 # How many candidates race; one that is alone with its means, though it's slower than the fastest by up to this factor.
-_RACERS, _CHANCE = 4, 1.1
+_RACERS, _CHANCE = 8, 1.1
 # Temperatures in units of the slowest rank's work on one micro-batch, at the start of a round and at its end. A round
 # takes the share _ROUND of the time.
 _HOT = (0.02, 0.06, 0.2)

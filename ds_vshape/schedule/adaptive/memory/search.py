@@ -38,8 +38,9 @@ from ds_vshape.schedule.timeline import Times, simulate
 
 # What is left of the time when each phase ends.
 _KNOWN, _ORDER_ALONE, _UNLIMITED, _ELSEWHERE, _RACE = 0.92, 0.85, 0.8, 0.72, 0.3
-# The share of the time for a problem of fewer micro-batches, what is left when its candidates are repeated, and how
-# many micro-batches it has for each rank at least.
+# A problem of fewer micro-batches is searched first where there are so many times as many; the share of the time for
+# that, what is left when its candidates are repeated, and how many micro-batches it has for each rank at least.
+_LONG = 2
 _FEWER, _LENGTHENED = 0.6, 0.3
 _PER_RANK = 3
 # How many candidates are kept.
@@ -77,6 +78,8 @@ class MemorySearch:
         self._try_order(_one_by_one(problem), [least, replace(least, trimmed=True)], until=-inf)
         self._try_baselines()
         fewer = fewer_micro_batches(problem, _PER_RANK)
+        if fewer is not None and problem.micro_batches < _LONG * fewer.micro_batches:
+            fewer = None
         if fewer is None:
             self._find_candidates(progress)
         else:
