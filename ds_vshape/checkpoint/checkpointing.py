@@ -75,7 +75,7 @@ class SavingEngine(StockEngine):
         if self._has_experts and is_bf16(self.optimizer) and not self.zero_optimization():
             raise CheckpointError("MoE layers with bf16 and without ZeRO: zero_optimization.stage must be 1, DeepSpeed "
                                   "can't load the optimizer states that it would save")
-        client_state = {**(client_state or {}), _FORWARDS: self._forwards_before}
+        client_state = {} if client_state is None else client_state
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         # Hosts may keep their own folders under other names.
         place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
@@ -142,10 +142,14 @@ class SavingEngine(StockEngine):
         return writing.error or self._unsaved
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._attempt_to_save(partial(super()._save_checkpoint, *args, **kwargs))
+        self._attempt_to_save(partial(self._with_forwards, super()._save_checkpoint, *args, **kwargs))
 
     def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._attempt_to_save(partial(super()._save_moe_checkpoint, *args, **kwargs))
+        self._attempt_to_save(partial(self._with_forwards, super()._save_moe_checkpoint, *args, **kwargs))
+
+    def _with_forwards(self, save: Callable[..., None], *args: Any, client_state: dict[str, Any],
+                       **kwargs: Any) -> None:
+        save(*args, client_state={**client_state, _FORWARDS: self._forwards_before}, **kwargs)
 
     def _save_zero_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._attempt_to_save(partial(super()._save_zero_checkpoint, *args, **kwargs))
