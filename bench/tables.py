@@ -57,6 +57,7 @@ class Run:
         return [_INSTEAD.get(word, word) for word in self.words] + shlex.split(self.quick)
 
 
+_EIGHT = "--ranks 8 --layers 2 --micro-batches 16"
 RUNS = [
     Run("sleeping", 'bench/run.py --rounds 3 --micro-batches 8 16 32 '
                     f'--contenders "deepspeed 1f1b" "deepspeed dualpipev" {_OURS}',
@@ -87,8 +88,14 @@ RUNS = [
         "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
     Run("bandwidth", "bench/bandwidth.py",
         "--megabits 200 800 --layers 2 --ms 1 1 1 --width 96 --memory-width 128 --rounds 1 --micro-batches 8"),
-    Run("consecutive", "bench/consecutive.py --batches 8 --rounds 2", f"{_SLEEPING} --batches 2"),
-    Run("consecutive-24", "bench/consecutive.py --batches 24 --rounds 1", f"{_SLEEPING} --batches 2"),
+    Run("consecutive", "bench/consecutive.py --batches 8 --rounds 1", f"{_SLEEPING} --batches 2"),
+    Run("consecutive-some-clipped", "bench/consecutive.py --batches 20 --rounds 1 --clipped 0.05",
+        f"{_SLEEPING} --batches 2 --clipped 0.5"),
+    Run("consecutive-all-clipped", "bench/consecutive.py --batches 8 --rounds 1 --clipped 1",
+        f"{_SLEEPING} --batches 2"),
+    Run("consecutive-8-ranks", f"bench/consecutive.py {_EIGHT} --batches 8 --rounds 1", f"{_SLEEPING} --batches 2"),
+    Run("consecutive-8-ranks-all-clipped", f"bench/consecutive.py {_EIGHT} --batches 8 --rounds 1 --clipped 1",
+        f"{_SLEEPING} --batches 2"),
     Run("consecutive-50ms", "bench/consecutive.py --batches 6 --rounds 1 --ms 50 50 50", f"{_SLEEPING} --batches 2"),
     Run("packing", "bench/packing.py --rounds 8", _PACKING),
     Run("packing-conversations", "bench/packing.py --lengths conversations", _PACKING),
