@@ -92,4 +92,5 @@ def test_blocks_have_the_proportions_of_a_transformers() -> None:
 def test_memory_grows_with_the_model(name: str) -> None:
     small, large = (run_ranks(2, memory_of, name, replace(SMALL, width=width)) for width in (512, 1024))
     for of_small, of_large in zip(small, large):
-        assert 2.5 < of_large / of_small < 5, (small, large)
+        # Four times the weights; of the small ones some lie in pages that were there before.
+        assert 2.5 < of_large / of_small < 8, (small, large)

@@ -16,6 +16,7 @@ from ds_vshape.schedule.placement import v
 BENCH = Path(__file__).parents[2] / "bench"
 
 
+@pytest.mark.quick_cases("2-1-times1-2", "2-2-times3-4")
 @pytest.mark.parametrize("ranks, micro_batches, times, peak", [
     (1, 2, (1, 2, 1), 2), (2, 1, (1, 1, 2), 2), (2, 2, (1, 2, 1), 2), (2, 2, (2, 1, 1), 4)])
 def test_the_least_makespan(ranks: int, micro_batches: int, times: tuple[int, int, int], peak: int) -> None:

@@ -55,6 +55,7 @@ def test_plans_are_no_slower_at_no_more_memory(tmp_path: Path) -> None:
         assert compare(Cell(case, 2, 4, 8), Planner(0.2, tmp_path)) == found
 
 
+@pytest.mark.slow
 def test_all_contenders_of_a_cell_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are compared; torch's layers and ours keep as many bytes for as long."""
     file = tmp_path / "found.json"

@@ -482,7 +482,8 @@ def test_layers_are_cut_for_the_order(tmp_path: Path) -> None:
 ])
 def test_bad_costs_of_layers_get_one_clear_error(content: Any, more: list[str], message: str, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in error_of([*options("v-half", 2, 4), *layers_file(tmp_path, content), *more], capsys)
+    words = [*options("v-half", 2, 4), *layers_file(tmp_path, content), "--time-limit", "0.1", *more]
+    assert message in error_of(words, capsys)
 
 
 # ---------------------------------------------------------------- files

@@ -75,7 +75,7 @@ def assert_trained_alike(outcome: Outcome, oracle: Outcome, exact: bool) -> None
             torch.testing.assert_close(outcome.weights[parameter], value, rtol=1e-3, atol=5e-4)
 
 
-@pytest.mark.quick_cases("gemma3_text", "mixtral")
+@pytest.mark.quick_cases("gemma3_text")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trains_what_transformers_trains(name: str, tmp_path: Path) -> None:
     folder = saved_model(name, tmp_path / name / "source")

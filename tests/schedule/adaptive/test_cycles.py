@@ -54,6 +54,7 @@ def makespan(problem: Problem, cycle: Cycle, micro_batches: int) -> float:
     return simulate(schedule, scheduler.problem.times).makespan
 
 
+@pytest.mark.slow
 @given(problems(), st.integers(1, 3), st.sampled_from((1, 2)), st.integers(0, 1000))
 @settings(max_examples=40)
 def test_a_long_batch_takes_as_many_intervals(problem: Problem, group: int, pieces: int, seed: int) -> None:

@@ -56,6 +56,7 @@ def test_no_slower_than_the_named_order_within_its_memory(name: str, placement: 
         assert found.timeline.makespan <= simulate(order, problem.times).makespan * (1 + 1e-9)
 
 
+@pytest.mark.quick_cases("4 ranks (v, 4 stages each)")
 @pytest.mark.parametrize("placement", [v(4, 4), interleaved(4, 4)], ids=str)
 def test_less_memory_costs_some_time(placement: Placement) -> None:
     """Within three quarters and a half of 1F1B's memory, beside a plan with all of it and a batch one by one."""
