@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from random import Random
+from typing import Any, Protocol, TypeVar
 
 from ds_vshape.schedule.adaptive.machine_code import COMPILED
 
@@ -16,6 +17,17 @@ T = TypeVar("T")
 
 # More would share a search that one run after another leads on.
 _MOST = 8
+
+
+class Annealed(Protocol):
+    """What cools down while others do."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can be better."""
+
+    def steps(self, cooled: float, seed: int) -> Callable[[], Any]:
+        """What to call for some steps, where the share `cooled` of the way down is done."""
 
 
 class Lanes:
@@ -35,3 +47,13 @@ class Lanes:
         """`members` in turn, as many together as there are lanes."""
         for first in range(0, len(members), self.count):
             yield members[first:first + self.count]
+
+    def anneal(self, annealed: Sequence[Annealed], left: Callable[[], float], length: float, random: Random) -> None:
+        """Cool all of `annealed` down, side by side, in the share `length` of the time, of which `left` says what is
+        left; end when one is done."""
+        began = now = left()
+        length = min(length, began)
+        while now > began - length and now > 0 and not any(each.done for each in annealed):
+            cooled = (began - now) / length
+            self.run([each.steps(cooled, random.getrandbits(31)) for each in annealed])
+            now = left()

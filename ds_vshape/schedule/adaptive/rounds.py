@@ -89,12 +89,7 @@ class AnnealingRounds:
         that are good are kept."""
         trials = self._trials
         annealed = [_Annealed(run, hot, trials) for run, hot in starts]
-        began = left = trials.left()
-        length = min(length, began)
-        while left > began - length and left > 0 and not any(each.done for each in annealed):
-            cooled = (began - left) / length
-            trials.lanes.run([each.steps(cooled, trials.random.getrandbits(31)) for each in annealed])
-            left = trials.left()
+        trials.lanes.anneal(annealed, trials.left, length, trials.random)
         improved = [each.improved() for each in annealed]
         for run in improved:
             trials.keep(run)

@@ -73,12 +73,7 @@ class Rounds:
         """The candidates after annealing from their temperatures down, side by side, in the share `length` of the
         time."""
         annealed = [_Annealed(*start, self._candidates, self._goal) for start in starts]
-        began = left = self._left()
-        length = min(length, began)
-        while left > began - length and left > 0 and not any(each.done for each in annealed):
-            cooled = (began - left) / length
-            self._lanes.run([each.steps(cooled, self._random.getrandbits(31)) for each in annealed])
-            left = self._left()
+        self._lanes.anneal(annealed, self._left, length, self._random)
         found = [each.improved() for each in annealed]
         for each in found:
             self._pool.keep(each)
