@@ -7,23 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import BF16_ZERO1, FP32_ZERO1, Job, Outcome, PlainTraining, data, merged, specs, tied_specs, train
+from pipelines import (AFTER, BEFORE, BF16_ZERO1, FP32_ZERO1, Job, Outcome, PlainTraining, data, merged, specs,
+                       tied_specs, train, train_and_save)
 from ranks import RanksFailed, run_ranks
 from universal import convert
 
-BEFORE, AFTER = range(3), range(3, 6)
 V = {"name": "v-zb", "chunks": 4}
 INTERLEAVED = {"name": "interleaved-zb", "chunks": 4}
 ADAPTIVE = {"name": "adaptive", "chunks": 4, "memory_limit": 0.75, "planning_seconds": 0.5}
 # An embedding, blocks and a head on eight stages, of which some have two layers.
 LAYERS, TIED = tuple(specs(9)), tuple(tied_specs(9))
-
-
-def train_and_save(rank: int, job: Job, folder: str) -> Outcome:
-    engine = job.engine()
-    train(engine, BEFORE)
-    engine.save_checkpoint(folder)
-    return train(engine, AFTER)
 
 
 def load_and_train(rank: int, job: Job, folder: str) -> Outcome:

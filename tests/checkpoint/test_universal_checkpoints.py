@@ -12,23 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from pipelines import (BASE_SEED, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, cross_entropy, merged, specs,
-                       train)
+from pipelines import (AFTER, BASE_SEED, BEFORE, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, cross_entropy,
+                       merged, specs, train, train_and_save)
 from ranks import run_ranks
 from universal import convert
 
 import ds_vshape
 from ds_vshape.module.dummy_parameter import NAME
 
-BEFORE, AFTER = range(3), range(3, 6)
 LAYERS = tuple(specs(7))
-
-
-def train_and_save(rank: int, job: Job, folder: str) -> Outcome:
-    engine = job.engine()
-    train(engine, BEFORE)
-    engine.save_checkpoint(folder)
-    return train(engine, AFTER)
 
 
 def load_and_train(rank: int, job: Job, folder: str) -> Outcome:

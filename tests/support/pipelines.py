@@ -185,6 +185,18 @@ def train(engine: Any, batches: range) -> Outcome:
     return Outcome(losses, {name: value.clone() for name, value in engine.module.state_dict().items()})
 
 
+# The batches before a checkpoint, and those after it.
+BEFORE, AFTER = range(3), range(3, 6)
+
+
+def train_and_save(rank: int, job: Job, folder: str) -> Outcome:
+    """Of the batches after the checkpoint in `folder`."""
+    engine = job.engine()
+    train(engine, BEFORE)
+    engine.save_checkpoint(folder)
+    return train(engine, AFTER)
+
+
 def merged(outcomes: list[Outcome]) -> Outcome:
     """One outcome of all ranks; replicas and losses must agree bit for bit."""
     weights: dict[str, Tensor] = {}
