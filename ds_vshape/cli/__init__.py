@@ -4,6 +4,7 @@
     options.py         what to plan: from options, and from a ds_config.json for those not given
     giving_back.py     the options for recomputation and offload
     layer_costs.py     the file of costs of layers
+    partition.py       what the config's "partition" says of layers and stages
     outcome.py         one planned schedule with its figures
     report.py          what the planner prints
     curve.py           bubble against memory limit

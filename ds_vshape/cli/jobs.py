@@ -49,7 +49,7 @@ def run_layouts(arguments: argparse.Namespace) -> int:
     _check(arguments)
     if arguments.model is not None:
         check_installed("transformers", "models of Hugging Face need transformers", "models")
-    from ds_vshape.layouts.composition import CONFIGS, compose_search
+    from ds_vshape.layouts.composition import CONFIGS, compose_search, left_out
     from ds_vshape.layouts.job_costs import predict_job
     from ds_vshape.layouts.search import rank_layouts
 
@@ -68,6 +68,8 @@ def run_layouts(arguments: argparse.Namespace) -> int:
         write_json("--json", arguments.json, ranking.to_json())
     out = console()
     out.print(ranking.table())
+    for line in left_out(config["schedule"], schedules):
+        out.print(line, highlight=False)
     out.print(f"{ranking.tried} combinations: {ranking.impossible} impossible, {ranking.too_large} above "
               f"{ranking.memory:g} GiB, {len(ranking.found)} ranked.", highlight=False)
     if not ranking.found:

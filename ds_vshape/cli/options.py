@@ -13,9 +13,10 @@ from typing import Any
 from ds_vshape.cli import giving_back
 from ds_vshape.cli.giving_back import MOST_TIME, GivingBack
 from ds_vshape.cli.layer_costs import LayerCostsFile
+from ds_vshape.cli.partition import check_stages, read_costs
 from ds_vshape.config.batch_size import micro_batches_of, whole_number
 from ds_vshape.config.compatibility import check_demands
-from ds_vshape.config.section import KEY, load_ds_config, read_section, shown
+from ds_vshape.config.section import KEY, Partition, load_ds_config, read_section, shown
 from ds_vshape.schedule.adaptive import cache
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import check_activation_limit, check_memory_limit, count_of
@@ -32,6 +33,8 @@ TIMES = 1e-9, MOST_TIME
 MOST_RATIO = 1e9
 MOST_ACTIVATIONS = 1e9
 MOST_LIMITS = 100
+# How long planning takes where neither the options nor the config say.
+_TIME_LIMIT = 10.0
 # Options that --curve replaces: it shows all schedules, at all limits.
 _NOT_WITH_CURVE = ("schedule", "placement", "chunks", "compare", "memory_limit", "json", "svg", "png", "layer_costs")
 _ONLY_WITH_CURVE = ("limits", "reference")
@@ -72,7 +75,7 @@ class Limit:
 @dataclass(frozen=True)
 class PlanOptions:
     """What to plan: schedules by name, with where their stages are, or none for the curve; `times` as the user gives
-    them, unless the file of `layer_costs` has them."""
+    them, unless `layer_costs` has them. `partition` is the config's, for the first schedule."""
 
     schedules: tuple[tuple[str, Placement], ...]
     stages: int
@@ -83,6 +86,12 @@ class PlanOptions:
     cache: Path | None
     giving_back: GivingBack = GivingBack()
     layer_costs: LayerCostsFile | None = None
+    partition: Partition | None = None
+
+    @property
+    def bounds(self) -> tuple[int, ...] | None:
+        """The first layer of each stage of the first schedule, and the number of layers, where the config has them."""
+        return self.partition if isinstance(self.partition, tuple) else None
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> PlanOptions:
@@ -96,6 +105,7 @@ class PlanOptions:
         has_limit = arguments.memory_limit is not None or arguments.curve is not None
         config = _from_config(load_ds_config(str(paths[0])), has_limit) if paths else {}
         giving_back = GivingBack.from_arguments(arguments, config.pop("recompute", False), config.pop("offload", False))
+        partition, seconds = config.pop("partition", None), config.pop("planning_seconds", _TIME_LIMIT)
         for key, value in config.items():
             if given[key] is None:
                 given[key] = value
@@ -122,10 +132,12 @@ class PlanOptions:
             arguments.times.check(given["stages"])
         except ValueError as error:
             raise ValueError(f"--times: {error}") from None
-        layer_costs = _layer_costs(arguments, given["memory_limit"], giving_back, schedules)
-        return cls(schedules, **given, times=arguments.times, time_limit=arguments.time_limit,
+        layer_costs = _layer_costs(arguments, given["memory_limit"], giving_back, schedules, partition)
+        if schedules and schedule is not None:
+            check_stages(partition, schedules[0][1], layer_costs)
+        return cls(schedules, **given, times=arguments.times, time_limit=arguments.time_limit or seconds,
                    cache=None if arguments.no_cache else cache.folder(), layer_costs=layer_costs,
-                   giving_back=giving_back)
+                   giving_back=giving_back, partition=partition)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -154,8 +166,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="the highest peak of activations: a fraction of 1F1B's (0.5), or a count of chunk "
                              "activations (6u); adaptive plans for it, other schedules must be within it")
     giving_back.add_options(parser, _number)
-    parser.add_argument("--time-limit", type=_seconds, default=10.0, metavar="SECONDS",
-                        help="planning ends after this time with the best plan so far (default: 10)")
+    parser.add_argument("--time-limit", type=_seconds, metavar="SECONDS",
+                        help="planning ends after this time with the best plan so far (default: the config's "
+                             f"planning_seconds, or {_TIME_LIMIT:g})")
     parser.add_argument("--no-cache", action="store_true",
                         help="ignore cached plans (in $XDG_CACHE_HOME/ds_vshape)")
     parser.add_argument("--compare", type=_names, metavar="A,B,C", help="these schedules side by side")
@@ -166,23 +179,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _layer_costs(arguments: argparse.Namespace, limit: Limit | None, giving_back: GivingBack,
-                 schedules: Sequence[tuple[str, Placement]]) -> LayerCostsFile | None:
-    """The file that says what layers cost; ValueError with options that it replaces, for a limit in chunks, which
-    have no size before the layers are divided, and for fewer layers than a schedule has stages."""
-    if arguments.layer_costs is None:
+                 schedules: Sequence[tuple[str, Placement]], partition: Partition | None) -> LayerCostsFile | None:
+    """What layers cost, by the file or the config's `partition`; ValueError with options that it replaces, for a limit
+    in chunks, which have no size before the layers are divided, and for fewer layers than a schedule has stages."""
+    if arguments.curve is not None:
+        return None
+    found, source = read_costs(arguments.layer_costs, partition)
+    if found is None:
         return None
     if arguments.times != ChunkTimes():
-        raise ValueError("--times can't be used with --layer-costs, whose file has the times of layers and hops")
+        raise ValueError(f"--times can't be used with {source}, which has the times of layers and hops")
     if limit is not None and limit.is_count:
-        raise ValueError(f"--memory-limit {limit} can't be used with --layer-costs, because chunks differ: give a "
+        raise ValueError(f"--memory-limit {limit} can't be used with {source}, because chunks differ: give a "
                          "fraction of 1F1B's peak")
     if giving_back.any:
-        raise ValueError("--layer-costs can't be used with recomputation or offload, which need stages of known sizes")
-    found = LayerCostsFile.read(arguments.layer_costs)
+        raise ValueError(f"{source} can't be used with recomputation or offload, which need stages of known sizes")
     for name, placement in schedules:
         if len(found.costs) < placement.stages:
-            raise ValueError(f"--layer-costs {arguments.layer_costs}: {len(found.costs)} layers can't fill "
-                             f"{placement.stages} stages of {name}")
+            raise ValueError(f"{source}: {len(found.costs)} layers can't fill {placement.stages} stages of {name}")
     return found
 
 
@@ -240,7 +254,9 @@ def _from_config(ds_config: Mapping[str, Any], has_limit: bool) -> dict[str, Any
         check_demands(section)
         found["schedule"] = section.name
         found.update({key: value for key in ("placement", "chunks") if (value := getattr(section, key)) is not None})
-        found.update(recompute=section.recompute, offload=section.offload)
+        found.update(recompute=section.recompute, offload=section.offload, partition=section.partition)
+        if "planning_seconds" in section.model_fields_set:
+            found["planning_seconds"] = section.planning_seconds
         if isinstance(section.memory_limit, float):
             found["memory_limit"] = Limit(section.memory_limit, is_count=False)
         elif section.memory_limit is not None and not has_limit:

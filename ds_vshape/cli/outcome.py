@@ -103,21 +103,24 @@ def plan_one(name: str, placement: Placement, options: PlanOptions, limit: Limit
 
 def _plan_layers(name: str, placement: Placement, options: PlanOptions, file: LayerCostsFile, limit: Limit | None,
                  progress: Callable[[float], None]) -> Outcome:
-    """The same where the costs of layers are known: adaptive plans its partition too, for others ranks are balanced."""
+    """The same where the costs of layers are known: adaptive plans its partition too, for others ranks are balanced,
+    unless the config says where the stages are."""
     layers, ranks, micro_batches = file.layers, options.stages, options.micro_batches
     began = perf_counter()
     hops = (file.hop,) * (placement.stages - 1)
-    if name == ADAPTIVE:
-        limits = limits_of_1f1b(1.0 if limit is None else limit.value, layers, ranks, micro_batches)
+    given = options.bounds if name == options.schedules[0][0] else None
+    limits = limits_of_1f1b(1.0 if limit is None else limit.value, layers, ranks, micro_batches)
+    if name == ADAPTIVE and given is None:
         found = plan_partition(PartitionProblem(layers, placement, micro_batches, limits, hops), options.time_limit / 2)
         bounds, planned = found.bounds, found.plan
         choice = Choice(planned.schedule, planned.timeline, planned.peaks, planned.lower_bound, 0.0,
                         "plan for these layers")
     else:
-        bounds = balance(layers.costs, placement)
-        choice = Request.within(None, name, placement, micro_batches, layers.times(bounds, hops),
-                                layers.activations(bounds), time_limit=options.time_limit,
-                                cache=options.cache).choose(progress)
+        bounds = given or balance(layers.costs, placement)
+        request = Request.within(limits[0] if name == ADAPTIVE else None, name, placement, micro_batches,
+                                 layers.times(bounds, hops), layers.activations(bounds), time_limit=options.time_limit,
+                                 cache=options.cache)
+        choice = replace(request, cores=usable_cores()).choose(progress)
     progress(1.0)
     # In units of a chunk of the model, as everywhere, but by the layers' own sizes.
     chunk = sum(layers.after_forward) / (2 * ranks) or 1.0

@@ -16,8 +16,10 @@ from ds_vshape.cli.extras import check_installed
 from ds_vshape.cli.files import check_writable, write_json, writing
 from ds_vshape.cli.options import Limit, PlanOptions, add_options
 from ds_vshape.cli.outcome import Outcome, plan_one
+from ds_vshape.cli.partition import counted_alike
 from ds_vshape.cli.progress import progress_bar
 from ds_vshape.schedule.adaptive import LimitError
+from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
 from ds_vshape.schedule.partition_and_order import limits_of_1f1b
@@ -79,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         report.print_outcome(first)
     else:
         report.print_comparison(outcomes, limit)
+    if options.partition is not None and options.layer_costs is None and options.times == ChunkTimes():
+        report.console().print(f"{counted_alike(options.partition)}, because what their layers cost is measured in "
+                               "training; --layer-costs says it, or --times of each chunk", highlight=False)
     return 0
 
 
@@ -119,6 +124,8 @@ def _trace_curve(options: PlanOptions, file: Path, limits: Sequence[Limit] | Non
     else:
         write_json("--curve", file, traced.to_json())
     report.console().print(curve.table(traced))
+    if options.partition is not None:
+        report.console().print(counted_alike(options.partition), highlight=False)
 
 
 def _curve_file(text: str) -> Path:

@@ -22,8 +22,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ds_vshape.config.section import ConfigError, nearest
-from ds_vshape.layouts.job import Job
+from ds_vshape.config.compatibility import check_demands
+from ds_vshape.config.section import KEY, ConfigError, nearest, read_section
+from ds_vshape.layouts.job import OWN_ENGINE, Job
 from ds_vshape.layouts.rules import legal_keys, read_job, section_of, unknown_key
 from ds_vshape.layouts.search import SearchSpace
 
@@ -33,6 +34,8 @@ CONFIGS = (Path(__file__).parent / "configs").resolve()
 _OPEN = ("hydra", "deepspeed")
 # Groups that aren't a section.
 _GROUPS = ("bench", "monitor")
+# Keys of a schedule that others can't have; set for a whole search, they hold for those that can.
+_OF_SOME = ("placement", "chunks", "times", "recompute", "offload")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def compose_search(overrides: Sequence[str],
     check_keys(overrides, [*legal_keys(), "search", *(f"search.{key}" for key in SearchSpace.model_fields)])
     config = compose_config("layouts", overrides, configs)
     search = section_of(SearchSpace, config.pop("search"), "search")
-    return search, config, [_schedule(name, config["schedule"], configs) for name in search.schedules]
+    return search, config, _schedules(search.schedules, config["schedule"], configs)
 
 
 def compose_config(name: str, overrides: Sequence[str], configs: Path = CONFIGS,
@@ -98,14 +101,60 @@ def check_keys(overrides: Sequence[str], legal: Sequence[str]) -> None:
             raise unknown_key(key, override.get_value_element_as_str(), legal)
 
 
-def _schedule(name: str, given: dict[str, Any], configs: Path) -> dict[str, Any]:
-    """The schedule's file, with the keys that the command line sets for all schedules."""
+def _schedules(names: Sequence[str], given: Mapping[str, Any], configs: Path) -> list[dict[str, Any]]:
+    """The file of each of the schedules `names`, with those of the keys `given` on the command line that it can have;
+    ConfigError for a key that none of them can have."""
+    asked = {key: value for key, value in given.items() if value is not None and key != "name"}
+    of_some = {key: value for key, value in asked.items() if key in _OF_SOME}
+    chosen = [_chosen(name, configs) for name in names]
+    adopted = [_adopted(schedule, of_some) for schedule in chosen]
+    for key in of_some:
+        if not any(key in keys for keys, _ in adopted):
+            raise ConfigError("; ".join(dict.fromkeys(refused[key] for _, refused in adopted)))
+    for_all = {key: value for key, value in asked.items() if key not in of_some}
+    return [{**schedule, **for_all, **keys} for schedule, (keys, _) in zip(chosen, adopted)]
+
+
+def _chosen(name: str, configs: Path) -> dict[str, Any]:
+    """The file of the schedule `name`; ConfigError if there is none."""
     file = configs / "schedule" / f"{name}.yaml"
     if not file.exists():
         legal = sorted(path.stem for path in file.parent.glob("*.yaml"))
         raise ConfigError(f"search.schedules = {name!r}: {nearest(name, legal)}")
     chosen: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return {**chosen, **{key: value for key, value in given.items() if value is not None and key != "name"}}
+    return dict(chosen)
+
+
+def _adopted(schedule: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Those of `keys` that `schedule` can have, and why it can't have the others."""
+    found: dict[str, Any] = {}
+    refused = dict.fromkeys(keys, f"schedule={OWN_ENGINE} has no such keys")
+    if schedule["name"] == OWN_ENGINE:
+        return found, refused
+    own = {key: value for key, value in schedule.items() if key in ("name", *_OF_SOME)}
+    # Some keys need others.
+    for key in (*keys, *keys):
+        try:
+            section = read_section({KEY: {**own, **found, key: keys[key]}})
+            assert section is not None
+            check_demands(section)
+            found[key] = keys[key]
+        except ConfigError as error:
+            refused[key] = str(error).replace(f"{KEY}.", "schedule.")
+    return found, refused
+
+
+def left_out(given: Mapping[str, Any], schedules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each key that is `given` for a whole search and that not all of `schedules` can have, a line that says which
+    have it."""
+    lines = []
+    for key in _OF_SOME:
+        having = [schedule["name"] for schedule in schedules if schedule.get(key) == given.get(key)]
+        if given.get(key) is not None and len(having) < len(schedules):
+            others = [schedule["name"] for schedule in schedules if schedule["name"] not in having]
+            lines.append(f"schedule.{key} = {given[key]!r} holds for {', '.join(having)}; {', '.join(others)} can't "
+                         "have it")
+    return lines
 
 
 def _hydra_section(overrides: Sequence[str], configs: Path) -> Any:

@@ -464,6 +464,74 @@ def test_layers_are_cut_for_the_order(tmp_path: Path) -> None:
     assert found["metrics"]["makespan"] == pytest.approx(simulate(schedule, times).makespan)
 
 
+def config_of(tmp_path: Path, name: str, partition: Any, **section: Any) -> str:
+    return write(tmp_path, pipeline_schedule={"name": name, "partition": partition, **section},
+                 pipeline={"stages": 2}, gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize("name", ["v-half", ADAPTIVE])
+def test_costs_in_a_config_are_those_of_a_file(name: str, tmp_path: Path) -> None:
+    costs = {"costs": LAYERS["costs"]}
+    of_config = plan(tmp_path, config_of(tmp_path, name, costs), "--time-limit", "1")
+    of_file = plan(tmp_path, *options(name, 2, 4), *layers_file(tmp_path, costs), "--time-limit", "1")
+    assert of_config["partition"] == of_file["partition"]
+    assert of_config["metrics"]["makespan"] == of_file["metrics"]["makespan"]
+
+
+@pytest.mark.parametrize("name", ["v-half", ADAPTIVE])
+def test_bounds_in_a_config_are_the_stages(name: str, tmp_path: Path) -> None:
+    """With the costs of layers, an order takes as long as the simulator says for these very stages."""
+    bounds = [0, 3, 4, 6, 8]
+    found = plan(tmp_path, config_of(tmp_path, name, bounds), *layers_file(tmp_path, LAYERS), "--time-limit", "1",
+                 "--compare", "1f1b")
+    first, other = found
+    assert first["partition"] == bounds and other["partition"] != bounds
+    orders = tuple(tuple(map(pass_from_json, order)) for order in first["orders"])
+    rows = [(10, 12, 8) if 0 < layer < 7 else (1, 0, 2) if layer == 0 else (80, 80, 80) for layer in range(8)]
+    stages = [[sum(times) for times in zip(*rows[start:stop])] for start, stop in zip(bounds, bounds[1:])]
+    makespan = simulate(Schedule(name, v(2), 4, orders), Times(*zip(*stages), (1,) * 3)).makespan
+    assert first["metrics"]["makespan"] == pytest.approx(makespan)
+
+
+@pytest.mark.parametrize("partition", [[0, 3, 4, 6, 8], "profile", "parameters"])
+def test_stages_that_count_as_alike_are_named(partition: Any, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    file = config_of(tmp_path, "v-half", partition)
+    said = f"pipeline_schedule.partition = {partition!r}: all stages count as alike here"
+    assert main(["plan", file]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["plan", file, "--curve", str(tmp_path / "curve.json"), "--limits", "1", "--time-limit", "0.1"]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["plan", file, "--times", "1:1:1:5,1,1,0"]) == 0
+    assert "count as alike" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("partition, more, message", [
+    ([0, 3, 8], [], "pipeline_schedule.partition = [0, 3, 8]: the partition has 3 bounds: 4 stages need 5"),
+    ([0, 3, 3, 6, 8], [], "pipeline_schedule.partition = [0, 3, 3, 6, 8]: the partition's bounds 3, 3 leave stage 1"),
+    ([0, 3, 4, 6, 9], ["file"], "pipeline_schedule.partition = [0, 3, 4, 6, 9]: the partition goes from 0 to 9: it must"
+                                " go from 0 to 8"),
+    ("parameters", ["file"], "--layer-costs can't be used with pipeline_schedule.partition = 'parameters', which"),
+    ({"costs": [1] * 8}, ["file"], "--layer-costs can't be used with pipeline_schedule.partition, which has the costs"),
+    ({"costs": [1] * 8}, ["--times", "1,2,1,0"], "--times can't be used with pipeline_schedule.partition, which has"),
+    ({"costs": [1] * 3}, [], "pipeline_schedule.partition: 3 layers can't fill 4 stages of v-half"),
+    ({"costs": [1, 1, 1, -1]}, [], "pipeline_schedule.partition: the partition's cost of layer 3 is -1"),
+])
+def test_a_partition_that_cannot_be(partition: Any, more: list[str], message: str, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    more = layers_file(tmp_path, LAYERS) if more == ["file"] else more
+    assert message in error_of([config_of(tmp_path, "v-half", partition), *more], capsys)
+
+
+def test_a_config_says_how_long_planning_takes(tmp_path: Path) -> None:
+    """Times that no order fits exactly, for which the planner goes on until its time is over."""
+    file = write(tmp_path, pipeline_schedule={"name": ADAPTIVE, "memory_limit": 0.5, "planning_seconds": 0.3},
+                 pipeline={"stages": 4}, gradient_accumulation_steps=16)
+    times = ["--times", "10.3,12.7,8.1,1.9", "--no-cache"]
+    assert plan(tmp_path, file, *times)["metrics"]["planning_s"] < 3
+    assert plan(tmp_path, file, *times, "--time-limit", "4")["metrics"]["planning_s"] > 3
+
+
 @pytest.mark.parametrize("content, more, message", [
     (LAYERS, ["--times", "1,2,1,0"], "--times can't be used with --layer-costs"),
     (LAYERS, ["--memory-limit", "6u"], "--memory-limit 6u can't be used with --layer-costs"),

@@ -73,6 +73,38 @@ def test_less_memory_leaves_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert ("1f1b", "2") not in {(row[1], row[5]) for row in tight}
 
 
+def test_keys_for_all_schedules_hold_for_those_that_can_have_them(tmp_path: Path,
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    """A search with them is the two searches, of the schedules that can have them and of the others, put together."""
+    words = ["search.ranks=4", "search.batch=16", "search.micro_batch=[1]", "search.pipe=[2,4]", "model.layers=14"]
+    written = search(tmp_path, *words, "search.schedules=[1f1b,v-half,v-zb,interleaved-zb]", "schedule.chunks=4")
+    assert ("schedule.chunks = 4 holds for v-zb, interleaved-zb; 1f1b, v-half can't have it"
+            in capsys.readouterr().out)
+    can = search(tmp_path, *words, "search.schedules=[v-zb,interleaved-zb]", "schedule.chunks=4")
+    others = search(tmp_path, *words, "search.schedules=[1f1b,v-half]")
+    assert can["layouts"] and others["layouts"]
+    expected = sorted(can["layouts"] + others["layouts"], key=lambda each: each["metrics"]["step_s"])
+    assert written["layouts"] == expected
+
+
+def test_a_key_may_need_another_one(tmp_path: Path) -> None:
+    words = ["search.ranks=2", "search.batch=4", "search.micro_batch=[1]", "search.pipe=[2]", "model.layers=14",
+             "search.schedules=[1f1b,adaptive]", "schedule.recompute=true", "schedule.times=profile",
+             "schedule.planning_seconds=0.2", "schedule.memory_limit=0.75"]
+    assert {each["schedule"] for each in search(tmp_path, *words)["layouts"]} >= {"adaptive"}
+
+
+@pytest.mark.parametrize("word, message", [
+    ("schedule.chunks=3", "schedule.chunks = 3: 1f1b has 1 stage on a rank; schedule.chunks = 3: v-zb has"),
+    ("schedule.recompute=true", "schedule.recompute = true: must be false without"),
+    ("schedule.placement=interleaved", "schedule.placement = 'interleaved': 1f1b has the placement linear"),
+])
+def test_a_key_that_no_schedule_can_have_is_refused(word: str, message: str,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layouts", *WORDS[:2], "search.schedules=[1f1b,v-zb]", word]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_options_may_be_anywhere_among_overrides(tmp_path: Path) -> None:
     words = [*WORDS, "search.pipe=[4]", "search.memory=60"]
     first = search(tmp_path, *words)
