@@ -19,6 +19,9 @@ from ds_vshape.schedule.named import SCHEDULES
 
 _ADAPTIVE, _BOUND, _V, _OTHER, _REFERENCE = "#2f62b5", "#7a7a7a", "#d9772f", "#8c8c8c", "#8f2d8f"
 _GIVING_BACK = "#c1121f", "#4c9a2a", "#0f8a8a"
+_BOUND_NAME = "lower bound of orders (V)"
+# Of the lines of plans, in the order in which they are drawn: where one lies on another, both are seen.
+_DASHES = "-", (0, (3, 3)), "-", (0, (3, 3))
 _MARKERS = "sD^vPXo*<>phHd"
 # The height of a line of the legend, relative to the axes.
 _ROW = 0.046
@@ -49,10 +52,12 @@ class _Drawer:
     def draw(self) -> None:
         """Draw all points, with a legend for each kind of point."""
         curve = self._curve
-        lines = [self._line(curve.bound, "lower bound (V placement)", _BOUND, linestyle="--", linewidth=1.2),
-                 self._line(curve.adaptive, "adaptive", _ADAPTIVE, marker="o", markersize=5, linewidth=1.8, zorder=3)]
-        lines += [self._line(points, f"adaptive, {name}", colour, marker="o", markersize=5, linewidth=1.8, zorder=3)
+        plans = [("adaptive", curve.adaptive, _ADAPTIVE)]
+        plans += [(f"adaptive, {name}", points, colour)
                   for (name, points), colour in zip(curve.giving_back.items(), _GIVING_BACK)]
+        lines = [self._line(curve.bound, _BOUND_NAME, _BOUND, linestyle="--", linewidth=1.2)]
+        lines += [self._line(points, label, colour, marker="o", markersize=5, linestyle=dashes, linewidth=2, zorder=3)
+                  for (label, points, colour), dashes in zip(plans, _DASHES)]
         shown = [point for point in curve.named if point.fraction <= self._right]
         marks = []
         for point, marker in zip(shown, cycle(_MARKERS)):

@@ -170,7 +170,7 @@ def test_the_picture_names_every_point(tmp_path: Path) -> None:
                  "0.2", *reference(tmp_path, {"cells": [CELL]})]) == 0
     texts = ["".join(element.itertext()).strip() for element in ElementTree.parse(file).getroot().iter()
              if element.tag.endswith("}text")]
-    for name in ("adaptive", "lower bound (V placement)", "1f1b", "v-min", "v-zb", "zb-v", "reference"):
+    for name in ("adaptive", "lower bound of orders (V)", "1f1b", "v-min", "v-zb", "zb-v", "reference"):
         assert name in texts
     assert texts.count("v-half") == 2  # ours and the reference's
     assert any("beyond the right edge" in text and "gpipe" in text and "zb-h2" in text for text in texts)
