@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,6 +31,18 @@ _UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", _UNTIMED, derandomize=True)
 settings.register_profile("random", _UNTIMED)
 settings.load_profile("repeatable")
+
+
+def hear_signals() -> None:
+    """Let programs that this process starts end by the signals that it was told to ignore itself: by a shell that
+    started it in the background, or by nohup. A program inherits that a signal is ignored, but no handler.
+    """
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+hear_signals()
 
 # Helpers that assert for tests: their failures show values, as those in tests do.
 pytest.register_assert_rewrite("hugging_face_models", "kernel_cases", "pipelines", "planner_problems", "split_cases")

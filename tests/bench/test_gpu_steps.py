@@ -133,15 +133,19 @@ else:
 def test_whoever_ends_it_no_rank_is_left(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "lasting.py").write_text(LASTING)
     out = tmp_path / "runs" / "gpu"
-    process = subprocess.Popen([sys.executable, "-c", MAIN, str(tmp_path / "lasting.py"), "--device", "cpu", "--out",
-                                str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    command = [sys.executable, "-c", MAIN, str(tmp_path / "lasting.py"), "--device", "cpu", "--out", str(out)]
     started = out / "products.0.json.started"
-    deadline = time.monotonic() + 60
-    while not started.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not started.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(number)
+            output, errors = process.communicate(timeout=60)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == 1 and errors == "interrupted: what is in the table was done before\n"
     assert "machine  ok" in output.split("\nstep ")[1]
     assert not any(_runs(int(pid)) for pid in started.read_text().split())

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from eventually import eventually
 from ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
@@ -50,13 +50,6 @@ def of_job(mark: str, word: str = "") -> Iterator[psutil.Process]:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE and (
                     not word or word in process.cmdline()):
                 yield process
-
-
-def eventually(what: str, holds: object, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def kill_rank(victim: int) -> Kill:

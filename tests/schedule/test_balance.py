@@ -90,14 +90,14 @@ def test_ranks_are_balanced_where_stages_cannot_be() -> None:
 @pytest.mark.parametrize("placement", [linear(64), v(32), interleaved(32)], ids=lambda placement: placement.name)
 def test_200_layers_in_64_stages(placement: Placement) -> None:
     """Within seconds, and where all layers cost the same not above the fewest layers that a rank can have."""
-    began = time.perf_counter()
+    began = time.process_time()
     costs = [1.0] * 200
     most = max(rank_loads(costs, balance(costs, placement), placement))
     assert most == -(-200 // placement.ranks)
     costs = [0.1, *[1.0] * 198, 10.0]
     most = max(rank_loads(costs, balance(costs, placement), placement))
     assert most == pytest.approx({"linear": 10.0, "v": 10.1, "interleaved": 11.0}[placement.name])
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize("bounds, message", [
