@@ -28,6 +28,8 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 from forks import fork
 
+import ds_vshape.plugin  # noqa: F401  (the package imports it when a script first asks for one of its names)
+
 # Building DeepSpeed's shared-memory collectives takes minutes on a fresh machine, and gloo does for tests.
 deepspeed.ops.__compatible_ops__ = {}
 
