@@ -224,8 +224,8 @@ class Channels:
         """Wait until `message` has left; PipelineError if its tensors have changed meanwhile."""
         transfer = self._sending.pop(message)
         self._wait(AwaitSend, message, transfer)
-        check_unwritten(transfer.tensors, transfer.versions, f"{message.channel.content} for stage {message.stage}, "
-                        f"micro-batch {message.micro_batch},")
+        check_unwritten(transfer.tensors, transfer.versions, "{0.channel.content} for stage {0.stage}, "
+                        "micro-batch {0.micro_batch},", message)
 
     def post(self, message: Message) -> None:
         """Offer a buffer for `message`.

@@ -41,7 +41,7 @@ def _holders(tensor: Tensor) -> int:
 _ALONE = _holders(torch.empty(1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Result:
     """A tensor on its way: its numbers outside of the graph, and what decides whether its memory is its own."""
 
@@ -87,8 +87,9 @@ def versions(tensors: Iterable[Tensor | None]) -> Versions:
     return tuple(None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def check_unwritten(tensors: Iterable[Tensor | None], before: Versions, what: str) -> None:
-    """Raises PipelineError if the memory of `tensors`, which errors call `what`, was written since `before`."""
+def check_unwritten(tensors: Iterable[Tensor | None], before: Versions, what: str, *which: object) -> None:
+    """Raises PipelineError if the memory of `tensors`, which errors call `what.format(*which)`, was written since
+    `before`."""
     if versions(tensors) != before:
-        raise PipelineError(f"the {what} was written to after its stage had passed it on, and before it was used: "
+        raise PipelineError(f"the {what.format(*which)} was written to after its stage had passed it on, and before it was used: "
                             "something keeps its memory and changes it. Pass on a copy instead, made by clone()")

@@ -5,17 +5,20 @@ Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.compiler import compiled_autograd
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as _stock
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.runtime.utils import register_output_backward_hooks
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
            "own_instructions", "set_instructions", "step_state"]
@@ -35,47 +38,64 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     What they override of it keeps DeepSpeed's names (parts.py).
     """
 
-    def stock_forward(self, inputs: Any) -> Any:
-        """The module's forward, with DeepSpeed's hooks for a backward from its outputs."""
-        return DeepSpeedEngine.forward(self, inputs)
+    def stock_forward(self, inputs: Any, recording: AbstractContextManager[Any]) -> Any:
+        """The module's forward, with DeepSpeed's hooks for a backward from its outputs; `recording` is around the
+        layers alone.
 
-    def run_module(self, inputs: Any) -> Any:
+        DeepSpeedEngine.forward without what is legal in no pipeline, and asked for in each pass.
+        """
+        if isinstance(self.optimizer, ZeROOptimizer):
+            self.optimizer.clear_backward_seen_flag()
+        outputs = self.run_module(inputs, recording)
+        register_output_backward_hooks(outputs, self._backward_prologue, self._backward_prologue_per_tensor)
+        return outputs
+
+    def run_module(self, inputs: Any, recording: AbstractContextManager[Any]) -> Any:
         """The module's forward alone, under the autocast that the config asks for."""
         with self.autocast():
-            return self.module(inputs)
+            return self.module(inputs, recording=recording)
 
     def autocast(self) -> AbstractContextManager[None]:
         """What layers run in: the autocast that the config asks for, or none."""
         return autocast_if_enabled(self)  # type: ignore[no-any-return]
 
-    def stock_backward(self, loss: Any) -> None:
-        """The backward from a loss, scaled and divided as DeepSpeed's."""
-        DeepSpeedEngine.backward(self, loss)
+    def stock_backward(self, loss: Tensor, splitting: AbstractContextManager[Any]) -> None:
+        """The backward from a loss, scaled and divided as in DeepSpeedEngine.backward; `splitting` is around it."""
+        with compiled_autograd(self._is_compiled_autograd_enabled, self._compile_kwargs):
+            self.run_backward([get_gradient_edge(self._root_of(loss))], [None], splitting)
+            self._backward_epilogue()
 
-    def gradient_of_loss(self) -> Tensor:
-        """The derivative of what `stock_backward` starts from by the loss: divided and scaled as in
-        DeepSpeedEngine.backward."""
-        loss = torch.ones((), device=self.device, requires_grad=True)
-        with torch.enable_grad():
-            root = loss / self.gradient_accumulation_steps()
-            if isinstance(self.optimizer, ZeROOptimizer):
-                root = self.optimizer.scale_if_loss(root)
-            elif self.torch_autocast_z0_gradscaler:
-                root = self.torch_autocast_z0_gradscaler.scale(root)
-        return torch.autograd.grad(root, loss)[0]
-
-    def divide_gradient(self, grad: Tensor) -> Tensor:
-        """A gradient of the loss, divided by the number of micro-batches where DeepSpeed wants that."""
-        return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
-
-    @contextmanager
-    def running_backward(self) -> Iterator[None]:
-        """Around a backward that isn't from a loss: DeepSpeed's hooks refuse one that the engine doesn't run."""
+    def run_backward(self, roots: Sequence[GradientEdge], gradients: Sequence[Tensor | None],
+                     splitting: AbstractContextManager[Any]) -> None:
+        """Run autograd from these roots: DeepSpeed's hooks refuse a backward that the engine doesn't run."""
         self._running_engine_backward = True
         try:
-            yield
+            with splitting:
+                torch.autograd.backward(roots, gradients)
         finally:
             self._running_engine_backward = False
+
+    def gradient_of_loss(self) -> Tensor:
+        """The derivative of what `stock_backward` starts from by the loss."""
+        loss = torch.ones((), device=self.device, requires_grad=True)
+        with torch.enable_grad():
+            root = self._root_of(loss)
+        return torch.autograd.grad(root, loss)[0]
+
+    def _root_of(self, loss: Tensor) -> Tensor:
+        root = loss / self.gradient_accumulation_steps()
+        if isinstance(self.optimizer, ZeROOptimizer):
+            return self.optimizer.scale_if_loss(root)  # type: ignore[no-any-return]
+        if self.torch_autocast_z0_gradscaler:
+            return self.torch_autocast_z0_gradscaler.scale(root)  # type: ignore[no-any-return]
+        return root
+
+    def divide_gradient(self, grad: Tensor) -> Tensor:
+        """A gradient of the loss, divided by the number of micro-batches where DeepSpeed wants that: in a backward
+        that the engine doesn't run."""
+        if self._running_engine_backward:
+            return grad
+        return DeepSpeedEngine._backward_prologue_per_tensor(self, grad)  # type: ignore[no-any-return]
 
     def run_stock(self, instruction: Any, *args: Any, **kwargs: Any) -> None:
         """Execute an instruction as DeepSpeed's engine does, or as a script has its engine do."""
@@ -104,6 +124,13 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     def start_no_timers(self) -> None:
         """Let DeepSpeed's hooks of a forward and a backward start no timers."""
         self.engine_timers = EngineTimers(enable_micro_timers=False, enable_global_timers=False)
+
+    def drop_idle_hooks(self) -> None:
+        """Take DeepSpeed's hooks away from the module where they do nothing before and after its forward: profiles,
+        timers and ZeRO's stage 3 aside, which no forward here has, three keys ask for something."""
+        if not (self.fp16_auto_cast() or self.random_ltd_enabled() or self.memory_breakdown()):
+            self.module_forward_pre_hook.remove()
+            self.module_forward_post_hook.remove()
 
     @contextmanager
     def resetting_timer(self) -> Iterator[None]:

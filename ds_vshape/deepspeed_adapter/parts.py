@@ -37,9 +37,10 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 # What only this folder touches.
 USED: Mapping[str, tuple[str, ...]] = {
     _ENGINE: (
-        "_curr_ckpt_path", "_get_ckpt_name", "_get_mp_rank_zero_checkpoint_names", "_global_grad_norm",
-        "_running_engine_backward", "_step_applied", "checkpoint_mp_rank", "global_samples", "global_steps",
-        "loaded_checkpoint_dp_world_size", "skipped_steps"),
+        "_compile_kwargs", "_curr_ckpt_path", "_get_ckpt_name", "_get_mp_rank_zero_checkpoint_names",
+        "_global_grad_norm", "_is_compiled_autograd_enabled", "_running_engine_backward", "_step_applied",
+        "checkpoint_mp_rank", "global_samples", "global_steps", "loaded_checkpoint_dp_world_size",
+        "module_forward_post_hook", "module_forward_pre_hook", "skipped_steps"),
     _PIPELINE_ENGINE: ("_compute_loss", "_force_grad_boundary"),
     _MODULE: (
         "_find_layer_type", "_get_frozen_parameter_names", "_grid", "_layer_specs", "_local_start", "_local_stop",

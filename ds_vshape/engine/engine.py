@@ -154,6 +154,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._active_stage: int | None = None
         # Not every backward here ends as DeepSpeed's hooks expect.
         self.start_no_timers()
+        self.drop_idle_hooks()
         self._wrappers = InstructionWrappers(self)
         if config.detect_anomaly:
             self._wrappers.add(partial(checked, buffers=self._stage_buffers, last_stage=self.placement.last_stage))
@@ -349,8 +350,11 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
             if action is None:
                 self._execute(instruction)
             else:
-                with self._observer.watching(action, self._stage_buffers):
+                recorder = self._observer.recorder
+                start = recorder.start(action)
+                with self._observer.measuring(action, self._stage_buffers):
                     self._execute(instruction)
+                recorder.end(action, start)
         except Exception as error:
             if is_ended_wait(error):
                 raise

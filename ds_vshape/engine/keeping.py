@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineError
@@ -54,7 +55,7 @@ class Keeping(StockEngine):
         """The seeds of layers count forward calls, and must not depend on the order of the passes."""
         self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
 
-    def _forgetting_forward(self, buffer_id: BufferId, layers: int) -> Any:
+    def _forgetting_forward(self, buffer_id: BufferId, layers: int, recording: AbstractContextManager[Any]) -> Any:
         """The stage's outputs; its first `layers` (0 for all) keep nothing."""
         buffer, chunk = self._stage_buffers[buffer_id], self.module.chunk_of(buffer_id.stage)
         stop = chunk.start + (layers or len(chunk.funcs))
@@ -67,9 +68,15 @@ class Keeping(StockEngine):
         buffer.recomputation = again
         assert buffer.inputs is not None
         with self.module.at_layers(again.starts), again.forgetting():
-            return self.stock_forward(enter_copies(buffer.inputs))
+            return self.stock_forward(enter_copies(buffer.inputs), recording)
 
     def _exec_recompute_pass(self, buffer_id: BufferId, layers: int) -> None:
+        self._recompute(buffer_id, layers, nullcontext())
+
+    def _exec_split_recompute_pass(self, buffer_id: BufferId, layers: int) -> None:
+        self._recompute(buffer_id, layers, SplitForward(self._stage_buffers[buffer_id].store, self._operators))
+
+    def _recompute(self, buffer_id: BufferId, layers: int, recording: AbstractContextManager[Any]) -> None:
         buffer, chunk = self._stage_buffers[buffer_id], self.module.chunk_of(buffer_id.stage)
         again, buffer.recomputation = buffer.recomputation, None
         assert again is not None and buffer.inputs is not None
@@ -78,11 +85,7 @@ class Keeping(StockEngine):
         self._active_stage = None
         self._count_forward(buffer_id)
         with again.again():
-            self.run_module(enter(buffer.inputs))
-
-    def _exec_split_recompute_pass(self, buffer_id: BufferId, layers: int) -> None:
-        with SplitForward(self._stage_buffers[buffer_id].store, self._operators):
-            self._exec_recompute_pass(buffer_id, layers)
+            self.run_module(enter(buffer.inputs), recording)
 
     def _exec_offload(self, buffer_id: BufferId) -> None:
         buffer = self._stage_buffers[buffer_id]

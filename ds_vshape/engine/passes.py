@@ -62,12 +62,9 @@ class StagePasses(Keeping):
         assert buffer.inputs is not None
         with buffer.saving(self.device) if keeps.goes_to_host else nullcontext():
             if keeps.recomputed is None:
-                inputs = enter(buffer.inputs)
-                with recording:
-                    outputs = self.stock_forward(inputs)
+                outputs = self.stock_forward(enter(buffer.inputs), recording)
             else:
-                with recording:
-                    outputs = self._forgetting_forward(buffer_id, keeps.recomputed)
+                outputs = self._forgetting_forward(buffer_id, keeps.recomputed, recording)
             if not self.module.training:
                 forget_checkpoints()
             if buffer_id.stage == self.placement.last_stage:
@@ -144,8 +141,7 @@ class StagePasses(Keeping):
         self._activate(buffer_id.stage)
         if buffer_id.stage == self.placement.last_stage:
             loss, buffer.loss = buffer.loss, None
-            with splitting:
-                self.stock_backward(loss)
+            self.stock_backward(loss, splitting)
         else:
             self._backward_without_loss(buffer, splitting)
         grads = buffer.take_input_grads()
@@ -159,8 +155,7 @@ class StagePasses(Keeping):
                  if root is not None and grad is not None]
         buffer.roots = buffer.output_grads = ()
         if pairs:
-            with self.running_backward(), splitting:
-                torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+            self.run_backward([root for root, _ in pairs], [grad for _, grad in pairs], splitting)
         self._sums.take_in()
 
     # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.
@@ -173,7 +168,7 @@ class StagePasses(Keeping):
         super()._backward_epilogue()
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
-        # Gradients are divided by the accumulation steps once: on the stage with the loss.
+        # Gradients are divided by the accumulation steps once: on the stage with the loss, where `stock_backward` starts.
         if self._active_stage == self.placement.last_stage:
             return self.divide_gradient(grad)
         return grad

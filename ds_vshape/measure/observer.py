@@ -37,6 +37,8 @@ from ds_vshape.split_backward import WeightGradientStore
 # that stay.
 METERED_BATCH = 1
 
+_NOTHING = nullcontext()
+
 
 class Observer:
     """Watches the batches of this `rank`; reports are collective over its pipeline. With `keeping`, also what
@@ -44,7 +46,8 @@ class Observer:
 
     def __init__(self, rank: Rank, keeping: KeepingMeter | None = None) -> None:
         self._rank = rank
-        self._recorder = PassRecorder()
+        # Times the passes of the present batch, or the last one.
+        self.recorder = PassRecorder()
         # The passes that are yet to be measured in this batch; none in all batches but one. What shapes have told of
         # recomputation and offload stays for stages of which all micro-batches have that already.
         self._metered: set[Pass] = set()
@@ -67,11 +70,11 @@ class Observer:
 
     def copied(self, buffer_id: BufferId, copy: Copy) -> None:
         """What a forward left is on its way to the host, and will come back."""
-        self._recorder.copied(buffer_id, copy)
+        self.recorder.copied(buffer_id, copy)
 
     def begin_batch(self, schedule: Schedule, training: bool) -> None:
         """A batch of training or evaluation starts."""
-        self._recorder = PassRecorder()
+        self.recorder = PassRecorder()
         measured = training and self.batches == METERED_BATCH
         order = schedule.orders[self._rank.stage_id] if measured else ()
         self._given_back = _given_back(order)
@@ -80,13 +83,13 @@ class Observer:
             self._meter.drop()
             self._meter_runs = False
 
-    def watching(self, action: Pass, buffers: Buffers) -> AbstractContextManager[None]:
-        """Around a pass."""
+    def measuring(self, action: Pass, buffers: Buffers) -> AbstractContextManager[None]:
+        """Around a pass, what measures more of it than its time."""
         if action in self._metered:
-            return self._recorder.around(action, self._metering(action, buffers))
+            return self._metering(action, buffers)
         if self._keeping is not None and action.kind is Kind.F and self.batches > METERED_BATCH:
-            return self._recorder.around(action, self._keeping.times(action.stage))
-        return self._recorder.around(action)
+            return self._keeping.times(action.stage)
+        return _NOTHING
 
     @contextmanager
     def _metering(self, action: Pass, buffers: Buffers) -> Iterator[None]:
@@ -128,11 +131,11 @@ class Observer:
 
     def entry_done(self) -> None:
         """One entry of the W that runs is done."""
-        self._recorder.entry_done()
+        self.recorder.entry_done()
 
     def end_batch(self, schedule: Schedule) -> None:
         """A training batch has succeeded."""
-        self._last = schedule, self._recorder
+        self._last = schedule, self.recorder
         self.batches += 1
         if self._in_split is not None:
             self._report_split(schedule, self._in_split)

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
@@ -29,8 +28,7 @@ _TIMED_BY_ENTRIES = 3
 class HostClock:
     """Reads the host's clock: correct if a pass has ended when its call returns, as on CPU."""
 
-    def now(self) -> float:
-        return time.perf_counter()
+    now = staticmethod(time.perf_counter)
 
     def seconds(self, start: float, end: float) -> float:
         return end - start
@@ -70,26 +68,8 @@ def clock() -> Clock:
     return HostClock() if get_accelerator().is_synchronized_device() else DeviceClock()
 
 
-class _Around:
-    """A class, since every pass goes through it and a generator would take four times as long."""
-
-    __slots__ = ("_action", "_inside", "_recorder", "_start")
-
-    def __init__(self, recorder: PassRecorder, action: Pass, inside: AbstractContextManager[None]) -> None:
-        self._recorder, self._action, self._inside = recorder, action, inside
-
-    def __enter__(self) -> None:
-        self._start = self._recorder.start(self._action)
-        self._inside.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._inside.__exit__(*exception)
-        if exception[0] is None:
-            self._recorder.end(self._action, self._start)
-
-
 class PassRecorder:
-    """One batch on this rank: its passes and copies with start and end, and how many activations were alive at once."""
+    """One batch on this rank: its passes and copies with start and end."""
 
     def __init__(self) -> None:
         self._clock = clock()
@@ -98,16 +78,11 @@ class PassRecorder:
         self._entry_marks: list[Any] | None = None
         self._of_entries: dict[int, list[list[Any]]] = defaultdict(list)
         self._copies: list[tuple[BufferId, Copy]] = []
-        self._alive = 0
         # The host's time, even if the device hasn't reached the batch yet: hosts start it together, devices don't.
         self._started = time.perf_counter()
-        self.peak_alive = 0
 
     def start(self, action: Pass) -> Any:
         """`action` starts; returns what `end` needs."""
-        if action.kind is Kind.F:
-            self._alive += 1
-            self.peak_alive = max(self.peak_alive, self._alive)
         now = self._clock.now()
         # Only a whole W has all entries.
         if (action.kind is Kind.W and action.pieces == 1
@@ -121,19 +96,21 @@ class PassRecorder:
             self._entry_marks.append(self._clock.now())
 
     def end(self, action: Pass, start: Any) -> None:
-        """`action` has ended; a copy takes none of the rank's time, which goes on here."""
+        """`action` has ended."""
         if self._entry_marks is not None:
             self._of_entries[action.stage].append(self._entry_marks)
             self._entry_marks = None
-        end = self._clock.now()
-        self._marks.append((action, end if action.kind.is_copy else start, end))
-        if action.frees_activations:
-            self._alive -= 1
+        self._marks.append((action, start, self._clock.now()))
 
-    def around(self, action: Pass,
-               inside: AbstractContextManager[None] = nullcontext()) -> AbstractContextManager[None]:
-        """Between the start of `action` and its end, `inside`; a pass that raises has no end."""
-        return _Around(self, action, inside)
+    @property
+    def peak_alive(self) -> int:
+        """How many activations were alive at once."""
+        alive = peak = 0
+        for action, *_ in self._marks:
+            alive += action.kind is Kind.F
+            peak = max(peak, alive)
+            alive -= action.frees_activations
+        return peak
 
     def copied(self, buffer_id: BufferId, copy: Copy) -> None:
         """`copy` is that of what a forward left, to the host and back."""
@@ -145,8 +122,9 @@ class PassRecorder:
                 for stage, of_stage in self._of_entries.items()}
 
     def spans(self) -> tuple[Span, ...]:
-        """Spans in seconds since this rank's host started the batch."""
-        return self._spans(self._marks)
+        """Spans in seconds since this rank's host started the batch; a copy takes none of the rank's time, which goes on
+        at its end."""
+        return self._spans([(action, end if action.kind.is_copy else start, end) for action, start, end in self._marks])
 
     def copies(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
         """The spans of the copies to the host, and of those back, each in the order in which they ran."""

@@ -19,7 +19,7 @@ import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -334,8 +334,9 @@ class PipelineModule(FastSetattr, StockModule):
             check_has(self.tied_modules[key], key, names)
         return {"bounds of the stages": self.parts}
 
-    def forward(self, forward_input: Any) -> Any:
-        """The outputs of the active chunk for the inputs (a tensor or a tuple) of its first layer.
+    def forward(self, forward_input: Any, recording: AbstractContextManager[Any] = nullcontext()) -> Any:
+        """The outputs of the active chunk for the inputs (a tensor or a tuple) of its first layer; `recording` is
+        around the layers.
 
         Segments of `activation_checkpoint_interval` layers are checkpointed, under the same conditions as in DeepSpeed.
         """
@@ -343,8 +344,9 @@ class PipelineModule(FastSetattr, StockModule):
             return super().forward(forward_input)
         self.micro_offset += 1
         active = Chunk(self.stage_id, *self.local_bounds, self.forward_funcs, self.is_checkpointable_results)
-        outputs = self.run_layers(active, forward_input, partial(self._enter_layer, self.micro_offset),
-                                  self.activation_checkpoint_func)
+        with recording:
+            outputs = self.run_layers(active, forward_input, partial(self._enter_layer, self.micro_offset),
+                                      self.activation_checkpoint_func)
         self.layer_starts(self.local_bounds[1])
         return outputs
 

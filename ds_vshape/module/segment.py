@@ -25,7 +25,7 @@ from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
 Checkpoint = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Segment:
     """Layers `first`, `first` + 1, ... of the model; `before_layer` gets the number of each before it runs."""
 

@@ -66,7 +66,7 @@ class Buffer:
             tensors = self.output_grads
             if content is Content.ACTIVATION and self.inputs is not None:
                 tensors = members(self.inputs)
-            check_unwritten(tensors, self.versions, str(content))
+            check_unwritten(tensors, self.versions, content)
             self.versions = None
 
 
@@ -153,6 +153,11 @@ def leaves(payload: Payload) -> Payload:
 
 
 class _Enter(torch.autograd.Function):
+    @classmethod
+    def unguarded(cls, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """As `apply`, past its care for torch.func, which costs some microseconds: no transform is active here."""
+        return super(torch.autograd.Function, cls).apply(*tensors)  # type: ignore[misc,no-any-return]
+
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
@@ -188,6 +193,6 @@ def enter_copies(payload: Payload) -> Payload:
 def _entered(payload: Payload, function: type[_Enter], other: Callable[[Tensor], Tensor]) -> Payload:
     """The payload inside the graph: `function` of what wants a gradient, `other` of the rest."""
     wanting = [t for t in members(payload) if t is not None and t.requires_grad]
-    entered = iter(function.apply(*wanting) if wanting else ())  # type: ignore[no-untyped-call]
+    entered = iter(function.unguarded(*wanting) if wanting else ())
     inside = tuple(None if t is None else next(entered) if t.requires_grad else other(t) for t in members(payload))
     return _payload(inside, isinstance(payload, tuple))

@@ -45,7 +45,7 @@ class Placement:
         """How many stages a rank holds: as many on each."""
         return len(self.chunks[0])
 
-    @property
+    @cached_property
     def last_stage(self) -> int:
         """The stage that computes the loss."""
         return self.stages - 1

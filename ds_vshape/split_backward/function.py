@@ -214,11 +214,11 @@ def _is_plain_backward(node: Any, deferral: Deferral, output_gradients: tuple[An
     """Whether all that comes of the weight gradients in this run of autograd is that they add up in `.grad`, later."""
     if not deferral.store.deferring or has_post_hooks(node):
         return False
-    for gradient in output_gradients:
-        if gradient is not None and not (type(gradient) is Tensor and gradient.layout is torch.strided):
-            return False
     ends = node.next_functions
     with torch._C.DisableTorchFunction():
+        for gradient in output_gradients:
+            if gradient is not None and not (type(gradient) is Tensor and gradient.layout is torch.strided):
+                return False
         for parameter, argument, edge in deferral.edges:
             if argument is not parameter and (argument._backward_hooks or argument.retains_grad):
                 return False

@@ -50,7 +50,7 @@ class WholeGradients:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
     """One pending backward_weight. `targets` are in the order of the function's weight arguments, None for an argument
     that needs no gradient; `autocast` is the state of autocast in B."""
@@ -63,7 +63,7 @@ class Entry:
     versions: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "versions", self._current_versions())
+        self.versions = self._current_versions()
 
     def check_unmodified(self) -> None:
         """Raise RuntimeError if a kept tensor has been modified since B (autograd itself checks only until B)."""
@@ -210,14 +210,14 @@ class WeightGradientStore:
                 gradients have of numbers.
             after_entry: called after each entry.
         """
-        if piece == 0:
+        if piece == 0 and pieces > 1:
             if len(costs) == self._taken + len(self._entries):
                 self._ends = cut(costs, pieces)
             else:
                 left = cut(tuple(float(entry.weights) for entry in self._entries), pieces)
                 self._ends = tuple(self._taken + end for end in left)
         # Where there are fewer entries than pieces, the last pieces are empty.
-        while self._entries and self._taken < self._ends[piece]:
+        while self._entries and (piece == pieces - 1 or self._taken < self._ends[piece]):
             self.run_next(accumulator)
             after_entry()
         if piece == pieces - 1:
