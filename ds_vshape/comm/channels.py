@@ -64,7 +64,7 @@ _Await = AwaitReceive | AwaitSend
 Signatures = dict[tuple[Content, int], Signature]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Transfer:
     """A message on its way: the works to wait for, and the tensors that must live until then."""
 

@@ -91,5 +91,6 @@ def check_unwritten(tensors: Iterable[Tensor | None], before: Versions, what: st
     """Raises PipelineError if the memory of `tensors`, which errors call `what.format(*which)`, was written since
     `before`."""
     if versions(tensors) != before:
-        raise PipelineError(f"the {what.format(*which)} was written to after its stage had passed it on, and before it was used: "
-                            "something keeps its memory and changes it. Pass on a copy instead, made by clone()")
+        raise PipelineError(f"the {what.format(*which)} was written to after its stage had passed it on, and before it "
+                            "was used: something keeps its memory and changes it. Pass on a copy instead, made by "
+                            "clone()")

@@ -6,7 +6,7 @@ Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.runtime.utils import register_output_backward_hooks
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
            "own_instructions", "set_instructions", "step_state"]
@@ -57,21 +57,26 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     def autocast(self) -> AbstractContextManager[None]:
         """What layers run in: the autocast that the config asks for, or none."""
+        if not (self.torch_autocast_enabled() or torch.is_autocast_enabled()):
+            return nullcontext()
         return autocast_if_enabled(self)  # type: ignore[no-any-return]
 
     def stock_backward(self, loss: Tensor, splitting: AbstractContextManager[Any]) -> None:
         """The backward from a loss, scaled and divided as in DeepSpeedEngine.backward; `splitting` is around it."""
         with compiled_autograd(self._is_compiled_autograd_enabled, self._compile_kwargs):
-            self.run_backward([get_gradient_edge(self._root_of(loss))], [None], splitting)
+            root = self._root_of(loss)
+            self.run_backward((get_gradient_edge(root),), (torch.ones_like(root),), splitting)
             self._backward_epilogue()
 
-    def run_backward(self, roots: Sequence[GradientEdge], gradients: Sequence[Tensor | None],
+    def run_backward(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...],
                      splitting: AbstractContextManager[Any]) -> None:
-        """Run autograd from these roots: DeepSpeed's hooks refuse a backward that the engine doesn't run."""
+        """Run autograd from these roots, whose gradients have their shapes and dtypes: DeepSpeed's hooks refuse a
+        backward that the engine doesn't run."""
         self._running_engine_backward = True
         try:
             with splitting:
-                torch.autograd.backward(roots, gradients)
+                # torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
+                _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
         finally:
             self._running_engine_backward = False
 

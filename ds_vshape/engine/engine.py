@@ -67,13 +67,12 @@ from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.copy_engine import copy_engine
 from ds_vshape.runtime.drawn_batch import DrawnBatch
 from ds_vshape.runtime.gradient_release import ReleasedWeights
-from ds_vshape.runtime.instructions import BufferId
 from ds_vshape.runtime.micro_batch import Intake, check_reduction
 from ds_vshape.runtime.script_functions import ScriptFunctions
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.runtime.wall_clock import timed
 from ds_vshape.runtime.wrappers import InstructionWrappers
-from ds_vshape.schedule.lowering import Message, Program, channels
+from ds_vshape.schedule.lowering import Program, channels
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -104,11 +103,9 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._watch.progress = self._progress
         self._channels = Channels(channels(self.placement), self.grid.pipe_groups, self.device)
         self._signatures: Signatures | None = None
-        self._messages: dict[tuple[Kind, BufferId], Message] = {}
         self._agreement = Agreement(self._watch.names[self.global_rank])
         peers = TensorParallelPeers(self.grid.topology().get_axis_comm_lists("model"), config.timeout_seconds)
-        self._guard = BatchGuard(self._agreement, peers, self._watch, self._channels, self._message_of, self._execute,
-                                 self._forget_batch)
+        self._guard = BatchGuard(self._agreement, peers, self._watch, self._channels, self._execute, self._forget_batch)
         # The instruction that is being executed.
         self._instruction: instr.PipeInstruction | None = None
         self._stage_buffers = Buffers(self.placement, self.stage_id)

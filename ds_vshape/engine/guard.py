@@ -17,7 +17,6 @@ from ds_vshape.health.step import BatchStep, Reached
 from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import Watch
 from ds_vshape.runtime import instructions as instr
-from ds_vshape.schedule.lowering import Message
 
 # What waits for messages that may be in progress when a batch fails.
 _MESSAGES_IN_PROGRESS = (instr.WaitActivation, instr.WaitGrad, instr.ReleaseActivation, instr.ReleaseGrad)
@@ -31,16 +30,14 @@ class BatchGuard:
         peers: the ranks that share layers with this one.
         watch: of the job, by which other ranks learn what has failed here.
         channels: this rank's.
-        message: the message that an instruction is about.
         execute: executes an instruction.
         forget: drops everything of a batch: messages, activations, gradients.
     """
 
     def __init__(self, agreement: Agreement, peers: TensorParallelPeers, watch: Watch, channels: Channels,
-                 message: Callable[[instr.BufferOpInstruction], Message],
                  execute: Callable[[instr.PipeInstruction], None], forget: Callable[[], None]) -> None:
         self._agreement, self._peers, self._watch, self._channels = agreement, peers, watch, channels
-        self._message, self._execute, self._forget = message, execute, forget
+        self._execute, self._forget = execute, forget
         # What has failed on this rank in the present batch, until all ranks know it.
         self.failure: Failure | None = None
         self.step = BatchStep()
@@ -73,11 +70,11 @@ class BatchGuard:
 
     def _answer(self, instruction: instr.BufferOpInstruction) -> None:
         if isinstance(instruction, (instr.SendActivation, instr.SendGrad)):
-            self._channels.withdraw(self._message(instruction))
+            self._channels.withdraw(instruction.message)
         elif isinstance(instruction, (instr.RecvActivation, instr.RecvGrad)):
             self._execute(instruction)
         elif isinstance(instruction, _MESSAGES_IN_PROGRESS):
-            self._channels.discard(self._message(instruction))
+            self._channels.discard(instruction.message)
 
     def agree_on_passes(self) -> None:
         """Return if no rank has failed in the batch's passes; collective. Else raise on all, after the batch is

@@ -155,7 +155,7 @@ class StagePasses(Keeping):
                  if root is not None and grad is not None]
         buffer.roots = buffer.output_grads = ()
         if pairs:
-            self.run_backward([root for root, _ in pairs], [grad for _, grad in pairs], splitting)
+            self.run_backward(*zip(*pairs), splitting)
         self._sums.take_in()
 
     # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.
@@ -168,7 +168,7 @@ class StagePasses(Keeping):
         super()._backward_epilogue()
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
-        # Gradients are divided by the accumulation steps once: on the stage with the loss, where `stock_backward` starts.
+        # Gradients are divided by the accumulation steps once: on the stage with the loss.
         if self._active_stage == self.placement.last_stage:
             return self.divide_gradient(grad)
         return grad

@@ -122,8 +122,8 @@ class PassRecorder:
                 for stage, of_stage in self._of_entries.items()}
 
     def spans(self) -> tuple[Span, ...]:
-        """Spans in seconds since this rank's host started the batch; a copy takes none of the rank's time, which goes on
-        at its end."""
+        """Spans in seconds since this rank's host started the batch; a copy, of which the rank takes no part, is at its
+        end."""
         return self._spans([(action, end if action.kind.is_copy else start, end) for action, start, end in self._marks])
 
     def copies(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:

@@ -83,7 +83,10 @@ class Buffers:
 
     def open(self, buffer_id: BufferId) -> Buffer:
         """The buffer, created if it doesn't exist."""
-        return self._buffers.setdefault(buffer_id, Buffer())
+        buffer = self._buffers.get(buffer_id)
+        if buffer is None:
+            buffer = self._buffers[buffer_id] = Buffer()
+        return buffer
 
     def close(self, buffer_id: BufferId) -> None:
         """Release the buffer."""

@@ -47,7 +47,7 @@ from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Content, CopyS
 from ds_vshape.schedule.passes import Kind, Pass
 
 __all__ = [
-    "EVERYTHING", "MESSAGE_KINDS", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict",
+    "EVERYTHING", "AgreeOnBatch", "AgreeOnForwards", "AgreeOnGradients", "AwaitVerdict",
     "BackwardPass", "BufferId", "BufferOpInstruction", "CompareGradients", "Execute", "ForwardPass", "InputGradPass",
     "Instruction", "Keeps", "LoadMicroBatch", "Offload", "OptimizerStep", "PipeInstruction", "RecomputePass",
     "RecvActivation", "RecvGrad", "ReduceGrads", "ReduceTiedGrads", "ReleaseActivation", "ReleaseGrad", "Reload",
@@ -234,9 +234,6 @@ _MESSAGES: dict[tuple[type[Step], Content], type[BufferOpInstruction]] = {
     (AwaitSend, Content.GRADIENT): ReleaseGrad,
 }
 
-
-# Of the instructions on messages: the kind of pass that the message goes into.
-MESSAGE_KINDS = {instruction: content.kind for (_, content), instruction in _MESSAGES.items()}
 _KINDS = {instruction: kind for (kind, _), instruction in _PASSES.items()} | {WaitOffload: Kind.O, Reload: Kind.R}
 # The arguments of instructions that are a pass's.
 _OF_PASS = ("piece", "pieces", "layers")
@@ -370,4 +367,5 @@ def instruction_of(step: MessageStep | CopyStep | Load | ShareLoss) -> PipeInstr
     if isinstance(step, Load):
         return LoadMicroBatch(buffer_id=BufferId(0, step.micro_batch))
     message: Message = step.message
-    return _MESSAGES[type(step), message.channel.content](buffer_id=BufferId(message.stage, message.micro_batch))
+    instruction = _MESSAGES[type(step), message.channel.content]
+    return instruction(buffer_id=BufferId(message.stage, message.micro_batch), message=message)

@@ -18,9 +18,8 @@ from ds_vshape.measure.trace.batch import (LOAD, OFFLOAD, PASS, RELEASE, SEND, W
                                             RankTrace)
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.instructions import Execute, Instruction
-from ds_vshape.schedule.lowering import Message, message_into
+from ds_vshape.schedule.lowering import Message
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Span
 
 # What an instruction's event is; that of a message is about the pass that it goes into.
@@ -58,8 +57,8 @@ class Recorder:
     their receiver's stream has them.
     """
 
-    def __init__(self, placement: Placement, channels: Channels) -> None:
-        self._placement, self._channels = placement, channels
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
         synchronized = get_accelerator().is_synchronized_device()
         self._clock = clock()
         self._arrivals = Arrivals() if synchronized else None
@@ -81,18 +80,12 @@ class Recorder:
 
     def _watched(self, kind: Instruction, execute: Execute) -> Execute:
         @wraps(execute)
-        def run(engine: object, buffer_id: instr.BufferId) -> None:
-            execute(engine, buffer_id=buffer_id)
+        def run(engine: object, buffer_id: instr.BufferId, message: Message) -> None:
+            execute(engine, buffer_id=buffer_id, message=message)
             if self._arrivals is not None:
-                message = self._message(Pass(instr.MESSAGE_KINDS[kind], *buffer_id))
                 self._arrivals.watch(message, self._channels.works_into(message))
 
         return run
-
-    def _message(self, action: Pass) -> Message:
-        message = message_into(action, self._placement)
-        assert message is not None
-        return message
 
     def close(self) -> None:
         """The batch has ended, whether it has succeeded or not."""
@@ -112,7 +105,8 @@ def _of(kind: Instruction, arguments: dict[str, Any]) -> tuple[str, Pass | None]
     if kind in _ENDS:
         return _ENDS[kind], None
     if kind in _MESSAGES:
-        return _MESSAGES[kind], Pass(instr.MESSAGE_KINDS[kind], *arguments["buffer_id"])
+        message: Message = arguments["message"]
+        return _MESSAGES[kind], message.taker
     if kind in _COPIES:
         what, of = _COPIES[kind]
         return what, Pass(of, *arguments["buffer_id"])

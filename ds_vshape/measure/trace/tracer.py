@@ -67,7 +67,7 @@ class Tracer:
             yield
             return
         found = clocks(self._exchange.ranks, self._exchange.group)
-        recorder = Recorder(self._rank.placement, self._channels)
+        recorder = Recorder(self._channels)
         try:
             with self._wrappers.during(recorder.recorded):
                 yield
