@@ -5,7 +5,7 @@ Checked with DeepSpeed 0.19.8 (runtime/pipe/engine.py, runtime/engine.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
