@@ -1,7 +1,7 @@
 """Python between passes: the CPU time of an instruction in the thread that runs them, and where it goes.
 
     python bench/instructions.py                        # the mean of all instructions, and each kind's
-    python bench/instructions.py --places 20            # and the 20 functions that take most of it
+    python bench/instructions.py --places 20            # and the parts and the 20 functions that take most of it
 
 Two ranks with layers that sleep for no time. A batch's CPU seconds, without those that its layers take when they run
 alone, are divided by its number of instructions: so the batch's end is in it, and what DeepSpeed's engine does.
@@ -32,6 +32,8 @@ from workloads import Sleeping
 
 # Seconds of CPU between two looks at where the thread is.
 _INTERVAL = 0.0005
+# The functions that call it.
+_GLOO = ("comm/channels.py:_start", "comm/channels.py:_Transfer.wait")
 # Batches before all else: the first two allocate, exchange shapes and measure activations.
 _WARM_UP = 4
 
@@ -39,11 +41,12 @@ _WARM_UP = 4
 @dataclass(frozen=True)
 class Instructions:
     """CPU seconds of a rank's instructions: their number in a batch, the mean of all with the batch's end and without
-    the layers, those of each kind with the layers, and those of functions in a batch."""
+    the layers, those of each kind with the layers, and those of parts of the program and of functions in a batch."""
 
     number: int
     mean: float
     kinds: dict[str, tuple[int, float]]
+    parts: dict[str, float]
     places: dict[str, float]
 
 
@@ -65,13 +68,14 @@ def measured(rank: int, schedule: str, workload: Sleeping, batches: int, places:
         train()
         alone()
     number = len(engine._train_schedule().instructions)
-    mean = (_least(train, batches) - _least(alone, batches)) / number
+    batch = _least(train, batches)
+    mean = (batch - _least(alone, batches)) / number
     timed = _Timed()
     with engine._wrappers.during(timed.around):
         for _ in range(batches):
             train()
     kinds = {name: (count // batches, timed.seconds[name] / count) for name, count in timed.counts.items()}
-    return Instructions(number, mean, kinds, _places(train, batches) if places else {})
+    return Instructions(number, mean, kinds, *(_sampled(train, batches, batch) if places else ({}, {})))
 
 
 def _least(run: Callable[[], None], times: int) -> float:
@@ -105,16 +109,19 @@ class _Timed:
         return timed
 
 
-def _places(run: Callable[[], None], times: int) -> dict[str, float]:
-    """CPU seconds of a run by function: samples, each of which stands for the time since the one before."""
-    found: Counter[str] = Counter()
+def _sampled(run: Callable[[], None], times: int, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The `seconds` of a run by part and by function: samples, each of which stands for the time since the one before.
+    """
+    parts, places = Counter[str](), Counter[str]()
     last = time.thread_time()
 
     def look(_: int, frame: FrameType | None) -> None:
         nonlocal last
         now = time.thread_time()
-        found[_place(frame)] += now - last
-        last = now
+        parts[_part(frame)] += now - last
+        places[_place(frame)] += now - last
+        # What looking takes isn't the run's.
+        last = time.thread_time()
 
     before = signal.signal(signal.SIGPROF, look)
     signal.setitimer(signal.ITIMER_PROF, _INTERVAL, _INTERVAL)
@@ -124,7 +131,24 @@ def _places(run: Callable[[], None], times: int) -> dict[str, float]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
-    return {place: seconds / times for place, seconds in found.most_common()}
+    share = seconds / sum(places.values())
+    return ({part: share * each for part, each in parts.most_common()},
+            {place: share * each for place, each in places.most_common()})
+
+
+def _part(frame: FrameType | None) -> str:
+    """What runs: the layers, gloo, torch, DeepSpeed or a folder of ours; whatever else counts as its caller."""
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if _name(frame) in _GLOO:
+            return "gloo"
+        if file.parts[-2:] == ("bench", "layers.py"):
+            return "the layers"
+        for package in ("ds_vshape", "deepspeed", "torch"):
+            if package in file.parts[:-1]:
+                return f"ds_vshape/{file.parts[-2]}" if package == "ds_vshape" else package
+        frame = frame.f_back
+    return "?"
 
 
 def _place(frame: FrameType | None) -> str:
@@ -161,7 +185,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=32)
     parser.add_argument("--batches", type=int, default=12)
-    parser.add_argument("--places", type=int, default=0, metavar="N", help="show the N functions that take most")
+    parser.add_argument("--places", type=int, default=0, metavar="N",
+                        help="show the N parts and the N functions that take most")
     record.add_json_option(parser)
     options = parser.parse_args()
     found = _on_ranks(options.schedule, options.ranks, options.micro_batches, options.batches, bool(options.places))
@@ -174,12 +199,13 @@ def main() -> None:
             table.add_row(name, str(count), f"{1e6 * seconds:.1f}")
         console.print(table)
     if options.places:
-        table = Table(title=f"rank 0: us of a batch, divided by its {found[0].number} instructions")
-        for column in ("us", "function"):
-            table.add_column(column)
-        for place, seconds in list(found[0].places.items())[:options.places]:
-            table.add_row(f"{1e6 * seconds / found[0].number:.2f}", place)
-        console.print(table)
+        for what, shown in (("part", found[0].parts), ("function", found[0].places)):
+            table = Table(title=f"rank 0: us of a batch, divided by its {found[0].number} instructions")
+            for column in ("us", what):
+                table.add_column(column)
+            for place, seconds in list(shown.items())[:options.places]:
+                table.add_row(f"{1e6 * seconds / found[0].number:.2f}", place)
+            console.print(table)
     record.write(options.json, [asdict(each) for each in found])
 
 
