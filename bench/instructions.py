@@ -30,9 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from workloads import Sleeping
 
+from ds_vshape.comm import channels
+
 # Seconds of CPU between two looks at where the thread is.
 _INTERVAL = 0.0005
-# The functions that call it.
+# The functions that call gloo.
 _GLOO = ("comm/channels.py:_start", "comm/channels.py:_Transfer.wait")
 # Batches before all else: the first two allocate, exchange shapes and measure activations.
 _WARM_UP = 4
@@ -75,7 +77,11 @@ def measured(rank: int, schedule: str, workload: Sleeping, batches: int, places:
         for _ in range(batches):
             train()
     kinds = {name: (count // batches, timed.seconds[name] / count) for name, count in timed.counts.items()}
-    return Instructions(number, mean, kinds, *(_sampled(train, batches, batch) if places else ({}, {})))
+    if not places:
+        return Instructions(number, mean, kinds, {}, {})
+    gloo = _in_gloo(train, batches)
+    parts, functions = _sampled(train, batches, batch - gloo)
+    return Instructions(number, mean, kinds, {"gloo": gloo, **parts}, functions)
 
 
 def _least(run: Callable[[], None], times: int) -> float:
@@ -109,17 +115,43 @@ class _Timed:
         return timed
 
 
+def _in_gloo(run: Callable[[], None], times: int) -> float:
+    """The CPU seconds of a run in calls of gloo, each of which is timed: samples come on the time of its threads too,
+    which work when it is called."""
+    seconds = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal seconds
+            start = time.thread_time()
+            result = function(*args)
+            seconds += time.thread_time() - start
+            return result
+        return call
+
+    start, wait = channels._start, channels._Transfer.wait
+    channels._start = lambda transfer, begin, *rest: start(transfer, timed(begin), *rest)
+    channels._Transfer.wait = timed(wait)  # type: ignore[method-assign]
+    try:
+        for _ in range(times):
+            run()
+    finally:
+        channels._start, channels._Transfer.wait = start, wait  # type: ignore[method-assign]
+    return seconds / times
+
+
 def _sampled(run: Callable[[], None], times: int, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """The `seconds` of a run by part and by function: samples, each of which stands for the time since the one before.
-    """
+    """The `seconds` of a run outside of gloo by part and by function: samples, each of which stands for the time since
+    the one before."""
     parts, places = Counter[str](), Counter[str]()
     last = time.thread_time()
 
     def look(_: int, frame: FrameType | None) -> None:
         nonlocal last
         now = time.thread_time()
-        parts[_part(frame)] += now - last
-        places[_place(frame)] += now - last
+        if _name(frame) not in _GLOO:
+            parts[_part(frame)] += now - last
+            places[_place(frame)] += now - last
         # What looking takes isn't the run's.
         last = time.thread_time()
 
@@ -137,11 +169,9 @@ def _sampled(run: Callable[[], None], times: int, seconds: float) -> tuple[dict[
 
 
 def _part(frame: FrameType | None) -> str:
-    """What runs: the layers, gloo, torch, DeepSpeed or a folder of ours; whatever else counts as its caller."""
+    """What runs: the layers, torch, DeepSpeed or a folder of ours; whatever else counts as its caller."""
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if _name(frame) in _GLOO:
-            return "gloo"
         if file.parts[-2:] == ("bench", "layers.py"):
             return "the layers"
         for package in ("ds_vshape", "deepspeed", "torch"):

@@ -38,22 +38,21 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     What they override of it keeps DeepSpeed's names (parts.py).
     """
 
-    def stock_forward(self, inputs: Any, recording: AbstractContextManager[Any]) -> Any:
-        """The module's forward, with DeepSpeed's hooks for a backward from its outputs; `recording` is around the
-        layers alone.
+    def stock_forward(self, inputs: Any) -> Any:
+        """The module's forward, with DeepSpeed's hooks for a backward from its outputs.
 
         DeepSpeedEngine.forward without what is legal in no pipeline, and asked for in each pass.
         """
         if isinstance(self.optimizer, ZeROOptimizer):
             self.optimizer.clear_backward_seen_flag()
-        outputs = self.run_module(inputs, recording)
+        outputs = self.run_module(inputs)
         register_output_backward_hooks(outputs, self._backward_prologue, self._backward_prologue_per_tensor)
         return outputs
 
-    def run_module(self, inputs: Any, recording: AbstractContextManager[Any]) -> Any:
+    def run_module(self, inputs: Any) -> Any:
         """The module's forward alone, under the autocast that the config asks for."""
         with self.autocast():
-            return self.module(inputs, recording=recording)
+            return self.module(inputs)
 
     def autocast(self) -> AbstractContextManager[None]:
         """What layers run in: the autocast that the config asks for, or none."""

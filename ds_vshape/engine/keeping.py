@@ -55,7 +55,7 @@ class Keeping(StockEngine):
         """The seeds of layers count forward calls, and must not depend on the order of the passes."""
         self.module.micro_offset = self._forwards_before + buffer_id.micro_batch
 
-    def _forgetting_forward(self, buffer_id: BufferId, layers: int, recording: AbstractContextManager[Any]) -> Any:
+    def _forgetting_forward(self, buffer_id: BufferId, layers: int) -> Any:
         """The stage's outputs; its first `layers` (0 for all) keep nothing."""
         buffer, chunk = self._stage_buffers[buffer_id], self.module.chunk_of(buffer_id.stage)
         stop = chunk.start + (layers or len(chunk.funcs))
@@ -68,7 +68,7 @@ class Keeping(StockEngine):
         buffer.recomputation = again
         assert buffer.inputs is not None
         with self.module.at_layers(again.starts), again.forgetting():
-            return self.stock_forward(enter_copies(buffer.inputs), recording)
+            return self.stock_forward(enter_copies(buffer.inputs))
 
     def _exec_recompute_pass(self, buffer_id: BufferId, layers: int) -> None:
         self._recompute(buffer_id, layers, nullcontext())
@@ -84,8 +84,9 @@ class Keeping(StockEngine):
         # Not the whole stage.
         self._active_stage = None
         self._count_forward(buffer_id)
+        self.module.record(recording)
         with again.again():
-            self.run_module(enter(buffer.inputs), recording)
+            self.run_module(enter(buffer.inputs))
 
     def _exec_offload(self, buffer_id: BufferId) -> None:
         buffer = self._stage_buffers[buffer_id]

@@ -61,10 +61,11 @@ class StagePasses(Keeping):
         self._count_forward(buffer_id)
         assert buffer.inputs is not None
         with buffer.saving(self.device) if keeps.goes_to_host else nullcontext():
+            self.module.record(recording)
             if keeps.recomputed is None:
-                outputs = self.stock_forward(enter(buffer.inputs), recording)
+                outputs = self.stock_forward(enter(buffer.inputs))
             else:
-                outputs = self._forgetting_forward(buffer_id, keeps.recomputed, recording)
+                outputs = self._forgetting_forward(buffer_id, keeps.recomputed)
             if not self.module.training:
                 forget_checkpoints()
             if buffer_id.stage == self.placement.last_stage:

@@ -334,9 +334,12 @@ class PipelineModule(FastSetattr, StockModule):
             check_has(self.tied_modules[key], key, names)
         return {"bounds of the stages": self.parts}
 
-    def forward(self, forward_input: Any, recording: AbstractContextManager[Any] = nullcontext()) -> Any:
-        """The outputs of the active chunk for the inputs (a tensor or a tuple) of its first layer; `recording` is
-        around the layers.
+    def record(self, recording: AbstractContextManager[Any]) -> None:
+        """Let the next forward(), and no other, run its layers inside `recording`."""
+        self.__dict__["_recording"] = recording
+
+    def forward(self, forward_input: Any) -> Any:
+        """The outputs of the active chunk for the inputs (a tensor or a tuple) of its first layer.
 
         Segments of `activation_checkpoint_interval` layers are checkpointed, under the same conditions as in DeepSpeed.
         """
@@ -344,7 +347,7 @@ class PipelineModule(FastSetattr, StockModule):
             return super().forward(forward_input)
         self.micro_offset += 1
         active = Chunk(self.stage_id, *self.local_bounds, self.forward_funcs, self.is_checkpointable_results)
-        with recording:
+        with self.__dict__.pop("_recording", None) or nullcontext():
             outputs = self.run_layers(active, forward_input, partial(self._enter_layer, self.micro_offset),
                                       self.activation_checkpoint_func)
         self.layer_starts(self.local_bounds[1])
