@@ -87,7 +87,7 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         return torch.autograd.grad(root, loss)[0]
 
     def _root_of(self, loss: Tensor) -> Tensor:
-        root = loss / self.gradient_accumulation_steps()
+        root: Tensor = loss / self.gradient_accumulation_steps()
         if isinstance(self.optimizer, ZeROOptimizer):
             return self.optimizer.scale_if_loss(root)  # type: ignore[no-any-return]
         if self.torch_autocast_z0_gradscaler:

@@ -156,7 +156,7 @@ class StagePasses(Keeping):
                  if root is not None and grad is not None]
         buffer.roots = buffer.output_grads = ()
         if pairs:
-            self.run_backward(*zip(*pairs), splitting)
+            self.run_backward(tuple(root for root, _ in pairs), tuple(grad for _, grad in pairs), splitting)
         self._sums.take_in()
 
     # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.

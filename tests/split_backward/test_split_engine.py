@@ -14,6 +14,8 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ds_vshape.split_backward import active_store
+
 SCHEDULES = ("v-half", "v-zb", "zb-h1")
 
 
@@ -80,6 +82,18 @@ class UnusualCalls(Pair):
         return x * F.linear(x, self.b.weight).detach_().mean()
 
 
+class Seeing(Pair):
+    """Notes in which of its forwards the weight gradients are left to W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(active_store() is not None)
+        return x + self.b(torch.tanh(self.a(x)))
+
+
 LAYERS = [Adversarial, OfWeights, Penalty, InPlaceHook, NodeHook, UnusualCalls]
 
 
@@ -106,3 +120,27 @@ def test_stages_train_as_the_plain_model(schedule: str, fusion: bool) -> None:
         assert outcome.losses == pytest.approx(plain.losses, rel=1e-5), layer.__name__
         for name, weight in plain.weights.items():
             torch.testing.assert_close(outcome.weights[name], weight, rtol=1e-3, atol=1e-3, msg=f"{layer} {name}")
+
+
+def where_it_splits(rank: int) -> tuple[list[bool], list[bool], list[bool]]:
+    engine = Job("v-half", 2, 4, layers=specs(Seeing)).engine()
+    in_hooks: list[bool] = []
+    for register in (engine.module.register_forward_pre_hook, engine.module.register_forward_hook):
+        register(lambda *_: in_hooks.append(active_store() is not None))
+    train(engine, BATCHES[:1])
+    layers = [layer for layer in engine.module.modules() if isinstance(layer, Seeing)]
+    in_passes = [seen for layer in layers for seen in layer.seen]
+    for layer in layers:
+        layer.seen.clear()
+    for stage in engine.placement.chunks[rank]:
+        engine.module.activate_stage(stage)
+        engine.module(torch.randn(2, 3, WIDTH) if stage else torch.zeros(2, 3, dtype=torch.int64))
+    return in_hooks, in_passes, [seen for layer in layers for seen in layer.seen]
+
+
+def test_only_the_layers_of_a_pass_are_split() -> None:
+    """Not the hooks of a script on the module, nor its own forward between batches."""
+    for in_hooks, in_passes, by_script in run_ranks(2, where_it_splits):
+        assert in_passes.count(True) > len(in_passes) / 2
+        assert in_hooks and not any(in_hooks)
+        assert by_script and not any(by_script)
