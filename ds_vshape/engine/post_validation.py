@@ -39,6 +39,7 @@ from ds_vshape.engine.rollback import PassesSnapshot, StepSnapshot, change, snap
 from ds_vshape.engine.verdict import NormLimits, StepReport, Verdict, judge
 from ds_vshape.health.failures import Failure, PendingStatus
 from ds_vshape.health.step import BatchStep, Reached
+from ds_vshape.health.watch import in_phase
 from ds_vshape.module.tied import joined
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.lowering import Program
@@ -113,6 +114,7 @@ class PostValidatingEngine(PipelineEngine):
                 found = exchange if self.global_rank in ranks else found
         return found
 
+    @in_phase
     def settle(self) -> None:
         """Wait for the verdict on the last step, and take the step back and do it again if it wasn't right.
 

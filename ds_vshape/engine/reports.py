@@ -9,6 +9,7 @@ from deepspeed.utils import logger
 
 from ds_vshape.comm.channels import Channels
 from ds_vshape.engine.plans import Plans
+from ds_vshape.health.watch import in_phase
 from ds_vshape.measure.log_lines import comparison_line, ends_line
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.measure.rank_memory import RankMemory
@@ -31,10 +32,13 @@ class Reports:
     _observer: Observer
     _plans: Plans
 
+    @in_phase
     def schedule(self) -> Schedule:
-        """The schedule of a training batch with the present number of micro-batches."""
+        """The schedule of a training batch with the present number of micro-batches; to be called on every rank where
+        there has been no such batch yet."""
         return self._plans.training(self.micro_batches).schedule
 
+    @in_phase
     def pipeline_report(self) -> dict[str, Any]:
         """How the last training batch went; to be called on every rank.
 
@@ -47,6 +51,7 @@ class Reports:
         """The measured times that the present schedule was planned for; None where there are none, or none yet."""
         return self._plans.times
 
+    @in_phase
     def timelines(self) -> tuple[Timeline, Timeline]:
         """The last training batch as predicted and as measured, in seconds; to be called on every rank.
 
@@ -60,10 +65,12 @@ class Reports:
         return self._observer.activations()
 
     def memory_report(self) -> tuple[RankMemory, ...]:
-        """The bytes that each pipeline rank needs; to be called on every rank, after two training batches. Activations
-        are None where they couldn't be measured, which the log has said."""
-        self._observer.check_known()
-        return self._observer.memory(self.schedule())
+        """The bytes that each pipeline rank needs under the present schedule, as counted in the second training batch;
+        with a limit in bytes also before it, by shapes. Any rank may call it alone. Activations are None where they
+        couldn't be measured, which the log has said.
+
+        Raises PipelineError before that."""
+        return self._observer.counted(self.schedule())
 
     def rollback_bytes(self) -> int:
         """What this rank keeps to take a step back."""
@@ -99,7 +106,7 @@ class Reports:
                       f"unknown: {unknown}")
 
     def _log_memory(self) -> None:
-        for rank, memory in enumerate(self.memory_report()):
+        for rank, memory in enumerate(self._observer.memory(self.schedule())):
             self._log(f"pipeline rank {rank} needs {memory}")
 
     def _log_comparison(self) -> None:

@@ -292,19 +292,18 @@ class Watch:
         print(f"{PeerLost.__module__}.{PeerLost.__qualname__}: {lost}", file=sys.stderr, flush=True)
 
 
-def in_phase(method: Callable[P, T]) -> Callable[P, T]:
-    """Run `method`, of an object that has a `_watch`, in a phase of the method's name."""
-    @wraps(method)
-    def watched(*args: P.args, **kwargs: P.kwargs) -> T:
-        watch: Watch = args[0]._watch  # type: ignore[attr-defined]
-        with watch.phase(lambda: method.__name__):
-            return method(*args, **kwargs)
-    return watched
-
-
 # The store keeps the address of an earlier watch over the same ranks.
 _numbers = itertools.count()
 _watch: Watch | None = None
+
+
+def in_phase(function: Callable[P, T]) -> Callable[P, T]:
+    """Run `function` in a phase of its name, where this process's job is watched."""
+    @wraps(function)
+    def watched(*args: P.args, **kwargs: P.kwargs) -> T:
+        with nullcontext() if _watch is None else _watch.phase(lambda: function.__name__):
+            return function(*args, **kwargs)
+    return watched
 
 
 def watch_job(seconds: float) -> Watch:

@@ -22,25 +22,23 @@ from ds_vshape.deepspeed_adapter.optimizers import (GRADIENTS, GradAccumSums, co
 from ds_vshape.measure.memory import Storages, memory_of_model
 from ds_vshape.measure.optimizer_needs import step_needs
 from ds_vshape.measure.process_memory import process_bytes
-from ds_vshape.measure.rank_memory import RankMemory, Sizes, batch_end_bytes, with_passes
+from ds_vshape.measure.rank_memory import RankMemory, batch_end_bytes
 from ds_vshape.runtime.rank import Rank
 from ds_vshape.schedule.communicators import communicator_bytes
-from ds_vshape.schedule.schedule import Schedule
 
 
-def memory_of_ranks(rank: Rank, schedule: Schedule, sizes: Sizes | None, process: int = 0) -> tuple[RankMemory, ...]:
-    """What each pipeline rank needs under `schedule`, on every rank of the pipeline of `rank` (collective); nothing is
-    said of activations where their `sizes` are unknown. `process` is what this rank's has besides tensors."""
+def parts_of_ranks(rank: Rank, process: int = 0) -> tuple[RankMemory, ...]:
+    """What each pipeline rank needs besides the passes, on every rank of the pipeline of `rank` (collective). `process`
+    is what this rank's has besides tensors."""
     own = torch.tensor([*_own_parts(rank), process], device=rank.device)
-    every = [torch.empty_like(own) for _ in schedule.orders]
+    every = [torch.empty_like(own) for _ in range(rank.placement.ranks)]
     dist.all_gather(every, own, group=rank.grid.get_pipe_parallel_group())
     # Over gloo they have no memory of the device.
-    communicators = communicator_bytes(schedule.placement) if light_options() is not None else [0 for _ in every]
-    memory = tuple(RankMemory(parameters, gradients, optimizer, None, None, rollback, of_communicators, batch_end,
-                              max(0, process - of_communicators))
-                   for (parameters, gradients, optimizer, rollback, batch_end, process), of_communicators
-                   in zip(torch.stack(every).tolist(), communicators, strict=True))
-    return memory if sizes is None else with_passes(memory, schedule, sizes)
+    communicators = communicator_bytes(rank.placement) if light_options() is not None else [0 for _ in every]
+    return tuple(RankMemory(parameters, gradients, optimizer, None, None, rollback, of_communicators, batch_end,
+                            max(0, process - of_communicators))
+                 for (parameters, gradients, optimizer, rollback, batch_end, process), of_communicators
+                 in zip(torch.stack(every).tolist(), communicators, strict=True))
 
 
 def measured_process(rank: Rank, after_step: bool) -> int:

@@ -17,12 +17,12 @@ from torch.nn import Parameter
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import members
-from ds_vshape.measure.accounting import measured_process, memory_of_ranks
+from ds_vshape.measure.accounting import measured_process, parts_of_ranks
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.log_lines import split_line
 from ds_vshape.measure.memory import ActivationMeter
 from ds_vshape.measure.profiling import PassRecorder, gather_timeline, mean_times, report
-from ds_vshape.measure.rank_memory import RankMemory, Sizes
+from ds_vshape.measure.rank_memory import RankMemory, Sizes, with_passes
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.copy_engine import Copy
 from ds_vshape.runtime.instructions import BufferId
@@ -60,6 +60,8 @@ class Observer:
         self._sizes: Sizes | None = None
         # What the process has besides tensors; measured with the sizes.
         self._process = 0
+        # What all ranks of the pipeline need besides the passes, as it was counted last.
+        self._parts: tuple[RankMemory, ...] | None = None
         # Parameters whose gradients came from W; None once they are reported.
         self._in_split: set[Parameter] | None = set()
         # Of this rank's trained parameters: how many numbers got their gradients from W, of how many.
@@ -193,11 +195,6 @@ class Observer:
         """Whether it's no longer too early for sizes, and they are unknown."""
         return self.batches > METERED_BATCH and self._sizes is None
 
-    def check_known(self) -> None:
-        """PipelineError if sizes are neither known by shapes nor measured yet."""
-        if self._sizes is None:
-            self._check_measured()
-
     def _check_measured(self) -> None:
         if self.batches <= METERED_BATCH:
             raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
@@ -213,7 +210,15 @@ class Observer:
 
     def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline)."""
-        return memory_of_ranks(self._rank, schedule, self._sizes, self._process)
+        self._parts = parts_of_ranks(self._rank, self._process)
+        return self.counted(schedule)
+
+    def counted(self, schedule: Schedule) -> tuple[RankMemory, ...]:
+        """The same, as it was counted last; PipelineError if it's too early."""
+        if self._sizes is None:
+            self._check_measured()
+        assert self._parts is not None
+        return self._parts if self._sizes is None else with_passes(self._parts, schedule, self._sizes)
 
     def report(self) -> dict[str, Any]:
         """The last training batch in numbers (:func:`ds_vshape.measure.profiling.report`)."""

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_vshape.models.hugging_face.weights import named_weights, on_all_ranks, reading, shared_by
+from ds_vshape.health.watch import in_phase
 from ds_vshape.models.hugging_face.lora import Adapters
+from ds_vshape.models.hugging_face.weights import named_weights, on_all_ranks, reading, shared_by
 
 try:
     from peft import LoraConfig, PeftConfig
@@ -50,6 +51,7 @@ def has_adapter(folder: Path) -> bool:
     return (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
 
 
+@in_phase
 def load_adapter(module: nn.Module, folder: Path) -> None:
     """Fill the adapters of this rank's layers from `folder`; to be called on every rank, after load_weights and before
     deepspeed.initialize.
@@ -83,6 +85,7 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     on_all_ranks(fill, "load its adapters")
 
 
+@in_phase
 def save_adapter(module: Any, source: Path, folder: Path) -> None:
     """Write the adapters of `module`, a PipelineModule of adapted layers, into `folder`; to be called on every rank.
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_vshape.health.watch import in_phase
 from ds_vshape.models.hugging_face.layers import Part
 from ds_vshape.models.hugging_face.shared import Shared
 from ds_vshape.models.hugging_face.tensor_parallel import Cut
@@ -133,6 +134,7 @@ def _model_weights(module: nn.Module) -> dict[str, list[Tensor]]:
     return weights
 
 
+@in_phase
 def load_weights(module: nn.Module, folder: Path) -> list[str]:
     """Fill this rank's layers from `folder`; to be called on every rank, before deepspeed.initialize copies them.
 
@@ -234,6 +236,7 @@ def remove_weights(folder: Path) -> None:
     on_all_ranks(remove, "remove the weights of another model")
 
 
+@in_phase
 def save_model(module: Any, config: Any, source: Path | None, folder: Path) -> None:
     """Write the model of `module`, a PipelineModule of Parts, as a folder like `source`; to be called on every rank.
     Without `source` it has no files besides config.json and the weights.

@@ -207,6 +207,18 @@ def save_over(rank: int, source: Path, output: Path) -> None:
     save_model(case.module(), AutoConfig.from_pretrained(source), source, output)
 
 
+def save_on_the_first(rank: int, source: Path, output: Path) -> None:
+    module = Case(source, {"name": "v-half", "timeout_seconds": 5}).module()
+    if rank == 0:
+        save_model(module, AutoConfig.from_pretrained(source), source, output)
+
+
+@pytest.mark.slow
+def test_saving_on_one_rank_alone_names_the_others(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match="waits in save_model: .* rank 0 in save_model; rank 1 in its script"):
+        run_ranks(2, save_on_the_first, folders["llama"], tmp_path, timeout=60)
+
+
 def test_a_rank_that_cannot_write_ends_all(folders: dict[str, Path], tmp_path: Path) -> None:
     """What has been written is no model, and the next one takes its place."""
     blocked = tmp_path / "model-00002-of-00002.safetensors"
