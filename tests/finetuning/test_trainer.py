@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from ranks import run_ranks
 from tiny_model import chat_tokenizer, save_tiny_model, tiny_config
 from torch import Tensor, nn
 from trainers import CONFIG, STEPS, arguments, collate, measured, rows, train_in_pipelines, train_plainly
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, TrainerCallback
+from varlen_attention import NAME, register
 
 from ds_vshape.finetuning import PipelineTrainer
+from ds_vshape.finetuning.trainer.micro_batches import most_samples
 
 # An optimizer and a scheduler of the engine's own, as configs for the Trainer have them.
 OF_ENGINE = {**CONFIG, "zero_optimization": {"stage": 1}, "train_batch_size": "auto", "gradient_clipping": "auto",
@@ -127,6 +130,35 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(config: dict[str, Any], tiny: Pat
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}", f"checkpoint-{STEPS}"}
     saved = weights_of(tmp_path / f"checkpoint-{step}")
     assert not torch.equal(saved["lm_head.weight"], weights_of(tmp_path / f"checkpoint-{STEPS}")["lm_head.weight"])
+
+
+def flatten(rank: int, model: Path, output: Path, attention: str) -> list[dict[str, Any]]:
+    """Of rows that hold all samples of their micro-batch; in evaluation those are more."""
+    args = arguments(output, deepspeed=CONFIG, max_steps=2, eval_steps=2, gradient_accumulation_steps=2,
+                     per_device_eval_batch_size=3)
+    trainer = PipelineTrainer(AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention), args,
+                              data_collator=DataCollatorWithFlattening(), train_dataset=rows(12),
+                              eval_dataset=rows(6, seed=1))
+    assert trainer.model.config._attn_implementation == attention
+    trainer.train()
+    return measured(trainer)
+
+
+def test_rows_of_many_samples_need_no_masks(tiny: Path, tmp_path: Path) -> None:
+    register()
+    masked, apart = (run_ranks(2, flatten, tiny, tmp_path / attention, attention)[0] for attention in ("sdpa", NAME))
+    assert len(masked) == 2 + 1 + 1
+    for entry, other in zip(apart, masked, strict=True):
+        assert entry == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("lengths, multiple, most", [(None, None, 3), ([[4, 2], [1, 2, 3]], None, 9), (None, 8, 10)])
+def test_how_many_samples_a_row_may_have(lengths: list[list[int]] | None, multiple: int | None, most: int) -> None:
+    from datasets import Dataset
+    data = Dataset.from_list([{"input_ids": [1] * 6, **({"seq_lengths": of_row} if lengths else {})}
+                              for of_row in lengths or [[6], [6]]])
+    collator = SimpleNamespace(pad_to_multiple_of=multiple)
+    assert most_samples(collator, [data, None, rows(2)], 3) == most
 
 
 # -- TRL

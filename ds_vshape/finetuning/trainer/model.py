@@ -75,11 +75,12 @@ class Source:
             self.description.generation_config = GenerationConfig.from_pretrained(self._model)
 
     def module(self, topology: PipeModelDataParallelTopology, packed: bool, recomputed: int,
-               seed: int, **options: Any) -> Any:
+               seed: int, samples_per_row: int | None, **options: Any) -> Any:
         """The PipelineModule with the model's weights (collective); of a config they are random, by `seed`.
 
         Args:
             packed: rows hold several samples.
+            samples_per_row: the most of them.
             recomputed: after how many decoder layers activations are kept, 0 for all of them.
             options: for PipelineModule.
         """
@@ -89,7 +90,8 @@ class Source:
         with torch.random.fork_rng(devices=[]):
             # seed_layers: dropout then doesn't depend on the order of the passes. dynamic_shape: collators pad each
             # micro-batch to its own longest row.
-            made = PipelineModule(pipeline_layers(config, packed=packed), topology=topology,
+            made = PipelineModule(pipeline_layers(config, packed=packed, samples_per_row=samples_per_row),
+                                  topology=topology,
                                   partition_method=PARTITION_METHOD, checkpointable_layers=CHECKPOINTABLE_LAYERS,
                                   activation_checkpoint_interval=recomputed, dynamic_shape=True, seed_layers=True,
                                   seed_fn=seed_layer, base_seed=seed, **options)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ds_vshape.finetuning.trainer.arguments import check_arguments, check_methods, recomputed_layers
 from ds_vshape.finetuning.trainer.ds_config import EngineConfig
 from ds_vshape.finetuning.trainer.loss import TrainerLoss
-from ds_vshape.finetuning.trainer.micro_batches import micro_batch
+from ds_vshape.finetuning.trainer.micro_batches import micro_batch, most_samples
 from ds_vshape.finetuning.trainer.model import OwnWeights, Source, check_groups, topology_of
 from ds_vshape.models.hugging_face.weights import remove_weights, save_model
 from ds_vshape.plugin import initialize
@@ -59,6 +59,8 @@ class PipelineTrainer(Trainer):
         args: TrainingArguments with `deepspeed`, a config with the key "pipeline_schedule". Its "auto" values, and
             batch size, clipping and precision where it leaves them out, are those of `args`.
         stages: how many ranks are a pipeline, 0 for all; the other factor of their number are data parallel replicas.
+        samples_per_row: where the collator puts several samples into a row and attention takes no masks, as flash
+            attention: the most of them. By default as many as there can be by the data sets.
 
     The losses are the means over tokens that the Trainer computes. A batch is gradient_accumulation_steps micro-batches
     of per_device_train_batch_size rows in each pipeline. All ranks of a pipeline draw them: a collator must give them
@@ -73,7 +75,8 @@ class PipelineTrainer(Trainer):
     # Without data, on the meta device.
     model: Any
 
-    def __init__(self, model: str | Path | Any, args: TrainingArguments, *, stages: int = 0, **others: Any) -> None:
+    def __init__(self, model: str | Path | Any, args: TrainingArguments, *, stages: int = 0,
+                 samples_per_row: int | None = None, **others: Any) -> None:
         check_methods(type(self), PipelineTrainer)
         check_arguments(args, others)
         topology = topology_of(stages, args.world_size)
@@ -87,8 +90,15 @@ class PipelineTrainer(Trainer):
         self._packed = (isinstance(self.data_collator, DataCollatorWithFlattening)
                         or bool(getattr(self.data_collator, "padding_free", False)))
         self._loss_fn = TrainerLoss(self.args.label_smoothing_factor)
+        if self._packed and samples_per_row is None:
+            samples_per_row = self._most_samples()
         self._module = source.module(topology, self._packed, recomputed_layers(self.args), self.args.seed,
-                                     loss_fn=self._loss_fn, config=self._ds_config.of_module)
+                                     samples_per_row, loss_fn=self._loss_fn, config=self._ds_config.of_module)
+
+    def _most_samples(self) -> int:
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        return most_samples(self.data_collator, [self.train_dataset, *evaluated], rows)
 
     # -- data: each replica has rows of its own, and all its ranks the same ones
 

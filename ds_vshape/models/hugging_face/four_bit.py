@@ -58,9 +58,25 @@ def decodable(model: nn.Module) -> Iterator[None]:
     for weight in weights:
         scales, table = (torch.empty(size, device="meta") for size in (-(-weight.numel() // weight.blocksize), 16))
         weight.quant_state = state(scales, weight.shape, table, weight.blocksize, weight.quant_type, torch.float32)
-    yield
-    for weight in weights:
-        weight.quant_state = None
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.quant_state = None
+
+
+@contextmanager
+def by_shapes(model: nn.Module) -> Iterator[None]:
+    """While it lasts, layers of 4 bits in `model` run on the meta device."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    for layer in layers:
+        layer.forward = lambda x, outputs=layer.out_features: x.new_empty(*x.shape[:-1], outputs)
+    try:
+        with decodable(model):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager

@@ -9,6 +9,7 @@ is read on the host, so cu_seqlens are of a fixed size: sequences without tokens
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def _reaches_attention(planned: PlannedModel, layer: Any, hidden: Tensor, argume
     try:
         hidden, args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"),
                                              (hidden, arguments.args, arguments.kwargs))
-        with torch.no_grad():
+        four_bit = planned.four_bit
+        with torch.no_grad(), nullcontext() if four_bit is None else four_bit.by_shapes(layer):
             layer(hidden, *args, **kwargs)
     except _Reached:
         pass

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tiny_model import save_tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from varlen_attention import NAME, register
 
 from ds_vshape.measure.accounting import parameter_bytes
 from ds_vshape.models.hugging_face import load_weights, pipeline_layers
@@ -87,6 +88,18 @@ def saved_four_bit(setting: str, quantization: dict[str, Any], is_stored: bool, 
         return FourBitCase(folder, "v-half", adapter=adapter, quantization=quantization)
     base(folder, quantization).save_pretrained(root / "stored")
     return FourBitCase(root / "stored", "v-half", adapter=adapter, quantization=None)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_rows_need_no_masks(name: str, dora: bool) -> None:
+    """Attention that takes cu_seqlens gets them from layers of 4 bits too."""
+    register()
+    targets = ["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"]
+    lora = LoraConfig(r=2, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
+    given: dict[str, Any] = {"packed": True, "samples_per_row": 3, "lora": lora, "quantization_config": NF4}
+    layers = pipeline_layers(model_config(name), NAME, **given)
+    assert len(layers) == len(pipeline_layers(model_config(name), "sdpa", **given))
 
 
 @pytest.mark.slow
