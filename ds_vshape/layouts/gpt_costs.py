@@ -38,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ds_vshape.measure.rank_memory import RankMemory, batch_end_bytes
 from ds_vshape.schedule.activations import Activations, Working
@@ -110,13 +110,15 @@ class Shape:
 class Speeds:
     """What devices and messages reach: `flops` a second at most, of which passes reach `efficiency` (F, B, W).
 
-    A message inside a node and one between nodes: bytes a second and seconds of latency.
+    A message inside a node and one between nodes: bytes a second and seconds of latency. A device's copies to the
+    `host`'s memory, and at the same time back: bytes a second each.
     """
 
     flops: float
     efficiency: tuple[float, float, float]
     inside: tuple[float, float]
     between: tuple[float, float]
+    host: float = 10e9
 
 
 @dataclass(frozen=True)
@@ -196,18 +198,29 @@ class TrainingCosts:
         return [self.layers[each * stage:each * (stage + 1)] for stage in range(placement.stages)]
 
     def times(self, placement: Placement, message: tuple[float, float]) -> Times:
-        """Seconds of the passes of each stage; hops by `message`, `speeds.inside` or `speeds.between`."""
-        rows = [[sum(seconds) for seconds in zip(*map(self._times_of, stage))] for stage in self.stages(placement)]
-        forward, input_grad, weight_grad = zip(*rows)
+        """Seconds of the passes of each stage, of recomputation and of copies; hops by `message`, `speeds.inside` or
+        `speeds.between`."""
+        of_layers = [[self._times_of(layer) for layer in stage] for stage in self.stages(placement)]
+        forward, input_grad, weight_grad = zip(*(map(sum, zip(*stage)) for stage in of_layers))
         bandwidth, latency = message
         hop = latency + self._output / self.tensor / bandwidth
-        return Times(forward, input_grad, weight_grad, (hop,) * (placement.stages - 1))
+        sizes = self.activations(placement)
+        copies = tuple(size / self.speeds.host for size in sizes.after_forward)
+        return Times(forward, input_grad, weight_grad, (hop,) * (placement.stages - 1),
+                     recompute=tuple(tuple(accumulate(seconds for seconds, _, _ in stage)) for stage in of_layers),
+                     offload=copies, reload=copies,
+                     copied=tuple(tuple(left / (whole or 1.0) for left in row)
+                                  for row, whole in zip(sizes.recomputed, sizes.after_forward)))
 
     def activations(self, placement: Placement) -> Activations:
-        """Bytes of each stage."""
-        stages = [[self._share(layer) for layer in stage] for stage in self.stages(placement)]
-        return Activations(tuple(sum(layer.after_forward for layer in stage) for stage in stages),
-                           tuple(sum(layer.after_backward for layer in stage) for stage in stages))
+        """Bytes of each stage. Of layers that are recomputed the stage's input is left."""
+        stages = [[self._share(layer).after_forward for layer in stage] for stage in self.stages(placement)]
+        whole = tuple(map(sum, stages))
+        inputs = (0.0, *(self._output for _ in stages[1:]))
+        return Activations(
+            whole, tuple(sum(self._share(layer).after_backward for layer in stage) for stage in self.stages(placement)),
+            recomputed=tuple(tuple(min(of_stage, given + of_stage - of_first) for of_first in accumulate(sizes))
+                             for given, of_stage, sizes in zip(inputs, whole, stages)))
 
     def working(self, placement: Placement) -> Working:
         """Bytes that the passes of each stage need while they run, and of a message."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from ds_vshape.config.compatibility import autocast_dtype
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, read_section
+from ds_vshape.schedule.memory_limit import MemoryLimitError
 from ds_vshape.schedule.placement import Placement, linear
 
 # DeepSpeed's own engine: a ds_config without our key. It runs 1F1B.
@@ -88,7 +90,8 @@ class Machine(Section):
     """What a job runs on: `slots` ranks a host (null: all on one), and what a prediction must know of it.
 
     `memory` in GiB and `teraflops` by dtype of one device, `efficiency` of F, B and W; messages inside a host and
-    between hosts by (GB a second, microseconds).
+    between hosts by (GB a second, microseconds); copies of a device to the `host`'s memory, and at the same time back,
+    in GB a second each way, of what ranks have to share what one of them gets.
     """
 
     accelerator: Literal["cpu", "cuda"]
@@ -98,6 +101,7 @@ class Machine(Section):
     efficiency: tuple[Positive, Positive, Positive]
     inside: tuple[Positive, Number]
     between: tuple[Positive, Number]
+    host: Positive = 10.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,15 @@ class Job(Section):
         """What deepspeed.initialize gets."""
         return compose_ds_config(None if self.section is None else self._given, self.data.micro_batch,
                                  self.micro_batches, self.optimizer, self.parallel.zero, self.precision, self.deepspeed)
+
+
+@contextmanager
+def in_terms_of_jobs() -> Iterator[None]:
+    """Let errors name keys of the section as a job's, where it has another name."""
+    try:
+        yield
+    except (ConfigError, MemoryLimitError) as error:
+        raise type(error)(str(error).replace(f"{KEY}.", "schedule.")) from None
 
 
 def compose_ds_config(schedule: dict[str, Any] | None, micro_batch: int, micro_batches: int, optimizer: Optimizer,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from ds_vshape.config.section import ScheduleConfig
 from ds_vshape.layouts.gpt_costs import ENDS, GPT_PY, Bytes, Shape, Speeds, TrainingCosts
-from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.job import Job, in_terms_of_jobs
 from ds_vshape.layouts.prediction import Prediction, predict
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
 from ds_vshape.schedule.timeline import Times
@@ -77,7 +77,8 @@ def predict_training(job: Job, training: TrainingCosts,
                      progress: Callable[[float], None] = lambda fraction: None) -> Prediction:
     """The batch of `job`, with the layers and stages of `training`; raises ValueError as prediction.predict does."""
     config = job.section or ScheduleConfig(name=job.schedule_name)
-    return predict(config, training, _times(job, training), progress)
+    with in_terms_of_jobs():
+        return predict(config, training, _times(job, training), progress)
 
 
 def place_of(job: Job, pipe: int, data: int, tensor: int) -> int:
@@ -115,4 +116,4 @@ def speeds_of(job: Job) -> Speeds:
                        for bandwidth, microseconds in (machine.inside, machine.between))
     # Nothing is reduced between hosts where there is one.
     return Speeds(machine.teraflops[job.autocast or job.precision.dtype] * 1e12, machine.efficiency, inside,
-                   between if len(job.hosts) > 1 else inside)
+                   between if len(job.hosts) > 1 else inside, machine.host * 1e9)
