@@ -172,6 +172,12 @@ def reduction_of(optimizer: Any) -> Reduction | None:
     return Reduction(optimizer)
 
 
+def make_buckets(optimizer: Any) -> None:
+    """Make what gradients move into when they are reduced, where the first backward of a batch would make it."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.setup_buckets()
+
+
 @dataclass(frozen=True)
 class GradientCopies:
     """Bytes of what an optimizer has of gradients at the end of a batch: the `bucket` into which they move when they

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,12 +51,11 @@ from ds_vshape.engine.verification import Verification
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers, is_raised_by_all
 from ds_vshape.health.preflight import Facts, plan_facts
 from ds_vshape.health.waits import is_ended_wait
-from ds_vshape.health.watch import Watch
+from ds_vshape.health.watch import Watch, in_phase
 from ds_vshape.measure.hops import hop_seconds
-from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import MonitorReports
-from ds_vshape.measure.observer import METERED_BATCH, Observer
+from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.profiling import clock
 from ds_vshape.measure.trace import Tracer
 from ds_vshape.module.fast_setattr import FastSetattr
@@ -111,11 +109,10 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._stage_buffers = Buffers(self.placement, self.stage_id)
         first_of_replicas = self.grid.data_parallel_id == 0 and self.grid.get_slice_parallel_rank() == 0
         self._intake = Intake(2 if self.is_last_stage() else 1, self.is_first_stage() and first_of_replicas)
-        self._keeping: KeepingMeter | None = None
+        self._keeping = None
         if config.recompute or config.offload:
             self._check_keeping(f"{KEY}.recompute or {KEY}.offload = true")
-            layers = [stop - start for start, stop in pairwise(self.module.parts)]
-            self._keeping = KeepingMeter(self.module.at_layers, layers, self.device)
+            self._keeping = self._new_keeping_meter()
         self._observer = Observer(self, self._keeping)
         self.copy_engine = copy_engine(clock().now)
         self._changing_buffers = {}
@@ -192,11 +189,16 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         """Train by `schedule` from the next batch of as many micro-batches on; to be called on every rank.
 
         Losses don't change. Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with
-        another placement than the model's, and for one that recomputes layers which are checkpointed.
+        another placement than the model's, and for one that recomputes layers which are checkpointed. After the first
+        one that recomputes or offloads, sizes of activations are measured in the next batch again.
         """
         if any(action.kind is Kind.C for _, action in schedule.passes()):
             self._check_keeping(f"the schedule {schedule.name}, which recomputes")
         self._plans.use(schedule)
+        if schedule.gives_back_memory and self._keeping is None:
+            self._keeping = self._new_keeping_meter()
+            due = self._verification is not None and self._verification.is_due
+            self._observer.measure_keeping(self._keeping, wait=int(due))
         self._signatures = None
 
     def _training_instructions(self, program: Program) -> list[instr.PipeInstruction]:
@@ -227,7 +229,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         if self._plans.swapped:
             # Its passes may load kernels on several ranks at once, which only announced batches bear.
             self._signatures = None
-        if self._observer.batches == METERED_BATCH + 1:
+        if self._observer.has_just_measured:
             self._plans.look_at_sizes(self._observer.activations())
             self._log_memory()
             self.check_measured()
@@ -239,13 +241,27 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
                 around.enter_context(callback.batch())
             around.enter_context(self.resetting_timer())
             loss = super().train_batch(data_iter)
-            if self._observer.batches == METERED_BATCH + 1:
+            if self._observer.has_just_measured:
                 self._log_sizes()
         return loss
 
     def _agree_on_step(self, failure: Failure | None) -> None:
         """Raise on all ranks if the step, or what comes after it, has failed on one; collective."""
         self._guard.agree_on_step(failure, self.global_steps)
+
+    @in_phase
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """As DeepSpeed's; to be called on every rank. Raises on all of them, and changes nothing, where batches of that
+        size can't keep to the memory limit."""
+        before = self.train_batch_size()
+        super().set_train_batch_size(train_batch_size)
+        try:
+            self.schedule()
+            if train_batch_size != before:
+                self.check_batch_size()
+        except Exception:
+            super().set_train_batch_size(before)
+            raise
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.check_ranks_agree()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineError
@@ -46,6 +47,10 @@ class Keeping(StockEngine):
         if interval:
             raise PipelineError(f"activation_checkpoint_interval = {interval} with {what}: must be 0, because the "
                                 "plan decides what is recomputed")
+
+    def _new_keeping_meter(self) -> KeepingMeter:
+        layers = [stop - start for start, stop in pairwise(self.module.parts)]
+        return KeepingMeter(self.module.at_layers, layers, self.device)
 
     def _keeping_times(self, times: Times) -> Times:
         """`times`, with those of recomputation and copies where these may be planned (collective)."""

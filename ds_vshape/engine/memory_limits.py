@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from ds_vshape.comm.exchange import Exchange
-from ds_vshape.config.section import KEY, ScheduleConfig
+from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.config.to_schedule import Room
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.plans import Plans
@@ -16,9 +16,10 @@ from ds_vshape.engine.rank_limit import RankLimit
 from ds_vshape.engine.shape_rehearsal import ShapeRehearsal
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.observer import Observer
-from ds_vshape.measure.rank_memory import readable
+from ds_vshape.measure.rank_memory import RankMemory, Sizes, readable
 from ds_vshape.runtime.micro_batch import loss_of
 from ds_vshape.runtime.token_mean import ITEMS
+from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.named import ADAPTIVE
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
@@ -84,9 +85,29 @@ class MemoryLimits(StockEngine):
         else:
             for rank, of_rank in enumerate(memory):
                 self._log(f"pipeline rank {rank} will need {of_rank}, by its shapes")
-            if not limit.fits(memory) and self._plans.start_within(limit.room(memory, sizes, _BY_SHAPES)):
-                memory = self._observer.memory(self._present())
+            memory = self._start_within(limit, memory, sizes, _BY_SHAPES)
         limit.check(self._present().name, memory, sizes, _BY_SHAPES)
+
+    def check_batch_size(self) -> None:
+        """With another number of micro-batches: refuse a limit that can't be met as far as sizes are known by now, or
+        start with a schedule that keeps to it. What is planned comes later, within what is left."""
+        sizes = self._observer.sizes
+        if sizes is None:
+            return
+        if self._limit is not None:
+            known = _MEASURED if self._observer.is_measured else _BY_SHAPES
+            memory = self._start_within(self._limit, self._observer.memory(self._present()), sizes, known)
+            self._limit.check(self._present().name, memory, sizes, known)
+        elif isinstance(limit := self.module.schedule_config.memory_limit, ActivationLimit):
+            if max(peak_activations(self._present(), sizes[0])) > limit.activations:
+                self._plans.start_within(Room(*sizes))
+
+    def _start_within(self, limit: RankLimit, memory: tuple[RankMemory, ...], sizes: Sizes,
+                      known: str) -> tuple[RankMemory, ...]:
+        """What ranks need, `memory` under the present schedule, under one that keeps to `limit` if there is one."""
+        if not limit.fits(memory) and self._plans.start_within(limit.room(memory, sizes, known)):
+            return self._observer.memory(self._present())
+        return memory
 
     def check_measured(self) -> None:
         """Refuse a limit that the present schedule breaks, once sizes have been measured; one that is planned comes

@@ -11,7 +11,7 @@ from ds_vshape.comm.channels import Channels
 from ds_vshape.engine.plans import Plans
 from ds_vshape.health.watch import in_phase
 from ds_vshape.measure.log_lines import comparison_line, ends_line
-from ds_vshape.measure.observer import METERED_BATCH, Observer
+from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.activations import Activations
@@ -102,8 +102,8 @@ class Reports:
         """Say which sizes of activations stay unknown; collective, after the batch in which they are measured."""
         unknown = self._observer.agree_on_sizes()
         if unknown:
-            self._log(f"activations couldn't be measured in training batch {METERED_BATCH + 1}, and their sizes stay "
-                      f"unknown: {unknown}")
+            self._log(f"activations couldn't be measured in training batch {self._observer.batches}, and their sizes "
+                      f"stay unknown: {unknown}")
 
     def _log_memory(self) -> None:
         for rank, memory in enumerate(self._observer.memory(self.schedule())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from ds_vshape.deepspeed_adapter.optimizers import GRADIENTS
 from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched, memory_of
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.passes import Kind, Pass
@@ -173,6 +174,9 @@ class ActivationMeter:
     def _watched(self, span: _Span) -> Iterator[None]:
         with self._watcher.span() as span.number:
             yield
+        with self._measuring():
+            span.gradients = _numbered(getattr(parameter, name, None) for parameter in self._module.parameters()
+                                       for name in GRADIENTS)
         self._spans.append(span)
 
     def _add_up(self, watched: Watched) -> None:
@@ -181,11 +185,13 @@ class ActivationMeter:
         # By stage and micro-batch: memory that its F took and that hasn't been given back.
         left: dict[tuple[int, int], dict[int, int]] = {}
 
-        def take_until(time: float, alive: dict[int, int]) -> int:
-            """The most that is alive until `time`, of `alive` and what comes to it."""
+        def take_until(time: float, alive: dict[int, int], gradients: Collection[int] = ()) -> int:
+            """The most that is alive until `time`, of `alive` and what comes to it, without the sums of `gradients`."""
             most = now = sum(alive.values())
             while changes and changes[0].time <= time:
                 change = changes.popleft()
+                if change.number in gradients:
+                    continue
                 if change.size > 0:
                     alive[change.number] = change.size
                     now += change.size
@@ -206,7 +212,7 @@ class ActivationMeter:
             before = set(alive)
             # C needs what F needs without it.
             kind = Kind.F if action.kind is Kind.C else action.kind, action.stage
-            self._most[kind] = max(take_until(end, alive), self._most.get(kind, 0))
+            self._most[kind] = max(take_until(end, alive, span.gradients), self._most.get(kind, 0))
             if action.kind is Kind.F:
                 left[buffer] = _without({number: alive[number] for number in alive.keys() - before}, span.apart)
             elif action.kind is Kind.C:
@@ -249,6 +255,8 @@ class _Span:
     alive: dict[int, int] = field(default_factory=dict)
     # Parameters and buffers, which don't count.
     apart: dict[int, int] = field(default_factory=dict)
+    # The sums that it adds to, which it makes if it's the first.
+    gradients: dict[int, int] = field(default_factory=dict)
     labels: list[tuple[StorageWeakRef, int, int]] = field(default_factory=list)
 
 

@@ -30,7 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from ds_vshape.comm.payload import members
-from ds_vshape.measure.observer import METERED_BATCH, Observer
+from ds_vshape.measure.observer import Observer
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.instructions import Execute, Instruction
@@ -87,7 +87,7 @@ class MonitorReports:
     def _report(self) -> None:
         """Collective over the pipeline."""
         values = self._rates() | self._sizes()
-        if self._observer.batches != METERED_BATCH + 1:
+        if not self._observer.has_just_measured:
             schedule, _ = self._observer.last_batch()
             predicted, measured = self._observer.timelines(self._rank.planned_times)
             values |= _times(predicted, measured)
@@ -110,7 +110,7 @@ class MonitorReports:
         of_ranks = torch.stack(gathered).tolist()
         sizes = {f"peak_allocated_rank_{rank}": allocated for rank, (_, _, allocated) in enumerate(of_ranks)}
         sizes["share_split"] = sum(split for split, _, _ in of_ranks) / max(1, sum(n for _, n, _ in of_ranks))
-        if self._observer.batches > METERED_BATCH:
+        if self._observer.is_measured:
             memory = self._observer.memory(self._observer.last_batch()[0])
             sizes |= {f"peak_activations_rank_{rank}": needs.activations_peak for rank, needs in enumerate(memory)
                       if needs.activations_peak is not None}

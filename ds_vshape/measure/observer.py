@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import members
+from ds_vshape.deepspeed_adapter.optimizers import make_buckets
 from ds_vshape.measure.accounting import measured_process, parts_of_ranks
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.log_lines import split_line
@@ -67,6 +68,14 @@ class Observer:
         # Of this rank's trained parameters: how many numbers got their gradients from W, of how many.
         self.split = (0, 0)
         self.batches = 0
+        # The number of the batch in which sizes are measured.
+        self._metered_batch = METERED_BATCH
+
+    def measure_keeping(self, keeping: KeepingMeter, wait: int) -> None:
+        """Measure also what recomputation and offload leave, in the usual batch or, if that is over, in the next one
+        after `wait` others."""
+        self._keeping, self._sizes = keeping, None
+        self._metered_batch = max(METERED_BATCH, self.batches + wait)
 
     # -- while a batch runs
 
@@ -77,7 +86,7 @@ class Observer:
     def begin_batch(self, schedule: Schedule, training: bool) -> None:
         """A batch of training or evaluation starts."""
         self.recorder = PassRecorder()
-        measured = training and self.batches == METERED_BATCH
+        measured = training and self.batches == self._metered_batch
         order = schedule.orders[self._rank.stage_id] if measured else ()
         self._given_back = _given_back(order)
         self._metered = _to_measure(order)
@@ -89,7 +98,7 @@ class Observer:
         """Around a pass, what measures more of it than its time."""
         if action in self._metered:
             return self._metering(action, buffers)
-        if self._keeping is not None and action.kind is Kind.F and self.batches > METERED_BATCH:
+        if self._keeping is not None and action.kind is Kind.F and self.is_measured:
             return self._keeping.times(action.stage)
         return _NOTHING
 
@@ -112,6 +121,8 @@ class Observer:
                 yield
         else:
             store = buffer.store
+            # They belong to the end of the batch, and not to the pass that happens to be the first one.
+            make_buckets(self._rank.optimizer)
             with self._meter.backward(action):
                 yield
             if action.kind is Kind.B:
@@ -191,13 +202,23 @@ class Observer:
         return None if self._sizes is None else self._sizes[0]
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the batch is over in which sizes are measured."""
+        return self.batches > self._metered_batch
+
+    @property
+    def has_just_measured(self) -> bool:
+        """Whether that was the last batch."""
+        return self.batches == self._metered_batch + 1
+
+    @property
     def sizes_stay_unknown(self) -> bool:
         """Whether it's no longer too early for sizes, and they are unknown."""
-        return self.batches > METERED_BATCH and self._sizes is None
+        return self.is_measured and self._sizes is None
 
     def _check_measured(self) -> None:
-        if self.batches <= METERED_BATCH:
-            raise PipelineError(f"activations are measured in training batch {METERED_BATCH + 1}")
+        if not self.is_measured:
+            raise PipelineError(f"activations are measured in training batch {self._metered_batch + 1}")
 
     def take_shapes(self, sizes: Sizes | None) -> None:
         """The sizes as far as shapes tell them, until they are measured."""

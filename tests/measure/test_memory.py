@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from counted_blocks import (BLOCK_KEPT, BLOCK_WHOLE, LENGTH, SAMPLES, UNIT, WIDTH, WORDS, GPTBlock, allocated, job,
                             tokens)
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.pipe.module import PipelineError
 from given_back import BOTH, MOVED, NOTHING, RECOMPUTED, gives_back
 from instruction_functions import around_instruction
 from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job
@@ -130,6 +132,25 @@ def test_predicted_where_blocks_are_recomputed(schedule: str, ranks: int) -> Non
         assert 0.97 < ratio < 1.06
 
 
+def measured_working(rank: int, job: Job) -> Any:
+    engine = job.engine()
+    for _ in range(2):
+        engine.train_batch(tokens(engine.micro_batches))
+    return engine.room()
+
+
+@pytest.mark.parametrize("config", [FP32, FP32_ZERO1, BF16_ZERO1_FP32], ids=["zero0", "zero1", "bf16"])
+def test_a_batch_of_one_micro_batch_needs_no_more_while_passes_run(config: dict[str, Any]) -> None:
+    """Its passes are the first of the batch, which make the sums of gradients and ZeRO's bucket: parts of their own.
+    Gradients that become these sums are no memory besides."""
+    one, other = run_ranks(2, measured_working, job("1f1b", 2, 1, config))
+    several, _ = run_ranks(2, measured_working, job("1f1b", 2, 4, config))
+    assert one == other
+    for ours, theirs in zip(chain(*astuple(one.working)), chain(*astuple(several.working)), strict=True):
+        assert 0 <= ours <= theirs + 64  # but for a few numbers
+    assert one.working.forward == pytest.approx(several.working.forward, abs=64)
+
+
 GIVES_BACK = {"name": "adaptive", "times": "profile", "recompute": True, "offload": True}
 
 
@@ -153,6 +174,29 @@ def test_predicted_where_memory_is_given_back(schedule: str, ranks: int, ways: t
     for memory, (_, _, most) in zip(results[0][1], results, strict=True):
         ratio = most / (memory.gradients + memory.activations_peak + memory.working)
         assert 0.91 < ratio < 1.01
+
+
+def reported_by_hand(rank: int, batches: int) -> Any:
+    """What is reported under a schedule that no key has announced, used after some batches."""
+    engine = job("v-half", 2, 8).engine()
+    for _ in range(batches):
+        engine.train_batch(tokens(engine.micro_batches))
+    engine.use_schedule(gives_back(build("v-half", 2, 8), 2))
+    for _ in range(2 if batches < 2 else 1):
+        with pytest.raises(PipelineError, match="activations are measured in training batch"):
+            engine.memory_report()
+        engine.train_batch(tokens(engine.micro_batches))
+    return engine.activation_sizes(), engine.memory_report()
+
+
+@pytest.mark.parametrize("batches", [0, 3])
+def test_a_schedule_of_ones_own_may_give_memory_back_without_the_keys(batches: int) -> None:
+    (sizes, memory, _), _ = run_ranks(2, measured_peak_giving_back, "v-half", 2, (NOTHING, RECOMPUTED, MOVED, BOTH))
+    assert sizes.recomputed and sizes.offloadable
+    for sizes_by_hand, by_hand in run_ranks(2, reported_by_hand, batches):
+        assert sizes_by_hand == sizes
+        for ours, theirs in zip(by_hand, memory, strict=True):
+            assert (ours.activations_peak, ours.working) == (theirs.activations_peak, theirs.working)
 
 
 @pytest.mark.parametrize("way", [RECOMPUTED, MOVED, BOTH], ids=["recomputed", "offloaded", "both"])

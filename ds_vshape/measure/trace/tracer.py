@@ -22,7 +22,7 @@ from deepspeed.utils import logger
 from ds_vshape.comm.channels import Channels
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ConfigError, TraceConfig, shown
-from ds_vshape.measure.observer import METERED_BATCH, Observer
+from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.profiling import mean_times
 from ds_vshape.measure.trace.batch import BatchTrace, Clock, RankTrace, deliveries, measured
 from ds_vshape.measure.trace.chrome import chrome_trace
@@ -82,7 +82,7 @@ class Tracer:
 
     def _activations(self) -> tuple[Activations, str]:
         """Bytes where they are measured already, and known."""
-        measured = self._observer.activations() if self._observer.batches > METERED_BATCH else None
+        measured = self._observer.activations() if self._observer.is_measured else None
         if measured is not None:
             return measured, "bytes"
         return Activations.counted(self._rank.placement), "activations"
