@@ -6,16 +6,19 @@ for the job's own times. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ds_vshape.config.section import ActivationLimit, ScheduleConfig
+from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.layers import Layers
-from ds_vshape.schedule.memory_limit import check_memory_limit, check_possible, count_of, fraction_of_1f1b
+from ds_vshape.schedule.memory_limit import (MemoryLimitError, check_memory_limit, check_possible, count_of,
+                                              fraction_of_1f1b)
 from ds_vshape.schedule.named import ADAPTIVE, build, names_on
 from ds_vshape.schedule.partition_and_order import PartitionProblem, limits_of_1f1b
 from ds_vshape.schedule.request import Request
@@ -88,6 +91,25 @@ class Room:
         return all(peak <= limit * (1 + SLACK) for peak, limit in zip(peaks, self.limits, strict=True))
 
 
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Name the key of a limit that isn't met as users write it."""
+    try:
+        yield
+    except MemoryLimitError as error:
+        raise MemoryLimitError(f"{KEY}.{error}") from None
+
+
+def check_limit(config: ScheduleConfig, ranks: int, micro_batches: int) -> None:
+    """Raise MemoryLimitError if no adaptive schedule can keep to the limit of `config`, a fraction of 1F1B's peak,
+    whatever the sizes of activations are. With recomputation and offload more depends on these."""
+    if config.name == ADAPTIVE and isinstance(config.memory_limit, float):
+        chunks = config.placement_on(ranks).chunks_each
+        with in_full():
+            check_possible(config.memory_limit, ranks, micro_batches, 2 / chunks if gives_back_memory(config) else 2)
+
+
+@in_full()
 def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: Times, room: Room | None = None,
                 cache: Path | None = None, known: KnownStages | None = None) -> Request:
     """The planner's request for a batch whose passes take `times`.
@@ -100,7 +122,7 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
             these at most. Without them activations are counted as in the paper.
 
     Raises:
-        MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak.
+        MemoryLimitError: if no schedule can peak at the limit, a fraction of 1F1B's peak, with the key in full.
     """
     limit, placement = config.memory_limit, config.placement_on(ranks)
     asked = partial(Request.within, name=config.name, placement=placement, micro_batches=micro_batches, times=times,
@@ -151,6 +173,7 @@ def equal_times(stages: int) -> Times:
     return replace(Times.uniform(stages, copy=1), entry_costs=((1.0,),) * stages)
 
 
+@in_full()
 def table_schedule(config: ScheduleConfig, ranks: int, micro_batches: int) -> Schedule | None:
     """The schedule of the table that `config` names. For an adaptive one, the fastest within its limit, or None if
     there is none; for a limit in bytes, which can't be checked before sizes are known, the one that needs least memory.

@@ -32,8 +32,8 @@ from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import (KnownStages, Room, equal_times, gives_back_memory, is_in_bytes, is_planned,
-                                          least_schedule, request_for, table_schedule)
+from ds_vshape.config.to_schedule import (KnownStages, Room, check_limit, equal_times, gives_back_memory, is_in_bytes,
+                                          is_planned, least_schedule, request_for, table_schedule)
 from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import peak_activations
@@ -294,6 +294,7 @@ class MeasuredSchedules:
         self._enter(_Phase.WARM_UP)
 
     def first(self, micro_batches: int) -> Schedule:
+        check_limit(self._config, self._placement.ranks, micro_batches)
         self._micro_batches = micro_batches
         safe = self._safe_schedule()
         # Scales are those of as many micro-batches.
@@ -324,6 +325,9 @@ class MeasuredSchedules:
         fused = plans.wait(self._micro_batches, room)
         apart = unfused(fused)
         self._within = apart if room.holds(apart) else fused
+        if self._phase is _Phase.PLAN:  # the planner has left that for this one
+            assert self._times is not None
+            self._plan(self._times)
         return self._within
 
     @property
@@ -447,7 +451,8 @@ def _planned(answer: Answer, config: ScheduleConfig) -> Planned:
     """The plan in an answer; PipelineError if the limits of `config` can't be met."""
     if "schedule" in answer:
         return answer
-    raise PipelineError(f"{_asked(config)}: {answer['error']}")
+    unit = "bytes" if is_in_bytes(config) else "activations of one of 2p chunks"
+    raise PipelineError(f"{KEY}.memory_limit = {config.memory_limit!r}: {answer['error']} ({unit})")
 
 
 def _of_the_same_lengths(now: Times, then: Times) -> Times:

@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ConfigError, nearest, read_section
-from ds_vshape.layouts.job import OWN_ENGINE, Job
+from ds_vshape.layouts.job import OWN_ENGINE, Job, in_terms_of_jobs
 from ds_vshape.layouts.rules import legal_keys, read_job, section_of, unknown_key
 from ds_vshape.layouts.search import SearchSpace
 
@@ -135,12 +135,13 @@ def _adopted(schedule: Mapping[str, Any], keys: Mapping[str, Any]) -> tuple[dict
     # Some keys need others.
     for key in (*keys, *keys):
         try:
-            section = read_section({KEY: {**own, **found, key: keys[key]}})
-            assert section is not None
-            check_demands(section)
+            with in_terms_of_jobs():
+                section = read_section({KEY: {**own, **found, key: keys[key]}})
+                assert section is not None
+                check_demands(section)
             found[key] = keys[key]
         except ConfigError as error:
-            refused[key] = str(error).replace(f"{KEY}.", "schedule.")
+            refused[key] = str(error)
     return found, refused
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.config.to_schedule import Room, equal_times, is_planned, request_for
+from ds_vshape.config.section import KEY, ScheduleConfig
+from ds_vshape.config.to_schedule import Room, equal_times, in_full, is_planned, request_for
 from ds_vshape.layouts.gpt_costs import TrainingCosts
 from ds_vshape.measure.rank_memory import RankMemory, beyond, least, rooms, with_passes
 from ds_vshape.schedule.memory_limit import MemoryLimitError, check_memory_limit
@@ -75,7 +75,7 @@ def predict(config: ScheduleConfig, training: TrainingCosts, times: Times,
 
 
 def _check(limit: int, what: str, memory: Sequence[RankMemory]) -> None:
-    if error := beyond("memory_limit", limit, what, memory):
+    if error := beyond(f"{KEY}.memory_limit", limit, what, memory):
         raise MemoryLimitError(error)
 
 
@@ -95,5 +95,6 @@ def _schedule(config: ScheduleConfig, training: TrainingCosts, times: Times, roo
     else:
         schedule = _named(config.name, ranks, micro_batches, config.chunks)
     if config.name != ADAPTIVE and isinstance(config.memory_limit, float):
-        check_memory_limit(schedule, config.memory_limit)
+        with in_full():
+            check_memory_limit(schedule, config.memory_limit)
     return with_few_pending(schedule) if training.recompute else schedule

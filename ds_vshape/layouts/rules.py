@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from ds_vshape.config.compatibility import check_demands
 from ds_vshape.config.section import KEY, ConfigError, ScheduleConfig, TraceConfig, nearest
-from ds_vshape.config.to_schedule import table_schedule
-from ds_vshape.layouts.job import OWN_ENGINE, Job
-from ds_vshape.schedule.memory_limit import MemoryLimitError, check_possible
+from ds_vshape.config.to_schedule import check_limit, table_schedule
+from ds_vshape.layouts.job import OWN_ENGINE, Job, in_terms_of_jobs
+from ds_vshape.schedule.memory_limit import MemoryLimitError
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -24,13 +24,10 @@ Kind = TypeVar("Kind", bound=BaseModel)
 def read_job(config: Mapping[str, Any]) -> Job:
     """The job of a whole config; raises ConfigError for what can't be run."""
     job = section_of(Job, config)
-    try:
+    with in_terms_of_jobs():
         for check in (_check_schedule, _check_ranks, _check_model, _check_batch, _check_precision, _check_rest,
                       _check_memory_limit):
             check(job)
-    except ConfigError as error:
-        # The section has another name here.
-        raise ConfigError(str(error).replace(f"{KEY}.", "schedule.")) from None
     return job
 
 
@@ -151,12 +148,11 @@ def _check_memory_limit(job: Job) -> None:
     if section is None or not isinstance(section.memory_limit, float):
         return  # bytes are predicted, with the rest
     try:
-        if section.name == ADAPTIVE:
-            check_possible(section.memory_limit, pipe, micro_batches)
-        else:
+        check_limit(section, pipe, micro_batches)
+        if section.name != ADAPTIVE:
             table_schedule(section, pipe, micro_batches)
     except MemoryLimitError as error:
-        raise ConfigError(f"schedule.{error}") from None
+        raise ConfigError(str(error)) from None
 
 
 def legal_keys() -> list[str]:

@@ -191,9 +191,10 @@ class PipelineModule(FastSetattr, StockModule):
                                 f"{ranks} pipeline ranks needs at least {stages} layers")
         of_config = self.schedule_config.partition
         partition = read_partition(method) if of_config is None else of_config
-        if isinstance(partition, str):
-            check_method(partition)
-        self._divide(partition)
+        with _named("partition_method" if of_config is None else f"{KEY}.partition"):
+            if isinstance(partition, str):
+                check_method(partition)
+            self._divide(partition)
 
     def _divide(self, partition: Partition) -> None:
         """Set the stages' bounds by `partition`."""
@@ -222,7 +223,8 @@ class PipelineModule(FastSetattr, StockModule):
             return
         stages, name = self.placement.stages, f"{type(self).__name__}._partition_layers"
         if self.schedule_config.partition is not None:
-            self._divide(self.schedule_config.partition)
+            with _named(f"{KEY}.partition"):
+                self._divide(self.schedule_config.partition)
         elif stages == self.placement.ranks:
             # In DeepSpeed a rank builds the layers of its local bounds, even if `parts` differs.
             self.parts = self._chain_of_local_bounds(name)
@@ -521,6 +523,15 @@ def _topology(arguments: Mapping[str, Any]) -> Any:
     """The topology of a PipelineModule with these arguments, which have been checked."""
     stages = arguments.get("num_stages") or 1
     return arguments.get("topology") or PipeDataParallelTopology(num_pp=stages, num_dp=dist.get_world_size() // stages)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Let errors of a partition name the key or the argument that it's from."""
+    try:
+        yield
+    except PartitionError as error:
+        raise PartitionError(f"{key}: {error}") from error
 
 
 def _layers_of(partition: LayerCosts) -> Layers:

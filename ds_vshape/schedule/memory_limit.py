@@ -26,12 +26,13 @@ def fraction_of_1f1b(schedule: Schedule) -> float:
     return max(peak_activations(schedule)) / peak_of_1f1b(schedule.placement.ranks, schedule.micro_batches)
 
 
-def check_possible(limit: float, ranks: int, micro_batches: int) -> None:
-    """Raise MemoryLimitError if no schedule on the V placement can peak at `limit`, a fraction of 1F1B's peak.
+def check_possible(limit: float, ranks: int, micro_batches: int, at_once: float = 2) -> None:
+    """Raise MemoryLimitError if no schedule can peak at `limit`, a fraction of 1F1B's peak.
 
-    A rank holds its two chunks of one micro-batch at the turn at its end of the V, and needs no more.
+    `at_once` is what each rank has to keep at some time, in activations of 1/(2p) of the model: all its stages of one
+    micro-batch, at the turn at its end of the V; or one of them, where the others may be recomputed or offloaded.
     """
-    least = 2 / peak_of_1f1b(ranks, micro_batches)
+    least = at_once / peak_of_1f1b(ranks, micro_batches)
     if limit < least - 1e-9:
         raise MemoryLimitError(f"memory_limit = {limit:g}: the least possible peak on {ranks} ranks with "
                                f"{micro_batches} micro-batches is {least:.3g} of 1F1B's")

@@ -47,6 +47,9 @@ def key(message: str, **keys: Any) -> Case:
     return lambda: initialized(module_of(config), config), f"ConfigError: {message}"
 
 
+OF_CONFIG, OF_MODULE = "PartitionError: pipeline_schedule.partition: ", "PartitionError: partition_method: "
+
+
 def section(message: str, name: str = "v-half", **fields: Any) -> Case:
     """A section with other fields."""
     return Job({"name": name, **fields}, 2, 2).engine, message
@@ -106,11 +109,14 @@ REFUSED: dict[str, Case] = {
                                   "ConfigError: pipeline_schedule = ['v-half']: must be a schedule's name"),
     "a memory limit of zero": field('must be bytes like "70GiB", for all that a rank needs', memory_limit=0),
     "a memory limit in percent": field('must be bytes like "70GiB", for all that a rank needs', memory_limit=50),
-    "a memory limit that the schedule breaks": section("MemoryLimitError: memory_limit = 0.5: v-zb needs 1 of 1F1B's",
-                                                       "v-zb", memory_limit=0.5),
-    "a memory limit that nothing can meet": section("MemoryLimitError: memory_limit = 0.1: the least possible peak on "
-                                                    "2 ranks with 2 micro-batches is 0.5 of 1F1B's", "adaptive",
-                                                    memory_limit=0.1),
+    "a memory limit that the schedule breaks": section(
+        "MemoryLimitError: pipeline_schedule.memory_limit = 0.5: v-zb needs 1 of 1F1B's", "v-zb", memory_limit=0.5),
+    "a memory limit that nothing can meet": section(
+        "MemoryLimitError: pipeline_schedule.memory_limit = 0.1: the least possible peak on 2 ranks with 2 "
+        "micro-batches is 0.5 of 1F1B's", "adaptive", memory_limit=0.1),
+    "a memory limit below a stage's": section(
+        "MemoryLimitError: pipeline_schedule.memory_limit = 0.2: the least possible peak on 2 ranks with 2 "
+        "micro-batches is 0.25 of 1F1B's", "adaptive", memory_limit=0.2, times="profile", recompute=True, offload=True),
     "bytes of activations for a schedule that measures none": section(
         "ConfigError: pipeline_schedule.memory_limit.activations = 1073741824 bytes: only an adaptive schedule",
         memory_limit={"activations": "1GiB"}),
@@ -136,7 +142,7 @@ REFUSED: dict[str, Case] = {
     "negative bounds": field("must be a method's name, a list of the first layer", partition=[0, -1, 2, 4, 5]),
     "bounds beyond any model": field("must be a method's name, a list of the first layer",
                                      partition=[0, 1, 2, 4, 10**30]),
-    "a cost beyond all others": section("PartitionError: the partition's cost of layer 2 is 1e+308: must be a number "
+    "a cost beyond all others": section(f"{OF_CONFIG}the partition's cost of layer 2 is 1e+308: must be a number "
                                         "from 0 on, up to 1e+100", partition={"costs": [1.0, 2.0, 1e308, 1.0, 1.0]}),
     "no time to plan": field("Input should be greater than 0", planning_seconds=0),
     "a time as text": field("Input should be a valid number", planning_seconds="10"),
@@ -150,27 +156,27 @@ REFUSED: dict[str, Case] = {
     "a trace that ends before it starts": field(TRACE, trace={"batches": [3, 2]}),
     "a trace with an unknown key": field(TRACE, trace={"batches": [1, 2], "folder": "traces"}),
     # The partition.
-    "too few bounds": section("PartitionError: the partition has 3 bounds: 4 stages need 5", partition=[0, 3, 5]),
-    "bounds that leave out layers": section("PartitionError: the partition goes from 1 to 5: it must go from 0 to 5",
+    "too few bounds": section(f"{OF_CONFIG}the partition has 3 bounds: 4 stages need 5", partition=[0, 3, 5]),
+    "bounds that leave out layers": section(f"{OF_CONFIG}the partition goes from 1 to 5: it must go from 0 to 5",
                                             partition=[1, 2, 3, 4, 5]),
-    "a stage without a layer": section("PartitionError: the partition's bounds 2, 2 leave stage 1 without a layer",
+    "a stage without a layer": section(f"{OF_CONFIG}the partition's bounds 2, 2 leave stage 1 without a layer",
                                        partition=[0, 2, 2, 4, 5]),
     "bounds that are no numbers of layers": field("must be a method's name, a list of the first layer",
                                                   partition=[0, 1.5, 2, 4, 5]),
-    "too few costs": section("PartitionError: the partition has costs of 2 layers: the model has 5",
+    "too few costs": section(f"{OF_CONFIG}the partition has costs of 2 layers: the model has 5",
                              partition={"costs": [1.0, 2.0]}),
-    "a cost that is no number": section("PartitionError: the partition's cost of layer 2 is nan: must be",
+    "a cost that is no number": section(f"{OF_CONFIG}the partition's cost of layer 2 is nan: must be",
                                         partition={"costs": [1.0, 2.0, float("nan"), 1.0, 1.0]}),
-    "an unknown method": section("PartitionError: the partition's method 'unifrom' isn't known: must be uniform, "
+    "an unknown method": section(f"{OF_CONFIG}the partition's method 'unifrom' isn't known: must be uniform, "
                                  "parameters, profile, or type:", partition="unifrom"),
     "a method's name that is a number": options("PartitionError: partition_method = 7: must be a method's name",
                                                 partition_method=7),
-    "a broken regular expression": options("PartitionError: the partition's method 'type:(' isn't a valid regular "
+    "a broken regular expression": options(f"{OF_MODULE}the partition's method 'type:(' isn't a valid regular "
                                            "expression",
                                            partition_method="type:("),
-    "a type that no layer has": options("PartitionError: the partition's method 'type:Attention' matches no layer",
+    "a type that no layer has": options(f"{OF_MODULE}the partition's method 'type:Attention' matches no layer",
                                         partition_method="type:Attention"),
-    "a profile of nothing": section("PartitionError: the partition 'profile' can't be measured: it needs an example",
+    "a profile of nothing": section(f"{OF_CONFIG}the partition 'profile' can't be measured: it needs an example",
                                     partition="profile"),
     # The mean of the losses.
     "an unknown mean": field("Input should be 'tokens' or 'micro_batches'", loss_average="token"),

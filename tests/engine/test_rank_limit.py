@@ -227,3 +227,54 @@ def test_what_no_order_keeps_to_recomputation_and_offload_do() -> None:
     (losses, schedule, memory), other = run_ranks(2, losses_within, by_both, GIVES_BACK)
     assert (losses, schedule, memory) == other and losses == run_ranks(2, losses_without)[0]
     assert schedule.gives_back_memory and all(of_rank.total <= by_both for of_rank in memory)
+
+
+def another_size(rank: int, limit: Any, micro_batches: int) -> tuple[Any, list[float]]:
+    """What comes of more micro-batches once sizes are known, and the losses of a batch after that."""
+    without_process()
+    engine = Job(profiled("adaptive", memory_limit=limit), 2, 1, FP32_ZERO1, tuple(specs(BLOCKS))).engine()
+    losses = [float(engine.train_batch(data(engine, batch))) for batch in range(2)]
+    try:
+        engine.set_train_batch_size(micro_batches * SAMPLES)
+        found: Any = engine.schedule(), engine.memory_report()
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    return found, [*losses, float(engine.train_batch(data(engine, 2)))]
+
+
+def test_another_number_of_micro_batches_keeps_to_the_limit() -> None:
+    """The table's least has more activations at once than one micro-batch takes: with room for little more than that,
+    an order that needs less takes its place, and with less the size is refused and the old one trains on."""
+    (schedule, memory), _ = run_ranks(2, another_size, "1GiB", 6)[0][0], None
+    one = run_ranks(2, another_size, "1GiB", 1)[0][0][1]
+    least, table = (max(of_rank.total for of_rank in of_all) for of_all in (one, memory))
+    assert least < table
+    limit = (least + 2 * table) // 3
+    (found, _), (other, _) = run_ranks(2, another_size, f"{limit}B", 6)
+    assert found == other and not isinstance(found, str)
+    assert found[0].micro_batches == 6 and found[0] != schedule
+    assert all(of_rank.total <= limit for of_rank in found[1])
+
+
+def resized(rank: int, section: dict[str, Any], first: int, second: int) -> tuple[str, list[float]]:
+    engine = Job(section, 2, first, FP32, tuple(specs(BLOCKS))).engine()
+    losses = [float(engine.train_batch(data(engine, 0)))]
+    told = "no error"
+    try:
+        engine.set_train_batch_size(second * SAMPLES)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    assert engine.micro_batches == first
+    return told, [*losses, float(engine.train_batch(data(engine, 1)))]
+
+
+@pytest.mark.parametrize("section, first, second", [
+    ({"name": "gpipe", "memory_limit": 1.5}, 2, 6), (profiled("adaptive", memory_limit=0.9), 4, 1)],
+    ids=["named", "planned"])
+def test_a_size_that_the_limit_forbids_is_refused_when_it_is_set(section: dict[str, Any], first: int,
+                                                                 second: int) -> None:
+    """On every rank, and training goes on with the old one. With one micro-batch each schedule has 1F1B's peak."""
+    (told, losses), other = run_ranks(2, resized, section, first, second)
+    assert (told, losses) == other
+    assert told.startswith(f"MemoryLimitError: pipeline_schedule.memory_limit = {section['memory_limit']}: ")
+    assert f"on 2 ranks with {second} micro-batches" in told

@@ -9,11 +9,13 @@ import pytest
 from ranks import run_ranks
 from train_rank import batches_of, build_engine
 
+from ds_vshape.config.section import ConfigError
 from ds_vshape.layouts.composition import compose_job
-from ds_vshape.layouts.job import Job
+from ds_vshape.layouts.job import Job, Machine
 from ds_vshape.layouts.job_costs import host_of, place_of, predict_job, training_of
 from ds_vshape.measure.rank_memory import RankMemory
 from ds_vshape.schedule.communicators import COMMUNICATOR_BYTES
+from ds_vshape.schedule.passes import Kind
 
 SHAPE = ["model=tiny", "model.layers=6", "model.hidden=96", "model.heads=4", "model.length=96", "parallel.pipe=2",
          "data.micro_batches=4"]
@@ -63,6 +65,43 @@ def test_tensor_parallel_and_replicas_share_what_they_share() -> None:
     assert shared.parameters - ends == pytest.approx((alone.parameters - ends) / 2)
     assert (replicated.parameters, replicated.optimizer) == (alone.parameters, alone.optimizer / 2)
     assert replicated.activations_peak == alone.activations_peak
+
+
+PLANNED = ["schedule=adaptive", "schedule.memory_limit=0.25", "schedule.planning_seconds=1", "parallel.pipe=4",
+           "data.micro_batches=8", "machine=a100", "precision=bf16_sums", "parallel.zero=1"]
+
+
+def test_copies_take_what_the_host_takes() -> None:
+    """A batch that offloads is slower with a slower host, and what is copied is what forwards leave."""
+    fast, slow = (compose_job([*PLANNED, "schedule.offload=true", f"machine.host={host}"]) for host in (1000, 0.5))
+    predicted = [predict_job(job) for job in (fast, slow)]
+    assert predicted[0].timeline.makespan < 0.98 * predicted[1].timeline.makespan
+    training = training_of(slow)
+    times, sizes = training.times(slow.placement, training.speeds.inside), training.activations(slow.placement)
+    assert times.offload == times.reload == tuple(size / 0.5e9 for size in sizes.after_forward)
+    copies = [span for spans in predicted[1].timeline.offloads for span in spans]
+    assert all(span.end - span.start == pytest.approx(times.offload[span.action.stage]) for span in copies)
+
+
+def test_recomputation_leaves_the_inputs() -> None:
+    """So it fits where no order alone does; C of the first layers takes their part of F."""
+    words = [*PLANNED, "schedule.memory_limit=0.2"]
+    with pytest.raises(ConfigError, match="schedule.memory_limit = 0.2: the least possible peak .* is 0.25 of"):
+        compose_job(words)
+    job = compose_job([*words, "schedule.recompute=true"])
+    training = training_of(job)
+    assert any(action.kind is Kind.C for _, action in predict_job(job).schedule.passes())
+    times, sizes = training.times(job.placement, training.speeds.inside), training.activations(job.placement)
+    for stage, (layers, left) in enumerate(zip(times.recompute, sizes.recomputed, strict=True)):
+        assert layers[-1] == pytest.approx(times.forward[stage]) and list(layers) == sorted(layers)
+        inputs = 0 if stage == 0 else 2 * training.tokens * training.shape.hidden
+        assert left[-1] == pytest.approx(inputs)
+
+
+def test_a_machine_says_how_fast_its_host_is_or_is_a_usual_one() -> None:
+    machine = compose_job(PLANNED).machine.model_dump()
+    assert machine.pop("host") == 12
+    assert Machine(**machine).host == 10
 
 
 @pytest.mark.parametrize("words", [["schedule=v-half"], ["schedule=1f1b"], ["schedule=v-zb", "parallel=three_d"]])

@@ -328,38 +328,39 @@ def method(value: Any, **options: Any) -> dict[str, Any]:
 
 
 LAYERS = specs(4)
+OF_MODULE = "PartitionError: partition_method: "
 BAD: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "too few bounds": (LAYERS, "v-half", method([0, 3, 6]),
-                       "PartitionError: the partition has 3 bounds: 4 stages need 5"),
+                       f"{OF_MODULE}the partition has 3 bounds: 4 stages need 5"),
     "bounds that fall": (LAYERS, "v-half", method([0, 3, 2, 4, 6]),
-                         "PartitionError: the partition's bounds 3, 2 leave stage 1 without a layer"),
+                         f"{OF_MODULE}the partition's bounds 3, 2 leave stage 1 without a layer"),
     "bounds beyond the layers": (LAYERS, "v-half", method([0, 1, 2, 3, 9]),
-                                 "PartitionError: the partition goes from 0 to 9: it must go from 0 to 6"),
+                                 f"{OF_MODULE}the partition goes from 0 to 9: it must go from 0 to 6"),
     "bounds that are no integers": (LAYERS, "v-half", method([0, 1.5, 2, 3, 6]),
                                     "PartitionError: partition_method = [0, 1.5, 2, 3, 6]: must be a method's name, "),
     "another key than costs": (LAYERS, "v-half", method({"cost": [1]}),
                                "PartitionError: partition_method = {'cost': [1]}: must be"),
     "too few costs": (LAYERS, "v-half", method({"costs": [1, 2]}),
-                      "PartitionError: the partition has costs of 2 layers: the model has 6"),
+                      f"{OF_MODULE}the partition has costs of 2 layers: the model has 6"),
     "a negative cost": (LAYERS, "v-half", method({"costs": [1, 2, 3, -4, 5, 6]}),
-                        "PartitionError: the partition's cost of layer 3 is -4"),
-    "no cost at all": (LAYERS, "v-half", method({"costs": [0] * 6}), "PartitionError: the partition's costs are all 0"),
+                        f"{OF_MODULE}the partition's cost of layer 3 is -4"),
+    "no cost at all": (LAYERS, "v-half", method({"costs": [0] * 6}), f"{OF_MODULE}the partition's costs are all 0"),
     "a profile without an example": (LAYERS, "v-half", method("profile"),
-                                     "PartitionError: the partition 'profile' can't be measured: it needs an example"),
+                                     f"{OF_MODULE}the partition 'profile' can't be measured: it needs an example"),
     "an example that isn't a pair": (LAYERS, "v-half", method("profile", example=EXAMPLE[0]),
-                                     "PartitionError: the partition 'profile' can't be measured: it needs an example"),
+                                     f"{OF_MODULE}the partition 'profile' can't be measured: it needs an example"),
     "a profile of a broken layer": ([*LAYERS, LayerSpec(Broken)], "v-half", method("profile", example=EXAMPLE),
-                                    "PartitionError: the partition 'profile' can't be measured: layer 6 (Broken): "
+                                    f"{OF_MODULE}the partition 'profile' can't be measured: layer 6 (Broken): "
                                     "RuntimeError: no such kernel"),
     "bounds in the config": (LAYERS, {"name": "v-half", "partition": [0, 3, 6]}, {},
-                             "PartitionError: the partition has 3 bounds"),
+                             "PartitionError: pipeline_schedule.partition: the partition has 3 bounds"),
     "words for bounds in the config": (LAYERS, {"name": "v-half", "partition": ["0", "3"]}, {},
                                        "ConfigError: pipeline_schedule.partition = ['0', '3']: must be a method's"),
     "a method that matches no layer": (LAYERS, "v-half", method("type:Foo"),
-                                       "PartitionError: the partition's method 'type:Foo' matches no layer: must match "
+                                       f"{OF_MODULE}the partition's method 'type:Foo' matches no layer: must match "
                                        "one of "),
     "an unknown method": (LAYERS, "v-half", method("profiled"),
-                          "PartitionError: the partition's method 'profiled' isn't known: must be"),
+                          f"{OF_MODULE}the partition's method 'profiled' isn't known: must be"),
 }
 
 
@@ -375,4 +376,4 @@ def test_a_limit_that_no_partition_meets(cache: Any) -> None:
     section = {"name": "adaptive", "planning_seconds": 0.2, "memory_limit": 0.2}
     errors = run_ranks(2, error_of, LAYERS, section, method({"costs": [1, 1, 1, 1, 1, 1]}), timeout=60)
     assert errors[0] == errors[1]
-    assert errors[0].startswith("PartitionError: no partition of the layers can be planned: a limit of")
+    assert errors[0].startswith(f"{OF_MODULE}no partition of the layers can be planned: a limit of")
