@@ -54,7 +54,8 @@ class PlanningProcess:
                 # Found wherever this process found the package, installed or not.
                 paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
                 # A process group of its own: if it is stopped before it can ask to end with this process, the system
-                # ends it, as it does with stopped groups whose parents have ended.
+                # ends it, as it does with stopped groups whose parents have ended; or lets it go on where SIGHUP is
+                # ignored, as under nohup, and it ends when it finds itself without its parent.
                 self._process = subprocess.Popen([sys.executable, *WORKER, str(os.getpid())], stdin=question,
                                                  stdout=self._answer, process_group=0,
                                                  env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})

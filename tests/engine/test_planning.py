@@ -155,12 +155,13 @@ def test_only_a_limit_that_cannot_be_met_is_an_answer(monkeypatch: pytest.Monkey
         answer(REQUEST)
 
 
-def fork_with_a_planner(worker: list[str]) -> tuple[int, int]:
-    """The processes of a rank that waits and of its planner."""
+def fork_with_a_planner(worker: list[str], hangup: signal.Handlers) -> tuple[int, int]:
+    """The processes of a rank that waits and of its planner, for which SIGHUP is as nohup leaves it or not."""
     out, into = os.pipe()
     rank = os.fork()
     if not rank:
         try:
+            signal.signal(signal.SIGHUP, hangup)
             planning.WORKER = worker
             process = PlanningProcess(replace(REQUEST, name="adaptive", time_limit=600.0))
             os.write(into, str(planner_of(process).pid).encode())
@@ -173,13 +174,19 @@ def fork_with_a_planner(worker: list[str]) -> tuple[int, int]:
     return rank, planner
 
 
-@pytest.mark.parametrize("worker, is_ready", [(planning.WORKER, True), (code("time.sleep(600)"), False)])
-def test_a_stopped_planner_does_not_outlive_its_rank(worker: list[str], is_ready: bool) -> None:
+STARTS_LATE = code("time.sleep(3)\nfrom ds_vshape.schedule.worker import main\nmain()")
+
+
+@pytest.mark.parametrize("hangup", [signal.SIG_DFL, signal.SIG_IGN])
+@pytest.mark.parametrize("worker, is_ready", [(planning.WORKER, True), (STARTS_LATE, False)])
+def test_a_stopped_planner_does_not_outlive_its_rank(worker: list[str], is_ready: bool,
+                                                     hangup: signal.Handlers) -> None:
     """Neither one that has asked to end with its parent, nor one that hasn't come to that."""
-    rank, pid = fork_with_a_planner(worker)
+    rank, pid = fork_with_a_planner(worker, hangup)
     planner = psutil.Process(pid)
     try:
-        while is_ready and planner.nice() == 0:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        while is_ready and planner.nice() == before:
             time.sleep(0.05)
         planner.suspend()
     finally:
