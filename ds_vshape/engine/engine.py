@@ -258,7 +258,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         try:
             self.schedule()
             if train_batch_size != before:
-                self.check_batch_size()
+                self._check_batch_size()
         except Exception:
             super().set_train_batch_size(before)
             raise

@@ -88,7 +88,7 @@ class MemoryLimits(StockEngine):
             memory = self._start_within(limit, memory, sizes, _BY_SHAPES)
         limit.check(self._present().name, memory, sizes, _BY_SHAPES)
 
-    def check_batch_size(self) -> None:
+    def _check_batch_size(self) -> None:
         """With another number of micro-batches: refuse a limit that can't be met as far as sizes are known by now, or
         start with a schedule that keeps to it. What is planned comes later, within what is left."""
         sizes = self._observer.sizes
