@@ -143,8 +143,9 @@ class Run:
         """Start the ranks and wait for them; those that were still running at the end, and all exit codes."""
         environment = {**os.environ, "DS_ACCELERATOR": self._device, "WORLD_SIZE": str(step.ranks),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONUNBUFFERED": "1"}
+        folders = [ROOT, ROOT / "bench", ROOT / "tests" / "support"]
         environment["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
+            [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank, file in enumerate(files):

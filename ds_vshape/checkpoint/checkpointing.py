@@ -187,12 +187,12 @@ class SavingEngine(StockEngine):
                                "one, or name it by its tag")
                 return None, None
             # What all ranks see before one reads, and still see when all have read, is one checkpoint.
-            folder = os.path.join(load_dir, found)
-            self._reading = Reading(self.checkpoint_engine, folder)
+            self._reading = self._agreement.run(
+                lambda: Reading(self.checkpoint_engine, os.path.join(load_dir, found)), _LOAD)
             with Meeting(self._agreement, _LOAD, self._explained):
-                kept, seen = TrainingState(self), os.stat(folder).st_ino
+                kept = TrainingState(self)
             try:
-                return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn}, seen)
+                return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn})
             except BaseException:
                 kept.restore()
                 raise
@@ -226,15 +226,13 @@ class SavingEngine(StockEngine):
         raise CheckpointError(f"not all ranks find the checkpoint {first!r} under one name: " + "; ".join(
             f"{' and '.join(found)} on rank {rank}" for rank, found in enumerate(places)))
 
-    def _load(self, load_dir: str, tag: str, options: dict[str, Any], seen: int) -> tuple[Any, Any]:
-        folder = self._reading.path
+    def _load(self, load_dir: str, tag: str, options: dict[str, Any]) -> tuple[Any, Any]:
         self.checkpoint_engine = self._reading
         self._loading = Meeting(self._agreement, _LOAD, self._explained)
         try:
             with self._loading, weights_only():
                 path, client_state = super().load_checkpoint(load_dir, tag, **options)
-                if not os.path.isdir(folder) or os.stat(folder).st_ino != seen:
-                    raise CheckpointError(f"{folder} was replaced while it was loaded: load it again when no job saves")
+                self._reading.check_folder()
             forwards = client_state.pop(_FORWARDS, None)
             if forwards is not None and not options["load_module_only"]:
                 self._forwards_before = forwards
@@ -247,6 +245,10 @@ class SavingEngine(StockEngine):
 
     def _explained(self, error: Exception) -> Exception:
         """What is raised for an error while a checkpoint is loaded."""
+        try:
+            self._reading.check_folder()
+        except CheckpointError as replaced:
+            return replaced
         if isinstance(error, CheckpointError):
             return error
         return CheckpointError(f"{self._reading.path} can't be loaded: {in_one_line(error)}")

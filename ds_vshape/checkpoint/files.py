@@ -5,6 +5,7 @@ A checkpoint engine (runtime/checkpoint_engine/) is what reads and writes files 
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any, Protocol
 
@@ -42,12 +43,25 @@ class _Wrapped:
 
 
 class Reading(_Wrapped):
-    """Raises CheckpointError for a file that can't be read; `path` is the file that was read last."""
+    """Raises CheckpointError for a file that can't be read; `path` is the file that was read last.
 
-    def __init__(self, engine: CheckpointEngine, path: str) -> None:
+    Raises OSError if there is no `folder`.
+    """
+
+    def __init__(self, engine: CheckpointEngine, folder: str) -> None:
         super().__init__(engine)
         # Errors of what is done with the content are about this file, or folder.
-        self.path = path
+        self.path = self._folder = folder
+        self._inode = os.stat(folder).st_ino
+
+    def check_folder(self) -> None:
+        """Raise CheckpointError if the folder isn't the one that was there at first: then files of two are mixed."""
+        try:
+            inode: int | None = os.stat(self._folder).st_ino
+        except FileNotFoundError:
+            inode = None
+        if inode != self._inode:
+            raise CheckpointError(f"{self._folder} was replaced while it was loaded: load it again when no job saves")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """As the engine's."""

@@ -126,6 +126,17 @@ def raising(victim: int, of: str, error: Exception, after: bool = False) -> Inje
     return inject
 
 
+def moved_away(rank: int, engine: Any) -> Callable[[], None]:
+    """The folder isn't there when rank 0 starts to read: a job that saves it again moves the old one away first."""
+    def load(load_dir: str, tag: str, **kwargs: Any) -> Any:
+        Path(load_dir, tag).rename(Path(load_dir, "old"))
+        return original(load_dir, tag, **kwargs)
+    if rank:
+        return lambda: None
+    original, engine._load_checkpoint = engine._load_checkpoint, load
+    return lambda: delattr(engine, "_load_checkpoint")
+
+
 def during(of: str, happens: Callable[[Path], None]) -> Injection:
     """Something happens to the checkpoint when rank 0 has done a part of loading it."""
     def inject(rank: int, engine: Any) -> Callable[[], None]:
@@ -234,6 +245,7 @@ FAULTS: dict[str, Fault] = {
                              ("rank 0 finds no file", "on rank 1 it names 'global_step2'")),
     "another job saves meanwhile": (nothing, during("module.load_state_dir", saved_again), options(),
                                     ("was replaced while it was loaded",)),
+    "another job starts to save": (nothing, moved_away, options(), ("was replaced while it was loaded",)),
 }
 OF_ZERO: dict[str, Fault] = {
     "a missing shard": (removed(SHARD), none, options(), ("zero_pp_rank_0_mp_rank_01_optim_states.pt is missing",)),

@@ -96,8 +96,7 @@ class Deferral(TorchDispatchMode):
             stream.put(lambda: func(*args, **kwargs), tensors_of(args, kwargs))
             values = [targets[result.alias_info] for result in func._schema.returns]
             return values[0] if len(values) == 1 else tuple(values) if values else None
-        # For its shapes and strides alone; what it reads may be wrong yet.
-        result = func(*args, **kwargs)
+        result = _shaped(func, args, kwargs)
         inputs = {StorageWeakRef(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs))
                   if isinstance(leaf, Tensor)}
         # Some views say nothing of being one (_unsafe_view).
@@ -143,6 +142,20 @@ def same_memory(tensors: Any) -> Any:
     """Tensors on the memory that `tensors` (nested) have now, as a launched kernel keeps its pointers: a tensor's
     `data` may be another one's by the time at which the kernel runs."""
     return tree_map(lambda leaf: aten.alias.default(leaf) if isinstance(leaf, Tensor) else leaf, tensors)
+
+
+def _shaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A result for its shapes and strides alone: what `func` reads may be wrong yet, and no indices."""
+    try:
+        return func(*args, **kwargs)
+    except (IndexError, RuntimeError):
+        args, kwargs = tree_map(_without_indices, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _without_indices(leaf: Any) -> Any:
+    is_index = isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
+    return torch.zeros_like(leaf) if is_index else leaf
 
 
 def tensors_of(*nested: Any) -> list[Tensor]:
