@@ -41,9 +41,9 @@ from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.choose import limits_at
 from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.communicators import communicators
-from ds_vshape.schedule.lowering import Run, lower, lower_announced
-from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, most_micro_batches, placement_of
-from ds_vshape.schedule.synchronization import check_with_synchronization
+from ds_vshape.schedule.lowering import Lowering, Run
+from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
+from ds_vshape.schedule.own_proof import show
 from ds_vshape.schedule.timeline import Times, simulate
 
 # "Pipeline Parallelism with Controllable Memory", section 4: the models.
@@ -188,8 +188,8 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """CPU seconds and bytes of what every rank does at start, for all ranks' programs; one rank's (the longest's)
-    instructions and passes in a batch, and the communicators of a pipeline."""
+    """CPU seconds and bytes of what a rank does at start, and the instructions and passes of its batch: an inner rank's,
+    which has most; the communicators of a pipeline."""
 
     schedule: str
     ranks: int
@@ -201,7 +201,6 @@ class PlanCost:
     instructions: int
     passes: int
     communicators: int
-    estimated: bool = False
 
     @property
     def seconds(self) -> float:
@@ -219,32 +218,22 @@ def plan_cost(name: str, ranks: int, micro_batches: int) -> PlanCost:
     moments = [time.process_time()]
     schedule = build(name, ranks, micro_batches)
     moments.append(time.process_time())
-    # The programs of batches in which messages are announced, as in the first one, and of all others.
-    times = Times.uniform(schedule.placement.stages)
+    times, rank = Times.uniform(schedule.placement.stages), ranks // 2
+    seconds = [moments[1] - moments[0], 0.0, 0.0]
     with uncollected():
-        both = lower_announced(schedule, times), lower(schedule, times)
-        moments.append(time.process_time())
-        for programs in both:
-            check_with_synchronization(programs, schedule.placement)
-    moments.append(time.process_time())
-    longest = max(programs, key=len)
-    training_instructions(longest)
-    seconds = [end - start for start, end in zip(moments, moments[1:])]
-    return PlanCost(name, ranks, micro_batches, *seconds,
-                    1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), len(longest),
-                    sum(isinstance(step, Run) for step in longest), len(communicators(schedule.placement)))
-
-
-def cost_of(name: str, ranks: int, micro_batches: int) -> PlanCost:
-    """`plan_cost`; where a batch may not have so many micro-batches, an estimate from a fourth of the ranks: what is
-    kept and checked grows with the square of the ranks, a rank's instructions with the micro-batches."""
-    if micro_batches <= most_micro_batches(ranks, placement_of(name, ranks).chunks_each):
-        return plan_cost(name, ranks, micro_batches)
-    few = ranks // 4
-    base = plan_cost(name, few, micro_batches // 4)
-    return PlanCost(name, ranks, micro_batches, *(16 * each for each in (base.build, base.lower, base.check)),
-                    16 * base.memory, 4 * base.instructions, 4 * base.passes,
-                    len(communicators(placement_of(name, ranks))), estimated=True)
+        # The programs of batches in which messages are announced, as in the first one, and of all others.
+        for lower in (Lowering.announced, Lowering.programs):
+            start = time.process_time()
+            lowering = Lowering(schedule, times)
+            program, = lower(lowering, [rank])
+            lowered = time.process_time()
+            show(program, rank, schedule, lowering)
+            seconds[1] += lowered - start
+            seconds[2] += time.process_time() - lowered
+    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    training_instructions(program)
+    return PlanCost(name, ranks, micro_batches, *seconds, memory, len(program),
+                    sum(isinstance(step, Run) for step in program), len(communicators(schedule.placement)))
 
 
 def host(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -252,7 +241,7 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.measure:
         from instructions import measured_instruction
     cost = (measured_instruction(2, 10),) if options.measure else tuple(options.instruction_us)
-    table = Table(title="what every rank does at start, and the host's part in a batch: measured")
+    table = Table(title="what a rank does at start, and the host's part in a batch: measured")
     for column in ("schedule", "p", "m", "build s", "lower s", "check s", "MiB", "instructions a rank", "a pass",
                    *(f"s a batch at {1e6 * each:.0f} us" for each in cost),
                    *(f"least ms a pass at {1e6 * each:.0f} us" for each in cost), "communicators"):
@@ -261,10 +250,9 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
         for size in tqdm(sizes, disable=None):
-            plan = process.submit(cost_of, *size).result()
+            plan = process.submit(plan_cost, *size).result()
             found.append(plan)
-            table.add_row(f"{plan.schedule}{' (estimated)' * plan.estimated}", str(plan.ranks),
-                          str(plan.micro_batches), f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}",
+            table.add_row(plan.schedule, str(plan.ranks), str(plan.micro_batches), f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}",
                           f"{plan.memory / 1024 ** 2:.0f}",
                           str(plan.instructions), f"{plan.instructions / plan.passes:.2f}",
                           *(f"{each * plan.instructions:.2f}" for each in cost),

@@ -60,9 +60,10 @@ def check_demands(config: ScheduleConfig) -> None:
                           f"{', '.join([ADAPTIVE, *TIMED])}")
 
 
-def check_micro_batches(micro_batches: int, placement: Placement, key: str = "gradient_accumulation_steps") -> None:
-    """Raise ConfigError for more micro-batches than a schedule on `placement` may have."""
-    most = most_micro_batches(placement.ranks, placement.chunks_each)
+def check_micro_batches(micro_batches: int, placement: Placement, name: str,
+                        key: str = "gradient_accumulation_steps") -> None:
+    """Raise ConfigError for more micro-batches than the schedule `name` on `placement` may have."""
+    most = most_micro_batches(placement.ranks, placement.chunks_each, name)
     if micro_batches > most:
         raise ConfigError(f"{key} = {micro_batches}: must be at most {most} on {placement.ranks} pipeline ranks: "
                           "ordering more of them takes minutes")

@@ -117,7 +117,7 @@ class MemoryLimits(StockEngine):
             self._limit.check(self._present().name, memory, self._observer.sizes, _MEASURED)
 
     def _present(self) -> Schedule:
-        return self._plans.training(self.micro_batches).schedule
+        return self._plans.schedule(self.micro_batches)
 
     def _loss_of_shapes(self, outputs: Any, labels: Any, accumulator: GradientAccumulator) -> Any:
         """The loss of the last stage's outputs without data."""

@@ -1,11 +1,13 @@
 """What batches run by: a schedule for each number of micro-batches, lowered to this rank's instructions.
 
     the source (scheduling.py) -> a schedule -> lowered and checked (schedule/) -> the instructions of this rank
+
+Each rank lowers and checks its own program, and all ranks agree that they have all done so (schedule/own_proof.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,12 +16,14 @@ from deepspeed.runtime.pipe.module import PipelineError
 from ds_vshape.config.compatibility import check_micro_batches
 from ds_vshape.config.to_schedule import Room
 from ds_vshape.engine.scheduling import Schedules
+from ds_vshape.health.failures import Agreement
 from ds_vshape.measure.profiling import PassRecorder
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.lowering import Program, lower, lower_announced
+from ds_vshape.schedule.lowering import Lowering, Program
+from ds_vshape.schedule.own_proof import NotShown, show
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import Placement
@@ -30,7 +34,8 @@ from ds_vshape.schedule.timeline import Times
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
 _RECOMPUTED = 4
 
-Lowering = Callable[[Schedule, Times], tuple[Program, ...]]
+# One of its methods: `programs` or `announced`.
+Lower = Callable[[Lowering, Sequence[int] | None], tuple[Program, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,21 @@ class Plans:
     Args:
         placement: of the model's stages.
         rank: this pipeline rank.
+        name: of the schedule that is asked for.
         source: where training schedules come from.
         instructions: the instructions of a training batch, from this rank's program.
         recomputes: whether forwards leave less than backwards do, as far as the configuration says.
         knows_sizes: whether a plan takes the measured sizes of activations into account.
+        agreement: of all ranks of the job.
     """
 
-    def __init__(self, placement: Placement, rank: int, source: Schedules,
+    def __init__(self, placement: Placement, rank: int, name: str, source: Schedules,
                  instructions: Callable[[Program], list[instr.PipeInstruction]], recomputes: bool,
-                 knows_sizes: Callable[[], bool]) -> None:
-        self._placement, self._rank, self._source = placement, rank, source
+                 knows_sizes: Callable[[], bool], agreement: Agreement) -> None:
+        self._placement, self._rank, self._name, self._source = placement, rank, name, source
         self._instructions, self._knows_sizes = instructions, knows_sizes
-        self._recomputes = recomputes
+        self._recomputes, self._agreement = recomputes, agreement
+        self._schedules: dict[int, Schedule] = {}
         self._plans: dict[int, BatchPlan] = {}
         # The same schedules for batches in which messages are announced, as far as there were any.
         self._announced: dict[int, BatchPlan] = {}
@@ -85,18 +93,24 @@ class Plans:
         """What W's entries cost on `stage`, as far as it was measured: its pieces are cut by that."""
         return self._source.entry_costs[stage] if self._source.entry_costs else ()
 
+    def schedule(self, micro_batches: int) -> Schedule:
+        """That of training batches; where there is none yet and it is planned, collective."""
+        if micro_batches not in self._schedules:
+            check_micro_batches(micro_batches, self._placement, self._name)
+            self._schedules[micro_batches] = self._chosen(self._source.first(micro_batches))
+        return self._schedules[micro_batches]
+
     def training(self, micro_batches: int) -> BatchPlan:
         """The plan of training batches; collective where there is none yet."""
         if micro_batches not in self._plans:
-            check_micro_batches(micro_batches, self._placement)
-            self._adopt(self._source.first(micro_batches))
+            self._lower(self.schedule(micro_batches))
         return self._plans[micro_batches]
 
     def announced(self, micro_batches: int) -> BatchPlan:
         """As `training`, for a batch in which messages are announced."""
         plan = self.training(micro_batches)
         if micro_batches not in self._announced:
-            program = self.program(plan.schedule, lower_announced)
+            program = self.program(plan.schedule, Lowering.announced)
             self._announced[micro_batches] = BatchPlan(plan.schedule, self._instructions(program))
         return self._announced[micro_batches]
 
@@ -104,10 +118,10 @@ class Plans:
         """The plan of an evaluated batch. Raises PipelineError for a number that can't be."""
         if micro_batches < 1:
             raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
-        check_micro_batches(micro_batches, self._placement, "num_micro_batches")
+        check_micro_batches(micro_batches, self._placement, self._name, "num_micro_batches")
         if micro_batches not in self._evaluated:
             schedule = forward_only(self._placement, micro_batches)
-            instructions = instr.evaluation_instructions(self.program(schedule, lower_announced))
+            instructions = instr.evaluation_instructions(self.program(schedule, Lowering.announced))
             self._evaluated[micro_batches] = BatchPlan(schedule, instructions)
         return self._evaluated[micro_batches]
 
@@ -125,7 +139,7 @@ class Plans:
         return schedule is not None
 
     def use(self, schedule: Schedule) -> None:
-        """Train by `schedule` from the next batch of as many micro-batches on.
+        """Train by `schedule` from the next batch of as many micro-batches on (collective).
 
         Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with another placement than
         the model's.
@@ -134,7 +148,12 @@ class Plans:
             raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
                                 f"{self._placement.chunks}")
         check(schedule)
-        self._plans[schedule.micro_batches] = BatchPlan(schedule, self._instructions(self.program(schedule, lower)))
+        self._lower(schedule)
+
+    def _lower(self, schedule: Schedule) -> None:
+        instructions = self._instructions(self.program(schedule, Lowering.programs))
+        self._schedules[schedule.micro_batches] = schedule
+        self._plans[schedule.micro_batches] = BatchPlan(schedule, instructions)
         self._announced.pop(schedule.micro_batches, None)
 
     def after_batch(self, schedule: Schedule, record: PassRecorder) -> bool:
@@ -152,16 +171,36 @@ class Plans:
             return
         if sum(activations.after_backward) > _RECOMPUTED * sum(activations.after_forward):
             self._recomputes = True
-            for plan in list(self._plans.values()):
-                self._adopt(plan.schedule)
+            for schedule in list(self._schedules.values()):
+                self._adopt(schedule)
 
     def _adopt(self, schedule: Schedule) -> None:
-        """Use a schedule of the source, with fewer pending weight gradients where those are most of the memory."""
-        self.use(with_few_pending(schedule) if self._recomputes and not self._knows_sizes() else schedule)
+        """Use a schedule of the source, which has checked it."""
+        self._lower(self._chosen(schedule))
+
+    def _chosen(self, schedule: Schedule) -> Schedule:
+        """`schedule` with fewer pending weight gradients where those are most of the memory."""
+        return with_few_pending(schedule) if self._recomputes and not self._knows_sizes() else schedule
 
     @uncollected()
-    def program(self, schedule: Schedule, lowering: Lowering) -> Program:
-        """This rank's part of `schedule`, after the checks of all ranks' parts together."""
-        programs = lowering(schedule, Times.uniform(self._placement.stages))
-        check_with_synchronization(programs, self._placement)
-        return programs[self._rank]
+    def program(self, schedule: Schedule, lower: Lower) -> Program:
+        """This rank's part of `schedule`, after the checks of all ranks' parts (collective).
+
+        Raises ScheduleError or DeadlockError, on all ranks, if they can't run.
+        """
+        lowering = Lowering(schedule, Times.uniform(self._placement.stages))
+        own, = lower(lowering, [self._rank])
+        try:
+            show(own, self._rank, schedule, lowering)
+            shown = True
+        except NotShown:
+            shown = False
+        if self._agreement.holds_everywhere(shown):
+            return own
+
+        def checked() -> Program:
+            programs = lower(lowering, None)
+            check_with_synchronization(programs, self._placement)
+            return programs[self._rank]
+
+        return self._agreement.run(checked, "check of the plan")

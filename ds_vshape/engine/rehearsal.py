@@ -22,7 +22,7 @@ from ds_vshape.measure.observer import Observer
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.wrappers import InstructionWrappers
-from ds_vshape.schedule.lowering import lower, lower_announced
+from ds_vshape.schedule.lowering import Lowering
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.schedule import Schedule
 
@@ -59,14 +59,14 @@ class Rehearsal(StockEngine):
         Within the context there are their losses and gradients, and the failure if this rank has failed. Afterwards
         only the gradients are left, and what layers have changed.
         """
-        lowering = lower_announced if self._announces else lower
-        instructions = instr.passes_alone(self._plans.program(schedule, lowering))
+        lower = Lowering.announced if self._announces else Lowering.programs
+        instructions = instr.passes_alone(self._plans.program(schedule, lower))
         self._samples.keep()
         self.fwd_outputs: list[Any] = []
         self._channels.begin_batch(None if self._announces else self._signatures)
         self._active_stage = None
         # Micro-batches in the places that they have in the batch itself, whose schedule may order them otherwise.
-        self.draw_ahead(self._plans.training(schedule.micro_batches).schedule)
+        self.draw_ahead(self._plans.schedule(schedule.micro_batches))
         # What is copied isn't the last batch's.
         self._observer.begin_batch(schedule, training=False)
         with self._wrappers.none():

@@ -36,7 +36,7 @@ class Reports:
     def schedule(self) -> Schedule:
         """The schedule of a training batch with the present number of micro-batches; to be called on every rank where
         there has been no such batch yet."""
-        return self._plans.training(self.micro_batches).schedule
+        return self._plans.schedule(self.micro_batches)
 
     @in_phase
     def pipeline_report(self) -> dict[str, Any]:

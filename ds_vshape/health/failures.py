@@ -148,6 +148,13 @@ class Agreement:
         self.reach(failure, what)
         return result
 
+    def holds_everywhere(self, holds: bool) -> bool:
+        """Whether something holds on all ranks; collective. PeerLost if a rank doesn't come."""
+        try:
+            return not self._exchange.largest(int(not holds))
+        except RuntimeError as error:
+            raise _lost("checks of a plan", error) from error
+
     def failure(self, error: Exception, what: str) -> Failure:
         """An error of this rank in `what`, for `reach`."""
         return Failure(error, f"{what} on {self._name}")

@@ -41,11 +41,12 @@ What it costs:
     choose.py            which schedule a name stands for, once times are known
 
 How it runs:
+    moments.py           when passes start and end, as the next one looks at it
     lowering.py          each rank's program, communication included
     deadlock.py          the checker of such programs
     rendezvous.py        all of them run together, as that checker and the next one look at them
-    vector_clocks.py     what each pass depends on, through all ranks
     synchronization.py   a synchronized device can't hang them
+    own_proof.py         what each rank shows of its own program, which together proves them all
     communicators.py     which channels share a communicator
     collection.py        the garbage collector, out of the way of plans
     request.py           a request to a planner in a process of its own

@@ -57,7 +57,7 @@ def check(programs: Sequence[Program], placement: Placement,
     """
     # Programs may be made without the data.
     loading = any(isinstance(step, Load) for program in programs for step in program)
-    alone = [_Alone(rank, placement, loading) for rank in range(len(programs))]
+    alone = [Alone(rank, placement, loading) for rank in range(len(programs))]
 
     def each_alone(parts: Sequence[Sequence[Step]]) -> None:
         for of_rank, part in zip(alone, parts):
@@ -105,8 +105,8 @@ class _MicroBatches:
         return self._until - start, frozenset(micro_batch - start for micro_batch in self._others)
 
 
-class _Alone:
-    """One rank's program on its own."""
+class Alone:
+    """One rank's program on its own; where `loading`, with the data of the first and the last stage."""
 
     def __init__(self, rank: int, placement: Placement, loading: bool) -> None:
         self._rank, self._placement, self._loading = rank, placement, loading

@@ -19,10 +19,12 @@ one simulated order of the whole pipeline, so both ends of a channel see its mes
 A rank that synchronizes its device inside a pass (an allocator that is short of memory does, and so does the first
 launch of a kernel) waits for all messages that it has posted. It gets them only if none of them depends on that pass:
 
-    not too early   after the last own pass that the message depends on through any other passes; else a synchronization
-                    of the receiver waits for a message that waits for it
+    not too early   after the last own pass that the message depends on; else a synchronization of the receiver waits
+                    for a message that waits for it. Such a pass has sent something straight to the message's sender,
+                    or on a ring of ranks something that can have come the other way around by then
     not too late    before the first own pass that depends on a pass which the sender starts after it has sent; else a
-                    synchronization of the sender waits for a post that waits for it
+                    synchronization of the sender waits for a post that waits for it. None does that starts before the
+                    message's maker
 
 Where messages are announced, their sizes aren't known before they are made, and a post waits on the host until its
 message is sent. It stands before the first pass that starts when the message has been sent (`lower_announced`). So a
@@ -35,17 +37,19 @@ from __future__ import annotations
 
 import bisect
 import enum
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Self
 
+from ds_vshape.schedule.moments import Moment, Moments
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.repeated import Repeated, later
 from ds_vshape.schedule.schedule import Order, Schedule, Variants, dependencies, variants
-from ds_vshape.schedule.timeline import Times, simulate
-from ds_vshape.schedule.vector_clocks import VectorClocks
+from ds_vshape.schedule.timeline import Times
 
 
 class Content(str, enum.Enum):
@@ -198,16 +202,6 @@ Program = Sequence[Step]
 # The steps of a rank: for each of its passes those before it, itself, and those after it; then what is left.
 _Groups = list[list[Step]]
 
-# Start or end of a pass: by the given times, then by equal ones.
-_Moment = tuple[float, float]
-
-
-class _Moments(NamedTuple):
-    """Of all passes, by rank and place in its order."""
-
-    starts: list[list[_Moment]]
-    ends: list[list[_Moment]]
-
 
 def channels(placement: Placement) -> list[Channel]:
     """Every channel that the placement needs, in an order that is the same on all ranks."""
@@ -238,35 +232,63 @@ class _Transfer(NamedTuple):
     needed_at: int
 
 
-def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
-    """The programs of all ranks; where the middle of all orders repeats, so does the middle of all programs.
+class Lowering:
+    """The programs of `schedule`, of all ranks or some; where the middle of all orders repeats, so does that of them.
 
     `times` decide only how early a receive is posted and how late a send is released: whatever they are, the
-    programs are right. All ranks must lower with the same ones. Raises ScheduleError if the schedule can't run.
+    programs are right. All ranks must lower with the same ones. Methods raise ScheduleError if the schedule can't run.
+
+    What a rank does depends on when passes run, on which all ranks decide by the same simulation, and on the orders of
+    its own and of those that it has messages with.
     """
-    return _repeating(schedule, lambda few: _lowered(few, times))
+
+    def __init__(self, schedule: Schedule, times: Times) -> None:
+        self._schedule, self._times = schedule, times
+        self._moments: dict[int, Moments] = {}
+
+    def moments(self, repeats: int) -> Moments:
+        """Those of the schedule with its middle so many times."""
+        if repeats not in self._moments:
+            self._moments[repeats] = Moments(self._schedule.with_repeats(repeats), self._times)
+        return self._moments[repeats]
+
+    def programs(self, ranks: Sequence[int] | None = None) -> tuple[Program, ...]:
+        """Those of `ranks` (None: of all), for batches in which the sizes of messages are known."""
+        return self._repeating(ranks, _lowered)
+
+    def announced(self, ranks: Sequence[int] | None = None) -> tuple[Program, ...]:
+        """As `programs`, for a batch in which messages are announced: with the posts where they wait for nothing that
+        comes later."""
+        return self._repeating(ranks, _lowered_announced)
+
+    def _repeating(self, ranks: Sequence[int] | None,
+                   lowered: Callable[[Moments, Sequence[int]], Sequence[_Groups]]) -> tuple[Program, ...]:
+        """The programs, lowered with the schedule's middle as few times as show how they go on: until the last of these
+        times has the steps of the one before, on all ranks.
+        """
+        schedule, times = self._schedule, 1
+        chosen = range(schedule.placement.ranks) if ranks is None else ranks
+        while True:
+            every = lowered(self.moments(times), chosen)
+            if times == schedule.repeats:
+                return tuple(tuple(_flat(groups)) for groups in every)
+            # The programs of all ranks show by themselves whether all ranks repeat what they do.
+            if len(chosen) == schedule.placement.ranks or self.moments(times).period is not None:
+                programs = [_repeated(groups, schedule.orders[rank], times) for groups, rank in zip(every, chosen)]
+                found = tuple(program for program in programs if program is not None)
+                if len(found) == len(programs):
+                    return found
+            times = min(2 * times, schedule.repeats)
+
+
+def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
+    """`Lowering.programs` of all ranks."""
+    return Lowering(schedule, times).programs()
 
 
 def lower_announced(schedule: Schedule, times: Times) -> tuple[Program, ...]:
-    """The programs of all ranks for a batch in which messages are announced: as `lower`'s, but with the posts where
-    they wait for nothing that comes later."""
-    return _repeating(schedule, lambda few: _lowered_announced(few, times))
-
-
-def _repeating(schedule: Schedule, lowered: Callable[[Schedule], Sequence[_Groups]]) -> tuple[Program, ...]:
-    """The programs of `schedule`, lowered with its middle as few times as show how its program goes on: until the last
-    of these times has the steps of the one before, on all ranks.
-    """
-    times = 1
-    while True:
-        every = lowered(schedule.with_repeats(times))
-        if times == schedule.repeats:
-            return tuple(tuple(_flat(groups)) for groups in every)
-        programs = [_repeated(groups, order, times) for groups, order in zip(every, schedule.orders)]
-        found = tuple(program for program in programs if program is not None)
-        if len(found) == len(programs):
-            return found
-        times = min(2 * times, schedule.repeats)
+    """`Lowering.announced` of all ranks."""
+    return Lowering(schedule, times).announced()
 
 
 def _repeated(groups: _Groups, order: Order, times: int) -> Program | None:
@@ -291,71 +313,80 @@ def _is_even(body: Sequence[Step]) -> bool:
     return not any(left.values())
 
 
-def _lowered(schedule: Schedule, times: Times) -> Sequence[_Groups]:
-    moments = _moments(schedule, times)
-    transfers = list(_transfers(schedule))
-    clocks = _clocks(schedule, transfers)
+def _lowered(moments: Moments, ranks: Sequence[int]) -> Sequence[_Groups]:
+    schedule = moments.schedule
+    transfers = list(_transfers(schedule, ranks))
+    known, around = _Known(transfers), detour(schedule.placement)
 
     def ahead(transfer: _Transfer) -> int:
-        message, made_at, needed_at = transfer
+        message, made_at, _ = transfer
         source, target = message.channel.source, message.channel.target
-        running = bisect.bisect_right(moments.starts[target], moments.starts[source][made_at]) - 1
-        earliest = clocks.last_before(source, made_at, target) + 1
-        latest = min(needed_at, bisect.bisect_right(clocks.column(target, source), made_at))
-        before = running - 1
-        while before > earliest and schedule.orders[target][before].kind.is_copy:
-            before -= 1
-        return min(max(before, earliest), latest)
+        starts, begun = moments.starts(target), moments.starts(source)[made_at]
+        earliest = known.last_before(source, made_at, target) + 1
+        place = bisect.bisect_right(starts, begun) - 2
+        while place > earliest and schedule.orders[target][place].kind.is_copy:
+            place -= 1
+        place = max(place, earliest)
+        # By equal times each of the passes on a detour takes 1 at least.
+        while place < len(starts) and starts[place][1] + around <= begun[1]:
+            place += 1
+        return place
 
-    return _groups(schedule, moments, transfers, ahead)
+    return _groups(moments, ranks, transfers, ahead)
 
 
-def _lowered_announced(schedule: Schedule, times: Times) -> Sequence[_Groups]:
-    moments = _moments(schedule, times)
+def _lowered_announced(moments: Moments, ranks: Sequence[int]) -> Sequence[_Groups]:
 
     def once_sent(transfer: _Transfer) -> int:
         channel = transfer.message.channel
-        return bisect.bisect_left(moments.starts[channel.target], moments.ends[channel.source][transfer.made_at])
+        return bisect.bisect_left(moments.starts(channel.target), moments.ends(channel.source)[transfer.made_at])
 
-    return _groups(schedule, moments, list(_transfers(schedule)), once_sent)
+    return _groups(moments, ranks, list(_transfers(moments.schedule, ranks)), once_sent)
 
 
-def _groups(schedule: Schedule, moments: _Moments, transfers: Sequence[_Transfer],
+def _groups(moments: Moments, ranks: Sequence[int], transfers: Sequence[_Transfer],
             posted_at: Callable[[_Transfer], int]) -> list[_Groups]:
-    """The steps of each rank by its passes; `posted_at` gives the place of the pass before which the receiver posts."""
-    starts, ends = moments
+    """The steps of each of `ranks` by its passes; `posted_at` gives the place of the pass before which the receiver
+    posts."""
+    schedule = moments.schedule
     there = variants(schedule) if schedule.gives_back_memory else {}
-    before: list[list[list[Step]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
-    after: list[list[list[Step]]] = [[[] for _ in order] for order in schedule.orders]
+    lengths = {rank: len(schedule.orders[rank]) for rank in ranks}
+    before: dict[int, _Groups] = {rank: [[] for _ in range(length + 1)] for rank, length in lengths.items()}
+    after: dict[int, _Groups] = {rank: [[] for _ in range(length)] for rank, length in lengths.items()}
     # What meets another rank's step, with when that comes. The posts of a channel are in the order of its sends.
-    meeting: list[list[list[tuple[_Moment, Step]]]] = [[[] for _ in range(len(order) + 1)] for order in schedule.orders]
+    meeting: dict[int, list[list[tuple[Moment, Step]]]] = {
+        rank: [[] for _ in range(length + 1)] for rank, length in lengths.items()}
     for transfer in sorted(transfers, key=lambda one: one.made_at):
         message, made_at, needed_at = transfer
         source, target = message.channel.source, message.channel.target
-        after[source][made_at].append(Send(message))
-        meeting[target][posted_at(transfer)].append((ends[source][made_at], PostReceive(message)))
-        before[target][needed_at].append(AwaitReceive(message))
-        before[source][bisect.bisect_left(starts[source], ends[target][needed_at])].append(AwaitSend(message))
+        if source in lengths:
+            after[source][made_at].append(Send(message))
+            released_at = bisect.bisect_left(moments.starts(source), moments.ends(target)[needed_at])
+            before[source][released_at].append(AwaitSend(message))
+        if target in lengths:
+            meeting[target][posted_at(transfer)].append((moments.ends(source)[made_at], PostReceive(message)))
+            before[target][needed_at].append(AwaitReceive(message))
     of_loss = schedule.placement.rank_of(schedule.placement.last_stage)
     known_at = max(place for place, action in enumerate(schedule.orders[of_loss])
                    if action.kind is Kind.F and action.stage == schedule.placement.last_stage)
-    for rank, started in enumerate(starts):
-        place = known_at + 1 if rank == of_loss else bisect.bisect_left(started, ends[of_loss][known_at])
-        meeting[rank][place].append((ends[of_loss][known_at], ShareLoss()))
+    known = moments.ends(of_loss)[known_at]
+    for rank in ranks:
+        place = known_at + 1 if rank == of_loss else bisect.bisect_left(moments.starts(rank), known)
+        meeting[rank][place].append((known, ShareLoss()))
 
     def met(rank: int, place: int) -> list[Step]:
         return [step for _, step in sorted(meeting[rank][place], key=lambda entry: entry[0])]
 
     every = []
-    for rank, order in enumerate(schedule.orders):
+    for rank in ranks:
         groups = []
-        for place, action in enumerate(order):
+        for place, action in enumerate(schedule.orders[rank]):
             steps = [*met(rank, place), *before[rank][place]]
             if action.kind is Kind.F and _loads(action, schedule.placement):
                 steps.append(Load(action.micro_batch))
             steps += _ran(action, there)
             groups.append(steps + after[rank][place] + _offloads(action, there))
-        every.append([*groups, [*met(rank, len(order)), *before[rank][len(order)]]])
+        every.append([*groups, [*met(rank, lengths[rank]), *before[rank][lengths[rank]]]])
     return every
 
 
@@ -380,43 +411,61 @@ def _flat(groups: _Groups) -> list[Step]:
     return [step for steps in groups for step in steps]
 
 
-def _clocks(schedule: Schedule, transfers: Sequence[_Transfer]) -> VectorClocks:
-    needed_at: list[dict[int, tuple[int, int]]] = [{} for _ in schedule.orders]
-    for message, made_at, needed in transfers:
-        needed_at[message.channel.target][needed] = message.channel.source, made_at
-    return VectorClocks(needed_at, [len(order) for order in schedule.orders])
+class _Known:
+    """On which passes of another rank the passes of a rank depend, through messages between the two.
 
-
-def _moments(schedule: Schedule, times: Times) -> _Moments:
-    """When each pass starts and ends, by rank and place: a pass that needs another starts after that one's start.
-
-    Passes that take no time would otherwise share a moment with what they need, and two ranks could each wait first
-    for what the other does next. Such ties are broken by a second simulation, in which every pass takes as long.
+    Args:
+        transfers: all of some ranks, whatever rank is at the other end.
     """
-    equal = Times.uniform(schedule.placement.stages)
-    ties = simulate(schedule, equal).ranks
-    timed = ties if times == equal else simulate(schedule, times).ranks
-    starts = [[(span.start, tie.start) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
-    ends = [[(span.end, tie.end) for span, tie in zip(*spans)] for spans in zip(timed, ties)]
-    return _Moments(starts, ends)
+
+    def __init__(self, transfers: Sequence[_Transfer]) -> None:
+        taken: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for (channel, _, _), made_at, needed_at in transfers:
+            taken[channel.target, channel.source].append((needed_at, made_at))
+        # By rank and sender: the places that need messages, and the last place that has made one by then.
+        self._makers: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+        for pair, places in taken.items():
+            places.sort()
+            self._makers[pair] = [needed for needed, _ in places], list(accumulate((made for _, made in places), max))
+
+    def last_before(self, rank: int, place: int, other: int) -> int:
+        """The place of the last pass of `other` from which `rank`, up to the pass at `place`, needs a message; -1 if
+        there is none."""
+        needed, made = self._makers.get((rank, other), ((), ()))
+        count = bisect.bisect_right(needed, place)
+        return made[count - 1] if count else -1
 
 
-def _transfers(schedule: Schedule) -> Iterator[_Transfer]:
-    """All messages."""
-    placement = schedule.placement
+def detour(placement: Placement) -> float:
+    """How many messages it takes at least from a rank to one that it has messages with, but not on a direct way.
+
+    Where all messages are between neighbours on a line there is no other way, and on a ring the one around it.
+    """
+    pairs = {(channel.source, channel.target) for channel in channels(placement)}
+    if all(abs(source - target) == 1 for source, target in pairs):
+        return math.inf
+    on_a_ring = all((source - target) % placement.ranks in (1, placement.ranks - 1) for source, target in pairs)
+    return placement.ranks - 1 if on_a_ring else 2
+
+
+def _transfers(schedule: Schedule, ranks: Sequence[int]) -> Iterator[_Transfer]:
+    """All messages that one of `ranks` sends or receives."""
+    placement, own = schedule.placement, set(ranks)
+    beside = own.union(*((channel.source, channel.target) for channel in channels(placement)
+                         if channel.source in own or channel.target in own))
     # Places of the passes that make what each (stage, micro-batch) needs.
     activations: dict[tuple[int, int], int] = {}
     gradients: dict[tuple[int, int], int] = {}
-    for order in schedule.orders:
-        for place, action in enumerate(order):
+    for rank in beside:
+        for place, action in enumerate(schedule.orders[rank]):
             if action.kind is Kind.F:
                 activations[action.stage + 1, action.micro_batch] = place
             elif action.kind.gives_input_gradient:
                 gradients[action.stage - 1, action.micro_batch] = place
-    for order in schedule.orders:
-        for needed_at, action in enumerate(order):
+    for rank in sorted(beside):
+        for needed_at, action in enumerate(schedule.orders[rank]):
             message = message_into(action, placement)
-            if message is not None:
+            if message is not None and (message.channel.source in own or message.channel.target in own):
                 made_at = activations if action.kind is Kind.F else gradients
                 yield _Transfer(message, made_at[action.stage, action.micro_batch], needed_at)
 

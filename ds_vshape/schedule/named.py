@@ -67,14 +67,27 @@ TIMED = ("v-min", "v-half", "v-zb", "zb-v")
 # What takes each rank minutes and a gigabyte to put in order and check; the passes are two to three times as many.
 MOST_RANKS = 1024
 _MOST_STAGE_BATCHES = 2**18
+# As many of what repeats, which each rank lowers and checks for itself, take a minute and a gigabyte or two.
+_MOST_REPEATED = 2**20
 
 # Micro-batches with which a schedule repeats itself for some periods.
 _MARGIN = 8
 
 
-def most_micro_batches(ranks: int, chunks: int = 2) -> int:
-    """How many micro-batches a batch may have on `ranks` ranks with `chunks` stages each."""
-    return _MOST_STAGE_BATCHES // (max(2, chunks) * ranks)
+def most_micro_batches(ranks: int, chunks: int = 2, name: str = ADAPTIVE) -> int:
+    """How many micro-batches a batch may have on `ranks` ranks with `chunks` stages each, by schedule `name`: more where
+    only what repeats is put in order."""
+    chunks, entry = max(2, chunks), SCHEDULES.get(name)
+    if entry is not None and entry.steady is not None:
+        fewest = _fewest(entry, ranks) + (ranks if entry.in_groups else 1)
+        if fewest * chunks * ranks <= _MOST_REPEATED:
+            return _MOST_STAGE_BATCHES // chunks
+    return _MOST_STAGE_BATCHES // (chunks * ranks)
+
+
+def _fewest(entry: NamedSchedule, ranks: int) -> int:
+    """With how many micro-batches the schedule is tried first, if it gets steady."""
+    return ceil((entry.steady or 0) * ranks) + _MARGIN
 
 
 def named(name: str) -> NamedSchedule:
@@ -141,7 +154,7 @@ def build(name: str, ranks: int, micro_batches: int, chunks: int | None = None) 
     placement = placement_of(name, ranks, chunks)
     if micro_batches < 1:
         raise ValueError(f"a batch needs at least 1 micro-batch, not {micro_batches}")
-    most = most_micro_batches(ranks, placement.chunks_each)
+    most = most_micro_batches(ranks, placement.chunks_each, name)
     if micro_batches > most:
         raise ValueError(f"a batch on {ranks} ranks may have at most {most} micro-batches, not {micro_batches}")
     entry = named(name)
@@ -154,6 +167,6 @@ def build(name: str, ranks: int, micro_batches: int, chunks: int | None = None) 
     if entry.steady is None:
         schedule = make(micro_batches)
     else:
-        schedule = extended(make, micro_batches, ceil(entry.steady * ranks) + _MARGIN, ranks if entry.in_groups else 1)
+        schedule = extended(make, micro_batches, _fewest(entry, ranks), ranks if entry.in_groups else 1)
     check(schedule)
     return schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
@@ -45,7 +45,8 @@ class Schedule:
     @cached_property
     def gives_back_memory(self) -> bool:
         """Whether there is any C, O or R."""
-        return any(action.kind.is_optional for _, action in self.with_repeats(1).passes())
+        kinds = {action.kind for order in self.with_repeats(1).orders for action in order}
+        return any(kind.is_optional for kind in kinds)
 
     def with_repeats(self, times: int) -> Schedule:
         """This schedule for as many micro-batches as it has with its middle so many `times`."""
@@ -140,23 +141,24 @@ def _check(schedule: Schedule) -> None:
             raise ScheduleError(f"{schedule.name}: {action} is on rank {rank}, "
                                 f"but its stage is on rank {placement.rank_of(action.stage)}")
     found: dict[tuple[int, int], list[Pass]] = {}
+    complete = cache(_complete)
     for action in seen:
         found.setdefault((action.stage, action.micro_batch), []).append(action)
     for stage in range(placement.stages):
         for micro_batch in range(schedule.micro_batches):
             passes = found.get((stage, micro_batch), [])
-            if not _complete(passes):
+            if not complete(tuple([(action.kind, action.piece, action.pieces) for action in passes])):
                 names = ", ".join(map(repr, passes)) or "nothing"
                 raise ScheduleError(f"{schedule.name}: stage {stage} has {names} for micro-batch {micro_batch}; it "
                                     "needs F with B and W (all pieces in turn), or F with BW; between them O, then R, "
                                     "and C after that, or without these")
 
 
-def _complete(passes: list[Pass]) -> bool:
-    """Whether these passes of one stage and micro-batch, in the rank's order, are what it takes."""
-    weights = [action for action in passes if action.kind is Kind.W]
-    others = "".join(action.kind for action in passes if action.kind is not Kind.W)
-    match = _WITHOUT_W.fullmatch(others)
-    if match is None or (match["backward"] == Kind.BW) == bool(weights):
+def _complete(passes: tuple[tuple[Kind, int, int], ...]) -> bool:
+    """Whether these passes (kind, piece, pieces) of one stage and micro-batch, in the rank's order, are what it takes.
+    """
+    pieces = [piece for kind, *piece in passes if kind is Kind.W]
+    match = _WITHOUT_W.fullmatch("".join(kind for kind, _, _ in passes if kind is not Kind.W))
+    if match is None or (match["backward"] == Kind.BW) == bool(pieces):
         return False
-    return not weights or weights == list(weights[0].cut(len(weights)))
+    return pieces == [[piece, len(pieces)] for piece in range(len(pieces))]

@@ -14,13 +14,17 @@ T before, but for later micro-batches, it will be so again for as long as there 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.repeated import Repeated
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
+
+_start_of = attrgetter("start")
 
 
 def extended(make: Callable[[int], Schedule], micro_batches: int, fewest: int, interval: int = 1) -> Schedule:
@@ -61,11 +65,9 @@ def _repeated(schedule: Schedule, times: int, interval: int) -> Schedule | None:
     found = _steady_state(timeline, interval, schedule.placement.last_stage)
     if found is None:
         return None
-    start, end = found
     orders = []
     for spans, order in zip(timeline.ranks, schedule.orders):
-        first = sum(span.start < start for span in spans)
-        last = sum(span.start < end for span in spans)
+        first, last = (bisect_left(spans, moment, key=_start_of) for moment in found)
         orders.append(Repeated(order[:first], order[first:last], order[last:], times, interval))
     return Schedule(schedule.name, schedule.placement, schedule.micro_batches + (times - 1) * interval, tuple(orders))
 

@@ -23,6 +23,7 @@ from operator import ge
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ds_vshape.schedule.communicators import communicator_of
 from ds_vshape.schedule.deadlock import check
@@ -31,7 +32,9 @@ from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.rendezvous import (DeadlockError, Direction, JointRun, Operation, Operations, Receives,
                                            run_together)
-from ds_vshape.schedule.vector_clocks import Clock
+
+# How many passes of each rank: the vector clock of distributed systems (Fidge; Mattern), counted in passes.
+Clock = NDArray[np.int32]
 
 
 class _Start(NamedTuple):

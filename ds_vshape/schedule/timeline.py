@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from ds_vshape.schedule.of_stages import check_numbers, check_numbers_of_layers, of_layers
 from ds_vshape.schedule.passes import Kind, Pass
@@ -134,8 +135,8 @@ class Times:
         return tuple(hop * (here != there) for hop, (here, there) in zip(hops, pairwise(ranks), strict=True))
 
 
-@dataclass(frozen=True)
-class Span:
+# A tuple, since a plan of many ranks makes hundreds of thousands.
+class Span(NamedTuple):
     """A pass with its start and end."""
 
     action: Pass
@@ -255,6 +256,9 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
     before_b: list[_Needs] = [*(((outputs[stage], 0.0), (gradients[stage + 1], delay))
                                 for stage, delay in enumerate(delays)), ((outputs[-1], 0.0),)]
     optional = _Optional(schedule, times, outputs) if schedule.gives_back_memory else None
+    # What most passes take, by kind and stage.
+    usual = {kind: [times.of(Pass(kind, stage, 0)) for stage in stages] for kind in (Kind.F, Kind.B, Kind.W, Kind.BW)
+             } if optional is None and not times.scales else {}
     orders = [tuple(order) for order in schedule.orders]
     spans: list[list[Span]] = [[] for _ in orders]
     runnable = list(range(len(orders)))
@@ -283,7 +287,10 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
                 if end + delay > start:
                     start = end + delay
             else:
-                free = start + (times.of(action) if optional is None else optional.duration(action))
+                if usual and action.pieces == 1:
+                    free = start + usual[kind][stage]
+                else:
+                    free = start + (times.of(action) if optional is None else optional.duration(action))
                 done.append(Span(action, start, free))
                 if results is not None:
                     results.ends[micro_batch] = free
