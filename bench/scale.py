@@ -188,8 +188,8 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """CPU seconds and bytes of what a rank does at start, and the instructions and passes of its batch: an inner rank's,
-    which has most; the communicators of a pipeline."""
+    """CPU seconds and bytes of what a rank does at start, and the instructions and passes of its batch: of an inner
+    rank, which has most. And the communicators of a pipeline."""
 
     schedule: str
     ranks: int
@@ -252,7 +252,8 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
         for size in tqdm(sizes, disable=None):
             plan = process.submit(plan_cost, *size).result()
             found.append(plan)
-            table.add_row(plan.schedule, str(plan.ranks), str(plan.micro_batches), f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}",
+            table.add_row(plan.schedule, str(plan.ranks), str(plan.micro_batches),
+                          f"{plan.build:.2f}", f"{plan.lower:.2f}", f"{plan.check:.2f}",
                           f"{plan.memory / 1024 ** 2:.0f}",
                           str(plan.instructions), f"{plan.instructions / plan.passes:.2f}",
                           *(f"{each * plan.instructions:.2f}" for each in cost),

@@ -75,7 +75,7 @@ _MARGIN = 8
 
 
 def most_micro_batches(ranks: int, chunks: int = 2, name: str = ADAPTIVE) -> int:
-    """How many micro-batches a batch may have on `ranks` ranks with `chunks` stages each, by schedule `name`: more where
+    """How many micro-batches a batch by schedule `name` may have on `ranks` ranks with `chunks` stages each: more where
     only what repeats is put in order."""
     chunks, entry = max(2, chunks), SCHEDULES.get(name)
     if entry is not None and entry.steady is not None:
