@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from ds_vshape.schedule.lowering import AwaitSend, Channel, Program, Send, lower
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.repeated import Repeated
 from ds_vshape.schedule.timeline import Times
 
 Communicator = Callable[[Channel], Hashable]
@@ -50,3 +51,20 @@ def shuffled(programs: Programs, pick: random.Random, changes: int) -> Programs:
         else:
             program.insert(place + pick.randint(1, 4), program.pop(place))
     return tuple(tuple(program) for program in result)
+
+
+def mutant(programs: Programs, pick: random.Random) -> Programs:
+    """`programs` with one or two steps of a part moved, left out, or for another micro-batch."""
+    parts = [[list(program.head), list(program.body), list(program.tail)] for program in programs]
+    for _ in range(pick.randint(1, 2)):
+        part = pick.choice(pick.choices(pick.choice(parts), weights=[1, 4, 1]))
+        if not part:
+            continue
+        place = pick.randrange(len(part))
+        step = part.pop(place)
+        kind = pick.choice(["move", "move", "move", "move", "other", "out"])
+        if kind == "move":
+            part.insert(pick.randint(max(0, place - 5), min(len(part), place + 5)), step)
+        elif kind == "other":
+            part.insert(place, step.later(pick.choice([-1, 1])))
+    return tuple(Repeated(*of_rank, program.times, program.interval) for program, of_rank in zip(programs, parts))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from test_steady_state import STEADY, mutant
+from programs import mutant
 
 from ds_vshape.schedule.everything import with_everything_recomputed
 from ds_vshape.schedule.forward_only import forward_only
@@ -21,6 +21,7 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.synchronization import check_with_synchronization
 from ds_vshape.schedule.timeline import Times
 
+STEADY = [name for name, entry in SCHEDULES.items() if entry.steady is not None]
 LOWER = (Lowering.programs, Lowering.announced)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from programs import Programs, mutant
 
 from ds_vshape.schedule import forward_only as forwards
 from ds_vshape.schedule.deadlock import check
@@ -117,26 +118,6 @@ def test_a_schedule_whose_repeats_miss_a_micro_batch_is_refused() -> None:
 
 
 # -- the checkers, by brute force: the same programs with and without repeats
-
-
-Programs = tuple[Program, ...]
-
-
-def mutant(programs: Programs, pick: random.Random) -> Programs:
-    """`programs` with one or two steps of a part moved, left out, or for another micro-batch."""
-    parts = [[list(program.head), list(program.body), list(program.tail)] for program in programs]
-    for _ in range(pick.randint(1, 2)):
-        part = pick.choice(pick.choices(pick.choice(parts), weights=[1, 4, 1]))
-        if not part:
-            continue
-        place = pick.randrange(len(part))
-        step = part.pop(place)
-        kind = pick.choice(["move", "move", "move", "move", "other", "out"])
-        if kind == "move":
-            part.insert(pick.randint(max(0, place - 5), min(len(part), place + 5)), step)
-        elif kind == "other":
-            part.insert(place, step.later(pick.choice([-1, 1])))
-    return tuple(Repeated(*of_rank, program.times, program.interval) for program, of_rank in zip(programs, parts))
 
 
 def accepted(programs: Programs, placement: Placement) -> tuple[bool, bool]:
