@@ -15,7 +15,7 @@ from ds_vshape.schedule.deadlock import check
 from ds_vshape.schedule.rendezvous import DeadlockError
 from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.fuse import fuse, unfused, with_whole_backwards
-from ds_vshape.schedule.lowering import Program, lower, lower_announced
+from ds_vshape.schedule.lowering import lower, lower_announced
 from ds_vshape.schedule.named import SCHEDULES, build, named
 from ds_vshape.schedule.passes import BW, F
 from ds_vshape.schedule.pending import with_few_pending
