@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,8 @@ def test_every_table_is_measured(run: Run, folder: Path) -> None:
     if run.command.startswith("bench/cluster.py") and "DS_VSHAPE_REQUIRE_CLUSTER" not in os.environ:
         if obstacle := program.missing(run.quick_words):
             pytest.skip(obstacle)
+    if "--plans" in run.words:  # the page's folder is one of the checkout
+        run = replace(run, quick=f"{run.quick} --plans {folder / 'plans'}")
     outcome = program.measure_quickly(run, folder)
     log = folder / f"{run.name}.log"
     assert outcome.state == "ok", f"{outcome.said}\n{log.read_text() if log.exists() else ''}"

@@ -17,9 +17,9 @@ from torch import Tensor
 from ds_vshape.comm import channels
 from ds_vshape.comm.payload import TensorSignature
 
-BATCHES = range(4)
+BATCHES = range(3)
 # One before any message was announced, and one after.
-FAILING = (0, 2)
+FAILING = (0, 1)
 CONFIGS = {"fp32": FP32, "fp32 ZeRO-1": FP32_ZERO1, "bf16": BF16_ZERO1, "bf16 accumulating fp32": BF16_ZERO1_FP32}
 
 
@@ -246,7 +246,7 @@ def train_through_late_failures(rank: int, job: Job) -> tuple[list[float], list[
     """The losses without failures and with, and the errors. The last backward of the first replica fails in the first
     batch, which is validated at its end, and in two others, of which training and evaluation find out."""
     engine = job.engine()
-    oracle = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
+    oracle = [float(engine.train_batch(data(engine, batch))) for batch in range(4)]
     engine = job.engine()
     losses, errors = [], []
 

@@ -62,7 +62,7 @@ def measured(rank: int, section: dict[str, Any]) -> tuple[Activations, Times]:
         engine.train_batch(data(engine, batch))
         if engine.planned_times is not None:
             break
-        time.sleep(0.02)
+        time.sleep(0.1)
     return engine.activation_sizes(), engine.planned_times
 
 
@@ -103,7 +103,7 @@ def train_through(rank: int, section: dict[str, Any]) -> Trained:
 
     while engine.planned_times is None:
         train_one()
-        time.sleep(0.02)
+        time.sleep(0.1)
     # In the first batch by a plan messages are announced.
     train_one()
     for parameter in engine.module.parameters():

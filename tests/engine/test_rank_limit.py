@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
@@ -83,6 +84,7 @@ def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemor
             first = engine.schedule()
             while engine.schedule() is first:
                 engine.train_batch(data(engine, next(batches)))
+                time.sleep(0.1)
             memory += engine.memory_report()
             planned.append(engine.schedule())
     return memory, lines.with_word("by its shapes"), planned
