@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from workloads import SleepingByLength
 
-from ds_vshape.schedule.micro_batch_order import in_order, micro_batch_order
+from ds_vshape.schedule.builders.micro_batch_order import in_order, micro_batch_order
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.timeline import Times, simulate
 

@@ -4,11 +4,11 @@
     python bench/partitions.py --exhaustive         small cells, beside the best of all partitions and orders
     python bench/partitions.py --sleep 1            both plans of each cell, trained with layers that sleep
 
-Each cell has a plan for balance's partition (ds_vshape/schedule/balance.py), made in `--seconds` of the processor, and
-one in which the partition is free (ds_vshape/schedule/partition_and_order.py), for which there is as much time again. A
-layer's F, B and W take 10, 12 and 8, those of the embedding 1, 0 and 2, of a head of cost h 10h each, and a hop 1. F of
-a layer leaves 17 and B 16 units of memory, of the embedding 0 and 1, of the head as of a layer. Limits are fractions of
-what 1F1B keeps at most with balanced stages of its own.
+Each cell has a plan for balance's partition (ds_vshape/schedule/partition/balance.py), made in `--seconds` of the
+processor, and one in which the partition is free (ds_vshape/schedule/partition/partition_and_order.py), for which there
+is as much time again. A layer's F, B and W take 10, 12 and 8, those of the embedding 1, 0 and 2, of a head of cost h
+10h each, and a hop 1. F of a layer leaves 17 and B 16 units of memory, of the embedding 0 and 1, of the head as of a
+layer. Limits are fractions of what 1F1B keeps at most with balanced stages of its own.
 
 `--exhaustive` asks CP-SAT (`optimum.py`) for the best order of each partition that could be better: all others have a
 lower bound that isn't. W runs whole there. It needs OR-Tools (the extra "proofs").
@@ -37,8 +37,8 @@ from rich.table import Table
 
 from ds_vshape.schedule.adaptive import LimitError, Plan
 from ds_vshape.schedule.bounds import lower_bound_of_limits
-from ds_vshape.schedule.layers import Layers
-from ds_vshape.schedule.partition_and_order import (Bounds, PartitionPlan, PartitionProblem, limits_of_1f1b,
+from ds_vshape.schedule.partition.layers import Layers
+from ds_vshape.schedule.partition.partition_and_order import (Bounds, PartitionPlan, PartitionProblem, limits_of_1f1b,
                                                     plan_partition)
 from ds_vshape.schedule.placement import v
 

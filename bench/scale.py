@@ -43,7 +43,7 @@ from ds_vshape.schedule.collection import uncollected
 from ds_vshape.schedule.communicators import communicators
 from ds_vshape.schedule.lowering import Lowering, Run
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build, placement_of
-from ds_vshape.schedule.own_proof import show
+from ds_vshape.schedule.proofs.own_proof import show
 from ds_vshape.schedule.timeline import Times, simulate
 
 # "Pipeline Parallelism with Controllable Memory", section 4: the models.

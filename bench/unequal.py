@@ -51,9 +51,9 @@ from workloads import SleepingLayers
 
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Problem, plan
-from ds_vshape.schedule.balance import balance
-from ds_vshape.schedule.layers import Layers
-from ds_vshape.schedule.partition_and_order import PartitionProblem, plan_partition
+from ds_vshape.schedule.partition.balance import balance
+from ds_vshape.schedule.partition.layers import Layers
+from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, plan_partition
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.placement import Placement, v
 from ds_vshape.schedule.schedule import Schedule, ScheduleError

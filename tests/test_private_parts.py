@@ -31,7 +31,7 @@ OF_OTHERS = {
     "finetuning/test_progress.py": {"_step"},  # wandb's
     "measure/test_monitor.py": {"_step"},  # wandb's
     "schedule/adaptive/memory_optimum.py": {"_replace"},  # namedtuple's
-    "schedule/test_deadlock.py": {"_replace"},  # namedtuple's, which is public there
+    "schedule/proofs/test_deadlock.py": {"_replace"},  # namedtuple's, which is public there
     "split_backward/split_programs/run.py": {"_version"},  # torch's
     "split_backward/test_kernels.py": {"_replace"},  # namedtuple's
     "split_backward/test_head.py": {"_seen"},  # its own

@@ -20,8 +20,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_vshape.config.section import shown
-from ds_vshape.schedule.balance import MOST_COST
-from ds_vshape.schedule.layers import Layers
+from ds_vshape.schedule.partition.balance import MOST_COST
+from ds_vshape.schedule.partition.layers import Layers
 
 _Number = Annotated[float, Field(ge=0, le=MOST_COST, allow_inf_nan=False, strict=True)]
 

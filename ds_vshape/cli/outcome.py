@@ -10,12 +10,12 @@ from typing import Any
 from ds_vshape.cli.giving_back import GivingBack
 from ds_vshape.cli.layer_costs import LayerCostsFile
 from ds_vshape.cli.options import Limit, PlanOptions
-from ds_vshape.schedule.balance import balance
 from ds_vshape.schedule.choose import Choice
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.metrics import Metrics, measure
 from ds_vshape.schedule.named import ADAPTIVE
-from ds_vshape.schedule.partition_and_order import PartitionProblem, limits_of_1f1b, plan_partition
+from ds_vshape.schedule.partition.balance import balance
+from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, limits_of_1f1b, plan_partition
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.request import Request, usable_cores
 from ds_vshape.schedule.schedule import Schedule

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ds_vshape.cli.layer_costs import LayerCostsFile
 from ds_vshape.config.section import KEY, LayerCosts, Partition, shown
-from ds_vshape.schedule.balance import PartitionError, check_bounds, check_costs
+from ds_vshape.schedule.partition.balance import PartitionError, check_bounds, check_costs
 from ds_vshape.schedule.placement import Placement
 
 _NAME = f"{KEY}.partition"

@@ -22,7 +22,7 @@ from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.chunk_times import ChunkTimes
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import ADAPTIVE
-from ds_vshape.schedule.partition_and_order import limits_of_1f1b
+from ds_vshape.schedule.partition.partition_and_order import limits_of_1f1b
 
 _PICTURES = ("svg", "png")
 # The most in one picture: matplotlib draws some hundred passes a second, and at most 2^16 pixels in height.

@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 from torch import nn
 
 from ds_vshape.deepspeed_adapter.module import StockPipelineModule
-from ds_vshape.schedule.balance import PartitionError
+from ds_vshape.schedule.partition.balance import PartitionError
 
 Arguments = Mapping[str, Any]
 

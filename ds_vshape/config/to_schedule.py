@@ -15,12 +15,12 @@ from pathlib import Path
 from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.adaptive.problem import SLACK
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
-from ds_vshape.schedule.layers import Layers
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.memory_limit import (MemoryLimitError, check_memory_limit, check_possible, count_of,
                                               fraction_of_1f1b)
 from ds_vshape.schedule.named import ADAPTIVE, build, names_on
-from ds_vshape.schedule.partition_and_order import PartitionProblem, limits_of_1f1b
+from ds_vshape.schedule.partition.layers import Layers
+from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, limits_of_1f1b
 from ds_vshape.schedule.request import Request
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate

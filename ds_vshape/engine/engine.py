@@ -51,7 +51,7 @@ from ds_vshape.engine.verification import Verification
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers, is_raised_by_all
 from ds_vshape.health.preflight import Facts, plan_facts
 from ds_vshape.health.waits import is_ended_wait
-from ds_vshape.health.watch import Watch, in_phase
+from ds_vshape.health.watch import Watch
 from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import MonitorReports
@@ -249,20 +249,6 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
     def _agree_on_step(self, failure: Failure | None) -> None:
         """Raise on all ranks if the step, or what comes after it, has failed on one; collective."""
         self._guard.agree_on_step(failure, self.global_steps)
-
-    @in_phase
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """As DeepSpeed's; to be called on every rank. Raises on all of them, and changes nothing, where batches of that
-        size can't keep to the memory limit."""
-        before = self.train_batch_size()
-        super().set_train_batch_size(train_batch_size)
-        try:
-            self.schedule()
-            if train_batch_size != before:
-                self._check_batch_size()
-        except Exception:
-            super().set_train_batch_size(before)
-            raise
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._guard.check_ranks_agree()

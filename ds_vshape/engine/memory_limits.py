@@ -14,6 +14,7 @@ from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.plans import Plans
 from ds_vshape.engine.rank_limit import RankLimit
 from ds_vshape.engine.shape_rehearsal import ShapeRehearsal
+from ds_vshape.health.watch import in_phase
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.rank_memory import RankMemory, Sizes, readable
@@ -42,6 +43,7 @@ class MemoryLimits(StockEngine):
     _sums: Any
     _log: Callable[[str], None]
     peek: Callable[[], tuple[Any, Any]]
+    schedule: Callable[[], Schedule]
 
     def _set_limit(self, config: ScheduleConfig) -> None:
         """Collective, as all that follows."""
@@ -51,6 +53,20 @@ class MemoryLimits(StockEngine):
             self._log(f"{KEY}.memory_limit = {readable(limit)} holds for all that a rank needs; for activations alone "
                       f"give {{\"activations\": ...}}, as bytes meant before ds_vshape 0.2")
         self._looked = self._limit is None
+
+    @in_phase
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """As DeepSpeed's; to be called on every rank. Raises on all of them, and changes nothing, where batches of that
+        size can't keep to the memory limit."""
+        before = self.train_batch_size()
+        super().set_train_batch_size(train_batch_size)
+        try:
+            self.schedule()
+            if train_batch_size != before:
+                self._check_batch_size()
+        except Exception:
+            super().set_train_batch_size(before)
+            raise
 
     def room(self) -> Room | None:
         """What passes may take and what they need, once sizes have been measured; None where they are unknown."""

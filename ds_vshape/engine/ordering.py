@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange, Numbers
-from ds_vshape.schedule.micro_batch_order import micro_batch_order
+from ds_vshape.schedule.builders.micro_batch_order import micro_batch_order
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times

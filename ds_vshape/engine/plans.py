@@ -2,7 +2,8 @@
 
     the source (scheduling.py) -> a schedule -> lowered and checked (schedule/) -> the instructions of this rank
 
-Each rank lowers and checks its own program, and all ranks agree that they have all done so (schedule/own_proof.py).
+Each rank lowers and checks its own program, and all ranks agree that they have all done so
+(schedule/proofs/own_proof.py).
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from ds_vshape.health.failures import Agreement
 from ds_vshape.measure.profiling import PassRecorder
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.builders.forward_only import forward_only
+from ds_vshape.schedule.builders.pending import with_few_pending
 from ds_vshape.schedule.collection import uncollected
-from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import Lowering, Program
-from ds_vshape.schedule.own_proof import NotShown, show
 from ds_vshape.schedule.passes import Pass
-from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import Placement
+from ds_vshape.schedule.proofs.own_proof import NotShown, show
+from ds_vshape.schedule.proofs.synchronization import check_with_synchronization
 from ds_vshape.schedule.schedule import Schedule, check
-from ds_vshape.schedule.synchronization import check_with_synchronization
 from ds_vshape.schedule.timeline import Times
 
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.

@@ -38,7 +38,7 @@ from ds_vshape.engine.planning import Planner, PlannerFailed
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache
-from ds_vshape.schedule.fuse import unfused
+from ds_vshape.schedule.builders.fuse import unfused
 from ds_vshape.schedule.named import ADAPTIVE
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement

@@ -37,7 +37,7 @@ from ds_vshape.health.failures import Agreement, Failure
 from ds_vshape.measure.observer import METERED_BATCH, Observer
 from ds_vshape.module.pipeline_module import PipelineModule
 from ds_vshape.runtime.gradient_release import ReleasedWeights
-from ds_vshape.schedule.fuse import with_whole_backwards
+from ds_vshape.schedule.builders.fuse import with_whole_backwards
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.schedule import Schedule
 

@@ -42,8 +42,8 @@ from itertools import accumulate, pairwise
 
 from ds_vshape.measure.rank_memory import RankMemory, batch_end_bytes
 from ds_vshape.schedule.activations import Activations, Working
-from ds_vshape.schedule.balance import balance
 from ds_vshape.schedule.communicators import communicators_of_ranks
+from ds_vshape.schedule.partition.balance import balance
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.timeline import Times
 

@@ -10,9 +10,9 @@ from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import Room, equal_times, in_full, is_planned, request_for
 from ds_vshape.layouts.gpt_costs import TrainingCosts
 from ds_vshape.measure.rank_memory import RankMemory, beyond, least, rooms, with_passes
+from ds_vshape.schedule.builders.pending import with_few_pending
 from ds_vshape.schedule.memory_limit import MemoryLimitError, check_memory_limit
 from ds_vshape.schedule.named import ADAPTIVE, build
-from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline, Times, simulate
 

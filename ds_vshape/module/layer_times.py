@@ -26,7 +26,7 @@ from ds_vshape.measure.memory import Storages
 from ds_vshape.measure.profiling import clock
 from ds_vshape.runtime.buffers import enter, leaves
 from ds_vshape.runtime.random_state import RandomState
-from ds_vshape.schedule.balance import PartitionError
+from ds_vshape.schedule.partition.balance import PartitionError
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
 
 WARM_UPS, REPEATS = 2, 5

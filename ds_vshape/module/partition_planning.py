@@ -14,8 +14,8 @@ from typing_extensions import TypedDict
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.to_schedule import KnownStages
 from ds_vshape.schedule.adaptive import LimitError
-from ds_vshape.schedule.balance import PartitionError, check_bounds
-from ds_vshape.schedule.partition_and_order import PartitionProblem, plan_partition
+from ds_vshape.schedule.partition.balance import PartitionError, check_bounds
+from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, plan_partition
 from ds_vshape.schedule.serial import JsonSchedule, read_json, schedule_to_json
 
 

@@ -54,8 +54,8 @@ from ds_vshape.module.segment import Checkpoint, Segment, parameters_of
 from ds_vshape.module.shared_weights import shared_weights, warning_of
 from ds_vshape.module.tied import Tie, check_has, check_one_module, check_shapes, find_ties, shapes_of
 from ds_vshape.runtime.token_mean import ITEMS, averages_tokens
-from ds_vshape.schedule.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
-from ds_vshape.schedule.layers import Layers
+from ds_vshape.schedule.partition.balance import PartitionError, balance, check_bounds, check_costs, rank_loads
+from ds_vshape.schedule.partition.layers import Layers
 from ds_vshape.schedule.placement import Placement, linear
 
 # The relative difference that two measurements of one layer may have.

@@ -11,19 +11,9 @@ What a schedule is:
 
 Schedules by name:
     named.py             their table
-    gpipe.py             all forwards, then all backwards
-    one_f_one_b.py       1F1B
-    interleaved.py       interleaved 1F1B and zero bubble
-    zero_bubble.py       zero-bubble schedules of one stage a rank
-    building_block.py    a block, repeated and tightened (the paper, section 3)
-    v_shape.py           V-Min, V-Half, V-ZB
+    builders/            their orders, and what changes any schedule
     steady_state.py      many micro-batches, from a schedule for few
-    forward_only.py      evaluation
-    fuse.py              whole backwards where the split gains nothing
-    pending.py           fewer weight gradients that wait at once
-    everything.py        everything recomputed, or everything offloaded
     adaptive/            schedules made for measured times under a memory limit
-    micro_batch_order.py the order of micro-batches that take different times
 
 What it costs:
     timeline.py          the simulator
@@ -34,19 +24,13 @@ What it costs:
     within.py            schedules within limits that hold for running passes, too
     chunk_times.py       times by chunks and links
     metrics.py           all figures in one place
-    layers.py            costs of layers, and of stages of them
-    balance.py           where to cut the layers
-    balance_many.py      the same for more than two chunks on a rank
-    partition_and_order.py   where to cut them, together with the order
+    partition/           where to cut the layers into stages
     choose.py            which schedule a name stands for, once times are known
 
 How it runs:
     moments.py           when passes start and end, as the next one looks at it
     lowering.py          each rank's program, communication included
-    deadlock.py          the checker of such programs
-    rendezvous.py        all of them run together, as that checker and the next one look at them
-    synchronization.py   a synchronized device can't hang them
-    own_proof.py         what each rank shows of its own program, which together proves them all
+    proofs/              that such programs can't hang
     communicators.py     which channels share a communicator
     collection.py        the garbage collector, out of the way of plans
     request.py           a request to a planner in a process of its own

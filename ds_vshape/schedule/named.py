@@ -1,4 +1,4 @@
-"""The table of schedules. A new one needs a file in this folder and a line here (CONTRIBUTING.md)."""
+"""The table of schedules. A new one needs a file in builders/ and a line here (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
-from ds_vshape.schedule import gpipe, interleaved, one_f_one_b, v_shape, zero_bubble
+from ds_vshape.schedule.builders import gpipe, interleaved, one_f_one_b, v_shape, zero_bubble
+from ds_vshape.schedule.builders.fuse import fuse
 from ds_vshape.schedule.collection import uncollected
-from ds_vshape.schedule.fuse import fuse
 from ds_vshape.schedule.placement import CHUNKS, PLACEMENTS, Placement, either
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.steady_state import extended

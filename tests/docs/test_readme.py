@@ -17,8 +17,8 @@ from readme_commands import FILES, ROOT, blocks, commands
 import ds_vshape
 from ds_vshape.cli import main
 from ds_vshape.config.section import read_section
-from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.lowering import lower
+from ds_vshape.schedule.proofs import deadlock
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.schedule import check as check_schedule
 from ds_vshape.schedule.timeline import Times, simulate

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import ds_vshape
-from ds_vshape.schedule.micro_batch_order import micro_batch_order
+from ds_vshape.schedule.builders.micro_batch_order import micro_batch_order
 from ds_vshape.schedule.timeline import Times
 from ds_vshape.split_backward.head import IGNORE_INDEX
 

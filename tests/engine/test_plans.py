@@ -15,7 +15,7 @@ from ds_vshape.health.failures import Agreement
 from ds_vshape.health.names import rank_names
 from ds_vshape.schedule.lowering import AwaitSend, Lowering, Program
 from ds_vshape.schedule.named import build
-from ds_vshape.schedule.own_proof import NotShown
+from ds_vshape.schedule.proofs.own_proof import NotShown
 from ds_vshape.schedule.timeline import Times
 
 

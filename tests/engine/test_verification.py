@@ -25,11 +25,11 @@ from torch.nn import functional
 
 from ds_vshape.engine.comparison import compare, tolerance
 from ds_vshape.models.gpt import gpt_layers
-from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.fuse import with_whole_backwards
+from ds_vshape.schedule.builders.fuse import with_whole_backwards
 from ds_vshape.schedule.lowering import lower
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.proofs import deadlock
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import Times
 from ds_vshape.split_backward import SplitFunction

@@ -20,9 +20,9 @@ from torch.nn import functional
 
 import ds_vshape
 from ds_vshape.schedule.activations import peak_activations
-from ds_vshape.schedule.balance import rank_loads
 from ds_vshape.schedule.named import placement_of
-from ds_vshape.schedule.partition_and_order import limits_of_1f1b
+from ds_vshape.schedule.partition.balance import rank_loads
+from ds_vshape.schedule.partition.partition_and_order import limits_of_1f1b
 
 EXAMPLE = micro_batch(0, 0, 0)
 BOUNDS = [0, 1, 4, 6, 8]

@@ -9,7 +9,7 @@ from given_back import gives_back
 from ds_vshape.engine.engine import PipelineEngine
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.instructions import BufferId, Keeps, evaluation_instructions, training_instructions
-from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, Content, Load,
                                          Message, Offload, PostReceive, Program, Reload, Run, Send, Step, lower)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_vshape.schedule.activations import Activations, memory_curve, peak_activations
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v

@@ -13,7 +13,7 @@ from random_orders import random_schedule
 
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.bounds import lower_bound_of_limits
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import PLACEMENTS, Placement, linear, v

@@ -8,16 +8,16 @@ import pytest
 from programs import lowered, of_the_direction, own
 
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.choose import schedule_for
 from ds_vshape.schedule.communicators import communicator_of, communicators, communicators_of_ranks
-from ds_vshape.schedule.deadlock import check
-from ds_vshape.schedule.rendezvous import DeadlockError
-from ds_vshape.schedule.forward_only import forward_only
 from ds_vshape.schedule.lowering import PostReceive, channels, lower, lower_announced
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
 from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.proofs.deadlock import check
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs.synchronization import check_synchronization
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times
 
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Channel, Content, Load, Message, PostReceive, Program,
                                          Run, Send, ShareLoss, Step, channels, detour, lower, message_into)
 from ds_vshape.schedule.named import SCHEDULES, build, placement_of
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import Placement, interleaved, linear, v
+from ds_vshape.schedule.proofs import deadlock
 from ds_vshape.schedule.schedule import Schedule, ScheduleError, dependencies, variants
 from ds_vshape.schedule.timeline import Times, simulate
 

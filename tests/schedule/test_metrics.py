@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from random_orders import random_schedule
 
 from ds_vshape.schedule.activations import Activations
-from ds_vshape.schedule.everything import with_everything_recomputed
+from ds_vshape.schedule.builders.everything import with_everything_recomputed
 from ds_vshape.schedule.metrics import measure
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import PLACEMENTS

@@ -11,15 +11,15 @@ from torch_orders import TORCH_SCHEDULES
 
 from ds_vshape.schedule import drawing
 from ds_vshape.schedule.activations import peak_activations
-from ds_vshape.schedule.balance import balance, rank_loads
 from ds_vshape.schedule.bounds import lower_bound
+from ds_vshape.schedule.builders.interleaved import interleaved_zb
+from ds_vshape.schedule.builders.v_shape import of_steps
 from ds_vshape.schedule.chunk_times import ChunkTimes
-from ds_vshape.schedule.interleaved import interleaved_zb
 from ds_vshape.schedule.named import build, placement_of
+from ds_vshape.schedule.partition.balance import balance, rank_loads
 from ds_vshape.schedule.placement import Placement, interleaved, v
 from ds_vshape.schedule.schedule import check
 from ds_vshape.schedule.timeline import Times, simulate
-from ds_vshape.schedule.v_shape import of_steps
 
 STAIRCASES = {
     "v-zb": """

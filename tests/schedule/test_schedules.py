@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from ds_vshape.schedule import drawing
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.bounds import lower_bound
-from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.fuse import fuse
+from ds_vshape.schedule.builders.forward_only import forward_only
+from ds_vshape.schedule.builders.fuse import fuse
 from ds_vshape.schedule.memory_limit import (MemoryLimitError, check_activation_limit, check_memory_limit,
                                              fraction_of_1f1b)
 from ds_vshape.schedule.named import SCHEDULES, build, named, placement_of

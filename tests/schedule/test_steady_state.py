@@ -10,20 +10,20 @@ from collections.abc import Callable
 import pytest
 from programs import Programs, mutant
 
-from ds_vshape.schedule import forward_only as forwards
-from ds_vshape.schedule.deadlock import check
-from ds_vshape.schedule.rendezvous import DeadlockError
-from ds_vshape.schedule.forward_only import forward_only
-from ds_vshape.schedule.fuse import fuse, unfused, with_whole_backwards
+from ds_vshape.schedule.builders import forward_only as forwards
+from ds_vshape.schedule.builders.forward_only import forward_only
+from ds_vshape.schedule.builders.fuse import fuse, unfused, with_whole_backwards
+from ds_vshape.schedule.builders.pending import with_few_pending
 from ds_vshape.schedule.lowering import lower, lower_announced
 from ds_vshape.schedule.named import SCHEDULES, build, named
 from ds_vshape.schedule.passes import BW, F
-from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.placement import PLACEMENTS, Placement
+from ds_vshape.schedule.proofs.deadlock import check
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs.synchronization import check_synchronization
 from ds_vshape.schedule.repeated import Repeated
 from ds_vshape.schedule.schedule import Schedule, ScheduleError
 from ds_vshape.schedule.schedule import check as check_schedule
-from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times
 
 STEADY = [name for name, entry in SCHEDULES.items() if entry.steady is not None]

@@ -20,11 +20,11 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from ds_vshape.schedule import deadlock
 from ds_vshape.schedule.adaptive.problem import Problem
 from ds_vshape.schedule.adaptive.seeds import within
 from ds_vshape.schedule.lowering import lower
-from ds_vshape.schedule.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs import deadlock
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import JsonSchedule, most_bytes, read_json, schedule_to_json
 from ds_vshape.schedule.timeline import Times

@@ -31,7 +31,7 @@ from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
 from ds_vshape.schedule.adaptive.seeds import within
-from ds_vshape.schedule.fuse import fuse
+from ds_vshape.schedule.builders.fuse import fuse
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, simulate
 

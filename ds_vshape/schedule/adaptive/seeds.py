@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
+from ds_vshape.schedule.builders.v_shape import of_steps
 from ds_vshape.schedule.named import SCHEDULES, names_on
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.v_shape import of_steps
 
 # Down and up, from little memory to much: of the blocks of more than two chunks, which have no names.
 _STEPS = ((1, 1), (2, 1), (3, 1), (3, 2))

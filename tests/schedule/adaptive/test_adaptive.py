@@ -16,7 +16,7 @@ from planner_problems import assert_plan_is_right, counted, problems
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Problem, plan
 from ds_vshape.schedule.adaptive.compilation import compile_loops
-from ds_vshape.schedule.micro_batch_order import in_order, rising_and_falling
+from ds_vshape.schedule.builders.micro_batch_order import in_order, rising_and_falling
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times, simulate
 

@@ -18,7 +18,7 @@ from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, annealing, plan
 from ds_vshape.schedule.adaptive.compilation import compile_loops
 from ds_vshape.schedule.adaptive.memory import annealing as memory_annealing
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.named import build, names_on
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import v

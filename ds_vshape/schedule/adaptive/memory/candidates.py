@@ -15,7 +15,7 @@ from ds_vshape.schedule.adaptive.memory.conversion import layout_of, orders_of, 
 from ds_vshape.schedule.adaptive.memory.keeping import Keeping
 from ds_vshape.schedule.adaptive.memory.layout import MemoryLayout, Orders, Steps, Timing
 from ds_vshape.schedule.adaptive.problem import SLACK, Problem
-from ds_vshape.schedule.fuse import unfused
+from ds_vshape.schedule.builders.fuse import unfused
 from ds_vshape.schedule.schedule import Schedule
 
 

@@ -1,6 +1,6 @@
 """The search for a plan that may recompute and offload.
 
-    baselines   everything recomputed, or everything offloaded, in the table's schedules (schedule/everything.py)
+    baselines   everything recomputed, or everything offloaded, in the table's schedules (builders/everything.py)
     sources     orders by the planner without either: with all the memory they want (`relaxed.unlimited`), within the
                 limits, or where what waits takes no memory; and the table's schedules
     candidates  each order with activations kept in different ways, made to fit into the limits
@@ -30,7 +30,7 @@ from ds_vshape.schedule.adaptive.problem import SLACK, Problem
 from ds_vshape.schedule.adaptive.search import Search
 from ds_vshape.schedule.adaptive.seeds import known_schedules, within
 from ds_vshape.schedule.adaptive.trials import Progress
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.passes import BW, F
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Schedule

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ds_vshape.schedule.activations import peak_activations
-from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
+from ds_vshape.schedule.builders.building_block import BuildingBlock, reorder, repeat
 from ds_vshape.schedule.passes import B, F, Pass, W
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.schedule import Order, Schedule

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_vshape.schedule.activations import Activations, peak_activations
+from ds_vshape.schedule.builders.pending import with_few_pending
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind, Pass
-from ds_vshape.schedule.pending import with_few_pending
 from ds_vshape.schedule.schedule import Order, Schedule, check
 from ds_vshape.schedule.timeline import Times, simulate
 

@@ -33,9 +33,9 @@ from ds_vshape.schedule.adaptive import LimitError, Plan, Problem, plan
 from ds_vshape.schedule.adaptive.layout import KINDS, B, F, W
 from ds_vshape.schedule.adaptive.list_scheduler import ListScheduler, Policy, TargetStarts
 from ds_vshape.schedule.adaptive.problem import SLACK
-from ds_vshape.schedule.balance import PartitionError, balance
 from ds_vshape.schedule.bounds import lower_bound_of_limits
-from ds_vshape.schedule.layers import Layers
+from ds_vshape.schedule.partition.balance import PartitionError, balance
+from ds_vshape.schedule.partition.layers import Layers
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement, linear
 from ds_vshape.schedule.timeline import Timeline

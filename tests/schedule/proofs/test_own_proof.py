@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import pytest
 from programs import mutant
 
-from ds_vshape.schedule.everything import with_everything_recomputed
-from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.builders.everything import with_everything_recomputed
+from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Lowering, PostReceive, Program, Run, Send, ShareLoss,
                                          Step)
 from ds_vshape.schedule.named import SCHEDULES, build
-from ds_vshape.schedule.own_proof import NotShown, show
-from ds_vshape.schedule.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs.own_proof import NotShown, show
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs.synchronization import check_with_synchronization
 from ds_vshape.schedule.repeated import Repeated
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.synchronization import check_with_synchronization
 from ds_vshape.schedule.timeline import Times
 
 STEADY = [name for name, entry in SCHEDULES.items() if entry.steady is not None]

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import COMMUNICATORS, Communicator, Programs, lowered, of_the_direction, own, shuffled
 
-from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.rendezvous import DeadlockError
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
-from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, ShareLoss,
                                          Step, lower, lower_announced)
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.proofs import deadlock
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs.synchronization import check_synchronization
 from ds_vshape.schedule.schedule import Schedule
-from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times, simulate
 
 

@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_vshape.schedule.communicators import communicator_of
-from ds_vshape.schedule.deadlock import check
 from ds_vshape.schedule.lowering import Channel, MessageStep, PostReceive, Program, Send
 from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.rendezvous import (DeadlockError, Direction, JointRun, Operation, Operations, Receives,
+from ds_vshape.schedule.proofs.deadlock import check
+from ds_vshape.schedule.proofs.rendezvous import (DeadlockError, Direction, JointRun, Operation, Operations, Receives,
                                            run_together)
 
 # How many passes of each rank: the vector clock of distributed systems (Fidge; Mattern), counted in passes.

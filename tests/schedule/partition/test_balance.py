@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_vshape.schedule.balance import (MIDDLES, PartitionError, balance, check_bounds, check_costs, rank_loads,
-                                        stage_loads)
+from ds_vshape.schedule.partition.balance import (MIDDLES, PartitionError, balance, check_bounds, check_costs,
+                                                  rank_loads, stage_loads)
 from ds_vshape.schedule.placement import PLACEMENTS, Placement, interleaved, linear, v
 
 

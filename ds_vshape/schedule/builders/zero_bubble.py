@@ -14,7 +14,7 @@ micro-batches (ZB-H1) or 2r (ZB-H2) more than rank 0, because it would otherwise
 
 from __future__ import annotations
 
-from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
+from ds_vshape.schedule.builders.building_block import BuildingBlock, reorder, repeat
 from ds_vshape.schedule.placement import linear
 from ds_vshape.schedule.schedule import Schedule
 

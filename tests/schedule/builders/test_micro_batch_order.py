@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 
-from ds_vshape.schedule.micro_batch_order import in_order, micro_batch_order, rising_and_falling
+from ds_vshape.schedule.builders.micro_batch_order import in_order, micro_batch_order, rising_and_falling
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.passes import BW, B, F, W
 from ds_vshape.schedule.serial import times_from_json, times_to_json

@@ -13,15 +13,15 @@ import pytest
 from programs import (COMMUNICATORS, Communicator, Programs, lowered, of_all, of_the_direction, of_the_pair, own,
                       shuffled)
 
-from ds_vshape.schedule.deadlock import check
-from ds_vshape.schedule.rendezvous import DeadlockError
-from ds_vshape.schedule.forward_only import forward_only
+from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, AwaitSend, Channel, Content, Load,
                                          Message, Offload, PostReceive, Program, Reload, Run, Send, ShareLoss, Step,
                                          lower)
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import Placement, linear
+from ds_vshape.schedule.proofs.deadlock import check
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
 

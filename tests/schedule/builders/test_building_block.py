@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_vshape.schedule.activations import Activations, peak_activations
-from ds_vshape.schedule.building_block import BuildingBlock, reorder, repeat
+from ds_vshape.schedule.builders.building_block import BuildingBlock, reorder, repeat
+from ds_vshape.schedule.builders.one_f_one_b import one_f_one_b
+from ds_vshape.schedule.builders.v_shape import v_block
 from ds_vshape.schedule.named import build
-from ds_vshape.schedule.one_f_one_b import one_f_one_b
 from ds_vshape.schedule.passes import B, F, Kind, W
 from ds_vshape.schedule.placement import linear, v
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times, simulate
-from ds_vshape.schedule.v_shape import v_block
 
 
 def test_offsets_follow_the_micro_batch() -> None:

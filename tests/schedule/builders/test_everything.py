@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_vshape.schedule import deadlock
-from ds_vshape.schedule.everything import with_everything_offloaded, with_everything_recomputed
+from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, Offload, Program, Reload, Run, Send,
                                          lower, lower_announced)
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import linear
+from ds_vshape.schedule.proofs import deadlock
+from ds_vshape.schedule.proofs.synchronization import check_synchronization
 from ds_vshape.schedule.schedule import Schedule, ScheduleError, check
-from ds_vshape.schedule.synchronization import check_synchronization
 from ds_vshape.schedule.timeline import Times, simulate
 
 

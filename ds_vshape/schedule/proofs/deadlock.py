@@ -40,7 +40,7 @@ from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload
                                          Message, Offload, PostReceive, Program, Reload, Run, Send, Step, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.rendezvous import DeadlockError, JointRun, Place, Receives, run_together
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError, JointRun, Place, Receives, run_together
 from ds_vshape.schedule.repeated import ComesBack, run_through
 from ds_vshape.schedule.schedule import dependencies
 

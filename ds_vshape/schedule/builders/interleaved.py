@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ds_vshape.schedule.building_block import reorder
-from ds_vshape.schedule.one_f_one_b import alternate
+from ds_vshape.schedule.builders.building_block import reorder
+from ds_vshape.schedule.builders.one_f_one_b import alternate
 from ds_vshape.schedule.passes import BW, B, F, Kind, Pass, W
 from ds_vshape.schedule.placement import interleaved
 from ds_vshape.schedule.schedule import Order, Schedule

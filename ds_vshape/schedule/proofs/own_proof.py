@@ -39,12 +39,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from ds_vshape.schedule.deadlock import Alone
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Load, Lowering, Message, PostReceive, Program, Run,
                                          Send, ShareLoss, Step, detour, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.rendezvous import DeadlockError
+from ds_vshape.schedule.proofs.deadlock import Alone
+from ds_vshape.schedule.proofs.rendezvous import DeadlockError
 from ds_vshape.schedule.repeated import ComesBack, Repeated, run_through
 from ds_vshape.schedule.schedule import Schedule
 

@@ -34,7 +34,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_vshape.schedule.balance_many import improved
+from ds_vshape.schedule.partition.balance_many import improved
 from ds_vshape.schedule.placement import PLACEMENTS, Placement, linear
 
 MIDDLES = 8

@@ -10,10 +10,10 @@ import pytest
 from optimum import least_makespan
 
 from ds_vshape.schedule.adaptive import LimitError
-from ds_vshape.schedule.balance import PartitionError, balance
 from ds_vshape.schedule.bounds import lower_bound_of_limits
-from ds_vshape.schedule.layers import Layers
-from ds_vshape.schedule.partition_and_order import PartitionProblem, limits_of_1f1b, plan_partition
+from ds_vshape.schedule.partition.balance import PartitionError, balance
+from ds_vshape.schedule.partition.layers import Layers
+from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, limits_of_1f1b, plan_partition
 from ds_vshape.schedule.placement import linear, v
 
 
