@@ -15,6 +15,7 @@ from deepspeed.runtime.compiler import compiled_autograd
 from deepspeed.runtime.engine import DeepSpeedEngine, EngineTimers
 from deepspeed.runtime.pipe import engine as _stock
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.runtime.utils import register_output_backward_hooks
 from torch import Tensor
@@ -71,6 +72,10 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
                      splitting: AbstractContextManager[Any]) -> None:
         """Run autograd from these roots, whose gradients have their shapes and dtypes: DeepSpeed's hooks refuse a
         backward that the engine doesn't run."""
+        if self.optimizer is None:
+            # In the words of DeepSpeedEngine.backward.
+            raise PipelineError("must provide optimizer during init in order to use backward: give \"optimizer\" in "
+                                "the config, or initialize() an optimizer")
         self._running_engine_backward = True
         try:
             with splitting:

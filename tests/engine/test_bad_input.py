@@ -207,7 +207,7 @@ REFUSED: dict[str, Case] = {
     "deepcompile": key("compile.deepcompile = true: must be false", compile={"deepcompile": True}),
     "no micro-batches": key("gradient_accumulation_steps = 0: must be a whole number", gradient_accumulation_steps=0),
     "more micro-batches than can be put in order": key(
-        "gradient_accumulation_steps = 10000000: must be at most 65536 on 2 pipeline ranks",
+        "gradient_accumulation_steps = 10000000: must be at most 131072 on 2 pipeline ranks",
         gradient_accumulation_steps=10**7),
     "a number as text": key("gradient_accumulation_steps = 'auto': must be a whole number",
                             gradient_accumulation_steps="auto"),
@@ -493,7 +493,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an evaluation of nothing": (lambda engine: engine.eval_batch(data(engine, 0), num_micro_batches=0),
                                  "PipelineError: num_micro_batches = 0: must be at least 1"),
     "an evaluation of too much": (lambda engine: engine.eval_batch(data(engine, 0), num_micro_batches=10**7),
-                                  "ConfigError: num_micro_batches = 10000000: must be at most 65536 on 2 pipeline"),
+                                  "ConfigError: num_micro_batches = 10000000: must be at most 131072 on 2 pipeline"),
     "an unknown reduction": (lambda engine: engine.eval_batch(data(engine, 0), reduce_output="sum"),
                              "PipelineError: reduce_output = 'sum': must be 'avg' or None"),
     "a reduction that gives too much": (lambda engine: engine.eval_batch(data(engine, 0), reduce_output=None),
