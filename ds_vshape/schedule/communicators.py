@@ -7,8 +7,7 @@ one if both of their ends start the same messages in the same order, and none of
                       receiver posts in that order (lowering.py). What stands before a message was sent before it.
     both directions   they can't: each rank posts a receive before it sends, and would wait for the other's send.
 
-The checkers (deadlock.py, synchronization.py) run all programs with these communicators; so every batch that is trained
-has been shown to run on them.
+What is shown of programs before they run (proofs/) is shown with these communicators.
 """
 
 from __future__ import annotations

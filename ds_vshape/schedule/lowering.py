@@ -27,7 +27,7 @@ launch of a kernel) waits for all messages that it has posted. It gets them only
                     message's maker
 
 Where messages are announced, their sizes aren't known before they are made, and a post waits on the host until its
-message is sent. It stands before the first pass that starts when the message has been sent (`lower_announced`). So a
+message is sent. It stands before the first pass that starts when the message has been sent (`Lowering.announced`). So a
 pass waits only for what was started before it, even if all passes of all ranks synchronize their devices: for the
 posts of what its rank has sent, which stand after passes that started before this one; for makers of what its rank has
 posted, which ended before it.
@@ -224,7 +224,7 @@ def message_into(action: Pass, placement: Placement) -> Message | None:
     return Message(Channel(source, target, Content.into(action)), action.stage, action.micro_batch)
 
 
-class _Transfer(NamedTuple):
+class Transfer(NamedTuple):
     """A message with the places of the pass that makes it and the pass that needs it, each in its rank's order."""
 
     message: Message
@@ -286,11 +286,6 @@ def lower(schedule: Schedule, times: Times) -> tuple[Program, ...]:
     return Lowering(schedule, times).programs()
 
 
-def lower_announced(schedule: Schedule, times: Times) -> tuple[Program, ...]:
-    """`Lowering.announced` of all ranks."""
-    return Lowering(schedule, times).announced()
-
-
 def _repeated(groups: _Groups, order: Order, times: int) -> Program | None:
     """The program of `order`, lowered with the order's body so many `times`; None if its steps don't repeat."""
     assert isinstance(order, Repeated)
@@ -316,13 +311,13 @@ def _is_even(body: Sequence[Step]) -> bool:
 def _lowered(moments: Moments, ranks: Sequence[int]) -> Sequence[_Groups]:
     schedule = moments.schedule
     transfers = list(_transfers(schedule, ranks))
-    known, around = _Known(transfers), detour(schedule.placement)
+    needs, around = DirectNeeds(transfers), detour(schedule.placement)
 
-    def ahead(transfer: _Transfer) -> int:
+    def ahead(transfer: Transfer) -> int:
         message, made_at, _ = transfer
         source, target = message.channel.source, message.channel.target
         starts, begun = moments.starts(target), moments.starts(source)[made_at]
-        earliest = known.last_before(source, made_at, target) + 1
+        earliest = needs.last_before(source, made_at, target) + 1
         place = bisect.bisect_right(starts, begun) - 2
         while place > earliest and schedule.orders[target][place].kind.is_copy:
             place -= 1
@@ -337,15 +332,15 @@ def _lowered(moments: Moments, ranks: Sequence[int]) -> Sequence[_Groups]:
 
 def _lowered_announced(moments: Moments, ranks: Sequence[int]) -> Sequence[_Groups]:
 
-    def once_sent(transfer: _Transfer) -> int:
+    def once_sent(transfer: Transfer) -> int:
         channel = transfer.message.channel
         return bisect.bisect_left(moments.starts(channel.target), moments.ends(channel.source)[transfer.made_at])
 
     return _groups(moments, ranks, list(_transfers(moments.schedule, ranks)), once_sent)
 
 
-def _groups(moments: Moments, ranks: Sequence[int], transfers: Sequence[_Transfer],
-            posted_at: Callable[[_Transfer], int]) -> list[_Groups]:
+def _groups(moments: Moments, ranks: Sequence[int], transfers: Sequence[Transfer],
+            posted_at: Callable[[Transfer], int]) -> list[_Groups]:
     """The steps of each of `ranks` by its passes; `posted_at` gives the place of the pass before which the receiver
     posts."""
     schedule = moments.schedule
@@ -411,14 +406,14 @@ def _flat(groups: _Groups) -> list[Step]:
     return [step for steps in groups for step in steps]
 
 
-class _Known:
-    """On which passes of another rank the passes of a rank depend, through messages between the two.
+class DirectNeeds:
+    """Of which passes of another rank the passes of a rank need messages.
 
     Args:
         transfers: all of some ranks, whatever rank is at the other end.
     """
 
-    def __init__(self, transfers: Sequence[_Transfer]) -> None:
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
         taken: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for (channel, _, _), made_at, needed_at in transfers:
             taken[channel.target, channel.source].append((needed_at, made_at))
@@ -448,26 +443,26 @@ def detour(placement: Placement) -> float:
     return placement.ranks - 1 if on_a_ring else 2
 
 
-def _transfers(schedule: Schedule, ranks: Sequence[int]) -> Iterator[_Transfer]:
+def _transfers(schedule: Schedule, ranks: Sequence[int]) -> Iterator[Transfer]:
     """All messages that one of `ranks` sends or receives."""
     placement, own = schedule.placement, set(ranks)
-    beside = own.union(*((channel.source, channel.target) for channel in channels(placement)
-                         if channel.source in own or channel.target in own))
+    neighbours = own.union(*((channel.source, channel.target) for channel in channels(placement)
+                             if channel.source in own or channel.target in own))
     # Places of the passes that make what each (stage, micro-batch) needs.
     activations: dict[tuple[int, int], int] = {}
     gradients: dict[tuple[int, int], int] = {}
-    for rank in beside:
+    for rank in neighbours:
         for place, action in enumerate(schedule.orders[rank]):
             if action.kind is Kind.F:
                 activations[action.stage + 1, action.micro_batch] = place
             elif action.kind.gives_input_gradient:
                 gradients[action.stage - 1, action.micro_batch] = place
-    for rank in sorted(beside):
+    for rank in sorted(neighbours):
         for needed_at, action in enumerate(schedule.orders[rank]):
             message = message_into(action, placement)
             if message is not None and (message.channel.source in own or message.channel.target in own):
                 made_at = activations if action.kind is Kind.F else gradients
-                yield _Transfer(message, made_at[action.stage, action.micro_batch], needed_at)
+                yield Transfer(message, made_at[action.stage, action.micro_batch], needed_at)
 
 
 def _loads(action: Pass, placement: Placement) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from programs import lowered, of_the_direction, own
+from programs import lower_announced, lowered, of_the_direction, own
 
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.choose import schedule_for
 from ds_vshape.schedule.communicators import communicator_of, communicators, communicators_of_ranks
-from ds_vshape.schedule.lowering import PostReceive, channels, lower, lower_announced
+from ds_vshape.schedule.lowering import PostReceive, channels, lower
 from ds_vshape.schedule.named import ADAPTIVE, SCHEDULES, build
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.proofs.deadlock import check

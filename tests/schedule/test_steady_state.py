@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from programs import Programs, mutant
+from programs import Programs, lower_announced, mutant
 
 from ds_vshape.schedule.builders import forward_only as forwards
 from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.builders.fuse import fuse, unfused, with_whole_backwards
 from ds_vshape.schedule.builders.pending import with_few_pending
-from ds_vshape.schedule.lowering import lower, lower_announced
+from ds_vshape.schedule.lowering import lower
 from ds_vshape.schedule.named import SCHEDULES, build, named
 from ds_vshape.schedule.passes import BW, F
 from ds_vshape.schedule.placement import PLACEMENTS, Placement

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable
 
-from ds_vshape.schedule.lowering import AwaitSend, Channel, Program, Send, lower
+from ds_vshape.schedule.lowering import AwaitSend, Channel, Lowering, Program, Send, lower
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.repeated import Repeated
+from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Times
 
 Communicator = Callable[[Channel], Hashable]
@@ -37,6 +38,10 @@ COMMUNICATORS = (own, of_the_pair, of_the_direction, of_all)
 def lowered(name: str, ranks: int, micro_batches: int) -> tuple[Programs, Placement]:
     schedule = build(name, ranks, micro_batches)
     return lower(schedule, Times.uniform(schedule.placement.stages)), schedule.placement
+
+
+def lower_announced(schedule: Schedule, times: Times) -> Programs:
+    return Lowering(schedule, times).announced()
 
 
 def shuffled(programs: Programs, pick: random.Random, changes: int) -> Programs:

@@ -14,8 +14,8 @@ the message m and a pass n need it, and let m be posted before pass k of the rec
     [6] the loss    it is shared before the first pass with t(k) >= L, where L - 1 is when its last forward starts
 
 If that holds on all ranks, then all programs run to their end: by [2] both ends of a communicator see one sequence, and
-by [3] each step waits only for such as stand ahead of passes with a lower number, whether receives start when they are
-posted or when they are awaited. So there is no circle.
+by [3] each step waits only for steps ahead of passes with lower numbers, whether receives start when they are posted or
+when they are awaited. So they never wait in a circle.
 
 And any rank may synchronize its device in any pass: what an operation waits for was done by ranks ahead of some pass,
 which knows only of passes with lower numbers. By [4] a post knows of none that its sender runs after a. By [5] a send
@@ -24,23 +24,21 @@ earlier message that was awaited as sent, whose post stands ahead of k by [2]; a
 messages, each of which raises the number by 1. By [6] nobody knows of a pass that another rank runs after it shares the
 loss.
 
-Where the middle repeats, so do numbers, a period later, and w be over how many repeats what is said above of a message
-reaches. With 2 w + 2 of them, each two messages that meet stand in all but the last repeat or in all but the first one,
-so that one more repeat adds nothing that isn't there already, for earlier micro-batches; and so on for all others.
+Where the middle repeats, its numbers do too, each repeat a period later. Let w be the most repeats between two places
+that are compared for one message. Of 2 w + 2 repeats, all places that are compared for two messages which meet are in
+all but the last one, or in all but the first one. So one more repeat adds only what is there already, for earlier
+micro-batches; and so on, for any number of repeats.
 
-Programs may be right that this doesn't show (those with C, O and R, for one). From all programs
-`synchronization.check_with_synchronization` finds that out.
+Not every program that is right has all of this; none with C, O or R has. Then all programs are checked together, by
+`synchronization.check_with_synchronization`.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
-from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Load, Lowering, Message, PostReceive, Program, Run,
-                                         Send, ShareLoss, Step, detour, message_into)
+from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, DirectNeeds, Load, Lowering, Message, PostReceive,
+                                         Program, Run, Send, ShareLoss, Step, Transfer, detour, message_into)
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.proofs.deadlock import Alone
@@ -95,7 +93,8 @@ class _Numbered:
         while known < schedule.repeats and lowering.moments(known).period is None:
             known = min(2 * known, schedule.repeats)
         self._known, self._moments = known, lowering.moments(known)
-        if known > repeats:
+        # From its last but one repeat on the numbers are regular; those of a repeated program must be, in all repeats.
+        if known > repeats - max(bodies - 1, 0):
             raise NotShown("the numbers of passes aren't regular")
         self._numbers: dict[int, list[float]] = {}
         self._places: dict[int, dict[tuple[Kind, int, int], int]] = {}
@@ -158,7 +157,7 @@ class _Walk:
         self._reach = 0
         last = Pass(Kind.F, self._placement.last_stage, numbered.schedule.micro_batches - 1)
         self._loss = numbered.place(last)
-        self._needs = self._taken()
+        self._needs = DirectNeeds([*self._sent()])
 
     def through(self, program: Sequence[Step]) -> int:
         """Look at all steps; over how many repeats the messages reach. NotShown where something is missing."""
@@ -210,9 +209,8 @@ class _Walk:
         follower = maker[0], maker[1] + 1
         self._expect(self._t(place - 1) <= self._numbered.number(follower), f"{message} is posted late")
         if self._t(place) < begun:
-            needed, made = self._needs.get(maker[0], ((), ()))
-            count = bisect.bisect_right(needed, maker[1])
-            self._expect((not count or made[count - 1] < place) and begun < self._t(place) + self._detour,
+            last_needed = self._needs.last_before(*maker, self._rank)
+            self._expect(last_needed < place and begun < self._t(place) + self._detour,
                          f"{message} is posted early")
         self._take(maker, follower, *self._around(place), *(before or ()))
         self._posted[message.channel.source] = maker, (self._rank, place)
@@ -232,17 +230,12 @@ class _Walk:
                          if self._numbered.bodies), "the loss is known before the middle repeats")
         self._shared = True
 
-    def _taken(self) -> dict[int, tuple[list[int], list[int]]]:
-        """By rank that takes messages of this one: the places that need them, and the last place by then that has made
-        one."""
-        taken: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for made, action in enumerate(self._order):
+    def _sent(self) -> Iterator[Transfer]:
+        """What this rank sends."""
+        for made_at, action in enumerate(self._order):
             message = _made_by(action, self._placement)
             if message is not None:
-                rank, needed = self._numbered.place(message.taker)
-                taken[rank].append((needed, made))
-        return {rank: ([needed for needed, _ in sorted(places)],
-                       list(accumulate((made for _, made in sorted(places)), max))) for rank, places in taken.items()}
+                yield Transfer(message, made_at, self._numbered.place(message.taker)[1])
 
     def _t(self, place: int) -> float:
         return self._numbered.number((self._rank, place))

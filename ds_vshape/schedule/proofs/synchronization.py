@@ -31,7 +31,7 @@ from ds_vshape.schedule.passes import Pass
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.proofs.deadlock import check
 from ds_vshape.schedule.proofs.rendezvous import (DeadlockError, Direction, JointRun, Operation, Operations, Receives,
-                                           run_together)
+                                                  run_together)
 
 # How many passes of each rank: the vector clock of distributed systems (Fidge; Mattern), counted in passes.
 Clock = NDArray[np.int32]
@@ -57,7 +57,7 @@ def check_synchronization(programs: Sequence[Program],
     """Raise DeadlockError unless every rank may synchronize its device in any single one of its passes.
 
     Receives start when they are posted. Several ranks that synchronize at once may still wait for one another, other
-    than in the programs of batches in which shapes are announced (`lower_announced`).
+    than in the programs of batches in which shapes are announced (`Lowering.announced`).
 
     Args:
         programs: those of all ranks, which `deadlock.check` has accepted with the same `communicator`.

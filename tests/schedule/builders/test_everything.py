@@ -7,10 +7,11 @@ from itertools import permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import lower_announced
 
 from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.lowering import (AwaitOffload, AwaitReceive, AwaitReload, Offload, Program, Reload, Run, Send,
-                                         lower, lower_announced)
+                                         lower)
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import BW, B, C, F, Kind, O, Pass, R, W
 from ds_vshape.schedule.placement import linear

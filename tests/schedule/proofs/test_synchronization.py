@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import COMMUNICATORS, Communicator, Programs, lowered, of_the_direction, own, shuffled
+from programs import COMMUNICATORS, Communicator, Programs, lower_announced, lowered, of_the_direction, own, shuffled
 
 from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
 from ds_vshape.schedule.builders.forward_only import forward_only
 from ds_vshape.schedule.lowering import (AwaitReceive, AwaitSend, Message, PostReceive, Program, Run, Send, ShareLoss,
-                                         Step, lower, lower_announced)
+                                         Step, lower)
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.proofs import deadlock
