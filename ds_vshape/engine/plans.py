@@ -35,7 +35,10 @@ from ds_vshape.schedule.timeline import Times
 # B leaves 16 times what F does where transformer blocks are recomputed, and twice as much in a chain of linear layers.
 _RECOMPUTED = 4
 
-# One of its methods: `programs` or `announced`.
+# What all ranks do together, in errors.
+_CHECK = "check of the plan"
+
+# `Lowering.programs` or `Lowering.announced`.
 Lower = Callable[[Lowering, Sequence[int] | None], tuple[Program, ...]]
 
 
@@ -196,7 +199,7 @@ class Plans:
             shown = True
         except NotShown:
             shown = False
-        if self._agreement.holds_everywhere(shown):
+        if self._agreement.holds_everywhere(shown, _CHECK):
             return own
 
         def checked() -> Program:
@@ -204,4 +207,4 @@ class Plans:
             check_with_synchronization(programs, self._placement)
             return programs[self._rank]
 
-        return self._agreement.run(checked, "check of the plan")
+        return self._agreement.run(checked, _CHECK)

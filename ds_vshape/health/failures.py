@@ -148,12 +148,12 @@ class Agreement:
         self.reach(failure, what)
         return result
 
-    def holds_everywhere(self, holds: bool) -> bool:
-        """Whether something holds on all ranks; collective. PeerLost if a rank doesn't come."""
+    def holds_everywhere(self, holds: bool, what: str) -> bool:
+        """Whether something holds on all ranks; collective. PeerLost, which names `what`, if a rank doesn't come."""
         try:
             return not self._exchange.largest(int(not holds))
         except RuntimeError as error:
-            raise _lost("checks of a plan", error) from error
+            raise _lost(what, error) from error
 
     def failure(self, error: Exception, what: str) -> Failure:
         """An error of this rank in `what`, for `reach`."""
