@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pickle import UnpicklingError
 from typing import Any
@@ -189,13 +189,14 @@ class SavingEngine(StockEngine):
             # What all ranks see before one reads, and still see when all have read, is one checkpoint.
             self._reading = self._agreement.run(
                 lambda: Reading(self.checkpoint_engine, os.path.join(load_dir, found)), _LOAD)
-            with Meeting(self._agreement, _LOAD, self._explained):
-                kept = TrainingState(self)
-            try:
-                return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn})
-            except BaseException:
-                kept.restore()
-                raise
+            with closing(self._reading):
+                with Meeting(self._agreement, _LOAD, self._explained):
+                    kept = TrainingState(self)
+                try:
+                    return self._load(load_dir, found, {**options, "custom_load_fn": custom_load_fn})
+                except BaseException:
+                    kept.restore()
+                    raise
         except (CheckpointError, PeerLost):
             raise
         except PipelineError as error:

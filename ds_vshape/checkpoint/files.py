@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import weakref
 from typing import Any, Protocol
 
 from ds_vshape.checkpoint.errors import CheckpointError, unreadable, unwritable
@@ -45,23 +46,31 @@ class _Wrapped:
 class Reading(_Wrapped):
     """Raises CheckpointError for a file that can't be read; `path` is the file that was read last.
 
-    Raises OSError if there is no `folder`.
+    Raises CheckpointError if there is no `folder`, which was there before. To be closed.
     """
 
     def __init__(self, engine: CheckpointEngine, folder: str) -> None:
         super().__init__(engine)
         # Errors of what is done with the content are about this file, or folder.
         self.path = self._folder = folder
-        self._inode = os.stat(folder).st_ino
+        try:
+            # Another folder can't get its number while it's open.
+            self._open = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise self._replaced() from error
+        self.close = weakref.finalize(self, os.close, self._open)
 
     def check_folder(self) -> None:
         """Raise CheckpointError if the folder isn't the one that was there at first: then files of two are mixed."""
         try:
-            inode: int | None = os.stat(self._folder).st_ino
-        except FileNotFoundError:
-            inode = None
-        if inode != self._inode:
-            raise CheckpointError(f"{self._folder} was replaced while it was loaded: load it again when no job saves")
+            same = os.path.samestat(os.stat(self._folder), os.fstat(self._open))
+        except OSError:
+            same = False
+        if not same:
+            raise self._replaced()
+
+    def _replaced(self) -> CheckpointError:
+        return CheckpointError(f"{self._folder} was replaced while it was loaded: load it again when no job saves")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """As the engine's."""

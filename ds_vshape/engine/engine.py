@@ -51,7 +51,7 @@ from ds_vshape.engine.verification import Verification
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers, is_raised_by_all
 from ds_vshape.health.preflight import Facts, plan_facts
 from ds_vshape.health.waits import is_ended_wait
-from ds_vshape.health.watch import Watch
+from ds_vshape.health.watch import Watch, in_phase
 from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
 from ds_vshape.measure.monitor import MonitorReports
@@ -186,21 +186,30 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         too, the host waits for a GPU in many passes, which only announced batches bear."""
         return self._signatures is None or bool(self.dynamic_shape) or is_flops_profiled(self)
 
+    @in_phase
     def use_schedule(self, schedule: Schedule) -> None:
         """Train by `schedule` from the next batch of as many micro-batches on; to be called on every rank.
 
-        Losses don't change. Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with
-        another placement than the model's, and for one that recomputes layers which are checkpointed. After the first
-        one that recomputes or offloads, sizes of activations are measured in the next batch again.
+        Losses don't change. Raises on every rank: ScheduleError or DeadlockError for one that can't run, PipelineError
+        for one with another placement than the model's, and for one that recomputes layers which are checkpointed, and
+        PreflightError if ranks have different ones. After the first one that recomputes or offloads, sizes of
+        activations are measured in the next batch again.
         """
-        if any(action.kind is Kind.C for _, action in schedule.passes()):
-            self._check_keeping(f"the schedule {schedule.name}, which recomputes")
+        self._agreement.run(lambda: self._check_schedule(schedule), "check of the schedule")
+        # Each rank proves its own program alone, and what they prove together is of one schedule.
+        self.module.preflight.compare(lambda: plan_facts(schedule, self.grid.pipe_groups))
         self._plans.use(schedule)
         if schedule.gives_back_memory and self._keeping is None:
             self._keeping = self._new_keeping_meter()
             due = self._verification is not None and self._verification.is_due
             self._observer.measure_keeping(self._keeping, wait=int(due))
         self._signatures = None
+
+    def _check_schedule(self, schedule: Schedule) -> None:
+        """Raise for one that can't be this model's."""
+        if any(action.kind is Kind.C for _, action in schedule.passes()):
+            self._check_keeping(f"the schedule {schedule.name}, which recomputes")
+        self._plans.check(schedule)
 
     def _training_instructions(self, program: Program) -> list[instr.PipeInstruction]:
         return instr.training_instructions(program)

@@ -57,7 +57,8 @@ class MemoryLimits(StockEngine):
     @in_phase
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """As DeepSpeed's; to be called on every rank. Raises on all of them, and changes nothing, where batches of that
-        size can't keep to the memory limit."""
+        size can't keep to the memory limit, or where ranks have different ones."""
+        self.module.preflight.compare(lambda: {"train_batch_size": train_batch_size})
         before = self.train_batch_size()
         super().set_train_batch_size(train_batch_size)
         try:

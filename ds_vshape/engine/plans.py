@@ -142,16 +142,18 @@ class Plans:
             self._adopt(schedule)
         return schedule is not None
 
-    def use(self, schedule: Schedule) -> None:
-        """Train by `schedule` from the next batch of as many micro-batches on (collective).
-
-        Raises ScheduleError or DeadlockError for one that can't run, PipelineError for one with another placement than
-        the model's.
+    def check(self, schedule: Schedule) -> None:
+        """Raise ScheduleError for one that isn't whole, PipelineError for one with another placement than the model's.
         """
         if schedule.placement != self._placement:
             raise PipelineError(f"{schedule.name} places its stages as {schedule.placement.chunks}, but the model has "
                                 f"{self._placement.chunks}")
         check(schedule)
+
+    def use(self, schedule: Schedule) -> None:
+        """Train by `schedule`, which `check` lets pass and all ranks have, from the next batch of as many micro-batches
+        on (collective). Raises ScheduleError or DeadlockError, on all ranks, for one that can't run.
+        """
         self._lower(schedule)
 
     def _lower(self, schedule: Schedule) -> None:

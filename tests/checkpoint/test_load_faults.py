@@ -137,6 +137,18 @@ def moved_away(rank: int, engine: Any) -> Callable[[], None]:
     return lambda: delattr(engine, "_load_checkpoint")
 
 
+def moved_when_found(rank: int, engine: Any) -> Callable[[], None]:
+    """The folder isn't there any more when all ranks have found it."""
+    def find(load_dir: str, *args: Any) -> Any:
+        found = original(load_dir, *args)
+        Path(load_dir, found).rename(Path(load_dir, "old"))
+        return found
+    if not rank:
+        return lambda: None
+    original, engine._find_checkpoint = engine._find_checkpoint, find
+    return lambda: delattr(engine, "_find_checkpoint")
+
+
 def during(of: str, happens: Callable[[Path], None]) -> Injection:
     """Something happens to the checkpoint when rank 0 has done a part of loading it."""
     def inject(rank: int, engine: Any) -> Callable[[], None]:
@@ -157,6 +169,18 @@ def saved_again(folder: Path) -> None:
     shutil.copytree(folder, folder.with_name("new"))
     folder.rename(folder.with_name("old"))
     folder.with_name("new").rename(folder)
+
+
+def removed_and_copied(folder: Path) -> None:
+    """Another folder of the same name, to which file systems like to give the number of the one before."""
+    files = folder.with_name("files")
+    files.mkdir()
+    for path in folder.iterdir():
+        path.rename(files / path.name)
+    folder.rmdir()
+    folder.mkdir()
+    for path in files.iterdir():
+        path.rename(folder / path.name)
 
 
 LAYER, STATES, SHARD = "layer_02*", "mp_rank_01*", "*zero_pp_rank_0_mp_rank_01*"
@@ -245,6 +269,10 @@ FAULTS: dict[str, Fault] = {
                              ("rank 0 finds no file", "on rank 1 it names 'global_step2'")),
     "another job saves meanwhile": (nothing, during("module.load_state_dir", saved_again), options(),
                                     ("was replaced while it was loaded",)),
+    "the folder is removed and copied again": (nothing, during("module.load_state_dir", removed_and_copied), options(),
+                                               ("was replaced while it was loaded",)),
+    "the folder is gone when it has been found": (nothing, moved_when_found, options(),
+                                                  ("was replaced while it was loaded",)),
     "another job starts to save": (nothing, moved_away, options(), ("was replaced while it was loaded",)),
 }
 OF_ZERO: dict[str, Fault] = {
