@@ -172,13 +172,18 @@ def saved_again(folder: Path) -> None:
 
 
 def removed_and_copied(folder: Path) -> None:
-    """Another folder of the same name, to which file systems like to give the number of the one before."""
-    files = folder.with_name("files")
+    """Another folder of the same name, which the file system may give the number of the one before."""
+    files, number = folder.with_name("files"), folder.stat().st_ino
     files.mkdir()
     for path in folder.iterdir():
         path.rename(files / path.name)
     folder.rmdir()
-    folder.mkdir()
+    for attempt in range(100):
+        again = folder.with_name(f"again{attempt}")
+        again.mkdir()
+        if again.stat().st_ino == number:
+            break
+    again.rename(folder)
     for path in files.iterdir():
         path.rename(folder / path.name)
 
