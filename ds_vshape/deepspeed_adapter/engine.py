@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.compiler import compiled_autograd
@@ -29,6 +32,7 @@ Instructions = dict[Any, Callable[..., None]]
 # Methods that decide what a batch consists of.
 METHODS_OF_SCHEDULES = ("_exec_schedule", "_train_schedule", "_inference_schedule")
 _MAP = "_INSTRUCTION_MAP"
+_FOLDER = Path(deepspeed.__file__).parent
 # What a step changes.
 _OF_STEP = ("global_steps", "global_samples", "skipped_steps", "_global_grad_norm", "_step_applied")
 
@@ -42,8 +46,11 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     def stock_forward(self, inputs: Any) -> Any:
         """The module's forward, with DeepSpeed's hooks for a backward from its outputs.
 
-        DeepSpeedEngine.forward without what is legal in no pipeline, and asked for in each pass.
+        DeepSpeedEngine.forward without what is legal in no pipeline, and asked for in each pass; with it where a script
+        has put a function of its own there.
         """
+        if not _is_deepspeeds(DeepSpeedEngine.forward):
+            return DeepSpeedEngine.forward(self, inputs)
         if isinstance(self.optimizer, ZeROOptimizer):
             self.optimizer.clear_backward_seen_flag()
         outputs = self.run_module(inputs)
@@ -62,7 +69,12 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         return autocast_if_enabled(self)  # type: ignore[no-any-return]
 
     def stock_backward(self, loss: Tensor, splitting: AbstractContextManager[Any]) -> None:
-        """The backward from a loss, scaled and divided as in DeepSpeedEngine.backward; `splitting` is around it."""
+        """The backward from a loss, scaled and divided as in DeepSpeedEngine.backward, or what a script has put there;
+        `splitting` is around it."""
+        if not _is_deepspeeds(DeepSpeedEngine.backward):
+            with splitting:
+                DeepSpeedEngine.backward(self, loss)
+            return
         with compiled_autograd(self._is_compiled_autograd_enabled, self._compile_kwargs):
             root = self._root_of(loss)
             self.run_backward((get_gradient_edge(root),), (torch.ones_like(root),), splitting)
@@ -207,6 +219,17 @@ def class_with_instructions(name: str, bases: tuple[type, ...], functions: Mappi
                             members: Mapping[str, Any]) -> Any:
     """A class of engines that executes instructions by `functions`."""
     return type(name, bases, {**members, _MAP: functions})
+
+
+@cache
+def _is_deepspeeds(function: Any) -> bool:
+    """Whether it, and what it's wrapped around, is code of DeepSpeed's."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not Path(code.co_filename).is_relative_to(_FOLDER):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def is_stock_code(filename: str) -> bool:

@@ -1,15 +1,21 @@
-"""What DeepSpeed's constructor makes for an engine: the groups of experts, and the optimizer."""
+"""What DeepSpeed's constructor makes for an engine: the groups of experts, and the optimizer; and what compiles its
+layers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
+
+from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.config.section import ConfigError
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.deepspeed_adapter.experts import expert_parallel_sizes, make_expert_groups
 from ds_vshape.deepspeed_adapter.optimizers import core_of, is_bf16
 from ds_vshape.module.dummy_parameter import add_dummy, keep_from_universal, with_dummy
+from ds_vshape.schedule.passes import Kind
+from ds_vshape.schedule.schedule import Schedule
 
 
 class Construction(StockEngine):
@@ -17,6 +23,7 @@ class Construction(StockEngine):
 
     # Whether any rank has a layer of experts.
     _has_experts: bool
+    schedule: Callable[[], Schedule]
 
     def _configure_distributed_model(self, model: Any) -> None:
         # DeepSpeed would make them on the ranks with such layers alone, and every rank must take part.
@@ -54,3 +61,14 @@ class Construction(StockEngine):
             raise ConfigError(
                 "MoE layers with ZeRO or bf16: each pipeline rank must have the same number of parameter groups, "
                 f"but there are {counted}. Give every pipeline rank an MoE layer")
+
+    def compile(self, *args: Any, compiled_autograd_enabled: bool = False, **kwargs: Any) -> None:
+        """DeepSpeed's `compile`, by layer; the weight gradients of a compiled layer come in B.
+
+        Raises PipelineError for `compiled_autograd_enabled` with a schedule that has W: that isn't a whole backward.
+        """
+        schedule = self.schedule()
+        if compiled_autograd_enabled and any(action.kind is Kind.W for order in schedule.orders for action in order):
+            raise PipelineError(f"compiled_autograd_enabled = True: must be False with {schedule.name}, which splits "
+                                "the backward; its layers can still be compiled")
+        super().compile(*args, compiled_autograd_enabled=compiled_autograd_enabled, **kwargs)

@@ -372,17 +372,6 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
             self._stage_buffers.clear()
             self._guard.abandon(instruction)
 
-    def compile(self, *args: Any, compiled_autograd_enabled: bool = False, **kwargs: Any) -> None:
-        """DeepSpeed's `compile`, by layer; the weight gradients of a compiled layer come in B.
-
-        Raises PipelineError for `compiled_autograd_enabled` with a schedule that has W: that isn't a whole backward.
-        """
-        schedule = self.schedule()
-        if compiled_autograd_enabled and any(action.kind is Kind.W for order in schedule.orders for action in order):
-            raise PipelineError(f"compiled_autograd_enabled = True: must be False with {schedule.name}, which splits "
-                                "the backward; its layers can still be compiled")
-        super().compile(*args, compiled_autograd_enabled=compiled_autograd_enabled, **kwargs)
-
     # -- the rank's place in the pipeline
 
     def is_first_stage(self) -> bool:

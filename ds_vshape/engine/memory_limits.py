@@ -83,7 +83,7 @@ class MemoryLimits(StockEngine):
     def look_at_shapes(self) -> None:
         """Before the first batch: refuse a limit that can't be met as far as shapes tell, or start with a schedule that
         keeps to it."""
-        limit, self._looked = self._limit, True
+        limit = self._limit
         assert limit is not None
         inputs = labels = None
         if self.is_first_stage() or self.is_last_stage():
@@ -104,6 +104,7 @@ class MemoryLimits(StockEngine):
                 self._log(f"pipeline rank {rank} will need {of_rank}, by its shapes")
             memory = self._start_within(limit, memory, sizes, _BY_SHAPES)
         limit.check(self._present().name, memory, sizes, _BY_SHAPES)
+        self._looked = True
 
     def _check_batch_size(self) -> None:
         """With another number of micro-batches: refuse a limit that can't be met as far as sizes are known by now, or

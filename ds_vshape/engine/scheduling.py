@@ -31,7 +31,7 @@ from deepspeed.utils import logger
 from ds_vshape.comm.channels import PeerLost
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.compatibility import check_demands
-from ds_vshape.config.section import KEY, ScheduleConfig
+from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.config.to_schedule import (KnownStages, Room, check_limit, equal_times, gives_back_memory, is_in_bytes,
                                           is_planned, least_schedule, request_for, table_schedule)
 from ds_vshape.engine.planning import Planner, PlannerFailed
@@ -379,7 +379,7 @@ class MeasuredSchedules:
         sizes are unknown.
         """
         if dist.get_rank() == 0:
-            logger.warning(f"{KEY}.memory_limit = {self._config.memory_limit!r} can't be planned for, because the "
+            logger.warning(f"{_limit(self._config)} can't be planned for, because the "
                            "sizes of activations are unknown; planning for the memory of the schedule of the table "
                            "that needs least")
         return replace(request, limits=peak_activations(self._safe_schedule(), request.activations))
@@ -447,12 +447,19 @@ def _asked(config: ScheduleConfig) -> str:
     return f"{KEY} = {config.model_dump(exclude_defaults=True)}"
 
 
+def _limit(config: ScheduleConfig) -> str:
+    limit = config.memory_limit
+    if isinstance(limit, ActivationLimit):
+        return f"{KEY}.memory_limit.activations = {limit.activations} bytes"
+    return f"{KEY}.memory_limit = {limit!r}"
+
+
 def _planned(answer: Answer, config: ScheduleConfig) -> Planned:
     """The plan in an answer; PipelineError if the limits of `config` can't be met."""
     if "schedule" in answer:
         return answer
     unit = "bytes" if is_in_bytes(config) else "activations of one of 2p chunks"
-    raise PipelineError(f"{KEY}.memory_limit = {config.memory_limit!r}: {answer['error']} ({unit})")
+    raise PipelineError(f"{_limit(config)}: {answer['error']} ({unit})")
 
 
 def _of_the_same_lengths(now: Times, then: Times) -> Times:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.pipe.module import PipelineError
 from logged import Lines
 from pipelines import FP32, FP32_ZERO1, SAMPLES, VOCABULARY, Block, Job, data, profiled, specs
 from ranks import RanksFailed, run_ranks
@@ -103,6 +105,9 @@ def test_a_plan_keeps_to_the_limit() -> None:
 def refused(rank: int, section: Any, config: dict[str, Any], batch: Callable[[Any, int], Any] = data) -> None:
     without_process()
     engine = job(section, config).engine()
+    with suppress(PipelineError):
+        engine.train_batch(batch(engine, 0))
+    # Not by a script that goes on either.
     engine.train_batch(batch(engine, 0))
 
 
@@ -256,6 +261,12 @@ def test_another_number_of_micro_batches_keeps_to_the_limit() -> None:
     assert found == other and not isinstance(found, str)
     assert found[0].micro_batches == 6 and found[0] != schedule
     assert all(of_rank.total <= limit for of_rank in found[1])
+
+
+def test_a_size_for_which_there_is_no_room_is_refused_by_name() -> None:
+    (told, _), (other, _) = run_ranks(2, another_size, {"activations": "100"}, 6)
+    assert told == other
+    assert told.startswith("PipelineError: pipeline_schedule.memory_limit.activations = 100 bytes: a limit of 100")
 
 
 def resized(rank: int, section: dict[str, Any], first: int, second: int) -> tuple[str, list[float]]:

@@ -11,12 +11,13 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.lr_schedules import WarmupLR
 from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from pipelines import BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, cross_entropy, specs
-from scripted import BATCHES, NO_KEY, SCHEDULES, UNTOUCHED, ds_config, losses, samples, variants, weights
+from scripted import BATCHES, MICRO_BATCHES, NO_KEY, SCHEDULES, UNTOUCHED, ds_config, losses, samples, variants, weights
 from torch import nn
 
 WITHOUT = 'train without "pipeline_schedule" in the config, or without that function'
@@ -186,6 +187,33 @@ def test_methods_that_no_instruction_map_names() -> None:
                 setattr(PipelineEngine, name, method)
 
     same(variants(script, **FP32_ZERO1))
+
+
+def test_forward_and_backward_of_the_script() -> None:
+    """In the place of DeepSpeedEngine's: they are run, in each pass."""
+
+    def script(config: dict[str, Any]) -> Any:
+        forward, backward = DeepSpeedEngine.forward, DeepSpeedEngine.backward
+
+        def half_backward(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+            return backward(self, loss / 2, *args, **kwargs)
+
+        def counted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(self.module.training)
+            return forward(self, *args, **kwargs)
+
+        calls: list[bool] = []
+        DeepSpeedEngine.forward, DeepSpeedEngine.backward = counted_forward, half_backward
+        try:
+            found = losses(engine_for({**config, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}))
+        finally:
+            DeepSpeedEngine.forward, DeepSpeedEngine.backward = forward, backward
+        assert len(calls) >= BATCHES * MICRO_BATCHES and all(calls)
+        return found
+
+    results = variants(script, **FP32_ZERO1, zero_allow_untested_optimizer=True)
+    assert not isinstance(results[UNTOUCHED][0], str), results[UNTOUCHED]
+    same(results)
 
 
 def test_reductions_left_out() -> None:
