@@ -118,6 +118,14 @@ RUNS = [
                             "--rounds 1 --planning-seconds 60 "
                             "--contenders v-zb 1f1b adaptive+offload@0.3 adaptive+recompute+offload@0.2",
         f"{_SLEEPING} --planning-seconds 1 --contenders v-zb adaptive+recompute+offload@0.3"),
+    Run("memory-on-demand-60ms", "bench/run.py --workload holding --ranks 8 --layers 2 --micro-batches 32 "
+                                 "--ms 60 60 60 --rounds 1 --planning-seconds 40 "
+                                 "--contenders v-zb adaptive+offload@0.3 adaptive+recompute+offload@0.2",
+        f"{_SLEEPING} --planning-seconds 1 --contenders v-zb adaptive+offload@0.3"),
+    Run("memory-on-demand-4-ranks", "bench/run.py --workload holding --ranks 4 --layers 2 --micro-batches 32 "
+                                    "--ms 60 60 60 --rounds 1 --planning-seconds 20 "
+                                    "--contenders v-zb adaptive+offload@0.3",
+        f"{_SLEEPING} --planning-seconds 1 --contenders v-zb adaptive+offload@0.3"),
     Run("reference", "bench/compare_reference.py schedules.json", ""),
     Run("reference-plans", "bench/compare_reference.py schedules.json --time-limit 8",
         "--time-limit 0.01 --peaks-of v-half"),
