@@ -5,10 +5,11 @@
     python bench/scale.py grid --length 1024 --batch 160        # the best layout of each schedule, as in the paper
     python bench/scale.py host                      # what a plan costs at start, and Python in a batch
     python bench/scale.py host --measure            # with the cost of an instruction measured on 2 ranks here
+    python bench/scale.py ranks                     # what ranks do together at start, with up to 512 of them here
 
 `paper` and `grid` run ds_vshape's simulator with the costs of
 ds_vshape/layouts/gpt_costs.py: nothing in them is measured but the
-efficiency, which the paper's own F passes show. `host` measures all that it prints.
+efficiency, which the paper's own F passes show. `host` and `ranks` measure all that they print.
 """
 
 from __future__ import annotations
@@ -262,6 +263,30 @@ def host(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**asdict(plan), "instruction_seconds": cost} for plan in found]
 
 
+def ranks(options: argparse.Namespace) -> dict[str, Any]:
+    """What ranks do together at start, by their number; and the groups of all ranks that a start makes."""
+    from many_ranks import PARTS, groups_of_all, start_cost
+    table = Table(title="what ranks do together at start, here: seconds of the slowest rank (CPU seconds of all)")
+    for column in ("ranks", *PARTS):
+        table.add_column(column, justify="right")
+    found = []
+    for size in tqdm(options.ranks, disable=None):
+        cost = start_cost(size, options.time_limit)
+        found.append(cost)
+        table.add_row(str(size), *(f"{cost.seconds[part]:.3f} ({cost.cpu[part]:.2f})" if part in cost.seconds else "-"
+                                   for part in PARTS))
+        # At once: large numbers take minutes, and may be ended from outside.
+        missing = [part for part in PARTS if part not in cost.seconds]
+        tqdm.write(f"{size} ranks: {', '.join(f'{part} {spent:.2f} s' for part, spent in cost.seconds.items()) or '-'}"
+                   + (f"; not done within {options.time_limit:g} s: {', '.join(missing)}" if missing else ""))
+    groups = {schedule: groups_of_all(schedule) for schedule in options.schedules}
+    Console(width=170).print(table)
+    for schedule, counts in groups.items():
+        print(f"{schedule}: a start makes {counts['ds_vshape']} groups of all ranks, besides {counts['others']} of "
+              "DeepSpeed and the job")
+    return {"starts": [asdict(cost) for cost in found], "groups of all ranks": groups}
+
+
 def speeds_of(options: argparse.Namespace) -> Speeds:
     """What GPUs and messages reach, by the options."""
     microseconds = 1e-6 * options.latency_us
@@ -270,7 +295,7 @@ def speeds_of(options: argparse.Namespace) -> Speeds:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of all three programs."""
+    """Of all programs."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     programs = result.add_subparsers(required=True, metavar="PROGRAM")
     gpus = argparse.ArgumentParser(add_help=False)
@@ -311,6 +336,13 @@ def parser() -> argparse.ArgumentParser:
                          default=INSTRUCTION_SECONDS, help="CPU microseconds of an instruction")
     of_host.add_argument("--measure", action="store_true", help="measure that on 2 ranks of this machine instead")
     of_host.set_defaults(run=host)
+
+    of_ranks = programs.add_parser("ranks", parents=[for_all], help="what ranks do together at start")
+    of_ranks.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128, 512])
+    of_ranks.add_argument("--time-limit", type=float, default=120, help="seconds for each number of ranks")
+    of_ranks.add_argument("--schedules", nargs="+", default=["v-half", "adaptive@0.75"],
+                          help="of the engines whose groups are counted")
+    of_ranks.set_defaults(run=ranks)
     return result
 
 

@@ -50,8 +50,11 @@ class Exchange:
         longest = self.largest(len(encoded))
         if not longest:
             return [""] * len(self.ranks)
-        boxes = [_box(b"", longest) for _ in self.ranks]
-        dist.all_gather(boxes, _box(encoded, longest), group=self.group)
+        # By way of the first rank, in two messages a rank: all_gather takes as many as there are ranks, each.
+        first = self.ranks[0]
+        boxes = torch.zeros(len(self.ranks), longest, dtype=torch.uint8)
+        dist.gather(_box(encoded, longest), list(boxes) if dist.get_rank() == first else None, first, group=self.group)
+        dist.broadcast(boxes, first, group=self.group)
         return [_unboxed(box) for box in boxes]
 
     def texts_on_first(self, own: str) -> list[str]:
@@ -82,7 +85,7 @@ class Exchange:
             return ""
         box = _box(encoded, int(size))
         dist.broadcast(box, source, group=self.group)
-        return bytes(box.tolist()).decode()
+        return box.numpy().tobytes().decode()
 
 
 class Numbers:
@@ -102,4 +105,4 @@ def _box(text: bytes, size: int) -> Tensor:
 
 
 def _unboxed(box: Tensor) -> str:
-    return bytes(box.tolist()).rstrip(b"\0").decode(errors="replace")
+    return box.numpy().tobytes().rstrip(b"\0").decode(errors="replace")

@@ -134,7 +134,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._operators = _OPERATORS[config.deferred]
         self._set_limit(config)
         source = schedules_for(config, self.placement, lambda: hop_seconds(self._channels, self.placement), self.room,
-                               self._keeping_times, self.module.known_stages)
+                               self._keeping_times, self.module.preflight.exchange, self.module.known_stages)
         in_bytes = is_in_bytes(config)
         self._plans = Plans(self.placement, self.stage_id, config.name, source, self._training_instructions,
                             recomputes=self.module.activation_checkpoint_interval > 0,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.config.to_schedule import Room
 from ds_vshape.deepspeed_adapter.engine import StockEngine
@@ -48,7 +47,9 @@ class MemoryLimits(StockEngine):
     def _set_limit(self, config: ScheduleConfig) -> None:
         """Collective, as all that follows."""
         limit = config.memory_limit
-        self._limit = RankLimit(limit, self.placement, Exchange(), config) if isinstance(limit, int) else None
+        self._limit = None
+        if isinstance(limit, int):
+            self._limit = RankLimit(limit, self.placement, self.module.preflight.exchange, config)
         if isinstance(limit, int) and config.name == ADAPTIVE:
             self._log(f"{KEY}.memory_limit = {readable(limit)} holds for all that a rank needs; for activations alone "
                       f"give {{\"activations\": ...}}, as bytes meant before ds_vshape 0.2")

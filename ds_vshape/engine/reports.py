@@ -29,6 +29,7 @@ class Reports:
     placement: Placement
     _channels: Channels
     _instruction: instr.PipeInstruction | None
+    module: Any
     _observer: Observer
     _plans: Plans
 
@@ -100,7 +101,7 @@ class Reports:
 
     def _log_sizes(self) -> None:
         """Say which sizes of activations stay unknown; collective, after the batch in which they are measured."""
-        unknown = self._observer.agree_on_sizes()
+        unknown = self._observer.agree_on_sizes(self.module.preflight.exchange)
         if unknown:
             self._log(f"activations couldn't be measured in training batch {self._observer.batches}, and their sizes "
                       f"stay unknown: {unknown}")

@@ -161,17 +161,16 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times],
+                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], exchange: Exchange,
                   known: KnownStages | None) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
-    `known` are the stages if they were planned together with a first schedule.
+    `exchange` is that of the job; `known` are the stages if they were planned together with a first schedule.
 
     Collective over the job, as all that the source does.
     """
     check_demands(config)
     if not is_planned(config):
         return NamedSchedules(config, placement)
-    exchange = Exchange()
     if config.times == "profile":
         return MeasuredSchedules(config, placement, measure_hops, room, with_keeping, exchange, known)
     return PlannedSchedules(config, placement, exchange, known)

@@ -58,11 +58,15 @@ class PreflightError(PipelineError):  # type: ignore[misc]
 
 
 class Preflight:
-    """The checks of one job, over which `watch` watches. Creating it is collective, and so are its methods."""
+    """The checks of one job, over which `watch` watches. Creating it is collective, and so are its methods.
+
+    Its `exchange` is for all that the ranks of the job tell each other between batches, in one order and by the thread
+    that trains: gloo connects each rank of another group with each other rank anew.
+    """
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self._exchange = Exchange()
+        self.exchange = Exchange()
 
     def compare(self, read: Callable[[], Facts]) -> None:
         """Return if all ranks read the same facts.
@@ -75,8 +79,11 @@ class Preflight:
             text = json.dumps(read(), sort_keys=True, default=_data)
         except Exception as error:
             text, failure = json.dumps({_ERROR: f"{type(error).__name__}: {error}"}), error
-        if len(set(self._exchange.texts(_digest(text)))) > 1:
-            every = [json.loads(other) for other in self._exchange.texts(text)]
+        # Two numbers go around once, where the texts, or whole digests, of all ranks would go to all ranks.
+        number = int(_digest(text)[:15], 16)
+        most, negative_least = self.exchange.largest_of_each([number, -number])
+        if most != -negative_least:
+            every = [json.loads(other) for other in self.exchange.texts(text)]
             # Only a config has a schedule's name, and None where it asks for none.
             if any(_ERROR in facts or facts.get(_NAME, "") is not None for facts in every):
                 raise PreflightError(self._difference(every)) from failure
@@ -85,7 +92,7 @@ class Preflight:
 
     def gather(self, facts: Facts) -> list[Facts]:
         """The facts of all ranks, in rank order."""
-        return [json.loads(text) for text in self._exchange.texts(json.dumps(facts))]
+        return [json.loads(text) for text in self.exchange.texts(json.dumps(facts))]
 
     def probe(self, ends: Iterable[End], seconds: float = PROBE_SECONDS) -> None:
         """Return if a byte got through each communicator of messages within `seconds`, once all ranks are here.
@@ -95,9 +102,9 @@ class Preflight:
 
         Otherwise raises PreflightError on every rank, which names the pairs that can't reach each other.
         """
-        self._exchange.largest(0)
+        self.exchange.largest(0)
         silent = sorted({tuple(sorted((end.source, end.target))) for end in self._unanswered(ends, seconds)})
-        reports = self._exchange.texts(json.dumps(silent))
+        reports = self.exchange.texts(json.dumps(silent))
         pairs = sorted({tuple(pair) for report in reports for pair in json.loads(report)})
         if pairs:
             broken = [f"{self._named([one])} and {self._named([two])} can't reach each other" for one, two in pairs]

@@ -181,8 +181,8 @@ class Observer:
         times = planned or mean_times(measured, schedule.placement.stages)
         return simulate(schedule, times), measured
 
-    def agree_on_sizes(self) -> str | None:
-        """Tell all ranks of the job the measured sizes (collective); why they are unknown, if they are."""
+    def agree_on_sizes(self, exchange: Exchange) -> str | None:
+        """Tell all ranks of the job the measured sizes, collective over its `exchange`; why they are unknown, if so."""
         rank = self._rank
         self._sizes = self._meter.gather(rank.placement, rank.device)
         self._process = measured_process(rank, after_step=True)
@@ -191,7 +191,7 @@ class Observer:
                 self._sizes = self._keeping.gather(self._sizes[0]), self._sizes[1]
             return None
         own = self._meter.unknown
-        texts = Exchange().texts(
+        texts = exchange.texts(
             "" if own is None else f"pipeline rank {rank.stage_id}: {own}")
         return "; ".join(dict.fromkeys(text for text in texts if text)) or "no pass was measured"
 

@@ -69,8 +69,8 @@ class LayerProfiler:
     device: str
     dtype: torch.dtype | None
 
-    def agree(self, measures: bool) -> LayerTimes:
-        """The times that rank 0 has measured, on every rank (collective over all).
+    def agree(self, measures: bool, exchange: Exchange) -> LayerTimes:
+        """The times that rank 0 has measured, on every rank (collective over `exchange`, that of the job).
 
         `measures` says whether this rank runs the layers: rank 0 does, and all ranks with which its layers talk.
         Raises PartitionError on every rank if rank 0 can't run the layers.
@@ -82,7 +82,7 @@ class LayerProfiler:
                 times = torch.tensor(list(zip(*self._measure())), dtype=torch.float64)
             except Exception as error:
                 failure = str(error) if isinstance(error, PartitionError) else f"{type(error).__name__}: {error}"
-        said = Exchange().text_of_first(failure)
+        said = exchange.text_of_first(failure)
         if said:
             raise PartitionError(f"the partition 'profile' can't be measured: {said}")
         times = times.to(self.device)

@@ -33,12 +33,13 @@ class _Failed(TypedDict):
 _ANSWER: TypeAdapter[_Planned | _Failed] = TypeAdapter(_Planned | _Failed)
 
 
-def agree_on_stages(problem: PartitionProblem, seconds: float, plans: bool) -> KnownStages:
-    """What global rank 0 plans in `seconds`, on every rank (collective over the job); `plans` says whether this is it.
+def agree_on_stages(problem: PartitionProblem, seconds: float, plans: bool, exchange: Exchange) -> KnownStages:
+    """What global rank 0 plans in `seconds`, on every rank; `plans` says whether this is it. Collective over the job's
+    `exchange`.
 
     Raises PartitionError on every rank if it finds no partition within the limits.
     """
-    answer = read_json(Exchange().text_of_first(_answer(problem, seconds) if plans else "").encode(), _ANSWER)
+    answer = read_json(exchange.text_of_first(_answer(problem, seconds) if plans else "").encode(), _ANSWER)
     if "error" in answer:
         raise PartitionError(f"no partition of the layers can be planned: {answer['error']}")
     bounds = check_bounds(answer["bounds"], problem.placement.stages, len(problem.layers))

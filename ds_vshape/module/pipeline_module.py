@@ -277,7 +277,8 @@ class PipelineModule(FastSetattr, StockModule):
                                     self._micro_batches or _MICRO_BATCHES_A_RANK * ranks, noise)
         if problem is None:
             return None
-        self.known_stages = agree_on_stages(problem, self.schedule_config.planning_seconds, self.global_rank == 0)
+        self.known_stages = agree_on_stages(problem, self.schedule_config.planning_seconds, self.global_rank == 0,
+                                            self.preflight.exchange)
         return self.known_stages.bounds
 
     def _measure_layers(self) -> LayerTimes:
@@ -287,7 +288,7 @@ class PipelineModule(FastSetattr, StockModule):
         device = get_accelerator().device_name(self.local_rank)
         loss_fn = partial(self.loss_fn, **{ITEMS: 1}) if self.averages_tokens else self.loss_fn
         return LayerProfiler(self.layer_specs, self._example, loss_fn, self._seed_layer, device,
-                             self._precision).agree(measures)
+                             self._precision).agree(measures, self.preflight.exchange)
 
     def _seed_layer(self, layer: int) -> None:
         if self.seed_layers:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import scale
+from many_ranks import PARTS, groups_of_all, start_cost
 from scale import SHAPES, best_layout, layouts, parser, plan_cost, speeds_of, step
 
 from ds_vshape.layouts.gpt_costs import TrainingCosts
@@ -107,6 +108,18 @@ def test_plans_are_counted(name: str, instructions: int, communicators: int) -> 
     assert cost.communicators == communicators
     assert cost.least_pass(1e-4) == pytest.approx(1e-4 * cost.instructions / cost.passes)
     assert min(cost.build, cost.lower, cost.check) > 0
+
+
+def test_what_ranks_do_together_is_measured_as_far_as_they_come() -> None:
+    cost = start_cost(3, 60)
+    assert list(cost.seconds) == list(cost.cpu) == list(PARTS)
+    assert min(cost.seconds.values()) > 0 and min(cost.cpu.values()) > 0
+    assert len(start_cost(3, 0.0).seconds) < len(PARTS)
+
+
+def test_planning_and_limits_make_no_groups_of_all_ranks() -> None:
+    """Each connects every rank with every other one."""
+    assert groups_of_all("adaptive@0.75") == groups_of_all("v-half") == {"ds_vshape": 2, "others": 2}
 
 
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
