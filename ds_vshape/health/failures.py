@@ -11,7 +11,8 @@ of them fails alone, the others wait for it inside a layer, and all that it can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NoReturn, TypeVar
@@ -72,8 +73,13 @@ def is_raised_by_all(error: Exception) -> bool:
     return getattr(error, "is_raised_by_all", False)
 
 
-def _lost(what: str, error: RuntimeError) -> PeerLost:
-    return PeerLost(f"not all ranks reached the end of the {what}: {str(error).splitlines()[0]}")
+@contextmanager
+def _reached_by_all(what: str) -> Iterator[None]:
+    """Around what all ranks do together at the end of `what`; PeerLost if a rank doesn't come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"not all ranks reached the end of the {what}: {str(error).splitlines()[0]}") from error
 
 
 class PendingStatus:
@@ -84,10 +90,8 @@ class PendingStatus:
 
     def result(self) -> list[list[float]]:
         """Wait for every rank's numbers [rank][number]; PeerLost if a rank doesn't send them."""
-        try:
+        with _reached_by_all("batch"):
             return self._numbers.result()
-        except RuntimeError as error:
-            raise _lost("batch", error) from error
 
 
 class TensorParallelPeers:
@@ -150,10 +154,8 @@ class Agreement:
 
     def holds_everywhere(self, holds: bool, what: str) -> bool:
         """Whether something holds on all ranks; collective. PeerLost, which names `what`, if a rank doesn't come."""
-        try:
+        with _reached_by_all(what):
             return not self._exchange.largest(int(not holds))
-        except RuntimeError as error:
-            raise _lost(what, error) from error
 
     def failure(self, error: Exception, what: str) -> Failure:
         """An error of this rank in `what`, for `reach`."""
@@ -164,17 +166,13 @@ class Agreement:
 
         Collective, in the same order on every rank.
         """
-        try:
+        with _reached_by_all("batch"):
             return PendingStatus(self._exchange.start_numbers(numbers))
-        except RuntimeError as error:
-            raise _lost("batch", error) from error
 
     def reached(self, failure: Failure | None, reached: Reached) -> Reached | None:
         """None if no rank has failed; else how far the step has come on all ranks, or else MIDWAY. Collective."""
-        try:
+        with _reached_by_all("batch"):
             failed, most, least = self._exchange.largest_of_each([failure is not None, reached, -reached])
-        except RuntimeError as error:
-            raise _lost("batch", error) from error
         if not failed:
             return None
         return Reached(most) if most == -least else Reached.MIDWAY
@@ -187,10 +185,8 @@ class Agreement:
         `consequence`, the same on every rank, is part of the error; None: no rank counts `what`.
         """
         state = _State.DONE if failure is None else failure.state
-        try:
+        with _reached_by_all(what):
             worst = _State(self._exchange.largest(state))
-        except RuntimeError as error:
-            raise _lost(what, error) from error
         if worst is not _State.DONE:
             self._raise(failure, worst, consequence or f"no rank counts this {what}", consequence)
 

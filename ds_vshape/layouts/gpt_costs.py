@@ -214,13 +214,14 @@ class TrainingCosts:
 
     def activations(self, placement: Placement) -> Activations:
         """Bytes of each stage. Of layers that are recomputed the stage's input is left."""
-        stages = [[self._share(layer).after_forward for layer in stage] for stage in self.stages(placement)]
-        whole = tuple(map(sum, stages))
+        stages = [[self._share(layer) for layer in stage] for stage in self.stages(placement)]
+        left = [[layer.after_forward for layer in stage] for stage in stages]
+        whole = tuple(map(sum, left))
         inputs = (0.0, *(self._output for _ in stages[1:]))
         return Activations(
-            whole, tuple(sum(self._share(layer).after_backward for layer in stage) for stage in self.stages(placement)),
+            whole, tuple(sum(layer.after_backward for layer in stage) for stage in stages),
             recomputed=tuple(tuple(min(of_stage, given + of_stage - of_first) for of_first in accumulate(sizes))
-                             for given, of_stage, sizes in zip(inputs, whole, stages)))
+                             for given, of_stage, sizes in zip(inputs, whole, left)))
 
     def working(self, placement: Placement) -> Working:
         """Bytes that the passes of each stage need while they run, and of a message."""
