@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
 from ds_vshape.comm.device_waits import DeviceWaits
-from ds_vshape.comm.groups import GLOO, light_options, new_group
+from ds_vshape.comm.groups import GLOO, light_options, messenger, new_group
 from ds_vshape.comm.ownership import Versions, check_unwritten, versions
 from ds_vshape.comm.payload import HEADER_SIZE, Payload, Signature, carried, check_payload, members, settled
 from ds_vshape.schedule.communicators import Communicator, communicator_of
@@ -159,7 +159,7 @@ class Channels:
                     self._groups[communicator] = group
         # By channel: its group, and the places of source and target in it. Messages bypass dist.isend and dist.irecv:
         # these look the places up and check their arguments for each message, which takes longer than the rest.
-        self._ends = {channel: (group, dist.get_group_rank(group, own[channel.source]),
+        self._ends = {channel: (messenger(group), dist.get_group_rank(group, own[channel.source]),
                                 dist.get_group_rank(group, own[channel.target]))
                       for channel in channels if (group := self._groups.get(communicator_of(channel))) is not None}
         self._sending: dict[Message, _Transfer] = {}

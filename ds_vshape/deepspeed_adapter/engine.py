@@ -20,9 +20,10 @@ from deepspeed.runtime.pipe import engine as _stock
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
-from deepspeed.runtime.utils import register_output_backward_hooks
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+
+from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
            "own_instructions", "set_instructions", "step_state"]
@@ -54,8 +55,38 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         if isinstance(self.optimizer, ZeROOptimizer):
             self.optimizer.clear_backward_seen_flag()
         outputs = self.run_module(inputs)
-        register_output_backward_hooks(outputs, self._backward_prologue, self._backward_prologue_per_tensor)
+        self.hook_outputs(outputs)
         return outputs
+
+    def hook_outputs(self, outputs: Any) -> None:
+        """Let a backward start by DeepSpeed's prologue where it reaches `outputs`, by one function for all of them
+        (register_output_backward_hooks in runtime/utils.py)."""
+        started = False
+
+        def start(gradient: Tensor) -> Tensor:
+            nonlocal started
+            if not started:
+                started = True
+                self._backward_prologue()
+            return self._backward_prologue_per_tensor(gradient)  # type: ignore[no-any-return]
+
+        for tensor in _tensors_in(outputs):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(start)  # type: ignore[no-untyped-call]
+
+    @property
+    def surrounds_backwards(self) -> bool:
+        """Whether DeepSpeed does anything before and after a backward that the engine runs. It asks for that in many
+        ways, in each backward."""
+        return isinstance(self.optimizer, ZeROOptimizer) or bool(self.memory_breakdown())
+
+    def _backward_prologue(self) -> None:
+        if self.surrounds_backwards or not self._running_engine_backward:
+            super()._backward_prologue()
+
+    def _backward_epilogue(self) -> None:
+        if self.surrounds_backwards:
+            super()._backward_epilogue()
 
     def run_module(self, inputs: Any) -> Any:
         """The module's forward alone, under the autocast that the config asks for."""
@@ -75,10 +106,21 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
             with splitting:
                 DeepSpeedEngine.backward(self, loss)
             return
-        with compiled_autograd(self._is_compiled_autograd_enabled, self._compile_kwargs):
-            root = self._root_of(loss)
-            self.run_backward((get_gradient_edge(root),), (torch.ones_like(root),), splitting)
+        compiled = nullcontext()
+        if self._is_compiled_autograd_enabled:
+            compiled = compiled_autograd(True, self._compile_kwargs)
+        with compiled:
+            self.run_backward((get_gradient_edge(loss),), (self._first_gradient(loss),), splitting)
             self._backward_epilogue()
+
+    def _first_gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of `loss` in `stock_backward`, the same for all losses of a batch."""
+        key = loss.dtype, loss.shape
+        gradient = self._first_gradients.get(key)
+        # A script's hook may have written to it.
+        if gradient is None or gradient._version:
+            gradient = self._first_gradients[key] = self._gradient_of(torch.ones_like(loss, requires_grad=True))
+        return gradient
 
     def run_backward(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...],
                      splitting: AbstractContextManager[Any]) -> None:
@@ -97,11 +139,13 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
             self._running_engine_backward = False
 
     def gradient_of_loss(self) -> Tensor:
-        """The derivative of what `stock_backward` starts from by the loss."""
-        loss = torch.ones((), device=self.device, requires_grad=True)
+        """The derivative of what DeepSpeedEngine.backward starts from by the loss."""
+        return self._gradient_of(torch.ones((), device=self.device, requires_grad=True))
+
+    def _gradient_of(self, loss: Tensor) -> Tensor:
         with torch.enable_grad():
             root = self._root_of(loss)
-        return torch.autograd.grad(root, loss)[0]
+        return torch.autograd.grad(root, loss, torch.ones_like(root))[0]
 
     def _root_of(self, loss: Tensor) -> Tensor:
         root: Tensor = loss / self.gradient_accumulation_steps()
@@ -129,7 +173,6 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     def recomputes_reentrantly(self) -> bool:
         """Whether activations are checkpointed by a function that trains nothing unless an input wants a gradient."""
-        from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
         module = self.module
         return (module.activation_checkpoint_interval > 0
                 and module.activation_checkpoint_func is not non_reentrant_checkpoint)
@@ -191,6 +234,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         raise NotImplementedError
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
+        # By dtype and shape of a loss; a step may change its scale.
+        self._first_gradients: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
         self.execute_plan(pipe_schedule)
 
 
@@ -219,6 +264,15 @@ def class_with_instructions(name: str, bases: tuple[type, ...], functions: Mappi
                             members: Mapping[str, Any]) -> Any:
     """A class of engines that executes instructions by `functions`."""
     return type(name, bases, {**members, _MAP: functions})
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in a stage's outputs: one, or tuples, lists and dictionaries of them."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (tuple, list, dict)):
+        for member in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _tensors_in(member)
 
 
 @cache

@@ -130,8 +130,8 @@ class StagePasses(Keeping):
         self._activate(buffer_id.stage)
         store = self._stage_buffers[buffer_id].store
         self._observer.weights_split(store)
-        store.run_piece(piece, pieces, self._accumulator, self._plans.entry_costs(buffer_id.stage),
-                        self._observer.entry_done)
+        costs = self._plans.entry_costs(buffer_id.stage) if pieces > 1 else ()
+        store.run_piece(piece, pieces, self._accumulator, costs, self._observer.entry_done)
         if piece == pieces - 1:
             self._stage_buffers.close(buffer_id)
 
@@ -158,6 +158,11 @@ class StagePasses(Keeping):
         if pairs:
             self.run_backward(tuple(root for root, _ in pairs), tuple(grad for _, grad in pairs), splitting)
         self._sums.take_in()
+
+    def hook_outputs(self, outputs: Any) -> None:
+        # Without an optimizer of DeepSpeed's, only gradients of a loss concern it.
+        if self.surrounds_backwards or self._active_stage == self.placement.last_stage:
+            super().hook_outputs(outputs)
 
     # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.
     def _backward_prologue(self) -> None:

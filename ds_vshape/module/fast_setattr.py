@@ -1,4 +1,4 @@
-"""Numbers of a module that change with each pass, set as any object's are.
+"""Numbers and results of a module that change with each pass, set as any object's are.
 
 nn.Module.__setattr__ first looks whether a parameter, a module or a buffer is meant. For what is none of these that
 takes several microseconds, a hundred times a batch.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-_PLAIN = (bool, int, type(None))
+from torch import Tensor
+
+_PLAIN = (bool, int, type(None), Tensor)
 
 
 class FastSetattr:

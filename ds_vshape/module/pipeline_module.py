@@ -359,9 +359,10 @@ class PipelineModule(FastSetattr, StockModule):
     def run_layers(self, chunk: Chunk, inputs: Any, before_layer: Callable[[int], None], checkpoint: Checkpoint) -> Any:
         """The outputs of a chunk's layers; `before_layer` gets the number of each in the model before it runs, and
         `checkpoint` runs those that are recomputed."""
-        interval = self.activation_checkpoint_interval or len(chunk.funcs)
-        checkpointed = chunk.checkpointable if self.activation_checkpoint_interval else (False,)
-        for start, again in zip(range(0, len(chunk.funcs), interval), checkpointed, strict=True):
+        interval = self.activation_checkpoint_interval
+        if not interval:
+            return Segment(chunk.funcs, chunk.start, before_layer).run(inputs)
+        for start, again in zip(range(0, len(chunk.funcs), interval), chunk.checkpointable, strict=True):
             segment = Segment(chunk.funcs[start:start + interval], chunk.start + start, before_layer)
             inputs = segment.run_checkpointed(checkpoint, inputs) if again else segment.run(inputs)
         return inputs

@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from ds_vshape.split_backward.autocast import is_autocast_enabled
 from ds_vshape.split_backward.casts import cast_arguments
-from ds_vshape.split_backward.function import Operator, Operators
+from ds_vshape.split_backward.function import Operator, Operators, RecordingMode
 from ds_vshape.split_backward.operators import MATRIX_OPERATORS
 from ds_vshape.split_backward.store import WeightGradientStore
 
 
-class SplitForward(TorchFunctionMode):
+class SplitForward(RecordingMode):
     """F of a split: record what runs inside so that its backward can leave weight gradients to `store`.
 
         store = WeightGradientStore()

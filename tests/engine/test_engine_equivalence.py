@@ -12,7 +12,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, SAMPLES, Job, Outcome,
-                       PlainTraining, merged, specs, train)
+                       PlainTraining, cross_entropy, merged, specs, train)
 from ranks import run_ranks
 
 from ds_vshape.schedule.named import SCHEDULES
@@ -135,3 +135,38 @@ def test_bf16_optimizer_without_zero() -> None:
     oracle, *ours = outcomes_of(jobs, (4,), 2)
     for outcomes in ours:
         assert_equal(outcomes, oracle, "bf16 zero-0")
+
+
+def hooked(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A hook that writes to the first gradient of the backward."""
+    loss = cross_entropy(outputs, labels)
+    if loss.requires_grad:
+        loss.register_hook(lambda gradient: gradient.mul_(0.5))
+    return loss
+
+
+def penalized(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A run of autograd of its own, from a copy of the outputs and back to them."""
+    loss = cross_entropy(outputs, labels)
+    if loss.requires_grad:
+        gradient, = torch.autograd.grad(cross_entropy(outputs.clone(), labels), outputs, create_graph=True)
+        loss = loss + gradient.float().pow(2).sum()
+    return loss.reshape(1)
+
+
+LOSSES = {"hooked": hooked, "penalized": penalized}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_losses_that_reach_into_the_backward(precision: str) -> None:
+    # DeepSpeed refuses a run of autograd from the outputs without ZeRO.
+    losses = {name: loss for name, loss in LOSSES.items() if precision != "fp32-zero0" or loss is not penalized}
+    jobs = [Job(schedule, 2, 4, PRECISIONS[precision]) for schedule in (None, "1f1b", "v-half")]
+
+    def body(rank: int) -> list[list[Outcome]]:
+        return [[train(job.engine(loss_fn=loss), BATCHES) for job in jobs] for loss in losses.values()]
+
+    for name, of_jobs in zip(losses, zip(*run_ranks(2, body), strict=True), strict=True):
+        oracle, *ours = [merged(list(ranks)) for ranks in zip(*of_jobs, strict=True)]
+        for outcome in ours:
+            assert_equal([outcome], [oracle], (name, precision))
