@@ -7,6 +7,7 @@ a core, and evict the caches of the passes. Apart from that, groups on one devic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -21,6 +22,8 @@ from ds_vshape.schedule.communicators import MAX_CTAS
 
 GLOO = "gloo"
 _SHARED = "ds_vshape_gloo"
+# Of torch's environment.
+_LAZY = "TORCH_GLOO_LAZY_INIT"
 # A time limit that is longer than any job.
 FOREVER = timedelta(days=365)
 
@@ -110,12 +113,25 @@ def unbound() -> Iterator[None]:
 def _on_shared_devices(store: Any, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
     """What torch makes for backend "gloo", on the devices that it chose for the first."""
     if not _devices:
-        group = ProcessGroupGloo(store, rank, size, timeout=timeout)
+        with _connected_at_once():
+            group = ProcessGroupGloo(store, rank, size, timeout=timeout)
         _devices.extend(group.options._devices)  # type: ignore[attr-defined]
         return group
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices, options._threads, options._timeout = _devices, 2 * len(_devices), timeout
     return ProcessGroupGloo(store, rank, size, options)
+
+
+@contextmanager
+def _connected_at_once() -> Iterator[None]:
+    """Let gloo connect the ranks of a group when it's made, even where the environment asks for it at their first
+    message: that waits until the other rank has one too, and two ranks that send to each other wait forever."""
+    asked = os.environ.pop(_LAZY, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_LAZY] = asked
 
 
 dist.Backend.register_backend(_SHARED, _on_shared_devices, devices=["cpu"])

@@ -225,6 +225,23 @@ def test_a_rank_without_channels_takes_part_in_making_them() -> None:
     assert run_ranks(3, body) == [True, True, True]
 
 
+def test_both_ranks_may_send_first_whatever_the_environment_asks_of_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+
+    def body(rank: int) -> bool:
+        ends = pair()
+        ends.begin_batch(None)
+        own, other = (forward(0), backward(0))[::1 if rank == 0 else -1]
+        ends.send(own, torch.full((3,), float(rank)))
+        ends.post(other)
+        received = ends.receive(other)
+        ends.release(own)
+        ends.end_batch()
+        return torch.equal(received, torch.full((3,), 1.0 - rank))
+
+    assert run_ranks(2, body, timeout=60) == [True, True]
+
+
 def test_groups_share_the_thread_that_torch_would_give_each_of_them() -> None:
     def body(rank: int) -> list[int]:
         def threads() -> int:
