@@ -157,8 +157,9 @@ class Channels:
                 group = new_group([ranks[place] for place in communicator], options=light_options())
                 if ranks is own and own.index(dist.get_rank()) in communicator:
                     self._groups[communicator] = group
-        # By channel: its group, and the places of source and target in it. Messages bypass dist.isend and dist.irecv:
-        # these look the places up and check their arguments for each message, which takes longer than the rest.
+        # By channel: what sends and receives in its group, and the places of source and target there. Messages bypass
+        # dist.isend and dist.irecv, which look the places up and check their arguments for each message, and where it's
+        # gloo torch's dispatcher: both take longer than the rest.
         self._ends = {channel: (messenger(group), dist.get_group_rank(group, own[channel.source]),
                                 dist.get_group_rank(group, own[channel.target]))
                       for channel in channels if (group := self._groups.get(communicator_of(channel))) is not None}

@@ -2,7 +2,8 @@
 
 torch gives each gloo group a device of its own, whose thread wakes a hundred times a second, even if there is nothing
 to do. A rank has a group for each neighbour and direction and a few more: with a dozen, these threads take 2% of
-a core, and evict the caches of the passes. Apart from that, groups on one device behave as others do.
+a core, and evict the caches of the passes. Apart from that, and from TORCH_GLOO_LAZY_INIT, which they ignore, groups
+on one device behave as others do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ds_vshape.schedule.communicators import MAX_CTAS
 
 GLOO = "gloo"
 _SHARED = "ds_vshape_gloo"
-# Of torch's environment.
+# The environment variable by which torch has gloo connect ranks late.
 _LAZY = "TORCH_GLOO_LAZY_INIT"
 # A time limit that is longer than any job.
 FOREVER = timedelta(days=365)
@@ -124,8 +125,9 @@ def _on_shared_devices(store: Any, rank: int, size: int, timeout: timedelta) -> 
 
 @contextmanager
 def _connected_at_once() -> Iterator[None]:
-    """Let gloo connect the ranks of a group when it's made, even where the environment asks for it at their first
-    message: that waits until the other rank has one too, and two ranks that send to each other wait forever."""
+    """Let gloo connect the ranks of a group when it's made, even where the environment asks it to connect two ranks
+    when they first use the group: a send then waits until the other rank uses it too, and two ranks that both send
+    first wait forever."""
     asked = os.environ.pop(_LAZY, None)
     try:
         yield

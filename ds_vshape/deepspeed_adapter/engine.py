@@ -44,8 +44,11 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     What they override of it keeps DeepSpeed's names (parts.py).
     """
 
+    # Of the present batch, by the dtype and the shape of a loss.
+    _first_gradients: dict[tuple[torch.dtype, torch.Size], Tensor]
+
     def stock_forward(self, inputs: Any) -> Any:
-        """The module's forward, with DeepSpeed's hooks for a backward from its outputs.
+        """The module's forward, and hooks on its outputs for what DeepSpeed does before a backward.
 
         DeepSpeedEngine.forward without what is legal in no pipeline, and asked for in each pass; with it where a script
         has put a function of its own there.
@@ -76,9 +79,11 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     @property
     def surrounds_backwards(self) -> bool:
-        """Whether DeepSpeed does anything before and after a backward that the engine runs. It asks for that in many
-        ways, in each backward."""
-        return isinstance(self.optimizer, ZeROOptimizer) or bool(self.memory_breakdown())
+        """Whether DeepSpeed, or a script in its place, does anything before and after a backward that the engine runs.
+        DeepSpeed's own checks of that take several microseconds in each backward."""
+        return (isinstance(self.optimizer, ZeROOptimizer) or bool(self.memory_breakdown())
+                or not (_is_deepspeeds(DeepSpeedEngine._backward_prologue)
+                        and _is_deepspeeds(DeepSpeedEngine._backward_epilogue)))
 
     def _backward_prologue(self) -> None:
         if self.surrounds_backwards or not self._running_engine_backward:
@@ -109,18 +114,18 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         compiled = nullcontext()
         if self._is_compiled_autograd_enabled:
             compiled = compiled_autograd(True, self._compile_kwargs)
+        gradient = self._first_gradient(loss)
         with compiled:
-            self.run_backward((get_gradient_edge(loss),), (self._first_gradient(loss),), splitting)
+            self.run_backward((get_gradient_edge(loss),), (gradient,), splitting)
             self._backward_epilogue()
 
     def _first_gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of `loss` in `stock_backward`, the same for all losses of a batch."""
+        """The gradient of `loss` in `stock_backward`: the same numbers for all losses of a batch, in new memory, which
+        may become a parameter's `.grad`."""
         key = loss.dtype, loss.shape
-        gradient = self._first_gradients.get(key)
-        # A script's hook may have written to it.
-        if gradient is None or gradient._version:
-            gradient = self._first_gradients[key] = self._gradient_of(torch.ones_like(loss, requires_grad=True))
-        return gradient
+        if key not in self._first_gradients:
+            self._first_gradients[key] = self._gradient_of(torch.ones_like(loss, requires_grad=True))
+        return self._first_gradients[key].clone()
 
     def run_backward(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...],
                      splitting: AbstractContextManager[Any]) -> None:
@@ -234,8 +239,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         raise NotImplementedError
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
-        # By dtype and shape of a loss; a step may change its scale.
-        self._first_gradients: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
+        # A step may have changed the loss's scale.
+        self._first_gradients = {}
         self.execute_plan(pipe_schedule)
 
 

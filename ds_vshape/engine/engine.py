@@ -207,6 +207,9 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
 
     def _check_schedule(self, schedule: Schedule) -> None:
         """Raise for one that can't be this model's."""
+        if not isinstance(schedule, Schedule):
+            raise PipelineError(f"use_schedule({schedule!r}): must be a Schedule, as build() of "
+                                "ds_vshape/schedule/named.py makes one from a name")
         if any(action.kind is Kind.C for _, action in schedule.passes()):
             self._check_keeping(f"the schedule {schedule.name}, which recomputes")
         self._plans.check(schedule)

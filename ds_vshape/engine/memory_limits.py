@@ -13,6 +13,7 @@ from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.plans import Plans
 from ds_vshape.engine.rank_limit import RankLimit
 from ds_vshape.engine.shape_rehearsal import ShapeRehearsal
+from ds_vshape.health.preflight import Facts
 from ds_vshape.health.watch import in_phase
 from ds_vshape.measure.keeping import KeepingMeter
 from ds_vshape.measure.observer import Observer
@@ -59,7 +60,13 @@ class MemoryLimits(StockEngine):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """As DeepSpeed's; to be called on every rank. Raises on all of them, and changes nothing, where batches of that
         size can't keep to the memory limit, or where ranks have different ones."""
-        self.module.preflight.compare(lambda: {"train_batch_size": train_batch_size})
+
+        def facts() -> Facts:
+            if type(train_batch_size) is not int or train_batch_size < 1:
+                raise ValueError(f"train_batch_size = {train_batch_size!r}: must be a positive integer")
+            return {"train_batch_size": train_batch_size}
+
+        self.module.preflight.compare(facts)
         before = self.train_batch_size()
         super().set_train_batch_size(train_batch_size)
         try:

@@ -160,8 +160,10 @@ class StagePasses(Keeping):
         self._sums.take_in()
 
     def hook_outputs(self, outputs: Any) -> None:
-        # Without an optimizer of DeepSpeed's, only gradients of a loss concern it.
-        if self.surrounds_backwards or self._active_stage == self.placement.last_stage:
+        # Without a ZeROOptimizer there is nothing to do before a backward but on the stage with the loss: gradients of
+        # its outputs are divided, and a backward that the engine doesn't run is refused.
+        own = type(self)._backward_prologue is StagePasses._backward_prologue
+        if self.surrounds_backwards or not own or self._active_stage == self.placement.last_stage:
             super().hook_outputs(outputs)
 
     # DeepSpeed's optimizers look at `.grad` in both, and one of them zeroes it in the first.

@@ -17,8 +17,8 @@ class FastSetattr:
     """To be inherited before nn.Module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What nn.Module has registered isn't in there.
-        if type(value) in _PLAIN and name in self.__dict__:
+        # What nn.Module has registered isn't in there, and an nn.Buffer is a Tensor that it is to register.
+        if type(value) in _PLAIN and name in self.__dict__ and not hasattr(value, "_is_buffer"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

@@ -205,7 +205,7 @@ class SplitFunction(torch.autograd.Function):
 
 
 class RecordingMode(TorchFunctionMode):
-    """A torch function mode by which a SplitFunction is split."""
+    """A torch function mode by which a SplitFunction is split (mode.py, which imports this module)."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

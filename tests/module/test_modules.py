@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ds_vshape
+from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.split_backward import WeightGradientStore
 
@@ -391,3 +392,21 @@ def test_dropout_depends_on_seeds_alone() -> None:
             assert merged(outcome).losses == oracle.losses, (base_seed, case)
     assert oracles[1234] != oracles[77]
     assert oracles[1234] != plain(Job(None, 2, 5, layers=tuple(specs(6)))).losses, "dropout must act"
+
+
+# -- attributes
+
+
+def test_attributes_are_registered_as_in_any_module() -> None:
+    class Fast(FastSetattr, nn.Module):
+        pass
+
+    fast, value = Fast(), torch.ones(2)
+    fast.plain = fast.weight = fast.layer = None
+    for _ in range(2):
+        fast.plain, fast.buffer = value, nn.Buffer(value)
+        fast.weight, fast.layer = nn.Parameter(value), nn.Linear(1, 1, bias=False)
+    assert fast.plain is value
+    assert list(fast.state_dict()) == ["weight", "buffer", "layer.weight"]
+    with pytest.raises(KeyError, match="attribute 'plain' already exists"):
+        fast.plain = nn.Buffer(value)
