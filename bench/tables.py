@@ -157,5 +157,5 @@ RUNS = [
     Run("host-256", "bench/scale.py host --ranks 256 --micro-batches 4096", "--ranks 2 --micro-batches 8"),
     Run("host-measured", "bench/scale.py host --measure", "--ranks 2 --micro-batches 8"),
     Run("instructions", "bench/instructions.py --places 20", "--micro-batches 4 --batches 2"),
-    Run("ranks", "bench/scale.py ranks", "--ranks 2 4 --schedules v-half"),
+    Run("ranks", "bench/scale.py ranks --time-limit 420", "--ranks 2 4 --schedules v-half"),
 ]

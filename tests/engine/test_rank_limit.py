@@ -83,8 +83,7 @@ def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemor
         batches, memory, planned = count(), list[RankMemory](), list[Schedule]()
         for more in (0, 2):
             engine.set_train_batch_size(engine.train_batch_size() + more * SAMPLES)
-            first = engine.schedule()
-            while engine.schedule() is first:
+            while engine.planned_times is None:
                 engine.train_batch(data(engine, next(batches)))
                 time.sleep(0.1)
             memory += engine.memory_report()

@@ -114,7 +114,7 @@ def measure_and_swap(rank: int, section: Any) -> dict[str, Any]:
         for kind in PASSES:
             around_instruction(engine, kind, partial(timed, kind))
         first = engine.schedule()
-        while engine.schedule() is first:
+        while engine.planned_times is None:
             sleep_batch(engine)
         sleep_batch(engine)
     predicted, measured = engine.timelines()
