@@ -13,8 +13,10 @@ planned for the cell's times
     - then within less and less, as long as a batch takes no more than 3% longer than that one's.
 
 Each layer keeps as much of a micro-batch from F to W as any other, the embedding nothing, and peaks count these. With
---rounds each of torch's schedules and both plans train on ranks of this machine, in turns, with losses compared; a
-layer then keeps 1 MiB of a micro-batch, and memory is what resident memory rises by in a batch, on the fullest rank.
+--rounds each of torch's schedules and both plans train on ranks of this machine, in turns, with losses compared. Both
+are planned anew for that, within the same memory, by the times of passes and messages that the engine measures there,
+as `adaptive` does. A layer then keeps 1 MiB of a micro-batch, and memory is what resident memory rises by in a batch,
+on the fullest rank.
 With --plans the plans are kept in a folder, for the next run.
 """
 
@@ -176,6 +178,12 @@ class Planner:
             file.write_text(json.dumps([found.bounds, [list(map(repr, order)) for order in found.schedule.orders]]))
         return found
 
+    def by_times(self, cell: Cell, run: Run, times: Times, limit: float) -> Run:
+        """As `run`, planned for these times of its stages within `limit`."""
+        problem = Problem(run.schedule.placement, cell.micro_batches, times, cell.layers.activations(run.bounds),
+                          (limit,) * cell.ranks)
+        return Run.of(cell, run.bounds, plan(problem, self.seconds, clock=time.process_time).schedule)
+
     def _planned(self, cell: Cell, limit: float) -> Run:
         placement, limits = v(cell.ranks), (limit,) * cell.ranks
         bounds, runs = cell.balanced(placement), []
@@ -260,14 +268,29 @@ class Measured:
     rise: int
 
 
-def measure(rank: int, cell: Cell, runs: Mapping[str, Run], rounds: int) -> dict[str, Measured]:
-    """The contenders' batches in turns, after those to warm up (on every rank)."""
-    map_large_tensors()
+def _workload(rank: int, cell: Cell) -> SleepingLayers:
     speed = CASES[cell.case].slow if rank == SLOW_RANK else 1.0
     seconds = tuple(tuple(speed * time / 1000 for time in times) for times in zip(
         cell.layers.forward, cell.layers.input_grad, cell.layers.weight_grad))
-    workload = SleepingLayers(cell.ranks, len(seconds), cell.micro_batches, seconds[1], of_layers=seconds,
-                              held=tuple(int(size * MIB) for size in cell.layers.after_forward))
+    return SleepingLayers(cell.ranks, len(seconds), cell.micro_batches, seconds[1], of_layers=seconds,
+                          held=tuple(int(size * MIB) for size in cell.layers.after_forward))
+
+
+def measured_times(rank: int, cell: Cell, bounds: Sequence[int]) -> Times:
+    """The seconds that the engine measures for `adaptive`, with stages of these bounds (on every rank)."""
+    workload = _workload(rank, cell)
+    section = {"name": "v-zb", "times": "profile", "planning_seconds": 0.1, "partition": bounds}
+    engine = engine_of("v-zb", workload, pipeline_schedule=section)
+    while engine.planned_times is None:
+        engine.train_batch(iter(workload.batch(0)))
+    times: Times = engine.planned_times
+    return times
+
+
+def measure(rank: int, cell: Cell, runs: Mapping[str, Run], rounds: int) -> dict[str, Measured]:
+    """The contenders' batches in turns, after those to warm up (on every rank)."""
+    map_large_tensors()
+    workload = _workload(rank, cell)
     engines: dict[str, Any] = {}
     for name, run in runs.items():
         if name in TORCH_SCHEDULES:
@@ -289,6 +312,20 @@ def measure(rank: int, cell: Cell, runs: Mapping[str, Run], rounds: int) -> dict
         for name in runs:
             rises[name] = rise_in(partial(counted, name))
     return {name: Measured(turns.losses[name], found[name], rises[name]) for name in runs}
+
+
+def planned_here(compared: Compared, planner: Planner) -> Compared:
+    """Both plans of a cell made again, by the times that passes and messages take on this machine."""
+    cell, times = compared.cell, dict[tuple[int, ...], Times]()
+
+    def again(run: Run, limit: float) -> Run:
+        if run.bounds not in times:
+            times[run.bounds] = run_ranks(cell.ranks, measured_times, cell, run.bounds, timeout=3600)[0]
+        return planner.by_times(cell, run, times[run.bounds], limit)
+
+    least = compared.least
+    return replace(compared, same=again(compared.same, compared.torchs[compared.best].peak),
+                   least=None if least is None else again(least, least.peak))
 
 
 def run_cell(compared: Compared, rounds: int) -> dict[str, Measured]:
@@ -342,8 +379,8 @@ def main() -> None:
     compared = [compare(cell, planner) for cell in tqdm(cells, desc="planning", disable=None)]
     console = Console(width=180)
     console.print(simulated_table(compared))
-    measured = [run_cell(each, options.rounds) for each in tqdm(compared, desc="measuring", disable=None)
-                ] if options.rounds else []
+    measured = [run_cell(planned_here(each, planner), options.rounds)
+                for each in tqdm(compared, desc="measuring", disable=None)] if options.rounds else []
     if measured:
         console.print(measured_table(list(zip(compared, measured))))
     record.write(options.json, [

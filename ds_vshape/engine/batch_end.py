@@ -57,6 +57,12 @@ class BatchEnd(StockEngine):
     _token_mean: TokenMean | None
     _verification: Verification | None
 
+    def settle(self) -> None:
+        """Wait until the last step is known to be right; it always is, unless steps are validated after they are done.
+
+        To be called on every rank.
+        """
+
     # -- the loss
 
     def _add_to_batch_loss(self, loss: Any) -> None:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from ds_vshape.config.compatibility import check_post_validation
 from ds_vshape.config.section import ConfigError
+from ds_vshape.engine.post_validation import PostValidatingEngine
 from ds_vshape.engine.verdict import NormLimits, StepReport, Verdict, judge
 from ds_vshape.runtime.instructions import (AgreeOnForwards, AwaitVerdict, StepAhead, TellForwards, pass_of,
                                             stepping_ahead, training_instructions)
@@ -106,7 +107,7 @@ class Training:
         torch.manual_seed(5)
         self.engine = job.engine(seed_layers=False, **module_options)
         self.engine.monitor = Events()
-        self._redone = count_rollbacks(self.engine) if hasattr(self.engine, "settle") else [0]
+        self._redone = count_rollbacks(self.engine) if isinstance(self.engine, PostValidatingEngine) else [0]
 
     @property
     def redone(self) -> int:

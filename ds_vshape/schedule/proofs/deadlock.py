@@ -5,8 +5,9 @@ Two rules of the libraries below us can turn a plausible program into one that h
     rendezvous   a send completes only once its receive is started (gloo, and NCCL beyond its buffers)
     in order     on one communicator a rank's operations complete in the order of their start (NCCL)
 
-and one of our own runtime: while shapes are announced, a receive isn't started when it is posted, but when it, or one
-that was posted after it on its communicator, is waited for.
+and one of our own runtime: while shapes are announced, on a CPU a receive isn't started when it is posted, but when it,
+or one that was posted after it on its communicator, is waited for. (On a GPU the post itself waits until its message is
+sent; `Lowering.announced` puts it where that has happened.)
 
 `check` looks in three steps:
 
