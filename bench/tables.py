@@ -80,8 +80,10 @@ RUNS = [
     Run("measured-times", 'bench/run.py --rounds 3 --micro-batches 8 --ms 5 8 3 '
                           '--contenders "deepspeed 1f1b" v-half v-half@profile adaptive@0.75',
         f"{_SLEEPING} --contenders 1f1b v-half@profile adaptive@0.75"),
-    Run("unequal", f"bench/unequal.py {_PLANS} --rounds 2",
-        "--cases head slow-rank --ranks 2 --micro-batches 4 --layers 4 --seconds 0.1 --rounds 1"),
+    Run("unequal", f"bench/unequal.py {_PLANS}",
+        "--cases head slow-rank --ranks 2 --micro-batches 4 --layers 4 --seconds 0.1"),
+    Run("unequal-sleeping", f"bench/unequal.py {_PLANS} --rounds 2",
+        "--cases head --ranks 2 --micro-batches 4 --layers 4 --seconds 0.1 --rounds 1"),
     Run("two-hosts", "bench/cluster.py --rounds 5",
         "--wire 0 --layers 2 --micro-batches 4 --ms 1 1 1 --rounds 1 --contenders 1f1b v-half"),
     Run("bandwidth", "bench/bandwidth.py",
