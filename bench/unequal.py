@@ -14,9 +14,8 @@ planned for the cell's times
 
 Each layer keeps as much of a micro-batch from F to W as any other, the embedding nothing, and peaks count these. With
 --rounds each of torch's schedules and both plans train on ranks of this machine, in turns, with losses compared. Both
-are planned anew for that, within the same memory, by the times of passes and messages that the engine measures there,
-as `adaptive` does. A layer then keeps 1 MiB of a micro-batch, and memory is what resident memory rises by in a batch,
-on the fullest rank.
+are planned anew for that, within the same memory, by the times of passes and messages that the engine measures there.
+A layer then keeps 1 MiB of a micro-batch, and memory is what resident memory rises by in a batch, on the fullest rank.
 With --plans the plans are kept in a folder, for the next run.
 """
 
@@ -379,9 +378,10 @@ def main() -> None:
     compared = [compare(cell, planner) for cell in tqdm(cells, desc="planning", disable=None)]
     console = Console(width=180)
     console.print(simulated_table(compared))
-    measured = [run_cell(planned_here(each, planner), options.rounds)
-                for each in tqdm(compared, desc="measuring", disable=None)] if options.rounds else []
-    if measured:
+    measured = []
+    if options.rounds:
+        compared = [planned_here(each, planner) for each in tqdm(compared, desc="planning again", disable=None)]
+        measured = [run_cell(each, options.rounds) for each in tqdm(compared, desc="measuring", disable=None)]
         console.print(measured_table(list(zip(compared, measured))))
     record.write(options.json, [
         {**asdict(each.cell), "best": each.best,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from numbers import Integral
 from typing import Any
 
 from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
@@ -62,11 +63,12 @@ class MemoryLimits(StockEngine):
         size can't keep to the memory limit, or where ranks have different ones."""
 
         def facts() -> Facts:
-            if type(train_batch_size) is not int or train_batch_size < 1:
+            if not isinstance(train_batch_size, Integral) or train_batch_size < 1:
                 raise ValueError(f"train_batch_size = {train_batch_size!r}: must be a positive integer")
-            return {"train_batch_size": train_batch_size}
+            return {"train_batch_size": int(train_batch_size)}
 
         self.module.preflight.compare(facts)
+        train_batch_size = int(train_batch_size)
         before = self.train_batch_size()
         super().set_train_batch_size(train_batch_size)
         try:

@@ -42,7 +42,7 @@ from ds_vshape.schedule.builders.fuse import unfused
 from ds_vshape.schedule.named import ADAPTIVE
 from ds_vshape.schedule.passes import Kind
 from ds_vshape.schedule.placement import Placement
-from ds_vshape.schedule.request import Answer, Planned, Request, keeps_within, usable_cores
+from ds_vshape.schedule.request import Answer, Planned, Request, usable_cores
 from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Times, simulate
 
@@ -290,8 +290,6 @@ class MeasuredSchedules:
         # The schedule that was found by `within`.
         self._within: Schedule | None = None
         self._times: Times | None = None
-        # What the planner was asked last.
-        self._request: Request | None = None
         self._enter(_Phase.WARM_UP)
 
     def first(self, micro_batches: int) -> Schedule:
@@ -341,7 +339,7 @@ class MeasuredSchedules:
             return None
         self._batches += 1
         if self._phase is _Phase.PLAN:
-            return self._take_plan(schedule)
+            return self._take_plan()
         if self._phase is _Phase.WARM_UP:
             if self._batches == WARM_UP_BATCHES:
                 self._enter(_Phase.MEASURE)
@@ -372,8 +370,7 @@ class MeasuredSchedules:
         request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder(),
                               self._known)
         request = replace(request, cores=_spare_cores())
-        self._request = self._within_least(request) if in_bytes and room is None else request
-        self._planner.start(self._request)
+        self._planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)
 
     def _within_least(self, request: Request) -> Request:
@@ -386,7 +383,7 @@ class MeasuredSchedules:
                            "that needs least")
         return replace(request, limits=peak_activations(self._safe_schedule(), request.activations))
 
-    def _take_plan(self, running: Schedule) -> Schedule | None:
+    def _take_plan(self) -> Schedule | None:
         try:
             answer = self._planner.poll()
         except PlannerFailed as failure:
@@ -406,19 +403,7 @@ class MeasuredSchedules:
                         f"{self._batches} batches; makespan {timeline.makespan:.4f} s with the measured times, bubble "
                         f"{timeline.bubble:.1%}, the lower bound is {found['lower_bound']:.4f} s")
         self._enter(_Phase.SETTLED)
-        return running if self._is_faster(running, schedule) else schedule
-
-    def _is_faster(self, running: Schedule, planned: Schedule) -> bool:
-        """Whether an adaptive job keeps the schedule that runs, which was found without the measured times: beside busy
-        ranks a planner gets few of its seconds."""
-        assert self._times is not None and self._request is not None
-        if self._config.name != ADAPTIVE or not keeps_within(running, self._request):
-            return False
-        before, after = (simulate(schedule, self._times).makespan for schedule in (running, planned))
-        if before < after and dist.get_rank() == 0:
-            logger.info(f"{KEY} {planned.name}: the schedule so far takes {before:.4f} s with the measured times, and "
-                        "stays")
-        return before < after
+        return schedule
 
     def _watch(self, record: PassRecorder) -> Schedule | None:
         """Compare the latest batches with the times of the plan every so often; if they moved, measure again."""

@@ -252,29 +252,6 @@ def test_training_goes_on_whatever_the_planner_does() -> None:
             assert schedule == "v-half" and "pipeline_schedule v-half stays as it is: the planning process" in line
 
 
-def train_past_a_slow_plan(rank: int) -> tuple[bool, list[str]]:
-    """Whether the schedule stays, and what the log says of it."""
-    one = build("v-half", 2, 1)
-    slow = replace(one, name="adaptive", micro_batches=3, orders=tuple(
-        tuple(action.later(number) for number in range(3) for action in order) for order in one.orders))
-    planning.WORKER = prints(json.dumps({"schedule": schedule_to_json(slow), "lower_bound": 0.0, "planning_s": 1.0}))
-    with Lines() as lines:
-        engine = Job({**PROFILED, "name": "adaptive"}, 2, 3).engine()
-        first = engine.schedule()
-        while engine.planned_times is None:
-            engine.train_batch(data(engine, 0))
-        engine.train_batch(data(engine, 0))
-    return engine.schedule() == first, lines.with_word("stays")
-
-
-def test_a_plan_that_is_slower_than_what_runs_is_not_used() -> None:
-    """As one may be that was made beside busy ranks."""
-    (stays, told), (stays_there, told_there) = run_ranks(2, train_past_a_slow_plan)
-    assert stays and stays_there and not told_there
-    line, = told
-    assert "pipeline_schedule adaptive: the schedule so far takes" in line
-
-
 def start_without_a_plan(rank: int) -> None:
     planning.SILENT_SECONDS = 1.0
     planning.WORKER = code("os.kill(os.getpid(), 19)")
