@@ -177,11 +177,11 @@ class Planner:
             file.write_text(json.dumps([found.bounds, [list(map(repr, order)) for order in found.schedule.orders]]))
         return found
 
-    def by_times(self, cell: Cell, run: Run, times: Times, limit: float) -> Run:
-        """As `run`, planned for these times of its stages within `limit`."""
-        problem = Problem(run.schedule.placement, cell.micro_batches, times, cell.layers.activations(run.bounds),
+    def by_times(self, cell: Cell, bounds: Sequence[int], times: Times, limit: float) -> Run:
+        """The best plan within `limit` on each rank for stages of these bounds and times."""
+        problem = Problem(v(cell.ranks), cell.micro_batches, times, cell.layers.activations(bounds),
                           (limit,) * cell.ranks)
-        return Run.of(cell, run.bounds, plan(problem, self.seconds, clock=time.process_time).schedule)
+        return Run.of(cell, bounds, plan(problem, self.seconds, clock=time.process_time).schedule)
 
     def _planned(self, cell: Cell, limit: float) -> Run:
         placement, limits = v(cell.ranks), (limit,) * cell.ranks
@@ -191,9 +191,7 @@ class Planner:
                                                        max_pieces=1), self.seconds / 2, time.process_time)
             bounds = together.bounds
             runs.append(Run.of(cell, bounds, together.plan.schedule))
-        problem = Problem(placement, cell.micro_batches, cell.times(bounds, placement),
-                          cell.layers.activations(bounds), limits)
-        runs.append(Run.of(cell, bounds, plan(problem, self.seconds, clock=time.process_time).schedule))
+        runs.append(self.by_times(cell, bounds, cell.times(bounds, placement), limit))
         return min(runs, key=lambda run: run.makespan)
 
 
@@ -320,7 +318,7 @@ def planned_here(compared: Compared, planner: Planner) -> Compared:
     def again(run: Run, limit: float) -> Run:
         if run.bounds not in times:
             times[run.bounds] = run_ranks(cell.ranks, measured_times, cell, run.bounds, timeout=3600)[0]
-        return planner.by_times(cell, run, times[run.bounds], limit)
+        return planner.by_times(cell, run.bounds, times[run.bounds], limit)
 
     least = compared.least
     return replace(compared, same=again(compared.same, compared.torchs[compared.best].peak),
