@@ -287,8 +287,10 @@ class MeasuredSchedules:
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
         self._orders = config.micro_batch_order == "length"
         self._micro_batches = 0
-        # The schedule that was found by `within`.
-        self._within: Schedule | None = None
+        # By number of micro-batches: the schedules to measure by.
+        self._safe: dict[int, Schedule] = {}
+        # The latest one for measured times.
+        self._measured: Schedule | None = None
         self._times: Times | None = None
         self._enter(_Phase.WARM_UP)
 
@@ -306,8 +308,11 @@ class MeasuredSchedules:
     def _safe_schedule(self) -> Schedule:
         """A schedule for equal times, or those of known stages, within the memory limit, in which every B and W can be
         timed, where there is room for that."""
-        if self._within is not None and self._within.micro_batches == self._micro_batches:
-            return self._within
+        if self._micro_batches not in self._safe:
+            self._safe[self._micro_batches] = self._first_schedule()
+        return self._safe[self._micro_batches]
+
+    def _first_schedule(self) -> Schedule:
         safe = None
         if self._known is None:
             safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
@@ -323,11 +328,11 @@ class MeasuredSchedules:
         plans = _FirstPlans(self._config, self._placement, self._planner, self._known)
         fused = plans.wait(self._micro_batches, room)
         apart = unfused(fused)
-        self._within = apart if room.holds(apart) else fused
+        self._safe[self._micro_batches] = found = apart if room.holds(apart) else fused
         if self._phase is _Phase.PLAN:  # the planner has left that for this one
             assert self._times is not None
             self._plan(self._times)
-        return self._within
+        return found
 
     @property
     def will_plan(self) -> bool:
@@ -369,7 +374,10 @@ class MeasuredSchedules:
         room = self._room() if in_bytes or gives_back_memory(self._config) else None
         request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder(),
                               self._known)
-        request = replace(request, cores=_spare_cores())
+        running = [self._safe_schedule()]
+        if self._measured is not None and self._measured.micro_batches == self._micro_batches:
+            running.append(self._measured)
+        request = replace(request, cores=_spare_cores(), running=tuple(running))
         self._planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)
 
@@ -395,7 +403,7 @@ class MeasuredSchedules:
         if answer is None:
             return None
         found = _planned(answer, self._config)
-        schedule = found["schedule"]
+        self._measured = schedule = found["schedule"]
         if dist.get_rank() == 0:
             assert self._times is not None
             timeline = simulate(schedule, self._times)

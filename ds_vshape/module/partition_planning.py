@@ -5,6 +5,7 @@ and tells all others.
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, final
 
 from deepspeed.utils import logger
@@ -12,10 +13,10 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from ds_vshape.comm.exchange import Exchange
+from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import KnownStages
-from ds_vshape.schedule.adaptive import LimitError
 from ds_vshape.schedule.partition.balance import PartitionError, check_bounds
-from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, plan_partition
+from ds_vshape.schedule.partition.partition_and_order import NoPartition, PartitionProblem, plan_partition
 from ds_vshape.schedule.serial import JsonSchedule, read_json, schedule_to_json
 
 
@@ -33,26 +34,35 @@ class _Failed(TypedDict):
 _ANSWER: TypeAdapter[_Planned | _Failed] = TypeAdapter(_Planned | _Failed)
 
 
-def agree_on_stages(problem: PartitionProblem, seconds: float, plans: bool, exchange: Exchange) -> KnownStages:
-    """What global rank 0 plans in `seconds`, on every rank; `plans` says whether this is it. Collective over the job's
-    `exchange`.
+def agree_on_stages(problem: PartitionProblem, config: ScheduleConfig, plans: bool, exchange: Exchange) -> KnownStages:
+    """What global rank 0 plans in the time that `config` gives it, on every rank; `plans` says whether this is it.
+    Collective over the job's `exchange`.
 
     Raises PartitionError on every rank if it finds no partition within the limits.
     """
-    answer = read_json(exchange.text_of_first(_answer(problem, seconds) if plans else "").encode(), _ANSWER)
+    answer = read_json(exchange.text_of_first(_answer(problem, config) if plans else "").encode(), _ANSWER)
     if "error" in answer:
-        raise PartitionError(f"no partition of the layers can be planned: {answer['error']}")
+        raise PartitionError(answer["error"])
     bounds = check_bounds(answer["bounds"], problem.placement.stages, len(problem.layers))
     return KnownStages(problem.layers, bounds, answer["schedule"])
 
 
-def _answer(problem: PartitionProblem, seconds: float) -> str:
+def _answer(problem: PartitionProblem, config: ScheduleConfig) -> str:
     try:
-        found = plan_partition(problem, seconds / 2)
+        found = plan_partition(problem, config.planning_seconds / 2)
+    except NoPartition as error:
+        # Without a limit 1F1B's peak holds, which is a limit of 1.0.
+        limit = config.memory_limit if isinstance(config.memory_limit, float) else 1.0
+        return json.dumps({"error": f"no partition of the layers keeps to {KEY}.memory_limit = {limit:g}; the least for "
+                                    f"which one was found is {_rounded_up(limit * error.growth)}: {error}"})
     except Exception as error:
-        kind = "" if isinstance(error, LimitError) else f"{type(error).__name__}: "
-        return json.dumps({"error": f"{kind}{error}"})
+        return json.dumps({"error": f"no partition of the layers can be planned: {type(error).__name__}: {error}"})
     makespans = [f"{each.timeline.makespan:.4g}" if each else "doesn't fit" for each in (found.plan, found.balanced)]
     logger.info(f"partition: planned together with the order of {problem.micro_batches} micro-batches, for a makespan "
                 f"of {makespans[0]}; with equal work for all ranks: {makespans[1]}")
     return json.dumps({"bounds": found.bounds, "schedule": schedule_to_json(found.plan.schedule)})
+
+
+def _rounded_up(fraction: float) -> str:
+    """With three decimals, so that it can be set."""
+    return f"{math.ceil(fraction * 1000) / 1000:g}"

@@ -277,7 +277,7 @@ class PipelineModule(FastSetattr, StockModule):
                                     self._micro_batches or _MICRO_BATCHES_A_RANK * ranks, noise)
         if problem is None:
             return None
-        self.known_stages = agree_on_stages(problem, self.schedule_config.planning_seconds, self.global_rank == 0,
+        self.known_stages = agree_on_stages(problem, self.schedule_config, self.global_rank == 0,
                                             self.preflight.exchange)
         return self.known_stages.bounds
 

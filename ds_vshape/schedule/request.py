@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -17,12 +17,14 @@ from typing_extensions import TypedDict
 
 from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
+from ds_vshape.schedule.builders.fuse import fuse_measured
 from ds_vshape.schedule.choose import Choice, schedule_for
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes,
-                                       placement_from_json, placement_to_json, read_json, schedule_to_json,
-                                       times_from_json, times_to_json, working_from_json, working_to_json)
+                                       placement_from_json, placement_to_json, read_json, schedule_from_json,
+                                       schedule_to_json, times_from_json, times_to_json, working_from_json,
+                                       working_to_json)
 from ds_vshape.schedule.timeline import Times, simulate
 from ds_vshape.schedule.within import peaks_with_passes
 
@@ -40,7 +42,8 @@ class Request:
     """What to plan; `limits` are the highest peaks of the ranks in the unit of `activations`, None for no limit. With
     `working` they hold for what passes need while they run, too.
 
-    `recompute` and `offload` say what the plan may do besides ordering. Planning uses up to `cores` cores.
+    `recompute` and `offload` say what the plan may do besides ordering. Planning uses up to `cores` cores. What is
+    chosen is no slower than those of `running`, schedules that the job has trained by, that keep to the limits.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Request:
     offload: bool = False
     working: Working | None = None
     cores: int = 1
+    running: tuple[Schedule, ...] = ()
 
     @classmethod
     def within(cls, limit: float | None, name: str, placement: Placement, micro_batches: int, times: Times,
@@ -68,16 +72,32 @@ class Request:
 
     def choose(self, progress: Callable[[float], None] = lambda fraction: None) -> Choice:
         """Plan in this process; raises ValueError as `choose.schedule_for` does."""
-        return schedule_for(self.name, self.placement, self.micro_batches, self.times, self.activations, self.limits,
-                            self.working, recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
-                            progress=progress, cores=self.cores,
-                            cache=None if self.cache is None else Path(self.cache))
+        choice = schedule_for(self.name, self.placement, self.micro_batches, self.times, self.activations, self.limits,
+                              self.working, recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
+                              progress=progress, cores=self.cores,
+                              cache=None if self.cache is None else Path(self.cache))
+        for schedule in self.running:
+            again = replace(fuse_measured(schedule, self.times), name=self.name)
+            timeline = simulate(again, self.times)
+            if timeline.makespan < choice.timeline.makespan * (1 - SLACK) and self.keeps_to_limits(again):
+                choice = replace(choice, schedule=again, timeline=timeline,
+                                 peaks=peak_activations(again, self.activations))
+        return choice
+
+    def keeps_to_limits(self, schedule: Schedule) -> bool:
+        """Whether the peaks of `schedule`, with passes where `working` is known, are within `limits`."""
+        if self.limits is None:
+            return True
+        peaks = peak_activations(schedule, self.activations) if self.working is None else (
+            peaks_with_passes(schedule, self.activations, self.working))
+        return all(peak <= limit * (1 + SLACK) for peak, limit in zip(peaks, self.limits, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain values."""
         return {**vars(self), "placement": placement_to_json(self.placement), "times": times_to_json(self.times),
                 "activations": activations_to_json(self.activations),
-                "working": None if self.working is None else working_to_json(self.working)}
+                "working": None if self.working is None else working_to_json(self.working),
+                "running": [*map(schedule_to_json, self.running)]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
@@ -86,7 +106,8 @@ class Request:
         working = None if data["working"] is None else working_from_json(data["working"])
         return cls(**{**data, "placement": placement_from_json(data["placement"]), "limits": limits,
                       "times": times_from_json(data["times"]),
-                      "activations": activations_from_json(data["activations"]), "working": working})
+                      "activations": activations_from_json(data["activations"]), "working": working,
+                      "running": tuple(map(schedule_from_json, data["running"]))})
 
     @property
     def most_bytes(self) -> int:
@@ -139,7 +160,5 @@ def check_schedule(schedule: Schedule, request: Request) -> None:
                          f"micro-batches, not {request.name!r} for {request.placement} and {request.micro_batches}")
     check(schedule)
     simulate(schedule, request.times)
-    found = peak_activations(schedule, request.activations) if request.working is None else (
-        peaks_with_passes(schedule, request.activations, request.working))
-    if request.limits and any(peak > limit * (1 + SLACK) for peak, limit in zip(found, request.limits, strict=True)):
+    if not request.keeps_to_limits(schedule):
         raise ValueError("it takes more memory than the limits allow")

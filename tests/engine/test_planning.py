@@ -23,6 +23,7 @@ from ranks import RanksFailed, run_ranks
 from ds_vshape.engine import planning
 from ds_vshape.engine.planning import PlannerFailed, PlanningProcess
 from ds_vshape.schedule.activations import Activations
+from ds_vshape.schedule.builders.fuse import unfused
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.request import Request, answer, read_answer
@@ -53,6 +54,24 @@ def orders_that_wait() -> list[str]:
     schedule = schedule_to_json(build("v-half", 2, 4))
     schedule["orders"] = [sorted(order, key=lambda action: -action[1]) for order in schedule["orders"]]
     return prints(json.dumps({"schedule": schedule, "lower_bound": 1.0, "planning_s": 1.0}))
+
+
+def test_a_choice_is_no_slower_than_what_has_run() -> None:
+    """A busy planner may find less than an earlier one did for other times."""
+    times = Times((5.0, 6.0, 7.0, 5.0, 4.0, 6.0, 7.0, 9.0), (8.0, 7.0, 9.0, 10.0, 8.0, 8.0, 7.0, 12.0),
+                  (3.0, 4.0, 2.0, 5.0, 3.0, 4.0, 3.0, 6.0))
+    request = Request.within(4.5, "adaptive", v(4), 9, times, time_limit=2.0)
+    running, hasty = request.choose(), replace(request, time_limit=0.0)
+    before = hasty.choose()
+    assert running.timeline.makespan < before.timeline.makespan
+    # As ranks run it while they measure: B and W apart.
+    asked = replace(hasty, running=(unfused(running.schedule), before.schedule))
+    found = Request.from_json(json.loads(json.dumps(asked.to_json()))).choose()
+    assert found.schedule == running.schedule
+    assert (found.timeline, found.peaks, found.lower_bound) == (running.timeline, running.peaks, running.lower_bound)
+    # One that takes more than the limits allow isn't chosen.
+    less = replace(asked, limits=(3.0,) * 4)
+    assert less.choose().schedule == replace(less, running=()).choose().schedule
 
 
 SIGNS = "while True: os.utime(1); time.sleep(0.05)"

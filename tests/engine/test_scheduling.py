@@ -24,13 +24,17 @@ from torch.nn import functional
 import ds_vshape
 from ds_vshape.config.section import ConfigError
 from ds_vshape.engine import planning, scheduling
+from ds_vshape.engine.planning import Planner
 from ds_vshape.measure.profiling import mean_times
 from ds_vshape.runtime.instructions import InputGradPass, SplitForwardPass, WeightGradPass
 from ds_vshape.schedule.activations import Activations, peak_activations
+from ds_vshape.schedule.builders.fuse import unfused
 from ds_vshape.schedule.memory_limit import peak_of_1f1b
 from ds_vshape.schedule.named import TIMED, build
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import v
+from ds_vshape.schedule.request import Request
+from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -143,8 +147,8 @@ def test_times_are_measured_and_used() -> None:
     # No named schedule keeps so little on two ranks: the first one was planned too, for equal times.
     assert all(max(peak_activations(build(name, 2, 6))) > limit for name in TIMED)
     assert max(peak_activations(first["first"])) <= limit
-    # A planner that gives way to busy ranks may find a little less for these times than it had found for equal ones.
-    assert simulate(schedule, times).makespan <= 1.05 * simulate(first["first"], times).makespan
+    # However little a planner finds that gives way to busy ranks.
+    assert simulate(schedule, times).makespan <= simulate(first["first"], times).makespan * (1 + 1e-9)
     assert first["predicted"] == simulate(schedule, times)
     assert first["measured"].makespan >= simulate(schedule, Times.uniform(4, *(ms / 1000 for ms in SLEEPS))).makespan
     planned, compared = first["lines"]
@@ -218,24 +222,35 @@ def test_times_move_by_shares_of_a_stage() -> None:
     assert scheduling.moved_by(Times.uniform(4), Times.uniform(4, 0, 0, 0)) == 1
 
 
-def drift(rank: int) -> tuple[Times, Times]:
+def drift(rank: int) -> tuple[Times, Times, list[tuple[Schedule, ...]], Schedule]:
+    asked: list[tuple[Schedule, ...]] = []
+    start = Planner.start
+
+    def recorded(planner: Planner, request: Request) -> None:
+        asked.append(request.running)
+        start(planner, request)
+
+    Planner.start = recorded  # type: ignore[method-assign]
     scheduling.BATCHES_BETWEEN_CHECKS = 5
     engine = sleeping_engine(profiled("v-half", drift=0.5), 2, (2, 2, 2))
     while engine.planned_times is None:
         sleep_batch(engine)
-    before = engine.planned_times
+    before, planned = engine.planned_times, engine.schedule()
     for module in engine.module.modules():
         if isinstance(module, SleepingLinear):
             module.seconds = (0.002, 0.03, 0.002)
     while engine.planned_times in (None, before):
         sleep_batch(engine)
-    return before, engine.planned_times
+    return before, engine.planned_times, asked, planned
 
 
 @pytest.mark.slow
 def test_drift_plans_again() -> None:
-    (before, after), other = run_ranks(2, drift, timeout=180)
-    assert (before, after) == other
+    of_ranks = run_ranks(2, drift, timeout=180)
+    before, after, asked, planned = of_ranks[0]
+    assert of_ranks[1][:3] == (before, after, asked)
+    # The second plan may not be slower than the first one for the new times, nor than what is measured by.
+    assert asked == [(unfused(build("v-half", 2, 2)),), (unfused(build("v-half", 2, 2)), planned)]
     assert all(seconds < 0.03 for seconds in before.input_grad)
     assert all(seconds >= 0.03 for seconds in after.input_grad)
 

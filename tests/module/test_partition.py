@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from itertools import combinations, pairwise
 from operator import add
@@ -377,4 +378,12 @@ def test_a_limit_that_no_partition_meets(cache: Any) -> None:
     section = {"name": "adaptive", "planning_seconds": 0.2, "memory_limit": 0.2}
     errors = run_ranks(2, error_of, LAYERS, section, method({"costs": [1, 1, 1, 1, 1, 1]}), timeout=60)
     assert errors[0] == errors[1]
-    assert errors[0].startswith(f"{OF_MODULE}no partition of the layers can be planned: a limit of")
+    said = re.fullmatch(rf"{OF_MODULE}no partition of the layers keeps to pipeline_schedule\.memory_limit = 0\.2; the "
+                        r"least for which one was found is ([0-9.]+): a limit of .*", errors[0])
+    assert said is not None, errors[0]
+    # It can be set, and a hair less can't.
+    for limit, holds in ((float(said[1]), True), (float(said[1]) - 0.002, False)):
+        errors = run_ranks(2, error_of, LAYERS, {**section, "memory_limit": limit},
+                           method({"costs": [1, 1, 1, 1, 1, 1]}), timeout=60)
+        assert errors[0] == errors[1]
+        assert (errors[0] == "no error") is holds, errors[0]

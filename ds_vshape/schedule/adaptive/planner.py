@@ -31,7 +31,7 @@ from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache as plan_cache
 from ds_vshape.schedule.adaptive.problem import SLACK, Plan, Problem
 from ds_vshape.schedule.adaptive.seeds import within
-from ds_vshape.schedule.builders.fuse import fuse
+from ds_vshape.schedule.builders.fuse import fuse_measured
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.timeline import Timeline, simulate
 
@@ -111,9 +111,7 @@ def _finished(schedule: Schedule, problem: Problem) -> tuple[Schedule, Timeline]
     times = problem.times
     schedule = replace(schedule, name="adaptive")
     timeline = simulate(schedule, times)
-    # Times are measured: a fusion that is free by a hair would cost something as soon as they drift.
-    slack = 0.1 * sum(times.forward) / len(times.forward)
-    fused = fuse(schedule, times, slack)
+    fused = fuse_measured(schedule, times)
     fused_timeline = simulate(fused, times)
     if fused_timeline.makespan <= timeline.makespan * (1 + SLACK) and within(fused, problem):
         schedule, timeline = fused, fused_timeline

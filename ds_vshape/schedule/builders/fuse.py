@@ -11,6 +11,9 @@ from ds_vshape.schedule.schedule import Order, Schedule
 from ds_vshape.schedule.steady_state import changed
 from ds_vshape.schedule.timeline import Span, Timeline, Times, simulate
 
+# The slack of measured times, as a share of a mean F.
+_MEASURED_SLACK = 0.1
+
 
 def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
     """`schedule` with B and W run as BW wherever that delays no pass of any rank, given `times`.
@@ -47,6 +50,12 @@ def fuse(schedule: Schedule, times: Times, slack: float = 0.0) -> Schedule:
         return tuple(order)
 
     return schedule.with_orders(tuple(fused(spans) for spans in timeline.ranks))
+
+
+def fuse_measured(schedule: Schedule, times: Times) -> Schedule:
+    """As `fuse`, for times that were measured: a fusion that is free by a hair would cost something as soon as they
+    drift."""
+    return fuse(schedule, times, _MEASURED_SLACK * sum(times.forward) / len(times.forward))
 
 
 def unfused(schedule: Schedule) -> Schedule:

@@ -101,10 +101,25 @@ class PartitionProblem:
 
     def excess(self, bounds: Bounds) -> float:
         """By how much ranks must exceed their limits in any order, summed; 0 where an order keeps them."""
+        return sum(max(0.0, size - limit * (1 + SLACK)) for size, limit in zip(self._least(bounds), self.limits))
+
+    def growth(self, bounds: Bounds) -> float:
+        """By what factor the limits must grow for an order to keep them."""
+        return max(size / limit for size, limit in zip(self._least(bounds), self.limits))
+
+    def _least(self, bounds: Bounds) -> list[float]:
+        """The least possible peaks of the ranks, the layers' state included."""
         whole = self.layers.activations(bounds).after_forward
-        least = (sum(whole[stage] for stage in chunks) + state for chunks, state in
-                 zip(self.placement.chunks, self.layers.states(bounds, self.placement)))
-        return sum(max(0.0, size - limit * (1 + SLACK)) for size, limit in zip(least, self.limits))
+        return [sum(whole[stage] for stage in chunks) + state for chunks, state in
+                zip(self.placement.chunks, self.layers.states(bounds, self.placement))]
+
+
+class NoPartition(LimitError):
+    """No partition keeps to the limits; one would if they were `growth` times as high."""
+
+    def __init__(self, message: str, growth: float) -> None:
+        super().__init__(message)
+        self.growth = growth
 
 
 def limits_of_1f1b(fraction: float, layers: Layers, ranks: int, micro_batches: int) -> tuple[float, ...]:
@@ -131,7 +146,7 @@ def plan_partition(problem: PartitionProblem, time_limit: float = 10.0,
     """The best partition with its order that can be found in about twice `time_limit` seconds of `clock`.
 
     It is no slower than balance's partition with an order planned in `time_limit` seconds, which is the first half of
-    the time. Raises LimitError if no partition is found of which an order keeps to the limits.
+    the time. Raises NoPartition if none is found of which an order keeps to the limits.
     """
     return _Search(problem, time_limit, clock).run()
 
@@ -167,8 +182,10 @@ class _Search:
                     self._follow(self._plans[bounds])
         if not self._plans:
             least = min(self._scores, key=self._scores.__getitem__)
-            self._problem.on(least)  # raises LimitError
-            self._planned(least, 0.0)
+            try:
+                self._planned(least, 0.0)
+            except LimitError as error:
+                raise NoPartition(str(error), min(map(self._problem.growth, self._scores))) from None
         best = min(self._plans, key=lambda bounds: (
             self._makespan(bounds) * (1 if bounds == balanced else 1 + self._problem.noise), bounds != balanced))
         self._planned(best, self._time_limit - self._elapsed())
