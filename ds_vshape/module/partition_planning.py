@@ -53,8 +53,8 @@ def _answer(problem: PartitionProblem, config: ScheduleConfig) -> str:
     except NoPartition as error:
         # Without a limit 1F1B's peak holds, which is a limit of 1.0.
         limit = config.memory_limit if isinstance(config.memory_limit, float) else 1.0
-        return json.dumps({"error": f"no partition of the layers keeps to {KEY}.memory_limit = {limit:g}; the least for "
-                                    f"which one was found is {_rounded_up(limit * error.growth)}: {error}"})
+        return json.dumps({"error": f"no partition of the layers keeps to {KEY}.memory_limit = {limit:g}; the least "
+                                    f"for which one was found is {_rounded_up(limit * error.growth)}: {error}"})
     except Exception as error:
         return json.dumps({"error": f"no partition of the layers can be planned: {type(error).__name__}: {error}"})
     makespans = [f"{each.timeline.makespan:.4g}" if each else "doesn't fit" for each in (found.plan, found.balanced)]
