@@ -259,7 +259,7 @@ class Channels:
         del self._receiving[message]
         self._wait(AwaitReceive, message, transfer)
         assert transfer.signature is not None
-        if transfer.signature == _NOTHING:
+        if self._announced and transfer.signature == _NOTHING:
             raise Withdrawn(f"{message.channel.content} for stage {message.stage}, micro-batch {message.micro_batch}")
         wants_gradient = message.channel.content is Content.ACTIVATION and torch.is_grad_enabled()
         for tensor, described in zip(transfer.tensors, transfer.signature.tensors):

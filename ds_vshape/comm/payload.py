@@ -68,9 +68,12 @@ class Signature:
     def describes(self, payload: Payload) -> bool:
         """Whether this is `payload`'s signature: `of` in less time, for each message of each batch."""
         tensors = members(payload)
-        return (isinstance(payload, tuple) is self.is_tuple and len(tensors) == len(self.tensors)
-                and all(tensor is None if described is None else described.describes(tensor)
-                        for described, tensor in zip(self.tensors, tensors)))
+        if isinstance(payload, tuple) is not self.is_tuple or len(tensors) != len(self.tensors):
+            return False
+        for described, tensor in zip(self.tensors, tensors):
+            if tensor is not None if described is None else not described.describes(tensor):
+                return False
+        return True
 
     @property
     def nbytes(self) -> int:

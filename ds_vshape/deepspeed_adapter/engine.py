@@ -21,9 +21,10 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
+from ds_vshape.split_backward.ownership import run_from
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
            "own_instructions", "set_instructions", "step_state"]
@@ -46,6 +47,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     # Of the present batch, by the dtype and the shape of a loss.
     _first_gradients: dict[tuple[torch.dtype, torch.Size], Tensor]
+    # The answer to `surrounds_backwards` within a batch, None between batches.
+    _surrounds_backwards: bool | None = None
 
     def stock_forward(self, inputs: Any) -> Any:
         """The module's forward, and hooks on its outputs for what DeepSpeed does before a backward.
@@ -81,6 +84,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     def surrounds_backwards(self) -> bool:
         """Whether DeepSpeed, or a script in its place, does anything before and after a backward that the engine runs.
         DeepSpeed's own checks of that take several microseconds in each backward."""
+        if self._surrounds_backwards is not None:
+            return self._surrounds_backwards
         return (isinstance(self.optimizer, ZeROOptimizer) or bool(self.memory_breakdown())
                 or not (_is_deepspeeds(DeepSpeedEngine._backward_prologue)
                         and _is_deepspeeds(DeepSpeedEngine._backward_epilogue)))
@@ -129,8 +134,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     def run_backward(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...],
                      splitting: AbstractContextManager[Any]) -> None:
-        """Run autograd from these roots, whose gradients have their shapes and dtypes: DeepSpeed's hooks refuse a
-        backward that the engine doesn't run."""
+        """Run autograd from these roots, whose gradients have their shapes and dtypes, and are dropped: DeepSpeed's
+        hooks refuse a backward that the engine doesn't run."""
         if self.optimizer is None:
             # In the words of DeepSpeedEngine.backward.
             raise PipelineError("must provide optimizer during init in order to use backward: give \"optimizer\" in "
@@ -138,8 +143,7 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         self._running_engine_backward = True
         try:
             with splitting:
-                # torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
-                _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+                run_from(roots, gradients)
         finally:
             self._running_engine_backward = False
 
@@ -241,7 +245,11 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     def _exec_schedule(self, pipe_schedule: Any) -> None:
         # A step may have changed the loss's scale.
         self._first_gradients = {}
-        self.execute_plan(pipe_schedule)
+        self._surrounds_backwards = self.surrounds_backwards
+        try:
+            self.execute_plan(pipe_schedule)
+        finally:
+            self._surrounds_backwards = None
 
 
 def stock_execute(instruction: Any) -> Callable[..., None]:

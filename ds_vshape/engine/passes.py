@@ -156,7 +156,10 @@ class StagePasses(Keeping):
                  if root is not None and grad is not None]
         buffer.roots = buffer.output_grads = ()
         if pairs:
-            self.run_backward(tuple(root for root, _ in pairs), tuple(grad for _, grad in pairs), splitting)
+            roots, grads = zip(*pairs)
+            # W needs no copies of these if nothing else holds them.
+            pairs.clear()
+            self.run_backward(roots, grads, splitting)
         self._sums.take_in()
 
     def hook_outputs(self, outputs: Any) -> None:

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-_PLAIN = (bool, int, type(None), Tensor)
+_PLAIN = (bool, int, type(None))
 
 
 class FastSetattr:
     """To be inherited before nn.Module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        kind, attributes = type(value), self.__dict__
         # What nn.Module has registered isn't in there, and an nn.Buffer is a Tensor that it is to register.
-        if type(value) in _PLAIN and name in self.__dict__ and not hasattr(value, "_is_buffer"):
-            self.__dict__[name] = value
+        if name in attributes and (kind in _PLAIN or kind is Tensor and not hasattr(value, "_is_buffer")):
+            attributes[name] = value
         else:
             super().__setattr__(name, value)

@@ -183,7 +183,9 @@ def enter(payload: Payload) -> Payload:
 
     DeepSpeed clones them for that; here no memory is copied.
     """
-    if not any(t is not None and t.requires_grad for t in members(payload)):
+    if isinstance(payload, Tensor):
+        return _Enter.unguarded(payload)[0] if payload.requires_grad else payload
+    if not any(t is not None and t.requires_grad for t in payload):
         return payload
     return _entered(payload, _Enter, lambda tensor: tensor)
 

@@ -4,35 +4,71 @@ Others often hold a gradient too: the other branch of a residual, a hook, the ca
 once, so a change in place afterwards does no harm. W reads it later, so B copies what others hold. References are
 counted: Python's own, those of the tensor (another node that waits for the same gradient) and those of its memory (a
 view of it). How many there are while nothing else holds one is found out once, by a backward of this module's own.
+
+A run of autograd holds the gradients that it starts from until it has ended. Where its caller drops them then
+(`run_from`), these references don't count.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 # Of a tensor: references from Python, references to the tensor, and those to its memory; the first two of the tensor
 # that it is a view of, if it is one.
 _Counts = tuple[int, int, int, int, int]
 
+# The gradients that the runs of autograd start from which `run_from` has begun, by id.
+_roots: set[int] = set()
+
+
+class _Unshared(NamedTuple):
+    """The counts of an output gradient that nothing else holds, of one that is a view, of both where `run_from` has
+    started from it, and of a saved tensor."""
+
+    own: _Counts
+    view: _Counts
+    root: _Counts
+    view_of_root: _Counts
+    saved: _Counts
+
+
+def run_from(roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
+    """torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
+
+    The caller has no other references to the gradients than the tuple, and drops it: what else holds them counts.
+    """
+    started = {id(gradient) for gradient in gradients} - _roots
+    _roots.update(started)
+    try:
+        _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    finally:
+        _roots.difference_update(started)
+
 
 def is_shared(output_gradients: tuple[Tensor | None, ...], position: int) -> bool:
     """Whether anything else holds the gradient at `position` of the tuple with which autograd called a backward."""
-    if output_gradients[position] is None:
+    gradient = output_gradients[position]
+    if gradient is None:
         return False
-    counts = _counts(output_gradients, position)
-    own, view, _ = _unshared()
-    return _exceed(counts, view if counts[4] else own)
+    unshared = _unshared()
+    if gradient._base is None:
+        least = unshared.root if id(gradient) in _roots else unshared.own
+    else:
+        least = unshared.view_of_root if id(gradient._base) in _roots else unshared.view
+    del gradient
+    return _exceed(_counts(output_gradients, position), least)
 
 
 def saved_is_shared(saved_tensors: tuple[Tensor | None, ...], position: int) -> bool:
     """Whether anything but its node has the tensor at `position` of a node's saved tensors; with a reference from the
     tuple and one from the caller."""
-    return _exceed(_counts(saved_tensors, position), _unshared()[2])
+    return _exceed(_counts(saved_tensors, position), _unshared().saved)
 
 
 def own_copy(tensor: Tensor) -> Tensor:
@@ -100,12 +136,16 @@ class _Probe(torch.autograd.Function):
 
 
 @cache
-def _unshared() -> tuple[_Counts, _Counts, _Counts]:
-    """The counts of an output gradient, of one that is a view, and of a saved tensor."""
+def _unshared() -> _Unshared:
     found: list[_Counts] = []
     with torch.enable_grad(), torch._C.DisableTorchFunction():
         for shape in ((2,), (2, 1)):
-            value: Any = _Probe.apply(torch.ones(2, requires_grad=True), found)  # type: ignore[no-untyped-call]
-            value = value * 1 if shape == (2,) else value.view(shape)
-            torch.autograd.backward(value * 3, torch.ones(shape))
-    return found[0], found[2], found[1]
+            for is_root in (False, True):
+                value: Any = _Probe.apply(torch.ones(2, requires_grad=True), found)  # type: ignore[no-untyped-call]
+                value = value if shape == (2,) else value.view(shape)
+                if is_root:
+                    run_from((get_gradient_edge(value),), (torch.ones(shape),))
+                else:
+                    torch.autograd.backward(value * 3, torch.ones(shape))
+    own, root, view, view_of_root = found[::2]
+    return _Unshared(own, view, root, view_of_root, saved=found[1])

@@ -120,13 +120,16 @@ class Entry:
                 f"parameter of shape {tuple(shape_of(target))}"
             )
         like = parameter_of(target) if becomes_whole(target) else gradient
-        if gradient.dtype == target.dtype and gradient.stride() == like.stride() and not any(
-            torch._C._is_alias_of(gradient, other)  # type: ignore[attr-defined]
-            for other in (*self.output_gradients, *self.context.saved_tensors)
-            if other is not None
-        ):
+        as_wanted = gradient.dtype == target.dtype and gradient.stride() == like.stride()
+        if as_wanted and not self._keeps_memory_of(gradient):
             return gradient
         return torch.empty_like(like, dtype=target.dtype, requires_grad=False).copy_(gradient)
+
+    def _keeps_memory_of(self, gradient: Tensor) -> bool:
+        for other in (*self.output_gradients, *self.context.saved_tensors):
+            if other is not None and torch._C._is_alias_of(gradient, other):  # type: ignore[attr-defined]
+                return True
+        return False
 
 
 def _buffer(target: Target, accumulator: GradientAccumulator) -> Tensor | None:
@@ -228,12 +231,17 @@ class WeightGradientStore:
 
         `accumulator.add` is called at the last of a parameter's uses, with the sum of all that found no buffer.
         """
-        with torch.no_grad():
+        # What torch.no_grad() does, in a tenth of its time.
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
             # The entry is dropped before the gradients are handed over: what it kept isn't needed any more.
             targets, gradients = self._take(accumulator)
             for target, gradient in zip(targets, gradients):
                 if target is not None:
                     self._finish_use(target, gradient, accumulator)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     def _take(self, accumulator: GradientAccumulator) -> tuple[tuple[Target | None, ...], tuple[Tensor | None, ...]]:
         entry = self._entries.popleft()

@@ -15,20 +15,31 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
-from ds_vshape.split_backward.ownership import own_copy
+from ds_vshape.split_backward.ownership import own_copy, run_from
 
 
-def step(forward: Callable[[Pair, Tensor], Tensor], split: bool) -> tuple[list[Tensor | None], int]:
+def from_the_loss(value: Tensor) -> None:
+    value.sin().sum().backward()
+
+
+def from_the_outputs(value: Tensor) -> None:
+    """As the engine starts the backward of a stage that has no loss."""
+    run_from((get_gradient_edge(value),), (value.detach().cos(),))
+
+
+def step(forward: Callable[[Pair, Tensor], Tensor], split: bool,
+         run: Callable[[Tensor], None] = from_the_loss) -> tuple[list[Tensor | None], int]:
     torch.manual_seed(1)
     pair, store = Pair().double(), WeightGradientStore()
     x = torch.randn(2, 3, WIDTH, dtype=torch.double, requires_grad=True)
     if not split:
-        forward(pair, x * 1).sin().sum().backward()
+        from_the_loss(forward(pair, x * 1))
         return [parameter.grad for parameter in (*pair.parameters(), x)], 0
     with SplitForward(store):
-        value = forward(pair, x * 1).sin().sum()
+        value = forward(pair, x * 1)
     with SplitBackward(store):
-        value.backward()
+        run(value)
+    del value
     entries = len(store)
     store.run(WholeGradients(add))
     return [parameter.grad for parameter in (*pair.parameters(), x)], entries
@@ -176,13 +187,14 @@ def by_a_function(pair: Pair, x: Tensor) -> Tensor:
     return pair.b(x) + skip
 
 
+@pytest.mark.parametrize("run", [from_the_loss, from_the_outputs])
 @pytest.mark.parametrize("forward", [
     scaled_skip, past_the_version, view_of_the_gradient, kept_by_a_hook, after_the_node, of_a_module,
     through_an_added_bias, by_a_function,
 ])
-def test_what_w_reads_is_its_own(forward: Callable[[Pair, Tensor], Tensor]) -> None:
+def test_what_w_reads_is_its_own(forward: Callable[[Pair, Tensor], Tensor], run: Callable[[Tensor], None]) -> None:
     expected, _ = step(forward, split=False)
-    found, entries = step(forward, split=True)
+    found, entries = step(forward, split=True, run=run)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
     assert entries >= 2
@@ -207,6 +219,33 @@ def test_a_gradient_that_nobody_else_has_is_not_copied(monkeypatch: pytest.Monke
     assert copies == []
     step(lambda pair, x: torch.tanh(x + pair.b(torch.tanh(pair.a(x)))), split=True)
     assert len(copies) == 1
+
+
+def test_a_gradient_from_which_a_run_starts_is_copied_where_others_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_vshape.split_backward import function
+    copies: list[Tensor] = []
+    monkeypatch.setattr(function, "own_copy", lambda tensor: copies.append(tensor) or own_copy(tensor))
+    kept: list[Tensor] = []
+
+    def keeping(value: Tensor) -> None:
+        kept.append(value.detach().cos())
+        run_from((get_gradient_edge(value),), (kept[0],))
+
+    def keeping_a_view(value: Tensor) -> None:
+        gradient = value.detach().cos()
+        kept.append(gradient[0])
+        edges = (get_gradient_edge(value),)
+        gradients = (gradient,)
+        del gradient
+        run_from(edges, gradients)
+
+    def product(pair: Pair, x: Tensor) -> Tensor:
+        return pair.b(torch.tanh(pair.a(x)))
+
+    for run, number in ((from_the_outputs, 0), (keeping, 1), (keeping_a_view, 1)):
+        copies.clear()
+        assert step(product, split=True, run=run)[1] == 2
+        assert len(copies) == number, run
 
 
 @pytest.mark.parametrize("tensor", [
