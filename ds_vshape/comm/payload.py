@@ -71,7 +71,8 @@ class Signature:
         if isinstance(payload, tuple) is not self.is_tuple or len(tensors) != len(self.tensors):
             return False
         for described, tensor in zip(self.tensors, tensors):
-            if tensor is not None if described is None else not described.describes(tensor):
+            fits = tensor is None if described is None else described.describes(tensor)
+            if not fits:
                 return False
         return True
 

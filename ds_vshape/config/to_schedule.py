@@ -57,9 +57,13 @@ def partition_problem(config: ScheduleConfig, layers: Layers, ranks: int, micro_
     """
     if config.name != ADAPTIVE or gives_back_memory(config) or is_in_bytes(config):
         return None
-    fraction = config.memory_limit if isinstance(config.memory_limit, float) else 1.0
-    limits = limits_of_1f1b(fraction, layers, ranks, micro_batches)
+    limits = limits_of_1f1b(fraction_of(config), layers, ranks, micro_batches)
     return PartitionProblem(layers, config.placement_on(ranks), micro_batches, limits, max_pieces=1, noise=noise)
+
+
+def fraction_of(config: ScheduleConfig) -> float:
+    """The memory limit of a config as a fraction of 1F1B's peak, which holds where there is none."""
+    return config.memory_limit if isinstance(config.memory_limit, float) else 1.0
 
 
 def is_planned(config: ScheduleConfig) -> bool:
@@ -128,8 +132,8 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     asked = partial(Request.within, name=config.name, placement=placement, micro_batches=micro_batches, times=times,
                     time_limit=config.planning_seconds, cache=cache)
     if known is not None:
-        fraction = limit if isinstance(limit, float) else 1.0
-        return asked(limits_of_1f1b(fraction, known.layers, ranks, micro_batches)[0], activations=known.activations)
+        limits = limits_of_1f1b(fraction_of(config), known.layers, ranks, micro_batches)
+        return asked(limits[0], activations=known.activations)
     if room is None:
         if isinstance(limit, float):
             check_possible(limit, ranks, micro_batches)

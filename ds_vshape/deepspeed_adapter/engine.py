@@ -21,10 +21,9 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
-from ds_vshape.split_backward.ownership import run_from
 
 __all__ = ["METHODS_OF_SCHEDULES", "PipelineEngine", "StockEngine", "instructions_of", "is_stock_code",
            "own_instructions", "set_instructions", "step_state"]
@@ -83,7 +82,7 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
     @property
     def surrounds_backwards(self) -> bool:
         """Whether DeepSpeed, or a script in its place, does anything before and after a backward that the engine runs.
-        DeepSpeed's own checks of that take several microseconds in each backward."""
+        DeepSpeed's own checks of that take several microseconds in each backward, so the answer holds for a batch."""
         if self._surrounds_backwards is not None:
             return self._surrounds_backwards
         return (isinstance(self.optimizer, ZeROOptimizer) or bool(self.memory_breakdown())
@@ -134,8 +133,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
 
     def run_backward(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...],
                      splitting: AbstractContextManager[Any]) -> None:
-        """Run autograd from these roots, whose gradients have their shapes and dtypes, and are dropped: DeepSpeed's
-        hooks refuse a backward that the engine doesn't run."""
+        """Run autograd from these roots, whose gradients have their shapes and dtypes: DeepSpeed's hooks refuse a
+        backward that the engine doesn't run."""
         if self.optimizer is None:
             # In the words of DeepSpeedEngine.backward.
             raise PipelineError("must provide optimizer during init in order to use backward: give \"optimizer\" in "
@@ -143,7 +142,8 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         self._running_engine_backward = True
         try:
             with splitting:
-                run_from(roots, gradients)
+                # torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
+                _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
         finally:
             self._running_engine_backward = False
 

@@ -25,6 +25,7 @@ from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, SplitBackward, SplitForward
 from ds_vshape.split_backward.head import EarlyGradients, with_logits
+from ds_vshape.split_backward.ownership import StartingFrom
 
 
 class StagePasses(Keeping):
@@ -157,9 +158,10 @@ class StagePasses(Keeping):
         buffer.roots = buffer.output_grads = ()
         if pairs:
             roots, grads = zip(*pairs)
-            # W needs no copies of these if nothing else holds them.
+            # The tuple alone holds them then, and W needs no copies.
             pairs.clear()
-            self.run_backward(roots, grads, splitting)
+            with StartingFrom(grads):
+                self.run_backward(roots, grads, splitting)
         self._sums.take_in()
 
     def hook_outputs(self, outputs: Any) -> None:

@@ -287,15 +287,15 @@ class MeasuredSchedules:
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
         self._orders = config.micro_batch_order == "length"
         self._micro_batches = 0
-        # By number of micro-batches: the schedules to measure by.
+        # By number of micro-batches: the schedules to measure by, and the latest plans for measured times.
         self._safe: dict[int, Schedule] = {}
-        # The latest one for measured times.
-        self._measured: Schedule | None = None
+        self._planned: dict[int, Schedule] = {}
         self._times: Times | None = None
         self._enter(_Phase.WARM_UP)
 
     def first(self, micro_batches: int) -> Schedule:
-        check_limit(self._config, self._placement.ranks, micro_batches)
+        if self._known is None:
+            check_limit(self._config, self._placement.ranks, micro_batches)
         self._micro_batches = micro_batches
         safe = self._safe_schedule()
         # Scales are those of as many micro-batches.
@@ -309,10 +309,10 @@ class MeasuredSchedules:
         """A schedule for equal times, or those of known stages, within the memory limit, in which every B and W can be
         timed, where there is room for that."""
         if self._micro_batches not in self._safe:
-            self._safe[self._micro_batches] = self._first_schedule()
+            self._safe[self._micro_batches] = self._new_safe_schedule()
         return self._safe[self._micro_batches]
 
-    def _first_schedule(self) -> Schedule:
+    def _new_safe_schedule(self) -> Schedule:
         safe = None
         if self._known is None:
             safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
@@ -328,11 +328,11 @@ class MeasuredSchedules:
         plans = _FirstPlans(self._config, self._placement, self._planner, self._known)
         fused = plans.wait(self._micro_batches, room)
         apart = unfused(fused)
-        self._safe[self._micro_batches] = found = apart if room.holds(apart) else fused
+        self._safe[self._micro_batches] = apart if room.holds(apart) else fused
         if self._phase is _Phase.PLAN:  # the planner has left that for this one
             assert self._times is not None
             self._plan(self._times)
-        return found
+        return self._safe_schedule()
 
     @property
     def will_plan(self) -> bool:
@@ -375,8 +375,8 @@ class MeasuredSchedules:
         request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder(),
                               self._known)
         running = [self._safe_schedule()]
-        if self._measured is not None and self._measured.micro_batches == self._micro_batches:
-            running.append(self._measured)
+        if self._micro_batches in self._planned:
+            running.append(self._planned[self._micro_batches])
         request = replace(request, cores=_spare_cores(), running=tuple(running))
         self._planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)
@@ -403,7 +403,8 @@ class MeasuredSchedules:
         if answer is None:
             return None
         found = _planned(answer, self._config)
-        self._measured = schedule = found["schedule"]
+        schedule = found["schedule"]
+        self._planned[schedule.micro_batches] = schedule
         if dist.get_rank() == 0:
             assert self._times is not None
             timeline = simulate(schedule, self._times)

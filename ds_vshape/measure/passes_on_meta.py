@@ -17,6 +17,7 @@ from ds_vshape.measure.on_meta import on_meta
 from ds_vshape.schedule.passes import BW, B, F, Pass, W
 from ds_vshape.split_backward import (MATRIX_OPERATORS, GradientAccumulator, Operators, SplitBackward, SplitForward,
                                       WeightGradientStore)
+from ds_vshape.split_backward.ownership import run_from
 
 
 def run_on_meta(meter: ActivationMeter, stage: int, forward: Callable[[Any], Any], make_inputs: Callable[[], Any],
@@ -47,12 +48,12 @@ def run_on_meta(meter: ActivationMeter, stage: int, forward: Callable[[Any], Any
         # In memory of their own, which no pass has.
         passed_on = tree_map_only(Tensor, _alike, outputs)
         roots = [output for output in tree_leaves(outputs) if isinstance(output, Tensor) and output.requires_grad]
-        edges, gradients = [get_gradient_edge(root) for root in roots], [torch.empty_like(root) for root in roots]
+        edges, gradients = tuple(map(get_gradient_edge, roots)), tuple(map(torch.empty_like, roots))
         del outputs, roots
         action = (B if split else BW)(stage, micro_batch)
         with on_meta(attention_flops), meter.backward(action), around(action), (
                 SplitBackward(store, operators) if split else nullcontext()):
-            torch.autograd.backward(edges, gradients)
+            run_from(edges, gradients)
         del edges, gradients
         if split:
             meter.after_backward(action, store)

@@ -18,7 +18,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.module import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.comm.payload import Payload, members
@@ -28,6 +28,7 @@ from ds_vshape.runtime.buffers import enter, leaves
 from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.schedule.partition.balance import PartitionError
 from ds_vshape.split_backward import SplitBackward, SplitForward, WeightGradientStore, WholeGradients
+from ds_vshape.split_backward.ownership import run_from
 
 WARM_UPS, REPEATS = 2, 5
 
@@ -142,7 +143,7 @@ class LayerProfiler:
             resumed = timer.now()
             with SplitBackward(store):
                 if roots:
-                    torch.autograd.backward(roots, grads)
+                    run_from(roots, grads)
             end_of_b = timer.now()
             store.run(_NOWHERE)
             marks.append((start, middle, resumed, end_of_b, timer.now()))
@@ -156,10 +157,10 @@ class LayerProfiler:
 _NOWHERE = WholeGradients(lambda parameter, gradient: None)
 
 
-def _roots(outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _roots(outputs: Any) -> tuple[tuple[GradientEdge, ...], tuple[Tensor, ...]]:
     """Where a backward starts, and with which gradients."""
     roots = [output for output in members(outputs) if torch.is_tensor(output) and output.requires_grad]
-    return roots, [torch.ones_like(root) for root in roots]
+    return tuple(map(get_gradient_edge, roots)), tuple(map(torch.ones_like, roots))
 
 
 def _sizes(module: Any, call: Callable[[Any], Any], inputs: Payload) -> tuple[int, int]:
@@ -181,7 +182,7 @@ def _sizes(module: Any, call: Callable[[Any], Any], inputs: Payload) -> tuple[in
     roots, grads = _roots(outputs)
     with SplitBackward(store):
         if roots:
-            torch.autograd.backward(roots, grads)
+            run_from(roots, grads)
     return after_forward, (Storages(store.tensors()) - weights).nbytes()
 
 

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ScheduleConfig
-from ds_vshape.config.to_schedule import KnownStages
+from ds_vshape.config.to_schedule import KnownStages, fraction_of
 from ds_vshape.schedule.partition.balance import PartitionError, check_bounds
 from ds_vshape.schedule.partition.partition_and_order import NoPartition, PartitionProblem, plan_partition
 from ds_vshape.schedule.serial import JsonSchedule, read_json, schedule_to_json
@@ -38,7 +38,7 @@ def agree_on_stages(problem: PartitionProblem, config: ScheduleConfig, plans: bo
     """What global rank 0 plans in the time that `config` gives it, on every rank; `plans` says whether this is it.
     Collective over the job's `exchange`.
 
-    Raises PartitionError on every rank if it finds no partition within the limits.
+    Raises PartitionError on every rank if it finds no partition within the limits, or if planning fails.
     """
     answer = read_json(exchange.text_of_first(_answer(problem, config) if plans else "").encode(), _ANSWER)
     if "error" in answer:
@@ -51,10 +51,10 @@ def _answer(problem: PartitionProblem, config: ScheduleConfig) -> str:
     try:
         found = plan_partition(problem, config.planning_seconds / 2)
     except NoPartition as error:
-        # Without a limit 1F1B's peak holds, which is a limit of 1.0.
-        limit = config.memory_limit if isinstance(config.memory_limit, float) else 1.0
-        return json.dumps({"error": f"no partition of the layers keeps to {KEY}.memory_limit = {limit:g}; the least "
-                                    f"for which one was found is {_rounded_up(limit * error.growth)}: {error}"})
+        by_default = " (the default)" if config.memory_limit is None else ""
+        return json.dumps({"error": f"no partition of the layers keeps to {KEY}.memory_limit = {fraction_of(config):g}"
+                                    f"{by_default}; the least for which one was found is "
+                                    f"{_rounded_up(fraction_of(config) * error.growth)}: {error}"})
     except Exception as error:
         return json.dumps({"error": f"no partition of the layers can be planned: {type(error).__name__}: {error}"})
     makespans = [f"{each.timeline.makespan:.4g}" if each else "doesn't fit" for each in (found.plan, found.balanced)]

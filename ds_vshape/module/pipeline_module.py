@@ -115,8 +115,8 @@ class PipelineModule(FastSetattr, StockModule):
             (ds_vshape/config/arguments.py), and for tied layers that differ (ds_vshape/module/tied.py).
         PreflightError: on every rank, if ranks differ in their versions, config or arguments, or if some of them can't
             build their layers.
-        PartitionError: on every rank, for a partition that doesn't fit the layers, and for a profile that can't be
-            measured.
+        PartitionError: on every rank, for a partition that doesn't fit the layers, for a memory limit that no partition
+            keeps to, and for a profile that can't be measured.
     """
 
     num_stages: int

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from ds_vshape.schedule.activations import Activations, Working, peak_activations
 from ds_vshape.schedule.adaptive.problem import SLACK, LimitError, Problem
 from ds_vshape.schedule.builders.fuse import fuse_measured
-from ds_vshape.schedule.choose import Choice, schedule_for
+from ds_vshape.schedule.choose import PLAN, Choice, schedule_for
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.schedule.schedule import Schedule, check
 from ds_vshape.schedule.serial import (JsonSchedule, activations_from_json, activations_to_json, most_bytes,
@@ -43,7 +43,7 @@ class Request:
     `working` they hold for what passes need while they run, too.
 
     `recompute` and `offload` say what the plan may do besides ordering. Planning uses up to `cores` cores. What is
-    chosen is no slower than those of `running`, schedules that the job has trained by, that keep to the limits.
+    chosen is no slower than any of `running` that keeps to the limits: schedules that the job has trained by.
     """
 
     name: str
@@ -76,12 +76,14 @@ class Request:
                               self.working, recompute=self.recompute, offload=self.offload, time_limit=self.time_limit,
                               progress=progress, cores=self.cores,
                               cache=None if self.cache is None else Path(self.cache))
-        for schedule in self.running:
-            again = replace(fuse_measured(schedule, self.times), name=self.name)
-            timeline = simulate(again, self.times)
-            if timeline.makespan < choice.timeline.makespan * (1 - SLACK) and self.keeps_to_limits(again):
-                choice = replace(choice, schedule=again, timeline=timeline,
-                                 peaks=peak_activations(again, self.activations))
+        for running in self.running:
+            # Whole backwards may need more while they run than B and W do.
+            for form in (fuse_measured(running, self.times), running):
+                schedule = replace(form, name=self.name)
+                timeline = simulate(schedule, self.times)
+                if timeline.makespan < choice.timeline.makespan * (1 - SLACK) and self.keeps_to_limits(schedule):
+                    choice = replace(choice, schedule=schedule, timeline=timeline, origin=PLAN,
+                                     peaks=peak_activations(schedule, self.activations))
         return choice
 
     def keeps_to_limits(self, schedule: Schedule) -> bool:

@@ -3,7 +3,7 @@
     store.py        what waits between B and W
     targets.py      what a gradient is the gradient of: a parameter, an element of one, a cast
     weights.py      which tensors take part
-    ownership.py    which tensors others may write to before W
+    ownership.py    which tensors others may write to before W, and which of them nothing but autograd holds
     function.py     SplitFunction, an autograd Function in two halves; the base of user kernels and of the built-in ones
     accumulate.py   gradients added to a sum in place
     matrix.py       linear, matmul, mm, addmm, embedding

@@ -5,8 +5,8 @@ once, so a change in place afterwards does no harm. W reads it later, so B copie
 counted: Python's own, those of the tensor (another node that waits for the same gradient) and those of its memory (a
 view of it). How many there are while nothing else holds one is found out once, by a backward of this module's own.
 
-A run of autograd holds the gradients that it starts from until it has ended. Where its caller drops them then
-(`run_from`), these references don't count.
+A run of autograd holds the gradients that it starts from, its first ones, until it ends. If its caller drops them then
+(`StartingFrom`), these references don't count.
 """
 
 from __future__ import annotations
@@ -23,32 +23,45 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 # that it is a view of, if it is one.
 _Counts = tuple[int, int, int, int, int]
 
-# The gradients that the runs of autograd start from which `run_from` has begun, by id.
-_roots: set[int] = set()
+# The first gradients of the present runs of autograd, by id, as far as `StartingFrom` tells.
+_first_gradients: set[int] = set()
 
 
 class _Unshared(NamedTuple):
-    """The counts of an output gradient that nothing else holds, of one that is a view, of both where `run_from` has
-    started from it, and of a saved tensor."""
+    """The counts of an output gradient that nothing else holds, of one that is a view, of a first gradient and a view
+    of one, and of a saved tensor."""
 
     own: _Counts
     view: _Counts
-    root: _Counts
-    view_of_root: _Counts
+    first: _Counts
+    view_of_first: _Counts
     saved: _Counts
 
 
-def run_from(roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
-    """torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
+class StartingFrom:
+    """Around a run of autograd's engine that starts from `gradients`. The caller must hold them by this tuple alone,
+    and drop it afterwards: then a gradient counts as shared only where something else holds it.
 
-    The caller has no other references to the gradients than the tuple, and drops it: what else holds them counts.
+    A class, since it is around each B, and a generator would take four times as long.
     """
-    started = {id(gradient) for gradient in gradients} - _roots
-    _roots.update(started)
-    try:
+
+    __slots__ = ("_started",)
+
+    def __init__(self, gradients: tuple[Tensor, ...]) -> None:
+        self._started = {id(gradient) for gradient in gradients} - _first_gradients
+
+    def __enter__(self) -> None:
+        _first_gradients.update(self._started)
+
+    def __exit__(self, *_: object) -> None:
+        _first_gradients.difference_update(self._started)
+
+
+def run_from(roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
+    """A run of autograd that starts from `gradients` at `roots` as a stage's does, for passes outside of the engine."""
+    with StartingFrom(gradients):
+        # torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
         _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-    finally:
-        _roots.difference_update(started)
 
 
 def is_shared(output_gradients: tuple[Tensor | None, ...], position: int) -> bool:
@@ -58,9 +71,9 @@ def is_shared(output_gradients: tuple[Tensor | None, ...], position: int) -> boo
         return False
     unshared = _unshared()
     if gradient._base is None:
-        least = unshared.root if id(gradient) in _roots else unshared.own
+        least = unshared.first if id(gradient) in _first_gradients else unshared.own
     else:
-        least = unshared.view_of_root if id(gradient._base) in _roots else unshared.view
+        least = unshared.view_of_first if id(gradient._base) in _first_gradients else unshared.view
     del gradient
     return _exceed(_counts(output_gradients, position), least)
 
@@ -140,12 +153,12 @@ def _unshared() -> _Unshared:
     found: list[_Counts] = []
     with torch.enable_grad(), torch._C.DisableTorchFunction():
         for shape in ((2,), (2, 1)):
-            for is_root in (False, True):
+            for is_first in (False, True):
                 value: Any = _Probe.apply(torch.ones(2, requires_grad=True), found)  # type: ignore[no-untyped-call]
                 value = value if shape == (2,) else value.view(shape)
-                if is_root:
+                if is_first:
                     run_from((get_gradient_edge(value),), (torch.ones(shape),))
                 else:
                     torch.autograd.backward(value * 3, torch.ones(shape))
-    own, root, view, view_of_root = found[::2]
-    return _Unshared(own, view, root, view_of_root, saved=found[1])
+    own, first, view, view_of_first = found[::2]
+    return _Unshared(own, view, first, view_of_first, saved=found[1])

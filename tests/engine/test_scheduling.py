@@ -222,7 +222,8 @@ def test_times_move_by_shares_of_a_stage() -> None:
     assert scheduling.moved_by(Times.uniform(4), Times.uniform(4, 0, 0, 0)) == 1
 
 
-def drift(rank: int) -> tuple[Times, Times, list[tuple[Schedule, ...]], Schedule]:
+def recorded_requests() -> list[tuple[Schedule, ...]]:
+    """What the planner gets from now on: the schedules that have run."""
     asked: list[tuple[Schedule, ...]] = []
     start = Planner.start
 
@@ -231,6 +232,11 @@ def drift(rank: int) -> tuple[Times, Times, list[tuple[Schedule, ...]], Schedule
         start(planner, request)
 
     Planner.start = recorded  # type: ignore[method-assign]
+    return asked
+
+
+def drift(rank: int) -> tuple[Times, Times, list[tuple[Schedule, ...]], Schedule]:
+    asked = recorded_requests()
     scheduling.BATCHES_BETWEEN_CHECKS = 5
     engine = sleeping_engine(profiled("v-half", drift=0.5), 2, (2, 2, 2))
     while engine.planned_times is None:
@@ -253,6 +259,28 @@ def test_drift_plans_again() -> None:
     assert asked == [(unfused(build("v-half", 2, 2)),), (unfused(build("v-half", 2, 2)), planned)]
     assert all(seconds < 0.03 for seconds in before.input_grad)
     assert all(seconds >= 0.03 for seconds in after.input_grad)
+
+
+def there_and_back(rank: int) -> tuple[list[tuple[Schedule, ...]], Schedule]:
+    asked = recorded_requests()
+    engine = sleeping_engine(profiled("v-half"), 2, (1, 1, 1))
+    while engine.planned_times is None:
+        sleep_batch(engine)
+    planned = engine.schedule()
+    engine.set_train_batch_size(SAMPLES * 3)
+    while len(asked) < 2 or engine.planned_times is None:
+        sleep_batch(engine)
+    engine.set_train_batch_size(SAMPLES * 2)
+    assert engine.schedule() == planned
+    sleep_batch(engine)
+    return asked, planned
+
+
+@pytest.mark.slow
+def test_another_number_of_micro_batches_forgets_no_plan() -> None:
+    asked, planned = run_ranks(2, there_and_back, timeout=180)[0]
+    safe, other = (unfused(build("v-half", 2, micro_batches)) for micro_batches in (2, 3))
+    assert asked == [(safe,), (other,), (safe, planned)]
 
 
 def change_micro_batches(rank: int) -> list[float]:

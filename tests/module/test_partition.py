@@ -14,7 +14,7 @@ import pytest
 import torch
 from deepspeed.pipe import LayerSpec
 from pipelines import (BATCHES, BF16_ZERO1, LENGTH, SAMPLES, VOCABULARY, WIDTH, Block, Job, Outcome, PlainTraining,
-                       cross_entropy, merged, micro_batch, specs, tied_specs, train)
+                       cross_entropy, data, merged, micro_batch, specs, tied_specs, train)
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -306,6 +306,20 @@ def test_sizes_of_layers_are_measured() -> None:
     assert all(0 <= each < 1 for of_pass in (times.forward, times.input_grad, times.weight_grad) for each in of_pass)
     assert known.schedule.micro_batches == 4
     assert max(peak_activations(known.schedule, known.activations)) <= limits_of_1f1b(1.0, known.layers, 2, 4)[0]
+
+
+def train_within(rank: int, section: Any, costs: list[float]) -> tuple[list[float], Any]:
+    job = Job(section, 2, 4, layers=tuple(specs(6)))
+    engine = job.engine(partition_method={"costs": costs})
+    return [float(engine.train_batch(data(engine, batch))) for batch in range(3)], engine.module.known_stages
+
+
+def test_limits_are_fractions_of_what_1f1b_keeps_of_these_layers(cache: Any) -> None:
+    """A head as costly as all other layers has a stage of 1F1B's of its own, whose others keep most of the memory."""
+    section = {"name": "adaptive", "memory_limit": 0.3, "times": "profile", "planning_seconds": 0.5}
+    losses, known = run_ranks(2, train_within, section, [1, 1, 1, 1, 1, 1, 1, 7])[1]
+    assert losses == run_ranks(2, train_within, {"name": "adaptive"}, [1] * 8)[1][0]
+    assert max(peak_activations(known.schedule, known.activations)) <= 0.3 * 2 * 7
 
 
 # -- what can't be

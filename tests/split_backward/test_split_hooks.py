@@ -4,6 +4,7 @@ in place change nothing of what W reads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -246,6 +247,35 @@ def test_a_gradient_from_which_a_run_starts_is_copied_where_others_keep_it(monke
         copies.clear()
         assert step(product, split=True, run=run)[1] == 2
         assert len(copies) == number, run
+
+
+def test_gradients_of_several_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those from which a run starts at two of a stage's outputs, of their own or one for both."""
+    from ds_vshape.split_backward import function
+    copies: list[Tensor] = []
+    monkeypatch.setattr(function, "own_copy", lambda tensor: copies.append(tensor) or own_copy(tensor))
+
+    def grads(split: bool, same: bool) -> list[Tensor | None]:
+        torch.manual_seed(1)
+        pair, store = Pair().double(), WeightGradientStore()
+        with SplitForward(store) if split else nullcontext():
+            # Inputs that nothing else holds: W needs no copies of these either.
+            outputs = (pair.a(torch.randn(3, WIDTH, dtype=torch.double)),
+                       Negating.apply(pair.b(torch.randn(3, WIDTH, dtype=torch.double))))
+        edges = tuple(map(get_gradient_edge, outputs))
+        gradients = (torch.ones_like(outputs[0]),) * 2 if same else tuple(torch.ones_like(each) for each in outputs)
+        del outputs
+        with SplitBackward(store) if split else nullcontext():
+            run_from(edges, gradients)
+        del gradients
+        store.run(WholeGradients(add))
+        return [parameter.grad for parameter in pair.parameters()]
+
+    for same in (False, True):
+        copies.clear()
+        expected = grads(False, same)
+        assert all(map(torch.equal, grads(True, same), expected)), same
+        assert bool(copies) is same
 
 
 @pytest.mark.parametrize("tensor", [

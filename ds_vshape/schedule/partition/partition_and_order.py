@@ -115,7 +115,7 @@ class PartitionProblem:
 
 
 class NoPartition(LimitError):
-    """No partition keeps to the limits; one would if they were `growth` times as high."""
+    """No partition keeps to the limits; of those that were looked at, one would if they were `growth` times as high."""
 
     def __init__(self, message: str, growth: float) -> None:
         super().__init__(message)
@@ -181,11 +181,11 @@ class _Search:
                 for bounds in sorted(self._plans, key=self._makespan)[:2]:
                     self._follow(self._plans[bounds])
         if not self._plans:
-            least = min(self._scores, key=self._scores.__getitem__)
+            least = min(self._scores, key=lambda bounds: (self._problem.growth(bounds), self._scores[bounds]))
             try:
                 self._planned(least, 0.0)
             except LimitError as error:
-                raise NoPartition(str(error), min(map(self._problem.growth, self._scores))) from None
+                raise NoPartition(str(error), self._problem.growth(least)) from None
         best = min(self._plans, key=lambda bounds: (
             self._makespan(bounds) * (1 if bounds == balanced else 1 + self._problem.noise), bounds != balanced))
         self._planned(best, self._time_limit - self._elapsed())
