@@ -16,8 +16,8 @@ from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.adaptive.problem import SLACK
 from ds_vshape.schedule.builders.everything import with_everything_offloaded, with_everything_recomputed
-from ds_vshape.schedule.memory_limit import (MemoryLimitError, check_memory_limit, check_possible, count_of,
-                                              fraction_of_1f1b)
+from ds_vshape.schedule.memory_limit import (MemoryLimitError, check_fraction, check_memory_limit, check_possible,
+                                              count_of, fraction_of_1f1b)
 from ds_vshape.schedule.named import ADAPTIVE, build, names_on
 from ds_vshape.schedule.partition.layers import Layers
 from ds_vshape.schedule.partition.partition_and_order import PartitionProblem, limits_of_1f1b
@@ -132,8 +132,10 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     asked = partial(Request.within, name=config.name, placement=placement, micro_batches=micro_batches, times=times,
                     time_limit=config.planning_seconds, cache=cache)
     if known is not None:
-        limits = limits_of_1f1b(fraction_of(config), known.layers, ranks, micro_batches)
-        return asked(limits[0], activations=known.activations)
+        of_1f1b = limits_of_1f1b(1.0, known.layers, ranks, micro_batches)[0]
+        least = max(sum(known.activations.after_forward[stage] for stage in chunks) for chunks in placement.chunks)
+        check_fraction(fraction_of(config), least / of_1f1b, ranks, micro_batches)
+        return asked(fraction_of(config) * of_1f1b, activations=known.activations)
     if room is None:
         if isinstance(limit, float):
             check_possible(limit, ranks, micro_batches)

@@ -134,12 +134,12 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._operators = _OPERATORS[config.deferred]
         self._set_limit(config)
         source = schedules_for(config, self.placement, lambda: hop_seconds(self._channels, self.placement), self.room,
-                               self._keeping_times, self.module.preflight.exchange, self.module.known_stages)
+                               self._keeping_times, self.module.preflight, self.module.known_stages)
         in_bytes = is_in_bytes(config)
         self._plans = Plans(self.placement, self.stage_id, config.name, source, self._training_instructions,
                             recomputes=self.module.activation_checkpoint_interval > 0,
                             knows_sizes=lambda: in_bytes and not self._observer.sizes_stay_unknown,
-                            agreement=self._agreement)
+                            agreement=self._agreement, preflight=self.module.preflight)
         self._samples = Samples()
         self._peeked = []
         self._verification = Verification(

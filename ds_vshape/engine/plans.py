@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from deepspeed.runtime.pipe.module import PipelineError
 
@@ -18,6 +18,7 @@ from ds_vshape.config.compatibility import check_micro_batches
 from ds_vshape.config.to_schedule import Room
 from ds_vshape.engine.scheduling import Schedules
 from ds_vshape.health.failures import Agreement
+from ds_vshape.health.preflight import Preflight
 from ds_vshape.measure.profiling import PassRecorder
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.schedule.activations import Activations
@@ -72,14 +73,15 @@ class Plans:
         recomputes: whether forwards leave less than backwards do, as far as the configuration says.
         knows_sizes: whether a plan takes the measured sizes of activations into account.
         agreement: of all ranks of the job.
+        preflight: the same.
     """
 
     def __init__(self, placement: Placement, rank: int, name: str, source: Schedules,
                  instructions: Callable[[Program], list[instr.PipeInstruction]], recomputes: bool,
-                 knows_sizes: Callable[[], bool], agreement: Agreement) -> None:
+                 knows_sizes: Callable[[], bool], agreement: Agreement, preflight: Preflight) -> None:
         self._placement, self._rank, self._name, self._source = placement, rank, name, source
         self._instructions, self._knows_sizes = instructions, knows_sizes
-        self._recomputes, self._agreement = recomputes, agreement
+        self._recomputes, self._agreement, self._preflight = recomputes, agreement, preflight
         self._schedules: dict[int, Schedule] = {}
         self._plans: dict[int, BatchPlan] = {}
         # The same schedules for batches in which messages are announced, as far as there were any.
@@ -98,9 +100,9 @@ class Plans:
         return self._source.entry_costs[stage] if self._source.entry_costs else ()
 
     def schedule(self, micro_batches: int) -> Schedule:
-        """That of training batches; where there is none yet and it is planned, collective."""
+        """That of training batches; where there is none yet, collective."""
         if micro_batches not in self._schedules:
-            check_micro_batches(micro_batches, self._placement, self._name)
+            self._preflight.run(partial(check_micro_batches, micro_batches, self._placement, self._name))
             self._schedules[micro_batches] = self._chosen(self._source.first(micro_batches))
         return self._schedules[micro_batches]
 
@@ -120,14 +122,17 @@ class Plans:
 
     def evaluation(self, micro_batches: int) -> BatchPlan:
         """The plan of an evaluated batch. Raises PipelineError for a number that can't be."""
-        if micro_batches < 1:
-            raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
-        check_micro_batches(micro_batches, self._placement, self._name, "num_micro_batches")
         if micro_batches not in self._evaluated:
+            self._preflight.run(partial(self._check_evaluated, micro_batches))
             schedule = forward_only(self._placement, micro_batches)
             instructions = instr.evaluation_instructions(self.program(schedule, Lowering.announced))
             self._evaluated[micro_batches] = BatchPlan(schedule, instructions)
         return self._evaluated[micro_batches]
+
+    def _check_evaluated(self, micro_batches: int) -> None:
+        if micro_batches < 1:
+            raise PipelineError(f"num_micro_batches = {micro_batches}: must be at least 1")
+        check_micro_batches(micro_batches, self._placement, self._name, "num_micro_batches")
 
     @property
     def will_plan(self) -> bool:

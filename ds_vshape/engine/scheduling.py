@@ -10,7 +10,8 @@
         settled     the new schedule runs; now and then the stages' times are compared with the plan's: if they have
                     changed, back to measuring
 
-All ranks go through the phases together, so every exchange here is a collective over the whole job.
+All ranks go through the phases together, so every exchange here is a collective over the whole job. A limit that can't
+be met is found by each rank alone, and raised by all together (`Preflight.run`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, pairwise
 from typing import Protocol
 
@@ -35,6 +37,7 @@ from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.config.to_schedule import (KnownStages, Room, check_limit, equal_times, gives_back_memory, is_in_bytes,
                                           is_planned, least_schedule, request_for, table_schedule)
 from ds_vshape.engine.planning import Planner, PlannerFailed
+from ds_vshape.health.preflight import Preflight
 from ds_vshape.measure.profiling import PassRecorder, seconds_taken
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.adaptive import cache
@@ -161,19 +164,21 @@ class Schedules(Protocol):
 
 
 def schedules_for(config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], exchange: Exchange,
+                  room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], preflight: Preflight,
                   known: KnownStages | None) -> Schedules:
     """The source of schedules that `config` asks for; ConfigError on every rank if its demands don't go together.
-    `exchange` is that of the job; `known` are the stages if they were planned together with a first schedule.
+    `preflight` is that of the job; `known` are the stages if they were planned together with a first schedule.
 
     Collective over the job, as all that the source does.
     """
-    check_demands(config)
+    preflight.run(partial(check_demands, config))
     if not is_planned(config):
-        return NamedSchedules(config, placement)
+        return NamedSchedules(config, placement, preflight)
+    planner = Planner(preflight.exchange, dist.get_rank() == 0, config.timeout_seconds)
+    first_plans = _FirstPlans(config, placement, planner, preflight, known)
     if config.times == "profile":
-        return MeasuredSchedules(config, placement, measure_hops, room, with_keeping, exchange, known)
-    return PlannedSchedules(config, placement, exchange, known)
+        return MeasuredSchedules(first_plans, measure_hops, room, with_keeping)
+    return PlannedSchedules(first_plans)
 
 
 class _Unmeasured:
@@ -204,22 +209,12 @@ class NamedSchedules(_Unmeasured):
 
     config: ScheduleConfig
     placement: Placement
+    preflight: Preflight
 
     def first(self, micro_batches: int) -> Schedule:
-        schedule = table_schedule(self.config, self.placement.ranks, micro_batches)
+        schedule = self.preflight.run(partial(table_schedule, self.config, self.placement.ranks, micro_batches))
         assert schedule is not None  # only an adaptive one may have none
         return schedule
-
-
-class PlannedSchedules(_Unmeasured):
-    """The planner's schedule for equal times, or for those of known stages; training waits for it."""
-
-    def __init__(self, config: ScheduleConfig, placement: Placement, exchange: Exchange,
-                 known: KnownStages | None) -> None:
-        self._first_plans = _FirstPlans(config, placement, _planner(config, exchange), known)
-
-    def first(self, micro_batches: int) -> Schedule:
-        return self._first_plans.wait(micro_batches)
 
 
 @dataclass(frozen=True)
@@ -229,6 +224,7 @@ class _FirstPlans:
     config: ScheduleConfig
     placement: Placement
     planner: Planner
+    preflight: Preflight
     known: KnownStages | None
 
     def wait(self, micro_batches: int, room: Room | None = None) -> Schedule:
@@ -241,7 +237,8 @@ class _FirstPlans:
         if known is not None and known.schedule.micro_batches == micro_batches:
             return known.schedule
         times = equal_times(self.placement.stages) if known is None else known.times
-        request = request_for(self.config, self.placement.ranks, micro_batches, times, room, cache.folder(), known)
+        request = self.preflight.run(partial(request_for, self.config, self.placement.ranks, micro_batches, times, room,
+                                             cache.folder(), known))
         # All ranks wait.
         self.planner.start(replace(request, cores=usable_cores()))
         try:
@@ -257,6 +254,16 @@ class _FirstPlans:
             return named
 
 
+@dataclass(frozen=True)
+class PlannedSchedules(_Unmeasured):
+    """The planner's schedule for equal times, or for those of known stages; training waits for it."""
+
+    first_plans: _FirstPlans
+
+    def first(self, micro_batches: int) -> Schedule:
+        return self.first_plans.wait(micro_batches)
+
+
 class _Phase(enum.Enum):
     WARM_UP = enum.auto()
     MEASURE = enum.auto()
@@ -268,24 +275,20 @@ class MeasuredSchedules:
     """The planner's schedule for this job's own times.
 
     Args:
-        config: name, memory limit, planning time, drift.
-        placement: of the model's stages.
+        first_plans: plans until times are measured.
         measure_hops: measures the seconds of this rank's hops [boundary], 0 for others' (collective over a pipeline).
         room: for a limit in bytes what passes may take and what they need, the same on all ranks of the job; None where
             sizes are unknown.
         with_keeping: adds the times of recomputation and copies, where these may be planned (collective).
-        exchange: of all ranks of the job.
-        known: the stages, if they were planned together with a first schedule.
     """
 
-    def __init__(self, config: ScheduleConfig, placement: Placement, measure_hops: Callable[[], list[float]],
-                 room: Callable[[], Room | None], with_keeping: Callable[[Times], Times], exchange: Exchange,
-                 known: KnownStages | None = None) -> None:
-        self._config, self._placement, self._exchange = config, placement, exchange
+    def __init__(self, first_plans: _FirstPlans, measure_hops: Callable[[], list[float]],
+                 room: Callable[[], Room | None], with_keeping: Callable[[Times], Times]) -> None:
+        self._first_plans, self._exchange = first_plans, first_plans.preflight.exchange
+        self._config, self._placement, self._known = first_plans.config, first_plans.placement, first_plans.known
         self._measure_hops, self._room, self._with_keeping = measure_hops, room, with_keeping
-        self._planner, self._known = _planner(config, exchange), known
         # Then lengths rise and fall over each batch in the same way, and the plan is made for that.
-        self._orders = config.micro_batch_order == "length"
+        self._orders = self._config.micro_batch_order == "length"
         self._micro_batches = 0
         # By number of micro-batches: the schedules to measure by, and the latest plans for measured times.
         self._safe: dict[int, Schedule] = {}
@@ -294,10 +297,8 @@ class MeasuredSchedules:
         self._enter(_Phase.WARM_UP)
 
     def first(self, micro_batches: int) -> Schedule:
-        if self._known is None:
-            check_limit(self._config, self._placement.ranks, micro_batches)
+        safe = self._safe_schedule(micro_batches)
         self._micro_batches = micro_batches
-        safe = self._safe_schedule()
         # Scales are those of as many micro-batches.
         if self._times is None or self._times.scales:
             self._enter(_Phase.WARM_UP)
@@ -305,34 +306,35 @@ class MeasuredSchedules:
             self._plan(self._times)
         return safe
 
-    def _safe_schedule(self) -> Schedule:
+    def _safe_schedule(self, micro_batches: int) -> Schedule:
         """A schedule for equal times, or those of known stages, within the memory limit, in which every B and W can be
         timed, where there is room for that."""
-        if self._micro_batches not in self._safe:
-            self._safe[self._micro_batches] = self._new_safe_schedule()
-        return self._safe[self._micro_batches]
+        if micro_batches not in self._safe:
+            safe = self._first_plans.preflight.run(partial(self._without_plan, micro_batches))
+            self._safe[micro_batches] = unfused(self._first_plans.wait(micro_batches) if safe is None else safe)
+        return self._safe[micro_batches]
 
-    def _new_safe_schedule(self) -> Schedule:
+    def _without_plan(self, micro_batches: int) -> Schedule | None:
+        """A safe schedule that needs no plan, if there is one; MemoryLimitError if the limit can't be met."""
+        size = self._config, self._placement.ranks, micro_batches
         safe = None
         if self._known is None:
-            safe = table_schedule(self._config, self._placement.ranks, self._micro_batches)
+            check_limit(*size)
+            safe = table_schedule(*size)
         if gives_back_memory(self._config) and (safe is None or isinstance(self._config.memory_limit, int)):
-            safe = least_schedule(self._config, self._placement.ranks, self._micro_batches)
-        if safe is None:
-            safe = _FirstPlans(self._config, self._placement, self._planner, self._known).wait(self._micro_batches)
-        return unfused(safe)
+            safe = least_schedule(*size)
+        return safe
 
     def within(self, room: Room) -> Schedule | None:
         if self._config.name != ADAPTIVE:
             return None
-        plans = _FirstPlans(self._config, self._placement, self._planner, self._known)
-        fused = plans.wait(self._micro_batches, room)
+        fused = self._first_plans.wait(self._micro_batches, room)
         apart = unfused(fused)
         self._safe[self._micro_batches] = apart if room.holds(apart) else fused
         if self._phase is _Phase.PLAN:  # the planner has left that for this one
             assert self._times is not None
             self._plan(self._times)
-        return self._safe_schedule()
+        return self._safe[self._micro_batches]
 
     @property
     def will_plan(self) -> bool:
@@ -374,11 +376,11 @@ class MeasuredSchedules:
         room = self._room() if in_bytes or gives_back_memory(self._config) else None
         request = request_for(self._config, self._placement.ranks, self._micro_batches, times, room, cache.folder(),
                               self._known)
-        running = [self._safe_schedule()]
+        running = [self._safe_schedule(self._micro_batches)]
         if self._micro_batches in self._planned:
             running.append(self._planned[self._micro_batches])
         request = replace(request, cores=_spare_cores(), running=tuple(running))
-        self._planner.start(self._within_least(request) if in_bytes and room is None else request)
+        self._first_plans.planner.start(self._within_least(request) if in_bytes and room is None else request)
         self._enter(_Phase.PLAN)
 
     def _within_least(self, request: Request) -> Request:
@@ -389,11 +391,11 @@ class MeasuredSchedules:
             logger.warning(f"{_limit(self._config)} can't be planned for, because the "
                            "sizes of activations are unknown; planning for the memory of the schedule of the table "
                            "that needs least")
-        return replace(request, limits=peak_activations(self._safe_schedule(), request.activations))
+        return replace(request, limits=peak_activations(self._safe_schedule(self._micro_batches), request.activations))
 
     def _take_plan(self) -> Schedule | None:
         try:
-            answer = self._planner.poll()
+            answer = self._first_plans.planner.poll()
         except PlannerFailed as failure:
             # Training continues unchanged: a plan isn't worth the finished batches.
             if dist.get_rank() == 0:
@@ -431,17 +433,13 @@ class MeasuredSchedules:
                         "was made; measuring and planning again")
         # The present schedule may run B and W as one, which can't tell their times.
         self._enter(_Phase.MEASURE)
-        return self._safe_schedule()
+        return self._safe_schedule(self._micro_batches)
 
     def _agreed_times(self) -> Times:
         times = self._with_keeping(agreed_times(self._samples, self._measure_hops(), self._placement, self._exchange))
         if not self._orders:
             return times
         return replace(times, scales=agreed_scales(self._samples, self._micro_batches, self._exchange))
-
-
-def _planner(config: ScheduleConfig, exchange: Exchange) -> Planner:
-    return Planner(exchange, dist.get_rank() == 0, config.timeout_seconds)
 
 
 def _spare_cores() -> int:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from importlib import metadata
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ _ERROR = "error"
 _TOLD = 4
 _SHOWN = 80
 
+T = TypeVar("T")
 # What a rank has, by name; values are JSON.
 Facts = Mapping[str, Any]
 
@@ -89,6 +90,18 @@ class Preflight:
                 raise PreflightError(self._difference(every)) from failure
         if failure is not None:
             raise failure
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What `work` gives; an error of it is raised on all ranks, as by `compare`, once all have done theirs: a rank
+        that ended earlier would be taken for lost. Collective. In `work` this rank must not wait for others."""
+        results: list[T] = []
+
+        def done() -> Facts:
+            results.append(work())
+            return {}
+
+        self.compare(done)
+        return results[0]
 
     def gather(self, facts: Facts) -> list[Facts]:
         """The facts of all ranks, in rank order."""

@@ -5,7 +5,6 @@ and tells all others.
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated, final
 
 from deepspeed.utils import logger
@@ -15,6 +14,7 @@ from typing_extensions import TypedDict
 from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import KnownStages, fraction_of
+from ds_vshape.schedule.memory_limit import rounded_up
 from ds_vshape.schedule.partition.balance import PartitionError, check_bounds
 from ds_vshape.schedule.partition.partition_and_order import NoPartition, PartitionProblem, plan_partition
 from ds_vshape.schedule.serial import JsonSchedule, read_json, schedule_to_json
@@ -54,15 +54,10 @@ def _answer(problem: PartitionProblem, config: ScheduleConfig) -> str:
         by_default = " (the default)" if config.memory_limit is None else ""
         return json.dumps({"error": f"no partition of the layers keeps to {KEY}.memory_limit = {fraction_of(config):g}"
                                     f"{by_default}; the least for which one was found is "
-                                    f"{_rounded_up(fraction_of(config) * error.growth)}: {error}"})
+                                    f"{rounded_up(fraction_of(config) * error.growth)}: {error}"})
     except Exception as error:
         return json.dumps({"error": f"no partition of the layers can be planned: {type(error).__name__}: {error}"})
     makespans = [f"{each.timeline.makespan:.4g}" if each else "doesn't fit" for each in (found.plan, found.balanced)]
     logger.info(f"partition: planned together with the order of {problem.micro_batches} micro-batches, for a makespan "
                 f"of {makespans[0]}; with equal work for all ranks: {makespans[1]}")
     return json.dumps({"bounds": found.bounds, "schedule": schedule_to_json(found.plan.schedule)})
-
-
-def _rounded_up(fraction: float) -> str:
-    """With three decimals, so that it can be set."""
-    return f"{math.ceil(fraction * 1000) / 1000:g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ds_vshape.schedule.activations import peak_activations
 from ds_vshape.schedule.named import SCHEDULES, build
 from ds_vshape.schedule.schedule import Schedule
@@ -32,10 +34,19 @@ def check_possible(limit: float, ranks: int, micro_batches: int, at_once: float 
     `at_once` is what each rank has to keep at some time, in activations of 1/(2p) of the model: all its stages of one
     micro-batch, at the turn at its end of the V; or one of them, where the others may be recomputed or offloaded.
     """
-    least = at_once / peak_of_1f1b(ranks, micro_batches)
+    check_fraction(limit, at_once / peak_of_1f1b(ranks, micro_batches), ranks, micro_batches)
+
+
+def check_fraction(limit: float, least: float, ranks: int, micro_batches: int) -> None:
+    """Raise MemoryLimitError if `limit` is below `least`, the least possible peak; both are fractions of 1F1B's."""
     if limit < least - 1e-9:
         raise MemoryLimitError(f"memory_limit = {limit:g}: the least possible peak on {ranks} ranks with "
-                               f"{micro_batches} micro-batches is {least:.3g} of 1F1B's")
+                               f"{micro_batches} micro-batches is {rounded_up(least)} of 1F1B's")
+
+
+def rounded_up(fraction: float) -> str:
+    """With three decimals, so that a limit of as much can be met."""
+    return f"{math.ceil(fraction * 1000 - 1e-6) / 1000:g}"
 
 
 def check_memory_limit(schedule: Schedule, limit: float | None) -> None:

@@ -15,6 +15,8 @@ from ds_vshape.engine import plans as engine_plans
 from ds_vshape.engine.plans import Plans
 from ds_vshape.health.failures import Agreement
 from ds_vshape.health.names import rank_names
+from ds_vshape.health.preflight import Preflight
+from ds_vshape.health.watch import watch_job
 from ds_vshape.schedule.lowering import AwaitSend, Lowering, Program
 from ds_vshape.schedule.named import build
 from ds_vshape.schedule.proofs.own_proof import NotShown
@@ -27,7 +29,7 @@ def program_of(rank: int, spoil: str) -> str:
     names = rank_names(["here", "there"], PipeDataParallelTopology(num_pp=2, num_dp=1))
     source: Any = None
     plans = Plans(schedule.placement, rank, schedule.name, source, list, recomputes=False, knows_sizes=lambda: False,
-                  agreement=Agreement(names[rank]))
+                  agreement=Agreement(names[rank]), preflight=Preflight(watch_job(60.0)))
     all_checked = []
     with pytest.MonkeyPatch.context() as patch:
         whole = engine_plans.check_with_synchronization

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 import ds_vshape
 from ds_vshape.config.section import ConfigError
+from ds_vshape.engine import engine as engine_module
 from ds_vshape.engine import planning, scheduling
 from ds_vshape.engine.planning import Planner
 from ds_vshape.measure.profiling import mean_times
@@ -326,8 +327,26 @@ def train_adaptive_oracle(rank: int) -> Outcome:
 def test_a_limit_that_cannot_be_met_says_the_least(times: str) -> None:
     section = {"name": "adaptive", "memory_limit": 0.2, "times": times, "planning_seconds": 1.0}
     with pytest.raises(RanksFailed) as error:
-        run_ranks(2, swap_and_train, Job(section, 2, 6))
+        run_ranks(2, start_one_late, Job(section, 2, 6))
     assert str(error.value).count("the least possible peak on 2 ranks with 6 micro-batches is 0.5 of 1F1B's") == 2
+
+
+def start_one_late(rank: int, job: Job) -> None:
+    """Rank 1 comes to its schedule when another one that had raised an error would have ended."""
+    start = engine_module.schedules_for
+
+    def late(*args: Any) -> Any:
+        time.sleep(rank)
+        return start(*args)
+
+    engine_module.schedules_for = late
+    job.engine()
+
+
+def test_a_named_schedule_beyond_the_limit_says_so_on_every_rank() -> None:
+    with pytest.raises(RanksFailed) as error:
+        run_ranks(2, start_one_late, Job({"name": "v-zb", "memory_limit": 0.6}, 2, 6))
+    assert str(error.value).count("v-zb needs 1 of 1F1B's peak") == 2
 
 
 def train_with_a_crash(rank: int) -> list[float]:

@@ -19,9 +19,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ds_vshape.comm.exchange import Exchange
 from ds_vshape.config.section import ScheduleConfig
-from ds_vshape.engine.scheduling import MeasuredSchedules
+from ds_vshape.engine.scheduling import MeasuredSchedules, schedules_for
+from ds_vshape.health.preflight import Preflight
+from ds_vshape.health.watch import watch_job
 from ds_vshape.schedule.activations import Activations, peak_activations
 from ds_vshape.schedule.placement import v
 from ds_vshape.schedule.timeline import Times
@@ -169,8 +170,10 @@ def test_unknown_sizes_are_said_once_and_harm_nothing(case: str, reason: str) ->
 
 
 def planned_without_sizes(rank: int) -> tuple[Any, Any, list[str]]:
-    config, placement = ScheduleConfig(**profiled("adaptive", memory_limit="20KB")), v(2)
-    schedules = MeasuredSchedules(config, placement, lambda: [0.0] * 3, lambda: None, lambda times: times, Exchange())
+    config = ScheduleConfig(**profiled("adaptive", memory_limit="20KB"))
+    schedules = schedules_for(config, v(2), lambda: [0.0] * 3, lambda: None, lambda times: times,
+                              Preflight(watch_job(60.0)), None)
+    assert isinstance(schedules, MeasuredSchedules)
     requests = plan_requests(schedules)
     safe = schedules.first(6)
     _, lines = lines_of(lambda: ask_for_plan(schedules, Times.uniform(4)))

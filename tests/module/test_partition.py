@@ -322,6 +322,28 @@ def test_limits_are_fractions_of_what_1f1b_keeps_of_these_layers(cache: Any) -> 
     assert max(peak_activations(known.schedule, known.activations)) <= 0.3 * 2 * 7
 
 
+def error_for_one(rank: int, partition_method: Any) -> list[str]:
+    section = {"name": "adaptive", "memory_limit": 0.75, "planning_seconds": 0.5}
+    engine = Job(section, 2, 6, layers=tuple(specs(3))).engine(partition_method=partition_method)
+    found = []
+    for micro_batches in (1, 6):
+        try:
+            engine.set_train_batch_size(SAMPLES * micro_batches)
+            found.append("no error")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    assert float(engine.train_batch(data(engine, 0))) > 0
+    return found
+
+
+def test_a_batch_that_known_stages_cannot_keep_to_a_limit_with(cache: Any) -> None:
+    """Of one micro-batch 1F1B keeps no more than any other schedule: at most 3 of 5 layers that are alike."""
+    errors = run_ranks(2, error_for_one, {"costs": [1, 1, 1, 1, 1]})
+    assert errors[0] == errors[1]
+    assert errors[0] == ["MemoryLimitError: pipeline_schedule.memory_limit = 0.75: the least possible peak on 2 ranks "
+                         "with 1 micro-batches is 1 of 1F1B's", "no error"]
+
+
 # -- what can't be
 
 

@@ -193,7 +193,7 @@ def break_meter(engine: Any, start: Callable[[Any], None]) -> None:
 def plan_requests(schedules: MeasuredSchedules) -> list[Any]:
     """Filled with what the planner would be asked; nothing is planned."""
     requests: list[Any] = []
-    schedules._planner.start = requests.append  # type: ignore[method-assign]
+    schedules._first_plans.planner.start = requests.append  # type: ignore[method-assign]
     return requests
 
 
