@@ -19,13 +19,13 @@ def map_large_tensors() -> None:
 
 
 def resident() -> int:
-    """Bytes that are resident now."""
+    """Bytes that are resident now, without garbage: what was left of other work could be collected at any time."""
+    gc.collect()
     return _status("VmRSS")
 
 
 def rise_in(run: Callable[[], Any]) -> int:
     """The most bytes by which resident memory rises while `run` does, above what is resident before."""
-    gc.collect()
     before = resident()
     return peak_in(run) - before
 
