@@ -132,10 +132,11 @@ def request_for(config: ScheduleConfig, ranks: int, micro_batches: int, times: T
     asked = partial(Request.within, name=config.name, placement=placement, micro_batches=micro_batches, times=times,
                     time_limit=config.planning_seconds, cache=cache)
     if known is not None:
-        of_1f1b = limits_of_1f1b(1.0, known.layers, ranks, micro_batches)[0]
-        least = max(sum(known.activations.after_forward[stage] for stage in chunks) for chunks in placement.chunks)
-        check_fraction(fraction_of(config), least / of_1f1b, ranks, micro_batches)
-        return asked(fraction_of(config) * of_1f1b, activations=known.activations)
+        problem = partition_problem(config, known.layers, ranks, micro_batches, noise=0.0)
+        assert problem is not None  # else no stages were planned
+        fraction = fraction_of(config)
+        check_fraction(fraction, fraction * problem.growth(known.bounds), ranks, micro_batches)
+        return asked(problem.limits[0], activations=known.activations)
     if room is None:
         if isinstance(limit, float):
             check_possible(limit, ranks, micro_batches)

@@ -21,7 +21,7 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_vshape.deepspeed_adapter.checkpointing import non_reentrant_checkpoint
 
@@ -142,10 +142,13 @@ class StockEngine(PipelineEngine):  # type: ignore[misc]
         self._running_engine_backward = True
         try:
             with splitting:
-                # torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
-                _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+                self.run_autograd(roots, gradients)
         finally:
             self._running_engine_backward = False
+
+    def run_autograd(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
+        """What `run_backward` runs."""
+        raise NotImplementedError
 
     def gradient_of_loss(self) -> Tensor:
         """The derivative of what DeepSpeedEngine.backward starts from by the loss."""

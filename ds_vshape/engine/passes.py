@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ds_vshape.comm.payload import members
 from ds_vshape.deepspeed_adapter.checkpointing import forget_checkpoints
@@ -25,7 +26,7 @@ from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
 from ds_vshape.split_backward import GradientAccumulator, SplitBackward, SplitForward
 from ds_vshape.split_backward.head import EarlyGradients, with_logits
-from ds_vshape.split_backward.ownership import StartingFrom
+from ds_vshape.split_backward.ownership import run_from
 
 
 class StagePasses(Keeping):
@@ -160,9 +161,11 @@ class StagePasses(Keeping):
             roots, grads = zip(*pairs)
             # The tuple alone holds them then, and W needs no copies.
             pairs.clear()
-            with StartingFrom(grads):
-                self.run_backward(roots, grads, splitting)
+            self.run_backward(roots, grads, splitting)
         self._sums.take_in()
+
+    def run_autograd(self, roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
+        run_from(roots, gradients)
 
     def hook_outputs(self, outputs: Any) -> None:
         # Without a ZeROOptimizer there is nothing to do before a backward but on the stage with the loss: gradients of

@@ -6,7 +6,7 @@ counted: Python's own, those of the tensor (another node that waits for the same
 view of it). How many there are while nothing else holds one is found out once, by a backward of this module's own.
 
 A run of autograd holds the gradients that it starts from, its first ones, until it ends. If its caller drops them then
-(`StartingFrom`), these references don't count.
+(`run_from`), these references don't count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 # that it is a view of, if it is one.
 _Counts = tuple[int, int, int, int, int]
 
-# The first gradients of the present runs of autograd, by id, as far as `StartingFrom` tells.
+# The first gradients of the runs of autograd that `run_from` has begun, by id.
 _first_gradients: set[int] = set()
 
 
@@ -38,30 +38,19 @@ class _Unshared(NamedTuple):
     saved: _Counts
 
 
-class StartingFrom:
-    """Around a run of autograd's engine that starts from `gradients`. The caller must hold them by this tuple alone,
-    and drop it afterwards: then a gradient counts as shared only where something else holds it.
-
-    A class, since it is around each B, and a generator would take four times as long.
-    """
-
-    __slots__ = ("_started",)
-
-    def __init__(self, gradients: tuple[Tensor, ...]) -> None:
-        self._started = {id(gradient) for gradient in gradients} - _first_gradients
-
-    def __enter__(self) -> None:
-        _first_gradients.update(self._started)
-
-    def __exit__(self, *_: object) -> None:
-        _first_gradients.difference_update(self._started)
-
-
 def run_from(roots: tuple[GradientEdge, ...], gradients: tuple[Tensor, ...]) -> None:
-    """A run of autograd that starts from `gradients` at `roots` as a stage's does, for passes outside of the engine."""
-    with StartingFrom(gradients):
-        # torch.autograd.backward without its checks of shapes: not retained, no graph of its own, all leaves.
+    """Run autograd from `roots`, as torch.autograd.backward does without its checks of shapes: no graph is retained or
+    made, and all leaves get their gradients.
+
+    The caller must hold `gradients` by this tuple alone, and drop it afterwards: then a gradient counts as shared only
+    where something else holds it.
+    """
+    started = {id(gradient) for gradient in gradients} - _first_gradients
+    _first_gradients.update(started)
+    try:
         _engine_run_backward(roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    finally:
+        _first_gradients.difference_update(started)
 
 
 def is_shared(output_gradients: tuple[Tensor | None, ...], position: int) -> bool:

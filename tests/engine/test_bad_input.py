@@ -500,7 +500,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
                                         "PipelineError: reduce_output = None: must be 'avg' with bcast_loss"),
     "a batch size that doesn't fit": (lambda engine: engine.set_train_batch_size(3), "ValueError: Train batch size"),
     "a batch size that is a float": (lambda engine: engine.set_train_batch_size(4.0),
-                                             "ValueError: train_batch_size = 4.0: must be a positive integer"),
+                                     "ValueError: train_batch_size = 4.0: must be a positive integer"),
     "no batch size": (lambda engine: engine.set_train_batch_size(0), "ValueError: train_batch_size = 0: must be a"),
     "a schedule's name": (lambda engine: engine.use_schedule("v-zb"),
                           "PipelineError: use_schedule('v-zb'): must be a Schedule, as build() of"),

@@ -212,20 +212,23 @@ def test_a_constant_that_is_written_again_after_b_was_copied() -> None:
     assert torch.equal(pair.a.weight.grad, torch.full((WIDTH, WIDTH), 2.0))
 
 
-def test_a_gradient_that_nobody_else_has_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What B copies for W."""
     from ds_vshape.split_backward import function
-    copies: list[Tensor] = []
-    monkeypatch.setattr(function, "own_copy", lambda tensor: copies.append(tensor) or own_copy(tensor))
+    found: list[Tensor] = []
+    monkeypatch.setattr(function, "own_copy", lambda tensor: found.append(tensor) or own_copy(tensor))
+    return found
+
+
+def test_a_gradient_that_nobody_else_has_is_not_copied(copies: list[Tensor]) -> None:
     assert step(lambda pair, x: torch.tanh(pair.b(torch.tanh(pair.a(x)))), split=True)[1] == 2
     assert copies == []
     step(lambda pair, x: torch.tanh(x + pair.b(torch.tanh(pair.a(x)))), split=True)
     assert len(copies) == 1
 
 
-def test_a_gradient_from_which_a_run_starts_is_copied_where_others_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_vshape.split_backward import function
-    copies: list[Tensor] = []
-    monkeypatch.setattr(function, "own_copy", lambda tensor: copies.append(tensor) or own_copy(tensor))
+def test_a_gradient_from_which_a_run_starts_is_copied_where_others_keep_it(copies: list[Tensor]) -> None:
     kept: list[Tensor] = []
 
     def keeping(value: Tensor) -> None:
@@ -249,11 +252,8 @@ def test_a_gradient_from_which_a_run_starts_is_copied_where_others_keep_it(monke
         assert len(copies) == number, run
 
 
-def test_gradients_of_several_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_several_outputs(copies: list[Tensor]) -> None:
     """Those from which a run starts at two of a stage's outputs, of their own or one for both."""
-    from ds_vshape.split_backward import function
-    copies: list[Tensor] = []
-    monkeypatch.setattr(function, "own_copy", lambda tensor: copies.append(tensor) or own_copy(tensor))
 
     def grads(split: bool, same: bool) -> list[Tensor | None]:
         torch.manual_seed(1)
