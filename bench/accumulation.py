@@ -1,7 +1,7 @@
 """Ways to add weight gradients to their sum: product then sum, one call for both, a Triton kernel, and the gradients of
 several micro-batches as one product.
 
-    python bench/accumulation.py                                                        # the tables of README.md
+    python bench/accumulation.py
     python bench/accumulation.py --device cuda --dtype bfloat16 --sums float32 --tokens 2048 4096 \
         --sizes 4096x4096 12288x4096 16384x4096 4096x16384 20480x5120                   # on a GPU
 

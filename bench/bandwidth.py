@@ -1,6 +1,6 @@
 """Pipelines beside ZeRO's data parallelism, by the bandwidth between two hosts: time, bytes on the wire and memory.
 
-    python bench/bandwidth.py                                    # the table of README.md; needs root, see hosts.py
+    python bench/bandwidth.py                                    # needs root, see hosts.py
     python bench/bandwidth.py --megabits 100 --contenders v-half "deepspeed zero-3"
 
 Ranks 0 and 1 are on one host, 2 and 3 on the other, as in cluster.py. Layers sleep, and have parameters, messages and

@@ -1,6 +1,6 @@
 """Step times on two hosts, by what the wire between them takes: ranks 0 and 1 on one, 2 and 3 on the other.
 
-    python bench/cluster.py                         # the table of README.md; needs root, see hosts.py
+    python bench/cluster.py                         # needs root, see hosts.py
     python bench/cluster.py --wire 0 2 --rounds 3 --contenders 1f1b v-half@profile
 
 The layers sleep, as in run.py. For each delay there is a job of its own, whose contenders' batches come in turn. A V

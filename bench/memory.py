@@ -1,6 +1,6 @@
 """Measures the peak memory of each rank in a batch, beside what was predicted, on a GPT with real tensors.
 
-    python bench/memory.py                                           # the table of README.md
+    python bench/memory.py
     python bench/memory.py --contenders "torch zbvzerobubble" v-half --checkpointing off
     python bench/memory.py --contenders v-half --checkpointing off --head chunked --partition blocks multiplications
 

@@ -1,6 +1,6 @@
 """Sizes that this machine can't run: simulated steps of large models, and where our runtime would stop to scale.
 
-    python bench/scale.py paper                     # the tables of README.md: the paper's models, every schedule
+    python bench/scale.py paper                     # the paper's models, every schedule
     python bench/scale.py paper --models 98.5B --samples 1 --micro-batches-per-rank 2 4    # its largest batch
     python bench/scale.py grid --length 1024 --batch 160        # the best layout of each schedule, as in the paper
     python bench/scale.py host                      # what a plan costs at start, and Python in a batch

@@ -1,6 +1,6 @@
 """What the B/W split costs: F + B + W of one layer over F + unsplit backward, and torch's own split beside it.
 
-    python bench/split_cost.py                                              # the table of README.md
+    python bench/split_cost.py
     python bench/split_cost.py --layer embedding --hidden 512 --vocabulary 32000
     python bench/split_cost.py --device cuda --dtype bfloat16 --sums float32 --hidden 4096 5120 --length 2048 4096 \
         --samples 1                                                         # on a GPU

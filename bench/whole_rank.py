@@ -1,6 +1,6 @@
 """Measures all that a rank needs in training, beside what a memory limit goes by, on a GPT with AdamW.
 
-    python bench/whole_rank.py                                      # the table of README.md
+    python bench/whole_rank.py
     python bench/whole_rank.py --cases v-half v-half-zero1 --hidden 256
 
 Each rank is a process of its own, and what it needs is the high-water mark of its resident memory (Linux, /proc/self)

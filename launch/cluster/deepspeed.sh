@@ -4,8 +4,8 @@
 #   HOSTFILE=launch/cluster/hostfile bash launch/cluster/deepspeed.sh \
 #       launch/train_rank.py schedule=v-half parallel.pipe=8 batches=100
 #
-# What stands before the script is for the launcher: --include worker-0:0,1  --master_port 29501  --module ds_vshape.run
-# Ports and keys of ssh belong into ~/.ssh/config. Ranks on other hosts get the variables that environment.sh names.
+# Arguments before the script go to the launcher: --include worker-0:0,1  --master_port 29501  --module ds_vshape.run
+# Ports and keys of ssh belong in ~/.ssh/config. Ranks on other hosts get the variables that environment.sh names.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/cluster/environment.sh
