@@ -24,9 +24,17 @@ def resident() -> int:
     return _status("VmRSS")
 
 
+def trimmed() -> int:
+    """Bytes that are resident when the C library has given back what it keeps of freed memory, so that resident memory
+    rises by all that is allocated next."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident()
+
+
 def rise_in(run: Callable[[], Any]) -> int:
     """The most bytes by which resident memory rises while `run` does, above what is resident before."""
-    before = resident()
+    before = trimmed()
     return peak_in(run) - before
 
 
