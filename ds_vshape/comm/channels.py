@@ -40,10 +40,8 @@ class PeerLost(PipelineError):  # type: ignore[misc]
     """The connection to another rank broke, or it didn't answer in time: the job can't go on."""
 
 
-# Words of the transports' errors, which torch raises as plain RuntimeErrors: those that no other error has, and those
-# that decide only for an error that is raised while a rank communicates. In lower case.
-TRANSPORT_WORDS = ("gloo", "nccl", "pair closure", "connection closed by peer")
-_COMMUNICATION_WORDS = (*TRANSPORT_WORDS, "connection", "socket", "timed out", "timeout", "broken pipe",
+# Words of the transports' errors, which torch raises as plain RuntimeErrors. In lower case.
+_COMMUNICATION_WORDS = ("gloo", "nccl", "pair closure", "connection", "socket", "timed out", "timeout", "broken pipe",
                         "no route to host", "aborted")
 
 

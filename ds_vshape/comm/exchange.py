@@ -46,7 +46,7 @@ class Exchange:
 
     def texts(self, own: str) -> list[str]:
         """Every rank's text, in rank order; collective."""
-        encoded = own.encode()
+        encoded = _encoded(own)
         longest = self.largest(len(encoded))
         if not longest:
             return [""] * len(self.ranks)
@@ -62,7 +62,7 @@ class Exchange:
 
         Each text travels once, which counts where they are long.
         """
-        encoded = torch.frombuffer(bytearray(own.encode() or b"\0"), dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(_encoded(own) or b"\0"), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
         dist.all_gather(sizes, torch.tensor([encoded.numel()]), group=self.group)
         if dist.get_rank() != self.ranks[0]:
@@ -78,7 +78,7 @@ class Exchange:
     def text_of_first(self, own: str) -> str:
         """The text that the first rank of the group gives, on all of them; collective."""
         source = self.ranks[0]
-        encoded = own.encode(errors="replace") if dist.get_rank() == source else b""
+        encoded = _encoded(own) if dist.get_rank() == source else b""
         size = torch.tensor([len(encoded)])
         dist.broadcast(size, source, group=self.group)
         if not int(size):
@@ -98,6 +98,11 @@ class Numbers:
         """Wait for every rank's numbers [rank][number]."""
         self._work.wait()
         return [box.tolist() for box in self._boxes]
+
+
+def _encoded(text: str) -> bytes:
+    # Names of files may have what UTF-8 can't encode.
+    return text.encode(errors="backslashreplace")
 
 
 def _box(text: bytes, size: int) -> Tensor:

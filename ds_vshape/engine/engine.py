@@ -103,7 +103,8 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         self._signatures: Signatures | None = None
         self._agreement = Agreement(self._watch.names[self.global_rank])
         peers = TensorParallelPeers(self.grid.topology().get_axis_comm_lists("model"), config.timeout_seconds)
-        self._guard = BatchGuard(self._agreement, peers, self._watch, self._channels, self._execute, self._forget_batch)
+        self._guard = BatchGuard(self._agreement, peers, self._watch, self._channels, self._execute,
+                                 self._skip_micro_batch, self._forget_batch)
         # The instruction that is being executed.
         self._instruction: instr.PipeInstruction | None = None
         self._stage_buffers = Buffers(self.placement, self.stage_id)
@@ -141,7 +142,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
                             knows_sizes=lambda: in_bytes and not self._observer.sizes_stay_unknown,
                             agreement=self._agreement, preflight=self.module.preflight)
         self._samples = Samples()
-        self._peeked = []
+        self._peeked = None
         self._verification = Verification(
             self, self._agreement, self._guard, self._observer, self._released) if config.verify_gradients else None
         self._forwards_before = 0
@@ -373,7 +374,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
             self._guard.fail(error, instr.name_of(instruction))
             # Perhaps there was too little memory, and messages need some.
             self._stage_buffers.clear()
-            self._guard.abandon(instruction)
+            self._guard.answer(instruction)
 
     # -- the rank's place in the pipeline
 

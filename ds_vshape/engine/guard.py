@@ -1,7 +1,8 @@
 """What fails in a batch on one rank fails on all at its end, and until then the rank does what the others wait for.
 
     an instruction fails      its error is kept, and the tensor parallel peers are asked whether they failed as well
-    the rest of the batch     messages are sent without content, taken in, and waited for; nothing else runs
+    the rest of the batch     messages are sent without content, taken in, and waited for, and data are drawn, so that
+                              the next batch starts at the same place on all ranks; nothing else runs
     the end of the batch      all ranks agree: none counts the batch (AgreeOnBatch), or they know how far its step came
 """
 
@@ -31,13 +32,15 @@ class BatchGuard:
         watch: of the job, by which other ranks learn what has failed here.
         channels: this rank's.
         execute: executes an instruction.
+        skip: draws the data of a micro-batch that isn't trained.
         forget: drops everything of a batch: messages, activations, gradients.
     """
 
     def __init__(self, agreement: Agreement, peers: TensorParallelPeers, watch: Watch, channels: Channels,
-                 execute: Callable[[instr.PipeInstruction], None], forget: Callable[[], None]) -> None:
+                 execute: Callable[[instr.PipeInstruction], None], skip: Callable[[], None],
+                 forget: Callable[[], None]) -> None:
         self._agreement, self._peers, self._watch, self._channels = agreement, peers, watch, channels
-        self._execute, self._forget = execute, forget
+        self._execute, self._skip, self._forget = execute, skip, forget
         # What has failed on this rank in the present batch, until all ranks know it.
         self.failure: Failure | None = None
         self.step = BatchStep()
@@ -59,6 +62,14 @@ class BatchGuard:
         self._peers.check_all_failed(self.failure)
 
     def abandon(self, instruction: instr.BufferOpInstruction) -> None:
+        """Of an instruction after the one that failed, do what others wait for, and what the next batch relies on;
+        PeerLost if this rank can't."""
+        if isinstance(instruction, instr.LoadMicroBatch):
+            self._skip()
+        else:
+            self.answer(instruction)
+
+    def answer(self, instruction: instr.BufferOpInstruction) -> None:
         """Of an instruction that this rank can't do any more, do what other ranks wait for; PeerLost if it can't."""
         try:
             self._answer(instruction)

@@ -11,7 +11,8 @@ from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.ordering import Ordering
 from ds_vshape.engine.plans import Plans
-from ds_vshape.engine.rollback import Samples
+from ds_vshape.engine.rollback import Samples, loaded, unless_raised
+from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.drawn_batch import DrawnBatch
@@ -33,8 +34,8 @@ class Loading(StockEngine):
     _draws_ahead: bool
     _intake: Intake
     _ordering: Ordering | None
-    # A sample of the data that was looked at before its time.
-    _peeked: list[Any]
+    # A sample that was looked at before its time, or what loading it raised, with the iterator that it is of.
+    _peeked: tuple[Any, Any] | None
     _plans: Plans
     _samples: Samples
     _stage_buffers: Buffers
@@ -48,12 +49,27 @@ class Loading(StockEngine):
         return self._samples.take(self._from_data)
 
     def _from_data(self) -> Any:
-        return self._peeked.pop() if self._peeked else super()._next_batch()
+        peeked, self._peeked = self._peeked, None
+        if peeked is not None and peeked[0] is self.data_iterator:
+            return unless_raised(peeked[1])
+        return super()._next_batch()
 
     def peek(self) -> tuple[Any, Any]:
-        """The next inputs and labels of the data, which the next micro-batch gets all the same."""
-        self._peeked.append(super()._next_batch())
-        return self._intake.pair(self._peeked[0])
+        """The next inputs and labels of the data, which the next micro-batch gets all the same; raises what loading
+        them raises, as that micro-batch will."""
+        if self._peeked is None or self._peeked[0] is not self.data_iterator:
+            self._peeked = self.data_iterator, loaded(super()._next_batch)
+        return self._intake.pair(unless_raised(self._peeked[1]))
+
+    def _skip_micro_batch(self) -> None:
+        """Draw the data of a micro-batch that isn't trained, since the batch has failed: the next batch must find the
+        data of all ranks at the same place."""
+        if not self._draws_ahead:
+            try:
+                self._next_batch()
+            except Exception as error:
+                if is_ended_wait(error):
+                    raise
 
     def _draw(self) -> tuple[Any, Any]:
         return self._intake.pair(self._next_batch())
@@ -68,7 +84,7 @@ class Loading(StockEngine):
         orders = self._ordering is not None and torch.is_grad_enabled()
         self._draws_ahead = self._counts_tokens or orders
         if self._draws_ahead:
-            self._drawn.draw(schedule.micro_batches if self._guard.failure is None else 0, self._look)
+            self._drawn.draw(schedule.micro_batches, self._look)
         if self._token_mean is not None and self._counts_tokens:
             self._token_mean.start_batch(schedule.micro_batches)
         if self._ordering is not None and orders:

@@ -167,15 +167,13 @@ class Samples:
                 after.restore_host()
         elif self._keeps:
             before = RandomState()
-            sample = _loaded(load)
+            sample = loaded(load)
             after = RandomState()
             # The layers that receive a sample may change it.
             self._kept.append((tree_map(_own, sample), None if after.same_host(before) else after))
         else:
             return load()
-        if isinstance(sample, _Raised):
-            raise sample.error
-        return sample
+        return unless_raised(sample)
 
 
 class _Raised:
@@ -183,11 +181,19 @@ class _Raised:
         self.error = error
 
 
-def _loaded(load: Callable[[], Any]) -> Any:
+def loaded(load: Callable[[], Any]) -> Any:
+    """What `load` gives, or what it raises, for `unless_raised`."""
     try:
         return load()
     except Exception as error:
         return _Raised(error)
+
+
+def unless_raised(sample: Any) -> Any:
+    """What was `loaded`; raises what that raised."""
+    if isinstance(sample, _Raised):
+        raise sample.error
+    return sample
 
 
 def _own(leaf: Any) -> Any:

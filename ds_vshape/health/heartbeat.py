@@ -24,7 +24,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ds_vshape.health.attendance import Attendance, JobLost, Status
@@ -39,6 +39,8 @@ _CONNECT_SECONDS = 5.0
 _PARTING_SECONDS = 1.0
 # Bytes that are read at once; the longest line that is accepted, which is also the most that may wait to be sent.
 _CHUNK, _LONGEST = 1 << 16, 1 << 20
+# How many characters of an error the others are told.
+_TEXT_SIZE = 1 << 13
 
 _threads: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
 
@@ -177,7 +179,7 @@ class Heartbeat(threading.Thread):
     def leave(self, error: str = "") -> None:
         """End this thread, and tell the others that the script has ended: in an error, unless `error` is empty."""
         if self._leaving is None:
-            self._leaving = error
+            self._leaving = error[:_TEXT_SIZE]
             self.tell()
             if threading.current_thread() is not self:
                 self.join(_CONNECT_SECONDS)
@@ -271,6 +273,8 @@ class Heartbeat(threading.Thread):
 
     def _tell(self, now: float, interval: float) -> None:
         status = self._status()
+        if status.failure is not None:
+            status = replace(status, failure=status.failure[:_TEXT_SIZE])
         if self._rank == 0:
             self._attendance.heard(0, now, status)
             self.silent = self._attendance.silent(now, _MISSED * interval)

@@ -7,6 +7,7 @@ _world.pg_map, the groups that this process is in.
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
@@ -16,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from ds_vshape.comm.channels import TRANSPORT_WORDS, PeerLost
+from ds_vshape.comm.channels import PeerLost
 
+# How gloo's and NCCL's errors start, which torch raises as plain RuntimeErrors: gloo's with the place in its source. A
+# script's error may have the words too, in the name of a file for example.
+_TRANSPORT_ERROR = re.compile(r"\[[^\]]*\bgloo/|gloo\b|nccl\b|.*(pair closure|connection closed by peer)", re.IGNORECASE)
 # The tag of a message that no rank sends.
 _TAG = 2**31 - 5
 # Modules that wait for other ranks, and modules that wait for a thread which does so.
@@ -29,7 +33,7 @@ def is_ended_wait(error: BaseException) -> bool:
     """Whether `error`, which may be of the script's code as well, is one of torch.distributed's, or our PeerLost, about
     a rank that is lost."""
     return isinstance(error, (PeerLost, dist.DistError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in TRANSPORT_WORDS))
+        type(error) is RuntimeError and _TRANSPORT_ERROR.match(str(error)) is not None)
 
 
 def end_waits() -> None:

@@ -230,9 +230,10 @@ class Observer:
         return self._sizes
 
     def memory(self, schedule: Schedule) -> tuple[RankMemory, ...]:
-        """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline)."""
+        """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline); of the passes only
+        where sizes are known."""
         self._parts = parts_of_ranks(self._rank, self._process)
-        return self.counted(schedule)
+        return self._parts if self._sizes is None else with_passes(self._parts, schedule, self._sizes)
 
     def counted(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """The same, as it was counted last; PipelineError if it's too early."""

@@ -27,19 +27,25 @@ class DrawnBatch:
         self.sizes: list[int] = []
 
     def draw(self, micro_batches: int, look: Callable[[Any], None]) -> None:
-        """Draw so many micro-batches, and let `look` see the labels of each. An error of either ends it; it is raised
-        when its micro-batch is taken."""
+        """Draw so many micro-batches, and let `look` see the labels of each. The first error of either is raised when
+        its micro-batch is taken; what is drawn after it isn't kept."""
         self.forget()
+        failed = False
         for _ in range(micro_batches):
             try:
+                sample = self._draw()
+                if failed:
+                    continue
                 # Copies: the data's memory may hold another micro-batch at the next draw.
-                inputs, labels = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._draw())
+                inputs, labels = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), sample)
                 look(labels)
             except Exception as error:
                 if is_ended_wait(error):
                     raise
-                self._drawn.append(error)
-                break
+                if not failed:
+                    self._drawn.append(error)
+                failed = True
+                continue
             self._drawn.append((inputs if self._keeps_inputs else None, labels))
             self.sizes.append(_size(inputs))
 

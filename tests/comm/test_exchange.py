@@ -16,6 +16,10 @@ def exchange(rank: int) -> Any:
     if rank not in TEXTS:
         return None
     own = TEXTS[rank]
+    # As os.listdir gives the name of a file in Latin-1.
+    file = "caf\udce8"
+    assert some.texts(file) == 2 * ["caf\\udce8"] and some.text_of_first(file) == "caf\\udce8"
+    assert some.texts_on_first(file) == ([file, "caf\\udce8"] if rank == 1 else [])
     return some.texts(own), some.texts(""), some.text_of_first(own), some.texts_on_first(own or "xy")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import pytest
@@ -280,6 +280,79 @@ def test_backwards_that_fail_where_steps_are_validated_later(schedule: str, stag
         assert losses == oracle
         assert ["a gradient had enough" in told and "micro-batch 3" in told for told in errors] == [True] * 3
         assert ["while the batch before was validated" in told for told in errors] == [False, True, True]
+
+
+class Sampling:
+    """What a data set does with each sample; raises once armed."""
+
+    samples_left = -1
+
+    def __call__(self, sample: Any) -> Any:
+        Sampling.samples_left -= 1
+        if Sampling.samples_left == 0:
+            raise OSError("a file had enough")
+        return sample
+
+
+def sample_raises(engine: Any, batch: int) -> None:
+    """On the first rank alone."""
+    Sampling.samples_left = 2 if engine.stage_id == 0 else -1
+
+
+def last_backward_raises(engine: Any, batch: int) -> None:
+    Faulty.backwards_left = engine.micro_batches
+
+
+def train_on_one_iterator(rank: int, job: Job, arm: Callable[[Any, int], Any],
+                          lost: int) -> tuple[list[float], list[float]]:
+    """The losses without failures, and of one iterator for the whole training, in which `lost` batches fail now and
+    then."""
+    engine = job.engine(loss_fn=FaultyLoss())
+    oracle = [float(engine.train_batch(data(engine, batch))) for batch in BATCHES]
+    engine = job.engine(loss_fn=FaultyLoss())
+    order = [0, *[8] * lost, 1, *[9] * lost, 2]
+    samples = map(Sampling(), chain.from_iterable(data(engine, batch) for batch in order))
+    losses = [float(engine.train_batch(samples))]
+    for _ in BATCHES[1:]:
+        arm(engine, 0)
+        with pytest.raises(Exception, match="had enough|no loss today"):
+            for _ in range(lost):
+                engine.train_batch(samples)
+        losses.append(float(engine.train_batch(samples)))
+    return oracle, losses
+
+
+@pytest.mark.parametrize(["schedule", "arm", "lost"], [
+    ("1f1b", sample_raises, 1), ("1f1b", loss_raises, 1), ("zb-h1", backward_raises, 1),
+    ("interleaved-1f1b", forward_raises, 1), ({"name": "1f1b", **VALIDATED_LATER}, forward_raises, 1),
+    ({"name": "1f1b", **VALIDATED_LATER}, last_backward_raises, 2)])
+def test_data_continue_after_a_batch_that_failed(schedule: Any, arm: Any, lost: int) -> None:
+    """All ranks have drawn all data of the failed batch, whoever loads them: inputs and labels stay together."""
+    job = Job(schedule, 3, 4, FP32_ZERO1, layers(3, 2))
+    for oracle, losses in run_ranks(3, train_on_one_iterator, job, arm, lost):
+        assert losses == oracle
+
+
+def train_within_a_limit(rank: int, job: Job) -> tuple[list[float], list[float]]:
+    """With a limit in bytes, for which the first sample is looked at before its batch: it raises on the first rank."""
+    engine = job.engine()
+    oracle = [float(engine.train_batch(data(engine, batch))) for batch in range(2)]
+    engine = job.engine()
+    Sampling.samples_left = 1 if engine.stage_id == 0 else -1
+    samples = map(Sampling(), chain(data(engine, 9), data(engine, 0)))
+    with pytest.raises(Exception, match="a file had enough"):
+        engine.train_batch(samples)
+    losses = [float(engine.train_batch(samples))]
+    engine.set_dataiterator(data(engine, 9))
+    if engine.is_first_stage():
+        engine.peek()
+    return oracle, [*losses, float(engine.train_batch(data(engine, 1)))]
+
+
+def test_a_sample_that_was_looked_at_is_trained_once() -> None:
+    job = Job({"name": "1f1b", "memory_limit": "100GiB"}, 2, 2)
+    for oracle, losses in run_ranks(2, train_within_a_limit, job):
+        assert losses == oracle
 
 
 def evaluate_through(rank: int, job: Job) -> tuple[list[float], list[str]]:

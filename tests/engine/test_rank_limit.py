@@ -74,6 +74,30 @@ def test_sizes_by_shapes_are_those_that_are_measured(config: dict[str, Any], blo
         assert ours.permanent == theirs.permanent
 
 
+class ReadingBlock(Block):
+    """A block that reads numbers of its input, which shapes don't have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (1.0 if len(torch.nonzero(x.detach())) > 0 else 2.0))
+
+
+def train_without_shapes(rank: int, section: dict[str, Any]) -> tuple[list[float], list[RankMemory], list[str]]:
+    with Lines() as lines:
+        engine = Job(section, 2, 6, FP32, tuple(specs(BLOCKS, ReadingBlock))).engine()
+        losses = [float(engine.train_batch(data(engine, batch))) for batch in range(3)]
+    return losses, list(engine.memory_report()), lines.with_word("isn't known before")
+
+
+def test_where_shapes_tell_nothing_sizes_are_known_when_they_are_measured() -> None:
+    """Training starts as without a limit."""
+    (plain, memory, _), _ = run_ranks(2, train_without_shapes, {"name": "v-half"})
+    found = run_ranks(2, train_without_shapes, {"name": "v-half", "memory_limit": "100GiB"})
+    for losses, known, _ in found:
+        assert losses == plain
+        assert [of_rank.activations_peak for of_rank in known] == [of_rank.activations_peak for of_rank in memory]
+    assert [len(lines) for *_, lines in found] == [1, 0], found[0][2]
+
+
 def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemory], list[str], list[Schedule]]:
     """What ranks need before the first batch, by the log, and after an adaptive schedule has come, and another one
     for more micro-batches."""
