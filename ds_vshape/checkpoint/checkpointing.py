@@ -33,6 +33,7 @@ from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.deepspeed_adapter.optimizers import flat_groups, is_bf16
 from ds_vshape.health.failures import Agreement
 from ds_vshape.health.meeting import Meeting
+from ds_vshape.health.preflight import Facts
 from ds_vshape.health.watch import Watch, in_phase
 
 _CHECKPOINT = "checkpoint"
@@ -207,17 +208,23 @@ class SavingEngine(StockEngine):
         """The tag under which all ranks find the checkpoint to load; None if none is asked for and there is none."""
         file = LATEST_UNIVERSAL if self.load_universal_checkpoint() else LATEST
         asked = None if tag is None else str(tag)
-        self.module.preflight.compare(lambda: {"tag": asked, **{name: bool(on) for name, on in options.items()}})
+
+        def facts() -> Facts:
+            if not isinstance(load_dir, (str, os.PathLike)):
+                raise CheckpointError(f"load_dir = {load_dir!r}: must be the folder that has the checkpoints")
+            return {"tag": asked, **{name: bool(on) for name, on in options.items()}}
+
+        self.module.preflight.compare(facts)
         named = self._agreement.run(lambda: latest(load_dir, file) if asked is None else asked, _LOAD)
-        every = [facts["tag"] for facts in self.module.preflight.gather({"tag": named})]
+        every = [of_rank["tag"] for of_rank in self.module.preflight.gather({"tag": named})]
         first: str | None = every[0]
         if first is None:
             if self.load_universal_checkpoint() or any(every):
                 raise CheckpointError(f"rank 0 finds no file {os.path.join(load_dir, file)}" + "".join(
                     f"; on rank {rank} it names {other!r}" for rank, other in enumerate(every) if other is not None))
             return None
-        places: list[list[str]] = [
-            facts["places"] for facts in self.module.preflight.gather({"places": resolve_tag(load_dir, first)})]
+        own = self._agreement.run(lambda: resolve_tag(load_dir, first), _LOAD)
+        places: list[list[str]] = [of_rank["places"] for of_rank in self.module.preflight.gather({"places": own})]
         lacking = [rank for rank, found in enumerate(places) if not found]
         if lacking:
             raise not_found(load_dir, first, lacking if len(lacking) < len(places) else ())

@@ -184,8 +184,13 @@ def latest(parent: str, file: str = LATEST) -> str | None:
 
 def resolve_tag(parent: str, tag: str) -> list[str]:
     """The folders in `parent` that hold a whole checkpoint `tag`: of its own name, or of one that was being replaced.
+
+    Raises CheckpointError where the system doesn't say.
     """
-    return [name for name in (tag, f"{tag}{REPLACED}") if Path(parent, name).is_dir()]
+    try:
+        return [name for name in (tag, f"{tag}{REPLACED}") if Path(parent, name).is_dir()]
+    except OSError as error:
+        raise CheckpointError(f"{Path(parent, tag)} can't be read: {error}; {_should_name(parent)}") from error
 
 
 def not_found(parent: str, tag: str, ranks: Sequence[int]) -> CheckpointError:

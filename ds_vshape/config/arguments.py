@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from deepspeed.pipe import LayerSpec
@@ -52,9 +52,9 @@ def check_arguments(arguments: Arguments, world: int) -> None:
 
 
 def _check_layers(layers: Any) -> None:
-    if not isinstance(layers, (Sequence, nn.Module)):
+    if not isinstance(layers, Sequence) and not (isinstance(layers, nn.Module) and isinstance(layers, Iterable)):
         raise PipelineError(f"layers = {layers!r}: must be a list of layers")
-    for number, layer in enumerate(layers):  # type: ignore[arg-type]
+    for number, layer in enumerate(layers):
         if not isinstance(layer, LayerSpec) and not callable(layer):
             raise PipelineError(f"layer {number} is {layer!r}: must be a LayerSpec, an nn.Module or a function")
 

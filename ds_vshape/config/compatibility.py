@@ -36,8 +36,9 @@ _ENVIRONMENT: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     ("CUDA_DEVICE_MAX_CONNECTIONS", lambda value: value.isdecimal() and int(value) >= _LEAST_CONNECTIONS,
      f"at least {_LEAST_CONNECTIONS}, or unset,"),
 )
-# Monitors and the extra that has their package; rank 0 alone imports it, and the others would wait.
-_MONITORS = {"tensorboard": "tensorboard", "wandb": "launch"}
+# Monitors with their package and what installs it; rank 0 alone imports it, and the others would wait.
+_MONITORS = {"tensorboard": ("tensorboard", "'ds-vshape[tensorboard]'"), "wandb": ("wandb", "'ds-vshape[launch]'"),
+             "comet": ("comet_ml", "comet_ml")}
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -75,6 +76,7 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
         count = ds_config.get(key)
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise ConfigError(f"{key} = {count!r}: must be a whole number of at least 1")
+    _check_reports(ds_config)
     stage = _zero_stage(ds_config)
     if _section(ds_config, "compile").get("deepcompile", False):
         # Its passes reduce gradients over replicas in each micro-batch's compiled backward.
@@ -91,11 +93,23 @@ def check_accepted(ds_config: Mapping[str, Any]) -> None:
                           f"must be {precision!r}, or zero_optimization.stage 1")
 
 
+def _check_reports(ds_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an interval of DeepSpeed's reports by which it couldn't divide after a step."""
+    every = ds_config.get("steps_per_print")
+    if every is None:
+        if ds_config.get("wall_clock_breakdown"):
+            raise ConfigError("wall_clock_breakdown = true: must be false without steps_per_print, the number of "
+                              "batches from one report of the times to the next")
+    # A float too: accelerate sets it to infinity.
+    elif isinstance(every, bool) or not isinstance(every, (int, float)) or not every >= 1:
+        raise ConfigError(f"steps_per_print = {every!r}: must be a number of batches from 1 on, or missing")
+
+
 def check_monitors(ds_config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a monitor whose package isn't installed."""
-    for monitor, extra in _MONITORS.items():
-        if _section(ds_config, monitor).get("enabled") and find_spec(monitor) is None:
-            raise ConfigError(f"{monitor}.enabled = true: {monitor} isn't installed: pip install 'ds-vshape[{extra}]'")
+    for monitor, (package, install) in _MONITORS.items():
+        if _section(ds_config, monitor).get("enabled") and find_spec(package) is None:
+            raise ConfigError(f"{monitor}.enabled = true: {package} isn't installed: pip install {install}")
 
 
 def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -126,6 +140,8 @@ def check_post_validation(ds_config: Mapping[str, Any]) -> None:
         raise ConfigError(f"{key} with bf16 and data_types.grad_accum_dtype = 'fp32': must be 'bf16', or the key false")
     zero = ds_config["zero_optimization"]
     offload = None if isinstance(zero, bool) else zero.get("offload_optimizer")
+    if offload is not None and not isinstance(offload, Mapping):
+        raise ConfigError(f"zero_optimization.offload_optimizer = {offload!r}: must be an object")
     if offload and offload.get("device", "none") != "none":
         raise ConfigError(f"{key} with zero_optimization.offload_optimizer.device = {offload['device']!r}: must be "
                           "'none', or the key false")

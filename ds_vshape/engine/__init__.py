@@ -1,6 +1,7 @@
 """The engine: DeepSpeed's PipelineEngine, driven by any schedule.
 
-    engine.py            train_batch and eval_batch, instruction by instruction
+    engine.py            train_batch, instruction by instruction
+    evaluation.py        eval_batch
     construction.py      what DeepSpeed's constructor makes: groups of experts, the optimizer
     loading.py           a batch's inputs and labels
     ordering.py          the order of micro-batches of different lengths

@@ -5,6 +5,7 @@ runs a program of instructions and knows nothing else of schedules: each instruc
 works on, and each has one method.
 
     train_batch       callbacks around the batch, the agreement on its step, perhaps another schedule after it
+    eval_batch        evaluation.py
     execute_plan      a batch from its first instruction to its last
     _run              each instruction; after a failure only those that other ranks wait for (guard.py)
 
@@ -35,6 +36,7 @@ from ds_vshape.config.section import KEY, ScheduleConfig
 from ds_vshape.config.to_schedule import is_in_bytes
 from ds_vshape.engine.batch_end import BatchEnd
 from ds_vshape.engine.construction import Construction
+from ds_vshape.engine.evaluation import Evaluation
 from ds_vshape.engine.flops_profile import flops_profile, is_flops_profiled
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.loading import Loading
@@ -54,7 +56,7 @@ from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import Watch, in_phase
 from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
-from ds_vshape.measure.monitor import MonitorReports
+from ds_vshape.measure.monitor import KeepingMonitor, MonitorReports
 from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.profiling import clock
 from ds_vshape.measure.trace import Tracer
@@ -65,7 +67,7 @@ from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.copy_engine import copy_engine
 from ds_vshape.runtime.drawn_batch import DrawnBatch
 from ds_vshape.runtime.gradient_release import ReleasedWeights
-from ds_vshape.runtime.micro_batch import Intake, check_reduction
+from ds_vshape.runtime.micro_batch import Intake
 from ds_vshape.runtime.script_functions import ScriptFunctions
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.runtime.wall_clock import timed
@@ -80,8 +82,8 @@ from ds_vshape.split_backward.head import EarlyGradients
 _OPERATORS = {"matrices": MATRIX_OPERATORS, "all": ALL_OPERATORS}
 
 
-class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, StagePasses, Messaging, BatchEnd,
-                     Rehearsal, SavingEngine):
+class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluation, Loading, StagePasses, Messaging,
+                     BatchEnd, Rehearsal, SavingEngine):
     """Trains and evaluates a :class:`ds_vshape.PipelineModule` by the schedule its config names.
 
     Made by :func:`ds_vshape.initialize`. Its public methods are DeepSpeed's and those that ds_vshape/docs/api.md lists.
@@ -161,6 +163,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         if config.trace is not None:
             self._callbacks.append(Tracer(self, self._observer, self._channels, self._wrappers, config.trace))
         if self.monitor.enabled:
+            self.monitor = KeepingMonitor(self.monitor, self._guard.keep)
             self._callbacks.append(MonitorReports(self, self._observer, self._stage_buffers, self._wrappers))
         self._log(schedule_line(self.schedule()))
         self.preflight()
@@ -237,7 +240,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
             if is_ended_wait(error) or is_raised_by_all(error):
                 raise
             failure = self._agreement.failure(error, "train_batch")
-        self._agree_on_step(failure)
+        self._agree_on_step(failure or self._guard.take_kept())
         if self._plans.after_batch(*self._observer.last_batch()):
             self._log_comparison()
         if self._plans.swapped:
@@ -250,7 +253,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
         return self._in_its_shape(loss)
 
     def _batch_with_callbacks(self, data_iter: Any) -> Any:
-        with ExitStack() as around, flops_profile(self):
+        with ExitStack() as around, flops_profile(self, self._guard.keep):
             for callback in self._callbacks:
                 around.enter_context(callback.batch())
             around.enter_context(self.resetting_timer())
@@ -276,25 +279,6 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Loading, 
     def flops_profiler_enabled(self) -> bool:
         """Whether each forward is profiled by itself (DeepSpeedEngine's hooks): here a batch is, in `train_batch`."""
         return False if self._constructed else bool(super().flops_profiler_enabled())
-
-    def eval_batch(self, data_iter: Any, return_logits: bool = False, compute_loss: bool = True,
-                   reduce_output: str | None = "avg", bcast_loss: bool = True,
-                   num_micro_batches: int | None = None) -> Any:
-        """Evaluate a batch, as DeepSpeed's `eval_batch`; training isn't disturbed, even if it raises."""
-        self._guard.check_ranks_agree()
-        check_reduction(reduce_output, compute_loss and (bcast_loss or self.monitor.enabled))
-        training_iterator = self.data_iterator
-        try:
-            with self._watch.phase(self._doing("eval_batch")):
-                return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss,
-                                          num_micro_batches)
-        finally:
-            self.data_iterator = training_iterator
-            self.eval_return_logits = False
-            self.outputs = None
-
-    def _inference_schedule(self, micro_batches: int) -> BatchPlan:
-        return self._plans.evaluation(micro_batches)
 
     def execute_plan(self, pipe_schedule: BatchPlan) -> None:
         if not isinstance(pipe_schedule, BatchPlan):

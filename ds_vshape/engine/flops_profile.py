@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -35,8 +35,11 @@ def is_flops_profiled(rank: ProfiledRank) -> bool:
 
 
 @contextmanager
-def flops_profile(rank: ProfiledRank) -> Iterator[None]:
-    """Around a training batch: profile what global rank 0 computes forward, recomputation included, in its step."""
+def flops_profile(rank: ProfiledRank, keep: Callable[[Exception, str], None]) -> Iterator[None]:
+    """Around a training batch: profile what global rank 0 computes forward, recomputation included, in its step.
+
+    `keep` gets an error of the report.
+    """
     if rank.global_rank or not is_flops_profiled(rank):
         yield
         return
@@ -48,7 +51,10 @@ def flops_profile(rank: ProfiledRank) -> Iterator[None]:
     try:
         yield
         profiler.stop_profile()
-        profiler.print_model_profile(step, rank.flops_profiler_module_depth(), rank.flops_profiler_top_modules(),
-                                     rank.flops_profiler_detailed(), rank.flops_profiler_output_file())
+        try:
+            profiler.print_model_profile(step, rank.flops_profiler_module_depth(), rank.flops_profiler_top_modules(),
+                                         rank.flops_profiler_detailed(), rank.flops_profiler_output_file())
+        except Exception as error:
+            keep(error, "the flops profiler's report")
     finally:
         profiler.end_profile()

@@ -44,6 +44,8 @@ class BatchGuard:
         # What has failed on this rank in the present batch, until all ranks know it.
         self.failure: Failure | None = None
         self.step = BatchStep()
+        # What has failed on this rank for which no other rank waits.
+        self._kept: Failure | None = None
         # Why ranks mustn't train on, if their states differ.
         self._difference: str | None = None
 
@@ -106,6 +108,16 @@ class BatchGuard:
         """Keep an error of this rank's step."""
         self.step.error = self.step.error or error
         self._watch.failure = str(self._agreement.failure(error, "OptimizerStep"))
+
+    def keep(self, error: Exception, where: str) -> None:
+        """Keep an error of this rank in `where`, which no other rank waits for, until the end of the batch: others wait
+        for what comes before that."""
+        self._kept = self._kept or self._agreement.failure(error, where)
+
+    def take_kept(self) -> Failure | None:
+        """The first error that was kept, which is no longer."""
+        kept, self._kept = self._kept, None
+        return kept
 
     def agree_on_step(self, failure: Failure | None, number: int) -> None:
         """Raise on all ranks if step `number`, or what comes after it, has failed on one (step.py); collective."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,9 @@ from deepspeed.runtime.pipe.module import PipelineError
 
 from ds_vshape.comm.payload import members
 from ds_vshape.deepspeed_adapter.engine import StockEngine
-from ds_vshape.measure.keeping import KeepingMeter
+from ds_vshape.engine.planning import PlannerFailed
+from ds_vshape.health.waits import is_ended_wait
+from ds_vshape.measure.keeping import KeepingMeter, Speeds
 from ds_vshape.measure.observer import Observer
 from ds_vshape.module.segment import modules_of
 from ds_vshape.runtime import instructions as instr
@@ -54,7 +57,16 @@ class Keeping(StockEngine):
 
     def _keeping_times(self, times: Times) -> Times:
         """`times`, with those of recomputation and copies where these may be planned (collective)."""
-        return times if self._keeping is None else self._keeping.of_times(times, self.copy_engine)
+        return times if self._keeping is None else self._keeping.of_times(times, self.copy_engine, self._measured)
+
+    def _measured(self, measure: Callable[[], Speeds]) -> Speeds:
+        """What `measure` gives; PlannerFailed on all ranks where it fails on one: there can't be a plan without."""
+        try:
+            return self.module.preflight.run(measure)  # type: ignore[no-any-return]
+        except Exception as error:
+            if is_ended_wait(error):
+                raise
+            raise PlannerFailed(f"copies to the host can't be measured: {error}") from error
 
     def _count_forward(self, buffer_id: BufferId) -> None:
         """The seeds of layers count forward calls, and must not depend on the order of the passes."""

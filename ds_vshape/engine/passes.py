@@ -20,7 +20,7 @@ from ds_vshape.engine.keeping import Keeping
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffer, edges, enter
 from ds_vshape.runtime.instructions import EVERYTHING, BufferId, Keeps
-from ds_vshape.runtime.micro_batch import check_loss, detached, loss_of
+from ds_vshape.runtime.micro_batch import check_loss, check_number, detached, loss_of
 from ds_vshape.runtime.token_mean import TokenMean
 from ds_vshape.schedule.lowering import Content
 from ds_vshape.schedule.placement import Placement
@@ -35,6 +35,7 @@ class StagePasses(Keeping):
     placement: Placement
     _accumulator: GradientAccumulator
     _early: EarlyGradients
+    _sends_loss: bool
     _sums: Any
     _token_mean: TokenMean | None
 
@@ -96,6 +97,8 @@ class StagePasses(Keeping):
                 loss = loss_of(self.module.loss_fn, outputs, labels) if compute else with_logits(outputs)
         if torch.is_grad_enabled():
             check_loss(loss)
+        elif self._sends_loss:
+            check_number(loss)
         if self.eval_return_logits:
             self.outputs = with_logits(outputs)
         self.loss = detached(loss)

@@ -151,10 +151,7 @@ class PostValidatingEngine(PipelineEngine):
     def _accept(self, ahead: _Ahead, norm: float) -> None:
         self._set_norm(norm)
         for events in ahead.events:
-            try:
-                self.monitor.write_events(events)
-            except Exception as error:
-                self._guard.failure = self._guard.failure or self._agreement.failure(error, "monitor")
+            self.monitor.write_events(events)
 
     def _set_norm(self, norm: float) -> None:
         if self._zero_step.counts_norm:

@@ -294,6 +294,8 @@ class MeasuredSchedules:
         self._safe: dict[int, Schedule] = {}
         self._planned: dict[int, Schedule] = {}
         self._times: Times | None = None
+        # Why there can't be a plan, if there can't.
+        self._refused: PipelineError | None = None
         self._enter(_Phase.WARM_UP)
 
     def first(self, micro_batches: int) -> Schedule:
@@ -344,7 +346,24 @@ class MeasuredSchedules:
         if schedule.micro_batches != self._micro_batches:
             self.first(schedule.micro_batches)
             return None
+        if self._refused is not None:
+            raise self._refused
         self._batches += 1
+        try:
+            return self._follow(record)
+        except PlannerFailed as failure:
+            # Training continues unchanged: a plan isn't worth the finished batches.
+            if dist.get_rank() == 0:
+                logger.error(f"{KEY} {self._config.name} stays as it is: {failure}")
+            self._enter(_Phase.SETTLED)
+            return None
+        except PipelineError as error:
+            # On all ranks. A script that goes on is told again after each batch.
+            self._refused = error
+            raise
+
+    def _follow(self, record: PassRecorder) -> Schedule | None:
+        """What its phase does with a batch."""
         if self._phase is _Phase.PLAN:
             return self._take_plan()
         if self._phase is _Phase.WARM_UP:
@@ -368,6 +387,7 @@ class MeasuredSchedules:
 
     def _enter(self, phase: _Phase) -> None:
         self._phase, self._batches = phase, 0
+        self._refused = None
         self._samples = StageSamples(statistics.mean if self._orders else statistics.median)
 
     def _plan(self, times: Times) -> None:
@@ -394,14 +414,7 @@ class MeasuredSchedules:
         return replace(request, limits=peak_activations(self._safe_schedule(self._micro_batches), request.activations))
 
     def _take_plan(self) -> Schedule | None:
-        try:
-            answer = self._first_plans.planner.poll()
-        except PlannerFailed as failure:
-            # Training continues unchanged: a plan isn't worth the finished batches.
-            if dist.get_rank() == 0:
-                logger.error(f"{KEY} {self._config.name} stays as it is: {failure}")
-            self._enter(_Phase.SETTLED)
-            return None
+        answer = self._first_plans.planner.poll()
         if answer is None:
             return None
         found = _planned(answer, self._config)

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ds_vshape.schedule.timeline import Times
 
 # Calls a function with the number of each layer of the model that starts, and of the one after a stage's last.
 AtLayers = Callable[[Callable[[int], None]], AbstractContextManager[None]]
+# Seconds that a byte takes to the host, and back.
+Speeds = tuple[float, float]
 
 _ROUNDS = 3
 # Copies whose speed is measured: large enough for a start to be nothing, small enough for any device.
@@ -99,9 +102,10 @@ class KeepingMeter:
                 for whole, moved, row, layers in zip(activations.after_forward, movable, rows, self._layers)))
         return self._activations
 
-    def of_times(self, times: Times, engine: CopyEngine) -> Times:
+    def of_times(self, times: Times, engine: CopyEngine, agreed: Callable[[Callable[[], Speeds]], Speeds]) -> Times:
         """`times` with those of recomputation and copies, the slowest of all replicas, on every rank of the job
-        (collective); as they are where sizes are unknown."""
+        (collective); as they are where sizes are unknown. `agreed` gives what a function gives, or raises on all ranks
+        what that has raised on one."""
         sizes = self._activations
         if sizes is None:
             return times
@@ -109,7 +113,7 @@ class KeepingMeter:
         # Two bandwidths, and shares of F.
         own = torch.zeros(stages, 2 + most, dtype=torch.float64)
         largest = max((of_stage.movable for of_stage in self._sizes.values()), default=0)
-        own[:, :2] = torch.tensor(seconds_per_byte(engine, largest, self._device))
+        own[:, :2] = torch.tensor(agreed(partial(seconds_per_byte, engine, largest, self._device)))
         for stage, marks in self._marks.items():
             start, *ends, end = clock().on_host(marks)
             own[stage, 2:2 + len(ends)] = torch.tensor([(until - start) / (end - start or 1.0) for until in ends])
@@ -128,7 +132,7 @@ class KeepingMeter:
         return own.cpu()
 
 
-def seconds_per_byte(engine: CopyEngine, nbytes: int, device: torch.device) -> tuple[float, float]:
+def seconds_per_byte(engine: CopyEngine, nbytes: int, device: torch.device) -> Speeds:
     """How long a byte takes to the host, and back, of a copy of about `nbytes` while another one goes the other way."""
     nbytes = min(max(nbytes, _LEAST_BYTES), _MOST_BYTES)
     there, back = torch.zeros(2, nbytes, dtype=torch.uint8, device=device).unbind()

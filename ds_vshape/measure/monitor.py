@@ -17,7 +17,7 @@ activations are measured, has no times.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -42,6 +42,24 @@ from ds_vshape.schedule.schedule import Schedule
 from ds_vshape.schedule.timeline import Timeline
 
 _PREFIX = "Train/Pipeline/"
+
+
+class KeepingMonitor:
+    """DeepSpeed's `monitor`, which writes on one rank alone: an error of that is given to `keep`, since other ranks
+    wait for what comes after it."""
+
+    def __init__(self, monitor: Any, keep: Callable[[Exception, str], None]) -> None:
+        self._monitor, self._keep = monitor, keep
+
+    def write_events(self, events: list[Any]) -> None:
+        """Write (name, value, number of samples) of each event."""
+        try:
+            self._monitor.write_events(events)
+        except Exception as error:
+            self._keep(error, "the monitor")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._monitor, name)
 
 
 class MonitorReports:

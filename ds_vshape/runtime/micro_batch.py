@@ -84,17 +84,22 @@ def loss_of(loss_fn: Callable[[Any, Any], Any], outputs: Any, labels: Any) -> An
 
 def check_loss(loss: Any) -> None:
     """Raises PipelineError for a loss that can't be trained on."""
-    if not torch.is_tensor(loss):
-        raise PipelineError(f"the loss is a {type(loss).__name__}: must be a tensor of one number")
-    if loss.numel() != 1:
-        raise PipelineError(f"the loss has the shape {list(loss.shape)}: must be one number, such as a mean or a sum")
+    check_number(loss)
     if not loss.requires_grad:
         raise PipelineError("the loss has no gradient: it is detached, or depends on nothing that is trained")
 
 
+def check_number(loss: Any) -> None:
+    """Raises PipelineError for a loss that isn't one number."""
+    if not torch.is_tensor(loss):
+        raise PipelineError(f"the loss is a {type(loss).__name__}: must be a tensor of one number")
+    if loss.numel() != 1:
+        raise PipelineError(f"the loss has the shape {list(loss.shape)}: must be one number, such as a mean or a sum")
+
+
 def check_reduction(reduction: str | None, is_sent: bool) -> None:
     """Raises PipelineError for a `reduce_output` of eval_batch that isn't known, or gives more than can be sent."""
-    if reduction is not None and reduction.lower() != "avg":
+    if reduction is not None and str(reduction).lower() != "avg":
         raise PipelineError(f"reduce_output = {reduction!r}: must be 'avg' or None")
     if reduction is None and is_sent:
         raise PipelineError("reduce_output = None: must be 'avg' with bcast_loss or a monitor, which take one number")

@@ -34,7 +34,7 @@ def scheduler_fails(engine: Any) -> None:
 
 
 def monitor_fails(engine: Any) -> None:
-    failing(engine.monitor, "write_events")
+    failing(engine.monitor.csv_monitor, "write_events")
 
 
 def before_all_exchanges(engine: Any) -> None:
@@ -99,14 +99,43 @@ def test_a_failure_before_any_rank_has_stepped(tmp_path: Path) -> None:
         assert len(errors) == 1 and "no rank counts this batch" in errors[0]
 
 
-def test_a_monitor_that_fails(tmp_path: Path) -> None:
-    """All ranks raise; the step counts."""
-    monitored = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}}
-    results = run_ranks(2, train, Job("v-half", 2, 4, {**FP32_ZERO1, **monitored}), monitor_fails, 0, str(tmp_path))
-    for oracle, losses, errors in results:
+def monitored(folder: Path, **more: Any) -> dict[str, Any]:
+    """A config with a monitor that writes into `folder`."""
+    csv = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"}
+    return {**FP32_ZERO1, "csv_monitor": csv, **more}
+
+
+@pytest.mark.parametrize("every", [1e9, 1], ids=["never", "each batch"])
+def test_a_monitor_that_fails(every: float, tmp_path: Path) -> None:
+    """All ranks raise; the step counts. Where reports are due, which are collective, all ranks come to them."""
+    job = Job("v-half", 2, 4, monitored(tmp_path, steps_per_print=every))
+    for oracle, losses, errors in run_ranks(2, train, job, monitor_fails, 0, str(tmp_path)):
         assert losses == [oracle[0], oracle[2]]
         assert len(errors) == 1 and "no write_events today" in errors[0]
         assert "the step is done on all ranks, as number 2" in errors[0]
+
+
+def train_with_reports(rank: int, config: dict[str, Any], folder: str) -> tuple[list[float], list[str]]:
+    """DeepSpeed's profile of the first batch can't be written, then no event of an evaluation can."""
+    engine = Job("v-half", 2, 4, config).engine()
+    errors = [error_of(lambda: engine.train_batch(data(engine, 0)))]
+    if rank == 0:
+        monitor_fails(engine)
+    errors.append(error_of(lambda: engine.eval_batch(data(engine, 0))))
+    return [float(engine.eval_batch(data(engine, 0))), float(engine.train_batch(data(engine, 1)))], errors
+
+
+def test_reports_that_fail_on_their_one_rank(tmp_path: Path) -> None:
+    config = monitored(tmp_path, steps_per_print=1, flops_profiler={
+        "enabled": True, "profile_step": 0, "output_file": str(tmp_path / "job.txt" / "profile")})
+    (tmp_path / "job.txt").write_text("a file, and no folder")
+    first, second = run_ranks(2, train_with_reports, config, str(tmp_path))
+    assert first[0] == second[0]
+    for profile, events in (first[1], second[1]):
+        assert "the flops profiler's report on pipeline rank 0" in profile
+        assert "the step is done on all ranks, as number 1" in profile
+        assert "no write_events today" in events and "the monitor on pipeline rank 0" in events
+    assert all(told.startswith("PipelineError") for told in second[1])
 
 
 def train_validated_later(rank: int, job: Job) -> tuple[list[float], list[float], str]:

@@ -386,6 +386,33 @@ def test_data_that_end_within_an_evaluation(schedule: str) -> None:
         assert values == oracle
 
 
+def of_each_token(logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses, of which there are many."""
+    return cross_entropy(logits, labels) + logits.sum(-1)
+
+
+def evaluate_oddly(rank: int, schedule: str) -> list[str]:
+    """What comes of evaluations whose results can't be added up, or sent; a good one comes after each."""
+    engine = Job(schedule, 2, 2).engine(loss_fn=of_each_token)
+    tokens, labels = micro_batch(0, 0, 0)
+    errors = []
+    for samples, options in (([(tokens, labels), (tokens[:, 1:], labels[:, 1:])], {"compute_loss": False}),
+                             ([(tokens, labels)] * 2, {})):
+        with pytest.raises(Exception) as error:
+            engine.eval_batch(iter(samples), **options)
+        errors.append("; ".join([str(error.value), *getattr(error.value, "__notes__", [])]))
+        losses = engine.eval_batch(iter([(tokens, labels)] * 2), bcast_loss=False)
+        assert not engine.is_last_stage() or losses.shape == labels.shape
+    return errors
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "v-half"])
+def test_an_evaluation_that_fails_on_the_rank_of_the_loss(schedule: str) -> None:
+    for uneven, many in run_ranks(2, evaluate_oddly, schedule, timeout=60):
+        assert "must match the size of tensor" in uneven and "eval_batch on pipeline rank" in uneven
+        assert "the loss has the shape [2, 3]: must be one number" in many and "ForwardPass of stage" in many
+
+
 def train_badly(rank: int) -> list[str]:
     """One engine that is given all kinds of data that can't be trained on, then good ones."""
     engine = Job("v-half", 2, 2).engine()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.pipe import LayerSpec
+from deepspeed.runtime.pipe.module import PipelineError
 from instruction_functions import around_instruction
 from layers import SleepingLinear
 from logged import Lines
@@ -26,6 +29,7 @@ from ds_vshape.config.section import ConfigError
 from ds_vshape.engine import engine as engine_module
 from ds_vshape.engine import planning, scheduling
 from ds_vshape.engine.planning import Planner
+from ds_vshape.measure import keeping
 from ds_vshape.measure.profiling import mean_times
 from ds_vshape.runtime.instructions import InputGradPass, SplitForwardPass, WeightGradPass
 from ds_vshape.schedule.activations import Activations, peak_activations
@@ -391,3 +395,42 @@ def test_a_limit_in_bytes_holds_for_the_measured_sizes() -> None:
 def test_a_limit_in_bytes_that_cannot_be_met() -> None:
     with pytest.raises(RanksFailed, match="the least possible peaks of the ranks are"):
         run_ranks(2, adaptive_in_bytes, {"activations": "100B"})
+
+
+def train_on_after_a_refusal(rank: int) -> list[tuple[int, str]]:
+    """After how many batches each error of a limit came that no plan can keep to."""
+    engine = Job(profiled("adaptive", memory_limit={"activations": "100B"}), 2, 6, layers=tuple(specs(6))).engine()
+    told: list[tuple[int, str]] = []
+    for batch in count():
+        try:
+            engine.train_batch(data(engine, batch))
+        except PipelineError as error:
+            told.append((batch, str(error)))
+            if len(told) == 3:
+                return told
+    raise AssertionError
+
+
+def test_a_script_that_goes_on_after_a_refusal_is_told_again() -> None:
+    first, second = run_ranks(2, train_on_after_a_refusal)
+    assert first == second
+    (batch, text), *again = first
+    assert "the least possible peaks" in text and again == [(batch + 1, text), (batch + 2, text)]
+
+
+def train_without_speeds(rank: int) -> tuple[list[float], list[str]]:
+    """Copies can't be measured on rank 1."""
+    if rank:
+        def full(*_: Any) -> Any:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        keeping.seconds_per_byte = full
+    with Lines() as lines:
+        losses = train(Job(profiled("adaptive", offload=True), 2, 3).engine(), range(12)).losses
+    return losses, lines.with_word("stays as it is")
+
+
+def test_training_goes_on_where_copies_cannot_be_measured() -> None:
+    (ours, lines), (other, _) = run_ranks(2, train_without_speeds)
+    assert ours == other == run_ranks(2, train_throughout, Job(None, 2, 3), 12)[0][0]
+    assert len(lines) == 1 and "copies to the host can't be measured: " in lines[0] and "No space left" in lines[0]
