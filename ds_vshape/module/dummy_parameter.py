@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ds_vshape.deepspeed_adapter.optimizers import UNIVERSAL_WEIGHT, load_universal_by, mapping_of
-from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter
+from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter, is_pipe_replicated
 from ds_vshape.split_backward import GradientAccumulator
 
 # Its name in the module, unchanged for older checkpoints. Layer files hold layers only, so that it is in none of them.
@@ -66,7 +66,7 @@ def _registered(module: nn.Module) -> nn.Parameter:
 def _is_wanted(module: Any, trained: Iterable[Any]) -> bool:
     """Whether some rank that shares this one's layers trains nothing that counts in the norm."""
     first = is_first_tensor_rank(module.mpu())
-    wanted = not any(not p.ds_pipe_replicated and (first or is_model_parallel_parameter(p)) for p in trained)
+    wanted = not any(not is_pipe_replicated(p) and (first or is_model_parallel_parameter(p)) for p in trained)
     groups = module.topology().get_axis_comm_lists("model")
     if not groups:
         return wanted

@@ -33,7 +33,7 @@ from torch.nn import Parameter
 
 from ds_vshape.deepspeed_adapter.experts import expert_peers, is_moe_param
 from ds_vshape.deepspeed_adapter.optimizers import Bf16Sums, GradAccumSums, held_by, sums_of
-from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter
+from ds_vshape.deepspeed_adapter.utils import is_first_tensor_rank, is_model_parallel_parameter, is_pipe_replicated
 from ds_vshape.split_backward import GradientAccumulator, WholeGradients, may_defer, never_defer
 
 
@@ -189,7 +189,7 @@ def clip_gradients(parameters: Iterable[Any], max_norm: float, mpu: Any) -> Tens
     with_grad = [p for p in parameters if p.grad is not None]
     first_tensor_rank = is_first_tensor_rank(mpu)
     counted = [p for p in with_grad
-               if not p.ds_pipe_replicated and (first_tensor_rank or is_model_parallel_parameter(p))]
+               if not is_pipe_replicated(p) and (first_tensor_rank or is_model_parallel_parameter(p))]
     square = _square([p for p in counted if not is_moe_param(p)])
     # Replicas have the same layers, so they come to the same groups in the same order.
     for name in sorted({p.group_name for p in with_grad if is_moe_param(p)}):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from pipelines import FP32_ZERO1, SAMPLES, Job, cross_entropy, data
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 import ds_vshape
 
@@ -210,3 +211,43 @@ def test_changes_between_batches() -> None:
         assert expected in [str(seen) for seen in ours]
         known = [[value for value in seen if not isinstance(value, list) and value is not None] for seen in ours]
         assert all(values == known[0] for values in known)
+
+
+# -- layers that a script changes
+
+
+class LowRank(nn.Module):
+    """An adapter of a script's own around a frozen layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+        for weight in (self.down.weight, self.up.weight):
+            with torch.no_grad():
+                weight.copy_(torch.arange(weight.numel()).reshape(weight.shape) / weight.numel() - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) + self.up(self.down(x))
+        return y
+
+
+def train_adapters(rank: int, job: Job) -> list[float]:
+    module = job.module()
+    module.requires_grad_(False)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, LowRank(child))
+    for chunk in getattr(module, "chunks", [module]):
+        funcs = chunk.funcs if chunk is not module else chunk.forward_funcs
+        funcs[:] = [LowRank(func) if isinstance(func, nn.Linear) else func for func in funcs]
+    return losses(job.engine(module))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_layers_that_are_put_in_after_the_module_is_built(schedule: str) -> None:
+    """Their parameters don't have what DeepSpeed's module marks its own with."""
+    job = Job(schedule, 2, 3, {**FP32_ZERO1, "gradient_clipping": 0.5})
+    assert run_ranks(2, train_adapters, job)[0] == run_ranks(2, train_adapters, replace(job, schedule=None))[0]

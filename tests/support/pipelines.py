@@ -149,14 +149,18 @@ class Job:
     def specs(self) -> list[Any]:
         return specs(2 * self.stages - 1) if self.layers is None else list(self.layers)
 
-    def engine(self, **module_options: Any) -> Any:
-        """The engine on this rank (collective)."""
+    def module(self, **module_options: Any) -> Any:
+        """The PipelineModule on this rank (collective)."""
         options = {"loss_fn": cross_entropy, "partition_method": "uniform", "seed_layers": True, "base_seed": BASE_SEED,
                    **module_options}
         if self.schedule is None:
-            module = deepspeed.pipe.PipelineModule(self.specs(), num_stages=self.stages, **options)
-        else:
-            module = ds_vshape.PipelineModule(self.specs(), num_stages=self.stages, config=self.ds_config(), **options)
+            return deepspeed.pipe.PipelineModule(self.specs(), num_stages=self.stages, **options)
+        return ds_vshape.PipelineModule(self.specs(), num_stages=self.stages, config=self.ds_config(), **options)
+
+    def engine(self, module: Any = None, **module_options: Any) -> Any:
+        """The engine on this rank (collective), of `module` or else of a new one."""
+        if module is None:
+            module = self.module(**module_options)
         trained = [p for p in module.parameters() if p.requires_grad]
         return ds_vshape.initialize(model=module, model_parameters=trained, config=self.ds_config())[0]
 

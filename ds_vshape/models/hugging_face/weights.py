@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_vshape.deepspeed_adapter.utils import is_pipe_replicated
 from ds_vshape.health.watch import in_phase
 from ds_vshape.models.hugging_face.layers import Part
 from ds_vshape.models.hugging_face.shared import Shared
@@ -255,7 +256,7 @@ def save_model(module: Any, config: Any, source: Path | None, folder: Path) -> N
     shard = f"model-{module.stage_id + 1:05}-of-{ranks:05}.safetensors"
     shared = shared_by(module)
     own = {name: whole.cpu() for name, tensor in named_weights(module).items()
-           if grid.data_parallel_id == 0 and not getattr(tensor, "ds_pipe_replicated", False)
+           if grid.data_parallel_id == 0 and not is_pipe_replicated(tensor)
            and (whole := shared.whole(name, tensor.detach())) is not None}
     own = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(shared.planned.model, own).items()}
 
