@@ -14,9 +14,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_vshape.config.compatibility import (check_accepted, check_asynchronous, check_monitors,
+from ds_vshape.config.compatibility import (check_accepted, check_asynchronous, check_monitor_folders, check_monitors,
                                             check_post_validation)
 from ds_vshape.config.section import (ENVIRONMENT_VARIABLE, KEY, ConfigError, DsConfig, ScheduleConfig, load_ds_config,
                                       read_section)
@@ -143,6 +144,8 @@ def _read(whole: DsConfig | None, model: Any) -> tuple[Mapping[str, Any], Schedu
                               "ds_vshape.PipelineModule")
         check_accepted(ds_config)
         check_monitors(ds_config)
+        if dist.get_rank() == 0:
+            check_monitor_folders(ds_config)
         if not get_accelerator().is_synchronized_device():
             check_asynchronous(ds_config, os.environ)
         if section.optimizer_post_validation:

@@ -4,6 +4,7 @@
     to_schedule.py     the schedule of the table that the section names, or the request to the planner
     batch_size.py      how many micro-batches a batch has
     compatibility.py   which keys of that section, and of the rest of a ds_config, can be combined
+    folders.py         folders that rank 0 writes into
     arguments.py       the arguments of a PipelineModule
 """
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from ds_vshape.config.folders import check_folder
 from ds_vshape.config.section import KEY, ActivationLimit, ConfigError, ScheduleConfig, shown
 from ds_vshape.schedule.named import ADAPTIVE, TIMED, most_micro_batches
 from ds_vshape.schedule.placement import Placement
@@ -110,6 +111,14 @@ def check_monitors(ds_config: Mapping[str, Any]) -> None:
     for monitor, (package, install) in _MONITORS.items():
         if _section(ds_config, monitor).get("enabled") and find_spec(package) is None:
             raise ConfigError(f"{monitor}.enabled = true: {package} isn't installed: pip install {install}")
+
+
+def check_monitor_folders(ds_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a monitor's folder into which this rank, which is 0, can't write."""
+    for monitor in ("csv_monitor", "tensorboard"):
+        section = _section(ds_config, monitor)
+        if section.get("enabled"):
+            check_folder(f"{monitor}.output_path", section.get("output_path") or ".")
 
 
 def check_asynchronous(ds_config: Mapping[str, Any], environment: Mapping[str, str]) -> None:

@@ -36,6 +36,7 @@ from torch import nn
 from ds_vshape.config.arguments import bound, check_arguments, check_method
 from ds_vshape.config.batch_size import micro_batches_of
 from ds_vshape.config.compatibility import check_accepted
+from ds_vshape.config.folders import check_folder
 from ds_vshape.config.section import (KEY, TIMEOUT_SECONDS, ConfigError, DsConfig, LayerCosts, Partition,
                                       ScheduleConfig, find_ds_config, find_section, read_section)
 from ds_vshape.config.to_schedule import KnownStages, partition_problem
@@ -45,7 +46,6 @@ from ds_vshape.deepspeed_adapter.utils import set_random_seed
 from ds_vshape.deepspeed_adapter.versions import check_versions
 from ds_vshape.health.preflight import Facts, Preflight, config_facts, module_facts, versions
 from ds_vshape.health.watch import groups_without_limit, watch_job
-from ds_vshape.measure.trace.tracer import check_folder
 from ds_vshape.module.fast_setattr import FastSetattr
 from ds_vshape.module.layer_times import LayerProfiler, LayerTimes, precision
 from ds_vshape.module.loss_fn import load_loss_fn, loss_fn_path, save_loss_fn
@@ -153,7 +153,7 @@ class PipelineModule(FastSetattr, StockModule):
                                                        arguments.get("loss_fn"))
                 # Traces are written by the first pipeline rank of the first pipeline.
                 if self.schedule_config.trace is not None and dist.get_rank() == 0:
-                    check_folder(self.schedule_config.trace)
+                    check_folder(f"{KEY}.trace.path", self.schedule_config.trace.path)
             elif loss_average is not None:
                 raise ConfigError(f"loss_average = {loss_average!r}: must be None without {KEY!r} in the config; "
                                   "DeepSpeed's own engine averages the losses of micro-batches")

@@ -202,6 +202,11 @@ REFUSED: dict[str, Case] = {
         "ConfigError: wall_clock_breakdown = true: must be false without steps_per_print"),
     "a monitor that isn't installed": key("comet.enabled = true: comet_ml isn't installed: pip install comet_ml",
                                           comet={"enabled": True}),
+    "a monitor that can't write": (
+        lambda: initialized(module_of(V_HALF), {**V_HALF, "csv_monitor": {"enabled": True,
+                                                                          "output_path": "/dev/null/csv"}}),
+        "PreflightError: not all ranks can start: ConfigError: csv_monitor.output_path = '/dev/null/csv': must be a "
+        "folder that rank 0 can write into: [Errno 20] Not a directory: '/dev/null/csv' on rank 0"),
     "ZeRO-2": key("zero_optimization.stage = 2: must be 0 or 1", zero_optimization={"stage": 2}),
     "ZeRO-3": key("zero_optimization.stage = 3: must be 0 or 1", zero_optimization={"stage": 3}),
     "ZeRO as text": key("zero_optimization.stage = '1': must be 0 or 1", zero_optimization={"stage": "1"}),

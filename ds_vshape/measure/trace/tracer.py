@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from deepspeed.utils import logger
 
 from ds_vshape.comm.channels import Channels
 from ds_vshape.comm.exchange import Exchange
-from ds_vshape.config.section import KEY, ConfigError, TraceConfig, shown
+from ds_vshape.config.section import TraceConfig
 from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.profiling import mean_times
 from ds_vshape.measure.trace.batch import BatchTrace, Clock, RankTrace, deliveries, measured
@@ -33,17 +32,6 @@ from ds_vshape.runtime.rank import TrainingRank
 from ds_vshape.runtime.wrappers import InstructionWrappers
 from ds_vshape.schedule.activations import Activations
 from ds_vshape.schedule.timeline import simulate
-
-
-def check_folder(config: TraceConfig) -> None:
-    """Make the folder of the traces; ConfigError if nothing can be written there. Called on the rank that writes."""
-    try:
-        Path(config.path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.path) as file:
-            file.write(b"{}")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{KEY}.trace.path = {shown(config.path)}: must be a folder that rank 0 can write into: "
-                          f"{error}") from None
 
 
 class Tracer:
