@@ -50,13 +50,14 @@ from ds_vshape.engine.reports import Reports
 from ds_vshape.engine.rollback import Samples
 from ds_vshape.engine.scheduling import schedules_for
 from ds_vshape.engine.verification import Verification
-from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers, is_raised_by_all
+from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers, is_known_to_all
 from ds_vshape.health.preflight import Facts, plan_facts
+from ds_vshape.health.step import Reached
 from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import Watch, in_phase
 from ds_vshape.measure.hops import hop_seconds
 from ds_vshape.measure.log_lines import schedule_line
-from ds_vshape.measure.monitor import KeepingMonitor, MonitorReports
+from ds_vshape.measure.monitor import DeferringMonitor, MonitorReports
 from ds_vshape.measure.observer import Observer
 from ds_vshape.measure.profiling import clock
 from ds_vshape.measure.trace import Tracer
@@ -143,7 +144,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
                             recomputes=self.module.activation_checkpoint_interval > 0,
                             knows_sizes=lambda: in_bytes and not self._observer.sizes_stay_unknown,
                             agreement=self._agreement, preflight=self.module.preflight)
-        self._samples = Samples()
+        self._samples = Samples(self._from_data)
         self._peeked = None
         self._verification = Verification(
             self, self._agreement, self._guard, self._observer, self._released) if config.verify_gradients else None
@@ -163,7 +164,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
         if config.trace is not None:
             self._callbacks.append(Tracer(self, self._observer, self._channels, self._wrappers, config.trace))
         if self.monitor.enabled:
-            self.monitor = KeepingMonitor(self.monitor, self._guard.keep)
+            self.monitor = DeferringMonitor(self.monitor, self._guard.defer)
             self._callbacks.append(MonitorReports(self, self._observer, self._stage_buffers, self._wrappers))
         self._log(schedule_line(self.schedule()))
         self.preflight()
@@ -203,6 +204,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
         # Each rank proves its own program alone, and what they prove together is of one schedule.
         self.module.preflight.compare(lambda: plan_facts(schedule, self.grid.pipe_groups))
         self._plans.use(schedule)
+        self._broken = None
         if schedule.gives_back_memory and self._keeping is None:
             self._keeping = self._new_keeping_meter()
             due = self._verification is not None and self._verification.is_due
@@ -228,6 +230,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
 
     def _train_batch(self, data_iter: Any) -> Any:
         self._guard.start_batch()
+        self.refuse_again()
         if not self._looked:
             if data_iter is not None:
                 self.set_dataiterator(data_iter)
@@ -237,10 +240,10 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
         try:
             loss = self._batch_with_callbacks(data_iter)
         except Exception as error:
-            if is_ended_wait(error) or is_raised_by_all(error):
+            if is_known_to_all(error):
                 raise
             failure = self._agreement.failure(error, "train_batch")
-        self._agree_on_step(failure or self._guard.take_kept())
+        self._agree_on_step(failure)
         if self._plans.after_batch(*self._observer.last_batch()):
             self._log_comparison()
         if self._plans.swapped:
@@ -253,11 +256,18 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
         return self._in_its_shape(loss)
 
     def _batch_with_callbacks(self, data_iter: Any) -> Any:
-        with ExitStack() as around, flops_profile(self, self._guard.keep):
+        with ExitStack() as around, flops_profile(self, self._guard.defer):
             for callback in self._callbacks:
                 around.enter_context(callback.batch())
             around.enter_context(self.resetting_timer())
-            loss = super().train_batch(data_iter)
+            try:
+                loss = super().train_batch(data_iter)
+            except Exception as error:
+                # Callbacks are collective, and other ranks come to them.
+                if is_known_to_all(error) or self._guard.step.reached is not Reached.WHOLE:
+                    raise
+                self._guard.defer(error, "train_batch")
+                loss = self.agg_train_loss
             if self._observer.has_just_measured:
                 self._log_sizes()
         return loss

@@ -12,9 +12,8 @@ from deepspeed.runtime.pipe.module import PipelineError
 from ds_vshape.deepspeed_adapter.engine import StockEngine
 from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.plans import BatchPlan, Plans
-from ds_vshape.health.failures import Agreement, is_raised_by_all
+from ds_vshape.health.failures import Agreement, is_known_to_all
 from ds_vshape.health.preflight import Facts
-from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import Watch
 from ds_vshape.runtime.micro_batch import check_reduction
 
@@ -41,6 +40,9 @@ class Evaluation(StockEngine):
         Raises on every rank, PreflightError where ranks give different arguments.
         """
         self._guard.check_ranks_agree()
+        # DeepSpeed takes what is evaluated for a loss, which it reports.
+        reports = self.monitor.enabled
+        self.monitor.enabled = reports and compute_loss
         sends_loss = bool(compute_loss and (bcast_loss or self.monitor.enabled))
 
         def facts() -> Facts:
@@ -59,7 +61,7 @@ class Evaluation(StockEngine):
                 return self._agreed(lambda: super(Evaluation, self).eval_batch(
                     data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches))
         finally:
-            self.data_iterator = training_iterator
+            self.data_iterator, self.monitor.enabled = training_iterator, reports
             self._sends_loss = self.eval_return_logits = False
             self.outputs = None
 
@@ -69,10 +71,13 @@ class Evaluation(StockEngine):
         try:
             result = evaluate()
         except Exception as error:
-            if is_ended_wait(error) or is_raised_by_all(error):
+            if is_known_to_all(error):
                 raise
             failure = self._agreement.failure(error, "eval_batch")
-        self._agreement.reach(failure or self._guard.take_kept(), "evaluation")
+        deferred = self._guard.take_deferred()
+        failure = failure or deferred
+        with self._watch.failed(failure):
+            self._agreement.reach(failure, "evaluation")
         return result
 
     def _inference_schedule(self, micro_batches: int) -> BatchPlan:

@@ -35,10 +35,10 @@ def is_flops_profiled(rank: ProfiledRank) -> bool:
 
 
 @contextmanager
-def flops_profile(rank: ProfiledRank, keep: Callable[[Exception, str], None]) -> Iterator[None]:
+def flops_profile(rank: ProfiledRank, defer: Callable[[Exception, str], None]) -> Iterator[None]:
     """Around a training batch: profile what global rank 0 computes forward, recomputation included, in its step.
 
-    `keep` gets an error of the report.
+    `defer` is given an error of the report.
     """
     if rank.global_rank or not is_flops_profiled(rank):
         yield
@@ -55,6 +55,6 @@ def flops_profile(rank: ProfiledRank, keep: Callable[[Exception, str], None]) ->
             profiler.print_model_profile(step, rank.flops_profiler_module_depth(), rank.flops_profiler_top_modules(),
                                          rank.flops_profiler_detailed(), rank.flops_profiler_output_file())
         except Exception as error:
-            keep(error, "the flops profiler's report")
+            defer(error, "the flops profiler's report")
     finally:
         profiler.end_profile()

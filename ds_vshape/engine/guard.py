@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deepspeed.runtime.pipe.module import PipelineError
+from deepspeed.utils import logger
 
 from ds_vshape.comm.channels import Channels, PeerLost
 from ds_vshape.health.failures import Agreement, Failure, TensorParallelPeers
@@ -44,8 +45,8 @@ class BatchGuard:
         # What has failed on this rank in the present batch, until all ranks know it.
         self.failure: Failure | None = None
         self.step = BatchStep()
-        # What has failed on this rank for which no other rank waits.
-        self._kept: Failure | None = None
+        # An error of this rank that hasn't stopped the batch.
+        self._deferred: Failure | None = None
         # Why ranks mustn't train on, if their states differ.
         self._difference: str | None = None
 
@@ -109,18 +110,21 @@ class BatchGuard:
         self.step.error = self.step.error or error
         self._watch.failure = str(self._agreement.failure(error, "OptimizerStep"))
 
-    def keep(self, error: Exception, where: str) -> None:
-        """Keep an error of this rank in `where`, which no other rank waits for, until the end of the batch: others wait
-        for what comes before that."""
-        self._kept = self._kept or self._agreement.failure(error, where)
+    def defer(self, error: Exception, where: str) -> None:
+        """Remember an error of this rank in `where` that doesn't stop the batch; all ranks raise it at the end."""
+        failure = self._agreement.failure(error, where)
+        logger.error(str(failure))
+        self._deferred = self._deferred or failure
 
-    def take_kept(self) -> Failure | None:
-        """The first error that was kept, which is no longer."""
-        kept, self._kept = self._kept, None
-        return kept
+    def take_deferred(self) -> Failure | None:
+        """The first error that was deferred, which is forgotten."""
+        deferred, self._deferred = self._deferred, None
+        return deferred
 
     def agree_on_step(self, failure: Failure | None, number: int) -> None:
         """Raise on all ranks if step `number`, or what comes after it, has failed on one (step.py); collective."""
+        deferred = self.take_deferred()
+        failure = failure or deferred
         if self.step.error is not None:
             failure = self._agreement.failure(self.step.error, "OptimizerStep")
         with self._watch.failed(None if failure is None or failure.is_anothers else failure):

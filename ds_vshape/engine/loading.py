@@ -12,7 +12,6 @@ from ds_vshape.engine.guard import BatchGuard
 from ds_vshape.engine.ordering import Ordering
 from ds_vshape.engine.plans import Plans
 from ds_vshape.engine.rollback import Samples, loaded, unless_raised
-from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.runtime import instructions as instr
 from ds_vshape.runtime.buffers import Buffers
 from ds_vshape.runtime.drawn_batch import DrawnBatch
@@ -46,12 +45,12 @@ class Loading(StockEngine):
         return bool(self.module.placement.rank_of(stage) == self.stage_id)
 
     def _next_batch(self) -> Any:
-        return self._samples.take(self._from_data)
+        return self._samples.take()
 
     def _from_data(self) -> Any:
-        peeked, self._peeked = self._peeked, None
-        if peeked is not None and peeked[0] is self.data_iterator:
-            return unless_raised(peeked[1])
+        if self._peeked is not None and self._peeked[0] is self.data_iterator:
+            (_, sample), self._peeked = self._peeked, None
+            return unless_raised(sample)
         return super()._next_batch()
 
     def peek(self) -> tuple[Any, Any]:
@@ -65,11 +64,7 @@ class Loading(StockEngine):
         """Draw the data of a micro-batch that isn't trained, since the batch has failed: the next batch must find the
         data of all ranks at the same place."""
         if not self._draws_ahead:
-            try:
-                self._next_batch()
-            except Exception as error:
-                if is_ended_wait(error):
-                    raise
+            self._samples.skip()
 
     def _draw(self) -> tuple[Any, Any]:
         return self._intake.pair(self._next_batch())

@@ -8,6 +8,8 @@ from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
+from deepspeed.runtime.pipe.module import PipelineError
+
 from ds_vshape.config.section import KEY, ActivationLimit, ScheduleConfig
 from ds_vshape.config.to_schedule import Room
 from ds_vshape.deepspeed_adapter.engine import StockEngine
@@ -50,6 +52,8 @@ class MemoryLimits(StockEngine):
         """Collective, as all that follows."""
         limit = config.memory_limit
         self._limit = None
+        # Why no batch is trained, once a limit has turned out to be broken.
+        self._broken: PipelineError | None = None
         if isinstance(limit, int):
             self._limit = RankLimit(limit, self.placement, self.module.preflight.exchange, config)
         if isinstance(limit, int) and config.name == ADAPTIVE:
@@ -79,6 +83,7 @@ class MemoryLimits(StockEngine):
             self.schedule()
             if train_batch_size != before:
                 self._check_batch_size()
+                self._broken = None
         except Exception:
             super().set_train_batch_size(before)
             raise
@@ -146,7 +151,16 @@ class MemoryLimits(StockEngine):
         later, within what is left."""
         if self._limit is not None and not self._plans.will_plan:
             memory = self._observer.memory(self._present())
-            self._limit.check(self._present().name, memory, self._observer.sizes, _MEASURED)
+            try:
+                self._limit.check(self._present().name, memory, self._observer.sizes, _MEASURED)
+            except PipelineError as error:
+                self._broken = error
+                raise
+
+    def refuse_again(self) -> None:
+        """Raise PipelineError, on all ranks, where a limit has turned out to be broken: a script may go on."""
+        if self._broken is not None:
+            raise self._broken.with_traceback(None)
 
     def _present(self) -> Schedule:
         return self._plans.schedule(self.micro_batches)

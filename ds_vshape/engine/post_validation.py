@@ -39,6 +39,7 @@ from ds_vshape.engine.rollback import PassesSnapshot, StepSnapshot, change, snap
 from ds_vshape.engine.verdict import NormLimits, StepReport, Verdict, judge
 from ds_vshape.health.failures import Failure, PendingStatus
 from ds_vshape.health.step import BatchStep, Reached
+from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.health.watch import in_phase
 from ds_vshape.module.tied import joined
 from ds_vshape.runtime import instructions as instr
@@ -151,7 +152,10 @@ class PostValidatingEngine(PipelineEngine):
     def _accept(self, ahead: _Ahead, norm: float) -> None:
         self._set_norm(norm)
         for events in ahead.events:
-            self.monitor.write_events(events)
+            try:
+                self.monitor.write_events(events)
+            except Exception as error:
+                self._guard.defer(error, "the monitor")
 
     def _set_norm(self, norm: float) -> None:
         if self._zero_step.counts_norm:
@@ -245,7 +249,7 @@ class PostValidatingEngine(PipelineEngine):
         # This rank waits for no other; an error after the step is reported with the next batch, as one in the step is.
         if failure is not None and self._guard.step.reached is not Reached.WHOLE:
             raise failure.error
-        self._guard.failure = self._guard.failure or failure
+        self._guard.failure = self._guard.failure or failure or self._guard.take_deferred()
 
     def _report(self) -> StepReport:
         """What this rank says of the step that it has taken."""
@@ -299,7 +303,12 @@ class PostValidatingEngine(PipelineEngine):
         assert self._passes is not None
         self._passes.restore()
         self._passes = None
-        self.settle()
+        try:
+            self.settle()
+        except Exception as error:
+            if not is_ended_wait(error):
+                self._samples.drop()
+            raise
         self._samples.again()
         self.total_loss = self.total_additional_losses = None
         return False

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ds_vshape.deepspeed_adapter.engine import step_state
 from ds_vshape.deepspeed_adapter.optimizers import ZeroStep
+from ds_vshape.health.waits import is_ended_wait
 from ds_vshape.runtime.random_state import RandomState
 from ds_vshape.runtime.rank import Rank
 
@@ -132,13 +133,16 @@ class PassesSnapshot:
 
 
 class Samples:
-    """The micro-batches that a batch has loaded, for its second run.
+    """The micro-batches that a batch has loaded by `load`, for its second run.
 
     What loading them drew from the host's generators is drawn again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
         self._keeps = False
+        # How many are still to be loaded if the batch doesn't run again.
+        self._skipped = 0
         self._kept: list[tuple[Any, RandomState | None]] = []
         self._again: deque[tuple[Any, RandomState | None]] = deque()
 
@@ -148,31 +152,46 @@ class Samples:
         self._keeps = True
 
     def drop(self) -> None:
-        """Forget the samples: the batch won't run again."""
+        """Forget the samples: the batch won't run again. What was skipped is loaded."""
         self._keeps = False
         self._kept.clear()
         self._again.clear()
+        while self._skipped:
+            self._skipped -= 1
+            self.skip()
 
     def again(self) -> None:
         """The batch starts again."""
-        self._keeps = False
+        self._keeps, self._skipped = False, 0
         self._again.extend(self._kept)
         self._kept.clear()
 
-    def take(self, load: Callable[[], Any]) -> Any:
-        """The next micro-batch, by `load` if it's new; raises what that raised."""
+    def skip(self) -> None:
+        """Load a micro-batch that isn't trained, since the batch has failed; later, if that may run again: loading
+        draws from the generators in the order of the passes."""
+        if self._keeps:
+            self._skipped += 1
+            return
+        try:
+            self.take()
+        except Exception as error:
+            if is_ended_wait(error):
+                raise
+
+    def take(self) -> Any:
+        """The next micro-batch; raises what loading it raises."""
         if self._again:
             sample, after = self._again.popleft()
             if after is not None:
                 after.restore_host()
         elif self._keeps:
             before = RandomState()
-            sample = loaded(load)
+            sample = loaded(self._load)
             after = RandomState()
             # The layers that receive a sample may change it.
             self._kept.append((tree_map(_own, sample), None if after.same_host(before) else after))
         else:
-            return load()
+            return self._load()
         return unless_raised(sample)
 
 

@@ -347,7 +347,7 @@ class MeasuredSchedules:
             self.first(schedule.micro_batches)
             return None
         if self._refused is not None:
-            raise self._refused
+            raise self._refused.with_traceback(None)
         self._batches += 1
         try:
             return self._follow(record)
@@ -357,6 +357,8 @@ class MeasuredSchedules:
                 logger.error(f"{KEY} {self._config.name} stays as it is: {failure}")
             self._enter(_Phase.SETTLED)
             return None
+        except PeerLost:
+            raise
         except PipelineError as error:
             # On all ranks. A script that goes on is told again after each batch.
             self._refused = error
@@ -435,7 +437,10 @@ class MeasuredSchedules:
             self._samples.add(record.spans(), record.entry_seconds())
         if self._batches < BATCHES_BETWEEN_CHECKS:
             return None
-        assert self._times is not None
+        if self._times is None:
+            # They couldn't be measured before.
+            self._enter(_Phase.MEASURE)
+            return None
         times = self._agreed_times()
         moved = moved_by(_of_the_same_lengths(times, self._times) if self._orders else times, self._times)
         if moved <= self._config.drift:

@@ -23,6 +23,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 from ds_vshape.comm.channels import PeerLost, Withdrawn
 from ds_vshape.comm.exchange import Exchange, Numbers
 from ds_vshape.health.step import Reached
+from ds_vshape.health.waits import is_ended_wait
 
 T = TypeVar("T")
 
@@ -71,6 +72,11 @@ class Failure:
 def is_raised_by_all(error: Exception) -> bool:
     """Whether an Agreement has raised `error`, as it does on all ranks together."""
     return getattr(error, "is_raised_by_all", False)
+
+
+def is_known_to_all(error: Exception) -> bool:
+    """Whether all ranks raise `error`, or find out by themselves what it is about, a lost rank."""
+    return is_raised_by_all(error) or is_ended_wait(error)
 
 
 @contextmanager

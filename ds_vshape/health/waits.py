@@ -21,7 +21,8 @@ from ds_vshape.comm.channels import PeerLost
 
 # How gloo's and NCCL's errors start, which torch raises as plain RuntimeErrors: gloo's with the place in its source. A
 # script's error may have the words too, in the name of a file for example.
-_TRANSPORT_ERROR = re.compile(r"\[[^\]]*\bgloo/|gloo\b|nccl\b|.*(pair closure|connection closed by peer)", re.I)
+_TRANSPORT_ERROR = re.compile(
+    r"\[[^\]]*\bgloo/|gloo\b|nccl\b|processgroup|.*(pair closure|connection closed by peer)", re.IGNORECASE)
 # The tag of a message that no rank sends.
 _TAG = 2**31 - 5
 # Modules that wait for other ranks, and modules that wait for a thread which does so.

@@ -61,6 +61,8 @@ class AllocationWatcher:
         self._watched: Watched | None = None
         # What was taken and is still there, by its storage: its number and bytes.
         self._alive: dict[StorageWeakRef, tuple[int, int]] = {}
+        # All that has a number. As long as a weak reference is there, no other storage gets it.
+        self._numbered: set[StorageWeakRef] = set()
         self._spans = self._time = 0
         self._failure: Exception | None = None
 
@@ -98,6 +100,18 @@ class AllocationWatcher:
         """Stop if it runs, and discard what was seen."""
         self._watched = None
         self._alive.clear()
+        self._numbered.clear()
+
+    def memory(self, tensors: Iterable[Any]) -> dict[int, int]:
+        """The memory of tensors, each piece once: bytes by the number that none but it has while this watches."""
+        found: dict[int, int] = {}
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                self._numbered.add(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+                number, size = memory_of(tensor)
+                if size:
+                    found[number] = size
+        return found
 
     def look(self, given: Iterable[Any], results: Iterable[Any]) -> None:
         """An operator was `given` tensors and has come to `results`; raises nothing."""
@@ -110,6 +124,7 @@ class AllocationWatcher:
                 number, size = memory_of(tensor)
                 if reference not in before and reference not in self._alive and size:
                     self._alive[reference] = number, size
+                    self._numbered.add(reference)
                     self._note(number, size)
         except Exception as error:
             self._failure = self._failure or error

@@ -122,7 +122,7 @@ class ActivationMeter:
         """Around an F; `inputs` and `labels` are a tensor or nested ones."""
         span = _Span(action)
         with self._measuring():
-            span.alive = _numbered(tree_leaves(inputs))
+            span.alive = self._watcher.memory(tree_leaves(inputs))
             self._inputs[action.stage] = sum(span.alive.values())
             span.labels = [*map(_reference, _strided(tree_leaves(labels)))]
             if not span.alive:
@@ -130,7 +130,7 @@ class ActivationMeter:
         with self._watched(span):
             yield
         with self._measuring():
-            span.apart = _numbered([*self._module.parameters(), *self._module.buffers()])
+            span.apart = self._watcher.memory([*self._module.parameters(), *self._module.buffers()])
 
     @contextmanager
     def backward(self, action: Pass) -> Iterator[None]:
@@ -155,8 +155,8 @@ class ActivationMeter:
         """Around W, which empties `store`."""
         span = _Span(action)
         with self._measuring():
-            span.apart = _numbered([*self._module.parameters(), *self._module.buffers()])
-            span.alive = _numbered(store.tensors())
+            span.apart = self._watcher.memory([*self._module.parameters(), *self._module.buffers()])
+            span.alive = self._watcher.memory(store.tensors())
         with self._watched(span):
             yield
 
@@ -175,8 +175,8 @@ class ActivationMeter:
         with self._watcher.span() as span.number:
             yield
         with self._measuring():
-            span.gradients = _numbered(getattr(parameter, name, None) for parameter in self._module.parameters()
-                                       for name in GRADIENTS)
+            span.gradients = self._watcher.memory(
+                getattr(parameter, name, None) for parameter in self._module.parameters() for name in GRADIENTS)
         self._spans.append(span)
 
     def _add_up(self, watched: Watched) -> None:
@@ -266,11 +266,6 @@ def _without(memory: dict[int, int], apart: dict[int, int]) -> dict[int, int]:
 
 def _strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
     return (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided)
-
-
-def _numbered(tensors: Iterable[Any]) -> dict[int, int]:
-    """The memory of tensors, each piece once."""
-    return {number: size for number, size in map(memory_of, _strided(tensors)) if size}
 
 
 def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:

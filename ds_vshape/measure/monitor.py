@@ -44,19 +44,19 @@ from ds_vshape.schedule.timeline import Timeline
 _PREFIX = "Train/Pipeline/"
 
 
-class KeepingMonitor:
-    """DeepSpeed's `monitor`, which writes on one rank alone: an error of that is given to `keep`, since other ranks
-    wait for what comes after it."""
+class DeferringMonitor:
+    """DeepSpeed's `monitor`, which writes on one rank alone. An error is given to `defer`: other ranks wait for what
+    comes after it."""
 
-    def __init__(self, monitor: Any, keep: Callable[[Exception, str], None]) -> None:
-        self._monitor, self._keep = monitor, keep
+    def __init__(self, monitor: Any, defer: Callable[[Exception, str], None]) -> None:
+        self._monitor, self._defer = monitor, defer
 
     def write_events(self, events: list[Any]) -> None:
         """Write (name, value, number of samples) of each event."""
         try:
             self._monitor.write_events(events)
         except Exception as error:
-            self._keep(error, "the monitor")
+            self._defer(error, "the monitor")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._monitor, name)
@@ -149,6 +149,9 @@ class MonitorReports:
                             step=self._rank.global_samples)
         except ImportError as error:
             logger.warning(f"no picture of the schedule for wandb: {error}; pip install ds-vshape[plots]")
+        except Exception as error:
+            # Other ranks wait for what comes after it.
+            logger.warning(f"no picture of the schedule for wandb: {type(error).__name__}: {error}")
 
 
 def _tokens(inputs: Any) -> int:

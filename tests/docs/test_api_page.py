@@ -10,7 +10,7 @@ from ds_vshape.engine import PostValidatingEngine
 
 # Called by the engine's own parts.
 INTERNAL = {"check_measured", "draw_ahead", "gradient_so_far", "look_at_shapes", "peek", "planned_times", "preflight",
-            "rehearsed", "rollback_bytes", "room"}
+            "refuse_again", "rehearsed", "rollback_bytes", "room"}
 
 
 def test_the_page_is_what_its_command_generates() -> None:

@@ -325,7 +325,9 @@ def train_on_one_iterator(rank: int, job: Job, arm: Callable[[Any, int], Any],
 @pytest.mark.parametrize(["schedule", "arm", "lost"], [
     ("1f1b", sample_raises, 1), ("1f1b", loss_raises, 1), ("zb-h1", backward_raises, 1),
     ("interleaved-1f1b", forward_raises, 1), ({"name": "1f1b", **VALIDATED_LATER}, forward_raises, 1),
-    ({"name": "1f1b", **VALIDATED_LATER}, last_backward_raises, 2)])
+    ({"name": "1f1b", **VALIDATED_LATER}, last_backward_raises, 2),
+    ({"name": "1f1b", "micro_batch_order": "length"}, sample_raises, 1),
+    ({"name": "1f1b", "micro_batch_order": "length"}, forward_raises, 1)])
 def test_data_continue_after_a_batch_that_failed(schedule: Any, arm: Any, lost: int) -> None:
     """All ranks have drawn all data of the failed batch, whoever loads them: inputs and labels stay together."""
     job = Job(schedule, 3, 4, FP32_ZERO1, layers(3, 2))

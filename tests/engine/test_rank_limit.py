@@ -98,6 +98,34 @@ def test_where_shapes_tell_nothing_sizes_are_known_when_they_are_measured() -> N
     assert [len(lines) for *_, lines in found] == [1, 0], found[0][2]
 
 
+def refused_once_measured(rank: int, limit: int) -> list[tuple[str, int]]:
+    """What each of three batches ends in, and how many steps are done by then."""
+    without_process()
+    section = {"name": "v-half", "memory_limit": f"{limit}B"}
+    engine = Job(section, 2, 6, FP32, tuple(specs(BLOCKS, ReadingBlock))).engine()
+    found = []
+    for batch in range(3):
+        told = ""
+        try:
+            engine.train_batch(data(engine, batch))
+        except PipelineError as error:
+            told = str(error)
+        found.append((told, engine.global_steps))
+    return found
+
+
+def test_a_limit_that_is_broken_once_sizes_are_measured_stays_broken() -> None:
+    """A script that goes on trains nothing any more."""
+    def most(rank: int) -> int:
+        without_process()
+        return max(of_rank.total for of_rank in train_without_shapes(rank, {"name": "v-half"})[1])
+
+    limit = run_ranks(2, most)[0] - 100
+    for before, measured, after in run_ranks(2, refused_once_measured, limit):
+        assert before == ("", 1) and measured[1] == after[1] == 2 and measured[0] == after[0]
+        assert measured[0].startswith("pipeline_schedule.memory_limit = ") and "v-half needs" in measured[0]
+
+
 def needs(rank: int, limit: str, config: dict[str, Any]) -> tuple[list[RankMemory], list[str], list[Schedule]]:
     """What ranks need before the first batch, by the log, and after an adaptive schedule has come, and another one
     for more micro-batches."""

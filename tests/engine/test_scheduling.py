@@ -425,12 +425,13 @@ def train_without_speeds(rank: int) -> tuple[list[float], list[str]]:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         keeping.seconds_per_byte = full
+    scheduling.BATCHES_BETWEEN_CHECKS = 5  # then it's tried again
     with Lines() as lines:
-        losses = train(Job(profiled("adaptive", offload=True), 2, 3).engine(), range(12)).losses
+        losses = train(Job(profiled("adaptive", offload=True), 2, 3).engine(), range(20)).losses
     return losses, lines.with_word("stays as it is")
 
 
 def test_training_goes_on_where_copies_cannot_be_measured() -> None:
     (ours, lines), (other, _) = run_ranks(2, train_without_speeds)
-    assert ours == other == run_ranks(2, train_throughout, Job(None, 2, 3), 12)[0][0]
-    assert len(lines) == 1 and "copies to the host can't be measured: " in lines[0] and "No space left" in lines[0]
+    assert ours == other == run_ranks(2, train_throughout, Job(None, 2, 3), 20)[0][0]
+    assert len(lines) >= 2 and "copies to the host can't be measured: " in lines[0] and "No space left" in lines[0]

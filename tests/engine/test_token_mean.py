@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -357,6 +358,26 @@ def test_batches_that_fail_on_one_replica(schedule: Any) -> None:
         counting, _, short, _ = errors
         assert all("no count today" in error for error in errors[:2]), counting
         assert all(error.startswith("StopIteration") for error in errors[2:]), short
+
+
+def through_one_iterator(rank: int) -> tuple[list[float], list[float]]:
+    """The losses without a failure, and of one iterator in whose second batch tokens can't be counted."""
+    job = Job("1f1b", 2, MICRO_BATCHES)
+    engine = job.engine(loss_fn=LateLoss())
+    oracle = [float(engine.train_batch(batch_of(engine, batch))) for batch in range(2)]
+    engine = job.engine(loss_fn=LateLoss())
+    samples = chain.from_iterable(batch_of(engine, batch) for batch in (0, 9, 1))
+    losses = [float(engine.train_batch(samples))]
+    LateLoss.fails = True
+    with pytest.raises(Exception, match="no count today"):
+        engine.train_batch(samples)
+    LateLoss.fails = False
+    return oracle, [*losses, float(engine.train_batch(samples))]
+
+
+def test_data_continue_after_a_batch_whose_tokens_cannot_be_counted() -> None:
+    for oracle, losses in run_ranks(2, through_one_iterator):
+        assert losses == oracle
 
 
 @pytest.mark.slow

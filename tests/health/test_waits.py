@@ -19,6 +19,8 @@ SOURCE = "/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp"
     RuntimeError(f"[enforce fail at {SOURCE}/pair.cc:30] rv != -1"),
     RuntimeError("Gloo connectFullMesh failed with timeout"),
     RuntimeError("Application timeout caused pair closure"),
+    RuntimeError("ProcessGroupWrapper: Monitored Barrier encountered error running collective: ALLREDUCE. Error: \n"
+                 f"[{SOURCE}/pair.cc:547] Connection closed by peer"),
     RuntimeError("NCCL communicator was aborted on rank 1."),
 ])
 def test_errors_of_a_connection(error: Exception) -> None:
