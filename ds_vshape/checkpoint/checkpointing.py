@@ -78,11 +78,15 @@ class SavingEngine(StockEngine):
                                   "can't load the optimizer states that it would save")
         client_state = {} if client_state is None else client_state
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        # Hosts may keep their own folders under other names.
-        place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
-        self.module.preflight.compare(lambda: {
-            "save_dir": place and str(place), "tag": tag, "save_latest": bool(save_latest),
-            "exclude_frozen_parameters": bool(exclude_frozen_parameters)})
+
+        def facts() -> Facts:
+            _check_folder("save_dir", save_dir)
+            # Hosts may keep their own folders under other names.
+            place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
+            return {"save_dir": place and str(place), "tag": tag, "save_latest": bool(save_latest),
+                    "exclude_frozen_parameters": bool(exclude_frozen_parameters)}
+
+        self.module.preflight.compare(facts)
         if not save_dir:
             return bool(super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters))
         check_tag(tag, (LATEST, LATEST_UNIVERSAL) if save_latest else ())
@@ -210,8 +214,7 @@ class SavingEngine(StockEngine):
         asked = None if tag is None else str(tag)
 
         def facts() -> Facts:
-            if not isinstance(load_dir, (str, os.PathLike)):
-                raise CheckpointError(f"load_dir = {load_dir!r}: must be the folder that has the checkpoints")
+            _check_folder("load_dir", load_dir)
             return {"tag": asked, **{name: bool(on) for name, on in options.items()}}
 
         self.module.preflight.compare(facts)
@@ -379,3 +382,9 @@ def _without_ties(module: Any) -> Iterator[None]:
         yield
     finally:
         module.tied_comms = ties
+
+
+def _check_folder(name: str, folder: Any) -> None:
+    """Raise CheckpointError for an argument `name` that names no folder."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise CheckpointError(f"{name} = {folder!r}: must be the path of the checkpoints' folder")

@@ -146,7 +146,7 @@ class Preflight:
         """What isn't the same on all ranks, in one line."""
         failed = {rank: facts[_ERROR] for rank, facts in enumerate(every) if _ERROR in facts}
         if failed:
-            return f"not all ranks can start: {self._grouped(failed)}"
+            return f"not all ranks can go on: {self._grouped(failed)}"
         names = sorted({name for facts in every for name in facts})
         differing = [name for name in names if len({_shown(facts, name) for facts in every}) > 1]
         if any(facts.get(_NAME, "") is None for facts in every):

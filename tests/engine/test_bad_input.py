@@ -136,7 +136,7 @@ REFUSED: dict[str, Case] = {
     "a trace of too much": field(TRACE, trace={"batches": [1, 10**18]}),
     "a trace that has no path": field(TRACE, trace={"batches": [1, 2], "path": "a\0b"}),
     "a trace that can't be written": section(
-        "PreflightError: not all ranks can start: ConfigError: pipeline_schedule.trace.path = '/dev/null/traces': must "
+        "PreflightError: not all ranks can go on: ConfigError: pipeline_schedule.trace.path = '/dev/null/traces': must "
         "be a folder that rank 0 can write into: [Errno 20] Not a directory: '/dev/null/traces' on rank 0",
         trace={"batches": [1, 2], "path": "/dev/null/traces"}),
     "negative bounds": field("must be a method's name, a list of the first layer", partition=[0, -1, 2, 4, 5]),
@@ -205,7 +205,7 @@ REFUSED: dict[str, Case] = {
     "a monitor that can't write": (
         lambda: initialized(module_of(V_HALF), {**V_HALF, "csv_monitor": {"enabled": True,
                                                                           "output_path": "/dev/null/csv"}}),
-        "PreflightError: not all ranks can start: ConfigError: csv_monitor.output_path = '/dev/null/csv': must be a "
+        "PreflightError: not all ranks can go on: ConfigError: csv_monitor.output_path = '/dev/null/csv': must be a "
         "folder that rank 0 can write into: [Errno 20] Not a directory: '/dev/null/csv' on rank 0"),
     "ZeRO-2": key("zero_optimization.stage = 2: must be 0 or 1", zero_optimization={"stage": 2}),
     "ZeRO-3": key("zero_optimization.stage = 3: must be 0 or 1", zero_optimization={"stage": 3}),
@@ -266,23 +266,23 @@ REFUSED: dict[str, Case] = {
     "no layers": options("PipelineError: layers = None: must be a list of layers", layers=None),
     "a layer that is none": layers("PipelineError: layer 3 is 7: must be a LayerSpec, an nn.Module or a function",
                                    (3, 7)),
-    "a layer that one rank can't build": layers("PreflightError: not all ranks can start: FileNotFoundError: no "
+    "a layer that one rank can't build": layers("PreflightError: not all ranks can go on: FileNotFoundError: no "
                                                 "weights for this layer on rank 1", (2, LayerSpec(Unbuildable))),
     "a loss that is none": options("PipelineError: loss_fn = 'mse': must be a function", loss_fn="mse"),
     "a negative interval": options("PipelineError: activation_checkpoint_interval = -1: must be",
                                    activation_checkpoint_interval=-1),
     "tied weights of other shapes on one rank": layers(
-        f"PreflightError: not all ranks can start: PipelineError: tied layers 'word': layer 0 is Embedding(13, {WIDTH})"
+        f"PreflightError: not all ranks can go on: PipelineError: tied layers 'word': layer 0 is Embedding(13, {WIDTH})"
         f", and layer 5 on the same rank Embedding(13, {WIDTH + 1}); they must be equal",
         (0, tied(WIDTH)), (5, tied(WIDTH + 1, forward_fn=head))),
     "tied weights of other shapes on two ranks": layers(
         f"PipelineError: tied weight word.weight has different shapes: [13, {WIDTH}] on rank 0, [13, {WIDTH + 1}] on "
         "rank 1", (0, tied(WIDTH)), (5, tied(WIDTH + 1, forward_fn=head)), config=ONE_F_ONE_B),
     "tied layers of two classes on one rank": layers(
-        f"PreflightError: not all ranks can start: PipelineError: tied layers 'word': layer 0 is Embedding(13, {WIDTH})"
+        f"PreflightError: not all ranks can go on: PipelineError: tied layers 'word': layer 0 is Embedding(13, {WIDTH})"
         f", and layer 5 on the same rank Linear(13, {WIDTH})", (0, tied(WIDTH)), (5, tied(WIDTH, nn.Linear))),
     "a tied weight that isn't there": layers(
-        "PreflightError: not all ranks can start: PipelineError: tied layers 'word': tied_weight_attr = 'wight', but "
+        "PreflightError: not all ranks can go on: PipelineError: tied layers 'word': tied_weight_attr = 'wight', but "
         "Embedding has weight on rank 0", (0, tied(WIDTH, tied_weight_attr="wight")),
         (5, tied(WIDTH, tied_weight_attr="wight", forward_fn=head))),
 }
@@ -534,7 +534,9 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a schedule of another placement": (lambda engine: engine.use_schedule(build("1f1b", 2, 2)),
                                         "PipelineError: 1f1b places its stages as ((0,), (1,)), but the model has"),
     "a checkpoint of nothing": (lambda engine: engine.load_checkpoint(None),
-                                "CheckpointError: load_dir = None: must be the folder that has the checkpoints"),
+                                "CheckpointError: load_dir = None: must be the path of the checkpoints' folder"),
+    "a checkpoint into a number": (lambda engine: engine.save_checkpoint(5),
+                                   "CheckpointError: save_dir = 5: must be the path of the checkpoints' folder"),
     "a checkpoint whose name is too long": (lambda engine: engine.load_checkpoint("/tmp", tag=300 * "a"),
                                             f"CheckpointError: /tmp/{300 * 'a'} can't be read: "),
     "a checkpoint without a place": (lambda engine: engine.save_checkpoint(""),

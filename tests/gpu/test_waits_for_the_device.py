@@ -61,7 +61,7 @@ def test_refused_on_every_rank_of_a_gpu() -> None:
                              f"false {WHY}")
     assert comms == f"ConfigError: comms_logger.enabled = True: must be false {WHY}"
     assert blocking == f"ConfigError: CUDA_LAUNCH_BLOCKING = '1' in the environment: must be 0, or unset, {WHY}"
-    assert on_one.startswith("PreflightError: not all ranks can start: ConfigError: CUDA_LAUNCH_BLOCKING = '1' in")
+    assert on_one.startswith("PreflightError: not all ranks can go on: ConfigError: CUDA_LAUNCH_BLOCKING = '1' in")
     assert "rank 1" in on_one and "rank 0" not in on_one
     assert legal == ["", ""]
 

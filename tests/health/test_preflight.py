@@ -93,7 +93,7 @@ DIFFERENT: dict[str, tuple[Callable[[bool], Any], str]] = {
     "the schedule, with another placement": (with_keys(pipeline_schedule="1f1b"),
                                              must("pipeline_schedule.name", '"v-half"', '"1f1b"')),
     "a schedule that doesn't exist": (with_keys(pipeline_schedule="v-haf"),
-                                      "not all ranks can start: ConfigError: pipeline_schedule.name = 'v-haf': there "
+                                      "not all ranks can go on: ConfigError: pipeline_schedule.name = 'v-haf': there "
                                       "is no schedule 'v-haf'; did you mean 'v-half'?"),
     "the memory limit": (with_keys(pipeline_schedule={"name": "v-half", "memory_limit": 0.75}),
                          must("pipeline_schedule.memory_limit", "nothing", "0.75")),
@@ -103,9 +103,9 @@ DIFFERENT: dict[str, tuple[Callable[[bool], Any], str]] = {
     "five keys": (with_keys(a=1, b=2, c=3, d=4, e=5), must("a", "nothing", "1") + "; b = nothing"),
     "no schedule": (without_key, must("pipeline_schedule.name", '"v-half"', "null")),
     "a key that is refused": (with_keys(pipeline_shedule="v-half"),
-                              "not all ranks can start: ConfigError: unknown key 'pipeline_shedule' in the DeepSpeed "
+                              "not all ranks can go on: ConfigError: unknown key 'pipeline_shedule' in the DeepSpeed "
                               "config: did you mean 'pipeline_schedule'? on rank 2 (host-1)"),
-    "no such file": (in_a_file, "not all ranks can start: ConfigError: DeepSpeed config 'nowhere.json': no such file, "
+    "no such file": (in_a_file, "not all ranks can go on: ConfigError: DeepSpeed config 'nowhere.json': no such file, "
                                 "nor base64 text on rank 2 (host-1)"),
     "the number of ranks": (with_options(num_stages=2), must("PipelineModule's num_stages", "4", "2")),
     "the layers": (with_options(layers=11), must("number of layers", "9", "13")),
@@ -116,7 +116,7 @@ DIFFERENT: dict[str, tuple[Callable[[bool], Any], str]] = {
     "the size of micro-batches, in initialize": (only_in_initialize,
                                                  must("train_micro_batch_size_per_gpu", "2", "3")),
     "the schedule, in initialize": (another_section_in_initialize,
-                                    "not all ranks can start: ConfigError: pipeline_schedule: the PipelineModule was "
+                                    "not all ranks can go on: ConfigError: pipeline_schedule: the PipelineModule was "
                                     "built for {'name': 'v-half'}, initialize's config says {'name': 'v-zb'}"),
     "the orders": (another_order, "the ranks must have the same: orders = "),
 }
