@@ -69,13 +69,13 @@ class MemoryLimits(StockEngine):
         def facts() -> Facts:
             if not isinstance(train_batch_size, Integral) or train_batch_size < 1:
                 raise ValueError(f"train_batch_size = {train_batch_size!r}: must be a positive integer")
-            rows, replicas = self.train_micro_batch_size_per_gpu(), self.dp_world_size
-            if train_batch_size % (rows * replicas):
-                raise ValueError(f"train_batch_size = {train_batch_size}: must be a multiple of {rows * replicas}, a "
-                                 f"micro-batch of {rows} on each of {replicas} replicas")
             return {"train_batch_size": int(train_batch_size)}
 
         self.module.preflight.compare(facts)
+        rows, replicas = self.train_micro_batch_size_per_gpu(), self.dp_world_size
+        if train_batch_size % (rows * replicas):
+            raise ValueError(f"train_batch_size = {train_batch_size}: must be a multiple of {rows * replicas}, a "
+                             f"micro-batch of {rows} on each of {replicas} replicas")
         train_batch_size = int(train_batch_size)
         before = self.train_batch_size()
         super().set_train_batch_size(train_batch_size)
