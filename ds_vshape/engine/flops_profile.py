@@ -55,6 +55,6 @@ def flops_profile(rank: ProfiledRank, defer: Callable[[Exception, str], None]) -
             profiler.print_model_profile(step, rank.flops_profiler_module_depth(), rank.flops_profiler_top_modules(),
                                          rank.flops_profiler_detailed(), rank.flops_profiler_output_file())
         except Exception as error:
-            defer(error, "the flops profiler's report")
+            defer(error, "flops profiler's report")
     finally:
         profiler.end_profile()

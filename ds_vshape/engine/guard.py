@@ -100,6 +100,8 @@ class BatchGuard:
             if is_ended_wait(error):
                 raise
             self._watch.failure = None
+            # The log has it. The next batch must not fail for it.
+            self.take_deferred()
             self._forget()
             raise
 

@@ -31,6 +31,7 @@ from ds_vshape.split_backward import GradientAccumulator, Operators
 from ds_vshape.split_backward.head import EarlyGradients
 
 _BY_SHAPES, _MEASURED = "by shapes, before training", "as measured in training"
+_WITHOUT_PASSES = "without activations and what passes need, whose sizes aren't known yet"
 
 
 class MemoryLimits(StockEngine):
@@ -122,7 +123,7 @@ class MemoryLimits(StockEngine):
             for rank, of_rank in enumerate(memory):
                 self._log(f"pipeline rank {rank} will need {of_rank}, by its shapes")
             memory = self._start_within(limit, memory, sizes, _BY_SHAPES)
-        limit.check(self._present().name, memory, sizes, _BY_SHAPES)
+        limit.check(self._present().name, memory, sizes, _WITHOUT_PASSES if sizes is None else _BY_SHAPES)
         self._looked = True
 
     def _check_batch_size(self) -> None:

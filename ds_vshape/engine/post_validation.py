@@ -155,7 +155,7 @@ class PostValidatingEngine(PipelineEngine):
             try:
                 self.monitor.write_events(events)
             except Exception as error:
-                self._guard.defer(error, "the monitor")
+                self._guard.defer(error, "monitor")
 
     def _set_norm(self, norm: float) -> None:
         if self._zero_step.counts_norm:

@@ -56,7 +56,7 @@ class DeferringMonitor:
         try:
             self._monitor.write_events(events)
         except Exception as error:
-            self._defer(error, "the monitor")
+            self._defer(error, "monitor")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._monitor, name)

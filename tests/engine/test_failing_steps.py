@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,30 @@ def test_reports_that_fail_on_their_one_rank(tmp_path: Path) -> None:
     first, second = run_ranks(2, train_with_reports, config, str(tmp_path))
     assert first[0] == second[0]
     for profile, events in (first[1], second[1]):
-        assert "the flops profiler's report on pipeline rank 0" in profile
+        assert "flops profiler's report on pipeline rank 0" in profile
         assert "the step is done on all ranks, as number 1" in profile
-        assert "no write_events today" in events and "the monitor on pipeline rank 0" in events
+        assert "no write_events today" in events and "monitor on pipeline rank 0" in events
     assert all(told.startswith("PipelineError") for told in second[1])
+
+
+def train_past_two_errors(rank: int, config: dict[str, Any]) -> tuple[list[float], list[float], str]:
+    """The monitor fails while a step is validated, in a batch whose data fail too."""
+    job = Job({"name": "v-half", "optimizer_post_validation": True}, 2, 4, config)
+    engine = job.engine()
+    oracle = [float(engine.train_batch(data(engine, batch))) for batch in range(5)]
+    engine = job.engine()
+    losses = [float(engine.train_batch(data(engine, batch))) for batch in range(2)]
+    if rank == 0:
+        monitor_fails(engine)
+    told = error_of(lambda: engine.train_batch(islice(data(engine, 2), 3)))
+    losses += [float(engine.train_batch(data(engine, batch))) for batch in range(2, 5)]
+    return oracle, losses, told
+
+
+def test_an_error_of_a_report_fails_no_later_batch(tmp_path: Path) -> None:
+    """If the batch in which it came has failed for something else."""
+    for oracle, losses, told in run_ranks(2, train_past_two_errors, monitored(tmp_path)):
+        assert losses == oracle and told.startswith("StopIteration")
 
 
 def train_validated_later(rank: int, job: Job) -> tuple[list[float], list[float], str]:
