@@ -150,16 +150,17 @@ def moved_when_found(rank: int, engine: Any) -> Callable[[], None]:
 
 
 def during(of: str, happens: Callable[[Path], None]) -> Injection:
-    """Something happens to the checkpoint when rank 0 has done a part of loading it."""
+    """Something happens to the checkpoint when both ranks have done a part of loading it; meanwhile neither reads."""
     def inject(rank: int, engine: Any) -> Callable[[], None]:
         owner, method = engine.module, of.rpartition(".")[2]
         original = getattr(owner, method)
 
         def load(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
-            happens(Path(kwargs["load_dir"]))
-        if rank:
-            return lambda: None
+            dist.barrier()
+            if rank == 0:
+                happens(Path(kwargs["load_dir"]))
+            dist.barrier()
         setattr(owner, method, load)
         return lambda: delattr(owner, method)
     return inject
