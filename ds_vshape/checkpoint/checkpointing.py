@@ -80,7 +80,7 @@ class SavingEngine(StockEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
 
         def facts() -> Facts:
-            _check_folder("save_dir", save_dir)
+            _check_path("save_dir", save_dir)
             # Hosts may keep their own folders under other names.
             place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
             return {"save_dir": place and str(place), "tag": tag, "save_latest": bool(save_latest),
@@ -214,7 +214,7 @@ class SavingEngine(StockEngine):
         asked = None if tag is None else str(tag)
 
         def facts() -> Facts:
-            _check_folder("load_dir", load_dir)
+            _check_path("load_dir", load_dir)
             return {"tag": asked, **{name: bool(on) for name, on in options.items()}}
 
         self.module.preflight.compare(facts)
@@ -384,7 +384,7 @@ def _without_ties(module: Any) -> Iterator[None]:
         module.tied_comms = ties
 
 
-def _check_folder(name: str, folder: Any) -> None:
+def _check_path(name: str, folder: Any) -> None:
     """Raise CheckpointError for an argument `name` that names no folder."""
     if not isinstance(folder, (str, os.PathLike)):
         raise CheckpointError(f"{name} = {folder!r}: must be the path of the checkpoints' folder")

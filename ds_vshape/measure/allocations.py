@@ -32,6 +32,11 @@ def memory_of(tensor: Tensor) -> tuple[int, int]:
     return storage._cdata, storage.nbytes()
 
 
+def strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
+    """Those that are tensors with plain storage."""
+    return (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided)
+
+
 class CannotWatch(RuntimeError):
     """Why memory can't be watched."""
 
@@ -105,12 +110,11 @@ class AllocationWatcher:
     def memory(self, tensors: Iterable[Any]) -> dict[int, int]:
         """The memory of tensors, each piece once: bytes by the number that none but it has while this watches."""
         found: dict[int, int] = {}
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                self._numbered.add(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
-                number, size = memory_of(tensor)
-                if size:
-                    found[number] = size
+        for tensor in strided(tensors):
+            self._numbered.add(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+            number, size = memory_of(tensor)
+            if size:
+                found[number] = size
         return found
 
     def look(self, given: Iterable[Any], results: Iterable[Any]) -> None:

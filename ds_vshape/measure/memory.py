@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from ds_vshape.deepspeed_adapter.optimizers import GRADIENTS
-from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched, memory_of
+from ds_vshape.measure.allocations import AllocationWatcher, CannotWatch, Watched, memory_of, strided
 from ds_vshape.schedule.activations import Activations, Working
 from ds_vshape.schedule.passes import Kind, Pass
 from ds_vshape.schedule.placement import Placement
@@ -31,7 +31,7 @@ class Storages:
 
     def add(self, tensors: Iterable[Any]) -> None:
         """Count the memory of `tensors`; anything else is ignored, and so are tensors without plain storage."""
-        for tensor in _strided(tensors):
+        for tensor in strided(tensors):
             ref, _, size = _reference(tensor)
             self._bytes[ref] = size
 
@@ -124,7 +124,7 @@ class ActivationMeter:
         with self._measuring():
             span.alive = self._watcher.memory(tree_leaves(inputs))
             self._inputs[action.stage] = sum(span.alive.values())
-            span.labels = [*map(_reference, _strided(tree_leaves(labels)))]
+            span.labels = [*map(_reference, strided(tree_leaves(labels)))]
             if not span.alive:
                 raise CannotWatch(f"micro-batch {action.micro_batch} of stage {action.stage} was empty")
         with self._watched(span):
@@ -262,10 +262,6 @@ class _Span:
 
 def _without(memory: dict[int, int], apart: dict[int, int]) -> dict[int, int]:
     return {number: size for number, size in memory.items() if number not in apart}
-
-
-def _strided(tensors: Iterable[Any]) -> Iterator[Tensor]:
-    return (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided)
 
 
 def _reference(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:

@@ -233,12 +233,15 @@ class Observer:
         """The bytes that each pipeline rank needs under `schedule` (collective over the pipeline); of the passes only
         where sizes are known."""
         self._parts = parts_of_ranks(self._rank, self._process)
-        return self._parts if self._sizes is None else with_passes(self._parts, schedule, self._sizes)
+        return self._with_passes(schedule)
 
     def counted(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         """The same, as it was counted last; PipelineError if it's too early."""
         if self._sizes is None:
             self._check_measured()
+        return self._with_passes(schedule)
+
+    def _with_passes(self, schedule: Schedule) -> tuple[RankMemory, ...]:
         assert self._parts is not None
         return self._parts if self._sizes is None else with_passes(self._parts, schedule, self._sizes)
 

@@ -45,9 +45,9 @@ class DrawnBatch:
                 if not failed:
                     self._drawn.append(error)
                 failed = True
-                continue
-            self._drawn.append((inputs if self._keeps_inputs else None, labels))
-            self.sizes.append(_size(inputs))
+            else:
+                self._drawn.append((inputs if self._keeps_inputs else None, labels))
+                self.sizes.append(_size(inputs))
 
     def reorder(self, order: Sequence[int]) -> None:
         """Let micro-batch order[i] be taken in place i.

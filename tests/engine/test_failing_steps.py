@@ -116,7 +116,7 @@ def test_a_monitor_that_fails(every: float, tmp_path: Path) -> None:
         assert "the step is done on all ranks, as number 2" in errors[0]
 
 
-def train_with_reports(rank: int, config: dict[str, Any], folder: str) -> tuple[list[float], list[str]]:
+def train_with_reports(rank: int, config: dict[str, Any]) -> tuple[list[float], list[str]]:
     """DeepSpeed's profile of the first batch can't be written, then no event of an evaluation can."""
     engine = Job("v-half", 2, 4, config).engine()
     errors = [error_of(lambda: engine.train_batch(data(engine, 0)))]
@@ -130,7 +130,7 @@ def test_reports_that_fail_on_their_one_rank(tmp_path: Path) -> None:
     config = monitored(tmp_path, steps_per_print=1, flops_profiler={
         "enabled": True, "profile_step": 0, "output_file": str(tmp_path / "job.txt" / "profile")})
     (tmp_path / "job.txt").write_text("a file, and no folder")
-    first, second = run_ranks(2, train_with_reports, config, str(tmp_path))
+    first, second = run_ranks(2, train_with_reports, config)
     assert first[0] == second[0]
     for profile, events in (first[1], second[1]):
         assert "flops profiler's report on pipeline rank 0" in profile

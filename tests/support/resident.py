@@ -29,7 +29,7 @@ def trimmed() -> int:
     rises by all that is allocated next."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return resident()
+    return _status("VmRSS")
 
 
 def rise_in(run: Callable[[], Any]) -> int:
