@@ -18,6 +18,7 @@ from typing import Any
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 
+from ds_vshape.checkpoint.client_state import check_client_state, from_loaded, to_save
 from ds_vshape.checkpoint.commit import (LATEST, LATEST_UNIVERSAL, Draft, latest, name_latest, new_id, not_found,
                                          resolve_tag)
 from ds_vshape.checkpoint.errors import CheckpointError, in_one_line, missing
@@ -40,8 +41,6 @@ _CHECKPOINT = "checkpoint"
 # What DeepSpeed copies into the save_dir for a checkpoint with ZeRO.
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
-# With the client's state; the seeds of layers (`seed_layers`), and so the numbers of dropout, follow from it.
-_FORWARDS = "ds_vshape_forwards"
 
 
 class SavingEngine(StockEngine):
@@ -70,8 +69,10 @@ class SavingEngine(StockEngine):
 
         If a rank dies or fails at any point, the previous checkpoint remains the latest one. An error on one rank is
         raised on all (on that rank the error itself, on the others PipelineError with its text), and training can
-        continue. Raises CheckpointError for a tag that can't name a folder, and PreflightError if the arguments differ
-        between ranks.
+        continue. Raises CheckpointError for a tag that can't name a folder or a client_state that is no dictionary, and
+        PreflightError if the arguments differ between ranks.
+
+        No member of client_state replaces the engine's own state; load_checkpoint returns them all.
         """
         if self._has_experts and is_bf16(self.optimizer) and not self.zero_optimization():
             raise CheckpointError("MoE layers with bf16 and without ZeRO: zero_optimization.stage must be 1, DeepSpeed "
@@ -81,6 +82,7 @@ class SavingEngine(StockEngine):
 
         def facts() -> Facts:
             _check_path("save_dir", save_dir)
+            check_client_state(client_state)
             # Hosts may keep their own folders under other names.
             place = None if self.use_node_local_storage() else os.path.realpath(save_dir) if save_dir else save_dir
             return {"save_dir": place and str(place), "tag": tag, "save_latest": bool(save_latest),
@@ -154,7 +156,7 @@ class SavingEngine(StockEngine):
 
     def _with_forwards(self, save: Callable[..., None], *args: Any, client_state: dict[str, Any],
                        **kwargs: Any) -> None:
-        save(*args, client_state={**client_state, _FORWARDS: self._forwards_before}, **kwargs)
+        save(*args, client_state=to_save(client_state, self._forwards_before), **kwargs)
 
     def _save_zero_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._attempt_to_save(partial(super()._save_zero_checkpoint, *args, **kwargs))
@@ -182,6 +184,9 @@ class SavingEngine(StockEngine):
         All ranks load the checkpoint that rank 0 finds. An error on one rank is raised on all, as CheckpointError, and
         the training's state is then what it was before on all of them. Among the errors are files that are missing, cut
         or of another model, optimizer states of another placement, and files that hold what could be executed.
+
+        The client_state that is returned is what the script has saved, without the engine's state, which DeepSpeed
+        leaves in it.
         """
         options = {"load_module_strict": load_module_strict, "load_optimizer_states": load_optimizer_states,
                    "load_lr_scheduler_states": load_lr_scheduler_states, "load_module_only": load_module_only}
@@ -242,13 +247,13 @@ class SavingEngine(StockEngine):
         self._loading = Meeting(self._agreement, _LOAD, self._explained)
         try:
             with self._loading, weights_only():
-                path, client_state = super().load_checkpoint(load_dir, tag, **options)
+                path, loaded = super().load_checkpoint(load_dir, tag, **options)
                 self._reading.check_folder()
-            forwards = client_state.pop(_FORWARDS, None)
+            client_state, forwards = from_loaded(loaded)
             if forwards is not None and not options["load_module_only"]:
                 self._forwards_before = forwards
             # Where ranks have folders of their own, one may be older.
-            steps = client_state.get("global_steps", self.global_steps)
+            steps = loaded.get("global_steps", self.global_steps)
             self.module.preflight.compare(lambda: {f"global_steps of {tag}": steps})
         finally:
             self.checkpoint_engine, self._loading = self._reading.engine, None

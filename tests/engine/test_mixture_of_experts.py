@@ -269,7 +269,7 @@ def save_and_go_on(rank: int, job: Job, folder: Path) -> list[Trained]:
     engine.save_checkpoint(str(folder), tag="saved")
     outcomes = [train(engine, range(2, 4))]
     again = job.engine(loss_fn=with_auxiliary)
-    again.load_checkpoint(str(folder), tag="saved")
+    assert again.load_checkpoint(str(folder), tag="saved")[1] == {}
     return [*outcomes, train(again, range(2, 4))]
 
 
