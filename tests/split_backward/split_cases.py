@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,6 +115,12 @@ class Case:
         if self.indices:
             return [torch.randint(0, self.indices, self.x) for _ in range(count)]
         return [torch.randn(self.x).to(dtype).requires_grad_(self.x_gradient) for _ in range(count)]
+
+
+def in_their_dtypes(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """Each of `cases` in each dtype that torch has the operator for."""
+    return pytest.mark.parametrize("case, dtype", [
+        pytest.param(case, dtype, id=f"{case.name}-{dtype}") for case in cases for dtype in case.dtypes])
 
 
 def by_columns(x: Tensor) -> Tensor:

@@ -16,17 +16,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_memory import Block, Storages, linear_nodes
-from split_cases import CASES, DTYPES, Case, Operation, Tied, add, train
+from split_cases import CASES, DTYPES, Case, Operation, Tied, add, in_their_dtypes, train
 from torch import Tensor, nn
 
 from ds_vshape.split_backward import ALL_OPERATORS, MATRIX_OPERATORS, SplitBackward, WeightGradientStore, WholeGradients
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@in_their_dtypes(CASES)
 def test_an_operator_equals_autograd_bit_for_bit(case: Case, dtype: torch.dtype):
-    if dtype not in case.dtypes:
-        pytest.skip(f"torch has no such product of {dtype}")
     torch.manual_seed(1)
     module, batches = case.module(dtype), case.batches(dtype)
     split = train(module, batches, case.operators)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pipelines import (BATCHES, BF16_ZERO0, BF16_ZERO1, BF16_ZERO1_FP32, FP32, FP32_ZERO1, Job, Outcome, specs,
                        tied_specs, train)
 from ranks import run_ranks
-from split_cases import CASES, DTYPES, Case, Operation, Tied, by_experts, grouped, selected, upstream
+from split_cases import CASES, DTYPES, Case, Operation, Tied, by_experts, grouped, in_their_dtypes, selected, upstream
 from split_programs.steps import Scale
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,11 +59,8 @@ def gradients(module: nn.Module, place: str = "grad") -> list[Tensor]:
     return [getattr(parameter, place).clone() for parameter in module.parameters()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FUSED_CASES, ids=lambda case: case.name)
+@in_their_dtypes(FUSED_CASES)
 def test_a_sum_in_place_is_autograds_to_rounding(case: Case, dtype: torch.dtype) -> None:
-    if dtype not in case.dtypes:
-        pytest.skip(f"torch has no such product of {dtype}")
     torch.manual_seed(1)
     module, batches = case.module(dtype), case.batches(dtype)
     expected_outputs, expected = backward(module, batches, None), gradients(module)
