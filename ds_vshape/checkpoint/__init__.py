@@ -3,7 +3,7 @@
     checkpointing.py    saves and loads, as a base of the engine
     layout.py           the placement that saved a checkpoint
     replicas.py         optimizer states of another number of replicas
-    client_state.py     what the script keeps in it
+    client_state.py     what the script keeps in a checkpoint
     commit.py           a checkpoint is there whole or not at all
     tags.py             which tags a checkpoint can have
     files.py            DeepSpeed's checkpoint engines, with errors that name the file

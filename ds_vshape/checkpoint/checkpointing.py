@@ -18,7 +18,7 @@ from typing import Any
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.utils import logger
 
-from ds_vshape.checkpoint.client_state import check_client_state, from_loaded, to_save
+from ds_vshape.checkpoint.client_state import ClientState, check_client_state
 from ds_vshape.checkpoint.commit import (LATEST, LATEST_UNIVERSAL, Draft, latest, name_latest, new_id, not_found,
                                          resolve_tag)
 from ds_vshape.checkpoint.errors import CheckpointError, in_one_line, missing
@@ -48,6 +48,7 @@ class SavingEngine(StockEngine):
 
     # How many micro-batches have run forward, in training and evaluation.
     _forwards_before: int
+    _client_state: ClientState
     _agreement: Agreement
     _watch: Watch
     # Whether any rank has an MoE layer.
@@ -69,10 +70,11 @@ class SavingEngine(StockEngine):
 
         If a rank dies or fails at any point, the previous checkpoint remains the latest one. An error on one rank is
         raised on all (on that rank the error itself, on the others PipelineError with its text), and training can
-        continue. Raises CheckpointError for a tag that can't name a folder or a client_state that is no dictionary, and
-        PreflightError if the arguments differ between ranks.
+        continue. Raises CheckpointError for a tag that can't name a folder or a client_state that isn't a dictionary,
+        and PreflightError if the arguments differ between ranks.
 
-        No member of client_state replaces the engine's own state; load_checkpoint returns them all.
+        A member of client_state with a name that DeepSpeed uses doesn't replace the engine's state; load_checkpoint
+        returns it.
         """
         if self._has_experts and is_bf16(self.optimizer) and not self.zero_optimization():
             raise CheckpointError("MoE layers with bf16 and without ZeRO: zero_optimization.stage must be 1, DeepSpeed "
@@ -149,14 +151,14 @@ class SavingEngine(StockEngine):
         return writing.error or self._unsaved
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._attempt_to_save(partial(self._with_forwards, super()._save_checkpoint, *args, **kwargs))
+        self._attempt_to_save(partial(self._with_client_state, super()._save_checkpoint, *args, **kwargs))
 
     def _save_moe_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._attempt_to_save(partial(self._with_forwards, super()._save_moe_checkpoint, *args, **kwargs))
+        self._attempt_to_save(partial(self._with_client_state, super()._save_moe_checkpoint, *args, **kwargs))
 
-    def _with_forwards(self, save: Callable[..., None], *args: Any, client_state: dict[str, Any],
-                       **kwargs: Any) -> None:
-        save(*args, client_state=to_save(client_state, self._forwards_before), **kwargs)
+    def _with_client_state(self, save: Callable[..., None], *args: Any, client_state: dict[str, Any],
+                           **kwargs: Any) -> None:
+        save(*args, client_state=self._client_state.to_save(client_state, self._forwards_before), **kwargs)
 
     def _save_zero_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._attempt_to_save(partial(super()._save_zero_checkpoint, *args, **kwargs))
@@ -185,8 +187,8 @@ class SavingEngine(StockEngine):
         the training's state is then what it was before on all of them. Among the errors are files that are missing, cut
         or of another model, optimizer states of another placement, and files that hold what could be executed.
 
-        The client_state that is returned is what the script has saved, without the engine's state, which DeepSpeed
-        leaves in it.
+        As with DeepSpeed, the client_state that is returned also has members of the engine's state; here without the
+        optimizer's.
         """
         options = {"load_module_strict": load_module_strict, "load_optimizer_states": load_optimizer_states,
                    "load_lr_scheduler_states": load_lr_scheduler_states, "load_module_only": load_module_only}
@@ -249,7 +251,7 @@ class SavingEngine(StockEngine):
             with self._loading, weights_only():
                 path, loaded = super().load_checkpoint(load_dir, tag, **options)
                 self._reading.check_folder()
-            client_state, forwards = from_loaded(loaded)
+                client_state, forwards = self._client_state.from_loaded(loaded, path)
             if forwards is not None and not options["load_module_only"]:
                 self._forwards_before = forwards
             # Where ranks have folders of their own, one may be older.

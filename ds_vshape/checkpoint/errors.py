@@ -95,11 +95,22 @@ def unwritable(path: str, error: Exception, content: Any) -> Exception:
 
 def _unpicklable(content: Any) -> str | None:
     """The member of a state that can't be pickled, in words; None if all can."""
+    found = _first_unpicklable(content)
+    if found is None:
+        return None
+    key, value = found
+    within = _first_unpicklable(value)
+    return f"{key!r}, a {type(value).__name__}," if within is None else (
+        f"{within[0]!r} in {key!r}, a {type(within[1]).__name__},")
+
+
+def _first_unpicklable(content: Any) -> tuple[Any, Any] | None:
+    """The key and the value of the first member of a dictionary that can't be pickled, if there is one."""
     for key, value in content.items() if isinstance(content, Mapping) else ():
         try:
             _WithoutTensors(_Nowhere()).dump(value)
         except Exception:
-            return f"{key!r}, a {type(value).__name__},"
+            return key, value
     return None
 
 

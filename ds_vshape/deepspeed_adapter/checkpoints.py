@@ -19,8 +19,8 @@ __all__ = ["SAVED_CLASSES", "STATE_KEYS", "clone_tensors_for_torch_save"]
 # Of which objects are in the files.
 SAVED_CLASSES: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
-# Under which keys DeepSpeed keeps a rank's state, beside the script's (_common_checkpoint_state, _save_moe_checkpoint).
-# Not universal_checkpoint_info, which Megatron-DeepSpeed's scripts give.
+# Keys of the engine's state in a rank's file, and those that are reserved there (_common_checkpoint_state,
+# _save_moe_checkpoint). Not universal_checkpoint_info, which Megatron-DeepSpeed's scripts give.
 STATE_KEYS = frozenset((
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps",

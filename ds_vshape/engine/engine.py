@@ -30,6 +30,7 @@ from deepspeed.runtime.pipe.module import PipelineError
 from torch import Tensor
 
 from ds_vshape.checkpoint.checkpointing import SavingEngine
+from ds_vshape.checkpoint.client_state import ClientState
 from ds_vshape.comm.background import Handle, background
 from ds_vshape.comm.channels import Channels, Signatures
 from ds_vshape.config.section import KEY, ScheduleConfig
@@ -149,6 +150,7 @@ class PipelineEngine(FastSetattr, Reports, Construction, MemoryLimits, Evaluatio
         self._verification = Verification(
             self, self._agreement, self._guard, self._observer, self._released) if config.verify_gradients else None
         self._forwards_before = 0
+        self._client_state = ClientState()
         # None between batches: saving and loading activate stages too.
         self._active_stage: int | None = None
         # Not every backward here ends as DeepSpeed's hooks expect.

@@ -173,8 +173,11 @@ FAULTS: dict[str, tuple[Preparation, Injection, Arguments, tuple[str, ...]]] = {
     "a client_state that can't be pickled": (
         nothing, none, of_rank(client_state=({}, {"mine": lambda: 0})),
         ("mp_rank_01_model_states.pt can't be written: 'mine', a function, can't be pickled",)),
-    "a client_state that is no dict": (nothing, none, of_rank(client_state=({}, 5)),
-                                       ("client_state = 5: must be a dictionary",)),
+    "a client_state that isn't a dictionary": (nothing, none, of_rank(client_state=({}, 5)),
+                                               ("client_state = 5: must be a dictionary",)),
+    "a member of a client_state's that can't be pickled": (
+        nothing, none, of_rank(client_state=({}, {"mine": {"yours": lambda: 0}})),
+        ("mp_rank_01_model_states.pt can't be written: 'yours' in 'mine', a function, can't be pickled",)),
     "files that can't make folders": (nothing, raising(0, FILES, "makedirs", FULL), options(), TOLD_FULL),
     "files that can't make folders on rank 1": (nothing, raising(1, FILES, "makedirs", FULL), options(), TOLD_FULL),
     "files that can't begin": (nothing, raising(1, FILES, "create", ValueError("not now")), options(), ("not now",)),

@@ -282,6 +282,30 @@ def test_checkpoints_with_a_state_of_the_script() -> None:
     assert results[UNTOUCHED][0][1] == results[UNTOUCHED][0][2]
 
 
+def test_a_client_state_with_names_of_deepspeeds_is_saved_again() -> None:
+    def script(config: dict[str, Any]) -> Any:
+        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(folder)
+        engine = engine_for(config)
+        losses(engine)
+        engine.save_checkpoint(folder[0], tag="own", client_state={"epoch": 3, "global_samples": -1})
+        samples_before, engine = engine.global_samples, engine_for(config)
+        _, state = engine.load_checkpoint(folder[0], tag="own")
+        assert state["epoch"] == 3 and state["global_samples"] == -1
+        try:
+            saved = engine.save_checkpoint(folder[0], tag="again", client_state=state)
+        except KeyError as error:
+            saved = str(error)
+        return engine.global_samples == samples_before, saved
+
+    for schedule, of_ranks in variants(script).items():
+        for counts, saved in of_ranks:
+            if schedule in (UNTOUCHED, NO_KEY):
+                assert not counts and "reserved checkpoint key" in saved
+            else:
+                assert counts and saved is True
+
+
 # -- all of it, through the launcher
 
 SCRIPT = '''
