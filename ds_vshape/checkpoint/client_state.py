@@ -54,8 +54,7 @@ class ClientState:
             raise CheckpointError(f"{path} can't be loaded: {_NAMESAKES} = {shown(namesakes)} must be a dictionary and "
                                   f"{_FORWARDS} = {shown(forwards)} a number")
         # The optimizer has taken its state, which is too large to be kept twice.
-        of_engine = {key: value for key, value in loaded.items()
-                     if key in STATE_KEYS and key not in namesakes and key != "optimizer"}
-        of_script = {key: value for key, value in loaded.items() if key not in _OF_ENGINE}
-        self._returned = of_engine
-        return {**of_engine, **of_script, **namesakes}, forwards
+        left_out = (_FORWARDS, _NAMESAKES, "optimizer")
+        client_state = {**{key: value for key, value in loaded.items() if key not in left_out}, **namesakes}
+        self._returned = {key: client_state[key] for key in client_state.keys() & STATE_KEYS - namesakes.keys()}
+        return client_state, forwards

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import (AFTER, BEFORE, BF16_ZERO1, FP32_ZERO1, Job, Outcome, PlainTraining, data, merged, specs,
-                       tied_specs, train, train_and_save)
+from pipelines import (AFTER, BEFORE, BF16_ZERO1, FP32_ZERO1, Job, Outcome, PlainTraining, assert_equal, data,
+                       merged, specs, tied_specs, train, train_and_save)
 from ranks import RanksFailed, run_ranks
 from universal import convert
 
@@ -32,12 +32,6 @@ def load_weights(rank: int, job: Job, folder: str) -> Outcome:
     engine = job.engine()
     engine.load_checkpoint(folder, load_module_only=True)
     return train(engine, range(0))
-
-
-def assert_equal(outcome: Outcome, oracle: Outcome) -> None:
-    assert outcome.losses == oracle.losses
-    assert outcome.weights.keys() == oracle.weights.keys()
-    assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())
 
 
 @pytest.mark.parametrize("section, config, layers", [

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from pipelines import (AFTER, BASE_SEED, BEFORE, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, cross_entropy,
-                       merged, specs, train, train_and_save)
+from pipelines import (AFTER, BASE_SEED, BEFORE, BF16_ZERO1, BF16_ZERO1_FP32, FP32_ZERO1, Job, Outcome, assert_equal,
+                       cross_entropy, merged, specs, train, train_and_save)
 from ranks import run_ranks
 from universal import convert
 
@@ -47,8 +47,7 @@ def test_goes_on_with_equal_losses(case: str, tmp_path: Path) -> None:
     universal = {**config, "checkpoint": {"load_universal": True}}
     job = Job(after, ranks_after, 3, universal, LAYERS)
     loaded = merged(run_ranks(ranks_after, load_and_train, job, str(tmp_path)))
-    assert loaded.losses == saved.losses
-    assert all(torch.equal(loaded.weights[name], value) for name, value in saved.weights.items())
+    assert_equal(loaded, saved)
 
 
 def cut(path: Path) -> None:
@@ -112,8 +111,7 @@ def test_a_load_that_fails(config: dict[str, Any], tmp_path: Path) -> None:
         for name, (_, parts) in FAULTS.items():
             assert all(part in told[name] for part in parts), told[name]
     outcome = merged([outcome for _, outcome in results])
-    assert outcome.losses == whole.losses
-    assert all(torch.equal(outcome.weights[name], value) for name, value in whole.weights.items())
+    assert_equal(outcome, whole)
 
 
 # -- tensor parallel ranks whose layers are plain ones
@@ -160,5 +158,4 @@ def test_plain_layers_on_tensor_parallel_ranks(case: str, tmp_path: Path) -> Non
     convert(tmp_path)
     universal = {**config, "checkpoint": {"load_universal": True}}
     loaded = merged(run_ranks(4, save_or_load_plain, Job(after, 2, 2, universal, LAYERS), str(tmp_path), True))
-    assert loaded.losses == saved.losses
-    assert all(torch.equal(loaded.weights[name], value) for name, value in saved.weights.items())
+    assert_equal(loaded, saved)

@@ -211,6 +211,13 @@ def merged(outcomes: list[Outcome]) -> Outcome:
     return Outcome(outcomes[0].losses, weights)
 
 
+def assert_equal(outcome: Outcome, oracle: Outcome) -> None:
+    """The same losses and weights, bit for bit."""
+    assert outcome.losses == oracle.losses
+    assert outcome.weights.keys() == oracle.weights.keys()
+    assert all(torch.equal(outcome.weights[name], value) for name, value in oracle.weights.items())
+
+
 class PlainModel(nn.Module):
     """The same layers in one process, with the names and seeds that DeepSpeed's PipelineModule gives them."""
 
